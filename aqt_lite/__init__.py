@@ -1,0 +1,45 @@
+"""Quantization with the same bits on NumPy, JAX, torch and every other Array API library.
+
+>>> import numpy as np, aqt_lite
+>>> q = aqt_lite.quantize(np.asarray([[0.1, -0.5], [2.0, 4.0]], "float32"), granularity=aqt_lite.PerChannel(0))
+>>> aqt_lite.dequantize(q)
+array([[ 0.0984252, -0.5      ],
+       [ 2.015748 ,  4.       ]], dtype=float32)
+"""
+
+from aqt_lite._protocol import IntLimits
+from aqt_lite._registry import available_backends
+from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
+from aqt_lite.ops import dense, linear
+from aqt_lite.qarray import QArray
+from aqt_lite.report import ErrorReport, error_report
+
+__all__ = [
+    "ErrorReport",
+    "IntLimits",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QArray",
+    "available_backends",
+    "choose_qparams",
+    "dense",
+    "dequantize",
+    "error_report",
+    "fake_quantize",
+    "int_limits",
+    "linear",
+    "quantize",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``aqt_lite.testing`` and ``aqt_lite.plots`` on first use: most programs need neither."""
+    if name in ("testing", "plots"):
+        import importlib
+
+        return importlib.import_module(f"aqt_lite.{name}")
+    raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")

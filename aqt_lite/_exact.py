@@ -1,0 +1,71 @@
+"""Arithmetic that is exact on hardware whose division is not.
+
+Owns: the correctly rounded reciprocal. Imports: nothing of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from aqt_lite._namespace import Array
+
+__all__ = ["reciprocal"]
+
+
+def reciprocal(
+    x: Array,
+    *,
+    xp: Any,
+    bitcast: Callable[[Array, Any], Array],
+    integer: Any,
+    bits: Any,
+    divide: Callable[[Array], Array] = lambda m: 1.0 / m,
+) -> Array:
+    """``1/x`` rounded to nearest, from an approximation that may be two units in the last place off.
+
+    Compilers for accelerators replace division by something faster: XLA's GPU division and Triton's are up to 2 ulp
+    off (openxla/xla#37181), and a code at a near tie then differs from the CPU's. So ``divide`` is only a guess here,
+    and integers, which every device gets right, decide.
+
+    Write ``x = m * 2^e`` with ``m`` in [1, 2) and p mantissa bits (24 for float32). With the integers
+    ``M = m * 2^(p-1)`` and ``C = c * 2^p`` for a guess ``c`` of ``1/m``, the wanted mantissa is the integer nearest to
+    ``2^(2p-1) / M``. The residual ``R = 2^(2p-1) - M*C`` tells how far the guess is off: the nearest integer is
+    ``C + k`` where ``k`` counts how many half-odd multiples of ``M`` lie below ``R``. No tie exists, because
+    ``2^(2p) / M`` is an odd integer for no M. ``|R| < 2^(p+3)`` fits an integer as wide as the float, although ``M*C``
+    does not: modular arithmetic gives R exactly, because ``2^(2p-1)`` is 0 modulo ``2^w`` for both float widths.
+
+    Parameters
+    ----------
+    x : array
+        float32 or float64, in [2^-125, 2^126] (float64: [2^-1021, 2^1022]); NaN gives NaN.
+    integer : dtype
+        Signed integer for the residual: as wide as ``x`` if its overflow wraps by definition, else wider.
+    bits : dtype
+        Signed integer of the width of ``x``.
+    divide : callable
+        The guess of ``1/m`` for ``m`` in [1, 2).
+    """
+    width = xp.finfo(x.dtype).bits
+    p, exponent_bias = (24, 127) if width == 32 else (53, 1023)
+    fraction = p - 1
+
+    pattern = bitcast(x, bits)
+    mantissa = (pattern & ((1 << fraction) - 1)) | (1 << fraction)  # M, in [2^(p-1), 2^p)
+    exponent = pattern >> fraction  # biased; x is positive, so there is no sign bit to mask
+    m = bitcast((pattern & ((1 << fraction) - 1)) | (exponent_bias << fraction), x.dtype)
+
+    guess = xp.astype(divide(m) * float(1 << p), integer)  # C
+    big_m = xp.astype(mantissa, integer)
+    total = 1 << (2 * p - 1)
+    modulus_is_exact = xp.iinfo(integer).bits <= 2 * p - 1
+    residual = (0 if modulus_is_exact else total) - big_m * guess
+    twice = 2 * residual
+
+    def count(condition: Array) -> Array:
+        return xp.astype(condition, integer)
+
+    k = count(twice > big_m) + count(twice > 3 * big_m) - count(twice < -big_m) - count(twice < -3 * big_m)
+    mantissa_of_inverse = xp.astype(guess + k, x.dtype) * (0.5**p)  # at most 2^p: exact
+    power = bitcast((2 * exponent_bias - exponent) << fraction, x.dtype)  # 2^-e, a normal number
+    return xp.where(xp.isnan(x), x, mantissa_of_inverse * power)

@@ -1,0 +1,39 @@
+"""The only door to array-api-compat.
+
+Owns: which standard-conforming namespace speaks for an array. Imports: array-api-compat alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import array_api_compat
+
+Array = Any
+"""An array of any backend. The standard has no runtime type for it yet."""
+
+
+def array_namespace(x: Array) -> Any:
+    """The Array API namespace of one array; TypeError where the array has none."""
+    return array_api_compat.array_namespace(x)
+
+
+def wrapped_namespace(library: str) -> Any:
+    """array-api-compat's wrapper of a library that does not speak the whole standard itself."""
+    return importlib.import_module(f"array_api_compat.{library}")
+
+
+def is_array(x: object) -> bool:
+    """Whether any Array API library known to array-api-compat, or conforming by itself, made ``x``."""
+    return bool(array_api_compat.is_array_api_obj(x))
+
+
+def is_lazy(x: Array) -> bool:
+    """Whether looking at a value of ``x`` would run a deferred computation (Dask, ndonnx)."""
+    return bool(array_api_compat.is_lazy_array(x))
+
+
+def device_of(x: Array) -> Any:
+    """The device that holds ``x``, in the library's own words."""
+    return array_api_compat.device(x)

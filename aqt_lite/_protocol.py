@@ -1,0 +1,147 @@
+"""What a backend is: the adapter that supplies what the Array API standard lacks.
+
+Owns: the ``Backend`` interface and ``IntLimits``. Imports: NumPy, for the one exchange format between backends.
+
+An adapter must say five things (``name``, ``array_modules``, ``xp``, ``asarray``, ``to_numpy``). Everything else has
+a default that is right for an eager library on a CPU with IEEE arithmetic, and is overridden where that is not so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from aqt_lite._namespace import Array, device_of
+
+__all__ = ["Backend", "IntLimits"]
+
+
+@dataclass(frozen=True)
+class IntLimits:
+    """The limits of an integer type, as the backend that stores it states them.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> aqt_lite.int_limits("int8")
+    IntLimits(bits=8, min=-128, max=127)
+    """
+
+    bits: int
+    min: int
+    max: int
+
+
+class Backend(ABC):
+    """One array library, seen through the Array API standard plus what that lacks."""
+
+    name: ClassVar[str]
+    """What users write as ``backend=``."""
+
+    array_modules: ClassVar[tuple[str, ...]]
+    """Top-level modules that define the library's array types; how an array finds its adapter."""
+
+    # ---- an adapter must define these
+
+    @property
+    @abstractmethod
+    def xp(self) -> Any:
+        """The library's Array API namespace. Importing the library happens here and not before."""
+
+    @abstractmethod
+    def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
+        """The same bits as an array of this library, on the device of ``like`` or on the default one.
+
+        Raises ValueError where the library cannot hold the dtype: it never rounds or narrows.
+        """
+
+    @abstractmethod
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """The same bits as a NumPy array (bfloat16 as ``ml_dtypes.bfloat16``)."""
+
+    # ---- defaults: an eager library, IEEE arithmetic, no gradients
+
+    def dtype(self, name: str) -> Any:
+        """The library's dtype object of that name."""
+        return getattr(self.xp, name)
+
+    def dtype_name(self, x: Array) -> str:
+        """The dtype's name as NumPy and ml_dtypes spell it: 'float32', 'bfloat16', 'int8'."""
+        return str(x.dtype).rsplit(".", 1)[-1]
+
+    def int_limits(self, dtype: str) -> IntLimits:
+        """Limits of an integer type, asked of the library itself."""
+        info = self.xp.iinfo(self.dtype(dtype))
+        return IntLimits(bits=int(info.bits), min=int(info.min), max=int(info.max))
+
+    def device(self, x: Array) -> Any:
+        """The device that holds ``x``; None where arrays have no single device."""
+        return device_of(x)
+
+    def is_traced(self, x: Array) -> bool:
+        """Whether ``x`` has no values yet (a compiler is tracing), so that no branch may depend on them."""
+        return False
+
+    def refuse(self, x: Array) -> str | None:
+        """Why an array of this library cannot be used (sparse, masked), or None."""
+        return None
+
+    def reciprocal(self, x: Array) -> Array:
+        """``1/x``, correctly rounded, for normal positive ``x``.
+
+        The default trusts division between two arrays, which IEEE 754 makes correctly rounded on every CPU.
+        Override where a compiler may replace it (see ``aqt_lite._exact``).
+        """
+        return self.xp.ones_like(x) / x
+
+    def integer_matmul(self, x: Array, y: Array) -> Array:
+        """``x @ y`` of integers, exact, as int32; whoever calls it has made sure that the sums fit.
+
+        The default goes through float64, whose products are as fast as the library's best and exact below 2^53.
+        """
+        xp = self.xp
+        return xp.astype(xp.matmul(xp.astype(x, xp.float64), xp.astype(y, xp.float64)), xp.int32)
+
+    def ordered_sum(self, x: Array) -> Array:
+        """``((x[0] + x[1]) + x[2]) + ...`` along the first axis, in exactly that order."""
+        total = x[0, ...]
+        for i in range(1, int(x.shape[0])):
+            total = total + x[i, ...]
+        return total
+
+    def check_no_overflow(self, values: Array, argument: str) -> None:
+        """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
+        if bool(self.xp.any(self.xp.isinf(values))):
+            raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x`` as a constant for automatic differentiation."""
+        return x
+
+    def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
+        """``y``, whose derivative with respect to ``x`` is 1 where ``inside`` and 0 elsewhere."""
+        return y
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function(*arrays, static=...)`` in the form that is fast when called eagerly."""
+        return function
+
+    def kernel(self, op: str) -> Callable[..., Any] | None:
+        """A faster twin of the reference ``op``, same signature and same bits, or None.
+
+        A kernel returns NotImplemented for arguments it does not serve; the reference then runs.
+        """
+        return None
+
+    def register_container(
+        self,
+        cls: type,
+        flatten: Callable[[Any], tuple[tuple[Any, ...], Any]],
+        unflatten: Callable[[Any, Any], Any],
+        names: tuple[str, ...],
+    ) -> None:
+        """Teach the library's tree utilities that ``cls`` is a node with static metadata."""

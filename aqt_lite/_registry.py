@@ -1,0 +1,190 @@
+"""Which adapter serves an array: built-in ones by the array's type, others through entry points, all lazily.
+
+Owns: the table of adapters, their one instance each, and container registration. Imports: the ``Backend`` interface.
+No adapter, and so no framework, is imported before an array of it (or its name) turns up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._namespace import Array, is_array
+from aqt_lite._protocol import Backend
+
+__all__ = ["available_backends", "backend_of", "get_backend", "register_container"]
+
+ENTRY_POINT_GROUP = "aqt_lite.backends"
+
+
+@dataclass(frozen=True)
+class _Builtin:
+    adapter: str  # "module:class"
+    needs: str  # module that must be importable
+    install: str  # what to do where it is not
+    array_modules: tuple[str, ...]  # top-level modules of its array types
+
+
+_BUILTIN = {
+    "numpy": _Builtin("aqt_lite.backends.numpy:NumpyBackend", "numpy", "pip install numpy", ("numpy", "ml_dtypes")),
+    "jax": _Builtin("aqt_lite.backends.jax:JaxBackend", "jax", "pip install 'aqt_lite[jax]'", ("jax", "jaxlib")),
+    "torch": _Builtin("aqt_lite.backends.torch:TorchBackend", "torch", "pip install 'aqt_lite[torch]'", ("torch",)),
+    "array_api_strict": _Builtin(
+        "aqt_lite.backends.strict:StrictBackend",
+        "array_api_strict",
+        "pip install array-api-strict",
+        ("array_api_strict",),
+    ),
+}
+
+_instances: dict[str, Backend] = {}
+_by_type: dict[type, Backend] = {}
+
+
+def get_backend(name: str) -> Backend:
+    """The adapter of that name; ValueError for an unknown name, ImportError where its library is missing."""
+    found = _instances.get(name)
+    return found if found is not None else _load(name)
+
+
+def _load(name: str) -> Backend:
+    if not isinstance(name, str):
+        raise TypeError(f"backend={name!r}: give the backend's name, one of {', '.join(_names())}")
+    builtin = _BUILTIN.get(name)
+    if builtin is not None:
+        if importlib.util.find_spec(builtin.needs) is None:
+            raise ImportError(f"backend={name!r} needs the package {builtin.needs}: {builtin.install}")
+        module, _, attribute = builtin.adapter.partition(":")
+        cls = getattr(importlib.import_module(module), attribute)
+    else:
+        plugin = next((e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name), None)
+        if plugin is None:
+            raise ValueError(f"backend={name!r} is not known: use one of {', '.join(_names())}")
+        cls = plugin.load()
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise TypeError(f"the entry point for backend={name!r} must name a subclass of aqt_lite.testing.Backend")
+    instance: Backend = cls()
+    for container in _containers:
+        instance.register_container(*container)
+    _instances[name] = instance
+    return instance
+
+
+def _names() -> list[str]:
+    return sorted({*_BUILTIN, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def backend_of(x: Array) -> Backend | None:
+    """The adapter for an array, or None where ``x`` is no array of any library."""
+    found = _by_type.get(type(x))
+    if found is None:
+        found = _find(type(x), x)
+        if found is not None:
+            _by_type[type(x)] = found
+    return found
+
+
+def _find(array_type: type, x: Array) -> Backend | None:
+    roots = [cls.__module__.partition(".")[0] for cls in array_type.__mro__]
+    for root in roots:
+        for name, builtin in _BUILTIN.items():
+            if root in builtin.array_modules:
+                return get_backend(name) if name != "numpy" or isinstance(x, np.ndarray | np.generic) else None
+    for plugin in entry_points(group=ENTRY_POINT_GROUP):
+        adapter = get_backend(plugin.name)
+        if any(root in adapter.array_modules for root in roots):
+            return adapter
+    if is_array(x):
+        from aqt_lite.backends.generic import GenericBackend
+
+        return GenericBackend.for_array(x)
+    return None
+
+
+def available_backends() -> dict[str, str]:
+    """Every known backend and whether it can be used here: "installed", or what is missing.
+
+    Looks for packages without importing any of them.
+
+    Returns
+    -------
+    dict
+        Name to "installed", or to a sentence that says why not and what to do.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> aqt_lite.available_backends()["numpy"]
+    'installed'
+    """
+    found = {}
+    for name, builtin in _BUILTIN.items():
+        present = builtin.needs in sys.modules or importlib.util.find_spec(builtin.needs) is not None
+        found[name] = "installed" if present else f"not installed: {builtin.install}"
+    for plugin in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            get_backend(plugin.name)
+        except Exception as error:  # a broken plug-in is reported, not raised: the others still work
+            found[plugin.name] = f"fails to load: {error}"
+        else:
+            found[plugin.name] = "installed"
+    return found
+
+
+# ---- containers: a class that compilers must see as a tree of arrays
+
+_Container = tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any], tuple[str, ...]]
+_containers: list[_Container] = []
+
+
+def register_container(
+    cls: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any], names: tuple[str, ...]
+) -> None:
+    """Make ``cls`` a tree node for every framework, whether it is imported before or after this call.
+
+    A container that holds NumPy arrays may reach a framework's compiler without any call into this package after the
+    framework's import, so registration follows that import.
+    """
+    _containers.append((cls, flatten, unflatten, names))
+    for name in ("jax", "torch"):
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            get_backend(name)
+        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Loads a framework's adapter, which registers the containers, once the framework has been imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+            adapter = _BUILTIN[self.name].adapter.partition(":")[0]
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                if adapter not in sys.modules:  # else it is what imports the framework, and registers when it is used
+                    get_backend(self.name)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

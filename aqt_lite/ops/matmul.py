@@ -1,0 +1,172 @@
+"""``dense`` and ``linear``: they check arguments and choose the form of the product.
+
+Owns: validation, the choice between float and integer products, and leading axes. Imports: everything below it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from aqt_lite import affine
+from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._dispatch import run
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.elements import element_type, float_type
+from aqt_lite.ops import reference
+from aqt_lite.qarray import QArray
+
+__all__ = ["dense", "linear"]
+
+Mode = Literal["fast", "reproducible"]
+
+
+def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+    """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
+
+    Parameters
+    ----------
+    x : array, list or QArray, shape (..., in)
+        Floating-point activations: products accumulate in float32, or in float64 where ``x`` or ``w`` is float64. A
+        QArray with one scale a row (or one in all) is multiplied in integers where the weight, too, has one scale a
+        column; otherwise it is dequantized.
+    w : QArray, shape (in, out)
+        Any granularity.
+    bias : array, shape (out,), optional
+    mode : {"fast", "reproducible"}
+        "fast": as exact as the backend's own float32 product. "reproducible": the same bits on every backend and
+        in every order of summation (docs/numerics.md), for codes of 8 bits and float16, bfloat16 or float32 values.
+
+    Returns
+    -------
+    array, shape (..., out)
+        In the dtype of ``x`` (of the values it stands for, where ``x`` is a QArray).
+
+    Raises
+    ------
+    TypeError
+        ``w`` is no QArray; arguments of different backends; dtypes that are no floats.
+    ValueError
+        Shapes or devices that do not fit; a float16 result that overflows; a mode that this weight cannot have.
+
+    Examples
+    --------
+    >>> import numpy as np, aqt_lite
+    >>> w = aqt_lite.quantize(np.asarray([[1.0, -2.0], [0.5, 4.0], [0.0, 1.0]], "float32"))  # 3 in, 2 out
+    >>> aqt_lite.dense([1.0, 2.0, 3.0], w).shape
+    (2,)
+    """
+    return _product("dense", x, w, bias, mode, contract=0)
+
+
+def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+    """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> w = aqt_lite.quantize([[-2, -1.13, 0.42], [-1.51, 0.25, 1.62], [0.23, 1.35, 2.15]])
+    >>> aqt_lite.linear([1, 2, 3], w).round(4)
+    array([-2.9965,  3.8768,  9.3957], dtype=float32)
+    """
+    return _product("linear", x, w, bias, mode, contract=1)
+
+
+def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
+    one_of("mode", mode, ("fast", "reproducible"))
+    if not isinstance(w, QArray):
+        raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
+    w = w._aligned()
+    b = get_backend(w.backend)
+    if w.ndim != 2:
+        raise ValueError(
+            f"w has shape {w.shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
+    if not isinstance(x, QArray):
+        x = _beside(x, "x", w, b)
+    elif x.backend != b.name:
+        raise TypeError(f"x is a {x.backend} QArray but w is a {b.name} one: move one with .to_backend()")
+    inside, outside = w.shape[contract], w.shape[1 - contract]
+    shape = tuple(x.shape)
+    if not shape or shape[-1] != inside:
+        roles = "(in, out)" if contract == 0 else "(out, in)"
+        raise ValueError(f"x has shape {shape} and w {w.shape} {roles}: the last axis of x must have length {inside}")
+    if bias is not None:
+        bias = _beside(bias, "bias", w, b)
+        if tuple(bias.shape) != (outside,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w.shape} it must be ({outside},)")
+    if isinstance(x, QArray):
+        y = _quantized_product(x, w, bias, mode, contract, b)
+    else:
+        y = _float_product(b.xp.reshape(x, (math.prod(shape[:-1]), inside)), w, bias, mode, contract, b)
+    y = b.xp.reshape(y, (*shape[:-1], outside))
+    if b.dtype_name(y) == "float16" and not b.is_traced(y):
+        b.check_no_overflow(y, "float16")
+    return y
+
+
+def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
+    spec = affine.Spec(element_type(w.dtype), float_type(w.float_dtype), symmetric=False, block=w.block)
+    op, form = "matmul", reference.matmul
+    if mode == "reproducible":
+        _check_reproducible(x, w, bias, contract, b)
+        if 0 not in (*x.shape, *w.shape):
+            op, form = "matmul_reproducible", reference.matmul_reproducible
+    return run(b, op, form, x, w.storage, w.scale, w.zero_point, bias, spec=spec, contract=contract)
+
+
+def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
+    x = x._aligned()
+    rows, inside = math.prod(x.shape[:-1]), x.shape[-1]
+    integers = (
+        element_type(x.dtype).bits == element_type(w.dtype).bits == 8
+        and x.scale.shape[-1] == w.scale.shape[contract] == 1
+        and "float64" not in (x.float_dtype, w.float_dtype)
+        and inside < (1 << 31) // (1 << (7 + (x.zero_point is not None)) + (7 + (w.zero_point is not None)))
+        and 0 not in (*x.shape, *w.shape)
+    )
+    if not integers:
+        values = b.xp.reshape(x.dequantize(), (rows, inside))
+        return _float_product(values, w, bias, mode, contract, b)
+
+    def per_row(blocks: Array) -> Array:
+        lead = affine.spread(blocks, x.shape, x.block, b.xp)
+        return b.xp.reshape(b.xp.broadcast_to(lead, (*x.shape[:-1], 1)), (rows, 1))
+
+    def per_column(blocks: Array) -> Array:
+        block = (None, w.block[1]) if contract == 0 else (w.block[0], None)
+        return affine.spread(blocks, w.shape, block, b.xp)
+
+    x_zero = None if x.zero_point is None else per_row(x.zero_point)
+    w_zero = None if w.zero_point is None else per_column(w.zero_point)
+    codes = b.xp.reshape(x.qvalue, (rows, inside))
+    arrays = (codes, per_row(x.scale), x_zero, w.qvalue, per_column(w.scale), w_zero, bias)
+    return run(b, "matmul_integer", reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
+
+
+def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
+    why = None
+    if element_type(w.dtype).bits != 8:
+        why = f"w has {w.dtype} codes: sums of products with more than 8 bits do not fit 32-bit integers"
+    elif "float64" in (b.dtype_name(x), w.float_dtype, None if bias is None else b.dtype_name(bias)):
+        why = "an argument is float64, which not every backend has"
+    elif w.block[contract] == 1 and w.shape[contract] > 1 and w.scale.shape[1 - contract] > 1:
+        why = f"w has {w.granularity}: every product has a scale of its own, so that no sum of integers is left"
+    if why is not None:
+        raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
+
+
+def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
+    """``value`` as a floating-point array of the weight's backend, on its device."""
+    other = backend_of(value)
+    if other is not None and other is not b:
+        raise TypeError(
+            f"{argument} is a {other.name} array but w is a {b.name} QArray: "
+            f"move one of them, for instance with w.to_backend({other.name!r})"
+        )
+    value, _ = as_float_array(value, argument, None if other is b else b.name)
+    if not (b.is_traced(value) or b.is_traced(w.storage)) and b.device(value) != b.device(w.storage):
+        raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
+    return value

@@ -1,0 +1,265 @@
+"""Matrix products with a quantized weight: the plain form, and the forms with the same bits on every backend.
+
+Owns: the arithmetic that every kernel is tested against. Imports: affine, granularity, the ``Backend`` interface.
+
+Throughout, ``x`` is (M, K), ``contract`` says which axis of the codes is summed over (0 for a weight of shape (K, N), 1
+for (N, K)), and the result is (M, N).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite.affine import Spec
+
+__all__ = ["LONGEST_PIECE", "RUN", "matmul", "matmul_integer", "matmul_reproducible", "pieces"]
+
+LONGEST_PIECE = 512
+"""Longest run of the contracted axis with one exponent. 2^7 * 2^7 * 512 = 2^23: float32 holds a digit's sum exactly."""
+
+RUN = 16
+"""Pieces that are added up before their sum joins that of the runs before: shorter chains, less error."""
+
+SMALLEST = 2.0**-126
+"""Smallest normal float32. Anything below it is zero here, because some compilers flush it."""
+
+
+def matmul(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    b: Backend,
+) -> Array:
+    """``x @ dequantize(codes) + bias`` in the wider compute dtype of the two, rounded once to the dtype of ``x``."""
+    xp = b.xp
+    compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(scale)) else "float32")
+    weight = affine.dequantize(codes, scale, zero_point, spec=spec, out=spec.source.compute, b=b)
+    weight = xp.astype(weight, compute)
+    y = xp.matmul(xp.astype(x, compute), weight if contract == 0 else xp.permute_dims(weight, (1, 0)))
+    if bias is not None:
+        y = y + xp.astype(bias, compute)
+    return xp.astype(y, x.dtype)
+
+
+def matmul_integer(
+    x_codes: Array,
+    x_scale: Array,
+    x_zero_point: Array | None,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    contract: int,
+    out: str,
+    b: Backend,
+) -> Array:
+    """Both sides quantized, one scale a row of ``x`` and one a column of the weight: an exact integer product.
+
+    ``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v``, all in int32, which the caller has made sure holds it.
+    The sum is rounded to float32 once and multiplied by each scale's significand, rounded once each; the scales'
+    powers of two come last and are exact.
+    """
+    xp = b.xp
+    rows, columns = x_zero_point, zero_point
+    if contract == 1:
+        codes, scale = xp.permute_dims(codes, (1, 0)), xp.permute_dims(scale, (1, 0))
+        columns = None if zero_point is None else xp.permute_dims(zero_point, (1, 0))
+    total = b.integer_matmul(x_codes, codes)
+    if rows is not None:
+        total = total - rows * xp.sum(xp.astype(codes, xp.int32), axis=0, keepdims=True, dtype=xp.int32)
+    if columns is not None:
+        total = total - columns * xp.sum(xp.astype(x_codes, xp.int32), axis=1, keepdims=True, dtype=xp.int32)
+    if rows is not None and columns is not None:
+        total = total + rows * columns * int(x_codes.shape[1])
+    x_fraction, x_exponent = _fraction_and_exponent(x_scale, xp)
+    w_fraction, w_exponent = _fraction_and_exponent(scale, xp)
+    y = xp.astype(total, xp.float32) * x_fraction * w_fraction
+    return _finish(y, x_exponent + w_exponent, bias, out, b)
+
+
+def matmul_reproducible(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    b: Backend,
+) -> Array:
+    """The product whose bits depend on nothing but its inputs (docs/numerics.md, "Reproducible products").
+
+    Rows of ``x`` are cut into pieces along the contracted axis, none crossing a group of the weight's scales, none
+    longer than ``LONGEST_PIECE``. For each piece:
+
+    1. with ``f * 2^e`` its largest magnitude, f in [1, 2), its entries become integers ``X = rint(x * 2^(30-e))`` that
+       four balanced base-256 digits hold (e is one more where f is so near 2 that a carry would need a fifth);
+    2. ``S = sum X * (q - zero_point)`` is an exact integer below 2^48;
+    3. ``t = float32(S) * significand(scale)``, two roundings, times ``2^(e - E)`` with E the row's largest e.
+
+    The pieces' ``t`` are added one after the other in runs of ``RUN``, then the runs likewise, and the sum is
+    multiplied by ``2^(E - 30 + exponent(scale))``.
+    Entries within 2^-7 of their piece's largest lose nothing in step 1; the others no more than 2^-31 of it.
+
+    Every product that meets an addition is a product with a power of two, which is exact, so a fused multiply-add
+    changes nothing. Sums are multiples of 2^-123, so none is subnormal before the last step, and that flushes.
+    """
+    xp = b.xp
+    k = int(x.shape[1])
+    if contract == 0:
+        codes, scale = xp.permute_dims(codes, (1, 0)), xp.permute_dims(scale, (1, 0))
+        zero_point = None if zero_point is None else xp.permute_dims(zero_point, (1, 0))
+    n = int(codes.shape[0])
+    outer, inner = (
+        spec.block[1 - d] if blocks > 1 else None
+        for d, blocks in ((contract, scale.shape[0]), (1 - contract, scale.shape[1]))
+    )
+    out = b.dtype_name(x)
+
+    x = _flushed(xp.astype(x, xp.float32), xp)
+    if outer is None and inner == 1:  # one scale for each entry of the contracted axis: it belongs to x
+        x = _flushed(x * scale, xp)
+        scale, inner = xp.ones_like(scale[:, :1]), None
+        if zero_point is not None:
+            codes, zero_point = xp.astype(codes, xp.int32) - zero_point, None
+    bad_row = ~xp.isfinite(xp.max(xp.abs(x), axis=1, keepdims=True))
+    x = xp.where(bad_row, xp.zeros_like(x), x)
+
+    # all arrays below: pieces first
+    cuts = pieces(k, inner)
+    groups = [0 if inner is None else start // inner for start, _ in cuts]
+    scale = affine.spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
+    w_fraction, w_exponent = _fraction_and_exponent(scale, xp)
+    column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
+    x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
+
+    fraction, exponent = _fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True), xp)
+    exponent = exponent + xp.astype(fraction > 127 / 64, xp.int32)
+    integers = xp.astype(xp.round(_scaled(x_pieces, 30 - exponent, xp)), xp.int32)
+    row_exponent = xp.max(exponent, axis=0, keepdims=True)
+
+    digits, rest = [], integers
+    for _ in range(3):
+        digit = ((rest + 128) & 255) - 128
+        digits.append(digit)
+        rest = (rest - digit) >> 8
+    digits.append(rest)
+    sums = [b.integer_matmul(xp.astype(d, xp.int8), xp.permute_dims(w_pieces, (0, 2, 1))) for d in digits]
+    if zero_point is not None:
+        zero_point = affine.spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
+        zero = _per_piece(zero_point, groups, xp)
+        sums = [s - xp.sum(d, axis=2, keepdims=True, dtype=xp.int32) * zero for s, d in zip(sums, digits, strict=True)]
+
+    low = sums[0] & 255  # carry, so that what lies below the highest digit is not negative, and S is rounded only once
+    for place in (1, 2):
+        carried = sums[place] + (sums[place - 1] >> 8)
+        low = low + ((carried & 255) << (8 * place))
+        sums[place] = carried
+    high = sums[3] + (sums[2] >> 8)
+    t = xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
+    t = t * _per_piece(w_fraction, groups, xp)
+    drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
+    total = _ordered_sum(t * _power(drop, xp), b)
+
+    last = row_exponent[0, :, :] + xp.permute_dims(column_exponent, (1, 0)) - 30
+    total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
+    return _finish(total, last, bias, out, b)
+
+
+def pieces(length: int, group: int | None) -> list[tuple[int, int]]:
+    """Start and stop of every piece: no longer than ``LONGEST_PIECE``, none crossing a multiple of ``group``."""
+    size = length if group is None else group
+    return [
+        (start, min(start + LONGEST_PIECE, first + size, length))
+        for first in range(0, length, max(size, 1))
+        for start in range(first, min(first + size, length), LONGEST_PIECE)
+    ]
+
+
+def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
+    """(rows, K) as (pieces, rows, width), shorter pieces filled up with zeros."""
+    rows, length = int(x.shape[0]), int(x.shape[1])
+    width = max(stop - start for start, stop in cuts)
+    if all(start == i * width for i, (start, _) in enumerate(cuts)):
+        x = _padded(x, len(cuts) * width - length, xp)
+        return xp.permute_dims(xp.reshape(x, (rows, len(cuts), width)), (1, 0, 2))
+    return xp.stack([_padded(x[:, start:stop], width - (stop - start), xp) for start, stop in cuts])
+
+
+def _ordered_sum(t: Array, b: Backend) -> Array:
+    """The sum along the first axis, in runs; what fills up the last run is zero and adds nothing."""
+    xp, (count, *rest) = b.xp, (int(n) for n in t.shape)
+    runs = -(-count // RUN)
+    if runs > 1:
+        filler = xp.broadcast_to(xp.zeros_like(t[:1, ...]), (runs * RUN - count, *rest))
+        t = xp.reshape(xp.concat([t, filler], axis=0), (runs, RUN, *rest))
+        t = b.ordered_sum(xp.permute_dims(t, (1, 0, 2, 3)))
+    return b.ordered_sum(t)
+
+
+def _padded(x: Array, missing: int, xp: Any) -> Array:
+    if not missing:
+        return x
+    zeros = xp.broadcast_to(xp.zeros_like(x[:, :1]), (int(x.shape[0]), missing))
+    return xp.concat([x, zeros], axis=1)
+
+
+def _per_piece(columns: Array, groups: list[int], xp: Any) -> Array:
+    """(N, groups) as (pieces, 1, N), each piece with its group's entry."""
+    if int(columns.shape[1]) == 1 or groups == list(range(int(columns.shape[1]))):
+        return xp.expand_dims(xp.permute_dims(columns, (1, 0)), axis=1)
+    return xp.expand_dims(xp.stack([columns[:, g] for g in groups]), axis=1)
+
+
+def _flushed(x: Array, xp: Any) -> Array:
+    return xp.where(xp.abs(x) < SMALLEST, xp.zeros_like(x), x)
+
+
+def _fraction_and_exponent(x: Array, xp: Any) -> tuple[Array, Array]:
+    """``x = f * 2^e`` with f in [1, 2) for normal positive float32; zero gives f = 0 and e = -127.
+
+    By comparisons and products with powers of two, all exact: the standard has no frexp, and log2 is inexact.
+    """
+    f, e = x, xp.zeros_like(x, dtype=xp.int32)
+    for k in (64, 32, 16, 8, 4, 2, 1):
+        large = f >= 2.0**k
+        f, e = xp.where(large, f * 2.0**-k, f), xp.where(large, e + k, e)
+    for k in (64, 32, 16, 8, 4, 2, 1):
+        small = f < 2.0 ** (1 - k)
+        f, e = xp.where(small, f * 2.0**k, f), xp.where(small, e - k, e)
+    return f, e
+
+
+def _power(e: Array, xp: Any) -> Array:
+    """``2^e`` as float32 for e in [-100, 127], and 0 below."""
+    up, down = xp.clip(e, 0, 127), xp.clip(-e, 0, 127)
+    p = xp.ones_like(e, dtype=xp.float32)
+    for k in (1, 2, 4, 8, 16, 32, 64):
+        p = xp.where((up & k) != 0, p * 2.0**k, p)
+        p = xp.where((down & k) != 0, p * 2.0**-k, p)
+    return xp.where(e < -100, xp.zeros_like(p), p)
+
+
+def _scaled(x: Array, e: Array, xp: Any) -> Array:
+    """``x * 2^e`` for e in [-200, 254]: in two steps of one direction, so that nothing overflows on the way."""
+    half = e >> 1
+    return x * _power(half, xp) * _power(e - half, xp)
+
+
+def _finish(y: Array, exponent: Array, bias: Array | None, out: str, b: Backend) -> Array:
+    """``y * 2^exponent + bias``, subnormal numbers flushed, in dtype ``out``."""
+    xp = b.xp
+    y = _flushed(_scaled(y, exponent, xp), xp)
+    if bias is not None:
+        y = _flushed(y + _flushed(xp.astype(bias, xp.float32), xp), xp)
+    return xp.astype(y, b.dtype(out))

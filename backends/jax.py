@@ -1,0 +1,90 @@
+"""JAX: eager calls run as cached jitted functions, and everything works under its transformations."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aqt_lite import _exact
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, y: Array, inside: Array) -> Array:
+    return y
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> Any:
+    x, y, inside = primals
+    return _straight_through(x, y, inside), jnp.where(inside, tangents[0], 0).astype(y.dtype)
+
+
+class JaxBackend(Backend):
+    """JAX on CPU, GPU and TPU."""
+
+    name = "jax"
+    array_modules = ("jax", "jaxlib")
+    xp = jnp
+
+    def __init__(self) -> None:
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
+        wide_enough = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        if values.dtype.itemsize == 8 and values.dtype.kind in "iuf" and not wide_enough:
+            raise ValueError(
+                f"JAX would narrow {values.dtype.name} silently: convert it to {values.dtype.name[:-2]}32 first, or "
+                f"set jax.config.update('jax_enable_x64', True)"
+            )
+        native = values.astype(values.dtype.newbyteorder("="), copy=False)
+        device = None if like is None or self.is_traced(like) or len(like.devices()) > 1 else like.device
+        return jnp.array(native, device=device)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(x)
+
+    def device(self, x: Array) -> Any:
+        return None if self.is_traced(x) else frozenset(x.devices())
+
+    def is_traced(self, x: Array) -> bool:
+        return isinstance(x, jax.core.Tracer)
+
+    def reciprocal(self, x: Array) -> Array:
+        width = x.dtype.itemsize * 8
+        integer = jnp.int32 if width == 32 else jnp.int64  # overflow wraps, by XLA's definition
+        bitcast = jax.lax.bitcast_convert_type
+        return _exact.reciprocal(x, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
+
+    def integer_matmul(self, x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, preferred_element_type=jnp.int32)
+
+    def ordered_sum(self, x: Array) -> Array:
+        return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
+
+    def stop_gradient(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
+    def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
+        return _straight_through(x, y, inside)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        found = self._compiled.get(function)
+        if found is None:
+            parameters = inspect.signature(function).parameters.values()
+            static = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+            found = self._compiled[function] = jax.jit(function, static_argnames=static)
+        return found
+
+    def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
+        def with_keys(node: Any) -> Any:
+            leaves, static = flatten(node)
+            return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
+
+        jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)

@@ -1,0 +1,39 @@
+"""NumPy, and everything whose arrays are NumPy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from aqt_lite._namespace import Array, wrapped_namespace
+from aqt_lite._protocol import Backend
+
+
+class NumpyBackend(Backend):
+    """NumPy on the CPU."""
+
+    name = "numpy"
+    array_modules = ("numpy", "ml_dtypes")
+    xp = wrapped_namespace("numpy")
+
+    def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
+        return values
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        return np.asarray(x)
+
+    def dtype(self, name: str) -> Any:
+        return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+    def dtype_name(self, x: Array) -> str:
+        return str(x.dtype.name)  # the same for either byte order
+
+    def device(self, x: Array) -> Any:
+        return "cpu"
+
+    def refuse(self, x: Array) -> str | None:
+        if isinstance(x, np.ma.MaskedArray):
+            return "is a masked array, and codes have no mask: fill it first, for instance with x.filled(0)"
+        return None

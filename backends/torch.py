@@ -1,0 +1,100 @@
+"""torch: eager, compiled, exported, and under autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.utils._pytree as torch_pytree
+
+from aqt_lite import _exact
+from aqt_lite._namespace import Array, wrapped_namespace
+from aqt_lite._protocol import Backend
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Array, y: Array, inside: Array) -> Array:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Array) -> Any:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, gradient, torch.zeros_like(gradient)), gradient, None
+
+
+class TorchBackend(Backend):
+    """torch on CPU and CUDA."""
+
+    name = "torch"
+    array_modules = ("torch",)
+    xp = wrapped_namespace("torch")
+
+    def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
+        device = None if like is None else like.device
+        if values.dtype.name == "bfloat16":
+            return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16).to(device)
+        if not isinstance(getattr(torch, values.dtype.name, None), torch.dtype):
+            raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
+        return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C")).to(device)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        x = x.detach().cpu()
+        if x.dtype == torch.bfloat16:
+            return np.asarray(x.contiguous().view(torch.int16)).view(ml_dtypes.bfloat16)
+        return np.asarray(x.resolve_neg())
+
+    def device(self, x: Array) -> Any:
+        return x.device
+
+    def is_traced(self, x: Array) -> bool:
+        return torch.compiler.is_compiling() or _has_no_values(x)
+
+    def refuse(self, x: Array) -> str | None:
+        if x.layout != torch.strided:
+            return f"is a tensor of layout {x.layout}: make it dense first with x.to_dense()"
+        return None
+
+    def reciprocal(self, x: Array) -> Array:
+        if x.dtype == torch.float64:
+            return 1.0 / x  # correctly rounded on every device; only float32 division is approximated
+        return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
+    def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
+        return _StraightThrough.apply(x, y, inside)  # type: ignore[no-untyped-call]
+
+    def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
+        def flatten_to_list(node: Any) -> Any:
+            leaves, static = flatten(node)
+            return list(leaves), static
+
+        torch_pytree.register_pytree_node(
+            cls,
+            flatten_to_list,
+            lambda leaves, static: unflatten(static, leaves),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            to_dumpable_context=list,
+            from_dumpable_context=lambda kept: (kept[0], tuple(kept[1]), kept[2]),
+        )
+
+
+def _bitcast(x: Array, dtype: Any) -> Array:
+    return x.view(dtype)
+
+
+def _has_no_values(x: Array) -> bool:
+    """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
+    return (
+        x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
