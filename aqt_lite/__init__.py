@@ -1,10 +1,10 @@
 """Quantization with the same bits on NumPy, JAX, torch and every other Array API library.
 
 >>> import numpy as np, aqt_lite
->>> q = aqt_lite.quantize(np.asarray([[0.1, -0.5], [2.0, 4.0]], "float32"), granularity=aqt_lite.PerChannel(0))
+>>> q = aqt_lite.quantize(np.asarray([[0.1, -127.0], [2.0, 254.0]], "float32"), granularity=aqt_lite.PerChannel(0))
 >>> aqt_lite.dequantize(q)
-array([[ 0.0984252, -0.5      ],
-       [ 2.015748 ,  4.       ]], dtype=float32)
+array([[   0., -127.],
+       [   2.,  254.]], dtype=float32)
 """
 
 from aqt_lite._protocol import IntLimits

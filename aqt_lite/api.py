@@ -156,8 +156,8 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     Examples
     --------
     >>> import aqt_lite
-    >>> aqt_lite.dequantize(aqt_lite.quantize([0.0, 0.3, -1.27]))
-    array([ 0.  ,  0.3 , -1.27], dtype=float32)
+    >>> aqt_lite.dequantize(aqt_lite.quantize([0.0, 0.5, -127.0]))
+    array([   0.,    0., -127.], dtype=float32)
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")

@@ -98,11 +98,11 @@ def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
     >>> print(aqt_lite.error_report(x, aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0)), worst=1))
     array               (3, 3) as int8, PerChannel(axis=0)
     bytes               36 -> 21 (1.71x smaller)
-    SQNR                50.20 dB
+    SQNR                48.77 dB
     mean squared error  1.80844
-    largest error       2.28503
+    largest error       2.46535
     clipped values      0
-    worst block 1       (0, 0): mse 2.59472, max 2.28503, scale 5.73701
+    worst block 1       (0, 0): mse 3.0991, max 2.27875, scale 5.73701
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray")
