@@ -35,13 +35,7 @@ def mismatches(actual: Any, expected: Any) -> int:
     >>> mismatches(np.asarray([1.0, 0.0], "float32"), np.asarray([1.0, -0.0], "float32"))
     1
     """
-    a, e = _as_numpy(actual), _as_numpy(expected)
-    if a.shape != e.shape or a.dtype.name != e.dtype.name:
-        raise AssertionError(f"{a.dtype.name}{a.shape} is compared with {e.dtype.name}{e.shape}")
-    unsigned = np.dtype(f"u{a.dtype.itemsize}")
-    a, e = (np.array(v, dtype=v.dtype.newbyteorder("="), order="C", ndmin=1) for v in (a, e))
-    differ = a.view(unsigned) != e.view(unsigned)
-    return int((differ & ~((a != a) & (e != e))).sum())  # noqa: PLR0124 - NaN is what differs from itself
+    return int(_differing(_as_numpy(actual), _as_numpy(expected)).sum())
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
@@ -67,14 +61,25 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
             raise AssertionError(f"{name} is {a}, not {e}")
         if a is None:
             continue
-        count = mismatches(a, e)
-        if count:
-            first, second = _as_numpy(a), _as_numpy(e)
-            differ = (first != second) & ~((first != first) & (second != second))  # noqa: PLR0124
+        first, second = _as_numpy(a), _as_numpy(e)
+        differ = _differing(first, second)
+        if differ.any():
             at = tuple(int(i) for i in np.unravel_index(int(np.argmax(differ)), differ.shape))
             raise AssertionError(
-                f"{name}: {count} of {first.size} elements differ, the first at {at}: {first[at]!r}, not {second[at]!r}"
+                f"{name}: {int(differ.sum())} of {differ.size} elements differ, "
+                f"the first at {at}: {first[at]!r}, not {second[at]!r}"
             )
+
+
+def _differing(a: np.ndarray[Any, Any], e: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Where the bits differ and not both are NaN."""
+    if a.shape != e.shape or a.dtype.name != e.dtype.name:
+        raise AssertionError(f"{a.dtype.name}{a.shape} is compared with {e.dtype.name}{e.shape}")
+    unsigned = np.dtype(f"u{a.dtype.itemsize}")
+    a, e = (np.array(v, dtype=v.dtype.newbyteorder("="), order="C") for v in (a, e))
+    both_nan = (a != a) & (e != e)
+    differ: np.ndarray[Any, Any] = (a.view(unsigned) != e.view(unsigned)) & ~both_nan
+    return differ
 
 
 def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
