@@ -17,8 +17,8 @@ from aqt_lite.affine import Spec
 
 __all__ = ["LONGEST_PIECE", "RUN", "matmul", "matmul_integer", "matmul_reproducible", "pieces"]
 
-LONGEST_PIECE = 512
-"""Longest run of the contracted axis with one exponent. 2^7 * 2^7 * 512 = 2^23: float32 holds a digit's sum exactly."""
+LONGEST_PIECE = 1 << 16
+"""Longest run of the contracted axis with one exponent: an int32 sum holds 2^16 products of 2^7 and 2^8 - 1."""
 
 RUN = 16
 """Pieces that are added up before their sum joins that of the runs before: shorter chains, less error."""
@@ -104,8 +104,9 @@ def matmul_reproducible(
 
     1. with ``f * 2^e`` its largest magnitude, f in [1, 2), its entries become integers ``X = rint(x * 2^(30-e))`` that
        four balanced base-256 digits hold (e is one more where f is so near 2 that a carry would need a fifth);
-    2. ``S = sum X * (q - zero_point)`` is an exact integer below 2^48;
-    3. ``t = float32(S) * significand(scale)``, two roundings, times ``2^(e - E)`` with E the row's largest e.
+    2. ``S = sum X * (q - zero_point)`` is an exact integer, ``S = high * 2^24 + low`` with 0 <= low < 2^24;
+    3. ``t = (float32(high) * 2^24 + low) * significand(scale)``, each step rounded, times ``2^(e - E)`` with E the
+       row's largest e.
 
     The pieces' ``t`` are added one after the other in runs of ``RUN``, then the runs likewise, and the sum is
     multiplied by ``2^(E - 30 + exponent(scale))``.
@@ -160,7 +161,7 @@ def matmul_reproducible(
         zero = _per_piece(zero_point, groups, xp)
         sums = [s - xp.sum(d, axis=2, keepdims=True, dtype=xp.int32) * zero for s, d in zip(sums, digits, strict=True)]
 
-    low = sums[0] & 255  # carry, so that what lies below the highest digit is not negative, and S is rounded only once
+    low = sums[0] & 255  # carry, so that everything below the highest digit is one number that is not negative
     for place in (1, 2):
         carried = sums[place] + (sums[place - 1] >> 8)
         low = low + ((carried & 255) << (8 * place))

@@ -1,0 +1,54 @@
+"""Builds the wheel and the sdist, installs the wheel in an empty environment, and uses it there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+USE = """
+import sys, importlib.metadata
+import numpy as np
+import aqt_lite
+x = np.asarray([[191.6, -13.5, 728.6], [92.14, 295.5, -184.0]], "float32")
+q = aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0))
+assert q.qvalue.tolist() == [[33, -2, 127], [40, 127, -79]], q
+assert aqt_lite.linear([1.0, 0.0, 0.0], q).shape == (2,)
+assert "installed" in aqt_lite.available_backends()["jax"]
+assert not {"jax", "torch", "matplotlib"} & set(sys.modules)
+files = [str(f) for f in importlib.metadata.files("aqt_lite")]
+assert not [f for f in files if f.startswith("backends")], "a top-level package called backends was installed"
+assert "aqt_lite/py.typed" in files and "aqt_lite/backends/numpy.py" in files, files
+print("the wheel works:", aqt_lite.__version__, aqt_lite.__file__)
+"""
+
+
+def main() -> None:
+    """Run the checks; an exception is a failure."""
+    with tempfile.TemporaryDirectory() as scratch:
+        built, env = Path(scratch) / "dist", Path(scratch) / "env"
+        run = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(ROOT)]
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+        in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+        sources = {f"aqt_lite/{p.relative_to(ROOT / 'aqt_lite')}" for p in (ROOT / "aqt_lite").glob("**/*.py")}
+        sources |= {f"aqt_lite/backends/{p.name}" for p in (ROOT / "backends").glob("*.py")}
+        assert in_wheel == sources, f"wheel and sources differ: {in_wheel ^ sources}"
+        with tarfile.open(sdist) as archive:
+            assert any(name.endswith("/backends/jax.py") for name in archive.getnames()), (
+                "adapters are not in the sdist"
+            )
+
+        venv.create(env, with_pip=True)
+        python = str(env / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True)
+        subprocess.run([python, "-W", "error", "-c", USE], check=True, cwd=scratch)
+
+
+if __name__ == "__main__":
+    main()
