@@ -1,0 +1,408 @@
+"""Pictures of a quantization: matrices as heat maps, errors, and how the codes are used.
+
+Owns: drawing. Imports: the container, the error report, and matplotlib, that one inside the calls only. Figures are
+made without ``pyplot``: nothing global changes, no display is needed, and they are freed like any other object.
+A notebook shows the figure that a call returns; ``figure.savefig("name.png")`` writes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aqt_lite._registry import backend_of
+from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.qarray import QArray
+from aqt_lite.report import error_report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_codes", "plot_error", "plot_matrix", "plot_quantization"]
+
+_Matrix = np.ndarray[Any, Any]
+
+_MOST_WRITTEN = 10
+"""Matrices with at most this many rows and columns have their values written in the cells."""
+_MOST_CELLS = 256
+"""Longer axes are drawn in blocks: a screen has no more pixels to give, and would pick cells at random."""
+_MOST_BARS = 256
+"""Bars of a histogram of codes: one for each code of an 8-bit type."""
+_WIDEST = 1e307
+"""Colour scales end here: matplotlib subtracts their ends, which must not overflow."""
+_VALUES, _ERRORS = "viridis", "RdBu_r"
+_MIDDLE, _END = "tab:blue", "tab:red"
+
+
+def plot_matrix(x: Any, title: str | None = None, *, ax: Axes | None = None, fmt: str | None = ".4g") -> Figure:
+    """Draw a matrix as a heat map, with its values written in the cells where there is room.
+
+    Parameters
+    ----------
+    x : array of any backend, nested list, or QArray
+        Real numbers, at most 2-dimensional (a vector is drawn as one row). A QArray is drawn dequantized; pass
+        ``q.qvalue`` to see its codes. Above 10 rows or columns the values are left out; above 256 each cell shows
+        the mean of a block of values, and the axis labels say of how many.
+    title : str, optional
+    ax : matplotlib.axes.Axes, optional
+        Draw here instead of in a new figure.
+    fmt : str or None
+        Format of floating-point values; None writes none. Integers are written whole.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The new figure, or the one that ``ax`` belongs to.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    TypeError
+        ``x`` is no array of real numbers, or is being traced by a compiler and has no values yet.
+    ValueError
+        ``x`` is empty or has more than two dimensions.
+
+    Examples
+    --------
+    >>> from aqt_lite.plots import plot_matrix
+    >>> figure = plot_matrix([[191.6, -13.5], [92.14, 295.5]], "weights")
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['191.6', '-13.5', '92.14', '295.5']
+    """
+    matrix = _matrix(x, "x")
+    if ax is not None:
+        figure = ax.figure.figure  # of a subfigure, the whole
+    else:
+        figure, (ax,) = _panels(matrix, 1)
+    _heat_map(ax, matrix, title, fmt=fmt)
+    return figure
+
+
+def plot_quantization(x: Any, q: QArray) -> Figure:
+    """Draw original, codes, dequantized values and error side by side.
+
+    Original and dequantized share one colour scale, the codes' spans every code of the type, and the error's is
+    centred on zero. The heading has the error numbers of :func:`aqt_lite.error_report`.
+
+    Parameters
+    ----------
+    x : array of any backend, or nested list
+        The array that was quantized, at most 2-dimensional.
+    q : QArray
+        Of the same shape; it may live on another backend.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        With four heat maps.
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    TypeError, ValueError
+        As :func:`plot_matrix` and :func:`aqt_lite.error_report`.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> from aqt_lite.plots import plot_quantization
+    >>> x = [[191.6, -13.5, 728.6], [92.14, 295.5, -184], [0, 684.6, 245.5]]
+    >>> figure = plot_quantization(x, aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0)))
+    >>> [ax.get_title() for ax in figure.axes if ax.get_title()]
+    ['original', 'codes (int8)', 'dequantized', 'error: original - dequantized']
+    """
+    original, dequantized = _pair(x, q)
+    codes = _matrix(q.qvalue, "q")
+    report = error_report(x, q, worst=0)
+    element = element_type(q.dtype)
+    shared = _limits(np.stack([_pooled(original)[0], _pooled(dequantized)[0]]))
+    figure, axes = _panels(original, 4)
+    _heat_map(axes[0], original, "original", limits=shared)
+    _heat_map(axes[1], codes, f"codes ({q.dtype})", limits=(element.min, element.max))
+    _heat_map(axes[2], dequantized, "dequantized", limits=shared)
+    _error_map(axes[3], original, dequantized)
+    figure.suptitle(
+        f"{q.dtype}, {q.granularity}: SQNR {report.sqnr_db:.2f} dB, largest error {report.max_abs_error:.4g}, "
+        f"{report.source_nbytes} -> {report.nbytes} bytes"
+    )
+    return figure
+
+
+def plot_error(x: Any, q: QArray) -> Figure:
+    """Draw ``x`` minus its dequantized values, on a colour scale centred on zero.
+
+    In an array of more than 256 rows or columns each cell shows the largest error of a block of values, so that
+    outliers stay visible.
+
+    Parameters
+    ----------
+    x : array of any backend, or nested list
+        The array that was quantized, at most 2-dimensional.
+    q : QArray
+        Of the same shape; it may live on another backend.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    TypeError, ValueError
+        As :func:`plot_matrix` and :func:`aqt_lite.error_report`.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> from aqt_lite.plots import plot_error
+    >>> figure = plot_error([[0.2, 1.0, -9.0]], aqt_lite.quantize([[0.2, 1.0, -9.0]], scale=0.5))
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['0.2', '0', '0']
+    """
+    original, dequantized = _pair(x, q)
+    figure, (ax,) = _panels(original, 1)
+    _error_map(ax, original, dequantized)
+    return figure
+
+
+def plot_codes(q: QArray) -> Figure:
+    """Draw how often each code occurs, over the type's whole range, with the two ends of the range marked.
+
+    The ends hold the largest values and everything that was clipped to them. A range that is used in its middle only,
+    or that piles up at the ends, shows a scale that is too large or too small.
+
+    Parameters
+    ----------
+    q : QArray
+        Of any shape. 16-bit codes are counted in 256 bins of equal width.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    TypeError
+        ``q`` is no QArray, or is being traced by a compiler and has no values yet.
+    ValueError
+        ``q`` is empty.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> from aqt_lite.plots import plot_codes
+    >>> figure = plot_codes(aqt_lite.quantize([-90.0, -2.0, 0.0, 1.0, 90.0, 90.0], scale=0.5))
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['codes in between: 3 (50.0 %)', 'at the ends: 1 at -127, 2 at 127 (50.0 %)']
+    """
+    q = _quantized(q)
+    codes = _values(q.qvalue, "q").astype(np.int64)
+    if codes.size == 0:
+        raise ValueError(f"q has shape {q.shape} and so no codes to count: give one with at least one value")
+    element = element_type(q.dtype)
+    lowest, highest = _ends(q, codes)
+    at_lowest, at_highest = int((codes <= lowest).sum()), int((codes >= highest).sum())
+    between = codes.size - at_lowest - at_highest
+
+    figure = _new_figure(8.0, 3.5)
+    ax = figure.add_subplot()
+    width = max(1, (element.max - element.min + 1) // _MOST_BARS)
+    edges = np.arange(element.min, element.max + 2, width) - 0.5
+    counts, _ = np.histogram(codes, bins=edges)
+    bars = ax.bar(edges[:-1], counts, width=width, align="edge", color=_MIDDLE)
+    for code in (lowest, highest):
+        bars[(code - element.min) // width].set_color(_END)
+    shares = (between / codes.size, (at_lowest + at_highest) / codes.size)
+    labels = [
+        f"codes in between: {between} ({shares[0]:.1%})".replace("%", " %"),
+        f"at the ends: {at_lowest} at {lowest}, {at_highest} at {highest} ({shares[1]:.1%})".replace("%", " %"),
+    ]
+    marks = [bars[len(bars) // 2], bars[(highest - element.min) // width]]
+    ax.legend(marks, labels, loc="upper center", ncols=2)
+    ax.set_ylim(0, 1.25 * float(counts.max()))  # room for the legend
+    ax.set_xlim(float(edges[0]), float(edges[-1]))
+    ax.set_xlabel("code" if width == 1 else f"code, in bins of {width}")
+    ax.set_ylabel("how many")
+    ax.set_title(f"codes of {q.shape} {q.dtype}, {q.granularity}")
+    return figure
+
+
+# ---- drawing
+
+
+def _heat_map(
+    ax: Axes,
+    matrix: _Matrix,
+    title: str | None,
+    *,
+    limits: tuple[float, float] | None = None,
+    fmt: str | None = ".4g",
+    keep_outliers: bool = False,
+    colours: str = _VALUES,
+) -> None:
+    cells, (high, wide) = _pooled(matrix, keep_outliers)
+    low, top = _limits(cells) if limits is None else limits
+    low, top = max(low, -_WIDEST), min(top, _WIDEST)
+    rows, columns = cells.shape
+    edges = (-0.5, columns * wide - 0.5, rows * high - 0.5, -0.5)  # the axes count values, also where cells are blocks
+    drawn = np.clip(cells, -_WIDEST, _WIDEST)
+    image = ax.imshow(drawn, cmap=colours, vmin=low, vmax=top, extent=edges)
+    if not _is_squarish(matrix):
+        ax.set_aspect("auto")
+    ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    ax.set_title("" if title is None else title)
+    if (high, wide) != (1, 1):
+        what = "largest magnitude" if keep_outliers else "mean"
+        ax.set_xlabel(f"each cell: {what} of {high} x {wide} values")
+    if max(rows, columns) > _MOST_WRITTEN:
+        return
+    ax.set_xticks(range(columns))
+    ax.set_yticks(range(rows))
+    if fmt is None:
+        return
+    size = 9.0 if columns <= 6 else 6.0
+    colour = image.to_rgba(drawn)
+    for row in range(rows):
+        for column in range(columns):
+            value = cells[row, column]
+            text = str(int(value)) if cells.dtype.kind in "iu" else format(float(value) + 0.0, fmt)
+            luminance = float(colour[row, column, :3] @ (0.299, 0.587, 0.114))
+            dark = luminance < 0.5 and np.isfinite(value)  # a NaN leaves the cell white
+            ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+
+
+def _error_map(ax: Axes, original: _Matrix, dequantized: _Matrix) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = original - dequantized
+    worst = float(np.abs(error[np.isfinite(error)]).max(initial=0.0)) or 1.0
+    title = "error: original - dequantized"
+    _heat_map(ax, error, title, limits=(-worst, worst), fmt=".3g", keep_outliers=True, colours=_ERRORS)
+
+
+def _panels(matrix: _Matrix, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels side by side, each shaped after the matrix."""
+    rows, columns = matrix.shape
+    width = max(4.2, 0.55 * columns + 1.0) if max(rows, columns) <= _MOST_WRITTEN else 4.2
+    height = float(np.clip(width * rows / columns, 1.5, 6.0)) if _is_squarish(matrix) else 3.4
+    figure = _new_figure(width * count, height + 0.9)
+    return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        module = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise ImportError("aqt_lite.plots needs the package matplotlib: pip install 'aqt_lite[plot]'") from None
+    figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
+    return figure
+
+
+def _is_squarish(matrix: _Matrix) -> bool:
+    rows, columns = matrix.shape
+    return bool(1 / 3 <= rows / columns <= 3) or max(rows, columns) <= _MOST_WRITTEN
+
+
+# ---- numbers
+
+
+def _matrix(x: Any, argument: str) -> _Matrix:
+    """``x`` as a NumPy matrix of float64 or, where it is one of integers, of int64."""
+    values = _values(np.asarray(_quantized(x, argument)) if isinstance(x, QArray) else x, argument)
+    shape = tuple(values.shape)
+    if values.ndim > 2:
+        flat = (int(np.prod(shape[:-1])), shape[-1])
+        raise ValueError(
+            f"{argument} has shape {shape}, but a heat map shows a matrix: choose one with an index, for instance "
+            f"{argument}[{', '.join('0' * (values.ndim - 2))}] of shape {shape[-2:]}, or reshape it to {flat}"
+        )
+    if values.size == 0:
+        raise ValueError(f"{argument} has shape {shape} and so nothing to draw: give at least one value")
+    return np.atleast_2d(values)
+
+
+def _values(x: Any, argument: str) -> _Matrix:
+    b = backend_of(x)
+    if b is not None:
+        if b.is_traced(x):
+            raise TypeError(f"{argument} is being traced and has no values yet: draw it outside the compiled function")
+        problem = b.refuse(x)
+        if problem:
+            raise TypeError(f"{argument} {problem}")
+        x = b.to_numpy(x)
+    elif not isinstance(x, int | float | list | tuple):
+        raise TypeError(
+            f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
+        )
+    try:
+        values = np.asarray(x)
+    except ValueError as error:
+        raise TypeError(f"{argument} is a list that is no array: {error}") from None
+    if values.dtype.name not in FLOAT_TYPES and values.dtype.kind not in "biuf":
+        raise TypeError(f"{argument} has dtype {values.dtype.name}: give real numbers")
+    return values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)
+
+
+def _quantized(q: Any, argument: str = "q") -> QArray:
+    if not isinstance(q, QArray):
+        raise TypeError(f"{argument} is a {type(q).__name__}, not a QArray: quantize it first with aqt_lite.quantize")
+    if q._backend.is_traced(q.storage):
+        raise TypeError(f"{argument} is being traced and has no values yet: draw it outside the compiled function")
+    return q
+
+
+def _pair(x: Any, q: QArray) -> tuple[_Matrix, _Matrix]:
+    """Original and dequantized values as matrices of one shape."""
+    q = _quantized(q)
+    if isinstance(x, QArray):
+        raise TypeError("x is a QArray: give the array that was quantized")
+    original = _matrix(x, "x").astype(np.float64)
+    given = tuple(np.shape(x)) if backend_of(x) is None else tuple(x.shape)
+    if given != q.shape:
+        raise ValueError(f"x has shape {given} but q {q.shape}: give the array that was quantized")
+    return original, _matrix(q, "q").astype(np.float64)
+
+
+def _limits(values: _Matrix) -> tuple[float, float]:
+    """Smallest and largest finite value, a little apart where they are equal."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return 0.0, 1.0
+    low, top = float(finite.min()), float(finite.max())
+    apart = 0.0 if low < top else max(abs(low), 1.0) / 2
+    return low - apart, top + apart
+
+
+def _pooled(matrix: _Matrix, keep_outliers: bool = False) -> tuple[_Matrix, tuple[int, int]]:
+    """At most 256 x 256 cells, each a block's mean or, to keep outliers, its value of largest magnitude."""
+    size = tuple(-(-length // _MOST_CELLS) for length in matrix.shape)
+    if size == (1, 1):
+        return matrix, (1, 1)
+    for axis, block in enumerate(size):
+        starts = np.arange(0, matrix.shape[axis], block)
+        if keep_outliers:
+            low = np.minimum.reduceat(matrix, starts, axis=axis)
+            top = np.maximum.reduceat(matrix, starts, axis=axis)
+            matrix = np.where(np.abs(low) > np.abs(top), low, top)
+        else:
+            counts = np.diff(np.append(starts, matrix.shape[axis]))
+            counts = counts.reshape((-1, 1) if axis == 0 else (1, -1))
+            with np.errstate(invalid="ignore"):
+                matrix = np.add.reduceat(matrix / counts.repeat(counts.ravel(), axis=axis), starts, axis=axis)
+    return matrix, (size[0], size[1])
+
+
+def _ends(q: QArray, codes: _Matrix) -> tuple[int, int]:
+    """The codes that clipping gives. A symmetric type's range leaves one code out, unless that code is there."""
+    element = element_type(q.dtype)
+    lowest, highest = element.code_range(symmetric=True)
+    zero = np.zeros(1) if q.zero_point is None else _values(q.zero_point, "q")
+    symmetric = bool((zero == element.middle).all()) and bool((codes >= lowest).all())
+    return (lowest, highest) if symmetric else (element.min, element.max)
