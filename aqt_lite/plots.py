@@ -253,7 +253,7 @@ def _heat_map(
     low, top = max(low, -_WIDEST), min(top, _WIDEST)
     rows, columns = cells.shape
     edges = (-0.5, columns * wide - 0.5, rows * high - 0.5, -0.5)  # the axes count values, also where cells are blocks
-    drawn = np.clip(cells, -_WIDEST, _WIDEST)
+    drawn = np.clip(cells, low, top)  # infinities take the colour of the end
     image = ax.imshow(drawn, cmap=colours, vmin=low, vmax=top, extent=edges)
     if not _is_squarish(matrix):
         ax.set_aspect("auto")
