@@ -82,6 +82,10 @@ class Backend(ABC):
         """The device that holds ``x``; None where arrays have no single device."""
         return device_of(x)
 
+    def can_meet(self, x: Array, y: Array) -> bool:
+        """Whether one operation may take both ``x`` and ``y``, as far as their devices go."""
+        return self.is_traced(x) or self.is_traced(y) or bool(self.device(x) == self.device(y))
+
     def is_traced(self, x: Array) -> bool:
         """Whether ``x`` has no values yet (a compiler is tracing), so that no branch may depend on them."""
         return False
@@ -98,13 +102,43 @@ class Backend(ABC):
         """
         return self.xp.ones_like(x) / x
 
-    def integer_matmul(self, x: Array, y: Array) -> Array:
-        """``x @ y`` of integers, exact, as int32; whoever calls it has made sure that the sums fit.
+    def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
+        """Largest values along ``axis``, of floats; where there is a NaN, that or infinity, never a finite number."""
+        return self.xp.max(x, axis=axis, keepdims=keepdims)
+
+    def integer_matmul(self, x: Array, w: Array) -> Array:
+        """``x @ w.T`` of integers over the last axes, exact, as int32; callers make sure that the sums fit.
 
         The default goes through float64, whose products are as fast as the library's best and exact below 2^53.
         """
         xp = self.xp
-        return xp.astype(xp.matmul(xp.astype(x, xp.float64), xp.astype(y, xp.float64)), xp.int32)
+        product = xp.matmul(xp.astype(x, xp.float64), xp.matrix_transpose(xp.astype(w, xp.float64)))
+        return xp.astype(product, xp.int32)
+
+    def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
+        """``x = f * 2^e`` with f in [1, 2) and e int32, for normal positive float32; zero gives f = 0 and e = -127.
+
+        By comparisons and products with powers of two, all exact: the standard has no frexp, and log2 is inexact.
+        """
+        xp = self.xp
+        f, e = x, xp.zeros_like(x, dtype=xp.int32)
+        for k in (64, 32, 16, 8, 4, 2, 1):
+            large = f >= 2.0**k
+            f, e = xp.where(large, f * 2.0**-k, f), xp.where(large, e + k, e)
+        for k in (64, 32, 16, 8, 4, 2, 1):
+            small = f < 2.0 ** (1 - k)
+            f, e = xp.where(small, f * 2.0**k, f), xp.where(small, e - k, e)
+        return f, e
+
+    def power_of_two(self, e: Array) -> Array:
+        """``2^e`` as float32 for e in [-100, 127], and 0 below."""
+        xp = self.xp
+        up, down = xp.clip(e, 0, 127), xp.clip(-e, 0, 127)
+        p = xp.ones_like(e, dtype=xp.float32)
+        for k in (1, 2, 4, 8, 16, 32, 64):
+            p = xp.where((up & k) != 0, p * 2.0**k, p)
+            p = xp.where((down & k) != 0, p * 2.0**-k, p)
+        return xp.where(e < -100, xp.zeros_like(p), p)
 
     def ordered_sum(self, x: Array) -> Array:
         """``((x[0] + x[1]) + x[2]) + ...`` along the first axis, in exactly that order."""

@@ -13,6 +13,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite.backends._jax_sharding import keeping_shardings
 
 
 @jax.custom_jvp
@@ -53,6 +54,11 @@ class JaxBackend(Backend):
     def device(self, x: Array) -> Any:
         return None if self.is_traced(x) else frozenset(x.devices())
 
+    def can_meet(self, x: Array, y: Array) -> bool:
+        if self.is_traced(x) or self.is_traced(y) or not (x.committed and y.committed):
+            return True  # JAX moves what nobody has placed
+        return self.device(x) == self.device(y)
+
     def is_traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)
 
@@ -62,8 +68,25 @@ class JaxBackend(Backend):
         bitcast = jax.lax.bitcast_convert_type
         return _exact.reciprocal(x, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
 
-    def integer_matmul(self, x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, preferred_element_type=jnp.int32)
+    def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
+        # The maximum over the devices of a sharded axis forgets NaN (XLA's all-reduce on CPU, jax 0.10), not infinity.
+        return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)
+
+    def integer_matmul(self, x: Array, w: Array) -> Array:
+        return _kernels().integer_matmul(x, w)
+
+    def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+        fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        return jnp.where(x > 0, fraction, x), (bits >> 23) - 127  # zero and NaN stay what they are
+
+    def power_of_two(self, e: Array) -> Array:
+        power = jax.lax.bitcast_convert_type((jnp.clip(e, -100, 127) + 127) << 23, jnp.float32)
+        return jnp.where(e < -100, 0.0, power)
+
+    def kernel(self, op: str) -> Callable[..., Any] | None:
+        found = _kernels().KERNELS.get(op)
+        return None if found is None else keeping_shardings(op, found)
 
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
@@ -79,7 +102,8 @@ class JaxBackend(Backend):
         if found is None:
             parameters = inspect.signature(function).parameters.values()
             static = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-            found = self._compiled[function] = jax.jit(function, static_argnames=static)
+            jitted = jax.jit(function, static_argnames=static)
+            found = self._compiled[function] = keeping_shardings(function.__name__, jitted)
         return found
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
@@ -88,3 +112,10 @@ class JaxBackend(Backend):
             return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+
+
+def _kernels() -> Any:
+    """The kernels build on the operations, and those on the container, which loads this module to be registered."""
+    from aqt_lite.backends import _jax_kernels
+
+    return _jax_kernels

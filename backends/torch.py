@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -68,6 +69,21 @@ class TorchBackend(Backend):
             return 1.0 / x  # correctly rounded on every device; only float32 division is approximated
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
+    def integer_matmul(self, x: Array, w: Array) -> Array:
+        return _kernels().integer_matmul(x, w)
+
+    def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
+        bits = x.view(torch.int32)
+        fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
+        return torch.where(x > 0, fraction, x), (bits >> 23) - 127  # zero and NaN stay what they are
+
+    def power_of_two(self, e: Array) -> Array:
+        power = ((torch.clamp(e, -100, 127) + 127) << 23).view(torch.float32)
+        return torch.where(e < -100, 0.0, power)
+
+    def kernel(self, op: str) -> Callable[..., Any] | None:
+        return _kernels().KERNELS.get(op)  # type: ignore[no-any-return]
+
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
 
@@ -87,6 +103,13 @@ class TorchBackend(Backend):
             to_dumpable_context=list,
             from_dumpable_context=lambda kept: (kept[0], tuple(kept[1]), kept[2]),
         )
+
+
+def _kernels() -> Any:
+    """The kernels build on the operations, and those on the container, which loads this module to be registered."""
+    from aqt_lite.backends import _torch_kernels
+
+    return _torch_kernels
 
 
 def _bitcast(x: Array, dtype: Any) -> Array:

@@ -152,7 +152,7 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
         why = f"w has {w.dtype} codes: sums of products with more than 8 bits do not fit 32-bit integers"
     elif "float64" in (b.dtype_name(x), w.float_dtype, None if bias is None else b.dtype_name(bias)):
         why = "an argument is float64, which not every backend has"
-    elif w.block[contract] == 1 and w.shape[contract] > 1 and w.scale.shape[1 - contract] > 1:
+    elif not reference.has_integer_sums(w.scale, contract, w.block[contract]):
         why = f"w has {w.granularity}: every product has a scale of its own, so that no sum of integers is left"
     if why is not None:
         raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
@@ -167,6 +167,6 @@ def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
             f"move one of them, for instance with w.to_backend({other.name!r})"
         )
     value, _ = as_float_array(value, argument, None if other is b else b.name)
-    if not (b.is_traced(value) or b.is_traced(w.storage)) and b.device(value) != b.device(w.storage):
+    if not b.can_meet(value, w.storage):
         raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
     return value

@@ -15,7 +15,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Spec
 
-__all__ = ["LONGEST_PIECE", "RUN", "matmul", "matmul_integer", "matmul_reproducible", "pieces"]
+__all__ = ["LONGEST_PIECE", "RUN", "has_integer_sums", "matmul", "matmul_integer", "matmul_reproducible", "pieces"]
 
 LONGEST_PIECE = 1 << 16
 """Longest run of the contracted axis with one exponent: an int32 sum holds 2^16 products of 2^7 and 2^8 - 1."""
@@ -69,19 +69,20 @@ def matmul_integer(
     powers of two come last and are exact.
     """
     xp = b.xp
-    rows, columns = x_zero_point, zero_point
-    if contract == 1:
-        codes, scale = xp.permute_dims(codes, (1, 0)), xp.permute_dims(scale, (1, 0))
-        columns = None if zero_point is None else xp.permute_dims(zero_point, (1, 0))
+    if contract == 0:
+        codes, scale, zero_point = _swapped(codes, xp), _swapped(scale, xp), _swapped(zero_point, xp)
+    x_codes, rows = _signed(x_codes, x_zero_point, b)
+    codes, zero_point = _signed(codes, zero_point, b)
+    scale, columns = _swapped(scale, xp), _swapped(zero_point, xp)
     total = b.integer_matmul(x_codes, codes)
     if rows is not None:
-        total = total - rows * xp.sum(xp.astype(codes, xp.int32), axis=0, keepdims=True, dtype=xp.int32)
+        total = total - rows * xp.expand_dims(xp.sum(codes, axis=1, dtype=xp.int32), axis=0)
     if columns is not None:
-        total = total - columns * xp.sum(xp.astype(x_codes, xp.int32), axis=1, keepdims=True, dtype=xp.int32)
+        total = total - columns * xp.sum(x_codes, axis=1, keepdims=True, dtype=xp.int32)
     if rows is not None and columns is not None:
         total = total + rows * columns * int(x_codes.shape[1])
-    x_fraction, x_exponent = _fraction_and_exponent(x_scale, xp)
-    w_fraction, w_exponent = _fraction_and_exponent(scale, xp)
+    x_fraction, x_exponent = b.fraction_and_exponent(x_scale)
+    w_fraction, w_exponent = b.fraction_and_exponent(scale)
     y = xp.astype(total, xp.float32) * x_fraction * w_fraction
     return _finish(y, x_exponent + w_exponent, bias, out, b)
 
@@ -118,8 +119,8 @@ def matmul_reproducible(
     xp = b.xp
     k = int(x.shape[1])
     if contract == 0:
-        codes, scale = xp.permute_dims(codes, (1, 0)), xp.permute_dims(scale, (1, 0))
-        zero_point = None if zero_point is None else xp.permute_dims(zero_point, (1, 0))
+        codes, scale, zero_point = _swapped(codes, xp), _swapped(scale, xp), _swapped(zero_point, xp)
+    codes, zero_point = _signed(codes, zero_point, b)
     n = int(codes.shape[0])
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
@@ -133,33 +134,34 @@ def matmul_reproducible(
         scale, inner = xp.ones_like(scale[:, :1]), None
         if zero_point is not None:
             codes, zero_point = xp.astype(codes, xp.int32) - zero_point, None
-    bad_row = ~xp.isfinite(xp.max(xp.abs(x), axis=1, keepdims=True))
+    bad_row = ~xp.isfinite(b.largest(xp.abs(x), axis=1, keepdims=True))
     x = xp.where(bad_row, xp.zeros_like(x), x)
 
     # all arrays below: pieces first
     cuts = pieces(k, inner)
     groups = [0 if inner is None else start // inner for start, _ in cuts]
     scale = affine.spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
-    w_fraction, w_exponent = _fraction_and_exponent(scale, xp)
+    w_fraction, w_exponent = b.fraction_and_exponent(scale)
     column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
     x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
 
-    fraction, exponent = _fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True), xp)
+    fraction, exponent = b.fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True))
     exponent = exponent + xp.astype(fraction > 127 / 64, xp.int32)
-    integers = xp.astype(xp.round(_scaled(x_pieces, 30 - exponent, xp)), xp.int32)
+    integers = xp.astype(xp.round(_scaled(x_pieces, 30 - exponent, b)), xp.int32)
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
-    digits, rest = [], integers
+    parts, rest = [], integers
     for _ in range(3):
         digit = ((rest + 128) & 255) - 128
-        digits.append(digit)
+        parts.append(digit)
         rest = (rest - digit) >> 8
-    digits.append(rest)
-    sums = [b.integer_matmul(xp.astype(d, xp.int8), xp.permute_dims(w_pieces, (0, 2, 1))) for d in digits]
+    digits = xp.astype(xp.concat([*parts, rest], axis=1), xp.int8)  # (pieces, 4 * M, width)
+    products = b.integer_matmul(digits, w_pieces)
     if zero_point is not None:
         zero_point = affine.spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
-        zero = _per_piece(zero_point, groups, xp)
-        sums = [s - xp.sum(d, axis=2, keepdims=True, dtype=xp.int32) * zero for s, d in zip(sums, digits, strict=True)]
+        products = products - xp.sum(digits, axis=2, keepdims=True, dtype=xp.int32) * _per_piece(zero_point, groups, xp)
+    m = int(x.shape[0])
+    sums = [products[:, place * m : (place + 1) * m, :] for place in range(4)]
 
     low = sums[0] & 255  # carry, so that everything below the highest digit is one number that is not negative
     for place in (1, 2):
@@ -170,11 +172,19 @@ def matmul_reproducible(
     t = xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
     t = t * _per_piece(w_fraction, groups, xp)
     drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
-    total = _ordered_sum(t * _power(drop, xp), b)
+    total = _ordered_sum(t * b.power_of_two(drop), b)
 
-    last = row_exponent[0, :, :] + xp.permute_dims(column_exponent, (1, 0)) - 30
+    last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - 30
     total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
     return _finish(total, last, bias, out, b)
+
+
+def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) -> bool:
+    """Whether several products share a scale, so that a sum of integers is left to be exact.
+
+    Not so where every entry of the contracted axis has a scale of its own that differs between outputs, too.
+    """
+    return not (contracted_block == 1 and scale.shape[contract] > 1 and scale.shape[1 - contract] > 1)
 
 
 def pieces(length: int, group: int | None) -> list[tuple[int, int]]:
@@ -185,6 +195,20 @@ def pieces(length: int, group: int | None) -> list[tuple[int, int]]:
         for first in range(0, length, max(size, 1))
         for start in range(first, min(first + size, length), LONGEST_PIECE)
     ]
+
+
+def _swapped(x: Any, xp: Any) -> Any:
+    """The transpose, or None of None."""
+    return None if x is None else xp.permute_dims(x, (1, 0))
+
+
+def _signed(codes: Array, zero_point: Array | None, b: Backend) -> tuple[Array, Array | None]:
+    """Codes and zero points, both 128 less where codes are uint8: the same differences, and int8 is faster."""
+    if b.dtype_name(codes) != "uint8":
+        return codes, zero_point
+    xp = b.xp
+    assert zero_point is not None  # unsigned codes always have one
+    return xp.astype(xp.astype(codes, xp.int16) - 128, xp.int8), zero_point - 128
 
 
 def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
@@ -226,41 +250,16 @@ def _flushed(x: Array, xp: Any) -> Array:
     return xp.where(xp.abs(x) < SMALLEST, xp.zeros_like(x), x)
 
 
-def _fraction_and_exponent(x: Array, xp: Any) -> tuple[Array, Array]:
-    """``x = f * 2^e`` with f in [1, 2) for normal positive float32; zero gives f = 0 and e = -127.
-
-    By comparisons and products with powers of two, all exact: the standard has no frexp, and log2 is inexact.
-    """
-    f, e = x, xp.zeros_like(x, dtype=xp.int32)
-    for k in (64, 32, 16, 8, 4, 2, 1):
-        large = f >= 2.0**k
-        f, e = xp.where(large, f * 2.0**-k, f), xp.where(large, e + k, e)
-    for k in (64, 32, 16, 8, 4, 2, 1):
-        small = f < 2.0 ** (1 - k)
-        f, e = xp.where(small, f * 2.0**k, f), xp.where(small, e - k, e)
-    return f, e
-
-
-def _power(e: Array, xp: Any) -> Array:
-    """``2^e`` as float32 for e in [-100, 127], and 0 below."""
-    up, down = xp.clip(e, 0, 127), xp.clip(-e, 0, 127)
-    p = xp.ones_like(e, dtype=xp.float32)
-    for k in (1, 2, 4, 8, 16, 32, 64):
-        p = xp.where((up & k) != 0, p * 2.0**k, p)
-        p = xp.where((down & k) != 0, p * 2.0**-k, p)
-    return xp.where(e < -100, xp.zeros_like(p), p)
-
-
-def _scaled(x: Array, e: Array, xp: Any) -> Array:
+def _scaled(x: Array, e: Array, b: Backend) -> Array:
     """``x * 2^e`` for e in [-200, 254]: in two steps of one direction, so that nothing overflows on the way."""
     half = e >> 1
-    return x * _power(half, xp) * _power(e - half, xp)
+    return x * b.power_of_two(half) * b.power_of_two(e - half)
 
 
 def _finish(y: Array, exponent: Array, bias: Array | None, out: str, b: Backend) -> Array:
     """``y * 2^exponent + bias``, subnormal numbers flushed, in dtype ``out``."""
     xp = b.xp
-    y = _flushed(_scaled(y, exponent, xp), xp)
+    y = _flushed(_scaled(y, exponent, b), xp)
     if bias is not None:
         y = _flushed(y + _flushed(xp.astype(bias, xp.float32), xp), xp)
     return xp.astype(y, b.dtype(out))

@@ -1,0 +1,169 @@
+"""Products for torch, with derivatives.
+
+Owns: which form of the product torch runs fast on a CPU, and the derivative that all forms share. docs/performance.md
+says what was tried and what each gave.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Spec
+from aqt_lite.ops import reference
+
+MOST_ROWS_AS_DIGITS = 64
+"""Up to this many rows of x, four int8 products are faster than one float32 product."""
+
+SMALL = 1 << 17
+"""Weights of up to this many elements are dequantized whole: the copy stays in cache, and fewer calls are made."""
+
+ROWS_OF_A_BLOCK = 512
+"""Rows of the weight that are dequantized at a time."""
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """Whether this processor's int8 product is: some sum pairs of products in 16 bits, which saturate."""
+    if torch.compiler.is_compiling():
+        return True
+    w, x = torch.full((32, 64), -128, dtype=torch.int8), torch.full((64, 32), -128, dtype=torch.int8)
+    x[:, ::2] = 127
+    try:
+        y = torch._int_mm(w, x)
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((y[:, ::2] == -128 * 127 * 64).all()) and bool((y[:, 1::2] == 128 * 128 * 64).all())
+
+
+_int_mm_is_exact()  # once, before any compiler traces
+
+
+def integer_matmul(x: Array, w: Array) -> Array:
+    """``x @ w.T`` over the last axes, in int32."""
+    if x.ndim == 3 and x.shape[0] == 1:
+        return integer_matmul(x[0], w[0])[None]
+    if x.ndim == 2 and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu" and _int_mm_is_exact():
+        return torch._int_mm(w, x.T.contiguous()).T  # the weight on the left: read once, in the order it lies
+    wide = w.to(torch.float64)
+    return (x.to(torch.float64) @ wide.transpose(-1, -2)).to(torch.int32)
+
+
+def _fast(
+    x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
+) -> Array:
+    """The form that is fastest here, at no more than twice the error of a float32 product."""
+    arguments = (x, codes, scale, zero_point, bias)
+    single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
+    if not single or codes.numel() <= SMALL or x.numel() == 0 or x.device.type != "cpu":
+        return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
+    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS and _int_mm_is_exact():
+        return _reproducible(*arguments, spec, contract)
+    return _blockwise(*arguments, spec, contract)
+
+
+def _blockwise(
+    x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
+) -> Array:
+    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    xp = get_backend("torch").xp
+    grain = spec.block[0] or 1  # blocks begin where a group begins
+    height = -(-ROWS_OF_A_BLOCK // grain) * grain
+    length, width = codes.shape
+    rows, wide = x.shape[0], x.to(torch.float32)
+    scratch = torch.empty((min(height, length), width))
+    y = torch.zeros((rows, width)) if contract == 0 else torch.empty((length, rows))
+    for start in range(0, length, height):
+        stop = min(start + height, length)
+
+        def part(a: Array, start: int = start, stop: int = stop) -> Array:
+            own = a if a.shape[0] == 1 else a[start // grain : -(-stop // grain)]
+            return affine.spread(own, (stop - start, width), spec.block, xp)
+
+        weight = scratch[: stop - start]
+        weight.copy_(codes[start:stop])
+        if zero_point is not None:
+            weight.sub_(part(zero_point))
+        weight.mul_(part(scale))
+        if contract == 0:
+            y.addmm_(wide[:, start:stop], weight)
+        else:
+            torch.mm(weight, wide.T, out=y[start:stop])
+    if contract == 1:
+        y = y.T
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def _reproducible(
+    x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
+) -> Array:
+    b = get_backend("torch")
+    return reference.matmul_reproducible(x, codes, scale, zero_point, bias, spec=spec, contract=contract, b=b)
+
+
+_FORMS: dict[str, Callable[..., Array]] = {"matmul": _fast, "matmul_reproducible": _reproducible}
+
+
+class _Product(torch.autograd.Function):
+    """With respect to x: the same product with the other axis contracted, so it, too, reads int8 codes alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
+        return _FORMS[op](*arrays, spec, contract)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op, ctx.spec, ctx.contract, x, codes, scale, zero_point, bias = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[5] else None, codes, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        x, codes, scale, zero_point = ctx.saved_tensors
+        spec, contract, op = ctx.spec, 1 - ctx.contract, ctx.op
+        dx = dscale = dbias = None
+        if ctx.needs_input_grad[3]:
+            if not reference.has_integer_sums(scale, contract, spec.block[contract]):
+                op = "matmul"
+            dx = _product(op, spec, contract, dy, codes, scale, zero_point, None)
+        if ctx.needs_input_grad[5]:
+            left, right = (x, dy) if contract == 1 else (dy, x)
+            dw = left.to(scale.dtype).T @ right.to(scale.dtype)
+            with torch.enable_grad():
+                s = scale.detach().requires_grad_()
+                w = affine.dequantize(codes, s, zero_point, spec=spec, out=spec.source.compute, b=get_backend("torch"))
+                (dscale,) = torch.autograd.grad(w, s, dw)
+        if ctx.needs_input_grad[7]:
+            dbias = dy.to(scale.dtype).sum(0).to(ctx.bias_dtype)
+        return None, None, None, dx, None, dscale, None, dbias
+
+
+def _product(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
+    x, _, scale, _, bias = arrays
+    if torch.is_grad_enabled() and any(a is not None and _may_have_gradient(a) for a in (x, scale, bias)):
+        return _Product.apply(op, spec, contract, *arrays)  # type: ignore[no-untyped-call]
+    return _FORMS[op](*arrays, spec, contract)
+
+
+def _may_have_gradient(a: Array) -> bool:
+    return bool(a.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(a))
+
+
+def _kernel(op: str) -> Callable[..., Array]:
+    def kernel(*arrays: Any, spec: Spec, contract: int) -> Array:
+        return _product(op, spec, contract, *arrays)
+
+    return kernel
+
+
+KERNELS = {op: _kernel(op) for op in _FORMS}
