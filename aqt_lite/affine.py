@@ -68,12 +68,12 @@ def choose_qparams(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array | 
         x = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
 
     if spec.symmetric:
-        amax = _reduce(xp.abs(x), spec.block, xp.max, xp)
+        amax = _reduce(xp.abs(x), spec.block, b.largest, xp)
         amax = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
         scale = amax * _constant(1, qmax - spec.element.middle, source)
     else:  # zero belongs to every range: it is then represented exactly
         lo = _reduce(x, spec.block, xp.min, xp)
-        hi = _reduce(x, spec.block, xp.max, xp)
+        hi = _reduce(x, spec.block, b.largest, xp)
         lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
         hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
         scale = (hi * 0.5 - lo * 0.5) * _constant(2, qmax - qmin, source)  # halved first: cannot overflow
@@ -108,7 +108,7 @@ def usable_qparams(
         usable = usable & (zero_point >= spec.element.min) & (zero_point <= spec.element.max)
         zero_point = xp.clip(zero_point, spec.element.min, spec.element.max)
     if not spec.ignore_nonfinite:
-        usable = usable & xp.isfinite(_reduce(xp.abs(_computable(x, spec, b)), spec.block, xp.max, xp))
+        usable = usable & xp.isfinite(_reduce(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
     return xp.where(usable, scale, xp.full_like(scale, float("nan"))), zero_point
 
 
@@ -194,7 +194,7 @@ def _constant(numerator: int, denominator: int, source: FloatType) -> float:
 
 
 def _reduce(x: Array, block: Block, reduction: Any, xp: Any) -> Array:
-    """``reduction`` (max or min) over every block: an array of the grid's shape. Empty blocks give 0."""
+    """``reduction`` (largest or smallest) over every block: an array of the grid's shape. Empty blocks give 0."""
     shape = tuple(x.shape)
     if 0 in shape:
         return xp.broadcast_to(xp.sum(x), grid_of(shape, block))

@@ -278,7 +278,7 @@ def _on_grid(
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
     elif not b.is_traced(value):
-        if not b.is_traced(x) and b.device(value) != b.device(x):
+        if not b.can_meet(value, x):
             raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
         check(b.to_numpy(value))
     elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else _INTEGER_TYPES):
