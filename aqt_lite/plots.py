@@ -2,7 +2,7 @@
 
 Owns: drawing. Imports: the container, the error report, and matplotlib, that one inside the calls only. Figures are
 made without ``pyplot``: nothing global changes, no display is needed, and they are freed like any other object.
-A notebook shows the figure that a call returns; ``figure.savefig("name.png")`` writes it.
+A notebook shows the figure that a call returns, after ``%matplotlib inline``; ``figure.savefig("name.png")`` writes it.
 """
 
 from __future__ import annotations
