@@ -268,15 +268,16 @@ def _heat_map(
     ax.set_yticks(range(rows))
     if fmt is None:
         return
-    size = 9.0 if columns <= 6 else 6.0
+    whole = cells.dtype.kind in "iu"
+    texts = [str(int(v)) if whole else format(float(v) + 0.0, fmt) for v in cells.ravel()]  # + 0.0: no negative zero
+    inches = max(3.3 / columns, 0.5)
+    size = min(9.0, 72 * inches / (0.62 * max(map(len, texts))))  # points, a letter being 0.62 of its size wide
     colour = image.to_rgba(drawn)
-    for row in range(rows):
-        for column in range(columns):
-            value = cells[row, column]
-            text = str(int(value)) if cells.dtype.kind in "iu" else format(float(value) + 0.0, fmt)
-            luminance = float(colour[row, column, :3] @ (0.299, 0.587, 0.114))
-            dark = luminance < 0.5 and np.isfinite(value)  # a NaN leaves the cell white
-            ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    for i, text in enumerate(texts):
+        row, column = divmod(i, columns)
+        luminance = float(colour[row, column, :3] @ (0.299, 0.587, 0.114))
+        dark = luminance < 0.5 and np.isfinite(cells[row, column])  # a NaN leaves the cell white
+        ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
 def _error_map(ax: Axes, original: _Matrix, dequantized: _Matrix) -> None:

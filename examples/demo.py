@@ -65,6 +65,8 @@ def print_frameworks(frameworks: list[Framework]) -> None:
     for backend, state in aqt_lite.available_backends().items():
         if backend in packages and backend not in here:
             print(f"Left out: {backend}, {state}")
+    if len(frameworks) == 1:
+        print("With NumPy alone there is nothing to compare its bits with.")
 
 
 # ---- 1. one matrix
@@ -273,11 +275,13 @@ def print_differences(
     frameworks: list[Framework], differing: dict[str, list[int]], comparison: dict[str, list[int]] | None = None
 ) -> None:
     """A table with a row for each case. Those of ``comparison`` promise nothing and do not count."""
-    widths = [max(len(f.name), 5) + 2 for f in frameworks]
-    others = range(1, len(frameworks))
-    print(f"  {'':<36}" + "".join(f"{frameworks[i].name:>{widths[i]}}" for i in others))
-    for name, counts in ((comparison or {}) | differing).items():
-        print(f"  {name:<36}" + "".join(f"{counts[i]:>{widths[i]}}" for i in others))
+    others = [(i, f.name, max(len(f.name), 5) + 2) for i, f in enumerate(frameworks) if i]
+    if not others:
+        print("  nothing to compare with")
+        return
+    print(f"  {'':<36}" + "".join(f"{name:>{width}}" for _, name, width in others))
+    for case, counts in ((comparison or {}) | differing).items():
+        print(f"  {case:<36}" + "".join(f"{counts[i]:>{width}}" for i, _, width in others))
     print(f"\n  same bits: {'yes' if not total(differing) else 'NO'}")
 
 
