@@ -152,6 +152,10 @@ class Backend(ABC):
         if bool(self.xp.any(self.xp.isinf(values))):
             raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
 
+    def differentiates(self, *arrays: Array | None) -> bool:
+        """Whether a derivative with respect to one of ``arrays`` may be asked for."""
+        return False
+
     def stop_gradient(self, x: Array) -> Array:
         """``x`` as a constant for automatic differentiation."""
         return x

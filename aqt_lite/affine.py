@@ -31,6 +31,7 @@ __all__ = [
     "dequantize",
     "encode",
     "fake_quantize",
+    "inverse_of_range",
     "quantize",
     "quantize_with",
     "spread",
@@ -70,13 +71,13 @@ def choose_qparams(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array | 
     if spec.symmetric:
         amax = _reduce(xp.abs(x), spec.block, b.largest, xp)
         amax = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
-        scale = amax * _constant(1, qmax - spec.element.middle, source)
+        scale = amax * inverse_of_range(spec)
     else:  # zero belongs to every range: it is then represented exactly
         lo = _reduce(x, spec.block, xp.min, xp)
         hi = _reduce(x, spec.block, b.largest, xp)
         lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
         hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
-        scale = (hi * 0.5 - lo * 0.5) * _constant(2, qmax - qmin, source)  # halved first: cannot overflow
+        scale = (hi * 0.5 - lo * 0.5) * inverse_of_range(spec)  # halved first: cannot overflow
 
     finite = xp.isfinite(scale)
     scale = xp.where(scale < source.tiny, xp.ones_like(scale), scale)  # a zero block
@@ -87,6 +88,16 @@ def choose_qparams(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array | 
         return scale, xp.full_like(scale, middle, dtype=xp.int32) if middle else None
     shift = xp.clip(qmin - xp.round(lo * b.reciprocal(scale)), float(qmin), float(qmax))
     return scale, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32)
+
+
+def inverse_of_range(spec: Spec) -> float:
+    """What a statistic is multiplied by to give the scale: rounded to the compute dtype here, not by a compiler.
+
+    Symmetric: 1 / (codes above the middle), for amax. Affine: 2 / (all steps), for half of hi - lo.
+    """
+    qmin, qmax = spec.code_range
+    quotient = 1 / (qmax - spec.element.middle) if spec.symmetric else 2 / (qmax - qmin)
+    return float(np.dtype(spec.source.compute).type(quotient))
 
 
 def quantize(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array, Array | None]:
@@ -186,11 +197,6 @@ def _rounded(x: Array, scale: Array, zero_point: Array | None, spec: Spec, b: Ba
 
 def _computable(x: Array, spec: Spec, b: Backend) -> Array:
     return b.xp.astype(x, b.dtype(spec.source.compute))
-
-
-def _constant(numerator: int, denominator: int, source: FloatType) -> float:
-    """A quotient of integers, rounded to the compute dtype once and here, not by a compiler."""
-    return float(np.dtype(source.compute).type(numerator / denominator))
 
 
 def _reduce(x: Array, block: Block, reduction: Any, xp: Any) -> Array:

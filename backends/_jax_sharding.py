@@ -26,7 +26,8 @@ def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., An
     """``function``, also where its arguments are sharded over explicit mesh axes.
 
     Elementwise results are sharded as the first argument is. An axis of blocks keeps the leading mesh axes that
-    divide it. A product has the rows' sharding of ``x`` and the columns' of the weight; over the contracted axis it sums.
+    divide it. A product has the rows' sharding of ``x`` and the columns' of the weight; it sums over the contracted
+    axis, however that is sharded.
     """
 
     @wraps(function)
@@ -35,7 +36,7 @@ def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., An
         if mesh is None:
             return function(*arrays, **static)
         bound = partial(function, **static)
-        plain = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+        plain: list[Any] = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]  # type: ignore[no-untyped-call]
         axes = _axes_of(arrays[0])
         if op in _CODES_OF_WEIGHT:
             axes = [axes[0], _axes_of(arrays[_CODES_OF_WEIGHT[op]])[1 - static["contract"]]]
@@ -48,8 +49,10 @@ def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., An
 def _explicit_mesh(arrays: tuple[Array | None, ...]) -> Any:
     """The mesh over whose explicit axes an argument is sharded, or None."""
     for a in arrays:
-        mesh = None if a is None else jax.typeof(a).sharding.mesh
-        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        if a is None:
+            continue
+        mesh = jax.typeof(a).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
             return mesh if isinstance(a, jax.core.Tracer) else a.sharding.mesh
     return None
 
@@ -73,4 +76,4 @@ def _spec(shape: tuple[int, ...], axes: list[tuple[str, ...]], mesh: Any) -> Par
             kept.append(name)
         taken.update(kept)
         spec.append(tuple(kept) or None)
-    return PartitionSpec(*spec)
+    return PartitionSpec(*spec)  # type: ignore[no-untyped-call]

@@ -28,31 +28,34 @@ ROWS_OF_A_BLOCK = 512
 """Rows of the weight that are dequantized at a time."""
 
 
-@functools.cache
-def _int_mm_is_exact() -> bool:
-    """Whether this processor's int8 product is: some sum pairs of products in 16 bits, which saturate."""
-    if torch.compiler.is_compiling():
-        return True
+def _sums_pairs_in_16_bits() -> bool:
+    """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
     w, x = torch.full((32, 64), -128, dtype=torch.int8), torch.full((64, 32), -128, dtype=torch.int8)
     x[:, ::2] = 127
-    try:
-        y = torch._int_mm(w, x)
-    except (RuntimeError, AttributeError):
-        return False
-    return bool((y[:, ::2] == -128 * 127 * 64).all()) and bool((y[:, 1::2] == 128 * 128 * 64).all())
+    exact = w.to(torch.int32) @ x.to(torch.int32)
+    return not torch.equal(torch._int_mm(w, x), exact)
 
 
-_int_mm_is_exact()  # once, before any compiler traces
+SUMS_PAIRS_IN_16_BITS = _sums_pairs_in_16_bits()
+"""Found out once, on import: a compiler that traces cannot."""
 
 
 def integer_matmul(x: Array, w: Array) -> Array:
-    """``x @ w.T`` over the last axes, in int32."""
+    """``x @ w.T`` over the last axes, in int32.
+
+    On a CPU through torch's int8 product, the weight on the left: read once, in the order it lies. Processors without
+    dot-product instructions saturate unless the right operand has no more than 7 bits, so there ``x = 2 h + l``.
+    """
     if x.ndim == 3 and x.shape[0] == 1:
         return integer_matmul(x[0], w[0])[None]
-    if x.ndim == 2 and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu" and _int_mm_is_exact():
-        return torch._int_mm(w, x.T.contiguous()).T  # the weight on the left: read once, in the order it lies
-    wide = w.to(torch.float64)
-    return (x.to(torch.float64) @ wide.transpose(-1, -2)).to(torch.int32)
+    if x.ndim == 2 and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu":
+        if not SUMS_PAIRS_IN_16_BITS:
+            return torch._int_mm(w, x.T.contiguous()).T
+        halves = torch.cat([x >> 1, x & 1])
+        high, low = torch._int_mm(w, halves.T.contiguous()).T.chunk(2)
+        return 2 * high + low
+    product = x.to(torch.float64) @ w.to(torch.float64).transpose(-1, -2)
+    return product.to(torch.int32)
 
 
 def _fast(
@@ -63,7 +66,7 @@ def _fast(
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
     if not single or codes.numel() <= SMALL or x.numel() == 0 or x.device.type != "cpu":
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
-    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS and _int_mm_is_exact():
+    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
 
@@ -139,10 +142,9 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             left, right = (x, dy) if contract == 1 else (dy, x)
             dw = left.to(scale.dtype).T @ right.to(scale.dtype)
-            with torch.enable_grad():
-                s = scale.detach().requires_grad_()
-                w = affine.dequantize(codes, s, zero_point, spec=spec, out=spec.source.compute, b=get_backend("torch"))
-                (dscale,) = torch.autograd.grad(w, s, dw)
+            weight = functools.partial(affine.dequantize, spec=spec, out=spec.source.compute, b=get_backend("torch"))
+            pullback = torch.func.vjp(lambda s: weight(codes, s, zero_point), scale)[1]
+            (dscale,) = pullback(dw)
         if ctx.needs_input_grad[7]:
             dbias = dy.to(scale.dtype).sum(0).to(ctx.bias_dtype)
         return None, None, None, dx, None, dscale, None, dbias
@@ -150,13 +152,9 @@ class _Product(torch.autograd.Function):
 
 def _product(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
     x, _, scale, _, bias = arrays
-    if torch.is_grad_enabled() and any(a is not None and _may_have_gradient(a) for a in (x, scale, bias)):
+    if get_backend("torch").differentiates(x, scale, bias):
         return _Product.apply(op, spec, contract, *arrays)  # type: ignore[no-untyped-call]
     return _FORMS[op](*arrays, spec, contract)
-
-
-def _may_have_gradient(a: Array) -> bool:
-    return bool(a.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(a))
 
 
 def _kernel(op: str) -> Callable[..., Array]:

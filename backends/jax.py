@@ -57,7 +57,7 @@ class JaxBackend(Backend):
     def can_meet(self, x: Array, y: Array) -> bool:
         if self.is_traced(x) or self.is_traced(y) or not (x.committed and y.committed):
             return True  # JAX moves what nobody has placed
-        return self.device(x) == self.device(y)
+        return bool(self.device(x) == self.device(y))
 
     def is_traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)
@@ -90,6 +90,9 @@ class JaxBackend(Backend):
 
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
+
+    def differentiates(self, *arrays: Array | None) -> bool:
+        return any(self.is_traced(a) for a in arrays)  # where nothing is, the compiler drops what only it would need
 
     def stop_gradient(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)

@@ -49,6 +49,11 @@ class NumpyBackend(Backend):
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return without_warnings(function)
 
+    def kernel(self, op: str) -> Callable[..., Any] | None:
+        from aqt_lite.backends import _numpy_kernels
+
+        return _numpy_kernels.KERNELS.get(op)
+
     def refuse(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):
             return "is a masked array, and codes have no mask: fill it first, for instance with x.filled(0)"

@@ -15,23 +15,6 @@ from aqt_lite._namespace import Array, wrapped_namespace
 from aqt_lite._protocol import Backend
 
 
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Array, y: Array, inside: Array) -> Array:
-        return y.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Array) -> Any:
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, gradient, torch.zeros_like(gradient)), gradient, None
-
-
 class TorchBackend(Backend):
     """torch on CPU and CUDA."""
 
@@ -62,6 +45,8 @@ class TorchBackend(Backend):
     def refuse(self, x: Array) -> str | None:
         if x.layout != torch.strided:
             return f"is a tensor of layout {x.layout}: make it dense first with x.to_dense()"
+        if x.is_nested:
+            return "is a nested tensor: quantize its parts, or make it dense first with x.to_padded_tensor(0)"
         return None
 
     def reciprocal(self, x: Array) -> Array:
@@ -87,22 +72,44 @@ class TorchBackend(Backend):
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
 
+    def differentiates(self, *arrays: Array | None) -> bool:
+        known = not torch.compiler.is_compiling()
+        return torch.is_grad_enabled() and any(
+            a is not None and (a.requires_grad or (known and _is_functorch(a))) for a in arrays
+        )
+
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
-        return _StraightThrough.apply(x, y, inside)  # type: ignore[no-untyped-call]
+        if not (self.differentiates(x) or torch.compiler.is_compiling()):
+            return y.detach()
+        # x.detach() - x is +0.0 with the derivative -1, and y - 0.0 has the bits of y, those of -0.0 too
+        return y.detach() - torch.where(inside, x.detach() - x, 0.0)
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
-        def flatten_to_list(node: Any) -> Any:
+        def with_keys(node: Any) -> Any:  # None is a leaf to torch, but no tensor: it becomes part of the structure
             leaves, static = flatten(node)
-            return list(leaves), static
+            present = tuple(leaf is not None for leaf in leaves)
+            keys = (torch_pytree.GetAttrKey(name) for name in names)
+            return [pair for pair in zip(keys, leaves, strict=True) if pair[1] is not None], (static, present)
+
+        def without_keys(node: Any) -> Any:
+            pairs, context = with_keys(node)
+            return [leaf for _, leaf in pairs], context
+
+        def rebuild(leaves: Any, context: Any) -> Any:
+            static, present = context
+            found = iter(leaves)
+            return unflatten(static, [next(found) if there else None for there in present])
 
         torch_pytree.register_pytree_node(
             cls,
-            flatten_to_list,
-            lambda leaves, static: unflatten(static, leaves),
+            without_keys,
+            rebuild,
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             to_dumpable_context=list,
-            from_dumpable_context=lambda kept: (kept[0], tuple(kept[1]), kept[2]),
+            from_dumpable_context=_as_tuples,
+            flatten_with_keys_fn=with_keys,
         )
+        torch.serialization.add_safe_globals([cls])  # torch.load(weights_only=True) trusts it: fields, and no code
 
 
 def _kernels() -> Any:
@@ -116,8 +123,14 @@ def _bitcast(x: Array, dtype: Any) -> Array:
     return x.view(dtype)
 
 
+def _as_tuples(kept: Any) -> Any:
+    return tuple(_as_tuples(k) for k in kept) if isinstance(kept, list) else kept
+
+
 def _has_no_values(x: Array) -> bool:
     """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
-    return (
-        x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or _is_functorch(x)
+
+
+def _is_functorch(x: Array) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))

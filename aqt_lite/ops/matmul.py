@@ -127,9 +127,12 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         and inside < (1 << 31) // (1 << (7 + (x.zero_point is not None)) + (7 + (w.zero_point is not None)))
         and 0 not in (*x.shape, *w.shape)
     )
+
+    def product_of_values(mode: str) -> Array:
+        return _float_product(b.xp.reshape(x.dequantize(), (rows, inside)), w, bias, mode, contract, b)
+
     if not integers:
-        values = b.xp.reshape(x.dequantize(), (rows, inside))
-        return _float_product(values, w, bias, mode, contract, b)
+        return product_of_values(mode)
 
     def per_row(blocks: Array) -> Array:
         lead = affine.spread(blocks, x.shape, x.block, b.xp)
@@ -143,7 +146,11 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     w_zero = None if w.zero_point is None else per_column(w.zero_point)
     codes = b.xp.reshape(x.qvalue, (rows, inside))
     arrays = (codes, per_row(x.scale), x_zero, w.qvalue, per_column(w.scale), w_zero, bias)
-    return run(b, "matmul_integer", reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
+    y = run(b, "matmul_integer", reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
+    if b.differentiates(x.scale, w.scale, bias):  # integers have no derivative: that of the values they stand for
+        values = product_of_values("fast")
+        y = b.straight_through(values, y, b.xp.isfinite(values))
+    return y
 
 
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:

@@ -1,0 +1,331 @@
+"""Quantization and products for NumPy: a block at a time, while it is in cache, on every core.
+
+Owns: the forms that NumPy alone runs fast, and the choice of compiled loops where numba is installed. ufuncs and BLAS
+release the interpreter's lock, so plain threads serve. docs/performance.md says what was tried and what each gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite.affine import Spec
+from aqt_lite.granularity import grid_of
+
+LARGE = 1 << 17
+"""Arrays of fewer elements are left to the reference: starting threads would cost more than it gains."""
+
+BLOCK = 1 << 18
+"""Elements that a thread works on at a time: 1 MB of float32, half of a usual second-level cache."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, cores() - 1), thread_name_prefix="aqt_lite")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the child make its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1) -> list[Any]:
+    """``work(start, stop)`` over a range, cut into one part for each core at multiples of ``grain``; their results."""
+    units = -(-length // grain)
+    parts = min(cores(), units)
+    bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
+    waiting = [_pool().submit(work, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
+    try:
+        first = [work(bounds[0], bounds[1])]
+    finally:
+        results = [w.result() for w in waiting]
+    return first + results
+
+
+@functools.cache
+def compiled_loops() -> Any:
+    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
+    try:
+        from aqt_lite.backends import _numba_loops
+    except ImportError:
+        return None
+    return _numba_loops
+
+
+# ---- quantize and dequantize
+
+
+def _as_rows(x: Array, scale_shape: tuple[int, ...], block: Any) -> tuple[int, int] | None:
+    """(rows, columns) of the view of ``x`` in which every row has one scale, or None where there is no such view."""
+    shape = x.shape
+    if not (x.flags.c_contiguous and x.dtype.isnative) or x.size < LARGE:
+        return None
+    lead = 0
+    while lead < x.ndim and (scale_shape[lead] == shape[lead]):  # axes with a scale for each index
+        lead += 1
+    if lead < x.ndim and all(n == 1 for n in scale_shape[lead + 1 :]):
+        groups = scale_shape[lead]
+        if groups == 1 or (block[lead] is not None and shape[lead] % block[lead] == 0):
+            return math.prod(shape[:lead]) * groups, x.size // (math.prod(shape[:lead]) * groups)
+    return (x.size, 1) if lead == x.ndim else None
+
+
+def _grid(x: Array, spec: Spec) -> tuple[int, ...]:
+    return grid_of(x.shape, spec.block)
+
+
+def quantize(x: Array, *, spec: Spec) -> Any:
+    """``affine.quantize`` for float32 arrays whose blocks are contiguous: one pass over memory; two for a single block."""
+    if x.dtype != np.float32 or spec.ignore_nonfinite:
+        return NotImplemented
+    grid = _grid(x, spec)
+    rows = _as_rows(x, grid, spec.block)
+    if rows is None:
+        return NotImplemented
+    if rows[0] == 1:
+        return _quantize_whole(x, grid, spec)
+    if not spec.symmetric or spec.element.middle or rows[1] < 8:
+        return NotImplemented
+    flat = x.reshape(rows)
+    codes = np.empty(rows, dtype=spec.element.storage)
+    scale = np.empty((rows[0], 1), dtype=np.float32)
+    factor = np.float32(affine.inverse_of_range(spec))
+    loops = compiled_loops()
+
+    def work(start: int, stop: int) -> bool:
+        if loops is not None:
+            return bool(loops.quantize_rows(flat[start:stop], factor, codes[start:stop], scale[start:stop, 0]))
+        height = max(1, BLOCK // rows[1])
+        scratch = np.empty((min(height, stop - start), rows[1]), dtype=np.float32)
+        finite = True
+        with np.errstate(all="ignore"):
+            for n in range(start, stop, height):
+                e = min(n + height, stop)
+                buffer, values, s = scratch[: e - n], flat[n:e], scale[n:e]
+                np.abs(values, out=buffer)
+                np.maximum.reduce(buffer, axis=1, keepdims=True, out=s)
+                finite = finite and bool(np.isfinite(s).all())
+                s[s < spec.source.tiny] = 0
+                s *= factor
+                s[s < spec.source.tiny] = 1
+                np.multiply(values, np.float32(1) / s, out=buffer)
+                np.rint(buffer, out=buffer)
+                np.copyto(codes[n:e], buffer, casting="unsafe")
+        return finite
+
+    if not all(in_parallel(work, rows[0])):
+        return NotImplemented  # the reference knows what becomes of NaN and infinities
+    return codes.reshape(x.shape), scale.reshape(grid), None
+
+
+def _quantize_whole(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+    """One scale for all: extrema of parts in parallel, their own calibration by the reference, then the codes."""
+    flat = x.reshape(-1)
+
+    def extrema(start: int, stop: int) -> Array:
+        found = []
+        for n in range(start, stop, BLOCK):
+            part = flat[n : min(n + BLOCK, stop)]
+            found += [part.min(), part.max()]
+        return np.asarray([min(found), max(found)] if not np.isnan(found).any() else [np.nan, np.nan], dtype=np.float32)
+
+    ends = np.concatenate(in_parallel(extrema, flat.size))
+    if not np.isfinite(ends).all():
+        return NotImplemented
+    one = affine.Spec(spec.element, spec.source, spec.symmetric, (None,))
+    with np.errstate(all="ignore"):
+        scale, zero_point = affine.choose_qparams(ends, spec=one, b=_backend())
+    scale = scale.reshape(grid)
+    zero_point = None if zero_point is None else zero_point.reshape(grid)
+    return _encode_rows(x.reshape(1, -1), scale, zero_point, spec).reshape(x.shape), scale, zero_point
+
+
+def _encode_rows(rows: Array, scale: Array, zero_point: Array | None, spec: Spec) -> Array:
+    """Codes of finite values with one scale in all."""
+    flat = rows.reshape(-1)
+    codes = np.empty(flat.shape, dtype=spec.element.storage)
+    inverse = np.float32(1) / scale.reshape(())
+    zero = np.float32(0 if zero_point is None else zero_point.reshape(()))
+    qmin, qmax = (np.float32(q) for q in spec.code_range)
+
+    def work(start: int, stop: int) -> None:
+        scratch = np.empty(min(BLOCK, stop - start), dtype=np.float32)
+        with np.errstate(all="ignore"):
+            for n in range(start, stop, BLOCK):
+                e = min(n + BLOCK, stop)
+                buffer = scratch[: e - n]
+                np.multiply(flat[n:e], inverse, out=buffer)
+                np.rint(buffer, out=buffer)
+                if zero_point is not None:
+                    np.add(buffer, zero, out=buffer)
+                    np.clip(buffer, qmin, qmax, out=buffer)
+                np.copyto(codes[n:e], buffer, casting="unsafe")
+
+    in_parallel(work, flat.size)
+    return codes
+
+
+def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Spec, out: str) -> Any:
+    """``affine.dequantize`` to float32 where blocks are contiguous."""
+    if not (spec.source.name == out == "float32"):
+        return NotImplemented
+    rows = _as_rows(codes, scale.shape, spec.block)
+    if rows is None:
+        return NotImplemented
+    if rows[0] == 1:  # any cut will do
+        width = 1 << 12
+        if codes.size % width:
+            return NotImplemented
+        rows = codes.size // width, width
+    flat = codes.reshape(rows)
+    values = np.empty(rows, dtype=np.float32)
+    s = np.broadcast_to(scale.reshape(-1, 1), (rows[0], 1))
+    z = None if zero_point is None else np.broadcast_to(zero_point.reshape(-1, 1), (rows[0], 1))
+    # (q - z) * s is at most 65535 * s: beyond float32 only for scales that are not usual
+    may_overflow = bool((scale > spec.source.max / (1 << 17)).any())
+    height = max(1, BLOCK // rows[1])
+
+    def work(start: int, stop: int) -> None:
+        with np.errstate(all="ignore"):
+            for n in range(start, stop, height):
+                e = min(n + height, stop)
+                part = values[n:e]
+                if z is None:
+                    np.copyto(part, flat[n:e])
+                else:
+                    np.subtract(flat[n:e], z[n:e], out=part, casting="unsafe")
+                np.multiply(part, s[n:e], out=part)
+                if may_overflow:
+                    np.clip(part, -spec.source.max, spec.source.max, out=part)
+
+    in_parallel(work, rows[0])
+    return values.reshape(codes.shape)
+
+
+# ---- products
+
+
+def matmul(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+) -> Any:
+    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
+        return NotImplemented
+    wide = np.ascontiguousarray(x, dtype=np.float32)
+    loops = compiled_loops() if codes.flags.c_contiguous else None
+    with np.errstate(all="ignore"):
+        if loops is not None and len(wide) <= loops.MOST_ROWS and scale.shape[contract] == 1 and zero_point is None:
+            y = _compiled_product(loops, wide, codes, scale, contract)
+        elif codes.size < LARGE:
+            y = _small_product(wide, codes, scale, zero_point, spec, contract)
+        else:
+            y = _blockwise(wide, codes, scale, zero_point, spec, contract)
+        if bias is not None:
+            y += bias
+        return y.astype(x.dtype, copy=False)
+
+
+def _small_product(x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int) -> Array:
+    w = _weight(codes, scale, zero_point, spec, 0, codes.shape[0], np.empty(codes.shape, dtype=np.float32))
+    return x @ (w if contract == 0 else w.T)
+
+
+def _weight(
+    codes: Array, scale: Array, zero_point: Array | None, spec: Spec, start: int, stop: int, out: Array
+) -> Array:
+    """Rows of the dequantized weight, into ``out``."""
+    grain = spec.block[0] or 1
+
+    def part(a: Array) -> Array:
+        own = a if a.shape[0] == 1 else a[start // grain : -(-stop // grain)]
+        return affine.spread(own, (stop - start, codes.shape[1]), spec.block, np)
+
+    if zero_point is None:
+        np.copyto(out, codes[start:stop])
+    else:
+        np.subtract(codes[start:stop], part(zero_point), out=out, casting="unsafe")
+    return np.multiply(out, part(scale), out=out)
+
+
+def _blockwise(x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int) -> Array:
+    length, width = codes.shape
+    grain = spec.block[0] or 1  # blocks begin where a group begins
+    if contract == 1 and len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
+        height = -(-max(1, BLOCK // width) // grain) * grain
+        y = np.empty((1, length), dtype=np.float32)
+
+        def columns(start: int, stop: int) -> None:
+            scratch = np.empty((min(height, stop - start), width), dtype=np.float32)
+            for n in range(start, stop, height):
+                e = min(n + height, stop)
+                w = _weight(codes, scale, zero_point, spec, n, e, scratch[: e - n])
+                np.vecdot(w, x, out=y[0, n:e])
+
+        in_parallel(columns, length, grain)
+        return y
+
+    height = -(-max(1, 8 * BLOCK // width) // (2 * grain)) * 2 * grain
+    scratch = np.empty((min(height, length), width), dtype=np.float32)
+    turned = np.zeros((len(x), width), dtype=np.float32) if contract == 0 else np.empty((length, len(x)), np.float32)
+    for n in range(0, length, height):
+        e = min(n + height, length)
+
+        def convert(start: int, stop: int, n: int = n) -> None:
+            _weight(codes, scale, zero_point, spec, n + start, n + stop, scratch[start:stop])
+
+        in_parallel(convert, e - n, grain)
+        if contract == 0:
+            turned += x[:, n:e] @ scratch[: e - n]
+        else:
+            np.dot(scratch[: e - n], x.T, out=turned[n:e])
+    return turned if contract == 0 else np.ascontiguousarray(turned.T)
+
+
+def _compiled_product(loops: Any, x: Array, codes: Array, scale: Array, contract: int) -> Array:
+    length = len(codes)
+    if contract == 1:
+        y = np.empty((length, len(x)), dtype=np.float32)
+
+        def columns(start: int, stop: int) -> None:
+            loops.rows_times(codes[start:stop], x, y[start:stop])
+
+        if codes.size < LARGE:
+            columns(0, length)
+        else:
+            in_parallel(columns, length, 8)
+        return np.multiply(y.T, scale.T, order="C")
+
+    def partial(start: int, stop: int) -> Array:
+        return loops.columns_times(codes[start:stop], np.ascontiguousarray(x[:, start:stop]))
+
+    parts = [partial(0, length)] if codes.size < LARGE else in_parallel(partial, length, 8)
+    return functools.reduce(np.add, parts) * scale
+
+
+def _backend() -> Any:
+    from aqt_lite._registry import get_backend
+
+    return get_backend("numpy")
+
+
+KERNELS: dict[str, Callable[..., Any]] = {"quantize": quantize, "dequantize": dequantize, "matmul": matmul}
