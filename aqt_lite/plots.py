@@ -270,8 +270,8 @@ def _heat_map(
         return
     whole = cells.dtype.kind in "iu"
     texts = [str(int(v)) if whole else format(float(v) + 0.0, fmt) for v in cells.ravel()]  # + 0.0: no negative zero
-    inches = max(3.3 / columns, 0.5)
-    size = min(9.0, 72 * inches / (0.62 * max(map(len, texts))))  # points, a letter being 0.62 of its size wide
+    inches = min(max(3.0 / columns, 0.5), 5.5 / rows)  # of a cell, in the figures made here
+    size = min(9.0, 72 * inches / (0.65 * max(map(len, texts))))  # points, a letter being 0.65 of its size wide
     colour = image.to_rgba(drawn)
     for i, text in enumerate(texts):
         row, column = divmod(i, columns)

@@ -109,6 +109,16 @@ def test_texts_sit_on_their_cells_and_can_be_read():
     assert ax.texts[3].get_color() == "black"  # on yellow
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (6, 6), (10, 10), (1, 10), (10, 1)])
+def test_texts_fit_into_their_cells(shape):
+    x = -1e-4 * np.random.default_rng(0).uniform(1, 9, shape)
+    figure = plot_quantization(x, aqt_lite.quantize(x))
+    rendered(figure)
+    for ax in panels(figure):
+        width = ax.get_window_extent().width / shape[1]
+        assert max(text.get_window_extent().width for text in ax.texts) < width
+
+
 def test_fmt():
     assert texts(panels(plot_matrix([[0.126, 2.0]], fmt=".2f"))[0]) == ["0.13", "2.00"]
     assert texts(panels(plot_matrix([[0.126, 2.0]], fmt=None))[0]) == []
