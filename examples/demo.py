@@ -86,7 +86,7 @@ WALK: list[tuple[str, dict[str, Any], str]] = [
     (
         "symmetric, a scale per row",
         {"granularity": PerChannel(0)},
-        "A row of small values has small steps, and the largest value of each row is exact.",
+        "A row of small values has small steps, and the largest value of each row is met.",
     ),
     ("symmetric, a scale per column", {"granularity": PerChannel(1)}, "The same along the other axis."),
     (
@@ -304,7 +304,9 @@ def main() -> int:
         ("predictions.png", "the hardest images, as float32 and int8 read them"),
     ]:
         print(f"  {folder / name}: {what}")
-    print(f"\nDone in {time.perf_counter() - start:.0f} s.", f"{wrong} values differ: that is a bug." if wrong else "")
+    print(
+        f"\nDone in {time.perf_counter() - start:.0f} s." + (f" {wrong} values differ: that is a bug." if wrong else "")
+    )
     return 1 if wrong else 0
 
 
