@@ -180,7 +180,7 @@ def fake_quantize(
 
     The gradient with respect to ``x`` goes straight through (Bengio et al. 2013, arXiv:1308.3432): 1 where ``x`` lies
     inside the range of the codes, 0 where it was clipped, as in ``torch.fake_quantize_per_tensor_affine``.
-    Parameters as in :func:`quantize`; nothing flows into a scale that was calibrated from ``x``.
+    Nothing flows into the scale or zero point, given or calibrated. Parameters as in :func:`quantize`.
 
     Examples
     --------
