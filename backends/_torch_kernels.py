@@ -30,10 +30,9 @@ ROWS_OF_A_BLOCK = 512
 
 def _sums_pairs_in_16_bits() -> bool:
     """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
-    w, x = torch.full((32, 64), -128, dtype=torch.int8), torch.full((64, 32), -128, dtype=torch.int8)
-    x[:, ::2] = 127
-    exact = w.to(torch.int32) @ x.to(torch.int32)
-    return not torch.equal(torch._int_mm(w, x), exact)
+    ends = torch.tensor([-128, 127], dtype=torch.int8)
+    w, x = ends.repeat_interleave(16)[:, None].expand(32, 64).contiguous(), ends.repeat(16).expand(64, 32).contiguous()
+    return not torch.equal(torch._int_mm(w, x), w.to(torch.int32) @ x.to(torch.int32))
 
 
 SUMS_PAIRS_IN_16_BITS = _sums_pairs_in_16_bits()
