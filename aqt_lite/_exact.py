@@ -55,7 +55,8 @@ def reciprocal(
     exponent = pattern >> fraction  # biased; x is positive, so there is no sign bit to mask
     m = bitcast((pattern & ((1 << fraction) - 1)) | (exponent_bias << fraction), x.dtype)
 
-    guess = xp.astype(divide(m) * float(1 << p), integer)  # C
+    guess = xp.minimum(divide(m), xp.ones_like(m))  # above 1 a unit in the last place is twice as large
+    guess = xp.astype(guess * float(1 << p), integer)  # C
     big_m = xp.astype(mantissa, integer)
     total = 1 << (2 * p - 1)
     modulus_is_exact = xp.iinfo(integer).bits <= 2 * p - 1

@@ -147,6 +147,10 @@ class Backend(ABC):
             total = total + x[i, ...]
         return total
 
+    def contiguous(self, x: Array) -> Array:
+        """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
+        return x
+
     def check_no_overflow(self, values: Array, argument: str) -> None:
         """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
         if bool(self.xp.any(self.xp.isinf(values))):

@@ -5,7 +5,8 @@ Owns: ``QArray``, its invariants, its slicing and its moves between backends. Im
 
 Invariants, for ``q`` with ``n`` dimensions:
 
-- ``q.qvalue`` has the array's shape and the integer type ``q.dtype``; ``q.storage`` is how it is kept.
+- ``q.qvalue`` has the array's shape and the integer type ``q.dtype``; ``q.storage`` is how it is kept: the same, or
+  with its last two axes swapped where ``q.transposed``.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
 - ``q.scale`` has shape ``ceil(shape / block)`` (1 for None), dtype float32, or float64 for float64 sources.
 - ``q.zero_point`` is None (all zeros) or an int32 array of the same shape as ``q.scale``.
@@ -55,6 +56,8 @@ class QArray:
         been mapped over (``vmap``, ``scan``) or added by mapping.
     float_dtype : str
         Type of the values that were quantized, and of what :meth:`dequantize` returns.
+    transposed : bool
+        Whether ``storage`` keeps the last two axes swapped (see :meth:`for_dense`).
 
     Examples
     --------
@@ -76,6 +79,7 @@ class QArray:
     dtype: str = "int8"
     block: Block = field(default=())
     float_dtype: str = "float32"
+    transposed: bool = False
 
     @classmethod
     def from_codes(
@@ -134,12 +138,13 @@ class QArray:
     @property
     def qvalue(self) -> Array:
         """The integer codes, one an element."""
-        return self.storage
+        return self._backend.xp.matrix_transpose(self.storage) if self.transposed else self.storage
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that was quantized."""
-        return tuple(self.storage.shape)
+        shape = tuple(self.storage.shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
     def ndim(self) -> int:
@@ -205,13 +210,33 @@ class QArray:
         )
         return replace(self, storage=storage, scale=scale, zero_point=zero_point)
 
+    def for_dense(self) -> QArray:
+        """The same array, its codes stored as (..., out, in): the order in which :func:`aqt_lite.dense` reads fastest.
+
+        Shapes, scales and everything else stay as they are: only ``storage`` is laid out anew, once. A weight for
+        :func:`aqt_lite.linear` is in that order already.
+
+        Examples
+        --------
+        >>> import aqt_lite
+        >>> w = aqt_lite.quantize([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).for_dense()
+        >>> w.shape, w.storage.shape, aqt_lite.dense([1.0, 1.0], w).shape
+        ((2, 3), (3, 2), (3,))
+        """
+        if self.ndim < 2:
+            raise ValueError(f"for_dense() of shape {self.shape}: a weight has at least 2 dimensions, (in, out)")
+        if self.transposed:
+            return self
+        b = self._backend
+        return replace(self, storage=b.contiguous(b.xp.matrix_transpose(self.storage)), transposed=True)
+
     def __getitem__(self, index: Any) -> QArray:
         """Basic indexing: integers, slices and an ellipsis.
 
         An axis on which every element has its own scale, or all share one, can be indexed freely. An axis with groups
         takes slices that cut between groups.
         """
-        q = self._aligned()
+        q = replace(self._aligned(), storage=self.qvalue, transposed=False)
         block: list[int | None] = []
         of_codes: list[Any] = []
         of_blocks: list[Any] = []
@@ -340,7 +365,7 @@ def _kind(value: Any) -> str:
 
 
 def _flatten(q: QArray) -> tuple[tuple[Any, ...], Any]:
-    return q._leaves(), (q.dtype, q.block, q.float_dtype)
+    return q._leaves(), (q.dtype, q.block, q.float_dtype, q.transposed)
 
 
 def _unflatten(static: Any, leaves: Any) -> QArray:

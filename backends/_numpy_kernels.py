@@ -88,7 +88,7 @@ def _grid(x: Array, spec: Spec) -> tuple[int, ...]:
 
 
 def quantize(x: Array, *, spec: Spec) -> Any:
-    """``affine.quantize`` for float32 arrays whose blocks are contiguous: one pass over memory; two for a single block."""
+    """``affine.quantize`` for float32 arrays whose blocks are contiguous: one pass over memory, or two."""
     if x.dtype != np.float32 or spec.ignore_nonfinite:
         return NotImplemented
     grid = _grid(x, spec)

@@ -80,7 +80,7 @@ def _blockwise(
     length, width = codes.shape
     rows, wide = x.shape[0], x.to(torch.float32)
     scratch = torch.empty((min(height, length), width))
-    y = torch.zeros((rows, width)) if contract == 0 else torch.empty((length, rows))
+    y = torch.zeros((rows, width)) if contract == 0 else torch.empty((rows, length))
     for start in range(0, length, height):
         stop = min(start + height, length)
 
@@ -96,9 +96,7 @@ def _blockwise(
         if contract == 0:
             y.addmm_(wide[:, start:stop], weight)
         else:
-            torch.mm(weight, wide.T, out=y[start:stop])
-    if contract == 1:
-        y = y.T
+            y[:, start:stop] = wide @ weight.T  # x on the left: the other way round errs several times more
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)

@@ -37,6 +37,9 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def contiguous(self, x: Array) -> Array:
+        return np.ascontiguousarray(x)
+
     def dtype(self, name: str) -> Any:
         return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 

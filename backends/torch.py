@@ -36,6 +36,9 @@ class TorchBackend(Backend):
             return np.asarray(x.contiguous().view(torch.int16)).view(ml_dtypes.bfloat16)
         return np.asarray(x.resolve_neg())
 
+    def contiguous(self, x: Array) -> Array:
+        return x.contiguous()
+
     def device(self, x: Array) -> Any:
         return x.device
 

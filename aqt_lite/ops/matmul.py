@@ -6,6 +6,7 @@ Owns: validation, the choice between float and integer products, and leading axe
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 from aqt_lite import affine
@@ -97,6 +98,8 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         bias = _beside(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w.shape} it must be ({outside},)")
+    if w.transposed:
+        w, contract = _as_stored(w, b), 1 - contract
     if isinstance(x, QArray):
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
@@ -105,6 +108,13 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
         b.check_no_overflow(y, "float16")
     return y
+
+
+def _as_stored(w: QArray, b: Backend) -> QArray:
+    """A weight whose shape is that of its storage: the transpose of one that is stored transposed."""
+    turn = b.xp.matrix_transpose
+    zero_point = None if w.zero_point is None else turn(w.zero_point)
+    return replace(w, scale=turn(w.scale), zero_point=zero_point, block=w.block[::-1], transposed=False)
 
 
 def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:

@@ -1,0 +1,178 @@
+"""Every form in which the same quantization can be asked for: each backend, eager and compiled.
+
+A ``Problem`` is one call of ``quantize``; a form takes several, since a compiler takes less time over one function with
+many calls than over many functions, and gives what each returned as NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+import aqt_lite
+from aqt_lite import PerTensor
+from aqt_lite._registry import get_backend
+from aqt_lite.testing import mismatches
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of ``quantize`` that are no arrays."""
+
+    dtype: str = "int8"
+    scheme: str = "symmetric"
+    granularity: object = PerTensor()  # noqa: RUF009 - frozen
+    nonfinite: str = "raise"
+
+    def __call__(self, x, scale=None, zero_point=None):
+        """Codes, scale, zero point and dequantized values."""
+        q = aqt_lite.quantize(
+            x,
+            self.dtype,
+            scheme=self.scheme,
+            granularity=self.granularity,
+            nonfinite=self.nonfinite,
+            scale=scale,
+            zero_point=zero_point,
+        )
+        return Bits(q.qvalue, q.scale, q.zero_point, aqt_lite.dequantize(q))
+
+
+class Problem(NamedTuple):
+    """One call on NumPy arrays."""
+
+    x: np.ndarray
+    call: Call = Call()
+    scale: np.ndarray | None = None
+    zero_point: np.ndarray | None = None
+
+
+class Bits(NamedTuple):
+    """What a call returned."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray | None
+    values: np.ndarray
+
+
+def differing(actual, expected):
+    """How many codes, scales, zero points and values differ in a bit; a shape or dtype that differs raises."""
+    assert (actual.zero_point is None) == (expected.zero_point is None)
+    count = mismatches(actual.codes, expected.codes) + mismatches(actual.values, expected.values)
+    count += mismatches(actual.scale, expected.scale)
+    return count if expected.zero_point is None else count + mismatches(actual.zero_point, expected.zero_point)
+
+
+def compared(expected):
+    """How many numbers ``differing`` compares."""
+    scales = expected.scale.size * (1 if expected.zero_point is None else 2)
+    return expected.codes.size + expected.values.size + scales
+
+
+# ---- forms: list of problems -> list of Bits
+
+
+def _moved(name, problems):
+    """The arrays of every problem on a backend, and the calls."""
+    put = get_backend(name).asarray
+    arrays = [tuple(None if a is None else put(np.asarray(a)) for a in (p.x, p.scale, p.zero_point)) for p in problems]
+    return arrays, tuple(p.call for p in problems)
+
+
+def _back(name, results):
+    get = get_backend(name).to_numpy
+    return [Bits(*(None if part is None else np.array(get(part)) for part in bits)) for bits in results]
+
+
+def _all(arrays, calls):
+    return [call(*a) for call, a in zip(calls, arrays, strict=True)]
+
+
+def _eager(name):
+    def form(problems):
+        with _x64(problems) if name == "jax" else contextlib.nullcontext():
+            arrays, calls = _moved(name, problems)
+            return _back(name, _all(arrays, calls))
+
+    return form
+
+
+def _x64(problems):
+    """JAX has float64 only where it is asked for."""
+    return jax.enable_x64(any(p.x.dtype.name == "float64" for p in problems))
+
+
+def torch_compiled(problems):
+    """One graph without a break."""
+    arrays, calls = _moved("torch", problems)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # inductor's own, about torch.jit
+        return _back("torch", torch.compile(lambda a: _all(a, calls), fullgraph=True)(arrays))
+
+
+_jitted = functools.partial(jax.jit, static_argnames="calls")(_all)
+
+
+def jax_jitted(problems):
+    """Arrays are arguments."""
+    with _x64(problems):
+        arrays, calls = _moved("jax", problems)
+        return _back("jax", _jitted(arrays, calls=calls))
+
+
+def jax_constant(problems):
+    """The function closes over its arrays, which XLA then folds."""
+    with _x64(problems):
+        arrays, calls = _moved("jax", problems)
+        return _back("jax", jax.jit(lambda: _all(arrays, calls))())
+
+
+def jax_constant_qparams(problems):
+    """The function closes over scales and zero points; ``x`` is an argument."""
+    with _x64(problems):
+        arrays, calls = _moved("jax", problems)
+        rest = [a[1:] for a in arrays]
+        function = jax.jit(lambda xs: _all([(x, *r) for x, r in zip(xs, rest, strict=True)], calls))
+        return _back("jax", function([a[0] for a in arrays]))
+
+
+NUMPY, STRICT, TORCH, COMPILED = "NumPy", "array-api-strict", "torch", "torch.compile"
+JAX, JIT, CONSTANT, CONSTANT_QPARAMS = "JAX", "JAX jit", "JAX jit, constants", "JAX jit, constant scale"
+
+FORMS = {
+    NUMPY: _eager("numpy"),
+    STRICT: _eager("array_api_strict"),
+    TORCH: _eager("torch"),
+    COMPILED: torch_compiled,
+    JAX: _eager("jax"),
+    JIT: jax_jitted,
+    CONSTANT: jax_constant,
+    CONSTANT_QPARAMS: jax_constant_qparams,
+}
+EAGER = (NUMPY, STRICT, TORCH, JAX)
+
+
+def serves(form, problem):
+    """Whether a form has the dtype: the standard knows neither float16 nor bfloat16."""
+    return form != STRICT or problem.x.dtype.name in ("float32", "float64")
+
+
+def disagreements(problems, expected, forms=tuple(FORMS)):
+    """``{form: numbers that differ from the expected ones}``, without the forms that agree."""
+    found = {}
+    for form in forms:
+        served = [i for i, p in enumerate(problems) if serves(form, p)]
+        results = FORMS[form]([problems[i] for i in served]) if served else []
+        count = sum(differing(bits, expected[i]) for bits, i in zip(results, served, strict=True))
+        if count:
+            found[form] = count
+    return found

@@ -1,0 +1,233 @@
+"""Kernels have the reference's bits where the contract says so, and at most a float32 product's error elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
+from aqt_lite._registry import get_backend
+from aqt_lite.backends import _numpy_kernels
+from aqt_lite.elements import element_type, float_type
+from aqt_lite.ops import reference
+from aqt_lite.testing import assert_same_bits
+
+CONFIGURATIONS = ["numpy with numba", "numpy alone", "torch", "jax"]
+
+
+@pytest.fixture(params=CONFIGURATIONS)
+def with_loops(request, monkeypatch):
+    """Every adapter that has kernels; NumPy's twice, with and without compiled loops."""
+    if request.param == "numpy alone":
+        monkeypatch.setattr(_numpy_kernels, "compiled_loops", lambda: None)
+    return get_backend(request.param.split()[0])
+
+
+SHAPES = [(600, 700), (64, 50, 96), (1 << 18,), (3, 100000), (100000, 3), (4, 64, 32, 32)]
+GRANULARITIES = [PerTensor(), PerChannel(0), PerChannel(-1), PerGroup(32), PerGroup(100), PerGroup(50, 0)]
+
+
+@pytest.fixture(params=["numba", "numpy alone"])
+def loops(request, monkeypatch):
+    """NumPy's kernels with and without compiled loops."""
+    if request.param == "numba":
+        assert _numpy_kernels.compiled_loops() is not None, "numba belongs to the test set-up"
+    else:
+        monkeypatch.setattr(_numpy_kernels, "compiled_loops", lambda: None)
+    return request.param
+
+
+def reference_quantize(x, dtype, scheme, block):
+    spec = affine.Spec(element_type(dtype), float_type("float32"), scheme == "symmetric", block)
+    b = get_backend("numpy")
+    with np.errstate(all="ignore"):
+        codes, scale, zero_point = affine.quantize(x, spec=spec, b=b)
+        values = affine.dequantize(codes, scale, zero_point, spec=spec, b=b)
+    return QArray(codes, scale, zero_point, dtype, block), values
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_numpy_quantization_kernels_have_the_bits_of_the_reference(shape, loops):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape) * np.exp(rng.uniform(-30, 30, shape[:1] + (1,) * (len(shape) - 1)))
+    x = x.astype(np.float32)
+    x.flat[5:900] = 0
+    x.flat[1000:1900] *= np.float32(1e-42)
+    x.flat[2000:2004] = [3.4e38, -3.4e38, 1e-38, -1e-45]
+    served = 0
+    for granularity in GRANULARITIES:
+        for dtype in ("int8", "uint8", "int16"):
+            for scheme in ("symmetric", "affine"):
+                q = aqt_lite.quantize(x, dtype, scheme=scheme, granularity=granularity)
+                expected, values = reference_quantize(x, dtype, scheme, q.block)
+                assert_same_bits(q, expected)
+                assert_same_bits(q.dequantize(), values)
+                spec = affine.Spec(element_type(dtype), float_type("float32"), scheme == "symmetric", q.block)
+                served += _numpy_kernels.quantize(x, spec=spec) is not NotImplemented
+    assert served >= 6, "the kernels did not run"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+def test_numpy_quantization_kernels_see_values_that_are_not_finite(value, granularity, loops):
+    x = np.ones((600, 700), np.float32)
+    x[3, 4] = value
+    with pytest.raises(ValueError, match=r"1 non-finite values of 420000, the first at index \(3, 4\)"):
+        aqt_lite.quantize(x, granularity=granularity)
+
+
+def weights(rng, n, k, kind):
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    return w * np.exp(rng.uniform(-6, 6, (n, 1))).astype(np.float32) if kind == "rows of all sizes" else w
+
+
+def activations(rng, m, k, kind):
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    if kind == "outliers":
+        x[:, ::97] *= np.float32(1000)
+    if kind == "rows of all sizes":
+        x *= np.exp2(rng.integers(-60, 60, (m, 1))).astype(np.float32)
+    return x
+
+
+def exact_values(q):
+    """The weight in float64: what the codes mean, before any rounding to float32."""
+    codes = q.qvalue.astype(np.float64)
+    if q.zero_point is not None:
+        codes -= affine.spread(q.zero_point, q.shape, q.block, np)
+    return codes * affine.spread(q.scale, q.shape, q.block, np).astype(np.float64)
+
+
+def error_of_a_row(y, exact):
+    """Root mean square over the columns, each relative to the row's largest: one number a row."""
+    return np.sqrt(np.mean((y - exact) ** 2, axis=1)) / np.abs(exact).max(axis=1)
+
+
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+@pytest.mark.parametrize("kind", ["normal", "outliers", "rows of all sizes"])
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "granularity"),
+    [
+        ("int8", "symmetric", PerChannel(0)),
+        ("int8", "symmetric", PerGroup(100)),
+        ("int8", "affine", PerChannel(0)),
+        ("uint8", "affine", PerGroup(128)),
+        ("int8", "symmetric", PerChannel(1)),
+        ("int8", "symmetric", PerBlock((30, 64))),
+    ],
+    ids=str,
+)
+def test_products_are_as_exact_as_a_float32_product(with_loops, mode, kind, dtype, scheme, granularity):
+    backend = with_loops
+    rng = np.random.default_rng(1)
+    n, k = 300, 1100  # large enough for the blockwise kernels
+    w = weights(rng, n, k, kind)
+    for linear in (True, False):
+        q = aqt_lite.quantize(w if linear else w.T, dtype, scheme=scheme, granularity=granularity)
+        if mode == "reproducible" and not reference.has_integer_sums(q.scale, int(linear), q.block[int(linear)]):
+            continue
+        exact_w = exact_values(q)
+        moved = q.to_backend(backend.name)
+        float_w = moved.dequantize()
+        product = aqt_lite.linear if linear else aqt_lite.dense
+        for m in (1, 3, 8, 130):
+            x = activations(rng, m, k, kind)
+            exact = x.astype(np.float64) @ (exact_w.T if linear else exact_w)
+            plain = backend.xp.matmul(backend.asarray(x), float_w if not linear else float_w.T)
+            y = product(backend.asarray(x), moved, mode=mode)
+            ours, theirs = (error_of_a_row(backend.to_numpy(v), exact) for v in (y, plain))
+            floor = 2.0**-25  # half a unit in the last place of the largest: no result can be expected to be nearer
+            assert np.sqrt(np.mean(ours**2)) <= 2 * max(np.sqrt(np.mean(theirs**2)), floor), (linear, m)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(64)], ids=str)
+def test_reproducible_products_have_the_same_bits_everywhere(granularity, backend):
+    rng = np.random.default_rng(2)
+    for m, n, k in [(1, 40, 64), (5, 33, 1100), (3, 20, 70000)]:
+        x = activations(rng, m, k, "outliers")
+        x[0, : k // 2] *= np.float32(1e-30)
+        bias = rng.standard_normal(n).astype(np.float32)
+        for dtype, scheme in [("int8", "symmetric"), ("int8", "affine"), ("uint8", "symmetric")]:
+            q = aqt_lite.quantize(
+                weights(rng, n, k, "rows of all sizes"), dtype, scheme=scheme, granularity=granularity
+            )
+            expected = aqt_lite.linear(x, q, bias, mode="reproducible")
+            moved = q.to_backend(backend.name)
+            y = aqt_lite.linear(backend.asarray(x), moved, backend.asarray(bias), mode="reproducible")
+            assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize("dtypes", [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8")], ids=str)
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_quantized_activations_are_multiplied_as_integers(backend, dtypes, scheme):
+    rng = np.random.default_rng(3)
+    a, w = rng.standard_normal((2, 4, 300)).astype(np.float32), rng.standard_normal((50, 300)).astype(np.float32)
+    qa = aqt_lite.quantize(a, dtypes[0], scheme=scheme, granularity=PerGroup(300))
+    qw = aqt_lite.quantize(w, dtypes[1], scheme=scheme, granularity=PerChannel(0))
+    bias = rng.standard_normal(50).astype(np.float32)
+    exact = exact_values(qa) @ exact_values(qw).T + bias
+    expected = aqt_lite.linear(qa, qw, bias)
+    np.testing.assert_allclose(expected, exact, rtol=0, atol=4 * 2.0**-24 * np.abs(exact).max())
+    y = aqt_lite.linear(qa.to_backend(backend.name), qw.to_backend(backend.name), backend.asarray(bias))
+    assert_same_bits(y, expected)
+
+
+SATURATION = """
+import numpy as np
+from aqt_lite._registry import get_backend
+rng = np.random.default_rng(0)
+for name in ("torch", "jax"):
+    b = get_backend(name)
+    for n, k, m in ((64, 96, 4), (1000, 700, 32), (33, 65, 8), (512, 4096, 4)):
+        w = rng.choice(np.asarray([-128, 127, 0, 5], np.int8), (n, k))
+        x = rng.choice(np.asarray([-128, 127], np.int8), (m, k))
+        exact = x.astype(np.int64) @ w.astype(np.int64).T
+        y = b.to_numpy(b.integer_matmul(b.asarray(x), b.asarray(w)))
+        print(name, n, k, m, int((y != exact).sum()))
+"""
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "SSE41", ""])
+def test_integer_products_do_not_saturate_on_processors_without_dot_product_instructions(isa):
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "XLA_FLAGS": f"--xla_cpu_max_isa={isa}" if isa else ""}
+    if isa == "SSE41":
+        environment["XLA_FLAGS"] = "--xla_cpu_max_isa=SSE4_2"
+    run = [sys.executable, "-c", SATURATION]
+    lines = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout.split("\n")
+    assert [line.split()[-1] for line in lines if line] == ["0"] * 8, lines
+
+
+def test_in_parallel_covers_a_range_once_at_multiples_of_the_grain():
+    for length in (1, 2, 7, 64, 100):
+        for grain in (1, 3, 8, 200):
+            parts = sorted(_numpy_kernels.in_parallel(lambda lo, hi: (lo, hi), length, grain))
+            assert parts[0][0] == 0
+            assert parts[-1][1] == length
+            assert all(a[1] == b[0] and b[0] % grain == 0 for a, b in itertools.pairwise(parts))
+
+
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(1), PerChannel(0), PerGroup(32, 0), PerBlock((40, 20))]
+)
+def test_a_weight_stored_for_dense_is_the_same_weight(backend, granularity):
+    rng = np.random.default_rng(4)
+    w, x = rng.standard_normal((100, 60)).astype(np.float32), rng.standard_normal((5, 100)).astype(np.float32)
+    q = aqt_lite.quantize(backend.asarray(w), scheme="affine", granularity=granularity)
+    stored = q.for_dense()
+    assert stored.storage.shape == (60, 100)
+    assert (stored.shape, stored.granularity) == (q.shape, q.granularity)
+    assert_same_bits(stored, q)
+    assert_same_bits(stored.dequantize(), q.dequantize())
+    assert_same_bits(stored[:, :20], q[:, :20])
+    assert_same_bits(stored.to_backend("numpy"), q)
+    x = backend.asarray(x)
+    arguments = (x, q), (x, stored)
+    assert_same_bits(*[aqt_lite.dense(*a, mode="reproducible") for a in arguments])
+    plain, fast = [backend.to_numpy(aqt_lite.dense(*a)) for a in arguments]
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
