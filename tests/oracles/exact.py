@@ -67,7 +67,9 @@ def rint(value):
 
 def exactly(x):
     """Elements of an array of floats: Fractions, and floats where they are not finite."""
-    return [Fraction(v) if math.isfinite(v) else v for v in np.asarray(x).astype(np.float64).ravel().tolist()]
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wide = np.asarray(x).astype(np.float64)
+    return [Fraction(v) if math.isfinite(v) else v for v in wide.ravel().tolist()]
 
 
 def as_array(values, dtype, shape):
