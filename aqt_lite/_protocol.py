@@ -65,6 +65,10 @@ class Backend(ABC):
 
     # ---- defaults: an eager library, IEEE arithmetic, no gradients
 
+    def number(self, value: float, dtype: str, like: Array) -> Array:
+        """A 0-dimensional array of that dtype, rounded to nearest, on the device of ``like``."""
+        return self.asarray(np.asarray(value).astype(dtype), like=like)
+
     def dtype(self, name: str) -> Any:
         """The library's dtype object of that name."""
         return getattr(self.xp, name)

@@ -263,18 +263,25 @@ def _on_grid(
     block: Block,
     b: Backend,
     dtype: str,
-    check: Callable[[np.ndarray[Any, Any]], None],
+    check: Callable[[Any], None],
 ) -> Array:
     """A given scale or zero point as an array of the grid's shape and of ``dtype``, on the device of ``x``."""
     if isinstance(value, QArray):
         raise TypeError(f"{argument} is a QArray: give a number or an array")
-    other = backend_of(value)
-    if other is None or isinstance(value, np.generic):  # numbers and lists belong to no backend
-        if other is None and (isinstance(value, bool) or not isinstance(value, int | float | list | tuple)):
-            raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
-        value = np.asarray(value)
+    plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
+    other = None if plain else backend_of(value)
+    if plain and isinstance(value, int | float):
+        check(value)
+        value = b.number(value, dtype, like=x)
+    elif plain or isinstance(value, np.generic):  # numbers and lists belong to no backend
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"{argument} is a list that is no array: {error}") from None
         check(value)
         value = b.asarray(value.astype(dtype), like=x)
+    elif other is None:
+        raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
     elif not b.is_traced(value):
@@ -298,26 +305,35 @@ def _on_grid(
     return value
 
 
-def _check_scale(scale: np.ndarray[Any, Any], source: FloatType) -> None:
+def _check_scale(scale: Any, source: FloatType) -> None:
+    expected = f"positive and finite, between {source.tiny:.3g} and {source.huge:.3g} for {source.name} values"
+    if isinstance(scale, int | float):
+        if not source.tiny <= scale <= source.huge:
+            raise ValueError(f"scale={scale}: it must be {expected}")
+        return
     if scale.dtype.name not in (*FLOAT_TYPES, *_INTEGER_TYPES):
         raise TypeError(f"scale has dtype {scale.dtype.name}: give real numbers")
     wide = scale.astype(np.float64)
     bad = ~((wide >= source.tiny) & (wide <= source.huge))
     if bad.any():
         raise ValueError(
-            f"scale={wide[bad].flat[0]}: every scale must be positive and finite, between {source.tiny:.3g} and "
-            f"{source.huge:.3g} for {source.name} values ({int(bad.sum())} of {bad.size} are not)"
+            f"scale={wide[bad].flat[0]}: every scale must be {expected} ({int(bad.sum())} of {bad.size} are not)"
         )
 
 
-def _check_zero_point(zero_point: np.ndarray[Any, Any], element: ElementType) -> None:
+def _check_zero_point(zero_point: Any, element: ElementType) -> None:
+    codes = f"a code of {element.name}, {element.min} to {element.max}"
+    if isinstance(zero_point, int | float):
+        if not isinstance(zero_point, int):
+            raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
+        if not element.min <= zero_point <= element.max:
+            raise ValueError(f"zero_point={zero_point}: must be {codes}")
+        return
     if zero_point.dtype.name not in _INTEGER_TYPES:
         raise TypeError(f"zero_point has dtype {zero_point.dtype.name}: it must be an integer, the code of 0.0")
     bad = (zero_point < element.min) | (zero_point > element.max)
     if bad.any():
-        raise ValueError(
-            f"zero_point={zero_point[bad].flat[0]}: must be a code of {element.name}, {element.min} to {element.max}"
-        )
+        raise ValueError(f"zero_point={zero_point[bad].flat[0]}: must be {codes}")
 
 
 def _check_finite(x: Array, scale: Array, spec: affine.Spec, b: Backend) -> None:

@@ -30,6 +30,9 @@ class TorchBackend(Backend):
             raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
         return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C")).to(device)
 
+    def number(self, value: float, dtype: str, like: Array) -> Array:
+        return torch.full((), value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
+
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         x = x.detach().cpu()
         if x.dtype == torch.bfloat16:
@@ -84,8 +87,8 @@ class TorchBackend(Backend):
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         if not (self.differentiates(x) or torch.compiler.is_compiling()):
             return y.detach()
-        # x.detach() - x is +0.0 with the derivative -1, and y - 0.0 has the bits of y, those of -0.0 too
-        return y.detach() - torch.where(inside, x.detach() - x, 0.0)
+        # -(x.detach() - x) is -0.0, with the derivative 1, and y + -0.0 has the bits of y
+        return y.detach() + torch.where(inside, -(x.detach() - x), -0.0)
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
         def with_keys(node: Any) -> Any:  # None is a leaf to torch, but no tensor: it becomes part of the structure
