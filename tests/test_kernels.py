@@ -110,25 +110,21 @@ def error_of_a_row(y, exact):
 
 
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
-@pytest.mark.parametrize("kind", ["normal", "outliers", "rows of all sizes"])
 @pytest.mark.parametrize(
     ("dtype", "scheme", "granularity"),
     [
         ("int8", "symmetric", PerChannel(0)),
-        ("int8", "symmetric", PerGroup(100)),
-        ("int8", "affine", PerChannel(0)),
-        ("uint8", "affine", PerGroup(128)),
-        ("int8", "symmetric", PerChannel(1)),
+        ("uint8", "affine", PerGroup(100)),
+        ("int8", "affine", PerChannel(1)),
         ("int8", "symmetric", PerBlock((30, 64))),
     ],
     ids=str,
 )
-def test_products_are_as_exact_as_a_float32_product(with_loops, mode, kind, dtype, scheme, granularity):
-    backend = with_loops
-    rng = np.random.default_rng(1)
+def test_products_are_as_exact_as_a_float32_product(with_loops, mode, dtype, scheme, granularity):
+    backend, rng = with_loops, np.random.default_rng(1)
     n, k = 300, 1100  # large enough for the blockwise kernels
-    w = weights(rng, n, k, kind)
-    for linear in (True, False):
+    for kind, linear in itertools.product(["normal", "outliers", "rows of all sizes"], [True, False]):
+        w = weights(rng, n, k, kind)
         q = aqt_lite.quantize(w if linear else w.T, dtype, scheme=scheme, granularity=granularity)
         if mode == "reproducible" and not reference.has_integer_sums(q.scale, int(linear), q.block[int(linear)]):
             continue
@@ -136,20 +132,20 @@ def test_products_are_as_exact_as_a_float32_product(with_loops, mode, kind, dtyp
         moved = q.to_backend(backend.name)
         float_w = moved.dequantize()
         product = aqt_lite.linear if linear else aqt_lite.dense
-        for m in (1, 3, 8, 130):
+        for m in (1, 8, 130):
             x = activations(rng, m, k, kind)
             exact = x.astype(np.float64) @ (exact_w.T if linear else exact_w)
-            plain = backend.xp.matmul(backend.asarray(x), float_w if not linear else float_w.T)
+            plain = backend.xp.matmul(backend.asarray(x), float_w.T if linear else float_w)
             y = product(backend.asarray(x), moved, mode=mode)
             ours, theirs = (error_of_a_row(backend.to_numpy(v), exact) for v in (y, plain))
             floor = 2.0**-25  # half a unit in the last place of the largest: no result can be expected to be nearer
-            assert np.sqrt(np.mean(ours**2)) <= 2 * max(np.sqrt(np.mean(theirs**2)), floor), (linear, m)
+            assert np.sqrt(np.mean(ours**2)) <= 2 * max(np.sqrt(np.mean(theirs**2)), floor), (kind, linear, m)
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(64)], ids=str)
 def test_reproducible_products_have_the_same_bits_everywhere(granularity, backend):
     rng = np.random.default_rng(2)
-    for m, n, k in [(1, 40, 64), (5, 33, 1100), (3, 20, 70000)]:
+    for m, n, k in [(1, 40, 64), (3, 20, 1100)] + [(2, 5, 70000)] * (granularity == PerChannel(0)):
         x = activations(rng, m, k, "outliers")
         x[0, : k // 2] *= np.float32(1e-30)
         bias = rng.standard_normal(n).astype(np.float32)
