@@ -42,7 +42,8 @@ def integer_matmul(x: Array, w: Array) -> Array:
     batch = tuple(range(x.ndim - 2))
     dimensions = (((w.ndim - 1,), (x.ndim - 1,)), (batch, batch))
     product = lax.dot_general(w, x, dimensions, preferred_element_type=jnp.int32)
-    return jnp.swapaxes(lax.optimization_barrier(product), -1, -2)[..., :rows, :]
+    kept = lax.optimization_barrier(product)  # type: ignore[no-untyped-call]
+    return jnp.swapaxes(kept, -1, -2)[..., :rows, :]
 
 
 def _fast(
@@ -95,7 +96,8 @@ def _blockwise(
             )
         if tail:
             parts.append(columns(blocks * height, tail))
-        y = jnp.swapaxes(lax.optimization_barrier(jnp.concatenate(parts)), 0, 1)
+        kept = lax.optimization_barrier(jnp.concatenate(parts))  # type: ignore[no-untyped-call]
+        y = jnp.swapaxes(kept, 0, 1)
     else:  # each block of rows meets some columns of x, and the products add up
 
         def product(start: Any, rows: int) -> Array:

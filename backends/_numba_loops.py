@@ -85,6 +85,38 @@ def rows_times(w: Any, x: Any, y: Any) -> None:  # pragma: no cover - compiled
             y[n, m] = a
 
 
+@njit(nogil=True, cache=True, fastmath=_REORDER)
+def exact_rows_times(w: Any, x: Any, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[n, m] = sum_k w[n, k] x[m, k]``, integers in float64 (x) and int64 (y): exact, so the order is free."""
+    rows, inner = w.shape
+    for first in range(0, inner, 8192):
+        last = min(first + 8192, inner)
+        for n in range(rows):
+            m = 0
+            while m + 4 <= x.shape[0]:
+                a = 0.0
+                b = 0.0
+                c = 0.0
+                d = 0.0
+                for k in range(first, last):
+                    q = np.float64(w[n, k])
+                    a += q * x[m, k]
+                    b += q * x[m + 1, k]
+                    c += q * x[m + 2, k]
+                    d += q * x[m + 3, k]
+                y[n, m] += np.int64(a)
+                y[n, m + 1] += np.int64(b)
+                y[n, m + 2] += np.int64(c)
+                y[n, m + 3] += np.int64(d)
+                m += 4
+            while m < x.shape[0]:
+                a = 0.0
+                for k in range(first, last):
+                    a += np.float64(w[n, k]) * x[m, k]
+                y[n, m] += np.int64(a)
+                m += 1
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def _add_four_rows(y: Any, w0: Any, w1: Any, w2: Any, w3: Any, x: Any) -> None:  # pragma: no cover - compiled
     for n in range(y.shape[0]):

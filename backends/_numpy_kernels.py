@@ -322,10 +322,65 @@ def _compiled_product(loops: Any, x: Array, codes: Array, scale: Array, contract
     return functools.reduce(np.add, parts) * scale
 
 
+LONGEST_EXACT = 1 << 13
+"""Products of 31 bits and 9 whose sum float64 holds in any order."""
+
+
+def _exact_matmul(x: Array, w: Array) -> Array:
+    """``x @ w.T`` of integers below 2^31 and 2^9 as int64: float64 sums, each short enough to be exact."""
+    wide = np.ascontiguousarray(x, dtype=np.float64)
+    rows, inner = w.shape
+    y = np.zeros((rows, len(x)), dtype=np.int64)
+    loops = compiled_loops() if w.flags.c_contiguous and len(x) <= 8 else None
+    height = max(1, BLOCK // (2 * inner))
+
+    def columns(start: int, stop: int) -> None:
+        if loops is not None:
+            loops.exact_rows_times(w[start:stop], wide, y[start:stop])
+            return
+        scratch = np.empty((min(height, stop - start), inner), dtype=np.float64)
+        for n in range(start, stop, height):
+            e = min(n + height, stop)
+            part = scratch[: e - n]
+            np.copyto(part, w[n:e])
+            for k in range(0, inner, LONGEST_EXACT):
+                near = slice(k, k + LONGEST_EXACT)
+                if len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
+                    y[n:e, 0] += np.vecdot(part[:, near], wide[0, near]).astype(np.int64)
+                else:
+                    y[n:e] += (part[:, near] @ wide[:, near].T).astype(np.int64)
+
+    if w.size < LARGE or (loops is None and len(x) > 1):  # BLAS has threads of its own
+        columns(0, rows)
+    else:
+        in_parallel(columns, rows)
+    return y.T
+
+
+def integer_matmul(x: Array, w: Array) -> Array:
+    """``x @ w.T`` over the last axes, in int32."""
+    if x.ndim == 2:
+        return _exact_matmul(x, w).astype(np.int32)
+    return np.stack([_exact_matmul(a, c).astype(np.int32) for a, c in zip(x, w, strict=True)])
+
+
+def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> tuple[Array, Array]:
+    """``reference.fixed_point_matmul`` without digits: an int64 holds the whole sum."""
+    total = np.stack([_exact_matmul(a, c) for a, c in zip(x, w, strict=True)])
+    if zero_point is not None:
+        total -= x.sum(axis=2, keepdims=True, dtype=np.int64) * zero_point
+    return (total >> 24).astype(np.int32), (total & 0xFFFFFF).astype(np.int32)
+
+
 def _backend() -> Any:
     from aqt_lite._registry import get_backend
 
     return get_backend("numpy")
 
 
-KERNELS: dict[str, Callable[..., Any]] = {"quantize": quantize, "dequantize": dequantize, "matmul": matmul}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "matmul": matmul,
+    "fixed_point_matmul": fixed_point_matmul,
+}

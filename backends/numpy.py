@@ -37,6 +37,16 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def integer_matmul(self, x: Array, w: Array) -> Array:
+        return _kernels().integer_matmul(x, w)
+
+    def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
+        fraction, exponent = np.frexp(x)
+        return fraction * np.float32(2), np.where(x == 0, np.int32(-127), exponent - np.int32(1))
+
+    def power_of_two(self, e: Array) -> Array:
+        return np.ldexp(np.float32(1), np.where(e < -100, np.int32(-1000), e))
+
     def contiguous(self, x: Array) -> Array:
         return np.ascontiguousarray(x)
 
@@ -53,11 +63,16 @@ class NumpyBackend(Backend):
         return without_warnings(function)
 
     def kernel(self, op: str) -> Callable[..., Any] | None:
-        from aqt_lite.backends import _numpy_kernels
-
-        return _numpy_kernels.KERNELS.get(op)
+        return _kernels().KERNELS.get(op)  # type: ignore[no-any-return]
 
     def refuse(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):
             return "is a masked array, and codes have no mask: fill it first, for instance with x.filled(0)"
         return None
+
+
+def _kernels() -> Any:
+    """The kernels build on the operations, and those on the container, which may load this module to be registered."""
+    from aqt_lite.backends import _numpy_kernels
+
+    return _numpy_kernels

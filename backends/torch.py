@@ -25,7 +25,8 @@ class TorchBackend(Backend):
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         device = None if like is None else like.device
         if values.dtype.name == "bfloat16":
-            return torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16).to(device)
+            bits = np.array(values, dtype=values.dtype.newbyteorder("="), order="C").view(np.int16)
+            return torch.from_numpy(bits).view(torch.bfloat16).to(device)
         if not isinstance(getattr(torch, values.dtype.name, None), torch.dtype):
             raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
         return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C")).to(device)

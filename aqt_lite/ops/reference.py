@@ -11,11 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 from aqt_lite import affine
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Spec
 
-__all__ = ["LONGEST_PIECE", "RUN", "has_integer_sums", "matmul", "matmul_integer", "matmul_reproducible", "pieces"]
+__all__ = [
+    "LONGEST_PIECE",
+    "RUN",
+    "fixed_point_matmul",
+    "has_integer_sums",
+    "matmul",
+    "matmul_integer",
+    "matmul_reproducible",
+    "pieces",
+]
 
 LONGEST_PIECE = 1 << 16
 """Longest run of the contracted axis with one exponent: an int32 sum holds 2^16 products of 2^7 and 2^8 - 1."""
@@ -150,25 +160,10 @@ def matmul_reproducible(
     integers = xp.astype(xp.round(_scaled(x_pieces, 30 - exponent, b)), xp.int32)
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
-    parts, rest = [], integers
-    for _ in range(3):
-        digit = ((rest + 128) & 255) - 128
-        parts.append(digit)
-        rest = (rest - digit) >> 8
-    digits = xp.astype(xp.concat([*parts, rest], axis=1), xp.int8)  # (pieces, 4 * M, width)
-    products = b.integer_matmul(digits, w_pieces)
     if zero_point is not None:
         zero_point = affine.spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
-        products = products - xp.sum(digits, axis=2, keepdims=True, dtype=xp.int32) * _per_piece(zero_point, groups, xp)
-    m = int(x.shape[0])
-    sums = [products[:, place * m : (place + 1) * m, :] for place in range(4)]
-
-    low = sums[0] & 255  # carry, so that everything below the highest digit is one number that is not negative
-    for place in (1, 2):
-        carried = sums[place] + (sums[place - 1] >> 8)
-        low = low + ((carried & 255) << (8 * place))
-        sums[place] = carried
-    high = sums[3] + (sums[2] >> 8)
+        zero_point = _per_piece(zero_point, groups, xp)
+    high, low = run(b, "fixed_point_matmul", fixed_point_matmul, integers, w_pieces, zero_point)
     t = xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
     t = t * _per_piece(w_fraction, groups, xp)
     drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
@@ -177,6 +172,29 @@ def matmul_reproducible(
     last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - 30
     total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
     return _finish(total, last, bias, out, b)
+
+
+def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backend) -> tuple[Array, Array]:
+    """``sum_k x[p, m, k] * (w[p, n, k] - zero_point[p, 0, n])`` as int32 ``high * 2^24 + low``, 0 <= low < 2^24.
+
+    ``x`` has 31 bits and the codes 8 (or, with zero points already taken off, 9). Each digit of ``x`` gives an int32 sum.
+    """
+    xp, m = b.xp, int(x.shape[1])
+    digits = []
+    for _ in range(3):
+        digit = ((x + 128) & 255) - 128
+        digits.append(digit)
+        x = (x - digit) >> 8
+    stacked = xp.astype(xp.concat([*digits, x], axis=1), xp.int8)  # (pieces, 4 * M, width)
+    products = b.integer_matmul(stacked, w)
+    if zero_point is not None:
+        products = products - xp.sum(stacked, axis=2, keepdims=True, dtype=xp.int32) * zero_point
+    carried = products[:, :m, :]
+    low = carried & 255  # what lies below the highest digit becomes one number that is not negative
+    for place in (1, 2):
+        carried = products[:, place * m : (place + 1) * m, :] + (carried >> 8)
+        low = low + ((carried & 255) << (8 * place))
+    return products[:, 3 * m :, :] + (carried >> 8), low
 
 
 def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) -> bool:
