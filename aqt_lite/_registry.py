@@ -6,14 +6,16 @@ No adapter, and so no framework, is imported before an array of it (or its name)
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +69,7 @@ def _load(name: str) -> Backend:
         module, _, attribute = builtin.adapter.partition(":")
         cls = getattr(importlib.import_module(module), attribute)
     else:
-        plugin = next((e for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == name), None)
+        plugin = next((e for e in _plugins() if e.name == name), None)
         if plugin is None:
             raise ValueError(f"backend={name!r} is not known: use one of {', '.join(_names())}")
         cls = plugin.load()
@@ -81,7 +83,7 @@ def _load(name: str) -> Backend:
 
 
 def _names() -> list[str]:
-    return sorted({*_BUILTIN, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_BUILTIN, *(e.name for e in _plugins())})
 
 
 def backend_of(x: Array) -> Backend | None:
@@ -98,17 +100,35 @@ def _find(array_type: type, x: Array) -> Backend | None:
     roots = [cls.__module__.partition(".")[0] for cls in array_type.__mro__]
     for root in roots:
         for name, builtin in _BUILTIN.items():
-            if root in builtin.array_modules:
-                return get_backend(name) if name != "numpy" or isinstance(x, np.ndarray | np.generic) else None
-    for plugin in entry_points(group=ENTRY_POINT_GROUP):
-        adapter = get_backend(plugin.name)
+            if root in builtin.array_modules:  # modules, dtypes and classes of a library are no arrays
+                an_array = isinstance(x, np.ndarray | np.generic) if name == "numpy" else _has_shape_and_dtype(x)
+                return get_backend(name) if an_array else None
+    if not _has_shape_and_dtype(x):
+        return None
+    for plugin in _plugins():
+        try:
+            adapter = get_backend(plugin.name)
+        except Exception as error:  # it may have nothing to do with x
+            warnings.warn(f"the plug-in for backend={plugin.name!r} fails to load: {error}", stacklevel=2)
+            continue
         if any(root in adapter.array_modules for root in roots):
             return adapter
     if is_array(x):
         from aqt_lite.backends.generic import GenericBackend
 
-        return GenericBackend.for_array(x)
+        generic = GenericBackend.for_array(x)
+        _instances.setdefault(generic.name, generic)  # known by name from here on
+        return generic
     return None
+
+
+def _has_shape_and_dtype(x: Any) -> bool:
+    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+@functools.cache
+def _plugins() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 def available_backends() -> dict[str, str]:
@@ -131,7 +151,7 @@ def available_backends() -> dict[str, str]:
     for name, builtin in _BUILTIN.items():
         present = builtin.needs in sys.modules or importlib.util.find_spec(builtin.needs) is not None
         found[name] = "installed" if present else f"not installed: {builtin.install}"
-    for plugin in entry_points(group=ENTRY_POINT_GROUP):
+    for plugin in _plugins():
         try:
             get_backend(plugin.name)
         except Exception as error:  # a broken plug-in is reported, not raised: the others still work

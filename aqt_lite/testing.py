@@ -7,15 +7,22 @@ runs ``check_backend(name)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from aqt_lite._protocol import Backend, IntLimits
-from aqt_lite._registry import backend_of
+from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.elements import ELEMENT_TYPES, FLOAT_TYPES
+from aqt_lite.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
+from aqt_lite.ops import dense, linear
 from aqt_lite.qarray import QArray
 
-__all__ = ["Backend", "IntLimits", "assert_same_bits", "mismatches"]
+__all__ = ["Backend", "Conformance", "IntLimits", "assert_same_bits", "check_backend", "mismatches"]
 
 
 def mismatches(actual: Any, expected: Any) -> int:
@@ -87,3 +94,266 @@ def _as_numpy(x: Any) -> np.ndarray[Any, Any]:
     if b is None:
         raise TypeError(f"{type(x).__name__} is no array")
     return np.asarray(b.to_numpy(x))
+
+
+# ---- conformance of an adapter
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """What :func:`check_backend` found; prints as a table."""
+
+    backend: str
+    rows: tuple[tuple[str, int, str], ...]
+    """Check, elements compared, and what failed ("" where nothing did)."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not any(failure for _, _, failure in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _, _ in self.rows)
+        lines = [f"{name:<{width}}  {count:>9,}  {failure or 'same bits'}" for name, count, failure in self.rows]
+        return "\n".join([f"{'backend ' + self.backend:<{width}}  {'elements':>9}", *lines])
+
+
+def check_backend(backend: str | Backend) -> Conformance:
+    """Hold an adapter against the contract: everything it does must have the bits of the NumPy reference.
+
+    Takes about a second for an eager library. It covers what goes wrong in practice (docs/numerics.md): values near
+    ties, the ends of the range, subnormal numbers, ragged groups, approximate division, integer products.
+
+    Parameters
+    ----------
+    backend : str or Backend
+        A backend's name, or the adapter itself.
+
+    Raises
+    ------
+    AssertionError
+        With the table, where anything failed.
+
+    Examples
+    --------
+    >>> from aqt_lite.testing import check_backend
+    >>> report = check_backend("array_api_strict")
+    >>> report.passed, len(report.rows)
+    (True, 10)
+    """
+    b = backend if isinstance(backend, Backend) else get_backend(backend)
+    floats = tuple(_floats_of(b))
+    rows = []
+    for name, check in _CHECKS.items():
+        count, failure = 0, ""
+        try:
+            for actual, expected in check(b, floats):
+                assert_same_bits(actual, expected)
+                count += int(np.prod(tuple(expected.shape), dtype=np.int64))
+        except Exception as error:  # whatever an adapter raises is a finding, and the other checks still run
+            failure = f"{type(error).__name__}: {error}"
+        rows.append((name, count, failure))
+    report = Conformance(b.name, tuple(rows))
+    if not report.passed:
+        raise AssertionError(f"backend {b.name!r} does not keep the contract:\n{report}")
+    return report
+
+
+_Pairs = Iterator[tuple[Any, Any]]
+_GRANULARITIES: tuple[Granularity, ...] = (PerTensor(), PerChannel(0), PerChannel(-1), PerGroup(32), PerBlock((2, 50)))
+
+
+def _numpy_dtype(name: str) -> Any:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _floats_of(b: Backend) -> Iterator[str]:
+    """The float types that the library says it can hold; float32 is not optional."""
+    for name in FLOAT_TYPES:
+        try:
+            b.asarray(np.zeros(1, _numpy_dtype(name)))
+        except ValueError:
+            if name == "float32":
+                raise
+        else:
+            yield name
+
+
+def _awkward(name: str) -> Iterator[np.ndarray[Any, Any]]:
+    """Matrices with all magnitudes of a float type, the ends of its range, and values next to ties.
+
+    All of one shape, so that a compiler has each case to compile once.
+    """
+    dtype, rng, shape = _numpy_dtype(name), np.random.default_rng(1), (11, 70)
+    largest, smallest = FLOAT_TYPES[name].max, float(np.nextafter(dtype.type(0), dtype.type(1)))
+    exponents = rng.uniform(np.log2(smallest), np.log2(largest) - 1, shape)
+    with np.errstate(all="ignore"):
+        yield (rng.standard_normal(shape) * 2.0**exponents).clip(-largest, largest).astype(dtype)
+    ends = [largest, -largest, smallest, -smallest, 0.0, -0.0, 1.0, -1.0, 2.0**-14, 1e-30, 3.0]
+    yield np.resize(np.asarray(ends).astype(dtype), shape)
+    yield np.repeat(np.asarray([0.0, 100.5, -0.0, -1e-3, *[smallest] * 7]).astype(dtype), 70).reshape(shape)
+    for seed in range(3):
+        step = np.random.default_rng(seed).uniform(0.5, 1) * 2.0 ** (3 * seed - 5)
+        top = np.asarray(step * 127).astype(dtype)
+        ties = ((np.arange(-127, 127) + 0.5) * (float(top) / 127)).astype(dtype)
+        neighbours = [ties, np.nextafter(ties, dtype.type(np.inf)), np.nextafter(ties, dtype.type(-np.inf))]
+        yield np.concatenate([np.repeat([top, -top], 4), *neighbours]).reshape(shape)
+
+
+def _check_transport(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in (*floats, *(e.storage for e in ELEMENT_TYPES.values()), "int32"):
+        dtype = _numpy_dtype(name)
+        bits = np.random.default_rng(0).integers(0, 256, 24 * dtype.itemsize, dtype=np.uint8)
+        values = bits.view(dtype)
+        values = np.where(values != values, dtype.type(0), values)  # NaN payloads are not promised
+        for v in (values.reshape(4, 6), values.reshape(4, 6).T, values[:0], values[0].reshape(()), values[::-2]):
+            x = b.asarray(v)
+            if b.dtype_name(x) != name or tuple(x.shape) != v.shape:
+                raise AssertionError(f"{name} of shape {v.shape} became {b.dtype_name(x)} of shape {tuple(x.shape)}")
+            if backend_of(x) is not b:
+                raise AssertionError(f"an array of {type(x)} is not recognized as {b.name}: check array_modules")
+            yield b.to_numpy(x), v
+        if dtype.kind in "iuf" and name != "bfloat16":
+            yield b.to_numpy(b.asarray(values.astype(dtype.newbyteorder(">")))), values
+
+
+def _check_int_limits(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in ELEMENT_TYPES:
+        own, wanted = b.int_limits(name), int_limits(name)
+        yield np.asarray([own.bits, own.min, own.max]), np.asarray([wanted.bits, wanted.min, wanted.max])
+
+
+def _check_reciprocal(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    rng = np.random.default_rng(2)
+    for compute in sorted({FLOAT_TYPES[name].compute for name in floats}):
+        low, high = np.log2(FLOAT_TYPES[compute].tiny), np.log2(FLOAT_TYPES[compute].huge)
+        x = np.concatenate(
+            [2.0 ** rng.uniform(low, high, 20000), 1 + np.arange(500) / 500, 2.0 ** np.asarray([low, high])]
+        )
+        scales = x.astype(compute)
+        yield _run(b, "reciprocal", b.asarray(scales)), np.asarray(1, compute) / scales
+        yield _run(b, "reciprocal", b.asarray(np.asarray([np.nan], compute))), np.asarray([np.nan], compute)
+
+
+def _run(b: Backend, method: str, x: Any) -> Any:
+    """A method of the adapter the way the contract runs it: compiled, where the backend compiles."""
+
+    def reciprocal(x: Any, *, b: Backend) -> Any:
+        return getattr(b, method)(x)
+
+    return b.compiled(reciprocal)(x, b=b)
+
+
+def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in floats:
+        for x in _awkward(name):
+            for dtype in ELEMENT_TYPES if name == "float32" else ("int8", "uint16"):
+                for i, granularity in enumerate(_GRANULARITIES if dtype == "int8" else _GRANULARITIES[-2:]):
+                    scheme = ("symmetric", "affine")[(i + (dtype == "int8")) % 2]
+                    how: dict[str, Any] = {"dtype": dtype, "scheme": scheme, "granularity": granularity}
+                    q, wanted = quantize(b.asarray(x), **how), quantize(x, **how)
+                    yield q, wanted
+                    yield dequantize(q), dequantize(wanted)
+
+
+def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in floats:
+        for x in _awkward(name):
+            for scale in (0.5, 0.0123, 2.0**-100, 1e30):
+                for zero_point in (None, 7):
+                    how: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+                    q, wanted = quantize(b.asarray(x), **how), quantize(x, **how)
+                    yield q, wanted
+                    yield dequantize(q), dequantize(wanted)
+
+
+def _check_other_functions(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in floats:
+        for x in _awkward(name):
+            how: dict[str, Any] = {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(16)}
+            before = x.copy()
+            mine = b.asarray(x)
+            pairs = zip(choose_qparams(mine, **how), choose_qparams(x, **how), strict=True)
+            yield from pairs
+            yield fake_quantize(mine, **how), fake_quantize(x, **how)
+            yield mine, before  # untouched
+
+
+def _check_nonfinite(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in floats:
+        for bad in (np.nan, np.inf, -np.inf):
+            x = np.ones((3, 8), _numpy_dtype(name))
+            x[1, 5] = bad
+            for how in ({"scheme": "symmetric"}, {"scheme": "affine"}, {"scale": 0.5}):
+                mine, settings = b.asarray(x), {"granularity": PerChannel(0), **how}
+                try:
+                    q = quantize(mine, **settings)  # type: ignore[arg-type]
+                except ValueError:
+                    pass
+                else:  # only a library that defers its computations may not raise, and marks the block instead
+                    values = b.to_numpy(dequantize(q)).astype(np.float64)
+                    if not b.is_traced(q.scale) or np.isnan(values).any(axis=1).tolist() != [False, True, False]:
+                        raise AssertionError(f"{bad} in {name} values was not noticed with {how}")
+                settings["nonfinite"] = "ignore"
+                yield quantize(mine, **settings), quantize(x, **settings)  # type: ignore[arg-type]
+
+
+def _check_products(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((5, 70)) * 10.0 ** rng.uniform(-6, 6, (5, 70))).astype(np.float32)
+    x[0, :3] = [0, 1e-42, 3e38]
+    w, bias = rng.standard_normal((11, 70)).astype(np.float32), rng.standard_normal(11).astype(np.float32)
+    for name in floats:
+        if name == "float64":  # not every backend has it, so it has no reproducible products
+            continue
+        dtype = _numpy_dtype(name)
+        rows = x.clip(-1000, 1000).astype(dtype)
+        for scheme in ("symmetric", "affine"):
+            for granularity in (PerChannel(0), PerChannel(1), PerGroup(32)) if name == "float32" else (PerTensor(),):
+                q = quantize(w, scheme=scheme, granularity=granularity)
+                mine = [b.asarray(v) for v in (rows, bias.astype(dtype))]
+                yield (
+                    linear(mine[0], q.to_backend(b.name), mine[1], mode="reproducible"),
+                    linear(rows, q, bias.astype(dtype), mode="reproducible"),
+                )
+        q = quantize(w.T, granularity=PerGroup(16, axis=0))
+        yield dense(b.asarray(rows), q.to_backend(b.name), mode="reproducible"), dense(rows, q, mode="reproducible")
+    for scheme in ("symmetric", "affine"):
+        left = quantize(x[1:], "uint8", scheme=scheme, granularity=PerChannel(0))  # type: ignore[arg-type]
+        right = quantize(w, scheme=scheme, granularity=PerChannel(0))  # type: ignore[arg-type]
+        yield linear(left.to_backend(b.name), right.to_backend(b.name)), linear(left, right)
+
+
+def _check_straight_through(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    for name in floats:
+        x = np.linspace(-3, 3, 50).astype(_numpy_dtype(name))
+        y = np.round(x)
+        y[0] = -0.0
+        yield b.straight_through(b.asarray(x), b.asarray(y), b.asarray(x) > 0), y
+        yield b.stop_gradient(b.asarray(x)), x
+
+
+def _check_container(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    x = next(_awkward("float32"))
+    for granularity in _GRANULARITIES:
+        there = quantize(x, scheme="affine", granularity=granularity)
+        q = there.to_backend(b.name)
+        yield q, there
+        yield q.to_backend("numpy"), there
+        yield q[2:4], there[2:4]
+        if (q.nbytes, q.backend) != (there.nbytes, b.name):
+            raise AssertionError(f"nbytes {q.nbytes}, backend {q.backend}: expected {there.nbytes}, {b.name}")
+
+
+_CHECKS: dict[str, Callable[[Backend, tuple[str, ...]], _Pairs]] = {
+    "asarray and to_numpy": _check_transport,
+    "int_limits": _check_int_limits,
+    "reciprocal": _check_reciprocal,
+    "quantize and dequantize": _check_quantize,
+    "given scale and zero point": _check_given_scale,
+    "choose_qparams, fake_quantize": _check_other_functions,
+    "non-finite values": _check_nonfinite,
+    "reproducible products": _check_products,
+    "straight-through values": _check_straight_through,
+    "QArray": _check_container,
+}

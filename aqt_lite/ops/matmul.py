@@ -14,7 +14,7 @@ from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite._registry import backend_of, get_backend
+from aqt_lite._registry import backend_of
 from aqt_lite.elements import element_type, float_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
@@ -80,7 +80,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
     w = w._aligned()
-    b = get_backend(w.backend)
+    b = w._backend
     if w.ndim != 2:
         raise ValueError(
             f"w has shape {w.shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"

@@ -1,0 +1,331 @@
+"""Adapters: the registry that finds them, what each must do, plug-ins, and libraries that nobody has registered."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from itertools import permutations
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS
+
+import aqt_lite
+from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize
+from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.backends.generic import GenericBackend
+from aqt_lite.elements import ELEMENT_TYPES
+from aqt_lite.testing import Backend, assert_same_bits, check_backend
+
+PLUGIN = Path(__file__).with_name("plugin")
+
+
+def python(program, **environment):
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- what an import costs
+
+
+def test_import_is_fast_and_imports_no_framework():
+    program = """
+        import sys, time
+        import numpy
+        start = time.perf_counter()
+        import aqt_lite
+        seconds = time.perf_counter() - start
+        unwanted = ("jax", "torch", "matplotlib", "numba", "array_api_strict", "backends")
+        print(seconds, [m for m in unwanted if m in sys.modules])
+    """
+    runs = [python(program).split(maxsplit=1) for _ in range(4)]
+    assert {unwanted.strip() for _, unwanted in runs} == {"[]"}
+    assert min(float(seconds) for seconds, _ in runs) < 0.3
+
+
+def test_numpy_alone_is_enough():
+    """No framework is imported by using the library on NumPy arrays, or by asking which backends there are."""
+    program = """
+        import sys
+        import numpy as np, aqt_lite
+        q = aqt_lite.quantize(np.ones((4, 8), "float32"), granularity=aqt_lite.PerGroup(4))
+        aqt_lite.linear([1.0] * 8, q, mode="reproducible"), aqt_lite.error_report(np.ones((4, 8)), q), repr(q)
+        aqt_lite.available_backends()
+        print([m for m in ("jax", "torch", "array_api_strict", "backends") if m in sys.modules])
+    """
+    assert python(program).strip() == "[]"
+
+
+@pytest.mark.parametrize("first", ["jax", "torch"])
+def test_frameworks_may_be_imported_before_or_after(first):
+    tree = {
+        "jax": "import jax; leaves = jax.tree_util.tree_leaves",
+        "torch": "import torch.utils._pytree as t; leaves = t.tree_leaves",
+    }[first]
+    use = "import numpy as np; print(len(leaves(aqt_lite.quantize(np.ones(3, 'float32'), 'uint8'))))"
+    assert python(f"{tree}\nimport aqt_lite\n{use}").strip() == "3"
+    assert python(f"import aqt_lite\n{tree}\n{use}").strip() == "3"
+
+
+def test_a_missing_framework_is_explained():
+    program = """
+        import importlib.util, json
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *args: None if name in ("jax", "torch") else find(name, *args)
+        import aqt_lite
+        messages = []
+        for call in (lambda: aqt_lite.quantize([1.0], backend="jax"), lambda: aqt_lite.int_limits("int8", "torch")):
+            try:
+                call()
+            except ImportError as error:
+                messages.append(str(error))
+        print(json.dumps([messages, aqt_lite.available_backends()]))
+    """
+    messages, available = json.loads(python(program))
+    assert "backend='jax' needs the package jax: pip install 'aqt_lite[jax]'" in messages
+    assert "backend='torch' needs the package torch: pip install 'aqt_lite[torch]'" in messages
+    assert available["jax"] == "not installed: pip install 'aqt_lite[jax]'"
+    assert available["numpy"] == "installed"
+
+
+# ---- the registry
+
+
+def test_available_backends():
+    assert {name: available_backends()[name] for name in BACKENDS} == dict.fromkeys(BACKENDS, "installed")
+
+
+def test_unknown_backends():
+    with pytest.raises(
+        ValueError, match=r"backend='tensorflow' is not known: use one of array_api_strict, jax, numpy, torch"
+    ):
+        quantize([1.0], backend="tensorflow")
+    with pytest.raises(TypeError, match="backend=3: give the backend's name"):
+        get_backend(3)
+
+
+def test_subclasses_find_their_adapter():
+    class Mine(np.ndarray):
+        pass
+
+    class Tensor(torch.Tensor):
+        pass
+
+    assert backend_of(np.ones(2).view(Mine)).name == "numpy"
+    assert backend_of(np.float32(1)).name == "numpy"
+    assert backend_of(torch.ones(2).as_subclass(Tensor)).name == "torch"
+    assert backend_of(torch.nn.Parameter(torch.ones(2))).name == "torch"
+    assert backend_of(np.ones(2, ml_dtypes.bfloat16)).name == "numpy"
+    others = (3, 2.5, [1.0], "x", None, np, np.dtype("int8"), torch.float32, torch.Tensor, torch.nn.Linear(2, 2))
+    for no_array in (*others, ml_dtypes.finfo("float32")):
+        assert backend_of(no_array) is None, no_array
+
+
+def test_every_call_gives_the_one_instance():
+    for name in BACKENDS:
+        assert get_backend(name) is get_backend(name)
+        assert isinstance(get_backend(name), Backend)
+
+
+# ---- what every adapter must do
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_TYPES)
+def test_int_limits(backend, dtype):
+    expected = np.iinfo(dtype)
+    assert int_limits(dtype, backend.name) == IntLimits(expected.bits, int(expected.min), int(expected.max))
+
+
+def test_int_limits_of_other_types():
+    with pytest.raises(ValueError, match="dtype='int4' is not a quantized type"):
+        int_limits("int4")
+    with pytest.raises(ValueError, match="dtype='float32' is not a quantized type"):
+        int_limits("float32", "jax")
+
+
+def test_conformance(backend):
+    report = check_backend(backend.name)
+    assert report.passed
+    assert str(report).splitlines()[0].startswith(f"backend {backend.name}")
+    assert len(str(report).splitlines()) == len(report.rows) + 1
+
+
+def holds(backend, float_dtype):
+    """Whether the values' type and its scales exist there."""
+    return (backend, float_dtype) not in {
+        ("jax", "float64"),  # without x64
+        ("array_api_strict", "float16"),
+        ("array_api_strict", "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("float_dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("source", "target"), list(permutations(BACKENDS, 2)))
+def test_to_backend_keeps_every_bit(source, target, float_dtype):
+    dtype = np.dtype(ml_dtypes.bfloat16 if float_dtype == "bfloat16" else float_dtype)
+    x = np.random.default_rng(0).standard_normal((4, 10)).astype(dtype)
+    if "jax" in (source, target) and float_dtype == "float64":
+        with pytest.raises(ValueError, match="JAX would narrow float64 silently"):
+            quantize(x).to_backend("jax")
+        return
+    for element in ELEMENT_TYPES:
+        for scheme in ("symmetric", "affine"):
+            for granularity in (PerTensor(), PerGroup(4), PerBlock((3, -1))):
+                there = quantize(x, element, scheme=scheme, granularity=granularity)
+                moved = there.to_backend(source).to_backend(target)
+                assert (moved.backend, moved.float_dtype) == (target, float_dtype)
+                assert_same_bits(moved, there)
+                if holds(target, float_dtype):
+                    assert_same_bits(moved.dequantize(), there.dequantize())
+
+
+def test_to_backend_of_itself_and_of_strangers():
+    q = quantize([1.0, 2.0])
+    assert q.to_backend("numpy") is q
+    with pytest.raises(ValueError, match="backend='cupy' is not known"):
+        q.to_backend("cupy")
+
+
+def test_moved_arrays_share_no_memory_that_could_change(backend):
+    """A QArray is frozen: writing to the array that it came from must not change it."""
+    x = np.asarray([[1.0, -2.0, 0.5]], "float32")
+    q = quantize(x, backend=backend.name)
+    there = quantize(x).to_backend(backend.name)
+    before = q.dequantize()
+    x[:] = 7
+    assert_same_bits(q.dequantize(), before)
+    assert_same_bits(there.dequantize(), before)
+
+
+def test_an_adapter_that_is_wrong_is_found_out():
+    class Sloppy(type(get_backend("torch"))):
+        name = "sloppy"
+
+        def reciprocal(self, x):
+            return torch.nextafter(1 / x, torch.zeros_like(x))
+
+        def int_limits(self, dtype):
+            return IntLimits(8, -127, 127)
+
+    with pytest.raises(AssertionError) as caught:
+        check_backend(Sloppy())
+    table = str(caught.value)
+    assert "backend 'sloppy' does not keep the contract" in table
+    for line in table.splitlines():
+        if line.startswith(("reciprocal", "int_limits")):
+            assert "elements differ" in line
+
+
+# ---- libraries without an adapter
+
+
+def test_generic_adapter_serves_any_array_api_library(monkeypatch):
+    """array-api-strict with its own adapter taken away: the standard is enough."""
+    import array_api_strict
+
+    from aqt_lite import _registry
+
+    without = {name: entry for name, entry in _registry._BUILTIN.items() if name != "array_api_strict"}
+    monkeypatch.setattr(_registry, "_BUILTIN", without)
+    monkeypatch.setattr(_registry, "_by_type", {})
+    monkeypatch.setattr(_registry, "_instances", dict(_registry._instances))
+    _registry._instances.pop("array_api_strict", None)
+    x = array_api_strict.asarray(np.random.default_rng(0).standard_normal((4, 10)).astype("float32"))
+    b = backend_of(x)
+    assert isinstance(b, GenericBackend)
+    assert (b.name, b) == ("array_api_strict", backend_of(x))
+    q = quantize(x, scheme="affine", granularity=PerGroup(4))
+    here = quantize(np.asarray(x), scheme="affine", granularity=PerGroup(4))
+    for name in ("storage", "scale", "zero_point"):
+        assert isinstance(getattr(q, name), type(x))
+        assert_same_bits(getattr(q, name), getattr(here, name))
+    assert_same_bits(q.dequantize(), here.dequantize())
+    assert_same_bits(q.to_backend("numpy"), here)
+    with np.errstate(all="ignore"):  # a library of its own decides about warnings
+        assert check_backend(b).passed
+    with pytest.raises(ValueError, match="array_api_strict has no dtype bfloat16"):
+        b.asarray(np.ones(2, ml_dtypes.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """The example plug-in, installed where only the test's own processes look."""
+    root = tmp_path_factory.mktemp("plugin")
+    source, target = root / "source", root / "site"
+    shutil.copytree(PLUGIN, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(target)
+
+
+def test_plugin(plugin):
+    program = """
+        import json, sys
+        import numpy as np, aqt_lite
+        from aqt_lite.testing import assert_same_bits, check_backend
+        before = "wrapped_numpy" in sys.modules
+        import wrapped_numpy
+        values = np.random.default_rng(0).standard_normal((4, 10)).astype("float32")
+        q = aqt_lite.quantize(wrapped_numpy.Array(values), scheme="affine", granularity=aqt_lite.PerGroup(4))
+        assert_same_bits(q, aqt_lite.quantize(values, scheme="affine", granularity=aqt_lite.PerGroup(4)))
+        moved = aqt_lite.quantize(values, backend="wrapped_numpy")
+        assert_same_bits(moved.to_backend("torch").to_backend("wrapped_numpy"), moved)
+        report = check_backend("wrapped_numpy")
+        print(json.dumps([before, q.backend, type(q.scale).__name__, aqt_lite.available_backends()["wrapped_numpy"],
+                          aqt_lite.int_limits("int16", "wrapped_numpy").max, report.passed]))
+    """
+    result = json.loads(python(program, PYTHONPATH=plugin))
+    assert result == [False, "wrapped_numpy", "Array", "installed", 32767, True]
+
+
+def test_a_broken_plugin_is_reported_and_the_rest_works(tmp_path):
+    information = tmp_path / "broken-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(
+        "[aqt_lite.backends]\nbroken = no_such_module:Thing\nwrong = collections:OrderedDict\n"
+    )
+    program = """
+        import json, numpy as np, aqt_lite
+        scale = aqt_lite.quantize(np.ones(3, "float32")).scale
+        errors = []
+        for name in ("broken", "wrong"):
+            try:
+                aqt_lite.quantize([1.0], backend=name)
+            except Exception as error:
+                errors.append(type(error).__name__)
+        try:
+            aqt_lite.quantize(object())
+        except TypeError as error:
+            errors.append(str(error))
+        print(json.dumps([aqt_lite.available_backends(), errors, scale.tolist()]))
+    """
+    available, errors, scale = json.loads(python(program, PYTHONPATH=str(tmp_path)))
+    assert available["broken"] == "fails to load: No module named 'no_such_module'"
+    assert "must name a subclass of aqt_lite.testing.Backend" in available["wrong"]
+    assert errors[:2] == ["ModuleNotFoundError", "TypeError"]
+    assert "x is a object: give an array" in errors[2]
+    assert scale == [float(np.float32(1) * np.float32(1 / 127))]
+
+
+def test_version():
+    assert aqt_lite.__version__.count(".") == 2
+    assert set(aqt_lite.__all__) <= set(dir(aqt_lite))
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        aqt_lite.quantise  # noqa: B018
