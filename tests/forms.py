@@ -28,7 +28,7 @@ class Call:
 
     dtype: str = "int8"
     scheme: str = "symmetric"
-    granularity: object = PerTensor()  # noqa: RUF009 - frozen
+    granularity: object = PerTensor()
     nonfinite: str = "raise"
 
     def __call__(self, x, scale=None, zero_point=None):

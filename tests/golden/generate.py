@@ -1,0 +1,224 @@
+"""Writes v1.json, the golden vectors of the contract, from exact arithmetic alone: no part of the library takes part.
+
+    python tests/golden/generate.py
+
+A version of the contract is frozen with its vectors: run this only for a new version, or to add cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from hard_inputs import calibrated_near_ties, dtype_of, ends, near_ties, random_magnitudes, random_scales
+from oracles import exact
+
+FILE = Path(__file__).parent / "v1.json"
+
+SCHEMA = {
+    "array": "{dtype, shape, hex}: elements in C order, each the hexadecimal digits of its bits, highest first",
+    "quantize": {
+        "name": "what the case is about",
+        "x": "array to quantize: float16, bfloat16, float32 or float64",
+        "element": "type of the codes: int8, uint8, int16 or uint16",
+        "scheme": "symmetric or affine",
+        "block": "length of a block along every axis, null for the whole axis; the last block may be shorter",
+        "given": "true: scale and zero_point are inputs; false: they are results",
+        "nonfinite": "raise: x is finite; ignore: it is not, and statistics are over its finite values",
+        "scale": "array on the grid of blocks, ceil(shape / block)",
+        "zero_point": "int32 array on the same grid, or null for zero",
+        "codes": "result",
+        "values": "result: codes dequantized, in the dtype of x",
+    },
+    "products": {
+        "name": "what the case is about",
+        "op": "linear: y = x @ w.T + bias; dense: y = x @ w + bias; both in the reproducible mode",
+        "x": "array (M, K), or {codes, scale, zero_point, dtype} of a quantized one with one scale a row",
+        "w": "{codes, scale, zero_point, block}: the quantized weight, (N, K) for linear and (K, N) for dense",
+        "bias": "array (N,) or null",
+        "y": "result (M, N)",
+    },
+}
+
+
+def encoded(x):
+    """An array as the schema says; None as it is."""
+    if x is None:
+        return None
+    x = np.asarray(x)
+    bits = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").astype(f">u{x.dtype.itemsize}")
+    return {"dtype": x.dtype.name, "shape": list(x.shape), "hex": bits.tobytes().hex()}
+
+
+def decoded(field):
+    """Its inverse."""
+    if field is None:
+        return None
+    kind = dtype_of(field["dtype"])
+    bits = np.frombuffer(bytes.fromhex(field["hex"]), dtype=f">u{kind.itemsize}")
+    return bits.astype(f"u{kind.itemsize}").view(kind).reshape(field["shape"])
+
+
+def quantize(name, x, element="int8", scheme="symmetric", block=None, scale=None, zero_point=None):
+    """One case, computed."""
+    block = (1, *[None] * (x.ndim - 1)) if block is None else block
+    e = exact.quantize(x, element, scheme, block, scale, zero_point)
+    finite = bool(np.isfinite(x).all())
+    return {
+        "name": name,
+        "x": encoded(x),
+        "element": element,
+        "scheme": scheme,
+        "block": list(block),
+        "given": scale is not None,
+        "nonfinite": "raise" if finite else "ignore",
+        "scale": encoded(e.scale),
+        "zero_point": encoded(e.zero_point),
+        "codes": encoded(e.codes),
+        "values": encoded(e.values),
+    }
+
+
+def quantize_cases():
+    """Every source type, element type and scheme; near ties; granularities; the ends; values that are not finite."""
+    rng = np.random.default_rng(20)
+    cases = []
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        x = np.concatenate([random_magnitudes(5, 6, dtype, seed=1), calibrated_near_ties(3, 6, dtype, seed=2)])
+        cases += [
+            quantize(f"{dtype}, a block a row", x, element, scheme)
+            for element in ("int8", "uint8", "int16", "uint16")
+            for scheme in ("symmetric", "affine")
+        ]
+        edges = ends(4, dtype)
+        cases += [
+            quantize(f"{dtype}, ends of the range", edges[:22], "int8", scheme) for scheme in ("symmetric", "affine")
+        ]
+        cases.append(quantize(f"{dtype}, where a block starts to count as zero", edges[22::3], "uint8", "affine"))
+
+        strange = np.asarray([[1, -3, np.nan, 2], [np.inf, 1, -2, -np.inf], [np.nan] * 4], dtype=dtype_of(dtype))
+        cases += [quantize(f"{dtype}, not finite", strange, "int8", scheme) for scheme in ("symmetric", "affine")]
+
+        low, high = (-6, 6) if dtype == "float16" else (-100, 100)
+        scale = random_scales(4, 3, low, high)[:, None].astype("float64" if dtype == "float64" else "float32")
+        ties = near_ties(scale[:, 0], np.asarray([-129, -128, -127, -71, -2, -1, 0, 1, 2, 53, 126, 127, 254]), dtype, 1)
+        odd = np.asarray([[-127], [-1], [13], [77]], dtype="int32")
+        cases.append(quantize(f"{dtype}, near ties of a given scale", ties, scale=scale))
+        cases.append(
+            quantize(f"{dtype}, near ties, odd zero points", ties, "int8", "affine", scale=scale, zero_point=odd)
+        )
+
+    shapes = [
+        ((), ()),
+        ((5,), (2,)),
+        ((4, 6), (None, None)),
+        ((4, 6), (None, 1)),
+        ((4, 6), (1, 4)),
+        ((4, 6), (3, 4)),
+        ((3, 2, 5), (2, None, 3)),
+        ((2, 2, 2, 2, 3), (None, 1, 2, 1, 2)),
+        ((0, 3), (1, None)),
+        ((3, 0), (1, None)),
+    ]
+    for shape, block in shapes:
+        x = np.asarray(rng.normal(size=shape), dtype="float32")
+        cases += [
+            quantize(f"shape {shape} in blocks {block}", x, element, scheme, block)
+            for element, scheme in [("int8", "symmetric"), ("uint8", "affine")]
+        ]
+    return cases
+
+
+def quantized(x, scheme="symmetric", element="int8", block=(None, None)):
+    e = exact.quantize(x, element, scheme, block)
+    return e.codes, e.scale, e.zero_point, block
+
+
+def product(name, x, w, bias=None, op="linear"):
+    """One product of floats with a quantized weight."""
+    codes, scale, zero_point, block = w
+    y = exact.linear(x, codes, scale, zero_point, block, bias, contract=1 if op == "linear" else 0)
+    weight = {"codes": encoded(codes), "scale": encoded(scale), "zero_point": encoded(zero_point), "block": list(block)}
+    return {"name": name, "op": op, "x": encoded(x), "w": weight, "bias": encoded(bias), "y": encoded(y)}
+
+
+def integer_product(name, x, w, bias=None):
+    """One product of a quantized array with a quantized weight."""
+    left, right = quantized(*x), quantized(*w)
+    y = exact.integer_product(*left[:3], *right[:3], bias, x[0].dtype.name)
+    keys = ("codes", "scale", "zero_point")
+    return {
+        "name": name,
+        "op": "linear",
+        "x": {k: encoded(v) for k, v in zip(keys, left, strict=False)} | {"dtype": x[0].dtype.name},
+        "w": {k: encoded(v) for k, v in zip(keys, right, strict=False)} | {"block": list(right[3])},
+        "bias": encoded(bias),
+        "y": encoded(y),
+    }
+
+
+def product_cases():
+    """Granularities, pieces, activations of many magnitudes, subnormal and non-finite ones, bias, narrow types."""
+    rng = np.random.default_rng(21)
+    normal = lambda *shape: rng.normal(size=shape).astype("float32")
+    wide = (rng.normal(size=(3, 24)) * np.exp2(rng.integers(-40, 40, (3, 24)))).astype("float32")
+    rows = (1, None)
+    w = normal(4, 24)
+    grouped = (w * np.exp2(rng.integers(-20, 20, (4, 24)) // 5)).astype("float32")
+    x = normal(3, 24)
+    special = np.zeros((6, 24), dtype="float32")
+    special[0, :3] = [1e-40, -1e-39, 1e-38]
+    special[1, :2] = [np.nan, 1]
+    special[2, :2] = [np.inf, 1]
+    special[3, :3] = [3e38, -3e38, 3e38]
+    special[4] = 127 / 64 * np.float32(2.0**20) * (1 + np.arange(24) * np.float32(2.0**-22))
+    return [
+        product("one scale", x, quantized(w)),
+        product("a scale an output, with bias", x, quantized(w, block=rows), normal(4)),
+        product("zero points", x, quantized(w, "affine", "uint8", rows), normal(4)),
+        product("activations of many magnitudes", wide, quantized(w, block=rows)),
+        product("groups of 5, the last shorter", x, quantized(grouped, block=(1, 5)), normal(4)),
+        product("groups of 5 with zero points", wide, quantized(grouped, "affine", "int8", (1, 5))),
+        product("more than 16 groups", normal(2, 80), quantized(normal(2, 80), block=(1, 4))),
+        product("more than 256 groups", normal(1, 540), quantized(normal(1, 540), block=(1, 2))),
+        product("blocks of outputs and inputs", x, quantized(grouped, "affine", "uint8", (3, 7))),
+        product("a scale for each input", x, quantized(grouped, block=(None, 1)), normal(4)),
+        product("a scale for each input, zero points", x, quantized(grouped, "affine", "int8", (None, 1))),
+        product("subnormal, non-finite, largest, and carries", special, quantized(w, block=rows)),
+        product("results too small and too large", wide[:1] * 2.0**-100, quantized(w * np.float32(2.0**-40))),
+        product("float16", x.astype("float16"), quantized(w, block=rows), normal(4)),
+        product("bfloat16", x.astype(dtype_of("bfloat16")), quantized(w, block=rows), normal(4)),
+        product("dense: a scale an output", x, quantized(w.T.copy(), block=(None, 1)), normal(4), op="dense"),
+        product("dense: groups along the inputs", x, quantized(grouped.T.copy(), "affine", "int8", (5, 1)), op="dense"),
+        integer_product("integers times integers", (x, "symmetric", "int8", rows), (w, "symmetric", "int8", rows)),
+        integer_product(
+            "with zero points and bias", (x, "affine", "uint8", rows), (w, "affine", "int8", rows), normal(4)
+        ),
+    ]
+
+
+def build():
+    """The whole file."""
+    header = {"format": "aqt_lite golden vectors", "version": 1, "contract": "docs/numerics.md", "schema": SCHEMA}
+    return {"header": header, "quantize": quantize_cases(), "products": product_cases()}
+
+
+def main():
+    made = build()
+    parts = [f'"header": {json.dumps(made["header"], indent=1)}']
+    for key in ("quantize", "products"):
+        lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in made[key])
+        parts.append(f'"{key}": [\n{lines}\n]')
+    FILE.write_text("{" + ",\n".join(parts) + "}\n")
+    counts = f"{len(made['quantize'])} quantizations, {len(made['products'])} products"
+    print(f"{FILE.name}: {counts}, {FILE.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

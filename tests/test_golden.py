@@ -1,0 +1,166 @@
+"""The golden vectors: every form of every backend gives them, exact arithmetic still does, and so can third parties."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from forms import COMPILED, CONSTANT_QPARAMS, FORMS, Bits, Call, Problem, differing, disagreements
+from golden.generate import FILE, SCHEMA, decoded, encoded
+from oracles import exact
+
+import aqt_lite
+from aqt_lite import PerBlock, QArray
+from aqt_lite.testing import assert_same_bits
+
+ROOT = Path(__file__).parent.parent
+VECTORS = json.loads(FILE.read_text())
+PRODUCTS = pytest.mark.parametrize("case", VECTORS["products"], ids=lambda case: case["name"])
+
+
+def per_block(block):
+    """A block shape as the library's granularity."""
+    return PerBlock(tuple(-1 if size is None else size for size in block))
+
+
+def problem_of(case):
+    """The call that a case asks for, and what it has to return."""
+    scale, zero_point, codes, values = (decoded(case[k]) for k in ("scale", "zero_point", "codes", "values"))
+    call = Call(case["element"], case["scheme"], per_block(case["block"]), case["nonfinite"])
+    given = (scale, zero_point) if case["given"] else ()
+    return Problem(decoded(case["x"]), call, *given), Bits(codes, scale, zero_point, values)
+
+
+def quantizations(which=slice(None)):
+    return map(list, zip(*map(problem_of, VECTORS["quantize"][which]), strict=True))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in (COMPILED, CONSTANT_QPARAMS)])
+def test_every_form_quantizes_to_the_vectors(form):
+    assert not disagreements(*quantizations(), [form])
+
+
+def test_compiled_torch_quantizes_to_the_vectors():
+    assert not disagreements(*quantizations(slice(None, None, 9)), [COMPILED])
+
+
+def test_exact_arithmetic_still_gives_the_vectors():
+    for case in VECTORS["quantize"]:
+        (x, _, scale, zero_point), expected = problem_of(case)
+        e = exact.quantize(x, case["element"], case["scheme"], tuple(case["block"]), scale, zero_point)
+        assert differing(Bits(e.codes, e.scale, e.zero_point, e.values), expected) == 0, case["name"]
+
+
+def operands(case):
+    """x (a QArray where it is quantized), the weight and the bias, on NumPy."""
+    w, x = case["w"], case["x"]
+    weight = QArray.from_codes(
+        *(decoded(w[k]) for k in ("codes", "scale", "zero_point")), granularity=per_block(w["block"])
+    )
+    if "codes" in x:
+        parts = (decoded(x[k]) for k in ("codes", "scale", "zero_point"))
+        return QArray.from_codes(*parts, granularity=per_block([1, None])), weight, decoded(case["bias"])
+    return decoded(x), weight, decoded(case["bias"])
+
+
+def moved(backend, case):
+    x, w, bias = operands(case)
+    x = x.to_backend(backend.name) if isinstance(x, QArray) else backend.asarray(x)
+    return x, w.to_backend(backend.name), None if bias is None else backend.asarray(bias)
+
+
+@PRODUCTS
+def test_every_backend_multiplies_to_the_vectors(backend, case):
+    dtype = case["x"]["dtype"]
+    if backend.name == "array_api_strict" and dtype not in ("float32", "float64"):
+        pytest.skip(f"the standard has no {dtype}")
+    y = getattr(aqt_lite, case["op"])(*moved(backend, case), mode="reproducible")
+    assert_same_bits(y, decoded(case["y"]))
+
+
+@PRODUCTS
+def test_jitted_products_give_the_vectors(case):
+    """The weight as an argument, and as a constant that the function closes over."""
+    x, w, bias = moved(aqt_lite._registry.get_backend("jax"), case)
+    op = partial(getattr(aqt_lite, case["op"]), mode="reproducible")
+    assert_same_bits(jax.jit(op)(x, w, bias), decoded(case["y"]))
+    assert_same_bits(jax.jit(lambda x: op(x, w, bias))(x), decoded(case["y"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, about torch.jit
+def test_compiled_torch_products_give_the_vectors():
+    cases = VECTORS["products"][1::5]  # compiling takes seconds for each
+    arguments = [moved(aqt_lite._registry.get_backend("torch"), case) for case in cases]
+    ops = [getattr(aqt_lite, case["op"]) for case in cases]
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def products(arguments):
+        return [op(*a, mode="reproducible") for op, a in zip(ops, arguments, strict=True)]
+
+    for y, case in zip(products(arguments), cases, strict=True):
+        assert_same_bits(y, decoded(case["y"]))
+
+
+@PRODUCTS
+def test_exact_arithmetic_still_gives_the_products(case):
+    w, x, bias = case["w"], case["x"], decoded(case["bias"])
+    parts = [decoded(w[k]) for k in ("codes", "scale", "zero_point")]
+    if "codes" in x:
+        left = [decoded(x[k]) for k in ("codes", "scale", "zero_point")]
+        y = exact.integer_product(*left, *parts, bias, x["dtype"])
+    else:
+        y = exact.linear(decoded(x), *parts, tuple(w["block"]), bias, contract=1 if case["op"] == "linear" else 0)
+    assert_same_bits(y, decoded(case["y"]))
+
+
+# ---- the file
+
+
+def test_the_file_is_small_and_says_what_it_is():
+    assert FILE.stat().st_size < 300_000
+    assert VECTORS["header"]["version"] == 1
+    assert VECTORS["header"]["schema"] == SCHEMA
+    for kind in ("quantize", "products"):
+        assert {frozenset(case) for case in VECTORS[kind]} == {frozenset(SCHEMA[kind])}
+
+
+def test_the_vectors_cover_every_type_and_scheme():
+    seen = {(case["x"]["dtype"], case["element"], case["scheme"]) for case in VECTORS["quantize"]}
+    floats, integers = ("float16", "bfloat16", "float32", "float64"), ("int8", "uint8", "int16", "uint16")
+    assert seen >= {(f, i, s) for f in floats for i in integers for s in ("symmetric", "affine")}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int8", "uint16", "int32"])
+def test_encoding_keeps_every_bit(dtype):
+    kind = aqt_lite._registry.get_backend("numpy").dtype(dtype)
+    bits = np.random.default_rng(0).integers(0, 256, 6 * kind.itemsize, dtype=np.uint8)
+    x = bits.view(kind).reshape(2, 3)
+    assert decoded(encoded(x)).tobytes() == x.tobytes()
+    assert decoded(encoded(x)).shape == x.shape
+
+
+def test_the_page_runs_without_this_library(capsys):
+    """docs/golden.md's example, run as a third party would run it, agrees on every case and finds a planted error."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "golden.md").read_text(), re.DOTALL)
+    assert "aqt_lite" not in example
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        exec(compile(example, "golden.md", "exec"), {})
+        found = re.fullmatch(r"(\d+) cases, 0 wrong codes\n", capsys.readouterr().out)
+        assert found
+        assert int(found[1]) >= 2
+        broken = example.replace("np.rint(", "np.trunc(")
+        assert broken != example
+        exec(compile(broken, "golden.md", "exec"), {})
+        assert " 0 wrong" not in capsys.readouterr().out
+    finally:
+        os.chdir(here)

@@ -1,0 +1,227 @@
+"""Laws of quantization that hold for any input, looked for with hypothesis on several backends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from forms import Bits, Call, Problem, differing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from oracles import exact
+
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor
+from aqt_lite._registry import get_backend
+from aqt_lite.elements import ELEMENT_TYPES
+
+EXAMPLES = {"numpy": 120, "torch": 40, "jax": 20}
+SHAPE = (4, 12)
+TINY = 2.0**-125
+GRANULARITIES = {PerTensor(): (None, None), PerChannel(0): (1, None), PerGroup(5): (1, 5), PerBlock((3, 7)): (3, 7)}
+"""With the block shape that each means."""
+
+every_backend = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def holds_for(name, *strategies):
+    """Run a law on as many examples as the backend has time for."""
+
+    def run(law):
+        relaxed = settings(
+            max_examples=EXAMPLES[name],
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=[*HealthCheck],
+        )
+        relaxed(given(*strategies)(law))()
+
+    return run
+
+
+@st.composite
+def arrays(draw, low=-140, high=127):
+    """float32 rows, each of a magnitude of its own, down to subnormal and up to the largest."""
+    numbers = st.one_of(st.floats(-1, 1, width=32), st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5]))
+    unit = draw(hnp.arrays(np.float32, SHAPE, elements=numbers)).astype(np.float64)
+    exponents = draw(hnp.arrays(np.int64, (SHAPE[0], 1), elements=st.integers(low, high)))
+    limit = float(np.finfo(np.float32).max)
+    return np.clip(np.ldexp(unit, exponents + draw(st.integers(0, 1))), -limit, limit).astype(np.float32)
+
+
+calls = st.builds(
+    Call,
+    st.sampled_from(sorted(ELEMENT_TYPES)),
+    st.sampled_from(["symmetric", "affine"]),
+    st.sampled_from([*GRANULARITIES]),
+)
+symmetric_calls = st.builds(
+    Call, st.sampled_from(["int8", "int16"]), st.just("symmetric"), st.sampled_from([*GRANULARITIES])
+)
+
+
+def on(name, call, x, scale=None, zero_point=None):
+    """The call on a backend, its results back as NumPy arrays."""
+    b = get_backend(name)
+    moved = [None if a is None else b.asarray(np.asarray(a)) for a in (x, scale, zero_point)]
+    return Bits(*(None if part is None else np.array(b.to_numpy(part)) for part in call(*moved)))
+
+
+def spread(blocks, granularity):
+    """A scale for each element."""
+    for axis, size in enumerate(GRANULARITIES[granularity]):
+        blocks = np.repeat(blocks, SHAPE[axis] if size is None else size, axis=axis)
+    return blocks[: SHAPE[0], : SHAPE[1]]
+
+
+@every_backend
+def test_the_error_is_at_most_half_a_step(name):
+    """Plus roundings: 2 units in the last place of the quotient, half of one of the value; and *tiny* counts as 0."""
+
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        bits = on(name, call, x)
+        scale, x, back = (a.astype(np.float64) for a in (spread(bits.scale, call.granularity), x, bits.values))
+        roundings = np.abs(x) * 2.0**-22.9 + np.abs(back) * 2.0**-24 + TINY
+        assert (np.abs(x - back) <= scale / 2 + roundings).all()
+
+
+@every_backend
+def test_zero_is_exact(name):
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        bits = on(name, call, x)
+        assert (bits.values[x == 0] == 0).all()
+
+
+@every_backend
+def test_quantizing_again_with_the_same_parameters_changes_nothing(name):
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        once = on(name, call, x)
+        given_scale = Call(call.dtype, call.scheme, call.granularity)
+        if once.zero_point is not None:  # a zero point opens the whole range of codes, which is not needed here
+            given_scale = Call(call.dtype, "affine", call.granularity)
+        assert differing(on(name, given_scale, once.values, once.scale, once.zero_point), once) == 0
+
+
+@every_backend
+def test_symmetric_codes_survive_calibration_on_their_own_values(name):
+    @holds_for(name, arrays(), symmetric_calls)
+    def law(x, call):
+        once = on(name, call, x)
+        again = on(name, call, once.values)
+        assert np.array_equal(again.codes, once.codes)
+        np.testing.assert_allclose(again.scale, once.scale, rtol=2.0**-22)
+
+
+@every_backend
+def test_codes_are_monotone(name):
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        bits = on(name, Call(call.dtype, call.scheme, PerTensor()), x)
+        order = np.argsort(x, axis=None, kind="stable")
+        assert (np.diff(bits.codes.ravel()[order].astype(np.int64)) >= 0).all()
+        assert (np.diff(bits.values.ravel()[order].astype(np.float64)) >= 0).all()
+
+
+@every_backend
+def test_negating_the_values_negates_symmetric_codes(name):
+    @holds_for(name, arrays(), symmetric_calls)
+    def law(x, call):
+        bits, mirrored = on(name, call, x), on(name, call, -x)
+        assert np.array_equal(mirrored.codes, -bits.codes)
+        assert np.array_equal(mirrored.scale, bits.scale)
+
+
+@every_backend
+def test_a_power_of_two_moves_into_the_scale(name):
+    @holds_for(name, arrays(-40, 40), calls, st.integers(-50, 50))
+    def law(x, call, e):
+        bits, moved = on(name, call, x), on(name, call, np.ldexp(x, e).astype(np.float32))
+        zero_block = bits.scale == 1
+        assert np.array_equal(moved.codes, bits.codes)
+        assert np.array_equal(moved.scale[~zero_block], np.ldexp(bits.scale, e)[~zero_block])
+        assert bits.zero_point is None or np.array_equal(moved.zero_point, bits.zero_point)
+
+
+@every_backend
+def test_blocks_are_independent(name):
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        bits = on(name, call, x)
+        whole = Call(call.dtype, call.scheme)
+        sizes = [length if s is None else s for s, length in zip(GRANULARITIES[call.granularity], SHAPE, strict=True)]
+        for at in np.ndindex(bits.scale.shape):
+            block = tuple(slice(i * s, (i + 1) * s) for i, s in zip(at, sizes, strict=True))
+            own = np.index_exp[at[0] : at[0] + 1, at[1] : at[1] + 1]
+            zero_point = None if bits.zero_point is None else bits.zero_point[own]
+            part = Bits(bits.codes[block], bits.scale[own], zero_point, bits.values[block])
+            assert differing(on("numpy", whole, x[block]), part) == 0
+
+
+@every_backend
+def test_fake_quantization_gives_the_dequantized_values(name):
+    b = get_backend(name)
+
+    @holds_for(name, arrays(), calls)
+    def law(x, call):
+        fake = aqt_lite.fake_quantize(b.asarray(x), call.dtype, scheme=call.scheme, granularity=call.granularity)
+        assert np.array_equal(b.to_numpy(fake).view(np.int32), on(name, call, x).values.view(np.int32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@every_backend
+def test_eight_bit_codes_survive_a_narrow_type(name, dtype):
+    """Values of float16 and bfloat16 are precise enough to carry 8-bit codes, though not 16-bit ones."""
+    kind = get_backend("numpy").dtype(dtype)
+    low, high = (-24, 15) if dtype == "float16" else (-120, 126)
+
+    @holds_for(name, arrays(low, high), st.sampled_from(["int8", "uint8"]), st.sampled_from(["symmetric", "affine"]))
+    def law(x, element, scheme):
+        limit = 65504 if dtype == "float16" else 3.38e38
+        x = np.clip(x, -limit, limit).astype(kind)
+        once = on(name, Call(element, scheme, PerChannel(0)), x)
+        again = Call(element, "symmetric" if once.zero_point is None else "affine", PerChannel(0))
+        assert np.array_equal(on(name, again, once.values, once.scale, once.zero_point).codes, once.codes)
+
+
+# ---- NumPy alone: any shape and type against exact arithmetic, any layout
+
+
+@st.composite
+def problems(draw):
+    """Any float type, 0 to 4 dimensions, any block shape."""
+    dtype = draw(st.sampled_from(["float16", "float32", "float64"]))
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
+    block = tuple(draw(st.one_of(st.none(), st.integers(1, 6))) for _ in shape)
+    x = draw(hnp.arrays(dtype, shape, elements={"allow_nan": False, "allow_infinity": False}))
+    call = draw(calls)
+    granularity = PerBlock(tuple(-1 if size is None else size for size in block))
+    return Problem(x, Call(call.dtype, call.scheme, granularity)), block
+
+
+def test_any_problem_is_exact():
+    @holds_for("numpy", problems())
+    def law(problem_and_block):
+        (x, call, _, _), block = problem_and_block
+        e = exact.quantize(x, call.dtype, call.scheme, block)
+        assert differing(call(x), Bits(e.codes, e.scale, e.zero_point, e.values)) == 0
+
+
+def test_layout_does_not_matter():
+    @holds_for("numpy", problems(), st.randoms(use_true_random=False))
+    def law(problem_and_block, random):
+        (x, call, _, _), _ = problem_and_block
+        axes = random.sample(range(x.ndim), x.ndim)
+        steps = [random.choice([-2, -1, 1, 3]) for _ in axes]
+        room = np.zeros(
+            [x.shape[a] * abs(s) for a, s in zip(axes, steps, strict=True)], dtype=x.dtype.newbyteorder(">")
+        )
+        view = room[(*(slice(None, None, s) for s in steps), ...)].transpose(np.argsort(axes))
+        view[...] = x
+        assert math.prod(view.shape) == x.size
+        assert differing(call(view), call(x)) == 0
