@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -19,6 +20,7 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
+from aqt_lite.backends import _numpy_kernels
 from aqt_lite.ops import reference
 
 MOST_ROWS_AS_DIGITS = 16
@@ -185,4 +187,17 @@ def _kernel(op: str) -> Callable[..., Array]:
     return kernel
 
 
-KERNELS = {op: _kernel(op) for op in _FORMS}
+def _quantize(x: Array, *, spec: Spec) -> Any:
+    """NumPy's kernel on the memory of an array that has values, is large, and lies on one CPU."""
+    if isinstance(x, jax.core.Tracer) or x.size < _numpy_kernels.LARGE:
+        return NotImplemented
+    devices = x.devices()
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return NotImplemented
+    result = _numpy_kernels.quantize(np.asarray(x), spec=spec)
+    if result is NotImplemented:
+        return NotImplemented
+    return tuple(None if a is None else jax.device_put(a, x.sharding, may_alias=True) for a in result)
+
+
+KERNELS = {"quantize": _quantize, **{op: _kernel(op) for op in _FORMS}}

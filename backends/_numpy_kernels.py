@@ -43,13 +43,21 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the ch
 
 
 def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1) -> list[Any]:
-    """``work(start, stop)`` over a range, cut into one part for each core at multiples of ``grain``; their results."""
+    """``work(start, stop)`` over a range, cut into one part for each core at multiples of ``grain``; their results.
+
+    Without warnings, which NumPy counts for each thread: the contract says what overflow and NaN become.
+    """
+
+    def quiet(start: int, stop: int) -> Any:
+        with np.errstate(all="ignore"):
+            return work(start, stop)
+
     units = -(-length // grain)
     parts = min(cores(), units)
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
-    waiting = [_pool().submit(work, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
+    waiting = [_pool().submit(quiet, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
     try:
-        first = [work(bounds[0], bounds[1])]
+        first = [quiet(bounds[0], bounds[1])]
     finally:
         results = [w.result() for w in waiting]
     return first + results
@@ -83,99 +91,129 @@ def _as_rows(x: Array, scale_shape: tuple[int, ...], block: Any) -> tuple[int, i
     return (x.size, 1) if lead == x.ndim else None
 
 
-def _grid(x: Array, spec: Spec) -> tuple[int, ...]:
-    return grid_of(x.shape, spec.block)
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialized array that begins on a cache line, so that other libraries can take it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def quantize(x: Array, *, spec: Spec) -> Any:
-    """``affine.quantize`` for float32 arrays whose blocks are contiguous: one pass over memory, or two."""
-    if x.dtype != np.float32 or spec.ignore_nonfinite:
+    """``affine.quantize`` with every core, block by block: one pass over memory, or two where a scale spans blocks."""
+    if x.size < LARGE or x.ndim == 0:
         return NotImplemented
-    grid = _grid(x, spec)
-    rows = _as_rows(x, grid, spec.block)
-    if rows is None:
-        return NotImplemented
-    if rows[0] == 1:
-        return _quantize_whole(x, grid, spec)
-    if not spec.symmetric or spec.element.middle or rows[1] < 8:
-        return NotImplemented
-    flat = x.reshape(rows)
-    codes = np.empty(rows, dtype=spec.element.storage)
-    scale = np.empty((rows[0], 1), dtype=np.float32)
+    grid, result = grid_of(x.shape, spec.block), NotImplemented
+    if x.dtype == np.float32 and x.flags.c_contiguous and x.dtype.isnative and not spec.ignore_nonfinite:
+        rows = _as_rows(x, grid, spec.block)
+        columns = grid[-1] == x.shape[-1] > 1 and math.prod(grid) == grid[-1]
+        if rows is not None and rows[0] == 1:
+            result = _quantize_spanning(x.reshape(-1), grid, spec)
+        elif columns:
+            result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec)
+        elif rows is not None and rows[1] >= 8 and spec.symmetric and not spec.element.middle:
+            result = _quantize_rows(x.reshape(rows), grid, spec)
+    if result is NotImplemented and grid[0] > 1:
+        result = _quantize_slabs(x, grid, spec)
+    if result is NotImplemented:
+        return result
+    codes, scale, zero_point = result
+    return codes.reshape(x.shape), scale, zero_point
+
+
+def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+    """A scale for each row, symmetric."""
+    rows, width = x.shape
+    codes = aligned_empty(x.shape, spec.element.storage)
+    scale = aligned_empty((rows, 1), np.float32)
     factor = np.float32(affine.inverse_of_range(spec))
     loops = compiled_loops()
 
     def work(start: int, stop: int) -> bool:
         if loops is not None:
-            return bool(loops.quantize_rows(flat[start:stop], factor, codes[start:stop], scale[start:stop, 0]))
-        height = max(1, BLOCK // rows[1])
-        scratch = np.empty((min(height, stop - start), rows[1]), dtype=np.float32)
+            return bool(loops.quantize_rows(x[start:stop], factor, codes[start:stop], scale[start:stop, 0]))
+        height = max(1, BLOCK // width)
+        scratch = np.empty((min(height, stop - start), width), dtype=np.float32)
         finite = True
-        with np.errstate(all="ignore"):
-            for n in range(start, stop, height):
-                e = min(n + height, stop)
-                buffer, values, s = scratch[: e - n], flat[n:e], scale[n:e]
-                np.abs(values, out=buffer)
-                np.maximum.reduce(buffer, axis=1, keepdims=True, out=s)
-                finite = finite and bool(np.isfinite(s).all())
-                s[s < spec.source.tiny] = 0
-                s *= factor
-                s[s < spec.source.tiny] = 1
-                np.multiply(values, np.float32(1) / s, out=buffer)
-                np.rint(buffer, out=buffer)
-                np.copyto(codes[n:e], buffer, casting="unsafe")
+        for n in range(start, stop, height):
+            e = min(n + height, stop)
+            buffer, values, s = scratch[: e - n], x[n:e], scale[n:e]
+            np.abs(values, out=buffer)
+            np.maximum.reduce(buffer, axis=1, keepdims=True, out=s)
+            finite = finite and bool(np.isfinite(s).all())
+            s[s < spec.source.tiny] = 0
+            s *= factor
+            s[s < spec.source.tiny] = 1
+            np.multiply(values, np.float32(1) / s, out=buffer)
+            np.rint(buffer, out=buffer)
+            np.copyto(codes[n:e], buffer, casting="unsafe")
         return finite
 
-    if not all(in_parallel(work, rows[0])):
+    if not all(in_parallel(work, rows)):
         return NotImplemented  # the reference knows what becomes of NaN and infinities
-    return codes.reshape(x.shape), scale.reshape(grid), None
+    return codes, scale.reshape(grid), None
 
 
-def _quantize_whole(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
-    """One scale for all: extrema of parts in parallel, their own calibration by the reference, then the codes."""
-    flat = x.reshape(-1)
+def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+    """A scale for each column, or one for all of a vector: extrema of blocks of rows, then calibration, then codes."""
+    height = max(1, BLOCK // math.prod(x.shape[1:]))
 
-    def extrema(start: int, stop: int) -> Array:
-        found = []
-        for n in range(start, stop, BLOCK):
-            part = flat[n : min(n + BLOCK, stop)]
-            found += [part.min(), part.max()]
-        return np.asarray([min(found), max(found)] if not np.isnan(found).any() else [np.nan, np.nan], dtype=np.float32)
+    def extrema(start: int, stop: int) -> tuple[Array, Array]:
+        lows, highs = [], []
+        for n in range(start, stop, height):
+            part = x[n : min(n + height, stop)]
+            lows.append(part.min(axis=0))
+            highs.append(part.max(axis=0))
+        return np.min(lows, axis=0), np.max(highs, axis=0)
 
-    ends = np.concatenate(in_parallel(extrema, flat.size))
+    found = in_parallel(extrema, len(x))
+    ends = np.stack([np.min([lo for lo, _ in found], axis=0), np.max([hi for _, hi in found], axis=0)])
+    ends = ends.reshape(2, -1)
     if not np.isfinite(ends).all():
         return NotImplemented
-    one = affine.Spec(spec.element, spec.source, spec.symmetric, (None,))
+    a_column = affine.Spec(spec.element, spec.source, spec.symmetric, (None, 1))
     with np.errstate(all="ignore"):
-        scale, zero_point = affine.choose_qparams(ends, spec=one, b=_backend())
-    scale = scale.reshape(grid)
-    zero_point = None if zero_point is None else zero_point.reshape(grid)
-    return _encode_rows(x.reshape(1, -1), scale, zero_point, spec).reshape(x.shape), scale, zero_point
-
-
-def _encode_rows(rows: Array, scale: Array, zero_point: Array | None, spec: Spec) -> Array:
-    """Codes of finite values with one scale in all."""
-    flat = rows.reshape(-1)
-    codes = np.empty(flat.shape, dtype=spec.element.storage)
-    inverse = np.float32(1) / scale.reshape(())
-    zero = np.float32(0 if zero_point is None else zero_point.reshape(()))
+        scale, zero_point = affine.choose_qparams(ends, spec=a_column, b=_backend())
+        inverse = np.float32(1) / scale[0]
+    zero = None if zero_point is None else zero_point[0].astype(np.float32)
+    codes = aligned_empty(x.shape, spec.element.storage)
     qmin, qmax = (np.float32(q) for q in spec.code_range)
 
-    def work(start: int, stop: int) -> None:
-        scratch = np.empty(min(BLOCK, stop - start), dtype=np.float32)
-        with np.errstate(all="ignore"):
-            for n in range(start, stop, BLOCK):
-                e = min(n + BLOCK, stop)
-                buffer = scratch[: e - n]
-                np.multiply(flat[n:e], inverse, out=buffer)
-                np.rint(buffer, out=buffer)
-                if zero_point is not None:
-                    np.add(buffer, zero, out=buffer)
-                    np.clip(buffer, qmin, qmax, out=buffer)
-                np.copyto(codes[n:e], buffer, casting="unsafe")
+    def encode(start: int, stop: int) -> None:
+        scratch = np.empty((min(height, stop - start), *x.shape[1:]), dtype=np.float32)
+        for n in range(start, stop, height):
+            e = min(n + height, stop)
+            buffer = scratch[: e - n]
+            np.multiply(x[n:e], inverse, out=buffer)
+            np.rint(buffer, out=buffer)
+            if zero is not None:
+                np.add(buffer, zero, out=buffer)
+                np.clip(buffer, qmin, qmax, out=buffer)
+            np.copyto(codes[n:e], buffer, casting="unsafe")
 
-    in_parallel(work, flat.size)
-    return codes
+    in_parallel(encode, len(x))
+    zero_point = None if zero_point is None else zero_point.reshape(grid)
+    return codes, scale.reshape(grid), zero_point
+
+
+def _quantize_slabs(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+    """The reference itself on slabs of the first axis, none cutting a block: for every type, scheme and layout."""
+    grain = spec.block[0] or 1
+    height = -(-max(1, BLOCK // 4 * x.shape[0] // x.size) // grain) * grain
+    codes = aligned_empty(x.shape, spec.element.storage)
+    scale = aligned_empty(grid, spec.source.compute)
+    zero_point = None if spec.symmetric and not spec.element.middle else aligned_empty(grid, np.int32)
+
+    def work(start: int, stop: int) -> None:
+        for n in range(start, stop, height):
+            e = min(n + height, stop)
+            g = slice(n // grain, -(-e // grain))
+            codes[n:e], scale[g], zeros = affine.quantize(x[n:e], spec=spec, b=_backend())
+            if zero_point is not None:
+                zero_point[g] = zeros
+
+    in_parallel(work, x.shape[0], grain)
+    return codes, scale, zero_point
 
 
 def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Spec, out: str) -> Any:
@@ -191,7 +229,7 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
             return NotImplemented
         rows = codes.size // width, width
     flat = codes.reshape(rows)
-    values = np.empty(rows, dtype=np.float32)
+    values = aligned_empty(rows, np.float32)
     s = np.broadcast_to(scale.reshape(-1, 1), (rows[0], 1))
     z = None if zero_point is None else np.broadcast_to(zero_point.reshape(-1, 1), (rows[0], 1))
     # (q - z) * s is at most 65535 * s: beyond float32 only for scales that are not usual
@@ -199,17 +237,16 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
     height = max(1, BLOCK // rows[1])
 
     def work(start: int, stop: int) -> None:
-        with np.errstate(all="ignore"):
-            for n in range(start, stop, height):
-                e = min(n + height, stop)
-                part = values[n:e]
-                if z is None:
-                    np.copyto(part, flat[n:e])
-                else:
-                    np.subtract(flat[n:e], z[n:e], out=part, casting="unsafe")
-                np.multiply(part, s[n:e], out=part)
-                if may_overflow:
-                    np.clip(part, -spec.source.max, spec.source.max, out=part)
+        for n in range(start, stop, height):
+            e = min(n + height, stop)
+            part = values[n:e]
+            if z is None:
+                np.copyto(part, flat[n:e])
+            else:
+                np.subtract(flat[n:e], z[n:e], out=part, casting="unsafe")
+            np.multiply(part, s[n:e], out=part)
+            if may_overflow:
+                np.clip(part, -spec.source.max, spec.source.max, out=part)
 
     in_parallel(work, rows[0])
     return values.reshape(codes.shape)

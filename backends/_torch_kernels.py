@@ -16,12 +16,16 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
+from aqt_lite.backends import _numpy_kernels
 from aqt_lite.ops import reference
 
 MOST_ROWS_AS_DIGITS = 64
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
 
-SMALL = 1 << 17
+MOST_ROWS_FOR_LOOPS = 8
+"""Up to this many rows of x, NumPy's compiled loops, where there are any, are faster still."""
+
+SMALL = 1 << 20
 """Weights of up to this many elements are dequantized whole: the copy stays in cache, and fewer calls are made."""
 
 ROWS_OF_A_BLOCK = 512
@@ -65,6 +69,13 @@ def _fast(
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
     if not single or codes.numel() <= SMALL or x.numel() == 0 or x.device.type != "cpu":
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
+    if (
+        x.shape[0] <= MOST_ROWS_FOR_LOOPS
+        and scale.shape[contract] == 1
+        and zero_point is None
+        and _has_loops(arguments)
+    ):
+        return _through_numpy("matmul")(*arguments, spec=spec, contract=contract)
     if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
@@ -161,4 +172,51 @@ def _kernel(op: str) -> Callable[..., Array]:
     return kernel
 
 
-KERNELS = {op: _kernel(op) for op in _FORMS}
+def _through_numpy(op: str) -> Callable[..., Any]:
+    """NumPy's kernel on the memory of CPU tensors: the same bits, without the overhead of a call for each step."""
+
+    def kernel(*tensors: Any, **static: Any) -> Any:
+        if not _are_plain(tensors) or max(t.numel() for t in tensors if t is not None) < _numpy_kernels.LARGE:
+            return NotImplemented
+        arrays = [None if t is None else t.detach().numpy() for t in tensors]
+        result = _numpy_kernels.KERNELS[op](*arrays, **static)
+        if result is NotImplemented:
+            return NotImplemented
+        if isinstance(result, tuple):
+            return tuple(None if a is None else torch.from_numpy(a) for a in result)
+        return torch.from_numpy(result)
+
+    return kernel
+
+
+def _are_plain(tensors: Any) -> bool:
+    """Whether all have memory that NumPy can read, and no derivative to carry."""
+    return all(
+        t is None
+        or (
+            t.device.type == "cpu"
+            and t.dtype != torch.bfloat16
+            and not (t.requires_grad and torch.is_grad_enabled())
+            and not get_backend("torch").is_traced(t)
+        )
+        for t in tensors
+    )
+
+
+def _has_loops(tensors: Any) -> bool:
+    return _are_plain(tensors) and _numpy_kernels.compiled_loops() is not None
+
+
+def _fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> Any:
+    """For one row, NumPy's compiled loop where there is one; otherwise the digits of the reference."""
+    if x.shape[1] > 1 or not _has_loops((x, w)):
+        return NotImplemented
+    return _through_numpy("fixed_point_matmul")(x, w, zero_point)
+
+
+KERNELS = {
+    "quantize": _through_numpy("quantize"),
+    "dequantize": _through_numpy("dequantize"),
+    "fixed_point_matmul": _fixed_point_matmul,
+    **{op: _kernel(op) for op in _FORMS},
+}

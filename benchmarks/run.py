@@ -1,0 +1,524 @@
+"""Speed, side by side in one run: quantize and dequantize against copying, products against the float32 product.
+
+    make bench                                  everything, written to benchmarks/results.json and docs/roofline.png
+    python benchmarks/run.py --quick            smaller arrays, nothing written: does the harness work here?
+    python benchmarks/run.py --only products    one part
+
+Every candidate's result is checked against float64 before it is timed. Candidates of one row take turns, so that
+whatever disturbs the machine disturbs all of them; a figure is the median of the turns, with the spread of the middle
+half. Peers take part where they are installed (`pip install 'aqt_lite[bench]'`). On a machine with an accelerator that
+JAX sees, the part "accelerator" runs there; without one it runs on the CPU, to show that it runs, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import aqt_lite
+from aqt_lite import PerChannel, PerGroup, PerTensor
+from aqt_lite.backends._numpy_kernels import cores, in_parallel
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 20260101
+CACHE_BYTES = 96 << 20  # rotating over more weights than this keeps them out of any cache of a small machine
+
+Candidate = Callable[[int], object]
+
+
+# ---- measuring
+
+
+def take_turns(
+    candidates: dict[str, Candidate], seconds: float = 1.2, least: int = 7, most: int = 60
+) -> dict[str, dict]:
+    """Milliseconds a call of each candidate: median and the quartiles around it."""
+    for call in candidates.values():  # compile, allocate, wake the threads
+        call(0)
+        call(1)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begun = time.perf_counter()
+    for turn in range(most):
+        for name, call in candidates.items():
+            call(turn)  # brings the candidate's own threads and caches back after the others' turn
+            start = time.perf_counter()
+            call(turn + 1)
+            times[name].append((time.perf_counter() - start) * 1e3)
+        if turn + 1 >= least and time.perf_counter() - begun > seconds * len(candidates):
+            break
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"ms": middle, "low": low, "high": high, "turns": len(values)}
+
+
+def rotating(make: Callable[[int], object], nbytes: int, most: int = 8) -> list:
+    """Enough copies to exceed the cache: make(0), make(1), ..."""
+    return [make(i) for i in range(min(most, max(2, -(-CACHE_BYTES // nbytes))))]
+
+
+def wait(y):
+    return y.block_until_ready() if hasattr(y, "block_until_ready") else y
+
+
+def error(y, exact) -> float:
+    """Root mean square error relative to the root mean square of the exact result."""
+    y = y.numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    return float(np.sqrt(np.mean((y.astype(np.float64) - exact) ** 2)) / np.sqrt(np.mean(exact**2)))
+
+
+# ---- the machine
+
+
+def copy_speed() -> float:
+    """Bytes a second, read and written, of copying an array larger than the cache on all cores."""
+    x = np.ones(1 << 26, np.float32)
+    y = np.zeros_like(x)
+
+    def copy(_: int) -> None:
+        in_parallel(lambda lo, hi: np.copyto(y[lo:hi], x[lo:hi]), x.size, 1 << 16)
+
+    return 2 * x.nbytes / (take_turns({"copy": copy}, seconds=2)["copy"]["ms"] * 1e-3)
+
+
+def machine() -> dict:
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines.items()}
+        family = f"{fields.get('vendor_id', '')} family {fields.get('cpu family', '')} model {fields.get('model', '')}"
+        named = fields.get("model name", "")
+        model = family if named in ("", "unknown") else named
+        flags = fields.get("flags", "").split()
+        model += ", " + " ".join(f for f in ("avx2", "avx512f", "avx512_vnni", "avx_vnni") if f in flags)
+    versions = {m.__name__: m.__version__ for m in (np, jax, torch)}
+    try:
+        import numba
+
+        versions["numba"] = numba.__version__
+    except ImportError:
+        versions["numba"] = "not installed"
+    return {
+        "processor": model,
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        "versions": versions,
+        "jax_devices": sorted({d.device_kind for d in jax.devices()}),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+# ---- quantize and dequantize
+
+
+def naive_numpy(x, axis):
+    scale = np.abs(x).max(axis=axis, keepdims=True) / 127
+    return np.clip(np.round(x / scale), -127, 127).astype(np.int8), scale
+
+
+def naive_jax(axis):
+    @jax.jit
+    def quantize(x):
+        scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127
+        return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
+
+    return quantize
+
+
+def quantization(size: int, copy: float) -> list[dict]:
+    """Rows of the table: what, who, ms, billions of elements a second, share of the limit that copying sets."""
+    rng = np.random.default_rng(SEED)
+    x = rng.standard_normal((size, size), dtype=np.float32)
+    j, t = jnp.asarray(x), torch.from_numpy(x)
+    rows: list[dict] = []
+
+    def add(what: str, candidates: dict[str, Candidate], bytes_an_element: float) -> None:
+        for who, found in take_turns(candidates, seconds=2.5, least=5).items():
+            rate = x.size / (found["ms"] * 1e-3) / 1e9
+            limit = copy / bytes_an_element / 1e9
+            rows.append({"what": what, "who": who, **found, "gelt_s": rate, "of_limit": rate / limit})
+            print(f"  {what:34} {who:22} {found['ms']:9.2f} ms  {rate:6.2f} Gelt/s  {rate / limit:5.2f} of limit")
+
+    def check(q) -> None:
+        assert np.abs(np.asarray(q) - x).max() <= float(np.asarray(q.to_backend("numpy").scale).max()) * 0.51
+
+    for name, granularity, axis, nbytes in [
+        ("quantize per channel (axis 0)", PerChannel(0), 1, 5),
+        ("quantize per channel (axis 1)", PerChannel(1), 0, 9),
+        ("quantize per tensor", PerTensor(), None, 9),
+    ]:
+        plain = naive_jax(axis)
+        check(aqt_lite.quantize(x, granularity=granularity))
+        add(
+            name,
+            {
+                "naive NumPy": lambda i, axis=axis: naive_numpy(x, axis),
+                "aqt_lite NumPy": lambda i, g=granularity: aqt_lite.quantize(x, granularity=g),
+                "naive jax.jit": lambda i, plain=plain: wait(plain(j)[0]),
+                "aqt_lite JAX": lambda i, g=granularity: wait(aqt_lite.quantize(j, granularity=g).storage),
+                "aqt_lite torch": lambda i, g=granularity: aqt_lite.quantize(t, granularity=g),
+                **peers_quantize(t, granularity),
+            },
+            nbytes,
+        )
+    grouped = x.reshape(-1, 128)
+    add(
+        "quantize per group of 128",
+        {
+            "naive NumPy": lambda i: naive_numpy(grouped, 1),
+            "aqt_lite NumPy": lambda i: aqt_lite.quantize(x, granularity=PerGroup(128)),
+            "aqt_lite JAX": lambda i: wait(aqt_lite.quantize(j, granularity=PerGroup(128)).storage),
+            "aqt_lite torch": lambda i: aqt_lite.quantize(t, granularity=PerGroup(128)),
+        },
+        5,
+    )
+    q = aqt_lite.quantize(x, granularity=PerChannel(0))
+    qj, qt = q.to_backend("jax"), q.to_backend("torch")
+    add(
+        "dequantize per channel",
+        {
+            "naive NumPy": lambda i: q.storage.astype(np.float32) * q.scale,
+            "aqt_lite NumPy": lambda i: q.dequantize(),
+            "aqt_lite JAX": lambda i: wait(qj.dequantize()),
+            "aqt_lite torch": lambda i: qt.dequantize(),
+        },
+        5,
+    )
+    return rows
+
+
+def peers_quantize(t, granularity) -> dict[str, Candidate]:
+    if not isinstance(granularity, PerChannel) or granularity.axis != 0:
+        return {}
+    try:
+        from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+    except ImportError:
+        return {}
+    block = (1, t.shape[1])
+
+    def torchao(i: int):
+        scale, zero = choose_qparams_affine(t, MappingType.SYMMETRIC, block, torch.int8)
+        return quantize_affine(t, block, scale, zero, torch.int8)
+
+    return {"torchao": torchao}
+
+
+# ---- products
+
+
+def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[dict]:
+    """Rows: backend, size, M, who, ms, and how many times as fast as the backend's own float32 product."""
+    table: list[dict] = []
+    for size in sizes:
+        rng = np.random.default_rng(SEED)
+        w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
+        weights = {
+            g: aqt_lite.quantize(w, granularity=k) for g, k in [("channel", PerChannel(0)), ("group", PerGroup(128))]
+        }
+        for m in rows_of_x:
+            x = rng.standard_normal((m, size), dtype=np.float32)
+            # the error is that of the product: against the values that the codes stand for, in float64
+            exact = x.astype(np.float64) @ weights["channel"].dequantize().astype(np.float64).T
+            exact_group = x.astype(np.float64) @ weights["group"].dequantize().astype(np.float64).T
+            for kind in kinds:
+                candidates = {"numpy": on_numpy, "torch": on_torch, "jax": on_jax}[kind](w, weights, x)
+                floats = x.astype(np.float64) @ w.astype(np.float64).T
+                own = max(error(call(0), floats) for who, call in candidates.items() if who.startswith("float32"))
+                errors = {}
+                for who, call in candidates.items():
+                    if not who.startswith("float32"):
+                        errors[who] = error(call(0), exact_group if "group" in who else exact)
+                        inexact = who.startswith("peer")
+                        assert inexact or errors[who] <= 2 * own, f"{kind} {who} at M={m}: {errors[who]:.1e}, {own:.1e}"
+                found = take_turns(candidates)
+                base = found["float32"]["ms"]
+                for who, times in found.items():
+                    row = {
+                        "backend": kind,
+                        "size": size,
+                        "m": m,
+                        "who": who,
+                        **times,
+                        "times_as_fast": base / times["ms"],
+                    }
+                    table.append({**row, "error": errors.get(who, own)})
+                    print(
+                        f"  {kind:6} {size:6} M={m:<5} {who:28} {times['ms']:9.3f} ms [{times['low']:.3f}, "
+                        f"{times['high']:.3f}]  {row['times_as_fast']:6.2f}x  error {table[-1]['error']:.1e}"
+                    )
+    return table
+
+
+def on_numpy(w, weights, x) -> dict[str, Candidate]:
+    floats = rotating(lambda i: w.copy(), w.nbytes)
+    turned = rotating(lambda i: w.T.copy(), w.nbytes)
+    channel = rotating(lambda i: copied(weights["channel"]), w.size)
+    dense = rotating(lambda i: copied(aqt_lite.quantize(w.T, granularity=PerChannel(1))), w.size)
+    group = rotating(lambda i: copied(weights["group"]), w.size)
+    return {
+        "float32": lambda i: x @ floats[i % len(floats)].T,
+        "float32, (in, out)": lambda i: x @ turned[i % len(turned)],
+        "linear": lambda i: aqt_lite.linear(x, channel[i % len(channel)]),
+        "linear, reproducible": lambda i: aqt_lite.linear(x, channel[i % len(channel)], mode="reproducible"),
+        "dense": lambda i: aqt_lite.dense(x, dense[i % len(dense)]),
+        "linear, group 128": lambda i: aqt_lite.linear(x, group[i % len(group)]),
+    }
+
+
+def copied(q):
+    import copy
+
+    return copy.deepcopy(q)
+
+
+def on_torch(w, weights, x) -> dict[str, Candidate]:
+    x = torch.from_numpy(x)
+    floats = rotating(lambda i: torch.from_numpy(w.copy()), w.nbytes)
+    turned = rotating(lambda i: torch.from_numpy(w.T.copy()), w.nbytes)
+    channel = rotating(lambda i: weights["channel"].to_backend("torch"), w.size)
+    dense = rotating(
+        lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("torch").for_dense(), w.size
+    )
+    group = rotating(lambda i: weights["group"].to_backend("torch"), w.size)
+    found: dict[str, Candidate] = {
+        "float32": lambda i: x @ floats[i % len(floats)].T,
+        "float32, (in, out)": lambda i: x @ turned[i % len(turned)],
+        "linear": lambda i: aqt_lite.linear(x, channel[i % len(channel)]),
+        "linear, reproducible": lambda i: aqt_lite.linear(x, channel[i % len(channel)], mode="reproducible"),
+        "dense, stored for it": lambda i: aqt_lite.dense(x, dense[i % len(dense)]),
+        "linear, group 128": lambda i: aqt_lite.linear(x, group[i % len(group)]),
+    }
+
+    def notebook(i: int):
+        q = channel[i % len(channel)]
+        return torch.nn.functional.linear(x, q.storage.to(torch.float32)) * q.scale.T
+
+    found["peer: the notebook's form"] = notebook
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        return found
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(torch.from_numpy(w.copy()), requires_grad=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    found["peer: torchao, int8 weights"] = lambda i: layer(x)
+    return found
+
+
+def on_jax(w, weights, x) -> dict[str, Candidate]:
+    x = jnp.asarray(x)
+    floats = rotating(lambda i: jnp.array(w), w.nbytes)
+    turned = rotating(lambda i: jnp.array(w.T.copy()), w.nbytes)
+    channel = rotating(lambda i: weights["channel"].to_backend("jax"), w.size)
+    dense = rotating(lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("jax").for_dense(), w.size)
+    raw = rotating(lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("jax"), w.size)
+    group = rotating(lambda i: weights["group"].to_backend("jax"), w.size)
+    plain = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+    matmul = jax.jit(jnp.matmul)
+    linear, dot = jax.jit(aqt_lite.linear), jax.jit(aqt_lite.dense)
+    reproducible = jax.jit(lambda x, q: aqt_lite.linear(x, q, mode="reproducible"))
+    naive = jax.jit(
+        lambda x, q: jax.lax.dot_general(x, q.storage.astype(jnp.float32), (((1,), (1,)), ((), ()))) * q.scale.T
+    )
+    found: dict[str, Candidate] = {
+        "float32": lambda i: wait(plain(x, floats[i % len(floats)])),
+        "float32, (in, out)": lambda i: wait(matmul(x, turned[i % len(turned)])),
+        "linear": lambda i: wait(linear(x, channel[i % len(channel)])),
+        "linear, reproducible": lambda i: wait(reproducible(x, channel[i % len(channel)])),
+        "dense": lambda i: wait(dot(x, raw[i % len(raw)])),
+        "dense, stored for it": lambda i: wait(dot(x, dense[i % len(dense)])),
+        "linear, group 128": lambda i: wait(linear(x, group[i % len(group)])),
+        "peer: plain jax.jit": lambda i: wait(naive(x, channel[i % len(channel)])),
+    }
+    try:
+        import qwix
+    except ImportError:
+        return found
+    theirs = qwix.quantize(jnp.array(w), "int8", channelwise_axes=(0,))
+    dot_general = jax.jit(lambda x, q: qwix.dot_general(x, q, (((1,), (1,)), ((), ()))))
+    found["peer: qwix"] = lambda i: wait(dot_general(x, theirs))
+    return found
+
+
+# ---- small arrays
+
+
+def small() -> list[dict]:
+    """Microseconds a call where overhead is all: one row times 256 x 256, and quantizing 64 x 64."""
+    rng = np.random.default_rng(SEED)
+    w, x = rng.standard_normal((256, 256), dtype=np.float32), rng.standard_normal((1, 256), dtype=np.float32)
+    little = rng.standard_normal((64, 64), dtype=np.float32)
+    q = aqt_lite.quantize(w, granularity=PerChannel(0))
+    qj, qt = q.to_backend("jax"), q.to_backend("torch")
+    j, t, wj, wt = jnp.asarray(x), torch.from_numpy(x), jnp.asarray(w), torch.from_numpy(w)
+    plain, jitted = jax.jit(lambda x, w: x @ w.T), jax.jit(aqt_lite.linear)
+    calls = {
+        "quantize 64 x 64, NumPy": lambda: aqt_lite.quantize(little),
+        "quantize 64 x 64 per channel, NumPy": lambda: aqt_lite.quantize(little, granularity=PerChannel(0)),
+        "float32 product, NumPy": lambda: x @ w.T,
+        "linear, NumPy": lambda: aqt_lite.linear(x, q),
+        "float32 product, torch": lambda: t @ wt.T,
+        "linear, torch": lambda: aqt_lite.linear(t, qt),
+        "float32 product, JAX jit": lambda: plain(j, wj).block_until_ready(),
+        "linear, JAX eager call": lambda: aqt_lite.linear(j, qj).block_until_ready(),
+        "linear, JAX jit": lambda: jitted(j, qj).block_until_ready(),
+    }
+    times = take_turns(
+        {name: lambda i, call=call: [call() for _ in range(50)] for name, call in calls.items()}, least=15
+    )
+    rows = []
+    for name, found in times.items():
+        rows.append({"who": name, "us": found["ms"] * 1e3 / 50})
+        print(f"  {name:38} {rows[-1]['us']:8.1f} us")
+    return rows
+
+
+# ---- accelerators
+
+
+def accelerator(sizes: list[int], rows_of_x: list[int]) -> dict:
+    """JAX on its default device: copying, quantize, dequantize, products, and codes that differ from the CPU's."""
+    device = jax.devices()[0]
+    kind = f"{device.platform}: {device.device_kind}"
+    if device.platform == "cpu":
+        print("  no accelerator here: run on the CPU, so these are no figures of an accelerator")
+    found: dict = {"device": kind, "measured": device.platform != "cpu", "rows": []}
+    rng = np.random.default_rng(SEED)
+    block = jnp.ones(1 << 26, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    bandwidth = 2 * block.nbytes / (take_turns({"copy": lambda i: wait(copy(block))})["copy"]["ms"] * 1e-3)
+    found["copy_gb_s"] = bandwidth / 1e9
+    for size in sizes:
+        host = rng.standard_normal((size, size), dtype=np.float32)
+        w = jnp.asarray(host)
+        q = aqt_lite.quantize(w, granularity=PerChannel(0))
+        expected = aqt_lite.quantize(host, granularity=PerChannel(0))
+        differ = int((np.asarray(q.storage) != expected.storage).sum()) + int(
+            (np.asarray(q.scale) != expected.scale).sum()
+        )
+        found["rows"].append({"what": "codes and scales that differ from the CPU's", "size": size, "count": differ})
+        quantized = jax.jit(lambda w: aqt_lite.quantize(w, granularity=PerChannel(0)))
+        steps = {
+            "quantize per channel": (lambda i: wait(quantized(w).storage), 9),  # noqa: B023 - called before w changes
+            "dequantize": (lambda i: wait(q.dequantize()), 5),  # noqa: B023
+        }
+        for name, times in take_turns({name: call for name, (call, _) in steps.items()}).items():
+            share = steps[name][1] * w.size / (times["ms"] * 1e-3) / bandwidth
+            found["rows"].append({"what": name, "size": size, **times, "of_copy_bandwidth": share})
+        for m in rows_of_x:
+            x = jnp.asarray(rng.standard_normal((m, size), dtype=np.float32))
+            forms = {
+                "float32, default precision": jax.jit(lambda x: x @ w.T),  # noqa: B023
+                "float32, highest precision": jax.jit(lambda x: jnp.matmul(x, w.T, precision="highest")),  # noqa: B023
+                "linear": jax.jit(lambda x: aqt_lite.linear(x, q)),  # noqa: B023
+                "linear, reproducible": jax.jit(lambda x: aqt_lite.linear(x, q, mode="reproducible")),  # noqa: B023
+            }
+            times = take_turns({name: lambda i, f=f: wait(f(x)) for name, f in forms.items()})  # noqa: B023
+            for name, each in times.items():
+                ratio = times["float32, default precision"]["ms"] / each["ms"]
+                row = {"what": name, "size": size, "m": m, **each, "times_default_float32": ratio}
+                if name == "linear":
+                    row["of_copy_bandwidth"] = w.size / (each["ms"] * 1e-3) / bandwidth
+                found["rows"].append(row)
+            y = np.asarray(forms["linear, reproducible"](x))
+            bits = y.view(np.uint32) != aqt_lite.linear(np.asarray(x), expected, mode="reproducible").view(np.uint32)
+            found["rows"].append(
+                {"what": "reproducible bits that differ", "size": size, "m": m, "count": int(bits.sum())}
+            )
+    for row in found["rows"]:
+        print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+    return found
+
+
+# ---- picture
+
+
+def roofline(results: dict, path: Path) -> None:
+    """Products by arithmetic intensity against what memory and the float32 product allow."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    ax = figure.add_subplot()
+    size = max(r["size"] for r in results["products"])
+    chosen = [r for r in results["products"] if r["size"] == size]
+    peak = max(2 * r["m"] * size**2 / r["ms"] / 1e6 for r in chosen if r["who"] == "float32")
+    read = results["copy_gb_s"]
+    for bytes_a_weight, label, style in ((4, "float32 weights", ":"), (1, "int8 weights", "-")):
+        m = np.geomspace(1, 512, 50)
+        ax.plot(m, np.minimum(2 * m / bytes_a_weight * read, peak), f"k{style}", lw=1, label=f"limit, {label}")
+    colours = {"numpy": "tab:blue", "torch": "tab:red", "jax": "tab:green"}
+    for backend, colour in colours.items():
+        for who, marker, face in (
+            ("float32", "o", "none"),
+            ("linear", "s", colour),
+            ("linear, reproducible", "^", colour),
+        ):
+            points = [
+                (r["m"], 2 * r["m"] * size**2 / r["ms"] / 1e6)
+                for r in chosen
+                if (r["backend"], r["who"]) == (backend, who)
+            ]
+            if points:
+                ax.plot(
+                    *zip(*points, strict=True), marker=marker, mfc=face, color=colour, lw=0.8, label=f"{backend}: {who}"
+                )
+    ax.set(xscale="log", yscale="log", xlabel="rows of x (M)", ylabel="billions of multiply-adds x 2 a second")
+    ax.set_title(f"x (M, {size}) times int8 weights ({size}, {size}), per channel")
+    ax.legend(fontsize=8, ncols=2)
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small arrays, and nothing is written")
+    parser.add_argument("--only", choices=["quantization", "products", "small", "accelerator"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    options = parser.parse_args()
+    torch.set_num_threads(cores())
+    parts = [options.only] if options.only else ["quantization", "products", "small", "accelerator"]
+    results: dict = {"machine": machine()}
+    print(json.dumps(results["machine"], indent=2))
+    copy = copy_speed()
+    results["copy_gb_s"] = copy / 1e9
+    print(f"copy: {copy / 1e9:.1f} GB/s, read and written")
+    if "quantization" in parts:
+        size = 1024 if options.quick else 8192
+        print(f"\nquantize and dequantize, {size} x {size} float32")
+        results["quantization"] = quantization(size, copy)
+    if "products" in parts:
+        print("\nproducts: x (M, K) float32, int8 weights; times as fast as the backend's own float32 product")
+        results["products"] = products(
+            [512] if options.quick else [4096, 8192], [1, 8, 64, 512], ["numpy", "torch", "jax"]
+        )
+    if "small" in parts:
+        print("\nsmall arrays")
+        results["small"] = small()
+    if "accelerator" in parts:
+        on_cpu = jax.devices()[0].platform == "cpu"
+        print("\naccelerator")
+        sizes, rows = ([512], [1, 8]) if on_cpu or options.quick else ([8192, 16384], [1, 8, 32, 512, 4096])
+        results["accelerator"] = accelerator(sizes, rows)
+    if not (options.quick or options.only):
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        roofline(results, ROOT / "docs" / "roofline.png")
+        print(f"\nwritten: {options.out.relative_to(ROOT)}, docs/roofline.png")
+
+
+if __name__ == "__main__":
+    main()
