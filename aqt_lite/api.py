@@ -284,9 +284,9 @@ def _on_grid(
         raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
+    elif not b.can_meet(value, x):
+        raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
     elif not b.is_traced(value):
-        if not b.can_meet(value, x):
-            raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
         check(b.to_numpy(value))
     elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else _INTEGER_TYPES):
         raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")

@@ -316,9 +316,7 @@ class QArray:
 def _full_index(index: Any, ndim: int) -> list[Any]:
     items = list(index) if isinstance(index, tuple) else [index]
     for item in items:
-        if not (
-            item is Ellipsis or isinstance(item, slice) or (hasattr(item, "__index__") and not isinstance(item, bool))
-        ):
+        if not (item is Ellipsis or isinstance(item, slice) or _is_integer(item)):
             raise IndexError(f"index {item!r}: a QArray takes integers, slices and '...'; dequantize it for others")
     dots = sum(item is Ellipsis for item in items)
     missing = ndim - (len(items) - dots)
@@ -328,6 +326,16 @@ def _full_index(index: Any, ndim: int) -> list[Any]:
         items.append(Ellipsis)
     at = next(i for i, item in enumerate(items) if item is Ellipsis)
     return items[:at] + [slice(None)] * missing + items[at + 1 :]
+
+
+def _is_integer(item: Any) -> bool:
+    if isinstance(item, bool) or getattr(item, "ndim", None):
+        return False
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return True
 
 
 def _position(item: Any, axis: int, length: int) -> int:

@@ -46,6 +46,9 @@ class TorchBackend(Backend):
     def device(self, x: Array) -> Any:
         return x.device
 
+    def can_meet(self, x: Array, y: Array) -> bool:
+        return bool(x.device == y.device)  # known even where values are not
+
     def is_traced(self, x: Array) -> bool:
         return torch.compiler.is_compiling() or _has_no_values(x)
 

@@ -183,7 +183,9 @@ def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
             f"{argument} is a {other.name} array but w is a {b.name} QArray: "
             f"move one of them, for instance with w.to_backend({other.name!r})"
         )
-    value, _ = as_float_array(value, argument, None if other is b else b.name)
+    value, _ = as_float_array(value, argument)
+    if other is None:  # a list belongs where the weight is
+        return b.asarray(value, like=w.storage)
     if not b.can_meet(value, w.storage):
         raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
     return value
