@@ -175,10 +175,17 @@ def spread(blocks: Array, shape: tuple[int, ...], block: Block, xp: Any) -> Arra
         size = block[axis]
         assert size is not None
         before, after = tuple(blocks.shape[:axis]), tuple(blocks.shape[axis + 1 :])
-        groups = blocks.shape[axis]
-        wide = xp.broadcast_to(xp.expand_dims(blocks, axis=axis + 1), (*before, groups, size, *after))
-        wide = xp.reshape(wide, (*before, groups * size, *after))
-        blocks = wide[(slice(None),) * axis + (slice(0, shape[axis]), ...)]  # the last group may be shorter
+        whole, rest = divmod(shape[axis], size)
+        last = blocks[(slice(None),) * axis + (slice(whole, None), ...)]
+        if rest:
+            blocks = blocks[(slice(None),) * axis + (slice(0, whole), ...)]
+        wide = xp.broadcast_to(xp.expand_dims(blocks, axis=axis + 1), (*before, whole, size, *after))
+        blocks = xp.reshape(wide, (*before, whole * size, *after))
+        if rest:
+            # A shorter last group is joined on. Repeating it in full and cutting the surplus off is what torch's
+            # compiler gets wrong: 2.13 leaves the elements after the last whole group unset (inductor's cpp.py,
+            # try_loop_split, divides the length of a loop by the group's without regard to a remainder).
+            blocks = xp.concat([blocks, xp.broadcast_to(last, (*before, rest, *after))], axis=axis)
     return blocks
 
 

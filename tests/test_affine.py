@@ -20,6 +20,7 @@ from forms import (
     JIT,
     NUMPY,
     STRICT,
+    TORCH,
     Bits,
     Call,
     Problem,
@@ -290,6 +291,23 @@ def test_granularities(form):
 @pytest.mark.parametrize("which", [slice(1, 20, 3), slice(21, None, 3)])
 def test_granularities_in_compiled_torch(which):
     assert not disagreements(*granular_problems("float32", which), [COMPILED])
+
+
+def test_ragged_groups_in_compiled_torch():
+    """Groups longer than a vector register, whose last is shorter: inductor drops a loop's remainder (torch 2.13)."""
+    rng = np.random.default_rng(1)
+    problems, expected = [], []
+    for shape, granularity, block in [
+        ((64, 96), PerGroup(25), (1, 25)),
+        ((33,), PerGroup(16), (16,)),
+        ((35, 20), PerGroup(12, axis=0), (12, 1)),
+        ((20, 35), PerBlock((9, 16)), (9, 16)),
+        ((4, 30, 6), PerBlock((1, 13, -1)), (1, 13, None)),
+        ((3, 4, 50), PerBlock((2, 3, 20)), (2, 3, 20)),
+    ]:
+        problems.append(Problem(rng.normal(size=shape).astype("float32"), Call("uint8", "affine", granularity)))
+        expected.append(oracle(problems[-1], block))
+    assert not disagreements(problems, expected, [COMPILED, TORCH, NUMPY, JIT])
 
 
 def test_granularities_of_float64():
