@@ -40,7 +40,19 @@ def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., An
         axes = _axes_of(arrays[0])
         if op in _CODES_OF_WEIGHT:
             axes = [axes[0], _axes_of(arrays[_CODES_OF_WEIGHT[op]])[1 - static["contract"]]]
-        out = jax.tree.map(lambda o: NamedSharding(mesh, _spec(o.shape, axes, mesh)), jax.eval_shape(bound, *plain))
+        declined = []
+
+        def attempt(*arrays: Array | None) -> Any:
+            result = bound(*arrays)
+            if result is NotImplemented:  # a kernel that serves only arrays with values, on one device
+                declined.append(result)
+                return ()
+            return result
+
+        shapes = jax.eval_shape(attempt, *plain)
+        if declined:
+            return NotImplemented
+        out = jax.tree.map(lambda o: NamedSharding(mesh, _spec(o.shape, axes, mesh)), shapes)
         return jax.sharding.auto_axes(bound, axes=mesh.explicit_axes, out_sharding=out)(*arrays)
 
     return call
