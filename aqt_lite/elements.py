@@ -82,7 +82,7 @@ def element_type(dtype: object) -> ElementType:
     """The record of a format, from its name or from any library's dtype object of that name."""
     if isinstance(dtype, ElementType):
         return dtype
-    found = ELEMENT_TYPES.get(_dtype_name(dtype))
+    found = ELEMENT_TYPES.get(dtype if isinstance(dtype, str) else _dtype_name(dtype))
     if found is None:
         raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {', '.join(ELEMENT_TYPES)}")
     return found

@@ -22,15 +22,10 @@ from aqt_lite.affine import Spec
 from aqt_lite.granularity import grid_of
 
 LARGE = 1 << 17
-"""Arrays of fewer elements are left to the reference: starting threads would cost more than it gains."""
+"""Arrays of fewer elements are not worth threads, nor the time that loading compiled loops takes."""
 
 BLOCK = 1 << 18
 """Elements that a thread works on at a time: 1 MB of float32, half of a usual second-level cache."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -42,8 +37,10 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the ch
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1) -> list[Any]:
+def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1, elements: int = LARGE) -> list[Any]:
     """``work(start, stop)`` over a range, cut into one part for each core at multiples of ``grain``; their results.
+
+    In one part where there are few ``elements`` in all: starting threads would cost more than it gains.
 
     Without warnings, which NumPy counts for each thread: the contract says what overflow and NaN become.
     """
@@ -53,7 +50,7 @@ def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1) ->
             return work(start, stop)
 
     units = -(-length // grain)
-    parts = min(cores(), units)
+    parts = min(cores(), units) if elements >= LARGE else 1
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
     waiting = [_pool().submit(quiet, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
     try:
@@ -61,6 +58,12 @@ def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1) ->
     finally:
         results = [w.result() for w in waiting]
     return first + results
+
+
+@functools.cache
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -79,7 +82,7 @@ def compiled_loops() -> Any:
 def _as_rows(x: Array, scale_shape: tuple[int, ...], block: Any) -> tuple[int, int] | None:
     """(rows, columns) of the view of ``x`` in which every row has one scale, or None where there is no such view."""
     shape = x.shape
-    if not (x.flags.c_contiguous and x.dtype.isnative) or x.size < LARGE:
+    if not (x.flags.c_contiguous and x.dtype.isnative):
         return None
     lead = 0
     while lead < x.ndim and (scale_shape[lead] == shape[lead]):  # axes with a scale for each index
@@ -101,19 +104,20 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def quantize(x: Array, *, spec: Spec) -> Any:
     """``affine.quantize`` with every core, block by block: one pass over memory, or two where a scale spans blocks."""
-    if x.size < LARGE or x.ndim == 0:
+    if 0 in x.shape:
         return NotImplemented
     grid, result = grid_of(x.shape, spec.block), NotImplemented
     if x.dtype == np.float32 and x.flags.c_contiguous and x.dtype.isnative and not spec.ignore_nonfinite:
         rows = _as_rows(x, grid, spec.block)
-        columns = grid[-1] == x.shape[-1] > 1 and math.prod(grid) == grid[-1]
-        if rows is not None and rows[0] == 1:
+        columns = x.ndim > 0 and grid[-1] == x.shape[-1] > 1 and math.prod(grid) == grid[-1]
+        simple = spec.symmetric and not spec.element.middle
+        if rows is not None and rows[0] == 1 and not (simple and x.size <= BLOCK):
             result = _quantize_spanning(x.reshape(-1), grid, spec)
         elif columns:
             result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec)
-        elif rows is not None and rows[1] >= 8 and spec.symmetric and not spec.element.middle:
+        elif rows is not None and rows[1] >= 8 and simple:
             result = _quantize_rows(x.reshape(rows), grid, spec)
-    if result is NotImplemented and grid[0] > 1:
+    if result is NotImplemented and x.size >= LARGE and grid[0] > 1:
         result = _quantize_slabs(x, grid, spec)
     if result is NotImplemented:
         return result
@@ -127,7 +131,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
     codes = aligned_empty(x.shape, spec.element.storage)
     scale = aligned_empty((rows, 1), np.float32)
     factor = np.float32(affine.inverse_of_range(spec))
-    loops = compiled_loops()
+    loops = compiled_loops() if x.size >= LARGE else None
 
     def work(start: int, stop: int) -> bool:
         if loops is not None:
@@ -149,7 +153,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
             np.copyto(codes[n:e], buffer, casting="unsafe")
         return finite
 
-    if not all(in_parallel(work, rows)):
+    if not all(in_parallel(work, rows, 1, x.size)):
         return NotImplemented  # the reference knows what becomes of NaN and infinities
     return codes, scale.reshape(grid), None
 
@@ -166,7 +170,7 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
             highs.append(part.max(axis=0))
         return np.min(lows, axis=0), np.max(highs, axis=0)
 
-    found = in_parallel(extrema, len(x))
+    found = in_parallel(extrema, len(x), 1, x.size)
     ends = np.stack([np.min([lo for lo, _ in found], axis=0), np.max([hi for _, hi in found], axis=0)])
     ends = ends.reshape(2, -1)
     if not np.isfinite(ends).all():
@@ -191,7 +195,7 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
                 np.clip(buffer, qmin, qmax, out=buffer)
             np.copyto(codes[n:e], buffer, casting="unsafe")
 
-    in_parallel(encode, len(x))
+    in_parallel(encode, len(x), 1, x.size)
     zero_point = None if zero_point is None else zero_point.reshape(grid)
     return codes, scale.reshape(grid), zero_point
 
@@ -221,7 +225,7 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
     if not (spec.source.name == out == "float32"):
         return NotImplemented
     rows = _as_rows(codes, scale.shape, spec.block)
-    if rows is None:
+    if rows is None or codes.size < LARGE:
         return NotImplemented
     if rows[0] == 1:  # any cut will do
         width = 1 << 12

@@ -19,6 +19,8 @@ from aqt_lite.affine import Spec
 from aqt_lite.backends import _numpy_kernels
 from aqt_lite.ops import reference
 
+CPU = torch.device("cpu")
+
 MOST_ROWS_AS_DIGITS = 64
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
 
@@ -26,7 +28,7 @@ MOST_ROWS_FOR_LOOPS = 8
 """Up to this many rows of x, NumPy's compiled loops, where there are any, are faster still."""
 
 SMALL = 1 << 20
-"""Weights of up to this many elements are dequantized whole: the copy stays in cache, and fewer calls are made."""
+"""Up to this many elements, dequantizing the weight takes less time than making digits of x."""
 
 ROWS_OF_A_BLOCK = 512
 """Rows of the weight that are dequantized at a time."""
@@ -67,7 +69,7 @@ def _fast(
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
-    if not single or codes.numel() <= SMALL or x.numel() == 0 or x.device.type != "cpu":
+    if not single or 0 in (*x.shape, *codes.shape) or x.device.type != "cpu":
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
     if (
         x.shape[0] <= MOST_ROWS_FOR_LOOPS
@@ -75,8 +77,8 @@ def _fast(
         and zero_point is None
         and _has_loops(arguments)
     ):
-        return _through_numpy("matmul")(*arguments, spec=spec, contract=contract)
-    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+        return _shared("matmul", *arguments, spec=spec, contract=contract)
+    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS and codes.numel() > SMALL:
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
 
@@ -172,51 +174,51 @@ def _kernel(op: str) -> Callable[..., Array]:
     return kernel
 
 
-def _through_numpy(op: str) -> Callable[..., Any]:
-    """NumPy's kernel on the memory of CPU tensors: the same bits, without the overhead of a call for each step."""
+def _shared(op: str, *tensors: Any, **static: Any) -> Any:
+    """NumPy's kernel on the memory of plain tensors: the same bits, without the overhead of a call for each step."""
+    arrays = [None if t is None else t.detach().numpy() for t in tensors]
+    result = _numpy_kernels.KERNELS[op](*arrays, **static)
+    if isinstance(result, tuple):
+        return tuple(None if a is None else torch.from_numpy(a) for a in result)
+    return result if result is NotImplemented else torch.from_numpy(result)
 
-    def kernel(*tensors: Any, **static: Any) -> Any:
-        if not _are_plain(tensors) or max(t.numel() for t in tensors if t is not None) < _numpy_kernels.LARGE:
+
+def _of_large(op: str) -> Callable[..., Any]:
+    """NumPy's kernel for large tensors; small ones are left to torch itself."""
+
+    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
+        if x.numel() < _numpy_kernels.LARGE or not _are_plain((x, *rest)):
             return NotImplemented
-        arrays = [None if t is None else t.detach().numpy() for t in tensors]
-        result = _numpy_kernels.KERNELS[op](*arrays, **static)
-        if result is NotImplemented:
-            return NotImplemented
-        if isinstance(result, tuple):
-            return tuple(None if a is None else torch.from_numpy(a) for a in result)
-        return torch.from_numpy(result)
+        return _shared(op, x, *rest, **static)
 
     return kernel
 
 
 def _are_plain(tensors: Any) -> bool:
     """Whether all have memory that NumPy can read, and no derivative to carry."""
+    is_traced, tracking = get_backend("torch").is_traced, torch.is_grad_enabled()
     return all(
         t is None
-        or (
-            t.device.type == "cpu"
-            and t.dtype != torch.bfloat16
-            and not (t.requires_grad and torch.is_grad_enabled())
-            and not get_backend("torch").is_traced(t)
-        )
+        or (t.device == CPU and t.dtype != torch.bfloat16 and not (tracking and t.requires_grad) and not is_traced(t))
         for t in tensors
     )
 
 
 def _has_loops(tensors: Any) -> bool:
-    return _are_plain(tensors) and _numpy_kernels.compiled_loops() is not None
+    """Whether NumPy's compiled loops can serve; one that tracks derivatives or has no values is not plain."""
+    return _numpy_kernels.compiled_loops() is not None and _are_plain(tensors)
 
 
 def _fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> Any:
     """For one row, NumPy's compiled loop where there is one; otherwise the digits of the reference."""
     if x.shape[1] > 1 or not _has_loops((x, w)):
         return NotImplemented
-    return _through_numpy("fixed_point_matmul")(x, w, zero_point)
+    return _shared("fixed_point_matmul", x, w, zero_point)
 
 
 KERNELS = {
-    "quantize": _through_numpy("quantize"),
-    "dequantize": _through_numpy("dequantize"),
+    "quantize": _of_large("quantize"),
+    "dequantize": _of_large("dequantize"),
     "fixed_point_matmul": _fixed_point_matmul,
     **{op: _kernel(op) for op in _FORMS},
 }

@@ -24,6 +24,11 @@ def without_warnings(function: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
+@functools.cache
+def _name(dtype: Any) -> str:
+    return str(dtype.name)  # the same for either byte order
+
+
 class NumpyBackend(Backend):
     """NumPy on the CPU."""
 
@@ -54,7 +59,7 @@ class NumpyBackend(Backend):
         return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
     def dtype_name(self, x: Array) -> str:
-        return str(x.dtype.name)  # the same for either byte order
+        return _name(x.dtype)
 
     def device(self, x: Array) -> Any:
         return "cpu"

@@ -177,7 +177,7 @@ def matmul_reproducible(
 def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backend) -> tuple[Array, Array]:
     """``sum_k x[p, m, k] * (w[p, n, k] - zero_point[p, 0, n])`` as int32 ``high * 2^24 + low``, 0 <= low < 2^24.
 
-    ``x`` has 31 bits and the codes 8 (or, with zero points already taken off, 9). Each digit of ``x`` gives an int32 sum.
+    ``x`` has 31 bits, the codes 8 (or 9, where zero points are taken off already). Each digit of ``x`` gives one sum.
     """
     xp, m = b.xp, int(x.shape[1])
     digits = []
