@@ -84,12 +84,13 @@ def main():
     page = f"""# Every float32
 
 The int8 codes of all 2^32 bit patterns of float32 (infinities saturate, NaN has code 0), for given scales: how many
-differ from NumPy's. Every code occurs among them, and so does every tie. Made by `python benchmarks/sweep.py --write`.
+differ from NumPy's. Every code occurs among them, and so does every
+number next to a tie. Made by `python benchmarks/sweep.py --write`.
 
 {result}
 
-NumPy {np.__version__}, JAX {jax.__version__}, torch {torch.__version__}, {platform.machine()}; {minutes:.0f} minutes
-in all, {"every pattern" if arguments.step == 1 else f"every {arguments.step}th pattern"}.
+{"Every pattern" if arguments.step == 1 else f"Every {arguments.step}th pattern"}, in {minutes:.0f} minutes. NumPy {np.__version__}, \
+JAX {jax.__version__}, torch {torch.__version__}, {platform.machine()} CPU.
 """
     print(page)
     if arguments.write:
