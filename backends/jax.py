@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +86,7 @@ class JaxBackend(Backend):
         return jnp.where(e < -100, 0.0, power)
 
     def kernel(self, op: str) -> Callable[..., Any] | None:
-        found = _kernels().KERNELS.get(op)
-        return None if found is None else keeping_shardings(op, found)
+        return _kernel(op)
 
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
@@ -115,6 +115,12 @@ class JaxBackend(Backend):
             return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+
+
+@functools.cache
+def _kernel(op: str) -> Callable[..., Any] | None:
+    found = _kernels().KERNELS.get(op)
+    return None if found is None else keeping_shardings(op, found)
 
 
 def _kernels() -> Any:

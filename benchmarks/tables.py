@@ -1,0 +1,97 @@
+"""Writes the tables of the last full benchmark run into README.md and docs/performance.md.
+
+    python benchmarks/tables.py            print them
+    python benchmarks/tables.py --write    replace what stands between the markers of each file
+
+A test holds the files against benchmarks/results.json, so that no figure is older than the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true")
+    write = parser.parse_args().write
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    for name, table in tables(results).items():
+        print(f"## {name}\n\n{table}\n")
+    if write:
+        for path in FILES:
+            path.write_text(filled(path.read_text(), results))
+
+
+def filled(text: str, results: dict) -> str:
+    """``text`` with every marked table replaced."""
+    for name, table in tables(results).items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def tables(results: dict) -> dict[str, str]:
+    """Every table, by the name of its marker."""
+    return {
+        "machine": machine(results),
+        "products": products(results, ("linear", "linear, reproducible")),
+        "all products": products(results, None),
+        "quantization": quantization(results),
+        "small": small(results),
+    }
+
+
+def machine(results: dict) -> str:
+    m = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return (
+        f"Measured on {m['cores']} cores ({m['processor']}), {m['memory_gib']} GiB, Python {m['python']}, {versions}; "
+        f"copying reads and writes {results['copy_gb_s']:.0f} GB/s."
+    )
+
+
+def products(results: dict, who: tuple[str, ...] | None) -> str:
+    """Times as fast as the backend's own float32 product."""
+    rows = results["products"]
+    sizes, ms = sorted({r["size"] for r in rows}), sorted({r["m"] for r in rows})
+    head = [f"{size}², M={m}" for size in sizes for m in ms]
+    lines = ["| | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
+    by_row = {(r["backend"], r["who"], r["size"], r["m"]): r for r in rows}
+    for backend in ("jax", "torch", "numpy"):
+        names = list(dict.fromkeys(r["who"] for r in rows if r["backend"] == backend))
+        for name in names:
+            if name == "float32" or (who is not None and name not in who and not name.startswith("peer")):
+                continue
+            cells = [by_row.get((backend, name, size, m)) for size in sizes for m in ms]
+            shown = [f"{c['times_as_fast']:.2f}x" if c else "" for c in cells]
+            label = name if name.startswith("peer") else f"**{name}**" if who else name
+            lines.append(f"| {backend}: {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def quantization(results: dict) -> str:
+    rows = results["quantization"]
+    names = list(dict.fromkeys(r["who"] for r in rows))
+    lines = ["| 8192 x 8192 | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for what in dict.fromkeys(r["what"] for r in rows):
+        found = {r["who"]: r for r in rows if r["what"] == what}
+        cells = [f"{found[n]['gelt_s']:.2f} ({found[n]['of_limit']:.2f})" if n in found else "" for n in names]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def small(results: dict) -> str:
+    lines = ["| one call | microseconds |", "|---|---|"]
+    return "\n".join(lines + [f"| {r['who']} | {r['us']:.1f} |" for r in results["small"]])
+
+
+if __name__ == "__main__":
+    main()
