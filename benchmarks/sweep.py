@@ -81,6 +81,7 @@ def main():
     begin = time.perf_counter()
     result = table(arguments.scales, arguments.step)
     minutes = (time.perf_counter() - begin) / 60
+    taken = "Every pattern" if arguments.step == 1 else f"Every {arguments.step}th pattern"
     page = f"""# Every float32
 
 The int8 codes of all 2^32 bit patterns of float32 (infinities saturate, NaN has code 0), for given scales: how many
@@ -89,8 +90,8 @@ number next to a tie. Made by `python benchmarks/sweep.py --write`.
 
 {result}
 
-{"Every pattern" if arguments.step == 1 else f"Every {arguments.step}th pattern"}, in {minutes:.0f} minutes. NumPy {np.__version__}, \
-JAX {jax.__version__}, torch {torch.__version__}, {platform.machine()} CPU.
+{taken}, in {minutes:.0f} minutes. NumPy {np.__version__}, JAX {jax.__version__}, torch {torch.__version__}, \
+{platform.machine()} CPU.
 """
     print(page)
     if arguments.write:

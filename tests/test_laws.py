@@ -189,6 +189,43 @@ def test_eight_bit_codes_survive_a_narrow_type(name, dtype):
         assert np.array_equal(on(name, again, once.values, once.scale, once.zero_point).codes, once.codes)
 
 
+@st.composite
+def products(draw):
+    """Activations, a weight, how it is quantized, a bias or none, and the contracted axis."""
+    m, k, n = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+
+    def numbers(*shape):
+        spread = draw(st.sampled_from([0, 5, 40]))
+        return np.ldexp(rng.normal(size=shape), rng.integers(-spread, spread + 1, shape)).astype(np.float32)
+
+    contract = draw(st.sampled_from([0, 1]))
+    block = draw(st.sampled_from([(None, None), (1, None), (1, 8), (1, 2), (2, 11)]))
+    call = Call(
+        draw(st.sampled_from(["int8", "uint8"])),
+        draw(st.sampled_from(["symmetric", "affine"])),
+        PerBlock(tuple(-1 if size is None else size for size in (block if contract else block[::-1]))),
+    )
+    w = numbers(n, k) if contract else numbers(k, n)
+    return numbers(m, k), w, call, numbers(n) if draw(st.booleans()) else None, contract
+
+
+@every_backend
+def test_reproducible_products_are_exact(name):
+    b = get_backend(name)
+
+    @holds_for(name, products())
+    def law(problem):
+        x, w, call, bias, contract = problem
+        q = aqt_lite.quantize(w, call.dtype, scheme=call.scheme, granularity=call.granularity)
+        op = aqt_lite.linear if contract else aqt_lite.dense
+        bias_there = None if bias is None else b.asarray(bias)
+        y = op(b.asarray(x), q.to_backend(name), bias_there, mode="reproducible")
+        block = tuple(None if size == -1 else size for size in call.granularity.shape)
+        expected = exact.linear(x, q.qvalue, q.scale, q.zero_point, block, bias, contract)
+        assert np.array_equal(b.to_numpy(y).view(np.int32), expected.view(np.int32))
+
+
 # ---- NumPy alone: any shape and type against exact arithmetic, any layout
 
 
