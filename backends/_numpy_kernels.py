@@ -82,7 +82,7 @@ def compiled_loops() -> Any:
 def _as_rows(x: Array, scale_shape: tuple[int, ...], block: Any) -> tuple[int, int] | None:
     """(rows, columns) of the view of ``x`` in which every row has one scale, or None where there is no such view."""
     shape = x.shape
-    if not (x.flags.c_contiguous and x.dtype.isnative):
+    if not (x.size and x.flags.c_contiguous and x.dtype.isnative):
         return None
     lead = 0
     while lead < x.ndim and (scale_shape[lead] == shape[lead]):  # axes with a scale for each index
