@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-MOST_ROWS = 8
-"""Rows of x for which ``rows_times`` beats BLAS on a dequantized block."""
-
 _REORDER = {"contract", "reassoc"}  # sums may be taken in any order: that is what lets them use vector registers
 
 

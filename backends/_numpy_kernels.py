@@ -28,6 +28,13 @@ BLOCK = 1 << 18
 """Elements that a thread works on at a time: 1 MB of float32, half of a usual second-level cache."""
 
 
+MOST_ROWS_FOR_LOOPS = 8
+"""Rows of x for which compiled loops beat BLAS on a dequantized block."""
+
+LARGEST_FOR_LOOPS = 2.0**100
+"""Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
+
+
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(1, cores() - 1), thread_name_prefix="aqt_lite")
@@ -273,9 +280,12 @@ def matmul(
     if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
         return NotImplemented
     wide = np.ascontiguousarray(x, dtype=np.float32)
-    loops = compiled_loops() if codes.flags.c_contiguous else None
+    loops = compiled_loops() if codes.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
     with np.errstate(all="ignore"):
-        if loops is not None and len(wide) <= loops.MOST_ROWS and scale.shape[contract] == 1 and zero_point is None:
+        unscaled = (
+            scale.shape[contract] == 1 and zero_point is None
+        )  # sums of x * q, scaled at the end: must not overflow
+        if loops is not None and unscaled and np.abs(wide).max() < LARGEST_FOR_LOOPS:
             y = _compiled_product(loops, wide, codes, scale, contract)
         elif codes.size < LARGE:
             y = _small_product(wide, codes, scale, zero_point, spec, contract)
@@ -372,7 +382,7 @@ def _exact_matmul(x: Array, w: Array) -> Array:
     wide = np.ascontiguousarray(x, dtype=np.float64)
     rows, inner = w.shape
     y = np.zeros((rows, len(x)), dtype=np.int64)
-    loops = compiled_loops() if w.flags.c_contiguous and len(x) <= 8 else None
+    loops = compiled_loops() if w.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
     height = max(1, BLOCK // (2 * inner))
 
     def columns(start: int, stop: int) -> None:

@@ -24,9 +24,6 @@ CPU = torch.device("cpu")
 MOST_ROWS_AS_DIGITS = 64
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
 
-MOST_ROWS_FOR_LOOPS = 8
-"""Up to this many rows of x, NumPy's compiled loops, where there are any, are faster still."""
-
 SMALL = 1 << 20
 """Up to this many elements, dequantizing the weight takes less time than making digits of x."""
 
@@ -73,7 +70,7 @@ def _fast(
     if not single or 0 in (*x.shape, *codes.shape) or x.device.type != "cpu":
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
     if (
-        x.shape[0] <= MOST_ROWS_FOR_LOOPS
+        x.shape[0] <= _numpy_kernels.MOST_ROWS_FOR_LOOPS
         and scale.shape[contract] == 1
         and zero_point is None
         and _has_loops(arguments)

@@ -253,3 +253,17 @@ def test_large_arrays_have_the_bits_of_the_reference_whatever_their_layout(backe
         if backend.name in ("numpy", "torch") and not (backend.name == "torch" and dtype == "bfloat16"):
             turned = backend.asarray(np.ascontiguousarray(x.T)).T
             assert_same_bits(aqt_lite.quantize(turned, scheme=scheme, granularity=granularity), moved)
+
+
+def test_products_of_huge_activations_overflow_no_sooner_than_a_float32_product(with_loops):
+    backend = with_loops
+    w = np.asarray([[0.5, -0.5] * 300, [0.25, 0.25] * 300], np.float32)
+    x = np.zeros((1, 600), np.float32)
+    x[0, :2] = 3e38, 1e38
+    q = aqt_lite.quantize(backend.asarray(w), granularity=PerChannel(0))
+    for mode in ("fast", "reproducible"):
+        y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q, mode=mode))
+        np.testing.assert_allclose(y, [[1e38, 1e38]], rtol=0.01)
+        turned = aqt_lite.quantize(backend.asarray(np.ascontiguousarray(w.T)), granularity=PerChannel(1))
+        y = backend.to_numpy(aqt_lite.dense(backend.asarray(x), turned, mode=mode))
+        np.testing.assert_allclose(y, [[1e38, 1e38]], rtol=0.01)
