@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from forms import COMPILED, CONSTANT_QPARAMS, FORMS, Bits, Call, Problem, differing, disagreements
+from forms import COMPILED, CONSTANT_QPARAMS, FORMS, JAX, Bits, Call, Problem, differing, disagreements
 from golden.generate import FILE, SCHEMA, decoded, encoded
 from oracles import exact
 
@@ -42,13 +42,15 @@ def quantizations(which=slice(None)):
     return map(list, zip(*map(problem_of, VECTORS["quantize"][which]), strict=True))
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in (COMPILED, CONSTANT_QPARAMS)])
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in (JAX, COMPILED, CONSTANT_QPARAMS)])
 def test_every_form_quantizes_to_the_vectors(form):
     assert not disagreements(*quantizations(), [form])
 
 
-def test_compiled_torch_quantizes_to_the_vectors():
-    assert not disagreements(*quantizations(slice(None, None, 9)), [COMPILED])
+@pytest.mark.parametrize(("form", "step"), [(JAX, 3), (COMPILED, 16)])
+def test_forms_that_compile_each_call_quantize_to_the_vectors(form, step):
+    """Some of them: eager JAX runs what jitted JAX does, and one graph of torch takes seconds to compile."""
+    assert not disagreements(*quantizations(slice(None, None, step)), [form])
 
 
 def test_exact_arithmetic_still_gives_the_vectors():
@@ -96,7 +98,7 @@ def test_jitted_products_give_the_vectors(case):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, about torch.jit
 def test_compiled_torch_products_give_the_vectors():
-    cases = VECTORS["products"][1::5]  # compiling takes seconds for each
+    cases = VECTORS["products"][1::8]  # compiling takes seconds for each
     arguments = [moved(aqt_lite._registry.get_backend("torch"), case) for case in cases]
     ops = [getattr(aqt_lite, case["op"]) for case in cases]
     torch._dynamo.reset()
