@@ -296,11 +296,11 @@ The same inputs, quantized by the same few lines in each library:
 
 ```python
 scale = max(abs(x)) / 127
-q = clip(round(x / scale), -127, 127)                      # symmetric
+q = clip(round(x / scale), -127, 127)  # symmetric
 
 scale = (max(x) - min(x)) / 255
 zero_point = round(-128 - min(x) / scale)
-q = clip(round(x / scale + zero_point), -128, 127)         # affine
+q = clip(round(x / scale + zero_point), -128, 127)  # affine
 ```
 
 Codes (before the cast to integers), scales and zero points are compared, -0 equal to 0 and NaN to NaN.
