@@ -187,17 +187,29 @@ def _kernel(op: str) -> Callable[..., Array]:
     return kernel
 
 
-def _quantize(x: Array, *, spec: Spec) -> Any:
-    """NumPy's kernel on the memory of an array that has values, is large, and lies on one CPU."""
-    if isinstance(x, jax.core.Tracer) or x.size < _numpy_kernels.LARGE:
-        return NotImplemented
-    devices = x.devices()
-    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
-        return NotImplemented
-    result = _numpy_kernels.quantize(np.asarray(x), spec=spec)
-    if result is NotImplemented:
-        return NotImplemented
-    return tuple(None if a is None else jax.device_put(a, x.sharding, may_alias=True) for a in result)
+def _of_large(op: str) -> Callable[..., Any]:
+    """NumPy's kernel on the memory of large arrays that have values and lie on one CPU.
+
+    XLA takes most of its time to touch fresh output memory for the first time, which NumPy's kernel does on every core.
+    """
+
+    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
+        arrays = (x, *rest)
+        if any(isinstance(a, jax.core.Tracer) for a in arrays) or x.size < _numpy_kernels.LARGE:
+            return NotImplemented
+        devices = x.devices()
+        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+            return NotImplemented
+        result = _numpy_kernels.KERNELS[op](*(None if a is None else np.asarray(a) for a in arrays), **static)
+        if result is NotImplemented:
+            return NotImplemented
+        return jax.tree.map(lambda a: jax.device_put(a, x.sharding, may_alias=True), result)
+
+    return kernel
 
 
-KERNELS = {"quantize": _quantize, **{op: _kernel(op) for op in _FORMS}}
+KERNELS = {
+    "quantize": _of_large("quantize"),
+    "dequantize": _of_large("dequantize"),
+    **{op: _kernel(op) for op in _FORMS},
+}

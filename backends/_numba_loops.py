@@ -1,6 +1,7 @@
 """Loops that numba compiles for NumPy arrays: what a ufunc cannot say in one pass.
 
-Owns: nothing but the loops. They hold no lock and start no thread; ``_numpy_kernels`` runs them on every core.
+Owns: nothing but the loops. They hold no lock and start no thread; ``_numpy_kernels`` runs them on every core. Each
+works on one-dimensional views, whose indices the compiler need not check for a second axis.
 """
 
 from __future__ import annotations
@@ -42,76 +43,95 @@ def quantize_rows(x: Any, factor: Any, codes: Any, scale: Any) -> Any:  # pragma
     return finite
 
 
+@njit(nogil=True, cache=True)
+def encode_columns(x: Any, inverse: Any, zero: Any, least: Any, most: Any, codes: Any) -> None:  # pragma: no cover
+    """Codes of finite x, with a scale (as its reciprocal) and a zero point for each column."""
+    for r in range(x.shape[0]):
+        values, out = x[r], codes[r]
+        for c in range(values.shape[0]):
+            code = np.rint(values[c] * inverse[c]) + zero[c]
+            out[c] = np.int32(min(max(code, least), most))
+
+
+@njit(nogil=True, cache=True)
+def widen(codes: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Codes as floats: a ufunc's cast from int8 takes three times as long."""
+    for r in range(codes.shape[0]):
+        row, wide = codes[r], out[r]
+        for c in range(row.shape[0]):
+            wide[c] = row[c]
+
+
 @njit(nogil=True, cache=True, fastmath=_REORDER)
 def rows_times(w: Any, x: Any, y: Any) -> None:  # pragma: no cover - compiled
-    """``y[n, m] = sum_k w[n, k] x[m, k]``: two rows of x share a row of the weight, or four rows of it one of x."""
+    """``y[n] = sum_k w[n, k] x[k]``: four rows of the weight at a time share each load of x."""
     rows, inner = w.shape
     zero = np.float32(0)
-    for m in range(0, x.shape[0] - 1, 2):
-        for n in range(rows):
-            a = zero
-            b = zero
-            for k in range(inner):
-                q = np.float32(w[n, k])
-                a += q * x[m, k]
-                b += q * x[m + 1, k]
-            y[n, m] = a
-            y[n, m + 1] = b
-    if x.shape[0] % 2:
-        m = x.shape[0] - 1
-        whole = rows - rows % 4
-        for n in range(0, whole, 4):
-            a = zero
-            b = zero
-            c = zero
-            d = zero
-            for k in range(inner):
-                v = x[m, k]
-                a += np.float32(w[n, k]) * v
-                b += np.float32(w[n + 1, k]) * v
-                c += np.float32(w[n + 2, k]) * v
-                d += np.float32(w[n + 3, k]) * v
-            y[n, m] = a
-            y[n + 1, m] = b
-            y[n + 2, m] = c
-            y[n + 3, m] = d
-        for n in range(whole, rows):
-            a = zero
-            for k in range(inner):
-                a += np.float32(w[n, k]) * x[m, k]
-            y[n, m] = a
+    whole = rows - rows % 4
+    for n in range(0, whole, 4):
+        w0, w1, w2, w3 = w[n], w[n + 1], w[n + 2], w[n + 3]
+        a, b, c, d = zero, zero, zero, zero
+        for k in range(inner):
+            v = x[k]
+            a += np.float32(w0[k]) * v
+            b += np.float32(w1[k]) * v
+            c += np.float32(w2[k]) * v
+            d += np.float32(w3[k]) * v
+        y[n], y[n + 1], y[n + 2], y[n + 3] = a, b, c, d
+    for n in range(whole, rows):
+        w0, a = w[n], zero
+        for k in range(inner):
+            a += np.float32(w0[k]) * x[k]
+        y[n] = a
 
 
 @njit(nogil=True, cache=True, fastmath=_REORDER)
-def exact_rows_times(w: Any, x: Any, y: Any) -> None:  # pragma: no cover - compiled
-    """``y[n, m] = sum_k w[n, k] x[m, k]``, integers in float64 (x) and int64 (y): exact, so the order is free."""
+def grouped_rows_times(w: Any, scale: Any, size: Any, x: Any, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[n] = sum_g scale[n, g] sum_k w[n, k] x[k]``, k over the group g of ``size`` (the last may be shorter)."""
     rows, inner = w.shape
-    for first in range(0, inner, 8192):
-        last = min(first + 8192, inner)
-        for n in range(rows):
-            m = 0
-            while m + 4 <= x.shape[0]:
-                a = 0.0
-                b = 0.0
-                c = 0.0
-                d = 0.0
-                for k in range(first, last):
-                    q = np.float64(w[n, k])
-                    a += q * x[m, k]
-                    b += q * x[m + 1, k]
-                    c += q * x[m + 2, k]
-                    d += q * x[m + 3, k]
-                y[n, m] += np.int64(a)
-                y[n, m + 1] += np.int64(b)
-                y[n, m + 2] += np.int64(c)
-                y[n, m + 3] += np.int64(d)
-                m += 4
-            while m < x.shape[0]:
-                a = 0.0
-                for k in range(first, last):
-                    a += np.float64(w[n, k]) * x[m, k]
-                y[n, m] += np.int64(a)
-                m += 1
+    zero = np.float32(0)
+    for n in range(rows):
+        row, total = w[n], zero
+        for g in range(scale.shape[1]):
+            first, last = g * size, min(g * size + size, inner)
+            part, values = row[first:last], x[first:last]
+            a = zero
+            for k in range(last - first):
+                a += np.float32(part[k]) * values[k]
+            total += a * scale[n, g]
+        y[n] = total
+
+
+@njit(nogil=True, cache=True, fastmath=_REORDER)
+def exact_rows_times(w: Any, x: Any, longest: Any, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[n] += sum_k w[n, k] x[k]`` of integers, in float64 (x) and int64 (y): exact in runs of ``longest``."""
+    for first in range(0, w.shape[1], longest):
+        _exact_rows_times(w, x[first : first + longest], first, y)
+
+
+@njit(nogil=True, cache=True, fastmath=_REORDER)
+def _exact_rows_times(w: Any, x: Any, first: Any, y: Any) -> None:  # pragma: no cover - compiled
+    rows, inner = w.shape[0], x.shape[0]
+    last = first + inner
+    whole = rows - rows % 4
+    for n in range(0, whole, 4):
+        w0, w1, w2, w3 = w[n][first:last], w[n + 1][first:last], w[n + 2][first:last], w[n + 3][first:last]
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        for k in range(inner):
+            v = x[k]
+            a += np.float64(w0[k]) * v
+            b += np.float64(w1[k]) * v
+            c += np.float64(w2[k]) * v
+            d += np.float64(w3[k]) * v
+        y[n] += np.int64(a)
+        y[n + 1] += np.int64(b)
+        y[n + 2] += np.int64(c)
+        y[n + 3] += np.int64(d)
+    for n in range(whole, rows):
+        w0, a = w[n][first:last], 0.0
+        for k in range(inner):
+            a += np.float64(w0[k]) * x[k]
+        y[n] += np.int64(a)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -124,15 +144,23 @@ def _add_four_rows(y: Any, w0: Any, w1: Any, w2: Any, w3: Any, x: Any) -> None: 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def columns_times(w: Any, x: Any) -> Any:  # pragma: no cover - compiled
-    """``y[m, n] = sum_k x[m, k] w[k, n]``: rows of the weight stream by, the row of y stays in cache."""
+    """``y[n] = sum_k x[k] w[k, n]``: rows of the weight stream by, the row of y stays in cache.
+
+    In runs of 128 rows, each summed by itself first: shorter chains of additions, less error.
+    """
     inner, columns = w.shape
-    y = np.zeros((x.shape[0], columns), dtype=np.float32)
-    whole = inner - inner % 4
-    for k in range(0, whole, 4):
-        for m in range(x.shape[0]):
-            _add_four_rows(y[m], w[k], w[k + 1], w[k + 2], w[k + 3], x[m, k : k + 4])
-    for k in range(whole, inner):
-        for m in range(x.shape[0]):
+    y = np.zeros(columns, dtype=np.float32)
+    part = np.zeros(columns, dtype=np.float32)
+    for first in range(0, inner, 128):
+        last = min(first + 128, inner)
+        part[:] = 0
+        whole = last - (last - first) % 4
+        for k in range(first, whole, 4):
+            _add_four_rows(part, w[k], w[k + 1], w[k + 2], w[k + 3], x[k : k + 4])
+        for k in range(whole, last):
+            row, v = w[k], x[k]
             for n in range(columns):
-                y[m, n] += np.float32(w[k, n]) * x[m, k]
+                part[n] += np.float32(row[n]) * v
+        for n in range(columns):
+            y[n] += part[n]
     return y

@@ -31,7 +31,7 @@ BLOCK = 1 << 18
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
-LARGEST_FOR_LOOPS = 2.0**100
+LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
 
@@ -190,6 +190,17 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
     codes = aligned_empty(x.shape, spec.element.storage)
     qmin, qmax = (np.float32(q) for q in spec.code_range)
 
+    loops = compiled_loops() if x.size >= LARGE else None
+    width = x.shape[1] if x.ndim == 2 else math.gcd(x.size, 1 << 12)  # one scale in all: any cut into rows will do
+    if loops is not None and width >= 64:
+        table, out = x.reshape(-1, width), codes.reshape(-1, width)
+        inverses = np.ascontiguousarray(np.broadcast_to(inverse, (width,)))
+        zeros = np.ascontiguousarray(np.broadcast_to(np.float32(0) if zero is None else zero, (width,)))
+        in_parallel(
+            lambda lo, hi: loops.encode_columns(table[lo:hi], inverses, zeros, qmin, qmax, out[lo:hi]), len(table)
+        )
+        return codes, scale.reshape(grid), None if zero_point is None else zero_point.reshape(grid)
+
     def encode(start: int, stop: int) -> None:
         scratch = np.empty((min(height, stop - start), *x.shape[1:]), dtype=np.float32)
         for n in range(start, stop, height):
@@ -280,20 +291,29 @@ def matmul(
     if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
         return NotImplemented
     wide = np.ascontiguousarray(x, dtype=np.float32)
-    loops = compiled_loops() if codes.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
     with np.errstate(all="ignore"):
-        unscaled = (
-            scale.shape[contract] == 1 and zero_point is None
-        )  # sums of x * q, scaled at the end: must not overflow
-        if loops is not None and unscaled and np.abs(wide).max() < LARGEST_FOR_LOOPS:
-            y = _compiled_product(loops, wide, codes, scale, contract)
+        # sums of x * q whose scale comes last must not overflow before it does
+        scaled_last = zero_point is None and bool(np.maximum.reduce(np.abs(wide), axis=None) < LARGEST_UNSCALED)
+        if scaled_last and loops_serve(len(x), codes, scale, zero_point, contract):
+            y = _compiled_product(wide, codes, scale, spec.block, contract)
         elif codes.size < LARGE:
             y = _small_product(wide, codes, scale, zero_point, spec, contract)
         else:
-            y = _blockwise(wide, codes, scale, zero_point, spec, contract)
+            y = _blockwise(wide, codes, scale, zero_point, spec, contract, scaled_last)
         if bias is not None:
             y += bias
         return y.astype(x.dtype, copy=False)
+
+
+def loops_serve(rows: int, codes: Array, scale: Array, zero_point: Array | None, contract: int) -> bool:
+    """Whether there is a compiled loop for this product: no zero points, few rows of x, scales that a row can share."""
+    return (
+        zero_point is None
+        and rows <= MOST_ROWS_FOR_LOOPS
+        and (scale.shape[contract] == 1 or (contract == 1 and scale.shape[0] == codes.shape[0]))
+        and codes.dtype == np.int8
+        and compiled_loops() is not None
+    )
 
 
 def _small_product(x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int) -> Array:
@@ -312,13 +332,20 @@ def _weight(
         return affine.spread(own, (stop - start, codes.shape[1]), spec.block, np)
 
     if zero_point is None:
-        np.copyto(out, codes[start:stop])
+        loops = compiled_loops() if codes.size >= LARGE and codes.flags.c_contiguous else None
+        np.copyto(out, codes[start:stop]) if loops is None else loops.widen(codes[start:stop], out)
     else:
         np.subtract(codes[start:stop], part(zero_point), out=out, casting="unsafe")
-    return np.multiply(out, part(scale), out=out)
+    return out if scale.size == 1 and scale.flat[0] == 1 else np.multiply(out, part(scale), out=out)
 
 
-def _blockwise(x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int) -> Array:
+def _blockwise(
+    x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int, scaled_last: bool
+) -> Array:
+    if scaled_last and scale.shape[contract] == 1 and scale.size > 1:  # one product a result instead of one a code
+        columns_of_scale = affine.spread(scale, codes.shape, spec.block, np).reshape(1, -1)
+        y = _blockwise(x, codes, np.ones((1, 1), np.float32), None, spec, contract, False)
+        return np.multiply(y, columns_of_scale, out=y)
     length, width = codes.shape
     grain = spec.block[0] or 1  # blocks begin where a group begins
     if contract == 1 and len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
@@ -352,25 +379,37 @@ def _blockwise(x: Array, codes: Array, scale: Array, zero_point: Array | None, s
     return turned if contract == 0 else np.ascontiguousarray(turned.T)
 
 
-def _compiled_product(loops: Any, x: Array, codes: Array, scale: Array, contract: int) -> Array:
-    length = len(codes)
-    if contract == 1:
-        y = np.empty((length, len(x)), dtype=np.float32)
+def _tiles(start: int, stop: int, width: int) -> Any:
+    """Slices of a range of rows, each of few enough codes to stay in a core's own cache while every row of x passes."""
+    height = max(4, (BLOCK // width) & ~3)
+    return (slice(n, min(n + height, stop)) for n in range(start, stop, height))
 
-        def columns(start: int, stop: int) -> None:
-            loops.rows_times(codes[start:stop], x, y[start:stop])
 
-        if codes.size < LARGE:
-            columns(0, length)
-        else:
-            in_parallel(columns, length, 8)
-        return np.multiply(y.T, scale.T, order="C")
+def _compiled_product(x: Array, codes: Array, scale: Array, block: Any, contract: int) -> Array:
+    loops, codes = compiled_loops(), np.ascontiguousarray(codes)
+    if contract == 0:
 
-    def partial(start: int, stop: int) -> Array:
-        return loops.columns_times(codes[start:stop], np.ascontiguousarray(x[:, start:stop]))
+        def partial(start: int, stop: int) -> Array:
+            return np.stack([loops.columns_times(codes[start:stop], row[start:stop]) for row in x])
 
-    parts = [partial(0, length)] if codes.size < LARGE else in_parallel(partial, length, 8)
-    return functools.reduce(np.add, parts) * scale
+        return functools.reduce(np.add, in_parallel(partial, len(codes), 8, codes.size)) * scale
+
+    y = np.empty((len(x), len(codes)), dtype=np.float32)
+    grouped = scale.shape[1] > 1
+
+    def columns(start: int, stop: int) -> None:
+        for part in _tiles(start, stop, codes.shape[1]) if len(x) > 1 else [slice(start, stop)]:
+            for row, out in zip(x, y, strict=True):
+                if grouped:
+                    loops.grouped_rows_times(codes[part], scale[part], block[1], row, out[part])
+                else:
+                    loops.rows_times(codes[part], row, out[part])
+
+    if codes.size < LARGE:
+        columns(0, len(codes))
+    else:
+        in_parallel(columns, len(codes), 4)
+    return y if grouped else np.multiply(y, scale.T, out=y)
 
 
 LONGEST_EXACT = 1 << 13
@@ -381,31 +420,29 @@ def _exact_matmul(x: Array, w: Array) -> Array:
     """``x @ w.T`` of integers below 2^31 and 2^9 as int64: float64 sums, each short enough to be exact."""
     wide = np.ascontiguousarray(x, dtype=np.float64)
     rows, inner = w.shape
-    y = np.zeros((rows, len(x)), dtype=np.int64)
+    y = np.zeros((len(x), rows), dtype=np.int64)
     loops = compiled_loops() if w.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
-    height = max(1, BLOCK // (2 * inner))
 
     def columns(start: int, stop: int) -> None:
         if loops is not None:
-            loops.exact_rows_times(w[start:stop], wide, y[start:stop])
+            for part in _tiles(start, stop, inner):
+                for row, out in zip(wide, y, strict=True):
+                    loops.exact_rows_times(w[part], row, LONGEST_EXACT, out[part])
             return
-        scratch = np.empty((min(height, stop - start), inner), dtype=np.float64)
-        for n in range(start, stop, height):
-            e = min(n + height, stop)
-            part = scratch[: e - n]
-            np.copyto(part, w[n:e])
+        for part in _tiles(start, stop, 2 * inner):
+            codes = w[part].astype(np.float64)
             for k in range(0, inner, LONGEST_EXACT):
                 near = slice(k, k + LONGEST_EXACT)
                 if len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
-                    y[n:e, 0] += np.vecdot(part[:, near], wide[0, near]).astype(np.int64)
+                    y[0, part] += np.vecdot(codes[:, near], wide[0, near]).astype(np.int64)
                 else:
-                    y[n:e] += (part[:, near] @ wide[:, near].T).astype(np.int64)
+                    y[:, part] += (wide[:, near] @ codes[:, near].T).astype(np.int64)
 
     if w.size < LARGE or (loops is None and len(x) > 1):  # BLAS has threads of its own
         columns(0, rows)
     else:
-        in_parallel(columns, rows)
-    return y.T
+        in_parallel(columns, rows, 4)
+    return y
 
 
 def integer_matmul(x: Array, w: Array) -> Array:

@@ -69,14 +69,14 @@ def _fast(
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
     if not single or 0 in (*x.shape, *codes.shape) or x.device.type != "cpu":
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
+    digits_serve = contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL
     if (
-        x.shape[0] <= _numpy_kernels.MOST_ROWS_FOR_LOOPS
-        and scale.shape[contract] == 1
-        and zero_point is None
-        and _has_loops(arguments)
+        x.shape[0] <= (1 if digits_serve else _numpy_kernels.MOST_ROWS_FOR_LOOPS)
+        and _are_plain(arguments)
+        and _numpy_kernels.loops_serve(x.shape[0], codes, scale, zero_point, contract)
     ):
         return _shared("matmul", *arguments, spec=spec, contract=contract)
-    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS and codes.numel() > SMALL:
+    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS:
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
 
@@ -202,21 +202,8 @@ def _are_plain(tensors: Any) -> bool:
     )
 
 
-def _has_loops(tensors: Any) -> bool:
-    """Whether NumPy's compiled loops can serve; one that tracks derivatives or has no values is not plain."""
-    return _numpy_kernels.compiled_loops() is not None and _are_plain(tensors)
-
-
-def _fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> Any:
-    """For one row, NumPy's compiled loop where there is one; otherwise the digits of the reference."""
-    if x.shape[1] > 1 or not _has_loops((x, w)):
-        return NotImplemented
-    return _shared("fixed_point_matmul", x, w, zero_point)
-
-
 KERNELS = {
     "quantize": _of_large("quantize"),
     "dequantize": _of_large("dequantize"),
-    "fixed_point_matmul": _fixed_point_matmul,
     **{op: _kernel(op) for op in _FORMS},
 }
