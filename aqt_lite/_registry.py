@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,18 +30,34 @@ __all__ = ["available_backends", "backend_of", "get_backend", "register_containe
 ENTRY_POINT_GROUP = "aqt_lite.backends"
 
 
+def _has_shape_and_dtype(x: Any) -> bool:
+    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_of_numpy(x: Any) -> bool:
+    return isinstance(x, np.ndarray | np.generic)
+
+
 @dataclass(frozen=True)
 class _Builtin:
     adapter: str  # "module:class"
     needs: str  # module that must be importable
     install: str  # what to do where it is not
     array_modules: tuple[str, ...]  # top-level modules of its array types
+    is_array: Callable[[Any], bool] = _has_shape_and_dtype  # among what those modules define
+    has_trees: bool = False  # whether it must know containers from its import on
 
 
 _BUILTIN = {
-    "numpy": _Builtin("aqt_lite.backends.numpy:NumpyBackend", "numpy", "pip install numpy", ("numpy", "ml_dtypes")),
-    "jax": _Builtin("aqt_lite.backends.jax:JaxBackend", "jax", "pip install 'aqt_lite[jax]'", ("jax", "jaxlib")),
-    "torch": _Builtin("aqt_lite.backends.torch:TorchBackend", "torch", "pip install 'aqt_lite[torch]'", ("torch",)),
+    "numpy": _Builtin(
+        "aqt_lite.backends.numpy:NumpyBackend", "numpy", "pip install numpy", ("numpy", "ml_dtypes"), _is_of_numpy
+    ),
+    "jax": _Builtin(
+        "aqt_lite.backends.jax:JaxBackend", "jax", "pip install 'aqt_lite[jax]'", ("jax", "jaxlib"), has_trees=True
+    ),
+    "torch": _Builtin(
+        "aqt_lite.backends.torch:TorchBackend", "torch", "pip install 'aqt_lite[torch]'", ("torch",), has_trees=True
+    ),
     "array_api_strict": _Builtin(
         "aqt_lite.backends.strict:StrictBackend",
         "array_api_strict",
@@ -51,6 +68,7 @@ _BUILTIN = {
 
 _instances: dict[str, Backend] = {}
 _by_type: dict[type, Backend] = {}
+_lock = threading.RLock()  # of _instances and _containers; never held while importing, for imports have locks too
 
 
 def get_backend(name: str) -> Backend:
@@ -75,11 +93,15 @@ def _load(name: str) -> Backend:
         cls = plugin.load()
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
         raise TypeError(f"the entry point for backend={name!r} must name a subclass of aqt_lite.testing.Backend")
-    instance: Backend = cls()
-    for container in _containers:
-        instance.register_container(*container)
-    _instances[name] = instance
-    return instance
+    with _lock:
+        found = _instances.get(name)
+        if found is not None:  # another thread was faster
+            return found
+        instance: Backend = cls()
+        for container in _containers:
+            instance.register_container(*container)
+        _instances[name] = instance
+        return instance
 
 
 def _names() -> list[str]:
@@ -101,8 +123,7 @@ def _find(array_type: type, x: Array) -> Backend | None:
     for root in roots:
         for name, builtin in _BUILTIN.items():
             if root in builtin.array_modules:  # modules, dtypes and classes of a library are no arrays
-                an_array = isinstance(x, np.ndarray | np.generic) if name == "numpy" else _has_shape_and_dtype(x)
-                return get_backend(name) if an_array else None
+                return get_backend(name) if builtin.is_array(x) else None
     if not _has_shape_and_dtype(x):
         return None
     for plugin in _plugins():
@@ -117,13 +138,10 @@ def _find(array_type: type, x: Array) -> Backend | None:
         from aqt_lite.backends.generic import GenericBackend
 
         generic = GenericBackend.for_array(x)
-        _instances.setdefault(generic.name, generic)  # known by name from here on
-        return generic
+        with _lock:
+            found = _instances.setdefault(generic.name, generic)  # known by name from here on
+        return found if isinstance(found, GenericBackend) else generic
     return None
-
-
-def _has_shape_and_dtype(x: Any) -> bool:
-    return not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 @functools.cache
@@ -175,36 +193,55 @@ def register_container(
     A container that holds NumPy arrays may reach a framework's compiler without any call into this package after the
     framework's import, so registration follows that import.
     """
-    _containers.append((cls, flatten, unflatten, names))
-    for name in ("jax", "torch"):
-        module = sys.modules.get(name)
+    with _lock:
+        _containers.append((cls, flatten, unflatten, names))
+        for instance in _instances.values():
+            instance.register_container(cls, flatten, unflatten, names)
+    for name, builtin in _BUILTIN.items():
+        if not builtin.has_trees:
+            continue
+        module = sys.modules.get(builtin.needs)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
-            get_backend(name)
-        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            _load_or_warn(name)
+        elif not any(isinstance(finder, _AfterImport) and finder.backend == name for finder in sys.meta_path):
             sys.meta_path.insert(0, _AfterImport(name))
+
+
+def _load_or_warn(name: str) -> None:
+    """Nobody has asked for this backend yet: where it does not work, imports go on, and who asks gets the error."""
+    try:
+        get_backend(name)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"backend={name!r} of aqt_lite cannot be used here ({problem})", RuntimeWarning, stacklevel=3)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Loads a framework's adapter, which registers the containers, once the framework has been imported."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != _BUILTIN[self.backend].needs:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        # Not importlib.util.find_spec: that would come back here. A look-up need not be an import, so this stays.
+        others = (finder.find_spec for finder in list(sys.meta_path) if finder is not self)
+        spec = next((spec for find in others if (spec := find(fullname, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-            adapter = _BUILTIN[self.name].adapter.partition(":")[0]
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                if adapter not in sys.modules:  # else it is what imports the framework, and registers when it is used
-                    get_backend(self.name)
+                self.imported()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def imported(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if _BUILTIN[self.backend].adapter.partition(":")[0] not in sys.modules:
+            _load_or_warn(self.backend)  # else it is the adapter that imports the framework, and registers when used

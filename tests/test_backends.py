@@ -81,6 +81,87 @@ def test_frameworks_may_be_imported_before_or_after(first):
     assert python(f"import aqt_lite\n{tree}\n{use}").strip() == "3"
 
 
+@pytest.mark.parametrize("look", ["aqt_lite.available_backends()", "find_spec('jax'), find_spec('torch')"])
+def test_a_look_up_before_the_import_changes_nothing(look):
+    program = f"""
+        import sys
+        from importlib.util import find_spec
+        import numpy as np, aqt_lite
+        {look}
+        import jax, torch.utils._pytree
+        q = aqt_lite.quantize(np.ones(3, "float32"), "uint8")
+        print(len(torch.utils._pytree.tree_leaves(q)), jax.jit(lambda q: q.dequantize())(q).shape,
+              [f for f in sys.meta_path if type(f).__module__.startswith("aqt_lite")])
+    """
+    assert python(program).strip() == "3 (3,) []"
+
+
+@pytest.mark.parametrize("first", ["aqt_lite", "framework"])
+@pytest.mark.parametrize("name", ["jax", "torch"])
+def test_an_unusable_framework_stops_nobody_else(name, first, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("__version__ = '0.0.1'\n")
+    program = f"""
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import {name if first == "framework" else "aqt_lite"}
+            import aqt_lite, {name}
+        for warning in caught:
+            print(warning.category.__name__, warning.message)
+        print(aqt_lite.quantize([1.0, 2.0]).qvalue)
+        try:
+            aqt_lite.quantize([1.0], backend="{name}")
+        except ImportError as error:
+            print(error.name)
+    """
+    warning, codes, error = python(program, PYTHONPATH=str(tmp_path)).splitlines()
+    assert warning.startswith(f"RuntimeWarning backend='{name}' of aqt_lite cannot be used here (ModuleNotFoundError: ")
+    assert codes == "[ 64 127]"
+    assert error.partition(".")[0] == name
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "array_api_strict"])
+def test_threads_share_one_adapter(name):
+    program = f"""
+        import threading, time
+        from aqt_lite import _registry
+        cls, registered = type(_registry.get_backend("{name}")), []
+        cls.__init__ = lambda self: time.sleep(0.05)
+        cls.register_container = lambda self, *args: registered.append(args)
+        barrier, found = threading.Barrier(8), []
+
+        def first_use():
+            barrier.wait()
+            found.append(_registry.get_backend("{name}"))
+
+        _registry._instances.clear()
+        threads = [threading.Thread(target=first_use) for _ in range(8)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        print(len(found), len(set(map(id, found))), len(registered))
+    """
+    assert python(program).strip() == "8 1 1"
+
+
+def test_threads_may_import_and_use_a_framework_at_once():
+    program = """
+        import importlib, threading
+        import numpy as np, aqt_lite
+        barrier, found = threading.Barrier(4), []
+
+        def use(import_first):
+            barrier.wait()
+            if import_first:
+                importlib.import_module("torch")
+            found.append(aqt_lite.quantize([1.0, 2.0], backend="torch").backend)
+
+        threads = [threading.Thread(target=use, args=(i % 2,)) for i in range(4)]
+        [t.start() for t in threads], [t.join(60) for t in threads]
+        print(found)
+    """
+    assert python(program).strip() == str(["torch"] * 4)
+
+
 def test_a_missing_framework_is_explained():
     program = """
         import importlib.util, json
