@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._arguments import as_float_array
+from aqt_lite.elements import float_type
 from aqt_lite.granularity import Granularity
 from aqt_lite.qarray import QArray
 
@@ -46,7 +47,7 @@ class ErrorReport:
     sqnr_db: float
     """Signal-to-quantization-noise ratio, ``10 log10(sum x^2 / sum e^2)``, in dB; infinite without error."""
     clipped: int
-    """Values more than half a scale off (and a rounding error): they lay outside the range of the codes."""
+    """Values more than half a scale off, before rounding to their own type: they lay outside the range of the codes."""
     nbytes: int
     """Bytes of codes, scales and zero points."""
     source_nbytes: int
@@ -114,30 +115,34 @@ def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
     values = b.to_numpy(array)
     source_nbytes = values.nbytes
     q = q.to_backend("numpy")._aligned()
+    compute = float_type(q.float_dtype).compute
     with np.errstate(over="ignore", invalid="ignore"):
         values = values.astype(np.float64)
         error = values - np.asarray(q.dequantize()).astype(np.float64)
-        square = error * error
-        noise, signal = float(square.sum()), float((values * values).sum())
+        square, exponent = _squares(error)
+        signal, signal_exponent = _squares(values)
+        unrounded = values - np.asarray(q.dequantize(compute)).astype(np.float64)
     index = _block_index(q)
     grid = q.scale.shape
     count = np.bincount(index.ravel(), minlength=math.prod(grid))
     block_square = np.bincount(index.ravel(), weights=square.ravel(), minlength=math.prod(grid))
-    block_mse = np.divide(block_square, count, out=np.zeros(count.shape), where=count > 0)
+    with np.errstate(over="ignore", under="ignore"):
+        block_mse = np.ldexp(np.divide(block_square, count, out=np.zeros(count.shape), where=count > 0), exponent)
+        mse = float(np.ldexp(square.sum() / max(error.size, 1), exponent))
     block_max = np.zeros(count.shape)
     np.maximum.at(block_max, index.ravel(), np.abs(error).ravel())
     scales = np.asarray(q.scale, dtype=np.float64).ravel()
     half = (scales[index] if index.size else np.zeros(q.shape)) * 0.5
-    rounding = np.abs(values) * np.finfo(q.float_dtype if q.float_dtype != "bfloat16" else "float16").eps * 16
+    slack = np.abs(values) * float(np.finfo(compute).eps) * 4  # of the scale's reciprocal and of two products
     order = np.argsort(-block_mse, kind="stable")[: max(worst, 0)]
     return ErrorReport(
         shape=q.shape,
         dtype=q.dtype,
         granularity=q.granularity,
-        mse=noise / error.size if error.size else 0.0,
+        mse=mse,
         max_abs_error=float(np.abs(error).max(initial=0.0)),
-        sqnr_db=_decibel(signal, noise),
-        clipped=int((np.abs(error) > half + rounding).sum()),
+        sqnr_db=_decibel(float(signal.sum()), float(square.sum()), signal_exponent - exponent),
+        clipped=int((np.isinf(values) | (np.abs(unrounded) > half + slack)).sum()),
         nbytes=q.nbytes,
         source_nbytes=source_nbytes,
         worst_blocks=tuple(
@@ -152,10 +157,19 @@ def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
     )
 
 
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+def _squares(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int]:
+    """Squares divided by a power of two, and its exponent: those of 1e-170 would be 0, and those of 1e170 infinite."""
+    finite = np.abs(values[np.isfinite(values)])
+    exponent = int(np.frexp(finite.max(initial=0.0))[1])
+    with np.errstate(under="ignore"):
+        return np.ldexp(values, -exponent) ** 2, 2 * exponent
+
+
+def _decibel(signal: float, noise: float, exponent: int) -> float:
+    """Of ``signal * 2^exponent`` to ``noise``."""
+    if noise == 0 or signal == 0:
+        return -math.inf if noise else math.inf
+    return 10 * (math.log10(signal) - math.log10(noise) + exponent * math.log10(2))
 
 
 def _block_index(q: QArray) -> np.ndarray[Any, Any]:

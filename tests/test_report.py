@@ -88,6 +88,43 @@ def test_huge_values_do_not_overflow():
     assert math.isfinite(report.mse)
 
 
+@pytest.mark.parametrize("power", [-560, 0, 500])
+def test_float64_is_measured_at_every_magnitude(power):
+    x = np.random.default_rng(1).standard_normal((4, 8))
+    expected = error_report(x, quantize(x))
+    scaled = np.ldexp(x, power)  # squares of 2^-560 are 0, those of 2^512 infinite
+    report = error_report(scaled, quantize(scaled))
+    assert report.max_abs_error == math.ldexp(expected.max_abs_error, power) > 0
+    assert report.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-12)
+    assert report.clipped == 0
+    assert [block.index for block in report.worst_blocks] == [block.index for block in expected.worst_blocks]
+
+
+def test_a_ratio_beyond_the_range_of_floats():
+    coarse = QArray.from_codes(np.ones((1, 2), "int8"), np.full((1, 1), 1e100), float_dtype="float64")
+    assert error_report(np.full((1, 2), 1e-150), coarse).sqnr_db == pytest.approx(-5000)
+    x = np.asarray([1.0, 1e-170])
+    assert error_report(x, quantize(x)).sqnr_db == pytest.approx(3400)
+    huge = np.asarray([1.7e308, -1e300])
+    assert math.isfinite(error_report(huge, quantize(huge)).sqnr_db)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_clipping_is_told_from_rounding_in_every_type(dtype):
+    x = np.asarray([1000.0, -3.0, 990.0, 500.0]).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    q = quantize(x, scale=7.8)  # codes reach 990.6, and half a scale is 3.9
+    assert error_report(x, q).clipped == 1
+    for seed in range(5):
+        x = (np.random.default_rng(seed).standard_normal((20, 30)) * 100).astype(x.dtype)
+        for how in ({"dtype": "int8"}, {"dtype": "int16"}, {"dtype": "uint8", "scheme": "affine"}):
+            assert error_report(x, quantize(x, **how)).clipped == 0
+
+
+def test_infinities_are_clipped():
+    x = np.asarray([1.0, np.inf, -2.0], "float32")
+    assert error_report(x, quantize(x, nonfinite="ignore")).clipped == 1
+
+
 def test_printing():
     x = np.asarray([[1.0, 2.0], [30.0, -4.0]], "float32")
     text = str(error_report(x, quantize(x, granularity=PerChannel(0)), worst=1))
