@@ -18,8 +18,13 @@ from aqt_lite.qarray import QArray
 __all__ = ["as_float_array", "one_of"]
 
 
-def as_float_array(x: Any, argument: str, backend: str | None = None) -> tuple[Array, Backend]:
-    """``x`` as a floating-point array of a backend, without changing a bit of it."""
+def as_float_array(
+    x: Any, argument: str, backend: str | None = None, *, constant: bool = True
+) -> tuple[Array, Backend]:
+    """``x`` as a floating-point array of a backend, without changing a bit of it.
+
+    Unless it serves as a ``constant``, its derivatives must not be lost.
+    """
     if isinstance(x, QArray):
         raise TypeError(f"{argument} is a QArray already: use it as it is, or pass {argument}.dequantize()")
     b = backend_of(x)
@@ -38,6 +43,11 @@ def as_float_array(x: Any, argument: str, backend: str | None = None) -> tuple[A
         target = get_backend(backend)
         if b.is_traced(x):
             raise TypeError(f"backend={backend!r}: {argument} is being traced by {b.name} and cannot leave it")
+        if not constant and b.differentiates(x):
+            raise TypeError(
+                f"backend={backend!r}: {argument} tracks derivatives, which cannot leave {b.name}: "
+                f"pass {argument}.detach() if none are needed"
+            )
         x, b = target.asarray(b.to_numpy(x)), target
     return x, b
 

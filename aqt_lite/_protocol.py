@@ -144,6 +144,10 @@ class Backend(ABC):
             p = xp.where((down & k) != 0, p * 2.0**-k, p)
         return xp.where(e < -100, xp.zeros_like(p), p)
 
+    def when_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+        """``compute()`` if any of ``flags``, else ``otherwise``. Callers mask the result: always computing is right."""
+        return compute() if self.is_traced(flags) or bool(self.xp.any(flags)) else otherwise
+
     def ordered_sum(self, x: Array) -> Array:
         """``((x[0] + x[1]) + x[2]) + ...`` along the first axis, in exactly that order."""
         total = x[0, ...]

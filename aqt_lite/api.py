@@ -17,8 +17,9 @@ from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, IntLimits
+from aqt_lite._qparams import check_scale, check_zero_point
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import FLOAT_TYPES, ElementType, FloatType, element_type
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, element_type, integer_type
 from aqt_lite.granularity import Block, Granularity, PerChannel, PerTensor, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -29,7 +30,6 @@ Nonfinite = Literal["raise", "ignore"]
 
 DIALECTS = ("aqt_lite",)
 _PER_TENSOR = PerTensor()
-_INTEGER_TYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def quantize(
@@ -188,7 +188,7 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
-    call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point)
+    call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, constant=False)
     arrays = (call.x, call.scale, call.zero_point)
     y, s = run(call.b, "fake_quantize", affine.fake_quantize, *arrays, spec=call.spec)
     _check_finite(call.x, s, call.spec, call.b)
@@ -198,13 +198,28 @@ def fake_quantize(
 def int_limits(dtype: Any, backend: str = "numpy") -> IntLimits:
     """Limits of an integer type, asked of a backend.
 
+    Parameters
+    ----------
+    dtype : str
+        "int8" to "int64", or "uint8" to "uint64".
+    backend : str
+
+    Raises
+    ------
+    ValueError
+        Another type, or one that the backend does not have.
+
     Examples
     --------
     >>> import aqt_lite
     >>> aqt_lite.int_limits("uint16", backend="array_api_strict").max
     65535
     """
-    return get_backend(backend).int_limits(element_type(dtype).storage)
+    b, name = get_backend(backend), integer_type(dtype)
+    try:
+        return b.int_limits(name)
+    except AttributeError:
+        raise ValueError(f"backend={backend!r} has no dtype {name}") from None
 
 
 # ---- arguments
@@ -231,12 +246,14 @@ def _prepare(
     backend: str | None,
     scale: Any = None,
     zero_point: Any = None,
+    *,
+    constant: bool = True,
 ) -> _Call:
     element = element_type(dtype)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
     one_of("dialect", dialect, DIALECTS)
-    x, b = as_float_array(x, "x", backend)
+    x, b = as_float_array(x, "x", backend, constant=constant)
     source = FLOAT_TYPES[b.dtype_name(x)]
     block = block_of(granularity, x.ndim)
     symmetric = scheme == "symmetric" and zero_point is None
@@ -248,9 +265,9 @@ def _prepare(
     if zero_point is None and (scheme == "affine" or element.middle):
         why = "scheme='affine'" if scheme == "affine" else f"dtype='{element.name}', which has no negative codes,"
         raise ValueError(f"{why} with a given scale needs its zero_point too (the code of 0.0)")
-    scale = _on_grid("scale", scale, x, granularity, block, b, source.compute, partial(_check_scale, source=source))
+    scale = _on_grid("scale", scale, x, granularity, block, b, source.compute, partial(check_scale, source=source))
     if zero_point is not None:
-        check = partial(_check_zero_point, element=element)
+        check = partial(check_zero_point, element=element)
         zero_point = _on_grid("zero_point", zero_point, x, granularity, block, b, "int32", check)
     return _Call(x, b, spec, scale, zero_point)
 
@@ -288,7 +305,7 @@ def _on_grid(
         raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
     elif not b.is_traced(value):
         check(b.to_numpy(value))
-    elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else _INTEGER_TYPES):
+    elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else INTEGER_TYPES):
         raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")
     value = b.xp.astype(value, b.dtype(dtype))
 
@@ -303,37 +320,6 @@ def _on_grid(
             f"or a single number"
         )
     return value
-
-
-def _check_scale(scale: Any, source: FloatType) -> None:
-    expected = f"positive and finite, between {source.tiny:.3g} and {source.huge:.3g} for {source.name} values"
-    if isinstance(scale, int | float):
-        if not source.tiny <= scale <= source.huge:
-            raise ValueError(f"scale={scale}: it must be {expected}")
-        return
-    if scale.dtype.name not in (*FLOAT_TYPES, *_INTEGER_TYPES):
-        raise TypeError(f"scale has dtype {scale.dtype.name}: give real numbers")
-    wide = scale.astype(np.float64)
-    bad = ~((wide >= source.tiny) & (wide <= source.huge))
-    if bad.any():
-        raise ValueError(
-            f"scale={wide[bad].flat[0]}: every scale must be {expected} ({int(bad.sum())} of {bad.size} are not)"
-        )
-
-
-def _check_zero_point(zero_point: Any, element: ElementType) -> None:
-    codes = f"a code of {element.name}, {element.min} to {element.max}"
-    if isinstance(zero_point, int | float):
-        if not isinstance(zero_point, int):
-            raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
-        if not element.min <= zero_point <= element.max:
-            raise ValueError(f"zero_point={zero_point}: must be {codes}")
-        return
-    if zero_point.dtype.name not in _INTEGER_TYPES:
-        raise TypeError(f"zero_point has dtype {zero_point.dtype.name}: it must be an integer, the code of 0.0")
-    bad = (zero_point < element.min) | (zero_point > element.max)
-    if bad.any():
-        raise ValueError(f"zero_point={zero_point[bad].flat[0]}: must be {codes}")
 
 
 def _check_finite(x: Array, scale: Array, spec: affine.Spec, b: Backend) -> None:

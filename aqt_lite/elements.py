@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ELEMENT_TYPES", "FLOAT_TYPES", "ElementType", "FloatType", "element_type", "float_type"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "FLOAT_TYPES",
+    "INTEGER_TYPES",
+    "ElementType",
+    "FloatType",
+    "element_type",
+    "float_type",
+    "integer_type",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ _INTEGERS = [
     for name, bits, signed in [("int8", 8, True), ("uint8", 8, False), ("int16", 16, True), ("uint16", 16, False)]
 ]
 ELEMENT_TYPES = {e.name: e for e in _INTEGERS}
+INTEGER_TYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 _SINGLE = {"compute": "float32", "tiny": 2.0**-125, "huge": 2.0**126}
 _FLOATS = [
@@ -94,6 +104,14 @@ def float_type(dtype: object, argument: str = "dtype") -> FloatType:
     if found is None:
         raise ValueError(f"{argument}={dtype!r} is not a floating-point type: use one of {', '.join(FLOAT_TYPES)}")
     return found
+
+
+def integer_type(dtype: object) -> str:
+    """The name of an integer type of any width, from its name or from any library's dtype object of that name."""
+    name = _dtype_name(dtype)
+    if name not in INTEGER_TYPES:
+        raise ValueError(f"dtype={dtype!r} is not an integer type: use one of {', '.join(INTEGER_TYPES)}")
+    return name
 
 
 def _dtype_name(dtype: object) -> str:

@@ -17,6 +17,7 @@ Invariants, for ``q`` with ``n`` dimensions:
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite._qparams import check_scale, check_zero_point
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite.elements import element_type, float_type
 from aqt_lite.granularity import Block, Granularity, PerTensor, block_of, granularity_of, grid_of
@@ -98,7 +100,9 @@ class QArray:
         qvalue : array
             Integer codes of a type in the table of element types; any shape.
         scale, zero_point : array, or None for the zero point
-            Of the same backend, with the shape that ``granularity`` gives for ``qvalue``.
+            Of the same backend and device, with the shape that ``granularity`` gives for ``qvalue``. Scales are
+            positive, finite and within the range that :func:`aqt_lite.quantize` keeps; zero points are codes, and
+            unsigned codes need them. Under a tracing compiler values are not known, and not checked.
 
         Raises
         ------
@@ -116,6 +120,10 @@ class QArray:
         if b is None:
             raise TypeError(f"qvalue is a {type(qvalue).__name__}: give an array of integer codes")
         source, element = float_type(float_dtype, "float_dtype"), element_type(b.dtype_name(qvalue))
+        if zero_point is None and element.middle:
+            raise ValueError(
+                f"qvalue has dtype {element.name} but no zero_point (the code of 0.0): give one, int32 zeros if code 0 is 0"
+            )
         block = block_of(granularity, qvalue.ndim)
         grid = grid_of(tuple(qvalue.shape), block)
         wanted = [("scale", scale, source.compute)]
@@ -131,6 +139,14 @@ class QArray:
                 )
             if b.dtype_name(value) != dtype:
                 raise TypeError(f"{name} has dtype {b.dtype_name(value)}: it must be {dtype}")
+            if not b.can_meet(value, qvalue):
+                raise ValueError(
+                    f"{name} is on device {b.device(value)} but qvalue on {b.device(qvalue)}: move one of them"
+                )
+        if not b.is_traced(scale):
+            check_scale(b.to_numpy(scale), source)
+        if zero_point is not None and not b.is_traced(zero_point):
+            check_zero_point(b.to_numpy(zero_point), element)
         return cls(qvalue, scale, zero_point, element.name, block, source.name)
 
     # ---- what it is
@@ -242,7 +258,7 @@ class QArray:
         of_blocks: list[Any] = []
         for axis, item in enumerate(_full_index(index, self.ndim)):
             length, size = self.shape[axis], q.block[axis]
-            if size is not None and size >= length > 1:
+            if size is not None and size > 1 and size >= length:
                 size = None
             if isinstance(item, slice):
                 of_codes.append(item)
@@ -264,6 +280,15 @@ class QArray:
         if not self.shape:
             raise TypeError("len() of a 0-dimensional QArray")
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[QArray]:
+        """Slices along the first axis; TypeError where groups run along it: no single index can be taken there."""
+        if not self.shape:
+            raise TypeError("iteration over a 0-dimensional QArray")
+        size = self._aligned().block[0]
+        if size is not None and 1 < size < len(self):
+            raise TypeError(f"axis 0 has groups of {size}: iterate over slices of {size}, or dequantize first")
+        return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """NumPy sees the dequantized values."""

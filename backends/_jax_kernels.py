@@ -55,13 +55,16 @@ def _fast(
     b = get_backend("jax")
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and "float64" not in (x.dtype.name, spec.source.compute)
-    unsplit = scale.shape[contract] == 1 and 0 not in (*x.shape, *codes.shape)
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     plain = jax.default_backend() != "cpu" or jax.device_count() > 1
     if plain or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=b)
-    if contract == 1 and unsplit and x.shape[0] <= MOST_ROWS_AS_DIGITS:
-        return reference.matmul_reproducible(*arguments, spec=spec, contract=contract, b=b)
+    if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+        return lax.cond(
+            reference.fits_fixed_point(x, b),
+            lambda: reference.matmul_reproducible(*arguments, spec=spec, contract=contract, b=b),
+            lambda: _blockwise(*arguments, spec, contract),
+        )
     return _blockwise(*arguments, spec, contract)
 
 
@@ -73,7 +76,7 @@ def _blockwise(
     grain = spec.block[0] or 1  # blocks begin where a group begins
     height = -(-ROWS_OF_A_BLOCK // grain) * grain
     length = codes.shape[0]
-    wide = x.astype(jnp.float32)
+    wide, plain = x.astype(jnp.float32), reference.unrounded(spec)
 
     def weight(start: Any, rows: int) -> Array:
         def part(a: Array | None) -> Array | None:
@@ -82,8 +85,7 @@ def _blockwise(
             return lax.dynamic_slice_in_dim(a, start // grain, -(-rows // grain))
 
         w = lax.dynamic_slice_in_dim(codes, start, rows)
-        local = affine.Spec(spec.element, spec.source, spec.symmetric, spec.block)
-        return affine.dequantize(w, part(scale), part(zero_point), spec=local, out="float32", b=b)
+        return affine.dequantize(w, part(scale), part(zero_point), spec=plain, out="float32", b=b)
 
     if contract == 1:  # each block of rows gives some columns of the result
 
@@ -117,7 +119,7 @@ def _blockwise(
         if tail:
             y = y + product(2 * pairs * height, tail)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)
+        y = y + bias.astype(jnp.float32)[None, :]
     return y.astype(x.dtype)
 
 
@@ -200,10 +202,13 @@ def _of_large(op: str) -> Callable[..., Any]:
         devices = x.devices()
         if len(devices) > 1 or next(iter(devices)).platform != "cpu":
             return NotImplemented
+        if not x.committed and devices != jnp.zeros(()).devices():
+            return NotImplemented  # placed by a default device that has changed since
         result = _numpy_kernels.KERNELS[op](*(None if a is None else np.asarray(a) for a in arrays), **static)
         if result is NotImplemented:
             return NotImplemented
-        return jax.tree.map(lambda a: jax.device_put(a, x.sharding, may_alias=True), result)
+        place = x.sharding if x.committed else None  # what nobody has placed stays so
+        return jax.tree.map(lambda a: jax.device_put(a, place, may_alias=True), result)
 
     return kernel
 

@@ -59,7 +59,10 @@ def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1, el
     units = -(-length // grain)
     parts = min(cores(), units) if elements >= LARGE else 1
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
-    waiting = [_pool().submit(quiet, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
+    try:
+        waiting = [_pool().submit(quiet, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
+    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
+        return [quiet(0, length)]
     try:
         first = [quiet(bounds[0], bounds[1])]
     finally:
@@ -78,7 +81,7 @@ def compiled_loops() -> Any:
     """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
     try:
         from aqt_lite.backends import _numba_loops
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
         return None
     return _numba_loops
 
@@ -290,6 +293,8 @@ def matmul(
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
     if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
         return NotImplemented
+    if zero_point is not None and not bool(np.maximum.reduce(scale, axis=None) < LARGEST_UNSCALED):
+        return NotImplemented  # the outermost value may lie beyond float32, where the reference clips it
     wide = np.ascontiguousarray(x, dtype=np.float32)
     with np.errstate(all="ignore"):
         # sums of x * q whose scale comes last must not overflow before it does
@@ -387,6 +392,8 @@ def _tiles(start: int, stop: int, width: int) -> Any:
 
 def _compiled_product(x: Array, codes: Array, scale: Array, block: Any, contract: int) -> Array:
     loops, codes = compiled_loops(), np.ascontiguousarray(codes)
+    if scale.shape[contract] == 1:  # groups of outputs share a scale: one for each
+        scale = affine.spread(scale, codes.shape, (block[0], None) if contract == 1 else (None, block[1]), np)
     if contract == 0:
 
         def partial(start: int, stop: int) -> Array:

@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from aqt_lite import affine
 from aqt_lite._namespace import Array
@@ -33,9 +35,11 @@ ROWS_OF_A_BLOCK = 512
 
 def _sums_pairs_in_16_bits() -> bool:
     """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
-    ends = torch.tensor([-128, 127], dtype=torch.int8)
-    w, x = ends.repeat_interleave(16)[:, None].expand(32, 64).contiguous(), ends.repeat(16).expand(64, 32).contiguous()
-    return not torch.equal(torch._int_mm(w, x), w.to(torch.int32) @ x.to(torch.int32))
+    ends = np.asarray([-128, 127], np.int8)
+    w, x = np.broadcast_to(ends.repeat(16)[:, None], (32, 64)).copy(), np.tile(ends, (64, 16))
+    with _disable_current_modes(), torch.device("cpu"):  # a real product, whatever is being traced around this call
+        product = torch._int_mm(torch.from_numpy(w), torch.from_numpy(x)).numpy()
+    return not np.array_equal(product, w.astype(np.int32) @ x.astype(np.int32))
 
 
 SUMS_PAIRS_IN_16_BITS = _sums_pairs_in_16_bits()
@@ -50,8 +54,9 @@ def integer_matmul(x: Array, w: Array) -> Array:
     """
     if x.ndim == 3 and x.shape[0] == 1:
         return integer_matmul(x[0], w[0])[None]
-    # torch 2.13's int8 product reads a right operand of shape (1, N) and strides (1, 1), a transpose's, wrongly
-    if x.ndim == 2 and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu" and x.shape[1] > 1:
+    # torch 2.13's int8 product misreads an operand of one row or column whose strides are (1, 1), a transpose's
+    single = 1 in (*x.shape, *w.shape)
+    if x.ndim == 2 and not single and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu":
         if not SUMS_PAIRS_IN_16_BITS:
             return torch._int_mm(w, x.T.contiguous()).T
         halves = torch.cat([x >> 1, x & 1])
@@ -67,7 +72,8 @@ def _fast(
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
-    if not single or 0 in (*x.shape, *codes.shape) or x.device.type != "cpu":
+    in_place = x.device.type == "cpu" and not any(_is_wrapped(a) for a in arguments if a is not None)  # not under vmap
+    if not in_place or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
     digits_serve = contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL
     if (
@@ -76,9 +82,15 @@ def _fast(
         and _numpy_kernels.loops_serve(x.shape[0], codes, scale, zero_point, contract)
     ):
         return _shared("matmul", *arguments, spec=spec, contract=contract)
-    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+    b = get_backend("torch")
+    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
+
+
+def _is_wrapped(a: Array) -> bool:
+    """Whether a functorch transformation (vmap, grad) stands between us and the tensor."""
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(a))
 
 
 def _blockwise(
@@ -90,8 +102,9 @@ def _blockwise(
     height = -(-ROWS_OF_A_BLOCK // grain) * grain
     length, width = codes.shape
     rows, wide = x.shape[0], x.to(torch.float32)
-    scratch = torch.empty((min(height, length), width))
-    y = torch.zeros((rows, width)) if contract == 0 else torch.empty((rows, length))
+    like = {"dtype": torch.float32, "device": x.device}  # whatever the user's defaults are
+    scratch = torch.empty((min(height, length), width), **like)
+    y = torch.zeros((rows, width), **like) if contract == 0 else torch.empty((rows, length), **like)
     for start in range(0, length, height):
         stop = min(start + height, length)
 
@@ -109,7 +122,7 @@ def _blockwise(
         else:
             y[:, start:stop] = wide @ weight.T  # x on the left: the other way round errs several times more
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(torch.float32)
     return y.to(x.dtype)
 
 
@@ -174,7 +187,7 @@ def _kernel(op: str) -> Callable[..., Array]:
 
 def _shared(op: str, *tensors: Any, **static: Any) -> Any:
     """NumPy's kernel on the memory of plain tensors: the same bits, without the overhead of a call for each step."""
-    arrays = [None if t is None else t.detach().numpy() for t in tensors]
+    arrays = [None if t is None else t.detach().resolve_neg().numpy() for t in tensors]
     result = _numpy_kernels.KERNELS[op](*arrays, **static)
     if isinstance(result, tuple):
         return tuple(None if a is None else torch.from_numpy(a) for a in result)

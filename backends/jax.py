@@ -46,7 +46,9 @@ class JaxBackend(Backend):
                 f"set jax.config.update('jax_enable_x64', True)"
             )
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
-        device = None if like is None or self.is_traced(like) or len(like.devices()) > 1 else like.device
+        device = None
+        if like is not None and not self.is_traced(like) and like.committed and len(like.devices()) == 1:
+            device = like.device
         return jnp.array(native, device=device)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
@@ -87,6 +89,9 @@ class JaxBackend(Backend):
 
     def kernel(self, op: str) -> Callable[..., Any] | None:
         return _kernel(op)
+
+    def when_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+        return jax.lax.cond(jnp.any(flags), compute, lambda: otherwise)
 
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])

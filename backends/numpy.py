@@ -37,7 +37,7 @@ class NumpyBackend(Backend):
     xp = wrapped_namespace("numpy")
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
-        return values
+        return np.array(values)  # a copy: what another library gave may be written to there
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
@@ -73,6 +73,8 @@ class NumpyBackend(Backend):
     def refuse(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):
             return "is a masked array, and codes have no mask: fill it first, for instance with x.filled(0)"
+        if isinstance(x, np.matrix):
+            return "is a numpy.matrix, which is never other than two-dimensional: use np.asarray(x)"
         return None
 
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
@@ -267,3 +268,111 @@ def test_products_of_huge_activations_overflow_no_sooner_than_a_float32_product(
         turned = aqt_lite.quantize(backend.asarray(np.ascontiguousarray(w.T)), granularity=PerChannel(1))
         y = backend.to_numpy(aqt_lite.dense(backend.asarray(x), turned, mode=mode))
         np.testing.assert_allclose(y, [[1e38, 1e38]], rtol=0.01)
+
+
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e10, 1e20])
+def test_an_outlier_that_meets_no_weight_does_not_spoil_the_rest_of_its_row(with_loops, outlier):
+    backend, rng = with_loops, np.random.default_rng(6)
+    w = rng.standard_normal((2100, 1024)).astype(np.float32)  # large enough for digits
+    w[:, 0] = 0
+    q = aqt_lite.quantize(w, granularity=PerChannel(0))
+    exact_w, moved = exact_values(q), q.to_backend(backend.name)
+    for m in (1, 9):
+        x = rng.standard_normal((m, 1024)).astype(np.float32)
+        x[:, 0] = outlier
+        exact = x.astype(np.float64) @ exact_w.T
+        plain = np.sqrt(np.mean((x @ q.dequantize().T - exact) ** 2))
+        for mode in ("fast", "reproducible"):
+            if mode == "reproducible" and outlier > 1e10:
+                continue  # more than 62 bits below the largest: docs/numerics.md says so
+            y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), moved, mode=mode))
+            assert np.sqrt(np.mean((y - exact) ** 2)) <= 2 * plain, (m, mode)
+
+
+@pytest.mark.parametrize("granularity", [PerBlock((-1, 8)), PerBlock((2, -1)), PerBlock((3, -1)), PerBlock((6, 59))])
+@pytest.mark.parametrize("n", [16, 400])
+def test_groups_of_outputs(with_loops, granularity, n):
+    backend, rng = with_loops, np.random.default_rng(7)
+    w, x = rng.standard_normal((33, n)).astype(np.float32), rng.standard_normal((3, 33)).astype(np.float32)
+    w *= np.exp2(rng.integers(-5, 5, (1, n))).astype(np.float32)
+    for weight, product, other in ((w, aqt_lite.dense, 0), (np.ascontiguousarray(w.T), aqt_lite.linear, 1)):
+        q = aqt_lite.quantize(backend.asarray(weight), granularity=granularity)
+        exact = x.astype(np.float64) @ (
+            exact_values(q.to_backend("numpy")).T if other else exact_values(q.to_backend("numpy"))
+        )
+        y = backend.to_numpy(product(backend.asarray(x), q))
+        np.testing.assert_allclose(y, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
+
+
+def test_one_output_or_one_input(backend):
+    rng = np.random.default_rng(8)
+    for m, k, n in [(1, 3, 1), (5, 33, 1), (4, 1, 7), (1, 1, 1), (70, 17, 1)]:
+        x, w = (rng.standard_normal(s).astype(np.float32) for s in [(m, k), (k, n)])
+        qx, qw = aqt_lite.quantize(x), aqt_lite.quantize(w)
+        here = qx.to_backend(backend.name), qw.to_backend(backend.name)
+        for mode in ("fast", "reproducible"):
+            assert_same_bits(aqt_lite.dense(*here, mode=mode), aqt_lite.dense(qx, qw, mode="reproducible"))
+            assert_same_bits(aqt_lite.dense(here[0], here[1].for_dense()), aqt_lite.dense(qx, qw))
+
+
+def test_torch_products_do_not_follow_the_defaults_of_the_user():
+    w, x = torch.randn(300, 500), torch.randn(20, 500)
+    q = aqt_lite.quantize(w, granularity=PerGroup(100))
+    expected = aqt_lite.linear(x, q)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert_same_bits(aqt_lite.linear(x, q), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert_same_bits(aqt_lite.linear(x, q), expected)
+
+
+@pytest.mark.parametrize("size", [(20, 16), (2000, 1024)])
+@pytest.mark.parametrize("granularity", [PerChannel(0), PerGroup(16)], ids=str)
+def test_torch_products_under_vmap(size, granularity):
+    q = aqt_lite.quantize(torch.randn(size), granularity=granularity)
+    x = torch.randn(4, 3, size[1])
+    mapped = torch.func.vmap(lambda x: aqt_lite.linear(x, q))(x)
+    torch.testing.assert_close(mapped, aqt_lite.linear(x, q), rtol=1e-4, atol=1e-4)
+    gradient = torch.func.vmap(torch.func.grad(lambda x: aqt_lite.linear(x, q).sum()))(x)
+    torch.testing.assert_close(gradient, q.dequantize().sum(0).expand(4, 3, size[1]), rtol=1e-3, atol=1e-3)
+
+
+def test_large_torch_tensors_with_the_negative_bit():
+    z = torch.complex(torch.randn(500, 500), torch.randn(500, 500)).conj().imag
+    assert z.is_neg()
+    assert_same_bits(
+        aqt_lite.quantize(z, granularity=PerChannel(0)), aqt_lite.quantize(z.resolve_neg(), granularity=PerChannel(0))
+    )
+
+
+FRESH = """
+import torch, aqt_lite
+w = torch.randn(64, 32)
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return aqt_lite.linear(x, aqt_lite.quantize(w), mode="reproducible")
+with torch.device("meta"):
+    pass
+exported = torch.export.export(Layer(), (torch.randn(3, 32),))
+print(tuple(exported.module()(torch.randn(3, 32)).shape))
+"""
+
+AT_EXIT = """
+import threading, time, numpy as np, aqt_lite
+def late():
+    threading.main_thread().join()
+    q = aqt_lite.quantize(np.ones((600, 700), "float32"), granularity=aqt_lite.PerChannel(0))
+    print(q.shape, flush=True)
+aqt_lite.quantize(np.ones((6, 7), "float32"))
+threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("code", [FRESH, AT_EXIT], ids=["first use inside export", "after the main thread"])
+def test_in_a_fresh_process(code):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("("), done.stderr

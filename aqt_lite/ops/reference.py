@@ -8,6 +8,7 @@ for (N, K)), and the result is (M, N).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from aqt_lite import affine
@@ -15,6 +16,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Spec
+from aqt_lite.elements import FLOAT_TYPES
 
 __all__ = [
     "LONGEST_PIECE",
@@ -32,6 +34,15 @@ LONGEST_PIECE = 1 << 16
 
 RUN = 16
 """Pieces that are added up before their sum joins that of the runs before: shorter chains, less error."""
+
+SMALL = 2.0**18
+"""Magnitude of an entry in fixed point, of 2^30 for the largest, below which it has fewer than 18 bits."""
+
+MANY = 16
+"""One small entry in so many makes a piece be computed a second time, for what the first left out."""
+
+LEAST_DROP = -60
+"""Exponent, relative to the row's largest piece, below which a piece counts as zero: its sum would not be seen."""
 
 SMALLEST = 2.0**-126
 """Smallest normal float32. Anything below it is zero here, because some compilers flush it."""
@@ -51,12 +62,17 @@ def matmul(
     """``x @ dequantize(codes) + bias`` in the wider compute dtype of the two, rounded once to the dtype of ``x``."""
     xp = b.xp
     compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(scale)) else "float32")
-    weight = affine.dequantize(codes, scale, zero_point, spec=spec, out=spec.source.compute, b=b)
+    weight = affine.dequantize(codes, scale, zero_point, spec=unrounded(spec), out=spec.source.compute, b=b)
     weight = xp.astype(weight, compute)
     y = xp.matmul(xp.astype(x, compute), weight if contract == 0 else xp.permute_dims(weight, (1, 0)))
     if bias is not None:
-        y = y + xp.astype(bias, compute)
+        y = y + xp.expand_dims(xp.astype(bias, compute), axis=0)
     return xp.astype(y, x.dtype)
+
+
+def unrounded(spec: Spec) -> Spec:
+    """``spec`` for values as products use them: in the compute dtype, not rounded or clipped to a narrower source's."""
+    return replace(spec, source=FLOAT_TYPES[spec.source.compute])
 
 
 def matmul_integer(
@@ -119,12 +135,14 @@ def matmul_reproducible(
     3. ``t = (float32(high) * 2^24 + low) * significand(scale)``, each step rounded, times ``2^(e - E)`` with E the
        row's largest e.
 
+    Where more than one in ``MANY`` of a piece's entries that are not 0 have ``|x * 2^(30-e)| < SMALL``, the largest
+    says little about the rest. What step 1 rounded away, ``rint((x * 2^(30-e) - X) * 2^31)``, then goes through step 2
+    as well, and its ``float32(high) * 2^24 + low`` is added to the first, times 2^-31, before the scale.
+
     The pieces' ``t`` are added one after the other in runs of ``RUN``, then the runs likewise, and the sum is
     multiplied by ``2^(E - 30 + exponent(scale))``.
-    Entries within 2^-7 of their piece's largest lose nothing in step 1; the others no more than 2^-31 of it.
-
     Every product that meets an addition is a product with a power of two, which is exact, so a fused multiply-add
-    changes nothing. Sums are multiples of 2^-123, so none is subnormal before the last step, and that flushes.
+    changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
     xp = b.xp
     k = int(x.shape[1])
@@ -157,17 +175,29 @@ def matmul_reproducible(
 
     fraction, exponent = b.fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True))
     exponent = exponent + xp.astype(fraction > 127 / 64, xp.int32)
-    integers = xp.astype(xp.round(_scaled(x_pieces, 30 - exponent, b)), xp.int32)
+    scaled = _scaled(x_pieces, 30 - exponent, b)
+    integers = xp.round(scaled)
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
     if zero_point is not None:
         zero_point = affine.spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
         zero_point = _per_piece(zero_point, groups, xp)
-    high, low = run(b, "fixed_point_matmul", fixed_point_matmul, integers, w_pieces, zero_point)
-    t = xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
+
+    def rounded_sum(integers: Array) -> Array:
+        high, low = run(
+            b, "fixed_point_matmul", fixed_point_matmul, xp.astype(integers, xp.int32), w_pieces, zero_point
+        )
+        return xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
+
+    t = rounded_sum(integers)
+    present = x_pieces != 0
+    small = present & (xp.abs(scaled) < SMALL)
+    many = _count(small, xp) * MANY > _count(present, xp)
+    finer = b.when_any(many, lambda: rounded_sum(xp.round((scaled - integers) * 2.0**31)), xp.zeros_like(t))
+    t = t + xp.where(many, finer, xp.zeros_like(finer)) * 2.0**-31
     t = t * _per_piece(w_fraction, groups, xp)
     drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
-    total = _ordered_sum(t * b.power_of_two(drop), b)
+    total = _ordered_sum(t * b.power_of_two(xp.where(drop < LEAST_DROP, xp.full_like(drop, -999), drop)), b)
 
     last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - 30
     total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
@@ -205,6 +235,18 @@ def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) 
     return not (contracted_block == 1 and scale.shape[contract] > 1 and scale.shape[1 - contract] > 1)
 
 
+def fits_fixed_point(x: Array, b: Backend) -> Array:
+    """Whether ``matmul_reproducible`` loses nothing of x that a float32 product keeps, whatever the weight is.
+
+    Two passes hold 62 bits below a row's largest entry; float32 has 24 of them. Infinities and NaN do not fit.
+    """
+    xp = b.xp
+    magnitude = xp.abs(xp.astype(x, xp.float32))
+    largest = xp.max(magnitude, axis=1, keepdims=True)
+    enough = (magnitude == 0) | (magnitude >= largest * 2.0**-37)
+    return xp.all(enough & xp.isfinite(largest))
+
+
 def pieces(length: int, group: int | None) -> list[tuple[int, int]]:
     """Start and stop of every piece: no longer than ``LONGEST_PIECE``, none crossing a multiple of ``group``."""
     size = length if group is None else group
@@ -227,6 +269,10 @@ def _signed(codes: Array, zero_point: Array | None, b: Backend) -> tuple[Array, 
     xp = b.xp
     assert zero_point is not None  # unsigned codes always have one
     return xp.astype(xp.astype(codes, xp.int16) - 128, xp.int8), zero_point - 128
+
+
+def _count(where: Array, xp: Any) -> Array:
+    return xp.sum(xp.astype(where, xp.int32), axis=2, keepdims=True, dtype=xp.int32)
 
 
 def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
@@ -279,5 +325,6 @@ def _finish(y: Array, exponent: Array, bias: Array | None, out: str, b: Backend)
     xp = b.xp
     y = _flushed(_scaled(y, exponent, b), xp)
     if bias is not None:
-        y = _flushed(y + _flushed(xp.astype(bias, xp.float32), xp), xp)
+        bias = xp.expand_dims(_flushed(xp.astype(bias, xp.float32), xp), axis=0)
+        y = _flushed(y + bias, xp)
     return xp.astype(y, b.dtype(out))

@@ -254,6 +254,12 @@ def finish(total, exponent, bias):
     return y
 
 
+def rounded_sum(integers, steps):
+    """``sum integers * steps`` as the float32 number that its upper bits and its lower 24 bits add up to."""
+    high, low = divmod(sum(i * q for i, q in zip(integers, steps, strict=True)), 1 << 24)
+    return single(single(Fraction(high)) * power(24) + low)
+
+
 def dot(x, steps, scales, groups, bias=None):
     """One output of a reproducible product.
 
@@ -275,11 +281,15 @@ def dot(x, steps, scales, groups, bias=None):
     top, top_of_scales = max(exponents), max(map(exponent_of, scales))
     terms = []
     for (start, stop, scale), e in zip(pieces, exponents, strict=True):
-        total = sum(rint(v * power(30 - e)) * q for v, q in zip(x[start:stop], steps[start:stop], strict=True))
-        high, low = divmod(total, 1 << 24)
-        t = single(single(Fraction(high)) * power(24) + low)
+        scaled = [v * power(30 - e) for v in x[start:stop]]
+        t = rounded_sum([rint(v) for v in scaled], steps[start:stop])
+        present = [v for v in scaled if v]
+        if sum(abs(v) < 1 << 18 for v in present) * 16 > len(present):
+            t = single(
+                t + rounded_sum([rint((v - rint(v)) * power(31)) for v in scaled], steps[start:stop]) * power(-31)
+            )
         drop = e - top + exponent_of(scale) - top_of_scales
-        terms.append(single(t * significand(scale)) * (power(drop) if drop >= -100 else 0))
+        terms.append(single(t * significand(scale)) * (power(drop) if drop >= -60 else 0))
     runs = [terms[i : i + RUN] for i in range(0, len(terms), RUN)]
     return finish(ordered_sum([ordered_sum(run) for run in runs]), top + top_of_scales - 30, bias)
 
