@@ -122,7 +122,7 @@ class QArray:
         source, element = float_type(float_dtype, "float_dtype"), element_type(b.dtype_name(qvalue))
         if zero_point is None and element.middle:
             raise ValueError(
-                f"qvalue has dtype {element.name} but no zero_point (the code of 0.0): give one, int32 zeros if code 0 is 0"
+                f"qvalue has dtype {element.name} but no zero_point (the code of 0.0): give int32 zeros if that is 0"
             )
         block = block_of(granularity, qvalue.ndim)
         grid = grid_of(tuple(qvalue.shape), block)

@@ -21,7 +21,7 @@ import aqt_lite
 from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.backends.generic import GenericBackend
-from aqt_lite.elements import ELEMENT_TYPES
+from aqt_lite.elements import ELEMENT_TYPES, INTEGER_TYPES
 from aqt_lite.testing import Backend, assert_same_bits, check_backend
 
 PLUGIN = Path(__file__).with_name("plugin")
@@ -225,17 +225,26 @@ def test_every_call_gives_the_one_instance():
 # ---- what every adapter must do
 
 
-@pytest.mark.parametrize("dtype", ELEMENT_TYPES)
+@pytest.mark.parametrize("dtype", INTEGER_TYPES)
 def test_int_limits(backend, dtype):
     expected = np.iinfo(dtype)
     assert int_limits(dtype, backend.name) == IntLimits(expected.bits, int(expected.min), int(expected.max))
 
 
 def test_int_limits_of_other_types():
-    with pytest.raises(ValueError, match="dtype='int4' is not a quantized type"):
+    with pytest.raises(ValueError, match="dtype='int4' is not an integer type"):
         int_limits("int4")
-    with pytest.raises(ValueError, match="dtype='float32' is not a quantized type"):
+    with pytest.raises(ValueError, match="dtype='float32' is not an integer type"):
         int_limits("float32", "jax")
+    assert int_limits(torch.int32, "torch").max == 2**31 - 1
+
+
+def test_int_limits_of_a_type_that_the_library_lacks(monkeypatch):
+    import array_api_strict
+
+    monkeypatch.delattr(array_api_strict, "uint64")
+    with pytest.raises(ValueError, match="backend='array_api_strict' has no dtype uint64"):
+        int_limits("uint64", "array_api_strict")
 
 
 def test_conformance(backend):
@@ -290,6 +299,10 @@ def test_moved_arrays_share_no_memory_that_could_change(backend):
     x[:] = 7
     assert_same_bits(q.dequantize(), before)
     assert_same_bits(there.dequantize(), before)
+    back = there.to_backend("numpy")
+    if backend.name == "torch":
+        there.storage[:] = 3
+        assert_same_bits(back.dequantize(), before)
 
 
 def test_an_adapter_that_is_wrong_is_found_out():

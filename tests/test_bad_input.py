@@ -150,6 +150,7 @@ def test_what_is_no_float_is_refused(backend, case):
         (np.ones(3, ml_dtypes.float8_e4m3fn), "x has dtype float8_e4m3fn"),
         (np.ones(3, np.longdouble), "x has dtype"),
         (np.ma.masked_array([1.0, 2.0], mask=[False, True]), "x is a masked array.*filled"),
+        (np.eye(2).view(np.matrix), r"x is a numpy.matrix, .*: use np.asarray\(x\)"),
         (torch.ones(3).to_sparse(), "x is a tensor of layout torch.sparse_coo: make it dense first"),
         (torch.ones(3, dtype=torch.float8_e5m2), "x has dtype float8_e5m2"),
         (quantize([1.0]), r"x is a QArray already: use it as it is, or pass x.dequantize\(\)"),
@@ -448,8 +449,8 @@ def test_float64_never_narrows_silently():
 
 
 def test_int_limits_of_nonsense():
-    for bad in ("int", None, 8, "int128"):
-        with pytest.raises(ValueError, match="is not a quantized type"):
+    for bad in ("int", None, 8, "int128", "int4", "bool"):
+        with pytest.raises(ValueError, match="is not an integer type: use one of int8, int16, int32, int64, uint8, "):
             int_limits(bad)
 
 

@@ -210,6 +210,16 @@ def test_from_codes_checks_every_invariant(backend):
         (ValueError, r"zero_point has shape \(2, 1\)", (codes, scale, array([[1], [2]], "int32"))),
         (TypeError, "zero_point has dtype int8: it must be int32", (codes, scale, array([[1]], "int8"))),
     ]
+    unsigned = array([[1, 2], [3, 4]], "uint8")
+    cases += [
+        (ValueError, "qvalue has dtype uint8 but no zero_point", (unsigned, scale)),
+        (ValueError, "zero_point=-1: must be a code of uint8, 0 to 255", (unsigned, scale, array([[-1]], "int32"))),
+        (ValueError, "zero_point=128: must be a code of int8", (codes, scale, array([[128]], "int32"))),
+        *(
+            (ValueError, "every scale must be positive and finite", (codes, array([[bad]], "float32")))
+            for bad in (np.nan, np.inf, -0.5, 0.0, 1e-40, 3e38)
+        ),
+    ]
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             QArray.from_codes(*arguments)
@@ -221,3 +231,21 @@ def test_from_codes_checks_every_invariant(backend):
         QArray.from_codes(codes, scale, granularity=PerGroup(2, axis=3))
     with pytest.raises(TypeError, match="granularity='tensor'"):
         QArray.from_codes(codes, scale, granularity="tensor")
+
+
+def test_from_codes_is_on_one_device():
+    import array_api_strict as strict
+
+    codes = strict.asarray([[1, 2]], dtype=strict.int8)
+    scale = strict.ones((1, 1), dtype=strict.float32, device=strict.Device("device1"))
+    with pytest.raises(ValueError, match=r"scale is on device .*device1.* but qvalue on .*CPU_DEVICE"):
+        QArray.from_codes(codes, scale)
+
+
+def test_from_codes_takes_what_is_traced():
+    import jax
+    import jax.numpy as jnp
+
+    codes = jnp.asarray([[1, 2]], "int8")
+    q = jax.jit(QArray.from_codes)(codes, jnp.full((1, 1), jnp.nan), jnp.full((1, 1), 500))
+    assert np.isnan(np.asarray(q.scale)).all()

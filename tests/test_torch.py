@@ -222,6 +222,17 @@ def test_gradient_of_dequantize_with_respect_to_scale():
     assert_same_bits(scale.grad, expected)
 
 
+def test_derivatives_do_not_leave_silently():
+    x = X.clone().requires_grad_()
+    with pytest.raises(TypeError, match=r"backend='jax': x tracks derivatives, .* leave torch: pass x.detach\(\)"):
+        fake_quantize(x, backend="jax")
+    assert_same_bits(fake_quantize(x.detach(), backend="jax"), fake_quantize(X))
+    assert fake_quantize(x, backend="torch").requires_grad
+    assert quantize(x, backend="jax").backend == "jax"  # codes are constants anyway
+    with torch.no_grad():
+        fake_quantize(x, backend="jax")
+
+
 def test_no_gradient_flows_through_codes_or_into_given_scales():
     q = quantize(torch.nn.Parameter(X.clone()))
     assert not q.scale.requires_grad
