@@ -178,11 +178,16 @@ def product_cases():
     special[2, :2] = [np.inf, 1]
     special[3, :3] = [3e38, -3e38, 3e38]
     special[4] = 127 / 64 * np.float32(2.0**20) * (1 + np.arange(24) * np.float32(2.0**-22))
+    outlying, beside = normal(3, 23), normal(4, 23)
+    outlying[:, 4] = [1e5, -3e8, 2e12]
+    beside[:2, 4] = 0
     return [
         product("one scale", x, quantized(w)),
         product("a scale an output, with bias", x, quantized(w, block=rows), normal(4)),
         product("zero points", x, quantized(w, "affine", "uint8", rows), normal(4)),
         product("activations of many magnitudes", wide, quantized(w, block=rows)),
+        product("an outlier a row, some beside small weights", outlying, quantized(beside, block=rows), normal(4)),
+        product("an outlier and groups of 5", outlying, quantized(beside, block=(1, 5))),
         product("groups of 5, the last shorter", x, quantized(grouped, block=(1, 5)), normal(4)),
         product("groups of 5 with zero points", wide, quantized(grouped, "affine", "int8", (1, 5))),
         product("more than 16 groups", normal(2, 80), quantized(normal(2, 80), block=(1, 4))),
