@@ -40,9 +40,12 @@ def main() -> None:
         sources |= {f"aqt_lite/backends/{p.name}" for p in (ROOT / "backends").glob("*.py")}
         assert in_wheel == sources, f"wheel and sources differ: {in_wheel ^ sources}"
         with tarfile.open(sdist) as archive:
-            assert any(name.endswith("/backends/jax.py") for name in archive.getnames()), (
-                "adapters are not in the sdist"
-            )
+            in_sdist = {name.partition("/")[2] for name in archive.getnames()}
+        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        missing = set(tracked.split()) - in_sdist - {".gitignore", "aqt_lite/backends"}  # the latter is a link
+        assert not missing, f"not in the sdist: {sorted(missing)}"
+        caches = [name for name in in_sdist if "__pycache__" in name or name.endswith(".pyc")]
+        assert not caches, f"caches are in the sdist: {caches}"
 
         venv.create(env, with_pip=True)
         python = str(env / "bin" / "python")

@@ -28,7 +28,6 @@ def rows(output):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("demo")
     return run(EXAMPLES / "demo.py", folder), folder
 
@@ -87,7 +86,6 @@ def test_demo_draws(demo, name):
 
 
 def test_demo_fails_where_bits_differ():
-    pytest.importorskip("sklearn")
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import demo;"
         "demo.mismatches = lambda actual, expected: int(actual is not expected);"
@@ -99,7 +97,6 @@ def test_demo_fails_where_bits_differ():
 
 
 def test_jax_model():
-    pytest.importorskip("sklearn")
     output = run(EXAMPLES / "jax_model.py")
     table = rows(output)
     accuracy = {name: float(found[0].rstrip("%")) for name, found in table.items() if name != "weights"}
@@ -136,7 +133,8 @@ def test_cross_framework_test():
 
 @pytest.fixture
 def notebook():
-    nbformat = pytest.importorskip("nbformat")
+    import nbformat
+
     return nbformat.read(EXAMPLES / "notebook_walk.ipynb", as_version=4)
 
 
@@ -148,8 +146,8 @@ def test_notebook_is_kept_without_outputs(notebook):
 
 
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    import nbclient
+
     for variable in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
