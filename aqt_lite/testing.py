@@ -139,7 +139,7 @@ def check_backend(backend: str | Backend) -> Conformance:
     >>> from aqt_lite.testing import check_backend
     >>> report = check_backend("array_api_strict")
     >>> report.passed, len(report.rows)
-    (True, 10)
+    (True, 12)
     """
     b = backend if isinstance(backend, Backend) else get_backend(backend)
     floats = tuple(_floats_of(b))
@@ -231,17 +231,51 @@ def _check_reciprocal(b: Backend, floats: tuple[str, ...]) -> _Pairs:
             [2.0 ** rng.uniform(low, high, 20000), 1 + np.arange(500) / 500, 2.0 ** np.asarray([low, high])]
         )
         scales = x.astype(compute)
-        yield _run(b, "reciprocal", b.asarray(scales)), np.asarray(1, compute) / scales
-        yield _run(b, "reciprocal", b.asarray(np.asarray([np.nan], compute))), np.asarray([np.nan], compute)
+        yield b.compiled(_reciprocal)(b.asarray(scales), b=b), np.asarray(1, compute) / scales
+        yield b.compiled(_reciprocal)(b.asarray(np.asarray([np.nan], compute)), b=b), np.asarray([np.nan], compute)
 
 
-def _run(b: Backend, method: str, x: Any) -> Any:
-    """A method of the adapter the way the contract runs it: compiled, where the backend compiles."""
+def _check_powers(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    normal = np.concatenate([2.0 ** np.arange(-126, 128), np.random.default_rng(4).uniform(-126, 128, 2000)])
+    normal[254:] = 2.0 ** normal[254:]
+    x = np.concatenate([normal.clip(2.0**-126, FLOAT_TYPES["float32"].max), np.zeros(1)]).astype(np.float32)
+    fraction, exponent = np.frexp(x)
+    own = b.compiled(_fraction_and_exponent)(b.asarray(x), b=b)
+    yield own[0], fraction * np.float32(2)
+    yield own[1], np.where(x == 0, -127, exponent - 1).astype(np.int32)
+    e = np.arange(-1000, 128, dtype=np.int32)
+    powers = np.where(e < -100, 0, np.ldexp(1.0, e)).astype(np.float32)
+    yield b.compiled(_power_of_two)(b.asarray(e), b=b), powers
 
-    def reciprocal(x: Any, *, b: Backend) -> Any:
-        return getattr(b, method)(x)
 
-    return b.compiled(reciprocal)(x, b=b)
+def _check_integer_matmul(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    rng = np.random.default_rng(5)
+    for rows, width, columns in ((1, 1, 1), (1, 70, 11), (5, 33, 7), (4, 4096, 3)):
+        for batch in ((), (3,)):
+            x = rng.integers(-128, 128, (*batch, rows, width)).astype(np.int8)
+            w = rng.integers(-128, 128, (*batch, columns, width)).astype(np.int8)
+            x[..., 0, :], w[..., 0, :] = -128, -128  # the largest sums
+            exact = (x.astype(np.int64) @ np.swapaxes(w, -1, -2).astype(np.int64)).astype(np.int32)
+            yield b.compiled(_integer_matmul)(b.asarray(x), b.asarray(w), b=b), exact
+
+
+# The adapter's methods the way the contract runs them: compiled, where the backend compiles.
+
+
+def _reciprocal(x: Any, *, b: Backend) -> Any:
+    return b.reciprocal(x)
+
+
+def _fraction_and_exponent(x: Any, *, b: Backend) -> Any:
+    return b.fraction_and_exponent(x)
+
+
+def _power_of_two(e: Any, *, b: Backend) -> Any:
+    return b.power_of_two(e)
+
+
+def _integer_matmul(x: Any, w: Any, *, b: Backend) -> Any:
+    return b.integer_matmul(x, w)
 
 
 def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:
@@ -349,6 +383,8 @@ _CHECKS: dict[str, Callable[[Backend, tuple[str, ...]], _Pairs]] = {
     "asarray and to_numpy": _check_transport,
     "int_limits": _check_int_limits,
     "reciprocal": _check_reciprocal,
+    "powers of two": _check_powers,
+    "integer_matmul": _check_integer_matmul,
     "quantize and dequantize": _check_quantize,
     "given scale and zero point": _check_given_scale,
     "choose_qparams, fake_quantize": _check_other_functions,
