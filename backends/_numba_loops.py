@@ -54,6 +54,15 @@ def encode_columns(x: Any, inverse: Any, zero: Any, least: Any, most: Any, codes
 
 
 @njit(nogil=True, cache=True)
+def decode_rows(codes: Any, scale: Any, zero: Any, values: Any) -> None:  # pragma: no cover - compiled
+    """``(codes - zero) * scale`` with a scale and a zero point for each row."""
+    for r in range(codes.shape[0]):
+        row, out, s, z = codes[r], values[r], scale[r], zero[r]
+        for c in range(row.shape[0]):
+            out[c] = np.float32(np.int32(row[c]) - z) * s
+
+
+@njit(nogil=True, cache=True)
 def widen(codes: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Codes as floats: a ufunc's cast from int8 takes three times as long."""
     for r in range(codes.shape[0]):

@@ -273,7 +273,13 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
             if may_overflow:
                 np.clip(part, -spec.source.max, spec.source.max, out=part)
 
-    in_parallel(work, rows[0])
+    loops = compiled_loops()
+    if loops is not None and not may_overflow and rows[1] >= 16:
+        own = np.ascontiguousarray(s[:, 0])
+        zeros = np.zeros(rows[0], np.int32) if z is None else np.ascontiguousarray(z[:, 0])
+        in_parallel(lambda lo, hi: loops.decode_rows(flat[lo:hi], own[lo:hi], zeros[lo:hi], values[lo:hi]), rows[0])
+    else:
+        in_parallel(work, rows[0])
     return values.reshape(codes.shape)
 
 
