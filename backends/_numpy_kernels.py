@@ -322,7 +322,6 @@ def loops_serve(rows: int, codes: Array, scale: Array, zero_point: Array | None,
         zero_point is None
         and rows <= MOST_ROWS_FOR_LOOPS
         and (scale.shape[contract] == 1 or (contract == 1 and scale.shape[0] == codes.shape[0]))
-        and codes.dtype == np.int8
         and compiled_loops() is not None
     )
 
