@@ -19,6 +19,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
 from aqt_lite.backends import _numpy_kernels
+from aqt_lite.backends.torch import is_functorch
 from aqt_lite.ops import reference
 
 CPU = torch.device("cpu")
@@ -72,7 +73,8 @@ def _fast(
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
-    in_place = x.device.type == "cpu" and not any(_is_wrapped(a) for a in arguments if a is not None)  # not under vmap
+    mapped = not torch.compiler.is_compiling() and any(is_functorch(a) for a in arguments if a is not None)
+    in_place = x.device.type == "cpu" and not mapped  # vmap cannot follow what happens in place
     if not in_place or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
     digits_serve = contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL
@@ -86,11 +88,6 @@ def _fast(
     if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
         return _reproducible(*arguments, spec, contract)
     return _blockwise(*arguments, spec, contract)
-
-
-def _is_wrapped(a: Array) -> bool:
-    """Whether a functorch transformation (vmap, grad) stands between us and the tensor."""
-    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(a))
 
 
 def _blockwise(

@@ -85,7 +85,7 @@ class TorchBackend(Backend):
     def differentiates(self, *arrays: Array | None) -> bool:
         known = not torch.compiler.is_compiling()
         return torch.is_grad_enabled() and any(
-            a is not None and (a.requires_grad or (known and _is_functorch(a))) for a in arrays
+            a is not None and (a.requires_grad or (known and is_functorch(a))) for a in arrays
         )
 
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
@@ -139,8 +139,9 @@ def _as_tuples(kept: Any) -> Any:
 
 def _has_no_values(x: Array) -> bool:
     """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
-    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or _is_functorch(x)
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or is_functorch(x)
 
 
-def _is_functorch(x: Array) -> bool:
+def is_functorch(x: Array) -> bool:
+    """Whether a functorch transformation (vmap, grad) stands between us and the tensor."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
