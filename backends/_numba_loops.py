@@ -173,3 +173,70 @@ def columns_times(w: Any, x: Any) -> Any:  # pragma: no cover - compiled
         for n in range(columns):
             y[n] += part[n]
     return y
+
+
+# ---- products in fixed point (aqt_lite/ops/reference.py, ``matmul_reproducible``), for one piece
+
+
+@njit(nogil=True, cache=True)
+def to_fixed_point(
+    x: Any, powers: Any, integers: Any, exponent: Any, total: Any, kind: Any
+) -> None:  # pragma: no cover
+    """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums, and what kind of row each is.
+
+    Kind: bit 0 has a value that is not finite (integers 0); bit 1 wants a second pass for what was rounded away; bit 2
+    has entries more than 2^37 below its largest. ``powers[i]`` is 2^(i - 256), 0 far below.
+    """
+    bits = x.view(np.int32)
+    for m in range(x.shape[0]):
+        most, least = np.int32(0), np.int32(0x7FFFFFFF)
+        pattern = bits[m]
+        for k in range(pattern.shape[0]):
+            magnitude = pattern[k] & np.int32(0x7FFFFFFF)
+            most = max(most, magnitude)
+            least = min(least, magnitude if magnitude > 0 else np.int32(0x7FFFFFFF))
+        if most >= np.int32(0x7F800000):
+            kind[m], exponent[m], total[m] = 1, 0, 0
+            integers[m, :] = 0
+            continue
+        if most < np.int32(0x00800000):  # nothing but subnormal numbers and zeros, which count as zeros
+            kind[m], exponent[m], total[m] = 0, -127, 0
+            integers[m, :] = 0
+            continue
+        e = (most >> 23) - 127
+        if (most & np.int32(0x7FFFFF)) > np.int32(0x7E0000):  # a fraction above 127/64 would carry into a fifth digit
+            e += 1
+        half = (30 - e) >> 1
+        first, second = powers[half + 256], powers[30 - e - half + 256]
+        row, out = x[m], integers[m]
+        present, small, added = np.int32(0), np.int32(0), np.int64(0)
+        for k in range(row.shape[0]):
+            v = row[k] if abs(row[k]) >= np.float32(2.0**-126) else np.float32(0)
+            scaled = v * first * second
+            value = np.int32(np.rint(scaled))
+            out[k] = value
+            added += value
+            there = np.int32(v != 0)
+            present += there
+            small += there & np.int32(abs(scaled) < np.float32(2.0**18))
+        exponent[m], total[m] = e, added
+        ends = np.array([most, least], dtype=np.int32).view(np.float32)
+        kind[m] = (2 if np.int64(small) * 16 > present else 0) | (4 if ends[1] < ends[0] * np.float32(2.0**-37) else 0)
+
+
+@njit(nogil=True, cache=True)
+def from_fixed_point(
+    sums: Any, total: Any, zero: Any, fraction: Any, row_exponent: Any, exponent: Any, powers: Any, bias: Any, y: Any
+) -> None:  # pragma: no cover - compiled
+    """The last steps: sums (int64, zero points not yet taken off) to float32, times the scales, plus the bias."""
+    smallest = np.float32(2.0**-126)
+    for m in range(y.shape[0]):
+        row, out = sums[m], y[m]
+        for n in range(row.shape[0]):
+            s = row[n] - total[m] * zero[n]
+            t = np.float32(np.int32(s >> 24)) * np.float32(2.0**24) + np.float32(np.int32(s & 0xFFFFFF))
+            e = row_exponent[m] + exponent[n] - 30
+            half = e >> 1
+            v = t * fraction[n] * powers[half + 256] * powers[e - half + 256]
+            v = (v if abs(v) >= smallest else np.float32(0)) + bias[n]
+            out[n] = v if abs(v) >= smallest else np.float32(0)

@@ -20,6 +20,7 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite.affine import Spec
 from aqt_lite.granularity import grid_of
+from aqt_lite.ops import reference
 
 LARGE = 1 << 17
 """Arrays of fewer elements are not worth threads, nor the time that loading compiled loops takes."""
@@ -301,6 +302,10 @@ def matmul(
         return NotImplemented
     if zero_point is not None and not bool(np.maximum.reduce(scale, axis=None) < LARGEST_UNSCALED):
         return NotImplemented  # the outermost value may lie beyond float32, where the reference clips it
+    if codes.size >= LARGE:
+        y = matmul_by_dots(x, codes, scale, zero_point, bias, spec=spec, contract=contract)
+        if y is not NotImplemented:
+            return y
     wide = np.ascontiguousarray(x, dtype=np.float32)
     with np.errstate(all="ignore"):
         # sums of x * q whose scale comes last must not overflow before it does
@@ -427,12 +432,87 @@ def _compiled_product(x: Array, codes: Array, scale: Array, block: Any, contract
 LONGEST_EXACT = 1 << 13
 """Products of 31 bits and 9 whose sum float64 holds in any order."""
 
+ROWS_AT_ONCE = 512
+"""Rows of x whose digits and sums are in memory at a time."""
+
+
+def integer_dots() -> Any:
+    """The loops around the processor's int8 dot product, or None where it or numba is missing."""
+    return None if compiled_loops() is None else _loaded_dots()
+
+
+@functools.cache
+def _loaded_dots() -> Any:
+    from aqt_lite.backends import _numba_dots
+
+    return _numba_dots if _numba_dots.AVAILABLE else None
+
 
 def _exact_matmul(x: Array, w: Array) -> Array:
-    """``x @ w.T`` of integers below 2^31 and 2^9 as int64: float64 sums, each short enough to be exact."""
+    """``x @ w.T`` of integers below 2^31 and 2^9 as int64. A uint8 ``w`` counts as 128 less."""
+    y = np.empty((len(x), len(w)), dtype=np.int64)
+    if integer_dots() is None or w.dtype.itemsize != 1 or w.shape[1] > reference.LONGEST_PIECE:
+        _exact_by_floats(x, _less_128(w, None) if w.dtype == np.uint8 else w, y)
+        return y
+    most = 64 if x.dtype == np.int8 else 16  # rows that fill a panel
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        stop = min(first + ROWS_AT_ONCE, len(x))
+        few = (stop - first) % most  # half a panel or less is not worth filling one up
+        cut = stop - few if most < stop - first and 0 < few <= most // 2 else stop
+        for part in (slice(first, cut), slice(cut, stop)):
+            if part.start < part.stop:
+                _exact_by_dots(x[part], w, y[part])
+    return y
+
+
+def _exact_by_dots(x: Array, w: Array, y: Array) -> None:
+    dots, (rows, inner) = integer_dots(), x.shape
+    digits = 1 if x.dtype == np.int8 else 4
+    if rows == 1 and digits == 4:
+        planes = dots.pack_one_row(x[0])
+
+        def multiply(w: Array, y: Array) -> None:
+            dots.multiply_one_row(w, x[0], planes, y[0])
+
+    else:
+        height = dots.rows_of_a_panel(rows, digits)
+        panels = aligned_empty((-(-rows // height), inner // 4, digits * height), np.uint32)
+
+        def pack(start: int, stop: int) -> None:
+            dots.pack_rows(x[start:stop], digits, height, panels[start // height :])
+
+        in_parallel(pack, rows, height, x.size)
+
+        def multiply(w: Array, y: Array) -> None:
+            dots.multiply_rows(w, x, panels, digits, height, y)
+
+    def columns(start: int, stop: int) -> None:
+        if w.dtype == np.int8 and w.strides[1] == 1:
+            multiply(w[start:stop], y[:, start:stop])
+            return
+        scratch = np.empty((min(dots.STRIP, stop - start), inner), dtype=np.int8)
+        for n in range(start, stop, dots.STRIP):
+            e = min(n + dots.STRIP, stop)
+            multiply(_less_128(w[n:e], scratch[: e - n]), y[:, n:e])
+
+    in_parallel(columns, len(w), dots.STRIP if rows > 1 else 5, w.size)
+
+
+def _less_128(w: Array, out: Array | None) -> Array:
+    """Codes of one byte as int8, those of uint8 128 less, in the order of C."""
+    out = np.empty(w.shape, dtype=np.int8) if out is None else out
+    if w.dtype == np.uint8:
+        np.bitwise_xor(w, np.uint8(128), out=out.view(np.uint8))
+    else:
+        np.copyto(out, w)
+    return out
+
+
+def _exact_by_floats(x: Array, w: Array, y: Array) -> None:
+    """In float64 sums, each short enough to be exact."""
     wide = np.ascontiguousarray(x, dtype=np.float64)
     rows, inner = w.shape
-    y = np.zeros((len(x), rows), dtype=np.int64)
+    y[:] = 0
     loops = compiled_loops() if w.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
 
     def columns(start: int, stop: int) -> None:
@@ -454,7 +534,96 @@ def _exact_matmul(x: Array, w: Array) -> Array:
         columns(0, rows)
     else:
         in_parallel(columns, rows, 4)
-    return y
+
+
+@functools.cache
+def _powers_of_two() -> Array:
+    """``2^(i - 256)`` for i in [0, 512), as ``Backend.power_of_two``: 0 below 2^-100."""
+    return _backend().power_of_two(np.clip(np.arange(-256, 256, dtype=np.int32), None, 127))
+
+
+def matmul_reproducible(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+) -> Any:
+    """``reference.matmul_reproducible`` where the contracted axis is one piece and no row wants a second pass.
+
+    What the reference does to whole arrays in some thirty steps happens here in two loops around the integer product.
+    """
+    return _product_in_fixed_point(x, codes, scale, zero_point, bias, spec, contract, unserved=2)
+
+
+def matmul_by_dots(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+) -> Any:
+    """The same for ``mode="fast"``: only rows of which fixed point loses nothing that a float32 product keeps."""
+    return _product_in_fixed_point(x, codes, scale, zero_point, bias, spec, contract, unserved=7)
+
+
+def _product_in_fixed_point(
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    spec: Spec,
+    contract: int,
+    unserved: int,
+) -> Any:
+    rows, inner = x.shape
+    single = codes.dtype.itemsize == 1 and np.float64 not in (x.dtype, scale.dtype)
+    one_piece = contract == 1 and scale.shape[1] == 1 and inner <= reference.LONGEST_PIECE
+    if not (single and one_piece) or integer_dots() is None or 0 in (*x.shape, *codes.shape):
+        return NotImplemented
+    wide, powers = np.ascontiguousarray(x, dtype=np.float32), _powers_of_two()
+    integers = np.empty(x.shape, dtype=np.int32)
+    exponent, kind, total = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.int64)
+
+    def convert(a: int, b: int) -> None:
+        loop = compiled_loops().to_fixed_point
+        loop(wide[a:b], powers, integers[a:b], exponent[a:b], total[a:b], kind[a:b])
+
+    in_parallel(convert, rows, 1, x.size)
+    if (kind & unserved).any():
+        return NotImplemented
+
+    columns = len(codes)
+
+    def per_column(blocks: Array) -> Array:
+        wide = affine.spread(blocks, (columns, 1), (spec.block[0], None), np)
+        return np.ascontiguousarray(np.broadcast_to(wide[:, 0], (columns,)))  # compiled loops check no bounds
+
+    fraction, column_exponent = _backend().fraction_and_exponent(per_column(scale))
+    zero = np.zeros(columns, np.int32)
+    if zero_point is not None:
+        zero = zero + per_column(zero_point) - (128 if codes.dtype == np.uint8 else 0)
+    shift = np.zeros(columns, np.float32)
+    if bias is not None:
+        shift = bias.astype(np.float32)
+        shift[np.abs(shift) < reference.SMALLEST] = 0
+    sums = _exact_matmul(integers, codes)
+    y = np.empty(sums.shape, dtype=np.float32)
+
+    def finish(a: int, e: int) -> None:
+        loop, exponents = compiled_loops().from_fixed_point, column_exponent[a:e]
+        loop(sums[:, a:e], total, zero[a:e], fraction[a:e], exponent, exponents, powers, shift[a:e], y[:, a:e])
+
+    in_parallel(finish, columns, 16, y.size)
+    y[(kind & 1) != 0] = np.nan
+    return y.astype(x.dtype, copy=False)
 
 
 def integer_matmul(x: Array, w: Array) -> Array:
@@ -482,5 +651,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "matmul": matmul,
+    "matmul_by_dots": matmul_by_dots,
+    "matmul_reproducible": matmul_reproducible,
     "fixed_point_matmul": fixed_point_matmul,
 }

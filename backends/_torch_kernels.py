@@ -77,6 +77,9 @@ def _fast(
     in_place = x.device.type == "cpu" and not mapped  # vmap cannot follow what happens in place
     if not in_place or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
+    y = _by_dots("matmul_by_dots", *arguments, spec, contract) if codes.numel() > SMALL else NotImplemented
+    if y is not NotImplemented:
+        return y
     digits_serve = contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL
     if (
         x.shape[0] <= (1 if digits_serve else _numpy_kernels.MOST_ROWS_FOR_LOOPS)
@@ -126,8 +129,30 @@ def _blockwise(
 def _reproducible(
     x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
 ) -> Array:
+    y = _by_dots("matmul_reproducible", x, codes, scale, zero_point, bias, spec, contract)
+    if y is not NotImplemented:
+        return y
     b = get_backend("torch")
     return reference.matmul_reproducible(x, codes, scale, zero_point, bias, spec=spec, contract=contract, b=b)
+
+
+def _by_dots(
+    op: str,
+    x: Array,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+    bias: Array | None,
+    spec: Spec,
+    contract: int,
+) -> Any:
+    """NumPy's form with the processor's int8 dot products, where it serves; 16-bit floats go there as float32."""
+    wide, shift = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
+    arguments = (wide, codes, scale, zero_point, shift)
+    if not _are_plain(arguments) or _numpy_kernels.integer_dots() is None:
+        return NotImplemented
+    y = _shared(op, *arguments, spec=spec, contract=contract)
+    return y if y is NotImplemented else y.to(x.dtype)
 
 
 _FORMS: dict[str, Callable[..., Array]] = {"matmul": _fast, "matmul_reproducible": _reproducible}

@@ -1,0 +1,312 @@
+"""Exact products of integers with int8 weights, by the processor's int8 dot-product instruction (AVX-512 VNNI).
+
+Owns: the instruction as a numba intrinsic, the layout of the operands that it wants, and the loops around it. They hold
+no lock and start no thread. ``_numpy_kernels`` is the caller, and has a float64 form with the same results for
+processors without the instruction (``AVAILABLE``).
+
+``vpdpbusd`` adds, in each of 16 int32 lanes, four products of an unsigned with a signed byte. The weight is the signed
+operand, as it lies in memory. An activation ``X`` of ``8 D`` bits becomes ``U = X + 2^(8D-1)``, which is not negative,
+and whose ``D`` bytes are ``D`` unsigned *planes*:
+
+    sum X q  =  sum_d 256^d (sum U_d q)  -  2^(8D-1) sum q
+
+Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^16`` that callers keep to. So every digit
+is exact in any order, and the total is an exact int64.
+
+Two shapes of the loop, both with as many accumulators as registers allow, so that the instruction's latency hides:
+
+- **one row of x**: lanes run along K. Five rows of the weight times four planes, and a plane of ones for ``sum q``. Sums
+  across lanes cost little at one row, and each vector of the weight is loaded once.
+- **several rows**: lanes are planes (of 16 C / D rows of x, packed once), and four codes of a weight's row are broadcast
+  to all of them. No sum across lanes is needed, and the weight is read straight from memory once for all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+__all__ = ["AVAILABLE", "multiply_one_row", "multiply_rows", "pack_one_row", "pack_rows", "rows_of_a_panel"]
+
+
+def _has_instruction() -> bool:
+    """Whether the processor that numba compiles for (NUMBA_CPU_FEATURES may say another) has AVX-512 VNNI."""
+    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
+    return {"+avx512f", "+avx512bw", "+avx512vl", "+avx512vnni"} <= set(features)
+
+
+AVAILABLE = _has_instruction()
+
+STRIP = 96
+"""Rows of the weight whose sums are kept until K is done: 16 tiles."""
+
+DEPTH = 2048
+"""Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
+
+_BYTE, _INT, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_LANES = 16
+_VECTOR = ir.VectorType(_INT, _LANES)
+_DOT = "llvm.x86.avx512.vpdpbusd.512"
+_SUM = "llvm.vector.reduce.add.v16i32"
+
+
+def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    found = builder.module.globals.get(name)
+    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _rows_of_tile(builder: Any, w: Any, stride: Any, rows: Any, height: int) -> list[Any]:
+    """Addresses of ``height`` rows from ``w`` on; beyond the last of ``rows`` that one again, for sums nobody reads."""
+    last = builder.sub(rows, _ADDRESS(1))
+    indices = [_ADDRESS(r) for r in range(height)]
+    inside = [builder.select(builder.icmp_signed("<", r, last), r, last) for r in indices]
+    return [builder.add(w, builder.mul(r, stride)) for r in inside]
+
+
+def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
+    """``totals = step(builder, i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(_ADDRESS)
+    carried = [builder.phi(_VECTOR) for _ in totals]
+    new = step(builder, i, carried)
+    following = builder.add(i, _ADDRESS(1))
+    for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(next_one, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return new
+
+
+def _dots_along_k(height: int, planes: int) -> Any:
+    """``out[r, c] = sum_k plane[c, k] w[r, k]`` over ``steps`` of 64 codes; the planes lie one after the other."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(_: Any, w: Any, stride: Any, rows: Any, plane: Any, length: Any, steps: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w, stride, rows, plane, length, steps, out = arguments
+            dot = _function(builder, _DOT, _VECTOR, [_VECTOR] * 3)
+            reduce = _function(builder, _SUM, _INT, [_VECTOR])
+            starts = _rows_of_tile(builder, w, stride, rows, height)
+            lines = [builder.add(plane, builder.mul(length, _ADDRESS(c))) for c in range(planes)]
+
+            def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+                at = builder.mul(i, _ADDRESS(64))
+                x = [_load(builder, builder.add(line, at), _VECTOR) for line in lines]
+                codes = [_load(builder, builder.add(start, at), _VECTOR) for start in starts]
+                pairs = [(u, q) for q in codes for u in x]
+                return [builder.call(dot, [t, u, q]) for t, (u, q) in zip(totals, pairs, strict=True)]
+
+            zeros = [_VECTOR([0] * _LANES)] * (height * planes)
+            for i, total in enumerate(_loop(builder, steps, zeros, step)):
+                builder.store(
+                    builder.call(reduce, [total]),
+                    builder.inttoptr(builder.add(out, _ADDRESS(4 * i)), _INT.as_pointer()),
+                )
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), generate
+
+    return tile
+
+
+def _dots_across_planes(height: int, vectors: int) -> Any:
+    """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of 4 codes, 16 lanes in each of ``vectors``.
+
+    Meanwhile the tile below is fetched: it is read once for the sums of its codes, at the speed of memory, before it
+    comes to this loop, and those two would wait for each other. What lies beyond the weight is asked for in vain.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(_: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w, stride, rows, panel, steps, out = arguments
+            dot = _function(builder, _DOT, _VECTOR, [_VECTOR] * 3)
+            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
+            starts = _rows_of_tile(builder, w, stride, rows, height)
+            below = builder.add(w, builder.mul(stride, _ADDRESS(height)))
+            places = [builder.add(out, _ADDRESS(64 * i)) for i in range(height * vectors)]
+            undefined, to_all = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_VECTOR, [0] * _LANES)
+
+            def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+                near = builder.add(panel, builder.mul(i, _ADDRESS(64 * vectors)))
+                x = [_load(builder, builder.add(near, _ADDRESS(64 * c)), _VECTOR) for c in range(vectors)]
+                at, new = builder.mul(i, _ADDRESS(4)), []
+                if vectors < 4:  # with more, arithmetic takes longer than memory
+                    # a line holds the codes of 16 steps: in each of them one line of one of the 8 rows below
+                    row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), stride))
+                    line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(4)), _ADDRESS(-64)))
+                    to_all_caches = [_INT(0), _INT(3), _INT(1)]
+                    builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), *to_all_caches])
+                for r, start in enumerate(starts):
+                    four = builder.insert_element(undefined, _load(builder, builder.add(start, at), _INT), _INT(0))
+                    codes = builder.shuffle_vector(four, undefined, to_all)
+                    new += [builder.call(dot, [totals[r * vectors + c], x[c], codes]) for c in range(vectors)]
+                return new
+
+            totals = [_load(builder, place, _VECTOR) for place in places]
+            for place, total in zip(places, _loop(builder, steps, totals, step), strict=True):
+                builder.store(total, builder.inttoptr(place, _VECTOR.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return tile
+
+
+# ---- one row of x
+
+_PLANES = 5  # four of x, and one of ones
+_tile_of_one_row = _dots_along_k(5, _PLANES)
+
+
+@njit(nogil=True, cache=True)
+def pack_one_row(x: Any) -> Any:  # pragma: no cover - compiled
+    """Planes of one row of int32, whole vectors only, and a plane of ones: (5, K rounded down to 64)."""
+    length = x.shape[0] & ~63
+    planes = np.empty((_PLANES, length), dtype=np.uint8)
+    for k in range(length):
+        u = np.uint32(x[k]) ^ np.uint32(0x80000000)
+        planes[0, k] = u & np.uint32(255)
+        planes[1, k] = (u >> np.uint32(8)) & np.uint32(255)
+        planes[2, k] = (u >> np.uint32(16)) & np.uint32(255)
+        planes[3, k] = u >> np.uint32(24)
+        planes[4, k] = 1
+    return planes
+
+
+@njit(nogil=True, cache=True)
+def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[n] = sum_k w[n, k] x[k]``: int8 rows, int32 x and its planes, int64 y."""
+    rows, inner = w.shape
+    whole = planes.shape[1]
+    sums = np.zeros((5, _PLANES), dtype=np.int32)
+    for first in range(0, rows, 5):
+        height = min(5, rows - first)
+        if whole:
+            start = w.ctypes.data + first * w.strides[0]
+            _tile_of_one_row(start, w.strides[0], height, planes.ctypes.data, whole, whole // 64, sums.ctypes.data)
+        for r in range(height):
+            total = -(np.int64(sums[r, 4]) << 31)
+            for d in range(4):
+                total += np.int64(sums[r, d]) << (8 * d)
+            for k in range(whole, inner):
+                total += np.int64(w[first + r, k]) * np.int64(x[k])
+            y[first + r] = total
+
+
+# ---- several rows of x
+
+
+def rows_of_a_panel(rows: int, digits: int) -> int:
+    """Rows of x that one panel packs: what fills 1, 2 or 4 vectors of lanes with ``digits`` planes a row."""
+    return next((16 * c // digits for c in (1, 2) if rows <= 16 * c // digits), 64 // digits)
+
+
+@njit(nogil=True, cache=True)
+def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma: no cover - compiled
+    """Rows of integers into ``panels`` (panel, K // 4, digit * height + row): four codes' bytes in each uint32.
+
+    Rows that fill up the last panel stay what they are there: nobody reads their sums.
+    """
+    rows, groups = x.shape[0], panels.shape[1]
+    sign = np.uint32(1) << np.uint32(8 * digits - 1)
+    for m in range(rows):
+        panel, lane, values = panels[m // height], m % height, x[m]
+        for g in range(groups):
+            a = np.uint32(values[4 * g]) ^ sign
+            b = np.uint32(values[4 * g + 1]) ^ sign
+            c = np.uint32(values[4 * g + 2]) ^ sign
+            d = np.uint32(values[4 * g + 3]) ^ sign
+            for plane in range(digits):
+                shift, byte = np.uint32(8 * plane), np.uint32(255)
+                low = ((a >> shift) & byte) | (((b >> shift) & byte) << np.uint32(8))
+                high = ((c >> shift) & byte) | (((d >> shift) & byte) << np.uint32(8))
+                panel[g, plane * height + lane] = low | (high << np.uint32(16))
+
+
+_tile_of_ones = _dots_along_k(8, 1)
+_tile_1 = _dots_across_planes(8, 1)
+_tile_2 = _dots_across_planes(8, 2)
+_tile_4 = _dots_across_planes(6, 4)
+
+
+@njit(nogil=True, cache=True)
+def _add_codes(w: Any, ones: Any, total: Any) -> None:  # pragma: no cover - compiled
+    """Add the sum of each of up to 8 rows of codes to ``total``."""
+    rows, whole = w.shape[0], w.shape[1] & ~63
+    sums = np.zeros(8, dtype=np.int32)
+    if whole:
+        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // 64, sums.ctypes.data)
+    for r in range(rows):
+        rest = np.int32(0)
+        for k in range(whole, w.shape[1]):
+            rest += w[r, k]
+        total[r] += sums[r] + rest
+
+
+@njit(nogil=True, cache=True)
+def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any) -> None:  # pragma: no cover
+    """``joined[n, lane] = sum_d 256^d sums[n, d * height + lane]``, less what the digits' offset added."""
+    for n in range(sums.shape[0]):
+        row, out = sums[n], joined[n]
+        offset = np.int64(of_codes[n]) << (8 * digits - 1)
+        for lane in range(height):
+            out[lane] = row[lane] - offset
+        for d in range(1, digits):
+            digit = row[d * height : (d + 1) * height]
+            for lane in range(height):
+                out[lane] += np.int64(digit[lane]) << (8 * d)
+
+
+@njit(nogil=True, cache=True)
+def multiply_rows(w: Any, x: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover
+    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, integer x and its panels, int64 y."""
+    rows, inner = w.shape
+    stride, lanes = w.strides[0], panels.shape[2]
+    groups = panels.shape[1]
+    whole = groups * 4
+    depth = DEPTH if panels.shape[0] > 1 else max(whole, 4)
+    tile = 6 if lanes == 64 else 8
+    sums = np.empty((panels.shape[0], STRIP, lanes), dtype=np.int32)
+    of_codes = np.empty(STRIP, dtype=np.int32)
+    ones = np.ones(depth, dtype=np.uint8)
+    joined = np.empty((STRIP, height), dtype=np.int64)
+    for first in range(0, rows, STRIP):
+        stop = min(first + STRIP, rows)
+        sums[:] = 0
+        of_codes[:] = 0
+        for k in range(0, whole, depth):
+            steps = min(depth, whole - k) // 4
+            for p in range(panels.shape[0]):
+                panel = panels[p].ctypes.data + (k // 4) * lanes * 4
+                for n in range(first, stop, tile):
+                    start, out = w.ctypes.data + n * stride + k, sums[p, n - first :].ctypes.data
+                    if p == 0:
+                        _add_codes(w[n : min(n + tile, stop), k : k + 4 * steps], ones, of_codes[n - first :])
+                    if lanes == 64:
+                        _tile_4(start, stride, stop - n, panel, steps, out)
+                    elif lanes == 32:
+                        _tile_2(start, stride, stop - n, panel, steps, out)
+                    else:
+                        _tile_1(start, stride, stop - n, panel, steps, out)
+        for p in range(panels.shape[0]):
+            _join_digits(sums[p, : stop - first], of_codes, digits, height, joined)
+            for m in range(p * height, min(p * height + height, x.shape[0])):
+                lane, out = m % height, y[m, first:stop]
+                for n in range(stop - first):
+                    out[n] = joined[n, lane]
+                for k in range(whole, inner):
+                    for n in range(stop - first):
+                        out[n] += np.int64(w[first + n, k]) * np.int64(x[m, k])
