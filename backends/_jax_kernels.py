@@ -6,6 +6,7 @@ what was tried and what each gave.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ from aqt_lite.ops import reference
 
 MOST_ROWS_AS_DIGITS = 16
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
+
+SMALLEST_FOR_LOOPS = 1 << 16
+"""Codes of a weight below which XLA's own product takes no longer than a call of the compiled loops."""
 
 ROWS_OF_A_BLOCK = 256
 """Rows of the weight that are dequantized at a time: with 8192 columns, 8 MB of float32, which stays in cache."""
@@ -59,6 +63,10 @@ def _fast(
     plain = jax.default_backend() != "cpu" or jax.device_count() > 1
     if plain or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=b)
+    dots = integer_dots()
+    if _serves(dots, x, codes, scale, contract):
+        y, kind = dots.product(*arguments, spec)
+        return lax.cond(jnp.any(kind != 0), lambda: _blockwise(*arguments, spec, contract), lambda: y)
     if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
         return lax.cond(
             reference.fits_fixed_point(x, b),
@@ -126,8 +134,41 @@ def _blockwise(
 def _reproducible(
     x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
 ) -> Array:
-    b = get_backend("jax")
-    return reference.matmul_reproducible(x, codes, scale, zero_point, bias, spec=spec, contract=contract, b=b)
+    b, arguments = get_backend("jax"), (x, codes, scale, zero_point, bias)
+
+    def plain() -> Array:
+        return reference.matmul_reproducible(*arguments, spec=spec, contract=contract, b=b)
+
+    dots = integer_dots()
+    if not _serves(dots, x, codes, scale, contract):
+        return plain()
+    y, kind = dots.product(*arguments, spec)
+    return lax.cond(jnp.any((kind & 2) != 0), plain, lambda: y)
+
+
+@functools.cache
+def integer_dots() -> Any:
+    """The primitive around the processor's int8 dot product, or None where that or numba is missing."""
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or _numpy_kernels.integer_dots() is None:
+        return None
+    from aqt_lite.backends import _jax_dots
+
+    return _jax_dots
+
+
+def _serves(dots: Any, x: Array, codes: Array, scale: Array, contract: int) -> bool:
+    """Whether the compiled loops serve: one piece, 8 bits, and large enough to be worth the call."""
+    rows, inner = x.shape
+    return (
+        dots is not None
+        and contract == 1
+        and scale.shape[1] == 1
+        and codes.dtype.itemsize == 1
+        and "float64" not in (x.dtype.name, scale.dtype.name)
+        and 64 <= inner <= reference.LONGEST_PIECE
+        and rows > 0
+        and codes.size >= SMALLEST_FOR_LOOPS
+    )
 
 
 _FORMS: dict[str, Callable[..., Array]] = {"matmul": _fast, "matmul_reproducible": _reproducible}

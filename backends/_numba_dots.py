@@ -10,15 +10,15 @@ and whose ``D`` bytes are ``D`` unsigned *planes*:
 
     sum X q  =  sum_d 256^d (sum U_d q)  -  2^(8D-1) sum q
 
-Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^16`` that callers keep to. So every digit
-is exact in any order, and the total is an exact int64.
+Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^16`` that callers keep to. So every
+digit's sum is exact in any order, and the total is an exact int64.
 
 Two shapes of the loop, both with as many accumulators as registers allow, so that the instruction's latency hides:
 
-- **one row of x**: lanes run along K. Five rows of the weight times four planes, and a plane of ones for ``sum q``. Sums
-  across lanes cost little at one row, and each vector of the weight is loaded once.
-- **several rows**: lanes are planes (of 16 C / D rows of x, packed once), and four codes of a weight's row are broadcast
-  to all of them. No sum across lanes is needed, and the weight is read straight from memory once for all rows.
+- **one row of x**: lanes run along K. Five rows of the weight times four planes, and a plane of ones for ``sum q``.
+  Sums across lanes cost little at one row, and each vector of the weight is loaded once.
+- **several rows**: lanes are planes (of 16 C / D rows of x, packed once), and four codes of a weight's row are
+  broadcast to all of them. No sum across lanes is needed, and the weight is read from memory once for all rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = ["AVAILABLE", "multiply_one_row", "multiply_rows", "pack_one_row", "pack_rows", "rows_of_a_panel"]
+__all__ = [
+    "AVAILABLE",
+    "ROWS_AT_ONCE",
+    "multiply_one_row",
+    "multiply_rows",
+    "pack_one_row",
+    "pack_rows",
+    "parts_of_rows",
+    "rows_of_a_panel",
+]
 
 
 def _has_instruction() -> bool:
@@ -47,6 +56,9 @@ STRIP = 96
 
 DEPTH = 2048
 """Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
+
+ROWS_AT_ONCE = 512
+"""Rows of x whose sums are in memory at a time."""
 
 _BYTE, _INT, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
@@ -212,6 +224,14 @@ def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no
 def rows_of_a_panel(rows: int, digits: int) -> int:
     """Rows of x that one panel packs: what fills 1, 2 or 4 vectors of lanes with ``digits`` planes a row."""
     return next((16 * c // digits for c in (1, 2) if rows <= 16 * c // digits), 64 // digits)
+
+
+def parts_of_rows(rows: int, digits: int) -> list[slice]:
+    """The rows of x in one part, or in two where the last panel would be half empty or more."""
+    most = 64 // digits
+    few = rows % most
+    cut = rows - few if rows > most and 0 < few <= most // 2 else rows
+    return [part for part in (slice(0, cut), slice(cut, rows)) if part.start < part.stop]
 
 
 @njit(nogil=True, cache=True)

@@ -32,6 +32,12 @@ BLOCK = 1 << 18
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
+MOST_ROWS_FOR_VECDOT = 8
+"""Rows of x for which scalar products of our own threads beat BLAS, which packs the whole weight for any number."""
+
+ROWS_OF_A_BLOCK = {0: 256, 1: 512}
+"""Rows of a weight 8192 wide that are dequantized at a time, by the contracted axis."""
+
 LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
@@ -363,23 +369,23 @@ def _blockwise(
         return np.multiply(y, columns_of_scale, out=y)
     length, width = codes.shape
     grain = spec.block[0] or 1  # blocks begin where a group begins
-    if contract == 1 and len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
+    if contract == 1 and len(x) <= MOST_ROWS_FOR_VECDOT:  # which, unlike a BLAS product, leaves the threads to us
         height = -(-max(1, BLOCK // width) // grain) * grain
-        y = np.empty((1, length), dtype=np.float32)
+        y = np.empty((len(x), length), dtype=np.float32)
 
         def columns(start: int, stop: int) -> None:
             scratch = np.empty((min(height, stop - start), width), dtype=np.float32)
             for n in range(start, stop, height):
                 e = min(n + height, stop)
                 w = _weight(codes, scale, zero_point, spec, n, e, scratch[: e - n])
-                np.vecdot(w, x, out=y[0, n:e])
+                y[:, n:e] = np.vecdot(w[:, None, :], x).T
 
         in_parallel(columns, length, grain)
         return y
 
-    height = -(-max(1, 8 * BLOCK // width) // (2 * grain)) * 2 * grain
+    height = -(-max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width) // (2 * grain)) * 2 * grain
     scratch = np.empty((min(height, length), width), dtype=np.float32)
-    turned = np.zeros((len(x), width), dtype=np.float32) if contract == 0 else np.empty((length, len(x)), np.float32)
+    y = np.zeros((len(x), width), dtype=np.float32) if contract == 0 else np.empty((len(x), length), np.float32)
     for n in range(0, length, height):
         e = min(n + height, length)
 
@@ -388,10 +394,10 @@ def _blockwise(
 
         in_parallel(convert, e - n, grain)
         if contract == 0:
-            turned += x[:, n:e] @ scratch[: e - n]
+            y += x[:, n:e] @ scratch[: e - n]
         else:
-            np.dot(scratch[: e - n], x.T, out=turned[n:e])
-    return turned if contract == 0 else np.ascontiguousarray(turned.T)
+            np.matmul(x, scratch[: e - n].T, out=y[:, n:e])
+    return y
 
 
 def _tiles(start: int, stop: int, width: int) -> Any:
@@ -432,9 +438,6 @@ def _compiled_product(x: Array, codes: Array, scale: Array, block: Any, contract
 LONGEST_EXACT = 1 << 13
 """Products of 31 bits and 9 whose sum float64 holds in any order."""
 
-ROWS_AT_ONCE = 512
-"""Rows of x whose digits and sums are in memory at a time."""
-
 
 def integer_dots() -> Any:
     """The loops around the processor's int8 dot product, or None where it or numba is missing."""
@@ -454,20 +457,16 @@ def _exact_matmul(x: Array, w: Array) -> Array:
     if integer_dots() is None or w.dtype.itemsize != 1 or w.shape[1] > reference.LONGEST_PIECE:
         _exact_by_floats(x, _less_128(w, None) if w.dtype == np.uint8 else w, y)
         return y
-    most = 64 if x.dtype == np.int8 else 16  # rows that fill a panel
-    for first in range(0, len(x), ROWS_AT_ONCE):
-        stop = min(first + ROWS_AT_ONCE, len(x))
-        few = (stop - first) % most  # half a panel or less is not worth filling one up
-        cut = stop - few if most < stop - first and 0 < few <= most // 2 else stop
-        for part in (slice(first, cut), slice(cut, stop)):
-            if part.start < part.stop:
-                _exact_by_dots(x[part], w, y[part])
+    dots, digits = integer_dots(), 1 if x.dtype == np.int8 else 4
+    for first in range(0, len(x), dots.ROWS_AT_ONCE):
+        some = slice(first, min(first + dots.ROWS_AT_ONCE, len(x)))
+        for part in dots.parts_of_rows(some.stop - first, digits):
+            _exact_by_dots(x[some][part], w, y[some][part], digits)
     return y
 
 
-def _exact_by_dots(x: Array, w: Array, y: Array) -> None:
+def _exact_by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
     dots, (rows, inner) = integer_dots(), x.shape
-    digits = 1 if x.dtype == np.int8 else 4
     if rows == 1 and digits == 4:
         planes = dots.pack_one_row(x[0])
 
@@ -537,7 +536,7 @@ def _exact_by_floats(x: Array, w: Array, y: Array) -> None:
 
 
 @functools.cache
-def _powers_of_two() -> Array:
+def powers_of_two() -> Array:
     """``2^(i - 256)`` for i in [0, 512), as ``Backend.power_of_two``: 0 below 2^-100."""
     return _backend().power_of_two(np.clip(np.arange(-256, 256, dtype=np.int32), None, 127))
 
@@ -588,7 +587,7 @@ def _product_in_fixed_point(
     one_piece = contract == 1 and scale.shape[1] == 1 and inner <= reference.LONGEST_PIECE
     if not (single and one_piece) or integer_dots() is None or 0 in (*x.shape, *codes.shape):
         return NotImplemented
-    wide, powers = np.ascontiguousarray(x, dtype=np.float32), _powers_of_two()
+    wide, powers = np.ascontiguousarray(x, dtype=np.float32), powers_of_two()
     integers = np.empty(x.shape, dtype=np.int32)
     exponent, kind, total = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.int64)
 

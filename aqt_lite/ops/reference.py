@@ -236,7 +236,12 @@ def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) 
 
 
 def fits_fixed_point(x: Array, b: Backend) -> Array:
-    """Whether ``matmul_reproducible`` loses nothing of x that a float32 product keeps, whatever the weight is.
+    """Whether ``matmul_reproducible`` loses nothing of x that a float32 product keeps, whatever the weight is."""
+    return b.xp.all(rows_fit_fixed_point(x, b))
+
+
+def rows_fit_fixed_point(x: Array, b: Backend) -> Array:
+    """The same for each row, as a column.
 
     Two passes hold 62 bits below a row's largest entry; float32 has 24 of them. Infinities and NaN do not fit.
     """
@@ -244,7 +249,7 @@ def fits_fixed_point(x: Array, b: Backend) -> Array:
     magnitude = xp.abs(xp.astype(x, xp.float32))
     largest = xp.max(magnitude, axis=1, keepdims=True)
     enough = (magnitude == 0) | (magnitude >= largest * 2.0**-37)
-    return xp.all(enough & xp.isfinite(largest))
+    return xp.all(enough & xp.isfinite(largest), axis=1, keepdims=True)
 
 
 def pieces(length: int, group: int | None) -> list[tuple[int, int]]:

@@ -1,0 +1,221 @@
+"""The processor's int8 dot products inside programs that XLA compiles, on a CPU with numba installed.
+
+Owns: the primitive ``fixed_point_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's
+kernel uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, the
+reference in XLA's own operations. The bits are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from numba import njit
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Spec
+from aqt_lite.backends import _numba_dots, _numba_loops, _xla_ffi
+from aqt_lite.backends._numba_dots import ROWS_AT_ONCE, STRIP
+from aqt_lite.backends._numpy_kernels import powers_of_two
+from aqt_lite.backends._xla_ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.ops import reference
+
+__all__ = ["product"]
+
+TARGET = "aqt_lite_fixed_point_product"
+
+COLUMNS_OF_A_CHUNK = 4 * STRIP
+"""Columns of the result that a thread claims at a time."""
+
+# ---- what XLA calls. Operands: x (M, K) float32, w (N, K) of bytes, then for each column of the result the significand
+# of its scale, the exponent, the zero point and the bias, and the table of powers of two. Results: y (M, N) float32 and
+# the kind of each row, then room for the integers, exponents and sums of the rows and for the panels that _numba_dots
+# packs them into.
+
+
+@njit(nogil=True)
+def _rows(frame: Any) -> Any:  # pragma: no cover - compiled
+    """x, and what its rows become: integers, exponents, sums, kinds, panels."""
+    x, panels = operand(frame, 0), result(frame, 5)
+    m, k = dim(x, 0), dim(x, 1)
+    return (
+        array(x, (m, k), np.float32),
+        array(result(frame, 2), (m, k), np.int32),
+        array(result(frame, 3), (m,), np.int32),
+        array(result(frame, 4), (m,), np.int64),
+        array(result(frame, 1), (m,), np.int32),
+        array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
+    )
+
+
+@njit(nogil=True)
+def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, integers, exponent, total, kind, panels = _rows(frame)
+    powers, some = array(operand(frame, 6), (512,), np.float32), slice(start, stop)
+    _numba_loops.to_fixed_point(x[some], powers, integers[some], exponent[some], total[some], kind[some])
+    if x.shape[0] > 1:
+        height = panels.shape[2] // 4
+        _numba_dots.pack_rows(integers[some], 4, height, panels[start // height :])
+
+
+@njit(nogil=True)
+def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    _, integers, row_exponent, total, kind, panels = _rows(frame)
+    (rows, inner), columns = integers.shape, dim(operand(frame, 1), 0)
+    w = array(operand(frame, 1), (columns, inner), np.int8)[start:stop]
+    if attribute(frame, 0):  # codes of uint8: 128 less
+        signed = np.empty(w.shape, dtype=np.int8)
+        for n in range(w.shape[0]):
+            for k in range(inner):
+                signed[n, k] = w[n, k] ^ np.int8(-128)
+        w = signed
+    fraction = array(operand(frame, 2), (columns,), np.float32)[start:stop]
+    exponent = array(operand(frame, 3), (columns,), np.int32)[start:stop]
+    zero = array(operand(frame, 4), (columns,), np.int32)[start:stop]
+    bias = array(operand(frame, 5), (columns,), np.float32)[start:stop]
+    powers = array(operand(frame, 6), (512,), np.float32)
+    y = array(result(frame, 0), (rows, columns), np.float32)
+    height = max(1, panels.shape[2] // 4)
+    most = ROWS_AT_ONCE // height * height
+    for first in range(0, rows, most):
+        last = min(first + most, rows)
+        sums = np.empty((last - first, stop - start), dtype=np.int64)
+        if rows == 1:
+            _numba_dots.multiply_one_row(w, integers[0], _numba_dots.pack_one_row(integers[0]), sums[0])
+        else:
+            part = panels[first // height : (last + height - 1) // height]
+            _numba_dots.multiply_rows(w, integers[first:last], part, 4, height, sums)
+        out = y[first:last, start:stop]
+        _numba_loops.from_fixed_point(
+            sums, total[first:last], zero, fraction, row_exponent[first:last], exponent, powers, bias, out
+        )
+        for m in range(first, last):
+            if kind[m] & 1:
+                out[m - first, :] = np.float32(np.nan)
+
+
+_prepare_address, _multiply_address = address_of(_prepare, 3), address_of(_multiply, 3)
+
+
+def _handler(version: int) -> Any:
+    """What XLA calls. What numba caches of it is of this ``version`` of the sources."""
+
+    def handler(frame: Any) -> Any:  # pragma: no cover - compiled
+        if describe(frame) or version < 0:
+            return OK
+        rows, columns = dim(operand(frame, 0), 0), dim(operand(frame, 1), 0)
+        error = parallel_for(frame, _prepare_address(), rows, max(1, dim(result(frame, 5), 2) // 4))
+        return error if error != 0 else parallel_for(frame, _multiply_address(), columns, COLUMNS_OF_A_CHUNK)
+
+    return handler
+
+
+@functools.cache
+def _is_registered() -> bool:
+    sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _numba_loops, _xla_ffi)]
+    return _xla_ffi.register(TARGET, _handler(zlib.crc32(b"".join(source.read_bytes() for source in sources))))
+
+
+# ---- what JAX sees
+
+_primitive = core.Primitive(TARGET)
+_primitive.multiple_results = True
+_bind: Any = _primitive.bind
+
+
+def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bias: Array, _: Array) -> list[Array]:
+    """The same in XLA's own operations."""
+    b = get_backend("jax")
+    unsigned = w.dtype == jnp.uint8
+    scale = (fraction * b.power_of_two(exponent))[:, None]
+    zero_point = zero[:, None] + (128 if unsigned else 0)
+    spec = Spec(element_type(w.dtype.name), FLOAT_TYPES["float32"], symmetric=False, block=(1, None))
+    y = reference.matmul_reproducible(x, w, scale, zero_point, bias, spec=spec, contract=1, b=b)
+    kind = jnp.where(reference.rows_fit_fixed_point(x, b)[:, 0], 0, 5)  # no row is left to be done again
+    room = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w)[2:]]
+    return [y, kind.astype(jnp.int32), *room]
+
+
+def _results(x: Any, w: Any, *_: Any) -> list[Any]:
+    rows, inner = x.shape
+    height = 0 if rows == 1 else _numba_dots.rows_of_a_panel(rows, 4)
+    panels = (-(-rows // height), inner // 4, 4 * height) if height else (0, 0, 0)
+    kinds = [
+        ((rows, w.shape[0]), jnp.float32),
+        ((rows,), jnp.int32),
+        ((rows, inner), jnp.int32),
+        ((rows,), jnp.int32),
+        ((rows, 2), jnp.int32),  # an int64 each, which JAX does not always have
+        (panels, jnp.uint32),
+    ]
+    return [jax.core.ShapedArray(*kind) for kind in kinds]
+
+
+def _batch(arrays: Any, axes: Any) -> Any:
+    x, *weight = (a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True))
+    if axes[0] is not None and all(axis is None for axis in axes[1:]):  # more rows of one product
+        y, kind, *_ = _bind(x.reshape(-1, x.shape[-1]), *weight)
+        room = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
+        results = [y.reshape(*x.shape[:2], -1), kind.reshape(x.shape[:2]), *room]
+    else:
+        size = next(len(a) for a, axis in zip((x, *weight), axes, strict=True) if axis is not None)
+        every = [
+            jnp.broadcast_to(a, (size, *a.shape)) if axis is None else a
+            for a, axis in zip((x, *weight), axes, strict=True)
+        ]
+        results = jax.lax.map(lambda one: _bind(*one), tuple(every))
+    return results, [0] * len(results)
+
+
+def _lower_on_cpu(context: Any, x: Any, w: Any, *others: Any) -> Any:
+    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
+    if exporting or not _is_registered():
+        return _lower_plain(context, x, w, *others)
+    return _lower_call(context, x, w, *others, unsigned=np.int64(context.avals_in[1].dtype == jnp.uint8))
+
+
+_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
+_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
+batching.primitive_batchers[_primitive] = _batch
+_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
+_lower_call = jax.ffi.ffi_lowering(TARGET)
+mlir.register_lowering(_primitive, _lower_plain)
+mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+
+
+def product(
+    x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec
+) -> tuple[Array, Array]:
+    """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the kind of each row of x.
+
+    Kinds are those of ``_numba_loops.to_fixed_point``; where bit 1 is set, the reference takes a second pass.
+    """
+    b, columns = get_backend("jax"), codes.shape[0]
+
+    def per_column(blocks: Array) -> Array:
+        wide = affine.spread(blocks, (columns, 1), (spec.block[0], None), jnp)
+        return jnp.broadcast_to(wide[:, 0], (columns,))
+
+    fraction, exponent = b.fraction_and_exponent(per_column(scale))
+    zero = jnp.zeros(columns, jnp.int32)
+    if zero_point is not None:
+        zero = per_column(zero_point) - (128 if codes.dtype == jnp.uint8 else 0)
+    shift = jnp.zeros(columns, jnp.float32)
+    if bias is not None:
+        shift = bias.astype(jnp.float32)
+        shift = jnp.where(jnp.abs(shift) < reference.SMALLEST, 0, shift)
+    arrays = (codes, fraction, exponent, zero, shift, powers_of_two())
+    parts = [_bind(x[part].astype(jnp.float32), *arrays)[:2] for part in _numba_dots.parts_of_rows(x.shape[0], 4)]
+    y, kind = (jnp.concatenate(found) for found in zip(*parts, strict=True))
+    return y.astype(x.dtype), kind

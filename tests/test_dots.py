@@ -1,0 +1,268 @@
+"""Products by the processor's int8 dot products: exact, and the reference's bits on every way that leads to them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerTensor, affine
+from aqt_lite._registry import get_backend
+from aqt_lite.backends import _jax_kernels, _numpy_kernels
+from aqt_lite.elements import element_type, float_type
+from aqt_lite.ops import reference
+from aqt_lite.testing import assert_same_bits
+
+HAS_DOTS = _numpy_kernels.integer_dots() is not None
+needs_dots = pytest.mark.skipif(
+    not HAS_DOTS, reason="the processor has no AVX-512 VNNI: other forms serve, tested there"
+)
+
+ROWS = [1, 2, 4, 5, 8, 9, 16, 17, 30, 33, 70]
+
+
+@needs_dots
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", ["int32", "int8"])
+def test_integer_products_are_exact(rows, kind):
+    rng = np.random.default_rng(rows)
+    ends = np.iinfo(kind)
+    for n, k in itertools.product([1, 5, 6, 97, 200], [1, 3, 4, 63, 64, 65, 129, 4100]):
+        x = rng.integers(ends.min, ends.max, (rows, k), endpoint=True).astype(kind)
+        w = rng.integers(-128, 128, (n, k)).astype(np.int8)
+        exact = x.astype(np.int64) @ w.astype(np.int64).T
+        for codes in (w, np.asfortranarray(w), w.view(np.uint8) ^ 128):  # uint8 codes count as 128 less
+            np.testing.assert_array_equal(_numpy_kernels._exact_matmul(x, codes), exact)
+
+
+@needs_dots
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_the_longest_sums_of_the_largest_products_do_not_overflow(rows):
+    k = reference.LONGEST_PIECE
+    for x, w in itertools.product([2**31 - 1, -(2**31)], [-128, 127]):
+        y = _numpy_kernels._exact_matmul(np.full((rows, k), x, np.int32), np.full((7, k), w, np.int8))
+        assert (y == x * w * k).all()
+
+
+@needs_dots
+def test_more_rows_than_are_in_memory_at_a_time():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-(2**31), 2**31, (1043, 70)).astype(np.int32)
+    w = rng.integers(-128, 128, (9, 70)).astype(np.int8)
+    np.testing.assert_array_equal(_numpy_kernels._exact_matmul(x, w), x.astype(np.int64) @ w.astype(np.int64).T)
+
+
+def hard_rows(rng, m, k):
+    """Rows of every kind that the fixed-point form tells apart."""
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    for row, change in zip(
+        itertools.islice(itertools.cycle(range(m)), 12),
+        [
+            lambda r: r * 0,
+            lambda r: np.full_like(r, 1e-42),  # subnormal
+            lambda r: np.where(np.arange(k) == 0, 1e-40, r),
+            lambda r: np.where(np.arange(k) == 1, np.nextafter(np.float32(2), np.float32(0)), r / 8),
+            lambda r: np.where(np.arange(k) == 1, np.float32(127 / 64), r / 8),
+            lambda r: np.where(np.arange(k) == 1, np.nextafter(np.float32(127 / 64), np.float32(2)), r / 8),
+            lambda r: r * np.float32(1e37),
+            lambda r: r * np.float32(1e-37),
+            lambda r: np.where(np.arange(k) == 2, np.float32(1e6), r),  # wants a second pass
+            lambda r: np.where(np.arange(k) == 2, np.float32(1e30), r),  # does not fit
+            lambda r: np.where(np.arange(k) == 3, np.float32("nan"), r),
+            lambda r: np.where(np.arange(k) == 3, np.float32("-inf"), r),
+        ],
+        strict=True,
+    ):
+        x[row] = change(x[row])
+    return x.astype(np.float32)
+
+
+def by_the_reference(x, q, bias, contract=1):
+    """The same product without any kernel."""
+    spec = affine.Spec(element_type(q.dtype), float_type(q.float_dtype), symmetric=False, block=q.block)
+    arguments = (x, q.qvalue, q.scale, q.zero_point, bias)
+    b = get_backend("array_api_strict")
+    moved = [None if a is None else b.asarray(np.ascontiguousarray(a)) for a in arguments]
+    with np.errstate(all="ignore"):
+        return b.to_numpy(reference.matmul_reproducible(*moved, spec=spec, contract=contract, b=b))
+
+
+FORMS = {
+    "numpy": lambda x, q, bias: aqt_lite.linear(x, q, bias, mode="reproducible"),
+    "torch": lambda x, q, bias: aqt_lite.linear(
+        torch.from_numpy(x), q.to_backend("torch"), torch.from_numpy(bias), mode="reproducible"
+    ),
+    "jax": lambda x, q, bias: aqt_lite.linear(
+        jnp.asarray(x), q.to_backend("jax"), jnp.asarray(bias), mode="reproducible"
+    ),
+}
+
+
+@pytest.fixture(params=["with dots", "without"])
+def dots(request, monkeypatch):
+    """Every kernel with and without the instruction; compiled functions of JAX remember which, and are dropped."""
+    if request.param == "without":
+        monkeypatch.setattr(_numpy_kernels, "integer_dots", lambda: None)
+        monkeypatch.setattr(_jax_kernels, "integer_dots", lambda: None)
+    elif not HAS_DOTS:
+        pytest.skip("the processor has no AVX-512 VNNI")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "granularity"),
+    [
+        ("int8", "symmetric", PerChannel(0)),
+        ("uint8", "affine", PerChannel(0)),
+        ("int8", "affine", PerTensor()),
+        ("uint8", "symmetric", PerBlock((7, -1))),
+    ],
+    ids=str,
+)
+def test_every_form_has_the_bits_of_the_reference(form, dots, dtype, scheme, granularity):
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((260, 330)).astype(np.float32) * np.exp2(rng.integers(-30, 30, (260, 1)))
+    q = aqt_lite.quantize(w.astype(np.float32), dtype, scheme=scheme, granularity=granularity)
+    bias = (rng.standard_normal(260) * np.exp2(rng.integers(-130, 30, 260))).astype(np.float32)
+    for m in (1, 3, 8, 21):
+        x = hard_rows(rng, 12, 330)
+        for rows in (x[i : i + m] for i in range(0, 12, m)):
+            assert_same_bits(np.asarray(FORMS[form](rows, q, bias)), by_the_reference(rows, q, bias))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_activations(form, dots, dtype):
+    rng, b = np.random.default_rng(2), get_backend(form)
+    q = aqt_lite.quantize(rng.standard_normal((270, 320)).astype(np.float32), granularity=PerChannel(0))
+    x = rng.standard_normal((5, 320)).astype(get_backend("numpy").dtype(dtype))
+    here, bias = q.to_backend(form), b.asarray(rng.standard_normal(270).astype(x.dtype))
+    exact = by_the_reference(x.astype(np.float32), q, b.to_numpy(bias).astype(np.float32))
+    for mode in ("fast", "reproducible"):
+        y = b.to_numpy(aqt_lite.linear(b.asarray(x), here, bias, mode=mode))
+        assert y.dtype == x.dtype
+        if mode == "reproducible":
+            assert_same_bits(y, exact.astype(x.dtype))
+        np.testing.assert_allclose(y.astype(np.float64), exact, rtol=2.0**-7, atol=0.02)
+
+
+# ---- inside JAX's programs
+
+
+@pytest.fixture
+def weight():
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((300, 320)).astype(np.float32)
+    return aqt_lite.quantize(w, granularity=PerChannel(0)).to_backend("jax")
+
+
+def activations(*shape):
+    return jnp.asarray(np.random.default_rng(4).standard_normal(shape).astype(np.float32))
+
+
+@needs_dots
+def test_a_jitted_product_calls_the_compiled_loops_and_an_exported_one_does_not(weight):
+    x = activations(3, 320)
+    function = jax.jit(lambda x, w: aqt_lite.linear(x, w, mode="reproducible"))
+    assert "@aqt_lite_fixed_point_product" in function.lower(x, weight).as_text()
+    exported = jax.export.export(jax.jit(lambda x: function(x, weight)))(x)
+    assert "@aqt_lite_fixed_point_product" not in exported.mlir_module()
+    assert_same_bits(exported.call(x), function(x, weight))
+
+
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+def test_transformations_of_jax(weight, dots, mode):
+    x = activations(4, 3, 320)
+
+    def product(x, w=weight):
+        return aqt_lite.linear(x, w, mode=mode)
+
+    expected = jnp.stack([product(row) for row in x])
+    assert_same_bits(jax.vmap(product)(x), expected)
+    assert_same_bits(jax.vmap(product, in_axes=2, out_axes=2)(jnp.moveaxis(x, 0, 2)), jnp.moveaxis(expected, 0, 2))
+    assert_same_bits(jax.lax.map(product, x), expected)
+    assert_same_bits(jax.lax.scan(lambda c, row: (c, product(row)), 0, x)[1], expected)
+    layers = jax.tree.map(lambda *a: jnp.stack(a), *[weight] * 4)
+    assert_same_bits(jax.vmap(product)(x, layers), expected)
+    assert_same_bits(jax.vmap(product, in_axes=(None, 0))(x[0], layers), jnp.stack([expected[0]] * 4))
+    scanned = jax.lax.scan(lambda c, both: (c, product(*both)), 0, (x, layers))[1]
+    assert_same_bits(scanned, expected)
+    dy = activations(3, 300)
+    gradient = jax.grad(lambda x: (product(x) * dy).sum())(x[0])
+    np.testing.assert_allclose(gradient, dy @ weight.dequantize(), rtol=1e-4, atol=1e-4)
+    with jax.disable_jit():
+        assert_same_bits(product(x[0]), expected[0])
+
+
+@needs_dots
+def test_many_products_at_once(weight):
+    """In one program, whose parts XLA may run side by side, and from several threads: no thread waits for another."""
+    x = activations(16, 2, 320)
+
+    @jax.jit
+    def many(x, w):
+        return [aqt_lite.linear(row, w, mode="reproducible") for row in x]
+
+    expected = [np.asarray(y) for y in many(x, weight)]
+
+    def work(seed):
+        return all(np.array_equal(a, b) for _ in range(20) for a, b in zip(many(x, weight), expected, strict=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8), timeout=300))
+    for one, y in zip(x, expected, strict=True):
+        assert_same_bits(aqt_lite.linear(one, weight, mode="reproducible"), y)
+
+
+WITHOUT = """
+import sys
+sys.modules["numba"] = None
+import numpy as np, jax, aqt_lite
+from aqt_lite import PerChannel
+from aqt_lite.backends import _numpy_kernels
+assert _numpy_kernels.compiled_loops() is None and _numpy_kernels.integer_dots() is None
+w = np.random.default_rng(0).standard_normal((400, 500)).astype("float32")
+x = np.random.default_rng(1).standard_normal((3, 500)).astype("float32")
+q = aqt_lite.quantize(w, granularity=PerChannel(0))
+y = aqt_lite.linear(x, q, mode="reproducible")
+for name in ("jax", "torch"):
+    b = __import__("aqt_lite._registry", fromlist=["x"]).get_backend(name)
+    z = b.to_numpy(aqt_lite.linear(b.asarray(x), q.to_backend(name), mode="reproducible"))
+    assert (z.view("int32") == y.view("int32")).all(), name
+print(y.tobytes().hex()[:4000])
+"""
+
+
+def test_without_numba_the_bits_are_the_same():
+    runs = [
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=dict(os.environ),
+        ).stdout
+        for code in (
+            WITHOUT,
+            WITHOUT.replace('sys.modules["numba"] = None\n', "").replace("assert _numpy", "0 and _numpy"),
+        )
+    ]
+    assert runs[0] == runs[1] != ""
+
+
+def test_a_processor_that_numba_takes_for_another_has_no_such_instruction():
+    code = "from aqt_lite.backends import _numpy_kernels as k; assert k.compiled_loops() and k.integer_dots() is None"
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
