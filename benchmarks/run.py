@@ -28,11 +28,14 @@ import torch
 
 import aqt_lite
 from aqt_lite import PerChannel, PerGroup, PerTensor
+from aqt_lite.backends import _numpy_kernels
 from aqt_lite.backends._numpy_kernels import cores, in_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20260101
 CACHE_BYTES = 96 << 20  # rotating over more weights than this keeps them out of any cache of a small machine
+
+KINDS = ["numpy", "numpy alone", "torch", "jax"]
 
 Candidate = Callable[[int], object]
 
@@ -237,7 +240,8 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
             exact = x.astype(np.float64) @ weights["channel"].dequantize().astype(np.float64).T
             exact_group = x.astype(np.float64) @ weights["group"].dequantize().astype(np.float64).T
             for kind in kinds:
-                candidates = {"numpy": on_numpy, "torch": on_torch, "jax": on_jax}[kind](w, weights, x)
+                makers = {"numpy": on_numpy, "numpy alone": on_numpy_alone, "torch": on_torch, "jax": on_jax}
+                candidates = makers[kind](w, weights, x)
                 floats = x.astype(np.float64) @ w.astype(np.float64).T
                 own = max(error(call(0), floats) for who, call in candidates.items() if who.startswith("float32"))
                 errors = {}
@@ -259,7 +263,7 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
                     # a peer that quantizes for itself computes another product: its error is not this one's
                     table.append({**row, "error": None if who.startswith("peer") else errors.get(who, own)})
                     print(
-                        f"  {kind:6} {size:6} M={m:<5} {who:28} {times['ms']:9.3f} ms [{times['low']:.3f}, "
+                        f"  {kind:11} {size:6} M={m:<5} {who:28} {times['ms']:9.3f} ms [{times['low']:.3f}, "
                         f"{times['high']:.3f}]  {row['times_as_fast']:6.2f}x"
                         + ("" if table[-1]["error"] is None else f"  error {table[-1]['error']:.1e}")
                     )
@@ -280,6 +284,22 @@ def on_numpy(w, weights, x) -> dict[str, Candidate]:
         "dense": lambda i: aqt_lite.dense(x, dense[i % len(dense)]),
         "linear, group 128": lambda i: aqt_lite.linear(x, group[i % len(group)]),
     }
+
+
+def on_numpy_alone(w, weights, x) -> dict[str, Candidate]:
+    """As where numba is not installed."""
+
+    def alone(call: Candidate) -> Candidate:
+        def quiet(i: int) -> object:
+            loops, _numpy_kernels.compiled_loops = _numpy_kernels.compiled_loops, lambda: None
+            try:
+                return call(i)
+            finally:
+                _numpy_kernels.compiled_loops = loops
+
+        return quiet
+
+    return {who: alone(call) for who, call in on_numpy(w, weights, x).items()}
 
 
 def copied(q):
@@ -311,14 +331,33 @@ def on_torch(w, weights, x) -> dict[str, Candidate]:
         return torch.nn.functional.linear(x, q.storage.to(torch.float32)) * q.scale.T
 
     found["peer: the notebook's form"] = notebook
+    return found | peers_on_torch(w, x)
+
+
+def peers_on_torch(w, x) -> dict[str, Candidate]:
+    def layer() -> torch.nn.Linear:
+        made = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
+        made.weight = torch.nn.Parameter(torch.from_numpy(w.copy()), requires_grad=False)
+        return made
+
+    found: dict[str, Candidate] = {}
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
-        return found
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
-    layer.weight = torch.nn.Parameter(torch.from_numpy(w.copy()), requires_grad=False)
-    quantize_(layer, Int8WeightOnlyConfig())
-    found["peer: torchao, int8 weights"] = lambda i: layer(x)
+        pass
+    else:
+        of_torchao = layer()
+        quantize_(of_torchao, Int8WeightOnlyConfig())
+        found["peer: torchao, int8 weights"] = lambda i: of_torchao(x)
+    try:
+        from optimum.quanto import freeze, qint8, quantize
+    except ImportError:
+        pass
+    else:
+        of_quanto = torch.nn.Sequential(layer())
+        quantize(of_quanto, weights=qint8)
+        freeze(of_quanto)
+        found["peer: quanto, int8 weights"] = lambda i: of_quanto(x)
     return found
 
 
@@ -505,9 +544,7 @@ def main() -> None:
         results["quantization"] = quantization(size, copy)
     if "products" in parts:
         print("\nproducts: x (M, K) float32, int8 weights; times as fast as the backend's own float32 product")
-        results["products"] = products(
-            [512] if options.quick else [4096, 8192], [1, 8, 64, 512], ["numpy", "torch", "jax"]
-        )
+        results["products"] = products([512] if options.quick else [4096, 8192], [1, 8, 64, 512], KINDS)
     if "small" in parts:
         print("\nsmall arrays")
         results["small"] = small()

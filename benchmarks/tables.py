@@ -65,7 +65,7 @@ def products(results: dict, who: tuple[str, ...] | None) -> str:
     head = [f"{size}², M={m}" for size in sizes for m in ms]
     lines = ["| | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
     by_row = {(r["backend"], r["who"], r["size"], r["m"]): r for r in rows}
-    for backend in ("jax", "torch", "numpy"):
+    for backend in ("jax", "torch", "numpy", "numpy alone"):
         names = list(dict.fromkeys(r["who"] for r in rows if r["backend"] == backend))
         for name in names:
             if name == "float32" or (who is not None and name not in who and not name.startswith("peer")):
