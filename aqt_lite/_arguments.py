@@ -15,7 +15,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.qarray import QArray
 
-__all__ = ["as_float_array", "one_of"]
+__all__ = ["as_float_array", "check_floats", "one_of"]
 
 
 def as_float_array(
@@ -30,15 +30,7 @@ def as_float_array(
     b = backend_of(x)
     if b is None:
         x, b = _from_list(x, argument), get_backend("numpy")
-    problem = b.refuse(x)
-    if problem:
-        raise TypeError(f"{argument} {problem}")
-    name = b.dtype_name(x)
-    if name not in FLOAT_TYPES:
-        raise TypeError(
-            f"{argument} has dtype {name}: a floating-point array is needed ({', '.join(FLOAT_TYPES)}); "
-            f"convert it first, for instance to float32"
-        )
+    check_floats(x, argument, b)
     if backend is not None and backend != b.name:
         target = get_backend(backend)
         if b.is_traced(x):
@@ -50,6 +42,19 @@ def as_float_array(
             )
         x, b = target.asarray(b.to_numpy(x)), target
     return x, b
+
+
+def check_floats(x: Array, argument: str, b: Backend) -> None:
+    """TypeError where ``x``, an array of ``b``, is no dense array of floating-point numbers."""
+    problem = b.refuse(x)
+    if problem:
+        raise TypeError(f"{argument} {problem}")
+    name = b.dtype_name(x)
+    if name not in FLOAT_TYPES:
+        raise TypeError(
+            f"{argument} has dtype {name}: a floating-point array is needed ({', '.join(FLOAT_TYPES)}); "
+            f"convert it first, for instance to float32"
+        )
 
 
 def _from_list(x: Any, argument: str) -> np.ndarray[Any, Any]:

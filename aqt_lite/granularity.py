@@ -153,7 +153,11 @@ def granularity_of(block: Block) -> Granularity:
 
 def grid_of(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
     """How many blocks lie along each axis: the shape of ``scale``."""
-    return tuple(1 if b is None else -(-n // b) for n, b in zip(shape, block, strict=True))
+    return tuple(map(_blocks_along, shape, block))
+
+
+def _blocks_along(length: int, block: int | None) -> int:
+    return 1 if block is None else -(-length // block)
 
 
 def group_axes(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:

@@ -327,12 +327,14 @@ class QArray:
 
     def _aligned(self) -> QArray:
         """With one block entry for each axis: mapping drops or adds leading axes, one block each."""
-        extra = self.ndim - len(self.block)
-        block: Block = (1,) * extra + self.block[max(0, -extra) :]
-        grid = grid_of(self.shape, block)
+        shape, block = self.shape, self.block
+        extra = len(shape) - len(block)
+        if extra:
+            block = (1,) * extra + block[max(0, -extra) :]
+        grid = grid_of(shape, block)
         if tuple(self.scale.shape) != grid:
             raise ValueError(
-                f"this QArray has codes of shape {self.shape} in blocks {block}, so its scale should have shape "
+                f"this QArray has codes of shape {shape} in blocks {block}, so its scale should have shape "
                 f"{grid}, not {tuple(self.scale.shape)}: map over leading axes only, and over codes and scales alike"
             )
         return self if extra == 0 else replace(self, block=block)

@@ -54,6 +54,9 @@ class JaxBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def dtype_name(self, x: Array) -> str:
+        return _name(x.dtype)
+
     def device(self, x: Array) -> Any:
         return None if self.is_traced(x) else frozenset(x.devices())
 
@@ -120,6 +123,11 @@ class JaxBackend(Backend):
             return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
 
         jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+
+
+@functools.cache
+def _name(dtype: Any) -> str:
+    return str(dtype)
 
 
 @functools.cache

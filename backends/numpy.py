@@ -64,6 +64,9 @@ class NumpyBackend(Backend):
     def device(self, x: Array) -> Any:
         return "cpu"
 
+    def can_meet(self, x: Array, y: Array) -> bool:
+        return True
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return without_warnings(function)
 
@@ -78,6 +81,7 @@ class NumpyBackend(Backend):
         return None
 
 
+@functools.cache
 def _kernels() -> Any:
     """The kernels build on the operations, and those on the container, which may load this module to be registered."""
     from aqt_lite.backends import _numpy_kernels

@@ -6,16 +6,16 @@ Owns: validation, the choice between float and integer products, and leading axe
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 from aqt_lite import affine
-from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.elements import element_type, float_type
+from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
 
@@ -80,55 +80,57 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
     w = w._aligned()
-    b = w._backend
-    if w.ndim != 2:
-        raise ValueError(
-            f"w has shape {w.shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
-        )
+    b, of_w = w._backend, w.shape
+    if len(of_w) != 2:
+        raise ValueError(f"w has shape {of_w}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
     if not isinstance(x, QArray):
         x = _beside(x, "x", w, b)
     elif x.backend != b.name:
         raise TypeError(f"x is a {x.backend} QArray but w is a {b.name} one: move one with .to_backend()")
-    inside, outside = w.shape[contract], w.shape[1 - contract]
+    inside, outside = of_w[contract], of_w[1 - contract]
     shape = tuple(x.shape)
     if not shape or shape[-1] != inside:
         roles = "(in, out)" if contract == 0 else "(out, in)"
-        raise ValueError(f"x has shape {shape} and w {w.shape} {roles}: the last axis of x must have length {inside}")
+        raise ValueError(f"x has shape {shape} and w {of_w} {roles}: the last axis of x must have length {inside}")
     if bias is not None:
         bias = _beside(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w.shape} it must be ({outside},)")
-    if w.transposed:
-        w, contract = _as_stored(w, b), 1 - contract
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {of_w} it must be ({outside},)")
     if isinstance(x, QArray):
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
-        y = _float_product(b.xp.reshape(x, (math.prod(shape[:-1]), inside)), w, bias, mode, contract, b)
-    y = b.xp.reshape(y, (*shape[:-1], outside))
+        rows = x if len(shape) == 2 else b.xp.reshape(x, (math.prod(shape[:-1]), inside))
+        y = _float_product(rows, w, bias, mode, contract, b)
+    if len(shape) != 2:
+        y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
         b.check_no_overflow(y, "float16")
     return y
 
 
-def _as_stored(w: QArray, b: Backend) -> QArray:
-    """A weight whose shape is that of its storage: the transpose of one that is stored transposed."""
-    turn = b.xp.matrix_transpose
-    zero_point = None if w.zero_point is None else turn(w.zero_point)
-    return replace(w, scale=turn(w.scale), zero_point=zero_point, block=w.block[::-1], transposed=False)
+def _as_stored(w: QArray) -> tuple[Array, Array | None, Block]:
+    """Scale, zero point and block of the transpose of a weight that is stored transposed: they fit its storage."""
+    return w.scale.T, None if w.zero_point is None else w.zero_point.T, w.block[::-1]
 
 
 def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
-    spec = affine.Spec(element_type(w.dtype), float_type(w.float_dtype), symmetric=False, block=w.block)
     op, form = "matmul", reference.matmul
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
         if 0 not in (*x.shape, *w.shape):
             op, form = "matmul_reproducible", reference.matmul_reproducible
-    return run(b, op, form, x, w.storage, w.scale, w.zero_point, bias, spec=spec, contract=contract)
+    scale, zero_point, block = w.scale, w.zero_point, w.block
+    if w.transposed:
+        (scale, zero_point, block), contract = _as_stored(w), 1 - contract
+    spec = affine.Spec(element_type(w.dtype), float_type(w.float_dtype), False, block)
+    return run(b, op, form, x, w.storage, scale, zero_point, bias, spec=spec, contract=contract)
 
 
 def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
     x = x._aligned()
+    if w.transposed:
+        scale, zero_point, block = _as_stored(w)
+        w, contract = QArray(w.storage, scale, zero_point, w.dtype, block, w.float_dtype), 1 - contract
     rows, inside = math.prod(x.shape[:-1]), x.shape[-1]
     integers = (
         element_type(x.dtype).bits == element_type(w.dtype).bits == 8
@@ -183,9 +185,9 @@ def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
             f"{argument} is a {other.name} array but w is a {b.name} QArray: "
             f"move one of them, for instance with w.to_backend({other.name!r})"
         )
-    value, _ = as_float_array(value, argument)
     if other is None:  # a list belongs where the weight is
-        return b.asarray(value, like=w.storage)
+        return b.asarray(as_float_array(value, argument)[0], like=w.storage)
+    check_floats(value, argument, b)
     if not b.can_meet(value, w.storage):
         raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
     return value
