@@ -144,11 +144,15 @@ def _exact_rows_times(w: Any, x: Any, first: Any, y: Any) -> None:  # pragma: no
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _add_four_rows(y: Any, w0: Any, w1: Any, w2: Any, w3: Any, x: Any) -> None:  # pragma: no cover - compiled
+def _add_eight_rows(
+    y: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any, x: Any
+) -> None:  # pragma: no cover - compiled
     for n in range(y.shape[0]):
-        low = np.float32(w0[n]) * x[0] + np.float32(w1[n]) * x[1]
-        high = np.float32(w2[n]) * x[2] + np.float32(w3[n]) * x[3]
-        y[n] += low + high
+        a = np.float32(w0[n]) * x[0] + np.float32(w1[n]) * x[1]
+        b = np.float32(w2[n]) * x[2] + np.float32(w3[n]) * x[3]
+        c = np.float32(w4[n]) * x[4] + np.float32(w5[n]) * x[5]
+        d = np.float32(w6[n]) * x[6] + np.float32(w7[n]) * x[7]
+        y[n] += (a + b) + (c + d)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -163,9 +167,10 @@ def columns_times(w: Any, x: Any) -> Any:  # pragma: no cover - compiled
     for first in range(0, inner, 128):
         last = min(first + 128, inner)
         part[:] = 0
-        whole = last - (last - first) % 4
-        for k in range(first, whole, 4):
-            _add_four_rows(part, w[k], w[k + 1], w[k + 2], w[k + 3], x[k : k + 4])
+        whole = last - (last - first) % 8
+        for k in range(first, whole, 8):
+            near = w[k : k + 8]
+            _add_eight_rows(part, near[0], near[1], near[2], near[3], near[4], near[5], near[6], near[7], x[k : k + 8])
         for k in range(whole, last):
             row, v = w[k], x[k]
             for n in range(columns):
@@ -173,6 +178,26 @@ def columns_times(w: Any, x: Any) -> Any:  # pragma: no cover - compiled
         for n in range(columns):
             y[n] += part[n]
     return y
+
+
+@njit(nogil=True, cache=True, fastmath=_REORDER)
+def small_product(w: Any, scale: Any, x: Any, bias: Any, contract: Any, y: Any) -> Any:  # pragma: no cover - compiled
+    """``y = (x @ w) * scale + bias``, or with ``w.T``, in one call; False where a sum, before its scale, is not finite.
+
+    ``scale`` and ``bias`` have one entry for all outputs or one for each.
+    """
+    zero, scales, biases = np.float32(0), scale.shape[0] > 1, bias.shape[0] > 1
+    total = zero
+    for m in range(x.shape[0]):
+        out = y[m]
+        if contract == 1:
+            rows_times(w, x[m], out)
+        else:
+            out[:] = columns_times(w, x[m])
+        for n in range(out.shape[0]):
+            total += out[n] * zero  # NaN from the first infinity or NaN on
+            out[n] = out[n] * scale[n if scales else 0] + bias[n if biases else 0]
+    return total == zero
 
 
 # ---- products in fixed point (aqt_lite/ops/reference.py, ``matmul_reproducible``), for one piece

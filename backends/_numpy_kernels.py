@@ -304,6 +304,10 @@ def matmul(
     contract: int,
 ) -> Any:
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    if codes.size < LARGE and zero_point is None:
+        y = small_matmul(x, codes, scale, bias, contract=contract)
+        if y is not NotImplemented:
+            return y
     if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
         return NotImplemented
     if zero_point is not None and not bool(np.maximum.reduce(scale, axis=None) < LARGEST_UNSCALED):
@@ -335,6 +339,33 @@ def loops_serve(rows: int, codes: Array, scale: Array, zero_point: Array | None,
         and (scale.shape[contract] == 1 or (contract == 1 and scale.shape[0] == codes.shape[0]))
         and compiled_loops() is not None
     )
+
+
+_FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
+
+_NO_BIAS = np.asarray([-0.0], dtype=np.float32)  # what leaves every sum as it is, -0.0 as well
+
+
+def small_matmul(x: Array, codes: Array, scale: Array, bias: Array | None, *, contract: int) -> Any:
+    """The whole of a small product in one compiled call, of float32 and with a scale for each output or one in all.
+
+    Such a product takes a few microseconds, of which every check and every step in Python is a good part.
+    """
+    outputs = codes.shape[1 - contract]
+    bias = _NO_BIAS if bias is None else bias
+    if not (
+        x.dtype == scale.dtype == bias.dtype == _FLOAT32
+        and codes.dtype == _INT8
+        and scale.shape[contract] == 1
+        and (scale.size == outputs or scale.size == 1)
+        and loops_serve(len(x), codes, scale, None, contract)
+    ):
+        return NotImplemented
+    contiguous, y = np.ascontiguousarray, np.empty((len(x), outputs), dtype=_FLOAT32)
+    finite = compiled_loops().small_product(
+        contiguous(codes), contiguous(scale).reshape(-1), contiguous(x), contiguous(bias), contract, y
+    )
+    return y if finite else NotImplemented  # a sum that overflows may not do so where the scale comes first
 
 
 def _small_product(x: Array, codes: Array, scale: Array, zero_point: Array | None, spec: Spec, contract: int) -> Array:
@@ -650,6 +681,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "matmul": matmul,
+    "small_matmul": small_matmul,
     "matmul_by_dots": matmul_by_dots,
     "matmul_reproducible": matmul_reproducible,
     "fixed_point_matmul": fixed_point_matmul,

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from aqt_lite import affine
@@ -21,8 +23,6 @@ from aqt_lite.affine import Spec
 from aqt_lite.backends import _numpy_kernels
 from aqt_lite.backends.torch import is_functorch
 from aqt_lite.ops import reference
-
-CPU = torch.device("cpu")
 
 MOST_ROWS_AS_DIGITS = 64
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
@@ -194,7 +194,12 @@ class _Product(torch.autograd.Function):
 
 
 def _product(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
-    x, _, scale, _, bias = arrays
+    x, codes, scale, zero_point, bias = arrays
+    # first of all, before anything else is asked: each question takes a good part of the time of a small product
+    if op == "matmul" and zero_point is None and _are_plain(arrays) and codes.numel() < _numpy_kernels.LARGE:
+        y = _shared("small_matmul", x, codes, scale, bias, contract=contract)
+        if y is not NotImplemented:
+            return y
     if get_backend("torch").differentiates(x, scale, bias):
         return _Product.apply(op, spec, contract, *arrays)  # type: ignore[no-untyped-call]
     return _FORMS[op](*arrays, spec, contract)
@@ -209,7 +214,7 @@ def _kernel(op: str) -> Callable[..., Array]:
 
 def _shared(op: str, *tensors: Any, **static: Any) -> Any:
     """NumPy's kernel on the memory of plain tensors: the same bits, without the overhead of a call for each step."""
-    arrays = [None if t is None else t.detach().resolve_neg().numpy() for t in tensors]
+    arrays = [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
     result = _numpy_kernels.KERNELS[op](*arrays, **static)
     if isinstance(result, tuple):
         return tuple(None if a is None else torch.from_numpy(a) for a in result)
@@ -229,12 +234,19 @@ def _of_large(op: str) -> Callable[..., Any]:
 
 def _are_plain(tensors: Any) -> bool:
     """Whether all have memory that NumPy can read, and no derivative to carry."""
-    is_traced, tracking = get_backend("torch").is_traced, torch.is_grad_enabled()
-    return all(
-        t is None
-        or (t.device == CPU and t.dtype != torch.bfloat16 and not (tracking and t.requires_grad) and not is_traced(t))
-        for t in tensors
-    )
+    if torch.compiler.is_compiling():
+        return False
+    tracking = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (
+            not t.is_cpu
+            or t.dtype is torch.bfloat16
+            or (tracking and t.requires_grad)
+            or isinstance(t, FakeTensor)
+            or is_functorch_wrapped_tensor(t)
+        ):
+            return False
+    return True
 
 
 KERNELS = {

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses import FakeTensor
 
 from aqt_lite import _exact
 from aqt_lite._namespace import Array, wrapped_namespace
@@ -139,9 +141,9 @@ def _as_tuples(kept: Any) -> Any:
 
 def _has_no_values(x: Array) -> bool:
     """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
-    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor) or is_functorch(x)
+    return bool(x.is_meta or isinstance(x, FakeTensor) or is_functorch_wrapped_tensor(x))
 
 
 def is_functorch(x: Array) -> bool:
     """Whether a functorch transformation (vmap, grad) stands between us and the tensor."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+    return bool(is_functorch_wrapped_tensor(x))

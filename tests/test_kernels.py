@@ -304,6 +304,35 @@ def test_groups_of_outputs(with_loops, granularity, n):
         np.testing.assert_allclose(y, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+def test_small_products_of_any_layout_with_any_values(with_loops, granularity):
+    backend, rng = with_loops, np.random.default_rng(9)
+    w = aqt_lite.quantize(rng.standard_normal((40, 66)).astype(np.float32), granularity=granularity)
+    half = w[::2] if granularity == PerChannel(0) else w[:, ::2]  # neither codes nor scales lie side by side
+    for q in (w.to_backend(backend.name), half if backend.name == "numpy" else half.to_backend(backend.name)):
+        out, inner = q.shape
+        bias = rng.standard_normal(out).astype(np.float32)
+        for m in (0, 1, 5, 20):
+            x = rng.standard_normal((m, 2 * inner)).astype(np.float32)[:, ::2]
+            if m == 5:
+                x[1, 3], x[2, 4] = np.nan, np.inf
+            weight = exact_values(q.to_backend("numpy"))
+            with np.errstate(invalid="ignore"):
+                exact = x.astype(np.float64) @ weight.T + bias
+            exact[~np.isfinite(exact)] = np.nan
+            y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q, backend.asarray(bias))).copy()
+            y[~np.isfinite(y)] = np.nan
+            np.testing.assert_allclose(y, exact, rtol=0, atol=2e-6 * max(1, np.nanmax(np.abs(exact), initial=0)))
+
+
+def test_small_products_never_warn():
+    q = aqt_lite.quantize(np.full((4, 8), 1e30, np.float32), granularity=PerChannel(0))
+    x, bias = np.full((1, 8), 1e10, np.float32), np.full(4, 3e38, np.float32)
+    with np.errstate(all="raise"):
+        assert np.isinf(aqt_lite.linear(x, q)).all()
+        assert np.isinf(aqt_lite.linear(x / 100, q, bias)).all()
+
+
 def test_one_output_or_one_input(backend):
     rng = np.random.default_rng(8)
     for m, k, n in [(1, 3, 1), (5, 33, 1), (4, 1, 7), (1, 1, 1), (70, 17, 1)]:
