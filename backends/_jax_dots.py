@@ -24,8 +24,9 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
-from aqt_lite.backends import _numba_dots, _numba_loops, _xla_ffi
-from aqt_lite.backends._numba_dots import ROWS_AT_ONCE, STRIP
+from aqt_lite.backends import _numba_dots, _numba_fixed_point, _xla_ffi
+from aqt_lite.backends._numba_dots import STRIP
+from aqt_lite.backends._numba_fixed_point import finish_columns, prepare_rows, shape_of_panels
 from aqt_lite.backends._numpy_kernels import powers_of_two
 from aqt_lite.backends._xla_ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.elements import FLOAT_TYPES, element_type
@@ -35,77 +36,56 @@ __all__ = ["product"]
 
 TARGET = "aqt_lite_fixed_point_product"
 
-COLUMNS_OF_A_CHUNK = 4 * STRIP
-"""Columns of the result that a thread claims at a time."""
-
 # ---- what XLA calls. Operands: x (M, K) float32, w (N, K) of bytes, then for each column of the result the significand
 # of its scale, the exponent, the zero point and the bias, and the table of powers of two. Results: y (M, N) float32 and
-# the kind of each row, then room for the integers, exponents and sums of the rows and for the panels that _numba_dots
-# packs them into.
+# the kind of each row, then room for the rows' exponents, their sums, their panels and what no panel holds.
 
 
 @njit(nogil=True)
-def _rows(frame: Any) -> Any:  # pragma: no cover - compiled
-    """x, and what its rows become: integers, exponents, sums, kinds, panels."""
-    x, panels = operand(frame, 0), result(frame, 5)
-    m, k = dim(x, 0), dim(x, 1)
+def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
+    """What becomes of the rows of x: panels, tail, exponents, sums and kinds."""
+    rows, panels, tail = dim(result(frame, 0), 0), result(frame, 4), result(frame, 5)
     return (
-        array(x, (m, k), np.float32),
-        array(result(frame, 2), (m, k), np.int32),
-        array(result(frame, 3), (m,), np.int32),
-        array(result(frame, 4), (m,), np.int64),
-        array(result(frame, 1), (m,), np.int32),
         array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
+        array(tail, (rows, dim(tail, 1)), np.int32),
+        array(result(frame, 2), (rows,), np.int32),
+        array(result(frame, 3), (rows,), np.int64),
+        array(result(frame, 1), (rows,), np.int32),
     )
 
 
 @njit(nogil=True)
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    x, integers, exponent, total, kind, panels = _rows(frame)
-    powers, some = array(operand(frame, 6), (512,), np.float32), slice(start, stop)
-    _numba_loops.to_fixed_point(x[some], powers, integers[some], exponent[some], total[some], kind[some])
-    if x.shape[0] > 1:
-        height = panels.shape[2] // 4
-        _numba_dots.pack_rows(integers[some], 4, height, panels[start // height :])
+    panels, tail, exponent, total, kind = _of_rows(frame)
+    x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
+    height, powers = max(1, panels.shape[2] // 4), array(operand(frame, 6), (512,), np.float32)
+    own, some = panels[start // height : (stop + height - 1) // height], slice(start, stop)
+    prepare_rows(x[some], powers, exponent[some], total[some], kind[some], own, tail[some])
 
 
 @njit(nogil=True)
-def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    _, integers, row_exponent, total, kind, panels = _rows(frame)
-    (rows, inner), columns = integers.shape, dim(operand(frame, 1), 0)
-    w = array(operand(frame, 1), (columns, inner), np.int8)[start:stop]
-    if attribute(frame, 0):  # codes of uint8: 128 less
-        signed = np.empty(w.shape, dtype=np.int8)
-        for n in range(w.shape[0]):
-            for k in range(inner):
-                signed[n, k] = w[n, k] ^ np.int8(-128)
-        w = signed
-    fraction = array(operand(frame, 2), (columns,), np.float32)[start:stop]
-    exponent = array(operand(frame, 3), (columns,), np.int32)[start:stop]
-    zero = array(operand(frame, 4), (columns,), np.int32)[start:stop]
-    bias = array(operand(frame, 5), (columns,), np.float32)[start:stop]
-    powers = array(operand(frame, 6), (512,), np.float32)
-    y = array(result(frame, 0), (rows, columns), np.float32)
-    height = max(1, panels.shape[2] // 4)
-    most = ROWS_AT_ONCE // height * height
-    for first in range(0, rows, most):
-        last = min(first + most, rows)
-        sums = np.empty((last - first, stop - start), dtype=np.int64)
-        if rows == 1:
-            _numba_dots.multiply_one_row(w, integers[0], _numba_dots.pack_one_row(integers[0]), sums[0])
-        else:
-            part = panels[first // height : (last + height - 1) // height]
-            _numba_dots.multiply_rows(w, integers[first:last], part, 4, height, sums)
-        out = y[first:last, start:stop]
-        _numba_loops.from_fixed_point(
-            sums, total[first:last], zero, fraction, row_exponent[first:last], exponent, powers, bias, out
-        )
-        for m in range(first, last):
-            if kind[m] & 1:
-                out[m - first, :] = np.float32(np.nan)
+def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    panels, tail, row_exponent, total, kind = _of_rows(frame)
+    columns, inner = dim(operand(frame, 1), 0), dim(operand(frame, 1), 1)
+    y = array(result(frame, 0), (tail.shape[0], columns), np.float32)
+    finish_columns(
+        array(operand(frame, 1), (columns, inner), np.int8)[start:stop],
+        attribute(frame, 0) != 0,
+        panels,
+        tail,
+        row_exponent,
+        total,
+        kind,
+        array(operand(frame, 2), (columns,), np.float32)[start:stop],
+        array(operand(frame, 3), (columns,), np.int32)[start:stop],
+        array(operand(frame, 4), (columns,), np.int32)[start:stop],
+        array(operand(frame, 5), (columns,), np.float32)[start:stop],
+        array(operand(frame, 6), (512,), np.float32),
+        y[:, start:stop],
+    )
 
 
-_prepare_address, _multiply_address = address_of(_prepare, 3), address_of(_multiply, 3)
+_prepare_address, _finish_address = address_of(_prepare, 3), address_of(_finish, 3)
 
 
 def _handler(version: int) -> Any:
@@ -115,15 +95,17 @@ def _handler(version: int) -> Any:
         if describe(frame) or version < 0:
             return OK
         rows, columns = dim(operand(frame, 0), 0), dim(operand(frame, 1), 0)
-        error = parallel_for(frame, _prepare_address(), rows, max(1, dim(result(frame, 5), 2) // 4))
-        return error if error != 0 else parallel_for(frame, _multiply_address(), columns, COLUMNS_OF_A_CHUNK)
+        error = parallel_for(frame, _prepare_address(), rows, max(1, dim(result(frame, 4), 2) // 4))
+        return error if error != 0 else parallel_for(frame, _finish_address(), columns, STRIP)
 
     return handler
 
 
 @functools.cache
 def _is_registered() -> bool:
-    sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _numba_loops, _xla_ffi)]
+    sources = [
+        Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _numba_fixed_point, _xla_ffi)
+    ]
     return _xla_ffi.register(TARGET, _handler(zlib.crc32(b"".join(source.read_bytes() for source in sources))))
 
 
@@ -148,16 +130,15 @@ def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bi
 
 
 def _results(x: Any, w: Any, *_: Any) -> list[Any]:
-    rows, inner = x.shape
-    height = 0 if rows == 1 else _numba_dots.rows_of_a_panel(rows, 4)
-    panels = (-(-rows // height), inner // 4, 4 * height) if height else (0, 0, 0)
+    (rows, inner), columns = x.shape, w.shape[0]
+    panels = shape_of_panels(rows, inner)
     kinds = [
-        ((rows, w.shape[0]), jnp.float32),
+        ((rows, columns), jnp.float32),
         ((rows,), jnp.int32),
-        ((rows, inner), jnp.int32),
         ((rows,), jnp.int32),
         ((rows, 2), jnp.int32),  # an int64 each, which JAX does not always have
         (panels, jnp.uint32),
+        ((rows, inner - 4 * panels[1]), jnp.int32),
     ]
     return [jax.core.ShapedArray(*kind) for kind in kinds]
 
@@ -199,7 +180,7 @@ def product(
 ) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the kind of each row of x.
 
-    Kinds are those of ``_numba_loops.to_fixed_point``; where bit 1 is set, the reference takes a second pass.
+    Kinds are those of ``_numba_fixed_point``; where bit 1 is set, the reference takes a second pass.
     """
     b, columns = get_backend("jax"), codes.shape[0]
 

@@ -66,7 +66,7 @@ def _fast(
     dots = integer_dots()
     if _serves(dots, x, codes, scale, contract):
         y, kind = dots.product(*arguments, spec)
-        return lax.cond(jnp.any(kind != 0), lambda: _blockwise(*arguments, spec, contract), lambda: y)
+        return _unless(jnp.any(kind != 0), y, lambda: _blockwise(*arguments, spec, contract))
     if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
         return lax.cond(
             reference.fits_fixed_point(x, b),
@@ -143,7 +143,7 @@ def _reproducible(
     if not _serves(dots, x, codes, scale, contract):
         return plain()
     y, kind = dots.product(*arguments, spec)
-    return lax.cond(jnp.any((kind & 2) != 0), plain, lambda: y)
+    return _unless(jnp.any((kind & 2) != 0), y, plain)
 
 
 @functools.cache
@@ -154,6 +154,15 @@ def integer_dots() -> Any:
     from aqt_lite.backends import _jax_dots
 
     return _jax_dots
+
+
+def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
+    """``y``, or the other form of it where ``flag`` is set.
+
+    As vectors, which have one layout: XLA would give both the one that it finds best for the other form, and turn ``y``
+    there and back.
+    """
+    return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
 
 
 def _serves(dots: Any, x: Array, codes: Array, scale: Array, contract: int) -> bool:

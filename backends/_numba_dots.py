@@ -33,7 +33,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "AVAILABLE",
-    "ROWS_AT_ONCE",
+    "STRIP",
     "multiply_one_row",
     "multiply_rows",
     "pack_one_row",
@@ -56,9 +56,6 @@ STRIP = 96
 
 DEPTH = 2048
 """Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
-
-ROWS_AT_ONCE = 512
-"""Rows of x whose sums are in memory at a time."""
 
 _BYTE, _INT, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _LANES = 16
@@ -291,8 +288,8 @@ def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any
 
 
 @njit(nogil=True, cache=True)
-def multiply_rows(w: Any, x: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover
-    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, integer x and its panels, int64 y."""
+def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover
+    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels and its last columns (beyond fours), int64 y."""
     rows, inner = w.shape
     stride, lanes = w.strides[0], panels.shape[2]
     groups = panels.shape[1]
@@ -323,10 +320,10 @@ def multiply_rows(w: Any, x: Any, panels: Any, digits: int, height: int, y: Any)
                         _tile_1(start, stride, stop - n, panel, steps, out)
         for p in range(panels.shape[0]):
             _join_digits(sums[p, : stop - first], of_codes, digits, height, joined)
-            for m in range(p * height, min(p * height + height, x.shape[0])):
+            for m in range(p * height, min(p * height + height, tail.shape[0])):
                 lane, out = m % height, y[m, first:stop]
                 for n in range(stop - first):
                     out[n] = joined[n, lane]
                 for k in range(whole, inner):
                     for n in range(stop - first):
-                        out[n] += np.int64(w[first + n, k]) * np.int64(x[m, k])
+                        out[n] += np.int64(w[first + n, k]) * np.int64(tail[m, k - whole])

@@ -32,8 +32,11 @@ BLOCK = 1 << 18
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
-MOST_ROWS_FOR_VECDOT = 8
-"""Rows of x for which scalar products of our own threads beat BLAS, which packs the whole weight for any number."""
+MOST_ROWS_FOR_EINSUM = 2
+"""Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
+
+MOST_ROWS_ON_THE_RIGHT = 64
+"""Rows of x up to which BLAS is faster with the weight on the left, though its result has to be transposed then."""
 
 ROWS_OF_A_BLOCK = {0: 256, 1: 512}
 """Rows of a weight 8192 wide that are dequantized at a time, by the contracted axis."""
@@ -400,18 +403,15 @@ def _blockwise(
         return np.multiply(y, columns_of_scale, out=y)
     length, width = codes.shape
     grain = spec.block[0] or 1  # blocks begin where a group begins
-    if contract == 1 and len(x) <= MOST_ROWS_FOR_VECDOT:  # which, unlike a BLAS product, leaves the threads to us
-        height = -(-max(1, BLOCK // width) // grain) * grain
+    one_scale = scale.size == 1 and scale.flat[0] == 1
+    if contract == 1 and len(x) <= MOST_ROWS_FOR_EINSUM and zero_point is None and one_scale:
         y = np.empty((len(x), length), dtype=np.float32)
 
         def columns(start: int, stop: int) -> None:
-            scratch = np.empty((min(height, stop - start), width), dtype=np.float32)
-            for n in range(start, stop, height):
-                e = min(n + height, stop)
-                w = _weight(codes, scale, zero_point, spec, n, e, scratch[: e - n])
-                y[:, n:e] = np.vecdot(w[:, None, :], x).T
+            for row, out in zip(x, y, strict=True):
+                np.einsum("nk,k->n", codes[start:stop], row, out=out[start:stop])
 
-        in_parallel(columns, length, grain)
+        in_parallel(columns, length, 1, codes.size)
         return y
 
     height = -(-max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width) // (2 * grain)) * 2 * grain
@@ -424,10 +424,13 @@ def _blockwise(
             _weight(codes, scale, zero_point, spec, n + start, n + stop, scratch[start:stop])
 
         in_parallel(convert, e - n, grain)
+        w = scratch[: e - n]
         if contract == 0:
-            y += x[:, n:e] @ scratch[: e - n]
+            y += x[:, n:e] @ w
+        elif len(x) <= MOST_ROWS_ON_THE_RIGHT:
+            y[:, n:e] = (w @ x.T).T
         else:
-            np.matmul(x, scratch[: e - n].T, out=y[:, n:e])
+            np.matmul(x, w.T, out=y[:, n:e])
     return y
 
 
@@ -476,6 +479,14 @@ def integer_dots() -> Any:
 
 
 @functools.cache
+def fixed_point() -> Any:
+    """The loops around those; only where ``integer_dots`` are."""
+    from aqt_lite.backends import _numba_fixed_point
+
+    return _numba_fixed_point
+
+
+@functools.cache
 def _loaded_dots() -> Any:
     from aqt_lite.backends import _numba_dots
 
@@ -489,10 +500,8 @@ def _exact_matmul(x: Array, w: Array) -> Array:
         _exact_by_floats(x, _less_128(w, None) if w.dtype == np.uint8 else w, y)
         return y
     dots, digits = integer_dots(), 1 if x.dtype == np.int8 else 4
-    for first in range(0, len(x), dots.ROWS_AT_ONCE):
-        some = slice(first, min(first + dots.ROWS_AT_ONCE, len(x)))
-        for part in dots.parts_of_rows(some.stop - first, digits):
-            _exact_by_dots(x[some][part], w, y[some][part], digits)
+    for part in dots.parts_of_rows(len(x), digits):
+        _exact_by_dots(x[part], w, y[part], digits)
     return y
 
 
@@ -508,13 +517,15 @@ def _exact_by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
         height = dots.rows_of_a_panel(rows, digits)
         panels = aligned_empty((-(-rows // height), inner // 4, digits * height), np.uint32)
 
+        tail = np.ascontiguousarray(x[:, inner // 4 * 4 :])
+
         def pack(start: int, stop: int) -> None:
             dots.pack_rows(x[start:stop], digits, height, panels[start // height :])
 
         in_parallel(pack, rows, height, x.size)
 
         def multiply(w: Array, y: Array) -> None:
-            dots.multiply_rows(w, x, panels, digits, height, y)
+            dots.multiply_rows(w, tail, panels, digits, height, y)
 
     def columns(start: int, stop: int) -> None:
         if w.dtype == np.int8 and w.strides[1] == 1:
@@ -613,47 +624,58 @@ def _product_in_fixed_point(
     contract: int,
     unserved: int,
 ) -> Any:
-    rows, inner = x.shape
+    (rows, inner), columns = x.shape, len(codes)
     single = codes.dtype.itemsize == 1 and np.float64 not in (x.dtype, scale.dtype)
     one_piece = contract == 1 and scale.shape[1] == 1 and inner <= reference.LONGEST_PIECE
     if not (single and one_piece) or integer_dots() is None or 0 in (*x.shape, *codes.shape):
         return NotImplemented
     wide, powers = np.ascontiguousarray(x, dtype=np.float32), powers_of_two()
-    integers = np.empty(x.shape, dtype=np.int32)
-    exponent, kind, total = np.empty(rows, np.int32), np.empty(rows, np.int32), np.empty(rows, np.int64)
-
-    def convert(a: int, b: int) -> None:
-        loop = compiled_loops().to_fixed_point
-        loop(wide[a:b], powers, integers[a:b], exponent[a:b], total[a:b], kind[a:b])
-
-    in_parallel(convert, rows, 1, x.size)
-    if (kind & unserved).any():
-        return NotImplemented
-
-    columns = len(codes)
+    parts = []
+    for part in integer_dots().parts_of_rows(rows, 4):
+        parts.append((part, *_prepared(wide[part], powers)))
+        if (parts[-1][3] & unserved).any():  # the kinds of the rows
+            return NotImplemented
 
     def per_column(blocks: Array) -> Array:
-        wide = affine.spread(blocks, (columns, 1), (spec.block[0], None), np)
-        return np.ascontiguousarray(np.broadcast_to(wide[:, 0], (columns,)))  # compiled loops check no bounds
+        spread = affine.spread(blocks, (columns, 1), (spec.block[0], None), np)
+        return np.ascontiguousarray(np.broadcast_to(spread[:, 0], (columns,)))  # compiled loops check no bounds
 
-    fraction, column_exponent = _backend().fraction_and_exponent(per_column(scale))
+    fraction, exponent = _backend().fraction_and_exponent(per_column(scale))
+    unsigned = codes.dtype == np.uint8
     zero = np.zeros(columns, np.int32)
     if zero_point is not None:
-        zero = zero + per_column(zero_point) - (128 if codes.dtype == np.uint8 else 0)
+        zero = zero + per_column(zero_point) - (128 if unsigned else 0)
     shift = np.zeros(columns, np.float32)
     if bias is not None:
         shift = bias.astype(np.float32)
         shift[np.abs(shift) < reference.SMALLEST] = 0
-    sums = _exact_matmul(integers, codes)
-    y = np.empty(sums.shape, dtype=np.float32)
+    of_columns, w = (fraction, exponent, zero, shift), codes.view(np.int8)
+    y = np.empty((rows, columns), dtype=np.float32)
 
-    def finish(a: int, e: int) -> None:
-        loop, exponents = compiled_loops().from_fixed_point, column_exponent[a:e]
-        loop(sums[:, a:e], total, zero[a:e], fraction[a:e], exponent, exponents, powers, shift[a:e], y[:, a:e])
+    def finish(start: int, stop: int) -> None:
+        for part, row_exponent, total, kind, panels, tail in parts:
+            few = (a[start:stop] for a in of_columns)
+            of_rows = (panels, tail, row_exponent, total, kind)
+            fixed_point().finish_columns(w[start:stop], unsigned, *of_rows, *few, powers, y[part, start:stop])
 
-    in_parallel(finish, columns, 16, y.size)
-    y[(kind & 1) != 0] = np.nan
+    in_parallel(finish, columns, 5 if rows == 1 else integer_dots().STRIP, codes.size)
     return y.astype(x.dtype, copy=False)
+
+
+def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Exponents, sums and kinds of the rows of x, their panels, and the integers that no panel holds."""
+    loops, (rows, inner) = fixed_point(), x.shape
+    exponent, total, kind = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
+    panels = aligned_empty(loops.shape_of_panels(rows, inner), np.uint32)
+    tail = np.empty((rows, inner - 4 * panels.shape[1]), dtype=np.int32)
+    height = max(1, panels.shape[2] // 4)
+
+    def prepare(a: int, b: int) -> None:
+        own = panels[a // height : -(-b // height)]
+        loops.prepare_rows(x[a:b], powers, exponent[a:b], total[a:b], kind[a:b], own, tail[a:b])
+
+    in_parallel(prepare, rows, height, x.size)
+    return exponent, total, kind, panels, tail
 
 
 def integer_matmul(x: Array, w: Array) -> Array:
