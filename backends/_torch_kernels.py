@@ -22,6 +22,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
 from aqt_lite.backends import _numpy_kernels
 from aqt_lite.backends.torch import is_functorch
+from aqt_lite.elements import FLOAT_TYPES, element_type
 from aqt_lite.ops import reference
 
 MOST_ROWS_AS_DIGITS = 64
@@ -165,7 +166,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
-        return _FORMS[op](*arrays, spec, contract)
+        return _without_derivatives(op, spec, contract, *arrays)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -202,7 +203,67 @@ def _product(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
             return y
     if get_backend("torch").differentiates(x, scale, bias):
         return _Product.apply(op, spec, contract, *arrays)  # type: ignore[no-untyped-call]
+    return _without_derivatives(op, spec, contract, *arrays)
+
+
+def _without_derivatives(op: str, spec: Spec, contract: int, *arrays: Any) -> Array:
+    x, codes, scale, zero_point, bias = arrays
+    if _is_one_call(x, codes, scale, contract):
+        block = -1 if spec.block[0] is None else spec.block[0]
+        return _eager_product(op, spec.element.name, spec.source.name, block, x, codes, scale, zero_point, bias)
     return _FORMS[op](*arrays, spec, contract)
+
+
+# ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does
+
+HAS_DOTS = _numpy_kernels.integer_dots() is not None and hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+"""Found out once, on import: a compiler that traces cannot."""
+
+
+def _is_one_call(x: Array, codes: Array, scale: Array, contract: int) -> bool:
+    """Not in an exported program, which has to run where there is no such operator."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and HAS_DOTS
+        and contract == 1
+        and scale.shape[1] == 1
+        and x.device.type == "cpu"
+        and codes.element_size() == 1
+        and codes.numel() > SMALL
+    )
+
+
+@torch.library.custom_op("aqt_lite::product", mutates_args=())
+def _eager_product(
+    op: str,
+    dtype: str,
+    float_dtype: str,
+    block: int,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    spec = Spec(
+        element_type(dtype), FLOAT_TYPES[float_dtype], symmetric=False, block=(None if block < 0 else block, None)
+    )
+    y: torch.Tensor = _FORMS[op](x, codes, scale, zero_point, bias, spec, 1)
+    return y.contiguous()  # as the compiler is told below
+
+
+@_eager_product.register_fake
+def _(op: Any, dtype: Any, float_dtype: Any, block: Any, x: Any, codes: Any, *others: Any) -> Any:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@_eager_product.register_vmap
+def _(info: Any, axes: Any, op: Any, dtype: Any, float_dtype: Any, block: Any, *tensors: Any) -> Any:
+    def one(i: int) -> Any:
+        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[4:], strict=True))
+
+    return torch.stack([_eager_product(op, dtype, float_dtype, block, *one(i)) for i in range(info.batch_size)]), 0
 
 
 def _kernel(op: str) -> Callable[..., Array]:

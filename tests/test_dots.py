@@ -266,3 +266,46 @@ def test_a_processor_that_numba_takes_for_another_has_no_such_instruction():
     code = "from aqt_lite.backends import _numpy_kernels as k; assert k.compiled_loops() and k.integer_dots() is None"
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# ---- inside what torch.compile makes
+
+
+@pytest.fixture(scope="module")
+def large_weight():
+    """Large enough for the operator."""
+    return aqt_lite.quantize(
+        torch.from_numpy(hard_rows(np.random.default_rng(5), 1100, 1000)[12:]), granularity=PerChannel(0)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"
+)  # dynamo's
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+def test_compiled_torch_products_are_one_call_with_the_same_bits(large_weight, mode):
+    q, bias = large_weight, torch.randn(large_weight.shape[0])
+    compiled = torch.compile(lambda x: 2 * aqt_lite.linear(x, q, bias, mode=mode), fullgraph=True)
+    x = torch.from_numpy(hard_rows(np.random.default_rng(6), 12, 1000)[:10])
+    for rows in (x[:1], x[:4], x):
+        assert_same_bits(compiled(rows), 2 * aqt_lite.linear(rows, q, bias, mode=mode))
+    narrow = torch.randn(3, 1000, dtype=torch.bfloat16)
+    assert_same_bits(compiled(narrow), 2 * aqt_lite.linear(narrow, q, bias, mode=mode))
+    x = torch.randn(3, 1000, requires_grad=True)
+    compiled(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * q.dequantize().sum(0).expand(3, -1), rtol=1e-4, atol=1e-3)
+    mapped = torch.compile(torch.func.vmap(lambda x: aqt_lite.linear(x, q, mode=mode)), fullgraph=True)
+    x = torch.randn(4, 2, 1000)
+    assert_same_bits(mapped(x), torch.stack([aqt_lite.linear(rows, q, mode=mode) for rows in x]))
+
+
+def test_exported_torch_programs_hold_no_operator_of_ours(large_weight):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return aqt_lite.linear(x, large_weight, mode="reproducible")
+
+    x = torch.randn(3, 1000)
+    exported = torch.export.export(Layer(), (x,))
+    assert not [n for n in exported.graph.nodes if "aqt_lite" in str(n.target)]
+    assert_same_bits(exported.module()(x), Layer()(x))

@@ -405,3 +405,42 @@ def test_in_a_fresh_process(code):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("("), done.stderr
+
+
+MEMORY = """
+import gc, re, sys
+import numpy as np
+kind, rows = sys.argv[1], int(sys.argv[2])
+if kind == "numpy alone":
+    sys.modules["numba"] = None
+import aqt_lite
+from aqt_lite import PerChannel
+from aqt_lite._registry import get_backend
+b = get_backend(kind.split()[0])
+n = 4096
+codes = np.random.default_rng(0).integers(-127, 128, (n, n), dtype=np.int8)
+q = aqt_lite.QArray.from_codes(codes, np.full((n, 1), 0.01, np.float32), granularity=PerChannel(0)).to_backend(b.name)
+x = b.asarray(np.ones((rows, n), np.float32))
+call = lambda: b.to_numpy(aqt_lite.linear(x, q)).sum()
+if kind == "jax":
+    import jax
+    product = jax.jit(aqt_lite.linear)
+    call = lambda: product(x, q).block_until_ready()
+call(), call()
+gc.collect()
+status = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = status("VmRSS")
+call()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
+@pytest.mark.parametrize("kind", ["numpy", "numpy alone", "torch", "jax"])
+@pytest.mark.parametrize(("rows", "most"), [(1, 4 << 20), (64, 32 << 20)])
+def test_no_float_copy_of_the_weight_is_made(kind, rows, most):
+    """The weight has 16 MB as int8 and would have 64 MB as float32."""
+    run = [sys.executable, "-c", MEMORY, kind, str(rows)]
+    extra = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+    assert extra <= most, f"{extra / 2**20:.1f} MB"
