@@ -35,6 +35,9 @@ MOST_ROWS_FOR_LOOPS = 8
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
 
+EINSUM_BUFFER = 1 << 15
+"""Codes that einsum converts at a time: 128 KB of float32, well inside a core's own cache."""
+
 MOST_ROWS_ON_THE_RIGHT = 64
 """Rows of x up to which BLAS is faster with the weight on the left, though its result has to be transposed then."""
 
@@ -408,8 +411,12 @@ def _blockwise(
         y = np.empty((len(x), length), dtype=np.float32)
 
         def columns(start: int, stop: int) -> None:
-            for row, out in zip(x, y, strict=True):
-                np.einsum("nk,k->n", codes[start:stop], row, out=out[start:stop])
+            usual = np.setbufsize(EINSUM_BUFFER)
+            try:
+                for row, out in zip(x, y, strict=True):
+                    np.einsum("nk,k->n", codes[start:stop], row, out=out[start:stop])
+            finally:
+                np.setbufsize(usual)
 
         in_parallel(columns, length, 1, codes.size)
         return y
