@@ -6,10 +6,11 @@ release the interpreter's lock, so plain threads serve. docs/performance.md says
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -57,30 +58,46 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the ch
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def in_parallel(work: Callable[[int, int], Any], length: int, grain: int = 1, elements: int = LARGE) -> list[Any]:
-    """``work(start, stop)`` over a range, cut into one part for each core at multiples of ``grain``; their results.
+PIECES = 8
+"""Parts for each core of work that is cheap to cut: where a core is taken by somebody else, the others do its share."""
 
-    In one part where there are few ``elements`` in all: starting threads would cost more than it gains.
+
+def in_parallel(
+    work: Callable[[int, int], Any], length: int, grain: int = 1, elements: int = LARGE, pieces: int = 1
+) -> list[Any]:
+    """``work(start, stop)`` over a range, cut into ``pieces`` for each core at multiples of ``grain``; its results.
+
+    In one part where there are few ``elements`` in all: starting threads would cost more than it gains. Threads claim
+    part after part, this one too, which does not wait for one that has not begun: another library's threads, BLAS's
+    for instance, go on spinning for a tenth of a second after their work is done, and may keep it from a core.
 
     Without warnings, which NumPy counts for each thread: the contract says what overflow and NaN become.
     """
-
-    def quiet(start: int, stop: int) -> Any:
-        with np.errstate(all="ignore"):
-            return work(start, stop)
-
     units = -(-length // grain)
-    parts = min(cores(), units) if elements >= LARGE else 1
+    parts = min(cores() * pieces, units) if elements >= LARGE else 1
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
+    results: list[Any] = [None] * parts
+    unclaimed, one_at_a_time = iter(range(parts)), threading.Lock()
+
+    def claim() -> None:
+        with np.errstate(all="ignore"):
+            while True:
+                with one_at_a_time:
+                    i = next(unclaimed, None)
+                if i is None:
+                    return
+                results[i] = work(bounds[i], bounds[i + 1])
+
+    helpers = []
+    with contextlib.suppress(RuntimeError):  # an interpreter that is shutting down starts no thread any more
+        helpers += [_pool().submit(claim) for _ in range(min(cores(), parts) - 1)]
     try:
-        waiting = [_pool().submit(quiet, lo, hi) for lo, hi in itertools.pairwise(bounds[1:])]
-    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
-        return [quiet(0, length)]
-    try:
-        first = [quiet(bounds[0], bounds[1])]
+        claim()
     finally:
-        results = [w.result() for w in waiting]
-    return first + results
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+    return results
 
 
 @functools.cache
@@ -176,7 +193,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
             np.copyto(codes[n:e], buffer, casting="unsafe")
         return finite
 
-    if not all(in_parallel(work, rows, 1, x.size)):
+    if not all(in_parallel(work, rows, 1, x.size, 1 if loops is None else PIECES)):
         return NotImplemented  # the reference knows what becomes of NaN and infinities
     return codes, scale.reshape(grid), None
 
@@ -213,7 +230,9 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
         inverses = np.ascontiguousarray(np.broadcast_to(inverse, (width,)))
         zeros = np.ascontiguousarray(np.broadcast_to(np.float32(0) if zero is None else zero, (width,)))
         in_parallel(
-            lambda lo, hi: loops.encode_columns(table[lo:hi], inverses, zeros, qmin, qmax, out[lo:hi]), len(table)
+            lambda lo, hi: loops.encode_columns(table[lo:hi], inverses, zeros, qmin, qmax, out[lo:hi]),
+            len(table),
+            pieces=PIECES,
         )
         return codes, scale.reshape(grid), None if zero_point is None else zero_point.reshape(grid)
 
@@ -290,7 +309,11 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
     if loops is not None and not may_overflow and rows[1] >= 16:
         own = np.ascontiguousarray(s[:, 0])
         zeros = np.zeros(rows[0], np.int32) if z is None else np.ascontiguousarray(z[:, 0])
-        in_parallel(lambda lo, hi: loops.decode_rows(flat[lo:hi], own[lo:hi], zeros[lo:hi], values[lo:hi]), rows[0])
+        in_parallel(
+            lambda lo, hi: loops.decode_rows(flat[lo:hi], own[lo:hi], zeros[lo:hi], values[lo:hi]),
+            rows[0],
+            pieces=PIECES,
+        )
     else:
         in_parallel(work, rows[0])
     return values.reshape(codes.shape)
@@ -418,7 +441,7 @@ def _blockwise(
             finally:
                 np.setbufsize(usual)
 
-        in_parallel(columns, length, 1, codes.size)
+        in_parallel(columns, length, 1, codes.size, PIECES)
         return y
 
     height = -(-max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width) // (2 * grain)) * 2 * grain
@@ -472,7 +495,7 @@ def _compiled_product(x: Array, codes: Array, scale: Array, block: Any, contract
     if codes.size < LARGE:
         columns(0, len(codes))
     else:
-        in_parallel(columns, len(codes), 4)
+        in_parallel(columns, len(codes), 4, codes.size, PIECES)
     return y if grouped else np.multiply(y, scale.T, out=y)
 
 
@@ -543,7 +566,7 @@ def _exact_by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             e = min(n + dots.STRIP, stop)
             multiply(_less_128(w[n:e], scratch[: e - n]), y[:, n:e])
 
-    in_parallel(columns, len(w), dots.STRIP if rows > 1 else 5, w.size)
+    in_parallel(columns, len(w), dots.STRIP if rows > 1 else 5, w.size, PIECES)
 
 
 def _less_128(w: Array, out: Array | None) -> Array:
@@ -665,7 +688,7 @@ def _product_in_fixed_point(
             of_rows = (panels, tail, row_exponent, total, kind)
             fixed_point().finish_columns(w[start:stop], unsigned, *of_rows, *few, powers, y[part, start:stop])
 
-    in_parallel(finish, columns, 5 if rows == 1 else integer_dots().STRIP, codes.size)
+    in_parallel(finish, columns, 5 if rows == 1 else integer_dots().STRIP, codes.size, PIECES)
     return y.astype(x.dtype, copy=False)
 
 
