@@ -120,7 +120,8 @@ def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bi
     """The same in XLA's own operations."""
     b = get_backend("jax")
     unsigned = w.dtype == jnp.uint8
-    scale = (fraction * b.power_of_two(exponent))[:, None]
+    half = exponent >> 1  # in two steps: a scale may be smaller than the smallest power that there is
+    scale = (fraction * b.power_of_two(half) * b.power_of_two(exponent - half))[:, None]
     zero_point = zero[:, None] + (128 if unsigned else 0)
     spec = Spec(element_type(w.dtype.name), FLOAT_TYPES["float32"], symmetric=False, block=(1, None))
     y = reference.matmul_reproducible(x, w, scale, zero_point, bias, spec=spec, contract=1, b=b)
@@ -148,7 +149,7 @@ def _batch(arrays: Any, axes: Any) -> Any:
     if axes[0] is not None and all(axis is None for axis in axes[1:]):  # more rows of one product
         y, kind, *_ = _bind(x.reshape(-1, x.shape[-1]), *weight)
         room = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
-        results = [y.reshape(*x.shape[:2], -1), kind.reshape(x.shape[:2]), *room]
+        results = [y.reshape(*x.shape[:2], y.shape[-1]), kind.reshape(x.shape[:2]), *room]
     else:
         size = next(len(a) for a, axis in zip((x, *weight), axes, strict=True) if axis is not None)
         every = [

@@ -93,8 +93,8 @@ def _from_fixed_point(
             e = row_exponent[m] + exponent[n] - 30
             half = e >> 1
             v = t * fraction[n] * powers[half + 256] * powers[e - half + 256]
-            v = (v if abs(v) >= smallest else np.float32(0)) + bias[n]
-            out[n] = v if abs(v) >= smallest else np.float32(0)
+            v = (np.float32(0) if abs(v) < smallest else v) + bias[n]  # asked so that NaN stays NaN
+            out[n] = np.float32(0) if abs(v) < smallest else v
 
 
 @njit(nogil=True, cache=True)

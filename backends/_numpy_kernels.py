@@ -337,7 +337,7 @@ def matmul(
         y = small_matmul(x, codes, scale, bias, contract=contract)
         if y is not NotImplemented:
             return y
-    if codes.dtype.itemsize != 1 or np.float64 in (x.dtype, scale.dtype) or 0 in (*x.shape, *codes.shape):
+    if codes.dtype.itemsize != 1 or "float64" in (x.dtype.name, scale.dtype.name) or 0 in (*x.shape, *codes.shape):
         return NotImplemented
     if zero_point is not None and not bool(np.maximum.reduce(scale, axis=None) < LARGEST_UNSCALED):
         return NotImplemented  # the outermost value may lie beyond float32, where the reference clips it
@@ -644,6 +644,7 @@ def matmul_by_dots(
     return _product_in_fixed_point(x, codes, scale, zero_point, bias, spec, contract, unserved=7)
 
 
+@np.errstate(all="ignore")
 def _product_in_fixed_point(
     x: Array,
     codes: Array,
@@ -655,7 +656,7 @@ def _product_in_fixed_point(
     unserved: int,
 ) -> Any:
     (rows, inner), columns = x.shape, len(codes)
-    single = codes.dtype.itemsize == 1 and np.float64 not in (x.dtype, scale.dtype)
+    single = codes.dtype.itemsize == 1 and "float64" not in (x.dtype.name, scale.dtype.name)
     one_piece = contract == 1 and scale.shape[1] == 1 and inner <= reference.LONGEST_PIECE
     if not (single and one_piece) or integer_dots() is None or 0 in (*x.shape, *codes.shape):
         return NotImplemented

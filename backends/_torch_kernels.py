@@ -295,7 +295,7 @@ def _of_large(op: str) -> Callable[..., Any]:
 
 def _are_plain(tensors: Any) -> bool:
     """Whether all have memory that NumPy can read, and no derivative to carry."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     tracking = torch.is_grad_enabled()
     for t in tensors:

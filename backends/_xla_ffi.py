@@ -299,7 +299,8 @@ def describe(frame: Any) -> Any:  # pragma: no cover - compiled
     store32(metadata + METADATA_MAJOR, API_MAJOR)
     store32(metadata + METADATA_MINOR, API_MINOR)
     store32(metadata + METADATA_TRAITS, 0)
-    store64(metadata + METADATA_STATE, 0)
+    if load64(metadata) > METADATA_STATE:  # its size: older versions end before
+        store64(metadata + METADATA_STATE, 0)
     return True
 
 
@@ -443,7 +444,7 @@ def register(name: str, function: Any) -> bool:
             try:
                 handler = numba.cfunc(HANDLER, cache=True)(function)
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")
-            except RuntimeError as error:
+            except Exception as error:
                 warnings.warn(
                     f"aqt_lite: products under jax.jit are slower here ({error})", RuntimeWarning, stacklevel=2
                 )

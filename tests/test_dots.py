@@ -143,6 +143,39 @@ def test_every_form_has_the_bits_of_the_reference(form, dots, dtype, scheme, gra
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+def test_nan_and_infinities_of_the_bias_are_seen(form, dots, mode):
+    rng, b = np.random.default_rng(7), get_backend(form)
+    q = aqt_lite.quantize(rng.standard_normal((450, 320)).astype(np.float32), granularity=PerChannel(0))
+    bias = np.zeros(450, np.float32)
+    bias[:3] = np.nan, np.inf, -np.inf
+    for m in (1, 4, 20):
+        x = b.asarray(rng.standard_normal((m, 320)).astype(np.float32))
+        y = b.to_numpy(aqt_lite.linear(x, q.to_backend(form), b.asarray(bias), mode=mode))
+        assert np.isnan(y[:, 0]).all()
+        assert (y[:, 1] == np.inf).all()
+        assert (y[:, 2] == -np.inf).all()
+        assert np.isfinite(y[:, 3:]).all()
+
+
+def test_a_traced_scale_that_is_nan_is_loud_in_products(weight, dots):
+    nan = jnp.where(jnp.arange(300)[:, None] == 5, jnp.nan, weight.scale)
+    bad = aqt_lite.QArray(weight.storage, nan, None, "int8", weight.block)
+    for mode in ("fast", "reproducible"):
+        y = np.asarray(jax.jit(lambda x, q, mode=mode: aqt_lite.linear(x, q, mode=mode))(activations(3, 320), bad))
+        assert np.isnan(y[:, 5]).all()
+        assert np.isfinite(np.delete(y, 5, axis=1)).all()
+
+
+def test_exported_programs_keep_the_smallest_scales(weight):
+    tiny = aqt_lite.QArray(weight.storage, jnp.full((300, 1), 2.0**-120, jnp.float32), None, "int8", weight.block)
+    x = activations(3, 320) * jnp.float32(2.0**60)
+    function = jax.jit(lambda x: aqt_lite.linear(x, tiny, mode="reproducible"))
+    assert_same_bits(jax.export.export(function)(x).call(x), function(x))
+    assert np.abs(np.asarray(function(x))).max() > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_activations(form, dots, dtype):
     rng, b = np.random.default_rng(2), get_backend(form)
