@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench mismatches uncache clean
+.PHONY: demo test check bench mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -32,8 +32,5 @@ mismatches: $(READY)  ## the table of mismatching bits, backends across, cases d
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py
 
-uncache:  ## forget what numba compiled: it notices changes only of the file that a loop is in
-	rm -f backends/__pycache__/*.nbi backends/__pycache__/*.nbc
-
-clean: uncache
+clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,9 +24,8 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
-from aqt_lite.backends import _numba_dots, _numba_fixed_point, _xla_ffi
-from aqt_lite.backends._numba_dots import STRIP
-from aqt_lite.backends._numba_fixed_point import finish_columns, prepare_rows, shape_of_panels
+from aqt_lite.backends import _numba_dots, _xla_ffi
+from aqt_lite.backends._numba_dots import STRIP, finish_columns, prepare_rows, shape_of_panels
 from aqt_lite.backends._numpy_kernels import powers_of_two
 from aqt_lite.backends._xla_ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.elements import FLOAT_TYPES, element_type
@@ -103,10 +102,12 @@ def _handler(version: int) -> Any:
 
 @functools.cache
 def _is_registered() -> bool:
-    sources = [
-        Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _numba_fixed_point, _xla_ffi)
-    ]
-    return _xla_ffi.register(TARGET, _handler(zlib.crc32(b"".join(source.read_bytes() for source in sources))))
+    try:
+        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _xla_ffi)]
+        version = zlib.crc32(b"".join(source.read_bytes() for source in sources))
+    except OSError:  # no sources, and then numba caches nothing
+        version = 0
+    return _xla_ffi.register(TARGET, _handler(version))
 
 
 # ---- what JAX sees
@@ -151,12 +152,14 @@ def _batch(arrays: Any, axes: Any) -> Any:
         room = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
         results = [y.reshape(*x.shape[:2], y.shape[-1]), kind.reshape(x.shape[:2]), *room]
     else:
-        size = next(len(a) for a, axis in zip((x, *weight), axes, strict=True) if axis is not None)
-        every = [
-            jnp.broadcast_to(a, (size, *a.shape)) if axis is None else a
-            for a, axis in zip((x, *weight), axes, strict=True)
-        ]
-        results = jax.lax.map(lambda one: _bind(*one), tuple(every))
+        every = (x, *weight)
+        mapped = tuple(a for a, axis in zip(every, axes, strict=True) if axis is not None)
+
+        def one(slices: Any) -> Any:  # what is not mapped over is not copied either
+            found = iter(slices)
+            return _bind(*(a if axis is None else next(found) for a, axis in zip(every, axes, strict=True)))
+
+        results = jax.lax.map(one, mapped)
     return results, [0] * len(results)
 
 
@@ -181,7 +184,7 @@ def product(
 ) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the kind of each row of x.
 
-    Kinds are those of ``_numba_fixed_point``; where bit 1 is set, the reference takes a second pass.
+    Kinds are those of ``_numba_dots``; where bit 1 is set, the reference takes a second pass.
     """
     b, columns = get_backend("jax"), codes.shape[0]
 

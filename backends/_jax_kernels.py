@@ -177,6 +177,7 @@ def _serves(dots: Any, x: Array, codes: Array, scale: Array, contract: int) -> b
         and 64 <= inner <= reference.LONGEST_PIECE
         and rows > 0
         and codes.size >= SMALLEST_FOR_LOOPS
+        and not jax.sharding.get_abstract_mesh().manual_axes  # inside shard_map both forms would have to vary alike
     )
 
 

@@ -77,26 +77,35 @@ def in_parallel(
     parts = min(cores() * pieces, units) if elements >= LARGE else 1
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
     results: list[Any] = [None] * parts
-    unclaimed, one_at_a_time = iter(range(parts)), threading.Lock()
+    changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
 
     def claim() -> None:
+        nonlocal begun, ended
         with np.errstate(all="ignore"):
             while True:
-                with one_at_a_time:
-                    i = next(unclaimed, None)
-                if i is None:
-                    return
-                results[i] = work(bounds[i], bounds[i + 1])
+                with changed:
+                    if begun == parts or failures:
+                        return
+                    i, begun = begun, begun + 1
+                try:
+                    results[i] = work(bounds[i], bounds[i + 1])
+                except BaseException as failure:
+                    failures.append(failure)
+                finally:
+                    with changed:
+                        ended += 1
+                        changed.notify_all()
 
-    helpers = []
-    with contextlib.suppress(RuntimeError):  # an interpreter that is shutting down starts no thread any more
-        helpers += [_pool().submit(claim) for _ in range(min(cores(), parts) - 1)]
-    try:
-        claim()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    with contextlib.suppress(
+        RuntimeError
+    ):  # no thread can be started, perhaps because the interpreter is shutting down
+        for _ in range(min(cores(), parts) - 1):
+            _pool().submit(claim)
+    claim()
+    with changed:
+        changed.wait_for(lambda: ended == begun)
+    if failures:
+        raise failures[0]
     return results
 
 
@@ -509,14 +518,6 @@ def integer_dots() -> Any:
 
 
 @functools.cache
-def fixed_point() -> Any:
-    """The loops around those; only where ``integer_dots`` are."""
-    from aqt_lite.backends import _numba_fixed_point
-
-    return _numba_fixed_point
-
-
-@functools.cache
 def _loaded_dots() -> Any:
     from aqt_lite.backends import _numba_dots
 
@@ -530,8 +531,11 @@ def _exact_matmul(x: Array, w: Array) -> Array:
         _exact_by_floats(x, _less_128(w, None) if w.dtype == np.uint8 else w, y)
         return y
     dots, digits = integer_dots(), 1 if x.dtype == np.int8 else 4
-    for part in dots.parts_of_rows(len(x), digits):
-        _exact_by_dots(x[part], w, y[part], digits)
+    most = dots.ROWS_AT_ONCE
+    for some in (slice(first, first + most) for first in range(0, len(x), most)):
+        rows, sums = x[some], y[some]
+        for part in dots.parts_of_rows(len(rows), digits):
+            _exact_by_dots(rows[part], w, sums[part], digits)
     return y
 
 
@@ -687,7 +691,7 @@ def _product_in_fixed_point(
         for part, row_exponent, total, kind, panels, tail in parts:
             few = (a[start:stop] for a in of_columns)
             of_rows = (panels, tail, row_exponent, total, kind)
-            fixed_point().finish_columns(w[start:stop], unsigned, *of_rows, *few, powers, y[part, start:stop])
+            integer_dots().finish_columns(w[start:stop], unsigned, *of_rows, *few, powers, y[part, start:stop])
 
     in_parallel(finish, columns, 5 if rows == 1 else integer_dots().STRIP, codes.size, PIECES)
     return y.astype(x.dtype, copy=False)
@@ -695,7 +699,7 @@ def _product_in_fixed_point(
 
 def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Array]:
     """Exponents, sums and kinds of the rows of x, their panels, and the integers that no panel holds."""
-    loops, (rows, inner) = fixed_point(), x.shape
+    loops, (rows, inner) = integer_dots(), x.shape
     exponent, total, kind = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
     panels = aligned_empty(loops.shape_of_panels(rows, inner), np.uint32)
     tail = np.empty((rows, inner - 4 * panels.shape[1]), dtype=np.int32)

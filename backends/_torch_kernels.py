@@ -75,7 +75,8 @@ def _fast(
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and torch.float64 not in (x.dtype, scale.dtype)
     mapped = not torch.compiler.is_compiling() and any(is_functorch(a) for a in arguments if a is not None)
-    in_place = x.device.type == "cpu" and not mapped  # vmap cannot follow what happens in place
+    recorded = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    in_place = x.device.type == "cpu" and not mapped and not recorded  # neither can follow what happens in place
     if not in_place or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
     y = _by_dots("matmul_by_dots", *arguments, spec, contract) if codes.numel() > SMALL else NotImplemented

@@ -431,17 +431,17 @@ _lock = threading.Lock()
 def register(name: str, function: Any) -> bool:
     """Compile a handler and offer it to XLA; return whether XLA accepts it.
 
-    XLA refuses a version of its interface that it does not know, so no struct is ever misread; then the caller has to
-    do without. To be called when the handler is about to be used, that is, in a lowering rule: before there is a CPU
-    backend, XLA only takes note of a handler, and if it refused it later there would be no backend at all.
+    XLA refuses a version of its interface that it does not know before it ever calls the handler for a product; then
+    the caller has to do without. To be called when the handler is about to be used, that is, in a lowering rule: before
+    there is a CPU backend, XLA only takes note of a handler, and if it refused it later there would be no backend.
 
     Where numba caches handlers, the function should be a closure over something that changes with the sources of all
     that it calls: numba looks at closures, and at the one file that the function is in.
     """
     with _lock:
         if name not in _handlers:
-            jax.devices("cpu")
             try:
+                jax.devices("cpu")
                 handler = numba.cfunc(HANDLER, cache=True)(function)
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")
             except Exception as error:

@@ -342,3 +342,85 @@ def test_exported_torch_programs_hold_no_operator_of_ours(large_weight):
     exported = torch.export.export(Layer(), (x,))
     assert not [n for n in exported.graph.nodes if "aqt_lite" in str(n.target)]
     assert_same_bits(exported.module()(x), Layer()(x))
+
+
+# ---- what went wrong once
+
+
+def test_more_rows_than_sums_are_kept_for():
+    rng = np.random.default_rng(8)
+    q = aqt_lite.quantize(rng.standard_normal((400, 330)).astype(np.float32), granularity=PerChannel(0))
+    x, bias = rng.standard_normal((1043, 330)).astype(np.float32), np.zeros(400, np.float32)
+    expected = by_the_reference(x, q, bias)
+    for form in FORMS.values():
+        assert_same_bits(np.asarray(form(x, q, bias)), expected)
+
+
+def test_fast_products_keep_subnormal_activations_where_the_backend_does(dots):
+    q = aqt_lite.quantize(np.full((400, 330), 1e10, np.float32), granularity=PerChannel(0))
+    for x in (
+        np.full((2, 330), 1e-40, np.float32),
+        np.where(np.arange(330) < 9, 1e-38, 1e-40)[None].astype(np.float32),
+    ):
+        exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+        np.testing.assert_allclose(aqt_lite.linear(x, q), exact, rtol=1e-5)
+        np.testing.assert_allclose(aqt_lite.linear(torch.from_numpy(x), q.to_backend("torch")), exact, rtol=1e-5)
+
+
+def test_large_products_raise_no_warnings_of_numpy(dots):
+    q = aqt_lite.quantize(np.full((400, 330), 100, np.float32), granularity=PerChannel(0))
+    with np.errstate(all="raise"):
+        _numpy_kernels.powers_of_two.cache_clear()
+        y = aqt_lite.linear(np.full((2, 330), 3e37, np.float32), q, mode="reproducible")
+    assert np.isinf(y).all()
+
+
+def test_a_weight_of_big_endian_numbers_of_double_width_is_not_narrowed(dots):
+    w = np.random.default_rng(9).standard_normal((400, 330))
+    q, x = aqt_lite.quantize(w, granularity=PerChannel(0)), np.full((2, 330), 1e200).astype(">f8")
+    np.testing.assert_allclose(aqt_lite.linear(x, q), x.astype("f8") @ q.dequantize().T, rtol=1e-11)
+
+
+def test_inside_shard_map_over_one_device(weight):
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, everywhere = jax.sharding.PartitionSpec("a"), jax.sharding.PartitionSpec()
+    x = activations(4, 320)
+    for mode in ("fast", "reproducible"):
+        product = jax.shard_map(
+            lambda x, w, mode=mode: aqt_lite.linear(x, w, mode=mode),
+            mesh=mesh,
+            in_specs=(spec, everywhere),
+            out_specs=spec,
+        )
+        assert_same_bits(jax.jit(product)(x, weight), aqt_lite.linear(x, weight, mode="reproducible"))
+
+
+def test_vmap_over_the_bias_alone(weight):
+    x, bias = activations(3, 320), activations(4, 300)
+    mapped = jax.vmap(lambda b: aqt_lite.linear(x, weight, b))(bias)
+    assert_same_bits(mapped, jnp.stack([aqt_lite.linear(x, weight, b) for b in bias]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes become constants
+def test_traced_torch_programs_depend_on_their_input(large_weight):
+    traced = torch.jit.trace(lambda x: aqt_lite.linear(x, large_weight), torch.randn(3, 1000))
+    x = torch.randn(3, 1000)
+    torch.testing.assert_close(traced(x), aqt_lite.linear(x, large_weight), rtol=1e-4, atol=1e-2)
+
+
+def test_in_parallel_waits_for_what_has_begun_and_passes_errors_on(monkeypatch):
+    class Starved:
+        def submit(self, claim):
+            raise RuntimeError("can't start new thread")
+
+    def fail(start, stop):
+        if start <= 50 < stop:
+            raise ValueError("here")
+
+    for _ in range(20):
+        with pytest.raises(ValueError, match="here"):
+            _numpy_kernels.in_parallel(fail, 100, pieces=8)
+    monkeypatch.setattr(_numpy_kernels, "_pool", Starved)
+    parts = _numpy_kernels.in_parallel(lambda lo, hi: (lo, hi), 100, pieces=8)
+    assert (parts[0][0], parts[-1][1]) == (0, 100)

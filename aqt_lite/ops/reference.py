@@ -243,12 +243,13 @@ def fits_fixed_point(x: Array, b: Backend) -> Array:
 def rows_fit_fixed_point(x: Array, b: Backend) -> Array:
     """The same for each row, as a column.
 
-    Two passes hold 62 bits below a row's largest entry; float32 has 24 of them. Infinities and NaN do not fit.
+    Two passes hold 62 bits below a row's largest entry; float32 has 24 of them. Infinities, NaN and
+    subnormal numbers do not fit.
     """
     xp = b.xp
     magnitude = xp.abs(xp.astype(x, xp.float32))
     largest = xp.max(magnitude, axis=1, keepdims=True)
-    enough = (magnitude == 0) | (magnitude >= largest * 2.0**-37)
+    enough = (magnitude == 0) | ((magnitude >= largest * 2.0**-37) & (magnitude >= SMALLEST))
     return xp.all(enough & xp.isfinite(largest), axis=1, keepdims=True)
 
 
