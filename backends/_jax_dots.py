@@ -20,18 +20,25 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from numba import njit
 
-from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
 from aqt_lite.backends import _numba_dots, _xla_ffi
-from aqt_lite.backends._numba_dots import STRIP, finish_columns, prepare_rows, shape_of_panels
+from aqt_lite.backends._numba_dots import (
+    NOT_FINITE,
+    OUT_OF_RANGE,
+    SECOND_PASS,
+    STRIP,
+    finish_columns,
+    prepare_rows,
+    shape_of_panels,
+)
 from aqt_lite.backends._numpy_kernels import powers_of_two
 from aqt_lite.backends._xla_ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.elements import FLOAT_TYPES, element_type
 from aqt_lite.ops import reference
 
-__all__ = ["product"]
+__all__ = ["SECOND_PASS", "product"]
 
 TARGET = "aqt_lite_fixed_point_product"
 
@@ -126,14 +133,14 @@ def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bi
     zero_point = zero[:, None] + (128 if unsigned else 0)
     spec = Spec(element_type(w.dtype.name), FLOAT_TYPES["float32"], symmetric=False, block=(1, None))
     y = reference.matmul_reproducible(x, w, scale, zero_point, bias, spec=spec, contract=1, b=b)
-    kind = jnp.where(reference.rows_fit_fixed_point(x, b)[:, 0], 0, 5)  # no row is left to be done again
+    kind = jnp.where(reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE)  # no second pass is left
     room = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w)[2:]]
     return [y, kind.astype(jnp.int32), *room]
 
 
 def _results(x: Any, w: Any, *_: Any) -> list[Any]:
     (rows, inner), columns = x.shape, w.shape[0]
-    panels = shape_of_panels(rows, inner)
+    panels = shape_of_panels(rows, inner, 4)
     kinds = [
         ((rows, columns), jnp.float32),
         ((rows,), jnp.int32),
@@ -184,23 +191,10 @@ def product(
 ) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the kind of each row of x.
 
-    Kinds are those of ``_numba_dots``; where bit 1 is set, the reference takes a second pass.
+    Kinds are those of ``_numba_dots``; where one is ``SECOND_PASS``, the reference takes it.
     """
-    b, columns = get_backend("jax"), codes.shape[0]
-
-    def per_column(blocks: Array) -> Array:
-        wide = affine.spread(blocks, (columns, 1), (spec.block[0], None), jnp)
-        return jnp.broadcast_to(wide[:, 0], (columns,))
-
-    fraction, exponent = b.fraction_and_exponent(per_column(scale))
-    zero = jnp.zeros(columns, jnp.int32)
-    if zero_point is not None:
-        zero = per_column(zero_point) - (128 if codes.dtype == jnp.uint8 else 0)
-    shift = jnp.zeros(columns, jnp.float32)
-    if bias is not None:
-        shift = bias.astype(jnp.float32)
-        shift = jnp.where(jnp.abs(shift) < reference.SMALLEST, 0, shift)
-    arrays = (codes, fraction, exponent, zero, shift, powers_of_two())
+    vectors = reference.of_columns(codes, scale, zero_point, bias, spec=spec, b=get_backend("jax"))
+    arrays = (codes, *vectors, powers_of_two())
     parts = [_bind(x[part].astype(jnp.float32), *arrays)[:2] for part in _numba_dots.parts_of_rows(x.shape[0], 4)]
     y, kind = (jnp.concatenate(found) for found in zip(*parts, strict=True))
     return y.astype(x.dtype), kind

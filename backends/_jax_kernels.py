@@ -60,11 +60,10 @@ def _fast(
     arguments = (x, codes, scale, zero_point, bias)
     single = codes.dtype.itemsize == 1 and "float64" not in (x.dtype.name, spec.source.compute)
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
-    plain = jax.default_backend() != "cpu" or jax.device_count() > 1
-    if plain or not single or 0 in (*x.shape, *codes.shape):
+    if not _is_one_cpu() or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=b)
-    dots = integer_dots()
-    if _serves(dots, x, codes, scale, contract):
+    dots = _dots_for(x, codes, scale, contract)
+    if dots is not None:
         y, kind = dots.product(*arguments, spec)
         return _unless(jnp.any(kind != 0), y, lambda: _blockwise(*arguments, spec, contract))
     if contract == 1 and scale.shape[1] == 1 and x.shape[0] <= MOST_ROWS_AS_DIGITS:
@@ -139,17 +138,21 @@ def _reproducible(
     def plain() -> Array:
         return reference.matmul_reproducible(*arguments, spec=spec, contract=contract, b=b)
 
-    dots = integer_dots()
-    if not _serves(dots, x, codes, scale, contract):
+    dots = _dots_for(x, codes, scale, contract)
+    if dots is None:
         return plain()
     y, kind = dots.product(*arguments, spec)
-    return _unless(jnp.any((kind & 2) != 0), y, plain)
+    return _unless(jnp.any((kind & dots.SECOND_PASS) != 0), y, plain)
+
+
+def _is_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 @functools.cache
 def integer_dots() -> Any:
     """The primitive around the processor's int8 dot product, or None where that or numba is missing."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or _numpy_kernels.integer_dots() is None:
+    if not _is_one_cpu() or _numpy_kernels.integer_dots() is None:
         return None
     from aqt_lite.backends import _jax_dots
 
@@ -165,12 +168,11 @@ def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
     return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
 
 
-def _serves(dots: Any, x: Array, codes: Array, scale: Array, contract: int) -> bool:
-    """Whether the compiled loops serve: one piece, 8 bits, and large enough to be worth the call."""
+def _dots_for(x: Array, codes: Array, scale: Array, contract: int) -> Any:
+    """``integer_dots`` where they serve: one piece, 8 bits, and large enough to be worth the call; else None."""
     rows, inner = x.shape
-    return (
-        dots is not None
-        and contract == 1
+    serve = (
+        contract == 1
         and scale.shape[1] == 1
         and codes.dtype.itemsize == 1
         and "float64" not in (x.dtype.name, scale.dtype.name)
@@ -179,6 +181,7 @@ def _serves(dots: Any, x: Array, codes: Array, scale: Array, contract: int) -> b
         and codes.size >= SMALLEST_FOR_LOOPS
         and not jax.sharding.get_abstract_mesh().manual_axes  # inside shard_map both forms would have to vary alike
     )
+    return integer_dots() if serve else None
 
 
 _FORMS: dict[str, Callable[..., Array]] = {"matmul": _fast, "matmul_reproducible": _reproducible}

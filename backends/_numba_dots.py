@@ -34,8 +34,12 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 __all__ = [
+    "ANY_KIND",
     "AVAILABLE",
+    "NOT_FINITE",
+    "OUT_OF_RANGE",
     "ROWS_AT_ONCE",
+    "SECOND_PASS",
     "STRIP",
     "finish_columns",
     "multiply_one_row",
@@ -44,7 +48,6 @@ __all__ = [
     "pack_rows",
     "parts_of_rows",
     "prepare_rows",
-    "rows_of_a_panel",
     "shape_of_panels",
 ]
 
@@ -229,6 +232,12 @@ def rows_of_a_panel(rows: int, digits: int) -> int:
     return next((16 * c // digits for c in (1, 2) if rows <= 16 * c // digits), 64 // digits)
 
 
+def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
+    """Shape of the uint32 array that ``pack_rows`` fills; empty where one row of four digits has a loop of its own."""
+    height = rows_of_a_panel(rows, digits)
+    return (0, 0, 0) if rows == 1 and digits == 4 else (-(-rows // height), inner // 4, digits * height)
+
+
 def parts_of_rows(rows: int, digits: int) -> list[slice]:
     """The rows of x in one part, or in two where the last panel would be half empty or more."""
     most = 64 // digits
@@ -342,21 +351,20 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
 ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of every panel's height."""
 
+NOT_FINITE, SECOND_PASS, OUT_OF_RANGE = 1, 2, 4
+"""Kinds of rows, as bits: has a value that is not finite (its integers are 0, its results NaN); wants a second pass for
+what was rounded away; has entries that are subnormal or more than 2^37 below its largest."""
 
-def shape_of_panels(rows: int, inner: int) -> tuple[int, int, int]:
-    """Shape of the uint32 array that ``prepare_rows`` packs ``rows`` rows into; empty for one row, which needs none."""
-    height = rows_of_a_panel(rows, 4)
-    return (-(-rows // height), inner // 4, 4 * height) if rows > 1 else (0, 0, 0)
+ANY_KIND = NOT_FINITE | SECOND_PASS | OUT_OF_RANGE
 
 
 @njit(nogil=True, cache=True)
 def _to_fixed_point(
     x: Any, powers: Any, integers: Any, exponent: Any, total: Any, kind: Any
 ) -> None:  # pragma: no cover
-    """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums, and what kind of row each is.
+    """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums and kinds.
 
-    Kind: bit 0 has a value that is not finite (integers 0); bit 1 wants a second pass for what was rounded away; bit 2
-    has entries more than 2^37 below its largest, or subnormal ones. ``powers[i]`` is 2^(i - 256), 0 far below.
+    ``powers[i]`` is 2^(i - 256), 0 far below.
     """
     bits = x.view(np.int32)
     for m in range(x.shape[0]):
@@ -367,11 +375,11 @@ def _to_fixed_point(
             most = max(most, magnitude)
             least = min(least, magnitude if magnitude > 0 else np.int32(0x7FFFFFFF))
         if most >= np.int32(0x7F800000):
-            kind[m], exponent[m], total[m] = 1, 0, 0
+            kind[m], exponent[m], total[m] = NOT_FINITE, 0, 0
             integers[m, :] = 0
             continue
         if most < np.int32(0x00800000):  # nothing but subnormal numbers and zeros, which count as zeros
-            kind[m], exponent[m], total[m] = 0 if most == 0 else 4, -127, 0
+            kind[m], exponent[m], total[m] = 0 if most == 0 else OUT_OF_RANGE, -127, 0
             integers[m, :] = 0
             continue
         e = (most >> 23) - 127
@@ -393,7 +401,7 @@ def _to_fixed_point(
         exponent[m], total[m] = e, added
         ends = np.array([most, least], dtype=np.int32).view(np.float32)
         far_below = least < np.int32(0x00800000) or ends[1] < ends[0] * np.float32(2.0**-37)
-        kind[m] = (2 if np.int64(small) * 16 > present else 0) | (4 if far_below else 0)
+        kind[m] = (SECOND_PASS if np.int64(small) * 16 > present else 0) | (OUT_OF_RANGE if far_below else 0)
 
 
 @njit(nogil=True, cache=True)
@@ -481,5 +489,5 @@ def finish_columns(
                 found, total[first:last], zero[own], fraction[own], exponents, exponent[own], powers, bias[own], out
             )
             for m in range(first, last):
-                if kind[m] & 1:
+                if kind[m] & NOT_FINITE:
                     out[m - first, :] = np.float32(np.nan)

@@ -73,8 +73,11 @@ def in_parallel(
 
     Without warnings, which NumPy counts for each thread: the contract says what overflow and NaN become.
     """
+    if elements < LARGE:
+        with np.errstate(all="ignore"):
+            return [work(0, length)]
     units = -(-length // grain)
-    parts = min(cores() * pieces, units) if elements >= LARGE else 1
+    parts = min(cores() * pieces, units)
     bounds = [min(units * i // parts * grain, length) for i in range(parts + 1)]
     results: list[Any] = [None] * parts
     changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
@@ -96,9 +99,8 @@ def in_parallel(
                         ended += 1
                         changed.notify_all()
 
-    with contextlib.suppress(
-        RuntimeError
-    ):  # no thread can be started, perhaps because the interpreter is shutting down
+    # no thread can be started, perhaps because the interpreter is shutting down
+    with contextlib.suppress(RuntimeError):
         for _ in range(min(cores(), parts) - 1):
             _pool().submit(claim)
     claim()
@@ -426,7 +428,20 @@ def _weight(
         np.copyto(out, codes[start:stop]) if loops is None else loops.widen(codes[start:stop], out)
     else:
         np.subtract(codes[start:stop], part(zero_point), out=out, casting="unsafe")
-    return out if scale.size == 1 and scale.flat[0] == 1 else np.multiply(out, part(scale), out=out)
+    return out if _is_one(scale) else np.multiply(out, part(scale), out=out)
+
+
+def _is_one(scale: Array) -> bool:
+    return bool(scale.size == 1 and scale.flat[0] == 1)
+
+
+def _einsum(codes: Array, row: Array, out: Array) -> Array:
+    """``codes @ row`` in the dtype of ``row``, into ``out``: einsum converts codes as it goes, a buffer at a time."""
+    usual = np.setbufsize(EINSUM_BUFFER)
+    try:
+        return np.einsum("nk,k->n", codes, row, out=out)
+    finally:
+        np.setbufsize(usual)
 
 
 def _blockwise(
@@ -438,17 +453,12 @@ def _blockwise(
         return np.multiply(y, columns_of_scale, out=y)
     length, width = codes.shape
     grain = spec.block[0] or 1  # blocks begin where a group begins
-    one_scale = scale.size == 1 and scale.flat[0] == 1
-    if contract == 1 and len(x) <= MOST_ROWS_FOR_EINSUM and zero_point is None and one_scale:
+    if contract == 1 and len(x) <= MOST_ROWS_FOR_EINSUM and zero_point is None and _is_one(scale):
         y = np.empty((len(x), length), dtype=np.float32)
 
         def columns(start: int, stop: int) -> None:
-            usual = np.setbufsize(EINSUM_BUFFER)
-            try:
-                for row, out in zip(x, y, strict=True):
-                    np.einsum("nk,k->n", codes[start:stop], row, out=out[start:stop])
-            finally:
-                np.setbufsize(usual)
+            for row, out in zip(x, y, strict=True):
+                _einsum(codes[start:stop], row, out[start:stop])
 
         in_parallel(columns, length, 1, codes.size, PIECES)
         return y
@@ -548,9 +558,8 @@ def _exact_by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             dots.multiply_one_row(w, x[0], planes, y[0])
 
     else:
-        height = dots.rows_of_a_panel(rows, digits)
-        panels = aligned_empty((-(-rows // height), inner // 4, digits * height), np.uint32)
-
+        panels = aligned_empty(dots.shape_of_panels(rows, inner, digits), np.uint32)
+        height = panels.shape[2] // digits
         tail = np.ascontiguousarray(x[:, inner // 4 * 4 :])
 
         def pack(start: int, stop: int) -> None:
@@ -588,6 +597,8 @@ def _exact_by_floats(x: Array, w: Array, y: Array) -> None:
     wide = np.ascontiguousarray(x, dtype=np.float64)
     rows, inner = w.shape
     y[:] = 0
+    runs = [slice(k, k + LONGEST_EXACT) for k in range(0, inner, LONGEST_EXACT)]
+    few = len(x) <= MOST_ROWS_FOR_EINSUM
     loops = compiled_loops() if w.flags.c_contiguous and len(x) <= MOST_ROWS_FOR_LOOPS else None
 
     def columns(start: int, stop: int) -> None:
@@ -596,16 +607,17 @@ def _exact_by_floats(x: Array, w: Array, y: Array) -> None:
                 for row, out in zip(wide, y, strict=True):
                     loops.exact_rows_times(w[part], row, LONGEST_EXACT, out[part])
             return
+        if few:
+            for row, out in zip(wide, y[:, start:stop], strict=True):
+                for near in runs:
+                    out += _einsum(w[start:stop, near], row[near], np.empty(stop - start)).astype(np.int64)
+            return
         for part in _tiles(start, stop, 2 * inner):
             codes = w[part].astype(np.float64)
-            for k in range(0, inner, LONGEST_EXACT):
-                near = slice(k, k + LONGEST_EXACT)
-                if len(x) == 1:  # vecdot, unlike BLAS, leaves the threads to us
-                    y[0, part] += np.vecdot(codes[:, near], wide[0, near]).astype(np.int64)
-                else:
-                    y[:, part] += (wide[:, near] @ codes[:, near].T).astype(np.int64)
+            for near in runs:
+                y[:, part] += (wide[:, near] @ codes[:, near].T).astype(np.int64)
 
-    if w.size < LARGE or (loops is None and len(x) > 1):  # BLAS has threads of its own
+    if w.size < LARGE or (loops is None and not few):  # BLAS has threads of its own
         columns(0, rows)
     else:
         in_parallel(columns, rows, 4)
@@ -617,37 +629,6 @@ def powers_of_two() -> Array:
     return _backend().power_of_two(np.clip(np.arange(-256, 256, dtype=np.int32), None, 127))
 
 
-def matmul_reproducible(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    *,
-    spec: Spec,
-    contract: int,
-) -> Any:
-    """``reference.matmul_reproducible`` where the contracted axis is one piece and no row wants a second pass.
-
-    What the reference does to whole arrays in some thirty steps happens here in two loops around the integer product.
-    """
-    return _product_in_fixed_point(x, codes, scale, zero_point, bias, spec, contract, unserved=2)
-
-
-def matmul_by_dots(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    *,
-    spec: Spec,
-    contract: int,
-) -> Any:
-    """The same for ``mode="fast"``: only rows of which fixed point loses nothing that a float32 product keeps."""
-    return _product_in_fixed_point(x, codes, scale, zero_point, bias, spec, contract, unserved=7)
-
-
 @np.errstate(all="ignore")
 def _product_in_fixed_point(
     x: Array,
@@ -655,53 +636,56 @@ def _product_in_fixed_point(
     scale: Array,
     zero_point: Array | None,
     bias: Array | None,
+    *,
     spec: Spec,
     contract: int,
-    unserved: int,
+    fast: bool,
 ) -> Any:
+    """``reference.matmul_reproducible`` where the contracted axis is one piece and no row wants a second pass.
+
+    What the reference does to whole arrays in some thirty steps happens here in two loops around the integer product.
+    ``fast``: only rows of which fixed point loses nothing that a float32 product keeps.
+    """
     (rows, inner), columns = x.shape, len(codes)
     single = codes.dtype.itemsize == 1 and "float64" not in (x.dtype.name, scale.dtype.name)
     one_piece = contract == 1 and scale.shape[1] == 1 and inner <= reference.LONGEST_PIECE
     if not (single and one_piece) or integer_dots() is None or 0 in (*x.shape, *codes.shape):
         return NotImplemented
-    wide, powers = np.ascontiguousarray(x, dtype=np.float32), powers_of_two()
+    dots, powers = integer_dots(), powers_of_two()
+    wide = np.ascontiguousarray(x, dtype=np.float32)
     parts = []
-    for part in integer_dots().parts_of_rows(rows, 4):
-        parts.append((part, *_prepared(wide[part], powers)))
-        if (parts[-1][3] & unserved).any():  # the kinds of the rows
+    for part in dots.parts_of_rows(rows, 4):
+        prepared = _prepared(wide[part], powers)
+        if (prepared[2] & (dots.ANY_KIND if fast else dots.SECOND_PASS)).any():
             return NotImplemented
-
-    def per_column(blocks: Array) -> Array:
-        spread = affine.spread(blocks, (columns, 1), (spec.block[0], None), np)
-        return np.ascontiguousarray(np.broadcast_to(spread[:, 0], (columns,)))  # compiled loops check no bounds
-
-    fraction, exponent = _backend().fraction_and_exponent(per_column(scale))
-    unsigned = codes.dtype == np.uint8
-    zero = np.zeros(columns, np.int32)
-    if zero_point is not None:
-        zero = zero + per_column(zero_point) - (128 if unsigned else 0)
-    shift = np.zeros(columns, np.float32)
-    if bias is not None:
-        shift = bias.astype(np.float32)
-        shift[np.abs(shift) < reference.SMALLEST] = 0
-    of_columns, w = (fraction, exponent, zero, shift), codes.view(np.int8)
+        parts.append((part, *prepared))
+    # compiled loops check no bounds, and are compiled anew for another layout
+    vectors = [
+        np.ascontiguousarray(v) for v in reference.of_columns(codes, scale, zero_point, bias, spec=spec, b=_backend())
+    ]
+    w, unsigned = codes.view(np.int8), codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
     def finish(start: int, stop: int) -> None:
+        fraction, exponent, zero, shift = (v[start:stop] for v in vectors)
         for part, row_exponent, total, kind, panels, tail in parts:
-            few = (a[start:stop] for a in of_columns)
             of_rows = (panels, tail, row_exponent, total, kind)
-            integer_dots().finish_columns(w[start:stop], unsigned, *of_rows, *few, powers, y[part, start:stop])
+            own = w[start:stop], unsigned, *of_rows, fraction, exponent, zero, shift, powers
+            dots.finish_columns(*own, y[part, start:stop])
 
-    in_parallel(finish, columns, 5 if rows == 1 else integer_dots().STRIP, codes.size, PIECES)
+    in_parallel(finish, columns, 5 if rows == 1 else dots.STRIP, codes.size, PIECES)
     return y.astype(x.dtype, copy=False)
+
+
+matmul_reproducible = functools.partial(_product_in_fixed_point, fast=False)
+matmul_by_dots = functools.partial(_product_in_fixed_point, fast=True)
 
 
 def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Array]:
     """Exponents, sums and kinds of the rows of x, their panels, and the integers that no panel holds."""
     loops, (rows, inner) = integer_dots(), x.shape
     exponent, total, kind = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
-    panels = aligned_empty(loops.shape_of_panels(rows, inner), np.uint32)
+    panels = aligned_empty(loops.shape_of_panels(rows, inner, 4), np.uint32)
     tail = np.empty((rows, inner - 4 * panels.shape[1]), dtype=np.int32)
     height = max(1, panels.shape[2] // 4)
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from aqt_lite import affine
@@ -21,7 +19,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Spec
 from aqt_lite.backends import _numpy_kernels
-from aqt_lite.backends.torch import is_functorch
+from aqt_lite.backends.torch import has_no_values, is_functorch
 from aqt_lite.elements import FLOAT_TYPES, element_type
 from aqt_lite.ops import reference
 
@@ -79,10 +77,10 @@ def _fast(
     in_place = x.device.type == "cpu" and not mapped and not recorded  # neither can follow what happens in place
     if not in_place or not single or 0 in (*x.shape, *codes.shape):
         return reference.matmul(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
-    y = _by_dots("matmul_by_dots", *arguments, spec, contract) if codes.numel() > SMALL else NotImplemented
+    digits_serve = _has_one_large_piece(codes, scale, contract)
+    y = _by_dots("matmul_by_dots", arguments, spec, contract) if digits_serve else NotImplemented
     if y is not NotImplemented:
         return y
-    digits_serve = contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL
     if (
         x.shape[0] <= (1 if digits_serve else _numpy_kernels.MOST_ROWS_FOR_LOOPS)
         and _are_plain(arguments)
@@ -131,30 +129,27 @@ def _blockwise(
 def _reproducible(
     x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec, contract: int
 ) -> Array:
-    y = _by_dots("matmul_reproducible", x, codes, scale, zero_point, bias, spec, contract)
+    arguments = (x, codes, scale, zero_point, bias)
+    y = _by_dots("matmul_reproducible", arguments, spec, contract)
     if y is not NotImplemented:
         return y
-    b = get_backend("torch")
-    return reference.matmul_reproducible(x, codes, scale, zero_point, bias, spec=spec, contract=contract, b=b)
+    return reference.matmul_reproducible(*arguments, spec=spec, contract=contract, b=get_backend("torch"))
 
 
-def _by_dots(
-    op: str,
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    spec: Spec,
-    contract: int,
-) -> Any:
-    """NumPy's form with the processor's int8 dot products, where it serves; 16-bit floats go there as float32."""
+def _by_dots(op: str, arrays: tuple[Array | None, ...], spec: Spec, contract: int) -> Any:
+    """NumPy's form with the processor's int8 dot products, where it serves; bfloat16 goes there as float32."""
+    x, codes, scale, zero_point, bias = arrays
+    assert x is not None
     wide, shift = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
-    arguments = (wide, codes, scale, zero_point, shift)
-    if not _are_plain(arguments) or _numpy_kernels.integer_dots() is None:
+    if not _are_plain((wide, codes, scale, zero_point, shift)) or _numpy_kernels.integer_dots() is None:
         return NotImplemented
-    y = _shared(op, *arguments, spec=spec, contract=contract)
+    y = _shared(op, wide, codes, scale, zero_point, shift, spec=spec, contract=contract)
     return y if y is NotImplemented else y.to(x.dtype)
+
+
+def _has_one_large_piece(codes: Array, scale: Array, contract: int) -> bool:
+    """Whether integer products serve, and the weight is large enough for making digits of x to pay."""
+    return bool(contract == 1 and scale.shape[1] == 1 and codes.numel() > SMALL)
 
 
 _FORMS: dict[str, Callable[..., Array]] = {"matmul": _fast, "matmul_reproducible": _reproducible}
@@ -227,11 +222,9 @@ def _is_one_call(x: Array, codes: Array, scale: Array, contract: int) -> bool:
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and HAS_DOTS
-        and contract == 1
-        and scale.shape[1] == 1
         and x.device.type == "cpu"
         and codes.element_size() == 1
-        and codes.numel() > SMALL
+        and _has_one_large_piece(codes, scale, contract)
     )
 
 
@@ -299,13 +292,9 @@ def _are_plain(tensors: Any) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     tracking = torch.is_grad_enabled()
-    for t in tensors:
+    for t in tensors:  # a loop, because a generator takes a good part of the time of a small product
         if t is not None and (
-            not t.is_cpu
-            or t.dtype is torch.bfloat16
-            or (tracking and t.requires_grad)
-            or isinstance(t, FakeTensor)
-            or is_functorch_wrapped_tensor(t)
+            not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or has_no_values(t)
         ):
             return False
     return True

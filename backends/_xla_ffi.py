@@ -46,7 +46,6 @@ FRAME_RESULTS = 80 + 32  # XLA_FFI_CallFrame: rets, XLA_FFI_Rets: rets
 FRAME_ATTRIBUTES = 120 + 40  # XLA_FFI_CallFrame: attrs, XLA_FFI_Attrs: attrs
 
 BUFFER_DATA = 24  # XLA_FFI_Buffer: data
-BUFFER_RANK = 32  # XLA_FFI_Buffer: rank
 BUFFER_DIMS = 40  # XLA_FFI_Buffer: dims
 
 SCALAR_VALUE = 8  # XLA_FFI_Scalar: value
@@ -263,11 +262,6 @@ def attribute(frame: Any, i: Any) -> Any:  # pragma: no cover - compiled
 @numba.njit
 def data(buffer: Any) -> Any:  # pragma: no cover - compiled
     return load64(buffer + BUFFER_DATA)
-
-
-@numba.njit
-def rank(buffer: Any) -> Any:  # pragma: no cover - compiled
-    return load64(buffer + BUFFER_RANK)
 
 
 @numba.njit

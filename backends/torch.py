@@ -52,7 +52,7 @@ class TorchBackend(Backend):
         return bool(x.device == y.device)  # known even where values are not
 
     def is_traced(self, x: Array) -> bool:
-        return torch.compiler.is_compiling() or _has_no_values(x)
+        return torch.compiler.is_compiling() or has_no_values(x)
 
     def refuse(self, x: Array) -> str | None:
         if x.layout != torch.strided:
@@ -139,7 +139,7 @@ def _as_tuples(kept: Any) -> Any:
     return tuple(_as_tuples(k) for k in kept) if isinstance(kept, list) else kept
 
 
-def _has_no_values(x: Array) -> bool:
+def has_no_values(x: Array) -> bool:
     """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
     return bool(x.is_meta or isinstance(x, FakeTensor) or is_functorch_wrapped_tensor(x))
 

@@ -26,6 +26,7 @@ __all__ = [
     "matmul",
     "matmul_integer",
     "matmul_reproducible",
+    "of_columns",
     "pieces",
 ]
 
@@ -225,6 +226,26 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
         carried = products[:, place * m : (place + 1) * m, :] + (carried >> 8)
         low = low + ((carried & 255) << (8 * place))
     return products[:, 3 * m :, :] + (carried >> 8), low
+
+
+def of_columns(
+    codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, *, spec: Spec, b: Backend
+) -> tuple[Array, Array, Array, Array]:
+    """What compiled loops need of each column of a product in one piece, as four vectors; codes are (N, K).
+
+    The significand and the exponent of its scale, the zero point (of uint8 codes: as if they were int8), and the bias.
+    """
+    xp, n = b.xp, int(codes.shape[0])
+
+    def per_column(blocks: Array) -> Array:
+        return xp.broadcast_to(affine.spread(blocks, (n, 1), (spec.block[0], None), xp)[:, 0], (n,))
+
+    fraction, exponent = b.fraction_and_exponent(per_column(scale))
+    zero = xp.zeros_like(exponent)
+    if zero_point is not None:
+        zero = per_column(zero_point) - (128 if b.dtype_name(codes) == "uint8" else 0)
+    shift = xp.zeros_like(fraction) if bias is None else _flushed(xp.astype(bias, xp.float32), xp)
+    return fraction, exponent, zero, shift
 
 
 def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) -> bool:
