@@ -16,7 +16,7 @@ eagerly and under any tracing compiler. Bits are the same everywhere because of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from aqt_lite.elements import ElementType, FloatType
 from aqt_lite.granularity import Block, grid_of, group_axes
 
 __all__ = [
+    "Coded",
     "Spec",
     "choose_qparams",
     "dequantize",
@@ -37,6 +38,17 @@ __all__ = [
     "spread",
     "usable_qparams",
 ]
+
+
+class Coded(NamedTuple):
+    """The arrays of a quantized array: what compilers see as a tree of leaves."""
+
+    codes: Array
+    """One code an element."""
+    scale: Array
+    """A number for each block, on the grid of blocks."""
+    zero_point: Array | None = None
+    """int32 on the same grid: the code of 0.0, where that is not 0."""
 
 
 @dataclass(frozen=True)
