@@ -5,7 +5,10 @@ Owns: the checks that several public functions share. Imports: elements, the con
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -15,15 +18,51 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.qarray import QArray
 
-__all__ = ["as_float_array", "check_floats", "one_of"]
+__all__ = ["as_float_array", "check_floats", "naming_the_argument", "one_of"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_SAID_ELSEWHERE = {
+    "axis": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
+    "dim": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
+    "channel_axis": "granularity=PerChannel(axis)",
+    "bits": "dtype='int4', 'int8', ...",
+    "num_bits": "dtype='int4', 'int8', ...",
+    "group_size": "granularity=PerGroup(size)",
+    "block_size": "granularity=PerGroup(size), or PerBlock(shape)",
+    "symmetric": "scheme='symmetric' or 'affine'",
+    "per_channel": "granularity=PerChannel(axis)",
+    "zero": "zero_point=",
+    "seed": "key= with rounding='stochastic'",
+    "out_dtype": "dtype= of dequantize",
+}
+
+
+def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function``, whose TypeError for an argument that other libraries have says what it is called here."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not known.issuperset(kwargs):
+            name = next(k for k in kwargs if k not in known)
+            way = _SAID_ELSEWHERE.get(name)
+            arguments = ", ".join(k for k in inspect.signature(function).parameters)
+            raise TypeError(
+                f"{function.__name__}() has no argument {name!r}: " + (f"use {way}" if way else f"it has {arguments}")
+            )
+        return function(*args, **kwargs)
+
+    return call
 
 
 def as_float_array(
-    x: Any, argument: str, backend: str | None = None, *, constant: bool = True
+    x: Any, argument: str, backend: str | None = None, *, may_detach: bool = True
 ) -> tuple[Array, Backend]:
     """``x`` as a floating-point array of a backend, without changing a bit of it.
 
-    Unless it serves as a ``constant``, its derivatives must not be lost.
+    Unless it ``may_detach``, an array whose derivatives are tracked stays on its backend.
     """
     if isinstance(x, QArray):
         raise TypeError(f"{argument} is a QArray already: use it as it is, or pass {argument}.dequantize()")
@@ -35,7 +74,7 @@ def as_float_array(
         target = get_backend(backend)
         if b.is_traced(x):
             raise TypeError(f"backend={backend!r}: {argument} is being traced by {b.name} and cannot leave it")
-        if not constant and b.differentiates(x):
+        if not may_detach and b.differentiates(x):
             raise TypeError(
                 f"backend={backend!r}: {argument} tracks derivatives, which cannot leave {b.name}: "
                 f"pass {argument}.detach() if none are needed"

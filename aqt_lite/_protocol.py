@@ -9,7 +9,7 @@ a default that is right for an eager library on a CPU with IEEE arithmetic, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,9 +65,22 @@ class Backend(ABC):
 
     # ---- defaults: an eager library, IEEE arithmetic, no gradients
 
-    def number(self, value: float, dtype: str, like: Array) -> Array:
-        """A 0-dimensional array of that dtype, rounded to nearest, on the device of ``like``."""
+    def constant(self, value: float | Sequence[float], dtype: str, like: Array) -> Array:
+        """A number, or numbers, as an array of that dtype, rounded to nearest, on the device of ``like``."""
         return self.asarray(np.asarray(value).astype(dtype), like=like)
+
+    def arange(self, start: int, stop: int, like: Array) -> Array:
+        """int32 numbers from ``start`` to ``stop - 1``, on the device of ``like``."""
+        return self.xp.arange(start, stop, dtype=self.xp.int32, device=self.device(like))
+
+    def bits_of(self, x: Array) -> Array:
+        """The bit patterns of floats of 8 bits or 16, as unsigned integers."""
+        values = self.to_numpy(x)
+        return self.asarray(values.view(f"u{values.dtype.itemsize}"), like=x)
+
+    def to_device(self, x: Array, device: Any) -> Array:
+        """``x`` on another device."""
+        return self.xp.to_device(x, device) if hasattr(self.xp, "to_device") else x.to_device(device)
 
     def dtype(self, name: str) -> Any:
         """The library's dtype object of that name."""
@@ -93,6 +106,14 @@ class Backend(ABC):
     def is_traced(self, x: Array) -> bool:
         """Whether ``x`` has no values yet (a compiler is tracing), so that no branch may depend on them."""
         return False
+
+    def is_deferred(self, x: Array) -> bool:
+        """Whether looking at a value of ``x`` would run a computation that has been put off (Dask, ndonnx)."""
+        return False
+
+    def has_values(self, x: Array) -> bool:
+        """Whether values of ``x`` may be looked at without more ado."""
+        return not (self.is_traced(x) or self.is_deferred(x))
 
     def refuse(self, x: Array) -> str | None:
         """Why an array of this library cannot be used (sparse, masked), or None."""

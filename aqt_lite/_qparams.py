@@ -1,45 +1,146 @@
-"""Which scales and zero points are usable.
+"""Scales, zero points and offsets that users give: made into arrays on the grid of blocks, or refused.
 
-Owns: the checks of their values. Imports: elements.
+Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry, granularity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, ElementType, FloatType
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite._registry import backend_of
+from aqt_lite.affine import Spec
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES
+from aqt_lite.granularity import Granularity, PerChannel, grid_of
 
-__all__ = ["check_scale", "check_zero_point"]
+__all__ = ["check_codes", "check_offset", "check_scale", "check_zero_point", "on_grid"]
 
 
-def check_scale(scale: Any, source: FloatType) -> None:
-    expected = f"positive and finite, between {source.tiny:.3g} and {source.huge:.3g} for {source.name} values"
-    if isinstance(scale, int | float):
-        if not source.tiny <= scale <= source.huge:
-            raise ValueError(f"scale={scale}: it must be {expected}")
+def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
+    """ValueError where a scale is none that ``quantize`` could have chosen."""
+    least, greatest = spec.least_with_offset if with_offset else spec.least, spec.greatest
+    expected = f"positive and finite, between {least:.3g} and {greatest:.3g} for {spec.source.name} values"
+    wide = _real("scale", scale)
+    bad = ~((wide >= least) & (wide <= greatest))
+    if spec.zero_scale == 0:
+        bad &= wide != 0
+    if not bad.any():
         return
-    if scale.dtype.name not in (*FLOAT_TYPES, *INTEGER_TYPES):
-        raise TypeError(f"scale has dtype {scale.dtype.name}: give real numbers")
-    wide = scale.astype(np.float64)
-    bad = ~((wide >= source.tiny) & (wide <= source.huge))
+    first, count = wide[bad].flat[0], f" ({int(bad.sum())} of {bad.size} are not)" if wide.ndim else ""
+    way = ""
+    if first == 0:
+        way = "; for a block of zeros give scale 1 and the code of zero"
+    elif first < 0:
+        way = "; a negative scale is a positive one with every code negated"
+    which = "it" if not wide.ndim else "every scale"
+    raise ValueError(f"scale={first}: {which} must be {expected}{count}{way}")
+
+
+def check_offset(offset: Any, spec: Spec) -> None:
+    """ValueError where an offset is not finite."""
+    wide = _real("offset", offset)
+    bad = ~(np.abs(wide) <= spec.source.max)
     if bad.any():
+        raise ValueError(f"offset={wide[bad].flat[0]}: every offset must be finite, within {spec.source.name}")
+
+
+def check_zero_point(zero_point: Any, spec: Spec) -> None:
+    """ValueError where a zero point is no code."""
+    low, high = spec.element.codes
+    codes = f"a code of {spec.element.name}, {low} to {high}"
+    if not spec.element.zero_points:
+        raise ValueError(f"zero_point is given, but {spec.element.name} has none: its codes are no evenly spaced integers")
+    if isinstance(zero_point, float):
+        raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
+    values = np.asarray(zero_point)
+    if values.dtype.name not in INTEGER_TYPES:
+        raise TypeError(f"zero_point has dtype {values.dtype.name}: it must be an integer, the code of 0.0")
+    bad = (values < low) | (values > high)
+    if bad.any():
+        raise ValueError(f"zero_point={values[bad].flat[0]}: must be {codes}")
+
+
+def check_codes(codes: np.ndarray[Any, Any], spec: Spec, b: Backend) -> None:
+    """ValueError where a code stands for no finite number of the format."""
+    low, high = spec.element.codes
+    bad = (codes < low) | (codes > high)
+    if not bad.any() and spec.element.nan is not None:
+        bad = ~np.isfinite(np.asarray(spec.element.decode(codes, b), dtype=np.float64))
+    if bad.any():
+        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+        what = f"codes of {spec.format.name} are {low} to {high}"
+        if low <= codes[first] <= high:
+            what = f"{spec.format.name} has no finite number of that code"
+        raise ValueError(f"qvalue has {int(bad.sum())} unusable codes, the first at {first}: {codes[first]}; {what}")
+
+
+def _real(argument: str, value: Any) -> np.ndarray[Any, Any]:
+    values = np.asarray(value)
+    if values.dtype.name not in (*FLOAT_TYPES, *INTEGER_TYPES):
+        raise TypeError(f"{argument} has dtype {values.dtype.name}: give real numbers")
+    return values.astype(np.float64)
+
+
+def on_grid(
+    argument: str,
+    value: Any,
+    x: Array,
+    name_of_x: str,
+    shape: tuple[int, ...],
+    granularity: Granularity,
+    spec: Spec,
+    b: Backend,
+    dtype: str,
+    check: Callable[[Any], None],
+    *,
+    exact: bool = False,
+) -> Array:
+    """A given scale, zero point or offset as an array of the grid's shape and of ``dtype``, on the device of ``x``.
+
+    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are text.)
+    """
+    plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
+    other = None if plain else backend_of(value)
+    if plain and isinstance(value, int | float):
+        check(value)
+        value = b.constant(value, dtype, like=x)
+    elif plain or isinstance(value, np.generic):  # numbers and lists belong to no backend
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"{argument} is a list that is no array: {error}") from None
+        check(value)
+        value = b.asarray(value.astype(dtype), like=x)
+    elif other is None:
+        raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
+    elif other is not b:
+        raise TypeError(f"{argument} is a {other.name} array but {name_of_x} is {b.name}: give both from one backend")
+    elif not b.can_meet(value, x):
+        raise ValueError(f"{argument} is on device {b.device(value)} but {name_of_x} on {b.device(x)}: move one of them")
+    elif b.has_values(value):
+        given = b.to_numpy(value)
+        check(given)
+        if exact and given.dtype.name != dtype and not np.array_equal(given.astype(dtype).astype(given.dtype), given):
+            raise ValueError(
+                f"{argument} has dtype {given.dtype.name}, and {dtype}, in which it is kept, cannot hold every value: "
+                f"round it first, with astype"
+            )
+    elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else INTEGER_TYPES):
+        raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")
+    value = b.xp.astype(value, b.dtype(dtype))
+
+    grid = grid_of(shape, spec.block)
+    if isinstance(granularity, PerChannel) and tuple(value.shape) == (shape[granularity.axis],):
+        value = b.xp.reshape(value, grid)
+    if value.ndim == 0:
+        value = b.xp.broadcast_to(value, grid)
+    if tuple(value.shape) != grid:
         raise ValueError(
-            f"scale={wide[bad].flat[0]}: every scale must be {expected} ({int(bad.sum())} of {bad.size} are not)"
+            f"{argument} has shape {tuple(value.shape)}: {granularity} of an array of shape {shape} needs {grid} "
+            f"or a single number"
         )
-
-
-def check_zero_point(zero_point: Any, element: ElementType) -> None:
-    codes = f"a code of {element.name}, {element.min} to {element.max}"
-    if isinstance(zero_point, int | float):
-        if not isinstance(zero_point, int):
-            raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
-        if not element.min <= zero_point <= element.max:
-            raise ValueError(f"zero_point={zero_point}: must be {codes}")
-        return
-    if zero_point.dtype.name not in INTEGER_TYPES:
-        raise TypeError(f"zero_point has dtype {zero_point.dtype.name}: it must be an integer, the code of 0.0")
-    bad = (zero_point < element.min) | (zero_point > element.max)
-    if bad.any():
-        raise ValueError(f"zero_point={zero_point[bad].flat[0]}: must be {codes}")
+    return value

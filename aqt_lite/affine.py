@@ -1,41 +1,52 @@
 """The numeric contract: scale, zero point, codes, and back. docs/numerics.md says it in words.
 
 Owns: the arithmetic of linear quantization, and nothing else: no validation, no containers, no framework. Imports:
-elements, granularity, and the ``Backend`` interface for the namespace and the exact reciprocal.
+formats, elements, granularity, blocks of arrays, and the ``Backend`` interface.
 
-Reading aid. Every function takes arrays of one backend ``b`` and a static ``Spec``, branches on no value, and so runs
+Reading aid. Every function takes arrays of one backend ``b`` and static records, branches on no value, and so runs
 eagerly and under any tracing compiler. Bits are the same everywhere because of four rules kept throughout:
 
 - maxima and minima are exact in any order; no sum is ever taken;
 - constants are multiplied by, never divided by; the one division is ``b.reciprocal``, correctly rounded;
-- a product is rounded to an integer (or is the result) before anything is added to it, so no fused multiply-add
-  can form and skip a rounding;
+- a product is rounded to a number of the format (or clipped, or is the result) before anything is added to it, so no
+  fused multiply-add can form and skip a rounding;
 - nothing that matters is ever subnormal, so flushing subnormals to zero changes nothing.
+
+A scale is a number, so it may be quantized itself: a format whose scales are kept in another format is this page
+applied to its scales, and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from aqt_lite._blocks import reduced, spread
 from aqt_lite._namespace import Array
+from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
-from aqt_lite.elements import ElementType, FloatType
-from aqt_lite.granularity import Block, grid_of, group_axes
+from aqt_lite.elements import FLOAT_TYPES, ElementType, FloatType, Rounding
+from aqt_lite.formats import Format
+from aqt_lite.granularity import Block, block_of
 
 __all__ = [
     "Coded",
+    "QParams",
+    "Recipe",
     "Spec",
     "choose_qparams",
+    "clipped",
     "dequantize",
     "encode",
     "fake_quantize",
-    "inverse_of_range",
+    "inverse_of_largest",
     "quantize",
     "quantize_with",
-    "spread",
+    "scales",
+    "scales_of",
     "usable_qparams",
 ]
 
@@ -45,205 +56,317 @@ class Coded(NamedTuple):
 
     codes: Array
     """One code an element."""
-    scale: Array
-    """A number for each block, on the grid of blocks."""
+    scale: Array | Coded | None
+    """A number for each block, on the grid of blocks; coded itself where the format says so; None where it has none."""
     zero_point: Array | None = None
     """int32 on the same grid: the code of 0.0, where that is not 0."""
+    offset: Array | Coded | None = None
+    """A number for each block, added to the block's values."""
+
+
+class QParams(NamedTuple):
+    """All of ``Coded`` but the codes."""
+
+    scale: Array | Coded | None
+    zero_point: Array | None = None
+    offset: Array | Coded | None = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything about a quantization that is not an array: hashable, so compilers can specialize on it."""
+    """What codes mean: everything about a quantized array that is not an array. Hashable, so compilers specialize on it."""
 
-    element: ElementType
-    """Format of the codes."""
+    format: Format
+    """Element type, and how scales are kept."""
     source: FloatType
     """Type of the values; its ``compute`` is the dtype of all arithmetic."""
-    symmetric: bool
-    """Codes as far below zero's code as above it, the zero point fixed."""
     block: Block
     """Block shape, one entry for each axis."""
+    floor: float = 0.0
+    """Where the numbers are scales themselves: the least scale that is of use."""
+
+    @property
+    def element(self) -> ElementType:
+        """Which numbers codes stand for."""
+        return self.format.element
+
+    @property
+    def headroom(self) -> float:
+        """What scales are multiplied by before their reciprocal is taken: it would be subnormal for the largest."""
+        return 1.0 if self.format.largest() >= 4 else 0.25
+
+    @property
+    def least(self) -> float:
+        """Least scale whose products with the numbers, and whose reciprocal, are normal; of scales: of use, too."""
+        smallest = min(self.element.smallest, self.headroom, 1.0)
+        least = self.source.tiny * 2.0 ** -math.floor(math.log2(smallest))
+        return max(least, self.floor / self.element.smallest)
+
+    @property
+    def least_with_offset(self) -> float:
+        """The same where an offset is added: what is lost of subnormal numbers is then less than 2^-24 of a step."""
+        return max(self.least, self.source.tiny * 2.0**25)
+
+    @property
+    def greatest(self) -> float:
+        """Largest scale whose reciprocal is normal."""
+        return min(self.source.huge / self.headroom, FLOAT_TYPES[self.source.compute].max)
+
+    @property
+    def zero_scale(self) -> float:
+        """Scale of a block of zeros: 0 where scales are kept in a format that has it, since 1 might be out of place."""
+        kept = self.format.scale
+        return 1.0 if kept is None or not kept.element.has_zero else 0.0
+
+    @property
+    def of_scales(self) -> Spec:
+        """What the codes of the scales mean: one block in all, or groups along the last axis."""
+        kept, ndim = self.format.scale, len(self.block)
+        assert kept is not None
+        block = block_of(kept.granularity, ndim) if ndim else ()
+        return Spec(kept, FLOAT_TYPES[self.source.compute], block, floor=self.least)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How codes are chosen. It is forgotten once they are."""
+
+    symmetric: bool = True
+    """Numbers as far below zero as above it, the zero point fixed."""
+    offset: bool = False
+    """A real offset for each block, so that its numbers cover [min x, max x], with or without zero."""
+    rounding: Rounding = "half_even"
+    """How values are rounded to numbers."""
     ignore_nonfinite: bool = False
     """Take statistics over finite values only, instead of marking a block that has others with a NaN scale."""
 
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code."""
-        return self.element.code_range(self.symmetric)
+
+    def centred(self, spec: Spec) -> bool:
+        """Whether numbers reach as far below zero (or the offset) as above it."""
+        return self.symmetric or (self.offset and spec.element.signed)
 
 
-def choose_qparams(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array | None]:
-    """Scale and zero point (None where it is always 0) of every block: two arrays of the grid's shape."""
+def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
+    """Scale, and zero point or offset, of every block: arrays of the grid's shape."""
     xp, source = b.xp, spec.source
-    qmin, qmax = spec.code_range
     x = _computable(x, spec, b)
-    if spec.ignore_nonfinite:
+    if recipe.ignore_nonfinite:
         x = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
 
-    if spec.symmetric:
-        amax = _reduce(xp.abs(x), spec.block, b.largest, xp)
-        amax = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
-        scale = amax * inverse_of_range(spec)
-    else:  # zero belongs to every range: it is then represented exactly
-        lo = _reduce(x, spec.block, xp.min, xp)
-        hi = _reduce(x, spec.block, b.largest, xp)
-        lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
-        hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
-        scale = (hi * 0.5 - lo * 0.5) * inverse_of_range(spec)  # halved first: cannot overflow
+    if recipe.symmetric:
+        amax = reduced(xp.abs(x), spec.block, b.largest, xp)
+        statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
+    else:
+        lo, hi = reduced(x, spec.block, xp.min, xp), reduced(x, spec.block, b.largest, xp)
+        if recipe.offset:
+            lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
+        else:  # zero belongs to every range: it is then represented exactly
+            lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
+            hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
+        statistic = hi * 0.5 - lo * 0.5  # halved first: cannot overflow
+    scale = statistic * inverse_of_largest(spec, recipe)
 
-    finite = xp.isfinite(scale)
-    scale = xp.where(scale < source.tiny, xp.ones_like(scale), scale)  # a zero block
+    finite, zero_block = xp.isfinite(scale), scale < source.tiny
+    least = spec.least_with_offset if recipe.offset else spec.least
+    if least > source.tiny:
+        scale = xp.where(scale < least, xp.full_like(scale, least), scale)
+    scale = xp.where(zero_block, xp.full_like(scale, spec.zero_scale), scale)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
+    kept = _keep(scale, spec, b)
 
-    if spec.symmetric:
+    if recipe.offset:
+        offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
+        return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)))
+    if recipe.symmetric:
         middle = spec.element.middle
-        return scale, xp.full_like(scale, middle, dtype=xp.int32) if middle else None
-    shift = xp.clip(qmin - xp.round(lo * b.reciprocal(scale)), float(qmin), float(qmax))
-    return scale, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32)
+        return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None)
+    qmin, qmax = spec.element.codes
+    steps = _in_steps(lo, scales(kept, spec, b), (1,) * lo.ndim, spec, b)
+    shift = xp.clip(qmin - xp.round(steps), float(qmin), float(qmax))
+    return QParams(kept, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32))
 
 
-def inverse_of_range(spec: Spec) -> float:
-    """What a statistic is multiplied by to give the scale: rounded to the compute dtype here, not by a compiler.
+def inverse_of_largest(spec: Spec, recipe: Recipe) -> float:
+    """What a statistic is multiplied by to give the scale: rounded to the compute dtype here, not by a compiler."""
+    return float(np.dtype(spec.source.compute).type(1 / spec.format.largest(recipe.centred(spec))))
 
-    Symmetric: 1 / (codes above the middle), for amax. Affine: 2 / (all steps), for half of hi - lo.
+
+def scales(kept: Array | Coded, spec: Spec, b: Backend) -> Array:
+    """The numbers that scales stand for, however they are kept."""
+    return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)  # type: ignore[arg-type]
+
+
+def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
+    """``scales`` as an operation of its own."""
+    return scales(kept, spec, b)
+
+
+def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+    """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
+    return ~_encoded(x, QParams(*qparams), key, spec, recipe, 0, b)[1]
+
+
+def _keep(scale: Array, spec: Spec, b: Backend) -> Array | Coded:
+    """Scales as the format keeps them. What it has no number for becomes NaN, not the number next to it."""
+    xp, form = b.xp, spec.format.scale
+    if form is None:
+        return scale
+    inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding)
+    if form.scaled:
+        return quantize(scale, spec=inner, recipe=recipe, b=b)
+    element = form.element
+    fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
+    scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
+    codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
+    return Coded(xp.where(fits, codes, xp.full_like(codes, element.nan)), None)
+
+
+def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Coded:
+    """Codes, scale, zero point and offset, calibrated on ``x`` itself."""
+    qparams = choose_qparams(x, spec=spec, recipe=recipe, b=b)
+    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+
+
+def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
+    """Given parameters as the format keeps them, the scale NaN in blocks where they cannot be used.
+
+    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a block
+    with a non-finite value.
     """
-    qmin, qmax = spec.code_range
-    quotient = 1 / (qmax - spec.element.middle) if spec.symmetric else 2 / (qmax - qmin)
-    return float(np.dtype(spec.source.compute).type(quotient))
-
-
-def quantize(x: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array, Array | None]:
-    """Codes, scale and zero point, calibrated on ``x`` itself."""
-    scale, zero_point = choose_qparams(x, spec=spec, b=b)
-    return encode(x, scale, zero_point, spec=spec, b=b), scale, zero_point
-
-
-def usable_qparams(
-    x: Array, scale: Array, zero_point: Array | None, *, spec: Spec, b: Backend
-) -> tuple[Array, Array | None]:
-    """A given scale and zero point, the scale NaN in blocks where they cannot be used.
-
-    Unusable are a scale outside [tiny, huge], a zero point that is no code, and a block with a non-finite value.
-    """
-    xp, source = b.xp, spec.source
-    usable = (scale >= source.tiny) & (scale <= source.huge)
+    xp = b.xp
+    scale, zero_point, offset = given
+    numbers = scales(scale, spec, b) if isinstance(scale, tuple) else scale
+    least = spec.least if offset is None else spec.least_with_offset
+    usable = (numbers >= least) & (numbers <= spec.greatest)
+    if spec.zero_scale == 0:
+        usable = usable | (numbers == 0)
     if zero_point is not None:
-        usable = usable & (zero_point >= spec.element.min) & (zero_point <= spec.element.max)
-        zero_point = xp.clip(zero_point, spec.element.min, spec.element.max)
-    if not spec.ignore_nonfinite:
-        usable = usable & xp.isfinite(_reduce(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
-    return xp.where(usable, scale, xp.full_like(scale, float("nan"))), zero_point
+        low, high = spec.element.codes
+        usable = usable & (zero_point >= low) & (zero_point <= high)
+        zero_point = xp.clip(zero_point, low, high)
+    if offset is not None:
+        usable = usable & xp.isfinite(offset)
+        offset = xp.where(xp.isfinite(offset), _without_tiny(offset, spec, xp), xp.zeros_like(offset))
+    if not recipe.ignore_nonfinite:
+        usable = usable & xp.isfinite(reduced(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
+    if isinstance(scale, tuple):
+        return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
+    return QParams(_keep(xp.where(usable, scale, xp.full_like(scale, float("nan"))), spec, b), zero_point, offset)
+
+
+def _marked(kept: Coded, bad: Array, spec: Spec, b: Backend) -> Coded:
+    """Kept scales, NaN where ``bad``: by a code of their own, or through their own scale."""
+    xp, inner = b.xp, spec.of_scales
+    if not inner.format.scaled:
+        return kept._replace(codes=xp.where(bad, xp.full_like(kept.codes, inner.element.nan), kept.codes))
+    bad = reduced(xp.astype(bad, xp.float32), inner.block, xp.max, xp) > 0
+    if isinstance(kept.scale, tuple):
+        return kept._replace(scale=_marked(Coded(*kept.scale), bad, inner, b))
+    return kept._replace(scale=xp.where(bad, xp.full_like(kept.scale, float("nan")), kept.scale))
 
 
 def quantize_with(
-    x: Array, scale: Array, zero_point: Array | None, *, spec: Spec, b: Backend
-) -> tuple[Array, Array, Array | None]:
-    """Codes for a given scale and zero point."""
-    scale, zero_point = usable_qparams(x, scale, zero_point, spec=spec, b=b)
-    return encode(x, scale, zero_point, spec=spec, b=b), scale, zero_point
+    x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
+) -> Coded:
+    """Codes for a given scale, and zero point or offset."""
+    qparams = usable_qparams(x, given, spec=spec, recipe=recipe, b=b)
+    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
 
 
-def encode(x: Array, scale: Array, zero_point: Array | None, *, spec: Spec, b: Backend) -> Array:
-    """``clip(rint(x / scale) + zero_point)`` as codes; NaN becomes the zero point."""
-    return b.xp.astype(_rounded(x, scale, zero_point, spec, b)[0], b.dtype(spec.element.storage))
-
-
-def dequantize(
-    codes: Array, scale: Array, zero_point: Array | None, *, spec: Spec, out: str | None = None, b: Backend
+def encode(
+    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
 ) -> Array:
-    """``(codes - zero_point) * scale`` in dtype ``out`` (default: the source's).
+    """The codes of the numbers next to ``(x - offset) / scale``; NaN becomes the code of zero.
+
+    ``key`` is that of stochastic rounding; ``first`` is the position of ``x`` in the array that it is a part of.
+    """
+    return _encoded(x, qparams, key, spec, recipe, first, b)[0]
+
+
+def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> Array:
+    """``(number - zero_point) * scale + offset`` in dtype ``out`` (default: the source's).
 
     It saturates at the source type's largest value: rounding the zero point can put the outermost code half a step
     beyond it, where the product, or its conversion to a narrow source type, would overflow.
     """
-    xp, source, shape = b.xp, spec.source, tuple(codes.shape)
-    steps = codes
-    if zero_point is not None:  # as integers: exact, and the codes' own type would overflow
-        steps = xp.astype(codes, xp.int32) - spread(zero_point, shape, spec.block, xp)
-    x = xp.astype(steps, b.dtype(source.compute)) * spread(scale, shape, spec.block, xp)
+    xp, source, shape = b.xp, spec.source, tuple(w.codes.shape)
+    steps = spec.element.decode(w.codes, b)
+    if w.zero_point is not None:  # as integers: exact, and the codes' own type would overflow
+        steps = xp.astype(steps, xp.int32) - spread(w.zero_point, shape, spec.block, xp)
+    x = xp.astype(steps, b.dtype(source.compute))
+    if w.scale is not None:
+        scale = scales(w.scale, spec, b)
+        if w.offset is None:
+            x = x * spread(scale, shape, spec.block, xp)
+        else:  # in halves, which cannot overflow; the clip keeps the addition from being fused with the product
+            offset = w.offset if not isinstance(w.offset, tuple) else scales(w.offset, spec, b)
+            x = xp.clip(x * spread(scale * 0.5, shape, spec.block, xp), -source.max, source.max)
+            x = _without_tiny(x + spread(offset * 0.5, shape, spec.block, xp), spec, xp) * 2.0
     return xp.astype(xp.clip(x, -source.max, source.max), b.dtype(out or source.name))
 
 
 def fake_quantize(
-    x: Array, scale: Array | None = None, zero_point: Array | None = None, *, spec: Spec, b: Backend
+    x: Array,
+    given: QParams | None = None,
+    key: Array | None = None,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+    b: Backend,
 ) -> tuple[Array, Array]:
     """Quantize and dequantize with the given or the calibrated parameters; also the scale, NaN for a bad block.
 
-    The gradient goes straight through where ``x`` lies inside the range of the codes, and is 0 where it is clipped.
+    The gradient goes straight through where ``x`` lies inside the range of the numbers, and is 0 where it is clipped.
     """
     constant = b.stop_gradient(x)
-    if scale is None:
-        scale, zero_point = choose_qparams(constant, spec=spec, b=b)
+    if given is None:
+        qparams = choose_qparams(constant, spec=spec, recipe=recipe, b=b)
     else:
-        scale, zero_point = usable_qparams(constant, scale, zero_point, spec=spec, b=b)
-    rounded, inside = _rounded(constant, scale, zero_point, spec, b)
-    codes = b.xp.astype(rounded, b.dtype(spec.element.storage))
-    return b.straight_through(x, dequantize(codes, scale, zero_point, spec=spec, b=b), inside), scale
+        qparams = usable_qparams(constant, QParams(*given), spec=spec, recipe=recipe, b=b)
+    codes, inside = _encoded(constant, qparams, key, spec, recipe, 0, b)
+    values = dequantize(Coded(codes, *qparams), spec=spec, b=b)
+    return b.straight_through(x, values, inside), scales(qparams.scale, spec, b)
 
 
-def spread(blocks: Array, shape: tuple[int, ...], block: Block, xp: Any) -> Array:
-    """An array of the grid's shape, repeated so that it broadcasts against an array of ``shape``."""
-    for axis in group_axes(shape, block):
-        size = block[axis]
-        assert size is not None
-        before, after = tuple(blocks.shape[:axis]), tuple(blocks.shape[axis + 1 :])
-        whole, rest = divmod(shape[axis], size)
-        last = blocks[(slice(None),) * axis + (slice(whole, None), ...)]
-        if rest:
-            blocks = blocks[(slice(None),) * axis + (slice(0, whole), ...)]
-        wide = xp.broadcast_to(xp.expand_dims(blocks, axis=axis + 1), (*before, whole, size, *after))
-        blocks = xp.reshape(wide, (*before, whole * size, *after))
-        if rest:
-            # A shorter last group is joined on. Repeating it in full and cutting the surplus off is what torch's
-            # compiler gets wrong: 2.13 leaves the elements after the last whole group unset (inductor's cpp.py,
-            # try_loop_split, divides the length of a loop by the group's without regard to a remainder).
-            blocks = xp.concat([blocks, xp.broadcast_to(last, (*before, rest, *after))], axis=axis)
-    return blocks
-
-
-def _rounded(x: Array, scale: Array, zero_point: Array | None, spec: Spec, b: Backend) -> tuple[Array, Array]:
-    """Codes as floats in the compute dtype, and where clipping left them unchanged."""
+def _encoded(
+    x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: Recipe, first: int, b: Backend
+) -> tuple[Array, Array]:
+    """Codes, and where clipping left them unchanged."""
     xp, shape = b.xp, tuple(x.shape)
-    qmin, qmax = spec.code_range
-    code = xp.round(_computable(x, spec, b) * spread(b.reciprocal(scale), shape, spec.block, xp))
-    zero = xp.zeros_like(code)
-    if zero_point is not None:  # an integer plus an integer, both far below 2^24: exact where it is not clipped
-        zero = zero + spread(xp.astype(zero_point, code.dtype), shape, spec.block, xp)
-        code = code + zero
-    clipped = xp.clip(code, float(qmin), float(qmax))
-    return xp.where(xp.isnan(code), zero, clipped), clipped == code
+    scale, zero, offset = qparams
+    v = _computable(x, spec, b)
+    if scale is not None:
+        scale = scales(scale, spec, b)
+        if offset is not None:  # in halves, as in dequantize
+            v = _without_tiny(v, spec, xp) * 0.5 - spread(offset * 0.5, shape, spec.block, xp)
+            v, scale = _without_tiny(v, spec, xp), scale * 0.5
+        v = _in_steps(v, scale, spec.block, spec, b)
+    if spec.floor:  # a scale that is not 0 is not kept as 0
+        v = xp.where((v > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
+    if zero is not None:
+        zero = spread(xp.astype(zero, v.dtype), shape, spec.block, xp)
+    drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
+    return spec.element.encode(v, zero, recipe.centred(spec), recipe.rounding, drawn, b)
+
+
+def _in_steps(x: Array, scale: Array, block: Block, spec: Spec, b: Backend) -> Array:
+    """``x / scale``; 0 where the scale was kept as 0."""
+    xp, headroom = b.xp, spec.headroom
+    may_be_zero = spec.zero_scale == 0
+    zero = scale == 0
+    if may_be_zero:
+        scale = xp.where(zero, xp.ones_like(scale), scale)
+    inverse = b.reciprocal(scale if headroom == 1 else scale * headroom)
+    if may_be_zero:
+        inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
+    v = x * spread(inverse, tuple(x.shape), block, xp)
+    return v if headroom == 1 else v * headroom
+
+
+def _without_tiny(x: Array, spec: Spec, xp: Any) -> Array:
+    """``x``, 0 where it or its half might be subnormal."""
+    return xp.where(xp.abs(x) < spec.source.tiny, xp.zeros_like(x), x)
 
 
 def _computable(x: Array, spec: Spec, b: Backend) -> Array:
     return b.xp.astype(x, b.dtype(spec.source.compute))
-
-
-def _reduce(x: Array, block: Block, reduction: Any, xp: Any) -> Array:
-    """``reduction`` (largest or smallest) over every block: an array of the grid's shape. Empty blocks give 0."""
-    shape = tuple(x.shape)
-    if 0 in shape:
-        return xp.broadcast_to(xp.sum(x), grid_of(shape, block))
-    grouped = group_axes(shape, block)
-    for axis in grouped:  # a shorter last group is filled up with its own last value, which no extremum notices
-        size = block[axis]
-        assert size is not None
-        missing = -shape[axis] % size
-        if missing:
-            last = x[(slice(None),) * axis + (slice(-1, None), ...)]
-            filled = (*last.shape[:axis], missing, *last.shape[axis + 1 :])
-            x = xp.concat([x, xp.broadcast_to(last, filled)], axis=axis)
-    split: list[int] = []
-    reduced: list[int] = []
-    for axis, (length, size) in enumerate(zip(x.shape, block, strict=True)):
-        if axis in grouped:
-            assert size is not None
-            split += [length // size, size]
-            reduced.append(len(split) - 1)
-        else:
-            split.append(length)
-            if size is None or size >= shape[axis] > 1:
-                reduced.append(len(split) - 1)
-    if not reduced:
-        return x
-    x = reduction(xp.reshape(x, tuple(split)), axis=tuple(reduced), keepdims=True)
-    return xp.reshape(x, grid_of(shape, block))

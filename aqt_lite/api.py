@@ -6,68 +6,96 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from aqt_lite import affine
-from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
+from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
-from aqt_lite._qparams import check_scale, check_zero_point
+from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, element_type, integer_type
-from aqt_lite.granularity import Block, Granularity, PerChannel, PerTensor, block_of, grid_of
+from aqt_lite.elements import FLOAT_TYPES, integer_type
+from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
+from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
 __all__ = ["choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
 
 Scheme = Literal["symmetric", "affine"]
 Nonfinite = Literal["raise", "ignore"]
+RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
+ScaleMode = Literal["floor", "ceil", "even", "rceil"]
+OnClip = Literal["saturate", "raise"]
 
 DIALECTS = ("aqt_lite",)
-_PER_TENSOR = PerTensor()
+ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
 
 
+@naming_the_argument
 def quantize(
     x: Any,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
-    granularity: Granularity = _PER_TENSOR,
+    granularity: Granularity | None = None,
     scale: Any = None,
     zero_point: Any = None,
+    offset: Any = None,
+    scale_dtype: Any = None,
+    scale_mode: ScaleMode | None = None,
+    rounding: RoundingMode = "half_even",
+    key: Any = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
+    on_clip: OnClip = "saturate",
     backend: str | None = None,
 ) -> QArray:
-    """Quantize an array to integer codes with a scale, and perhaps a zero point, for each block.
+    """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
 
-    Codes are ``clip(rint(x / scale) + zero_point)``, halves to even: the same bits on every backend (docs/numerics.md).
-    Not differentiable; :func:`fake_quantize` is.
+    Codes are those of the format's numbers next to ``(x - offset) / scale``; for integers ``clip(rint(x / scale) +
+    zero_point)``. The same bits on every backend (docs/numerics.md). Not differentiable; :func:`fake_quantize` is.
 
     Parameters
     ----------
     x : array of any backend, or nested list of numbers
         float16, bfloat16, float32 or float64, of any shape. Lists are taken as float32.
-    dtype : str
-        "int8", "uint8", "int16" or "uint16".
+    dtype : str, or a dtype or format object
+        A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4 and
+        other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats: docs/formats.md.
     scheme : {"symmetric", "affine"}
-        Symmetric: zero has code 0 (the middle code of unsigned types) and codes reach equally far on both sides.
-        Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point.
-    granularity : PerTensor, PerChannel, PerGroup or PerBlock
-        Which elements share a scale.
-    scale, zero_point : number or array, optional
+        Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
+        Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
+    granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
+        Which elements share a scale. By default all do; block formats have groups along the last axis.
+    scale, zero_point, offset : number or array, optional
         Use these and calibrate nothing. A number serves all blocks; an array has the shape of the grid of blocks (a
-        1-dimensional one will do for ``PerChannel``). With a zero point, codes use the type's whole range.
+        1-dimensional one will do for ``PerChannel``). With a zero point, codes use the type's whole range. ``offset`` is
+        what code 0 stands for; with ``scheme="affine"``, ``offset="data"`` chooses it from the data, so that the codes cover
+        [min x, max x], with or without zero.
+    scale_dtype : str, optional
+        Format that scales are kept in, instead of float32: "float16", "bfloat16", "float8_e8m0fnu" (powers of two),
+        "float8_e4m3fn", or any other format, which then has a scale itself. Codes are made from the scales as kept.
+    scale_mode : {"floor", "ceil", "even", "rceil"}, optional
+        How scales that are powers of two are chosen, by the names that torchao gives the rules; block formats: "floor".
+    rounding : {"half_even", "half_away", "toward_zero", "stochastic"}
+        Stochastic: away from zero with the probability of the part that is left, by noise made from ``key``.
+    key : int, or array of two 32-bit integers
+        For stochastic rounding: the same key gives the same codes on every backend. Of a key of ``jax.random`` give
+        ``jax.random.key_data(key)``.
     dialect : str
         Whose conventions; "aqt_lite" are this library's own.
     nonfinite : {"raise", "ignore"}
         NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block),
-        or statistics over the finite values, NaN coded as the zero point, and infinities saturating.
+        or statistics over the finite values, NaN coded as zero, and infinities saturating.
+    on_clip : {"saturate", "raise"}
+        What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
+        them: the number next to them, or a ValueError that counts them.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -93,36 +121,49 @@ def quantize(
            [  0, 127,  46]], dtype=int8)
     >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70).qvalue[0]
     array([-15, -74, 127], dtype=int8)
+    >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
+    array([  96.,  288., -184.], dtype=float32)
     """
-    call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point)
-    x, b, spec = call.x, call.b, call.spec
+    call = _prepare(
+        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
+        rounding, key,
+    )  # fmt: skip
+    one_of("on_clip", on_clip, ("saturate", "raise"))
+    x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
-    if call.scale is None:
-        codes, s, z = run(b, "quantize", affine.quantize, constant, spec=spec)
+    if call.given is None:
+        w = run(b, affine.quantize, constant, call.key, **static)
     else:
-        codes, s, z = run(b, "quantize_with", affine.quantize_with, constant, call.scale, call.zero_point, spec=spec)
-    _check_finite(x, s, spec, b)
-    return QArray(codes, s, z, spec.element.name, spec.block, spec.source.name)
+        w = run(b, affine.quantize_with, constant, call.given, call.key, **static)
+    _check_finite(x, w.scale, call)
+    if on_clip == "raise":
+        _check_clipped(constant, affine.QParams(*w[1:]), call)
+    return QArray._of(w, call.spec)
 
 
+@naming_the_argument
 def choose_qparams(
     x: Any,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
-    granularity: Granularity = _PER_TENSOR,
+    granularity: Granularity | None = None,
+    offset: Literal["data"] | None = None,
+    scale_dtype: Any = None,
+    scale_mode: ScaleMode | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
-) -> tuple[Array, Array | None]:
-    """Scale and zero point that :func:`quantize` would use for ``x``; parameters as there.
+) -> tuple[Array | QArray, Array | None]:
+    """Scale, and zero point or offset, that :func:`quantize` would use for ``x``; parameters as there.
 
     Returns
     -------
-    scale : array
-        float32 (float64 for float64 input), in units of ``x`` per code, shape of the grid of blocks.
+    scale : array or QArray
+        float32 (float64 for float64 input), in units of ``x`` per code, shape of the grid of blocks. A QArray where the
+        format keeps scales in fewer bits.
     zero_point : array or None
-        int32, the code of 0.0, same shape; None where it is always 0.
+        int32, the code of 0.0, same shape; None where it is always 0. With ``offset="data"`` the offset instead.
 
     Examples
     --------
@@ -131,15 +172,23 @@ def choose_qparams(
     >>> print(scale, zero_point)
     [0.01568628] [64]
     """
-    call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend)
+    if offset not in (None, "data"):
+        raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
+    call = _prepare(
+        x, dtype, scheme, granularity, dialect, nonfinite, backend,
+        offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,
+    )  # fmt: skip
     constant = call.b.stop_gradient(call.x)
-    scale, zero_point = run(call.b, "choose_qparams", affine.choose_qparams, constant, spec=call.spec)
-    _check_finite(call.x, scale, call.spec, call.b)
-    return scale, zero_point
+    found = run(call.b, affine.choose_qparams, constant, spec=call.spec, recipe=call.recipe)
+    _check_finite(call.x, found.scale, call)
+    kept = found.scale
+    if isinstance(kept, tuple):
+        kept = QArray._of(affine.Coded(*kept), call.spec.of_scales)
+    return kept, found.zero_point if found.offset is None else found.offset
 
 
 def dequantize(q: QArray, dtype: Any = None) -> Array:
-    """The values that the codes stand for: ``(qvalue - zero_point) * scale``.
+    """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
     ----------
@@ -164,14 +213,20 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     return q.dequantize(dtype)
 
 
+@naming_the_argument
 def fake_quantize(
     x: Any,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
-    granularity: Granularity = _PER_TENSOR,
+    granularity: Granularity | None = None,
     scale: Any = None,
     zero_point: Any = None,
+    offset: Any = None,
+    scale_dtype: Any = None,
+    scale_mode: ScaleMode | None = None,
+    rounding: RoundingMode = "half_even",
+    key: Any = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
@@ -179,8 +234,8 @@ def fake_quantize(
     """Quantize and dequantize, for training with quantization: the same bits as ``dequantize(quantize(x, ...))``.
 
     The gradient with respect to ``x`` goes straight through (Bengio et al. 2013, arXiv:1308.3432): 1 where ``x`` lies
-    inside the range of the codes, 0 where it was clipped, as in ``torch.fake_quantize_per_tensor_affine``.
-    Nothing flows into the scale or zero point, given or calibrated. Parameters as in :func:`quantize`.
+    inside the range of the numbers, 0 where it was clipped, as in ``torch.fake_quantize_per_tensor_affine``.
+    Nothing flows into the scale, zero point or offset, given or calibrated. Parameters as in :func:`quantize`.
 
     Examples
     --------
@@ -188,10 +243,12 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
-    call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, constant=False)
-    arrays = (call.x, call.scale, call.zero_point)
-    y, s = run(call.b, "fake_quantize", affine.fake_quantize, *arrays, spec=call.spec)
-    _check_finite(call.x, s, call.spec, call.b)
+    call = _prepare(
+        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
+        rounding, key, may_detach=False,
+    )  # fmt: skip
+    y, s = run(call.b, affine.fake_quantize, call.x, call.given, call.key, spec=call.spec, recipe=call.recipe)
+    _check_finite(call.x, s, call, kept=False)
     return y
 
 
@@ -232,103 +289,174 @@ class _Call:
     x: Array
     b: Backend
     spec: affine.Spec
-    scale: Array | None
-    zero_point: Array | None
+    recipe: affine.Recipe
+    given: affine.QParams | None
+    key: Array | None
 
 
 def _prepare(
     x: Any,
     dtype: Any,
     scheme: str,
-    granularity: Granularity,
+    granularity: Granularity | None,
     dialect: str,
     nonfinite: str,
     backend: str | None,
     scale: Any = None,
     zero_point: Any = None,
+    offset: Any = None,
+    scale_dtype: Any = None,
+    scale_mode: str | None = None,
+    rounding: str = "half_even",
+    key: Any = None,
     *,
-    constant: bool = True,
+    may_detach: bool = True,
 ) -> _Call:
-    element = element_type(dtype)
+    form = _format_asked_for(dtype, scale_dtype, scale_mode)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
     one_of("dialect", dialect, DIALECTS)
-    x, b = as_float_array(x, "x", backend, constant=constant)
+    one_of("rounding", rounding, ROUNDINGS)
+    from_data = isinstance(offset, str)
+    if from_data:
+        one_of("offset", offset, ("data",))
+        if scheme != "affine" or scale is not None:
+            raise ValueError("offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale")
+    element = form.element
+    if scheme == "affine" and offset is None and not element.zero_points:
+        raise ValueError(f"scheme='affine' is not possible: {form.name} has no zero points; offset='data' may serve instead")
+    x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = FLOAT_TYPES[b.dtype_name(x)]
-    block = block_of(granularity, x.ndim)
-    symmetric = scheme == "symmetric" and zero_point is None
-    spec = affine.Spec(element, source, symmetric, block, nonfinite == "ignore")
-    if scale is None:
-        if zero_point is not None:
-            raise ValueError("zero_point is given without scale: give both, or neither to have them chosen")
-        return _Call(x, b, spec, None, None)
-    if zero_point is None and (scheme == "affine" or element.middle):
-        why = "scheme='affine'" if scheme == "affine" else f"dtype='{element.name}', which has no negative codes,"
-        raise ValueError(f"{why} with a given scale needs its zero_point too (the code of 0.0)")
-    scale = _on_grid("scale", scale, x, granularity, block, b, source.compute, partial(check_scale, source=source))
-    if zero_point is not None:
-        check = partial(check_zero_point, element=element)
-        zero_point = _on_grid("zero_point", zero_point, x, granularity, block, b, "int32", check)
-    return _Call(x, b, spec, scale, zero_point)
-
-
-def _on_grid(
-    argument: str,
-    value: Any,
-    x: Array,
-    granularity: Granularity,
-    block: Block,
-    b: Backend,
-    dtype: str,
-    check: Callable[[Any], None],
-) -> Array:
-    """A given scale or zero point as an array of the grid's shape and of ``dtype``, on the device of ``x``."""
-    if isinstance(value, QArray):
-        raise TypeError(f"{argument} is a QArray: give a number or an array")
-    plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
-    other = None if plain else backend_of(value)
-    if plain and isinstance(value, int | float):
-        check(value)
-        value = b.number(value, dtype, like=x)
-    elif plain or isinstance(value, np.generic):  # numbers and lists belong to no backend
-        try:
-            value = np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{argument} is a list that is no array: {error}") from None
-        check(value)
-        value = b.asarray(value.astype(dtype), like=x)
-    elif other is None:
-        raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
-    elif other is not b:
-        raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
-    elif not b.can_meet(value, x):
-        raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
-    elif not b.is_traced(value):
-        check(b.to_numpy(value))
-    elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else INTEGER_TYPES):
-        raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")
-    value = b.xp.astype(value, b.dtype(dtype))
-
-    shape, grid = tuple(x.shape), grid_of(tuple(x.shape), block)
-    if isinstance(granularity, PerChannel) and tuple(value.shape) == (shape[granularity.axis],):
-        value = b.xp.reshape(value, grid)
-    if value.ndim == 0:
-        value = b.xp.broadcast_to(value, grid)
-    if tuple(value.shape) != grid:
-        raise ValueError(
-            f"{argument} has shape {tuple(value.shape)}: {granularity} of an array of shape {shape} needs {grid} "
-            f"or a single number"
-        )
-    return value
-
-
-def _check_finite(x: Array, scale: Array, spec: affine.Spec, b: Backend) -> None:
-    """Raise where a NaN scale tells that its block of ``x`` has non-finite values."""
-    if spec.ignore_nonfinite or b.is_traced(scale) or not bool(b.xp.any(b.xp.isnan(scale))):
-        return
-    bad = ~np.isfinite(b.to_numpy(x).astype(spec.source.compute))
-    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
-    raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}, the first at index {first}: "
-        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    granularity = form.granularity if granularity is None else granularity
+    if x.ndim == 0 and form.group is not None and granularity == form.granularity:
+        raise ValueError(f"x is 0-dimensional: {form.name} has groups along the last axis; give an array of 1 dimension")
+    spec = affine.Spec(form, source, block_of(granularity, x.ndim))
+    has_offset = offset is not None
+    recipe = affine.Recipe(
+        symmetric=scheme == "symmetric" and zero_point is None and not has_offset,
+        offset=has_offset,
+        rounding=rounding,  # type: ignore[arg-type]
+        ignore_nonfinite=nonfinite == "ignore",
     )
+    made_of = _key_of(key, rounding, x, b)
+    if scale is None:
+        for name, value in (("zero_point", zero_point), ("offset", None if from_data else offset)):
+            if value is not None:
+                raise ValueError(f"{name} is given without scale: give both, or neither to have them chosen")
+        return _Call(x, b, spec, recipe, None, made_of)
+    if zero_point is not None and has_offset:
+        raise ValueError("zero_point and offset are both given: a block has one of them")
+    if zero_point is None and not has_offset and (scheme == "affine" or element.middle):
+        why = "scheme='affine'" if scheme == "affine" else f"dtype='{form.name}', which has no negative codes,"
+        raise ValueError(f"{why} with a given scale needs its zero_point too (the code of 0.0)")
+
+    def placed(argument: str, value: Any, kept_as: str, check: Callable[..., None]) -> Array:
+        return on_grid(argument, value, x, "x", tuple(x.shape), granularity, spec, b, kept_as, check)
+
+    if isinstance(scale, QArray):
+        scale = _kept_scale(scale, spec, grid_of(tuple(x.shape), spec.block), b)
+    else:
+        scale = placed("scale", scale, source.compute, partial(check_scale, spec=spec, with_offset=has_offset))
+    if zero_point is not None:
+        zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
+    if has_offset:
+        offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
+    return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
+
+
+def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
+    form = format_of(dtype)
+    if scale_dtype is not None:
+        plain = scale_dtype in ("float32", "float64")
+        form = replace(form, scale=None if plain else scale_format_of(scale_dtype))
+    if scale_mode is not None:
+        one_of("scale_mode", scale_mode, tuple(SCALE_MODES))
+        kept = form.scale
+        if kept is None or kept.scaled or getattr(kept.element, "mantissa", None) != 0:
+            raise ValueError(
+                f"scale_mode={scale_mode!r} is for scales that are powers of two: use a block format such as mxfp4, or "
+                f"scale_dtype='float8_e8m0fnu'"
+            )
+        form = form.with_mode(scale_mode)
+    return form
+
+
+def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
+    """The key of stochastic rounding as four words of 16 bits."""
+    if rounding != "stochastic":
+        if key is not None:
+            raise ValueError(f"key is given, but rounding={rounding!r} uses none: pass rounding='stochastic'")
+        return None
+    if key is None:
+        raise ValueError("rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer")
+    if int(np.prod(tuple(x.shape), dtype=np.int64)) >= MOST_ELEMENTS:
+        raise ValueError(f"rounding='stochastic' numbers up to {MOST_ELEMENTS} elements: quantize x in parts")
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not 0 <= int(key) < 1 << 64:
+            raise ValueError(f"key={key}: it must be an integer of 64 bits, 0 to 2^64 - 1")
+        return b.constant(key_words(int(key)), "int32", like=x)
+    other = backend_of(key)
+    if other is not None and other is not b:
+        raise TypeError(f"key is a {other.name} array but x is {b.name}: give an integer, or an array of {b.name}")
+    if other is None or b.dtype_name(key) not in ("int32", "uint32") or tuple(key.shape) != (2,):
+        kind = type(key).__name__ if other is None else f"{b.dtype_name(key)} array of shape {tuple(key.shape)}"
+        raise TypeError(f"key is a {kind}: give an integer, or an array of two 32-bit integers (jax.random.key_data(key))")
+    words = b.xp.astype(key, b.xp.int32)
+    return b.xp.concat([words & 0xFFFF, (words >> 16) & 0xFFFF])
+
+
+def _kept_scale(scale: QArray, spec: affine.Spec, grid: tuple[int, ...], b: Backend) -> affine.Coded:
+    wanted = spec.format.scale
+    if wanted is None or (scale.dtype, scale.scale is not None) != (wanted.name, wanted.scaled):
+        kept = "plain numbers" if wanted is None else f"{wanted.name}{'' if wanted.scaled else ' without a scale of their own'}"
+        raise TypeError(
+            f"scale is a QArray of {scale.dtype}, but {spec.format.name} keeps its scales as {kept}: give the same "
+            f"scale_dtype as to choose_qparams, or numbers: scale.dequantize()"
+        )
+    if scale.backend != b.name:
+        raise TypeError(f"scale is a {scale.backend} QArray but x is {b.name}: move one with .to_backend()")
+    if scale.shape != grid:
+        raise ValueError(f"scale has shape {scale.shape}: with this granularity it must be {grid}")
+    return scale._checked()._coded()
+
+
+def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> None:
+    """Raise where a NaN scale tells that its block of ``x`` has non-finite values, or does not fit its own format."""
+    b, spec = call.b, call.spec
+    numbers = scale
+    if kept and spec.format.scale is not None:
+        numbers = run(b, affine.scales_of, scale, spec=spec)
+    if not b.has_values(numbers):
+        return
+    nan = b.xp.isnan(numbers)
+    if not bool(b.xp.any(nan)):
+        return
+    values = b.to_numpy(x).astype(spec.source.compute)
+    bad = ~np.isfinite(values)
+    if bad.any() and not call.recipe.ignore_nonfinite:
+        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+        raise ValueError(
+            f"x has {int(bad.sum())} non-finite values of {bad.size}, the first at index {first}: "
+            f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+        )
+    form = spec.format.scale
+    if form is not None:
+        count = int(b.to_numpy(b.xp.sum(b.xp.astype(nan, b.xp.int32))))
+        raise ValueError(
+            f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie between "
+            f"{form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or 'float8_e8m0fnu'"
+        )
+
+
+def _check_clipped(x: Array, qparams: affine.QParams, call: _Call) -> None:
+    b = call.b
+    if not b.has_values(x):
+        raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
+    outside = b.to_numpy(run(b, affine.clipped, x, qparams, call.key, spec=call.spec, recipe=call.recipe))
+    count = int(outside.sum())
+    if count:
+        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
+        raise ValueError(
+            f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this scale, the "
+            f"first at index {first}: {b.to_numpy(x)[first]}; use a larger scale, or on_clip='saturate'"
+        )

@@ -1,56 +1,468 @@
-"""Number formats as data: what a code may be, and which float types a source may have.
+"""Element types: finite sets of numbers, each with a code. And the float types that values come in.
 
-Owns: the ``ElementType`` and ``FloatType`` records and their tables. Imports: nothing.
-A new format is a new record here and a golden vector in the tests.
+Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the ``Backend``
+interface, as an argument's type alone.
+
+Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's inverse
+on its numbers. Which element types there are, by name, is said in ``formats``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 
 __all__ = [
-    "ELEMENT_TYPES",
     "FLOAT_TYPES",
     "INTEGER_TYPES",
+    "NOISE_BITS",
+    "Codebook",
     "ElementType",
+    "Float",
     "FloatType",
-    "element_type",
+    "Integer",
+    "Rounding",
+    "dtype_name",
     "float_type",
     "integer_type",
+    "rounded",
 ]
 
+Rounding = Literal["half_even", "half_away", "toward_zero", "up", "stochastic"] | float
+"""How a number between two neighbours is rounded. "up" is away from zero wherever anything is left; a fraction t in
+(0, 1) rounds away from zero from that part of the way on."""
 
-@dataclass(frozen=True)
-class ElementType:
-    """A format of quantized codes."""
+NOISE_BITS = 16
+"""Bits of the noise that stochastic rounding compares with."""
+
+
+class ElementType(ABC):
+    """A finite set of numbers, and the code that each of them has."""
 
     name: str
     """What users write as ``dtype=``."""
     bits: int
     """Bits of one code."""
-    signed: bool
-    """Whether codes may be negative."""
     storage: str
-    """dtype of the array that holds the codes."""
+    """dtype of an array with one code an item."""
+    min: float
+    """Smallest number."""
+    max: float
+    """Largest number."""
+    smallest: float
+    """Smallest number above zero."""
+    unit: float | None = None
+    """A power of two of which every number is a whole multiple that fits 8 bits, so that products are sums of integers;
+    None where there is none."""
+    signed: bool
+    """Whether numbers lie on both sides of zero."""
+    has_zero: bool = True
+    """Whether 0 is one of the numbers."""
+    nan: int | None = None
+    """A code of NaN, where there is one."""
+    middle: int = 0
+    """The code that a symmetric scheme gives to zero, where a zero point has to say so."""
+    zero_points: bool = False
+    """Whether a zero point may be added to codes."""
+    codes: tuple[int, int]
+    """Smallest and largest code."""
 
     @property
-    def min(self) -> int:
-        """Smallest code."""
-        return -(1 << (self.bits - 1)) if self.signed else 0
+    def top(self) -> float:
+        """What the largest magnitude of a block becomes: the farthest number that lies on both sides."""
+        return min(-self.min, self.max) if self.signed else self.max
+
+    def range_of(self, symmetric: bool) -> tuple[float, float]:
+        """Smallest and largest number that quantization gives."""
+        return self.min, self.max
+
+    @abstractmethod
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        """Codes of the numbers next to ``v``, ``zero`` codes further on, and where ``v`` lies inside their range.
+
+        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it is
+        rounded to a number of this type, or a compiler would fuse the two.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Array, b: Backend) -> Array:
+        """The numbers that codes stand for: integers of any width, or float32; exact in either case."""
+
+    def levels(self, b: Backend) -> np.ndarray[Any, Any]:
+        """Every number, in increasing order, as float64; ``b`` does the arithmetic."""
+        low, high = self.codes
+        codes = b.asarray(np.arange(low, high + 1).astype(self.storage))
+        numbers = np.asarray(b.to_numpy(self.decode(codes, b)), dtype=np.float64)
+        return np.unique(numbers[np.isfinite(numbers)])
+
+
+def rounded(v: Array, rounding: Rounding, xp: Any, noise: Array | None = None) -> Array:
+    """``v`` as whole numbers. Every rule but the first compares with a threshold, and adds nothing to ``v``.
+
+    ``noise`` holds whole numbers, uniform in [0, 2^NOISE_BITS): a part ``f`` rounds away from zero where
+    ``f >= 1 - noise / 2^NOISE_BITS``, which happens with probability ``f`` to as many bits as the whole part leaves.
+    """
+    if rounding == "half_even":
+        return xp.round(v)
+    size = xp.abs(v)
+    whole = xp.floor(size)
+    if rounding == "toward_zero":
+        away = xp.zeros_like(whole)
+    elif rounding == "up":
+        away = xp.astype(size > whole, whole.dtype)
+    elif rounding == "stochastic":
+        assert noise is not None
+        away = xp.astype(size >= whole + (1 - xp.astype(noise, whole.dtype) * 2.0**-NOISE_BITS), whole.dtype)
+    else:
+        away = xp.astype(size >= whole + (0.5 if rounding == "half_away" else float(rounding)), whole.dtype)
+    size = whole + away
+    return xp.where(v < 0, -size, size)
+
+
+@dataclass(frozen=True)
+class Integer(ElementType):
+    """All integers of some bits, times a step: two's complement where they are signed."""
+
+    name: str
+    bits: int
+    signed: bool
+    step: float = 1.0
+    """A power of two: the number of code 1."""
+    narrow: bool = False
+    """Whether the smallest code of a signed type, which has no opposite, is left out."""
 
     @property
-    def max(self) -> int:
-        """Largest code."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+    def storage(self) -> str:  # type: ignore[override]
+        return f"{'' if self.signed else 'u'}int{8 if self.bits <= 8 else 16}"
 
     @property
-    def middle(self) -> int:
-        """The code that a symmetric scheme gives to zero: 0, or half the range where codes are unsigned."""
+    def codes(self) -> tuple[int, int]:  # type: ignore[override]
+        if not self.signed:
+            return 0, (1 << self.bits) - 1
+        most = (1 << (self.bits - 1)) - 1
+        return -most - (not self.narrow), most
+
+    @property
+    def min(self) -> float:  # type: ignore[override]
+        return self.codes[0] * self.step
+
+    @property
+    def max(self) -> float:  # type: ignore[override]
+        return self.codes[1] * self.step
+
+    @property
+    def smallest(self) -> float:  # type: ignore[override]
+        return self.step
+
+    @property
+    def unit(self) -> float | None:  # type: ignore[override]
+        return self.step if self.bits <= 8 else None
+
+    @property
+    def middle(self) -> int:  # type: ignore[override]
         return 0 if self.signed else 1 << (self.bits - 1)
 
+    @property
+    def zero_points(self) -> bool:  # type: ignore[override]
+        return self.step == 1.0
+
+    @property
+    def top(self) -> float:
+        return (self.codes[1] - self.middle) * self.step
+
     def code_range(self, symmetric: bool) -> tuple[int, int]:
-        """Smallest and largest code that quantization may produce. Symmetric: as far below zero's code as above."""
-        return (2 * self.middle - self.max, self.max) if symmetric else (self.min, self.max)
+        """Smallest and largest code that quantization gives. Symmetric: as far below zero's code as above."""
+        low, high = self.codes
+        return (2 * self.middle - high, high) if symmetric else (low, high)
+
+    def range_of(self, symmetric: bool) -> tuple[float, float]:
+        low, high = self.code_range(symmetric)
+        return low * self.step, high * self.step
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        xp = b.xp
+        least, most = self.code_range(symmetric)
+        code = rounded(v if self.step == 1.0 else v * (1 / self.step), rounding, xp, noise)
+        if zero is None:
+            zero = xp.zeros_like(code)
+        else:  # an integer plus an integer, both far below 2^24: exact where it is not clipped
+            code = code + zero
+        clipped = xp.clip(code, float(least), float(most))
+        return xp.astype(xp.where(xp.isnan(code), zero, clipped), b.dtype(self.storage)), clipped == code
+
+    def decode(self, codes: Array, b: Backend) -> Array:
+        return codes if self.step == 1.0 else b.xp.astype(codes, b.xp.float32) * self.step
+
+
+@dataclass(frozen=True)
+class Float(ElementType):
+    """Sign, exponent, mantissa, from the highest bit down. Larger magnitudes saturate; infinities are never made."""
+
+    name: str
+    exponent: int
+    mantissa: int
+    bias: int
+    max: float
+    signed: bool = True
+    subnormal: bool = True
+    """Whether exponent 0 means numbers without a leading 1, and so zero; else there is no zero."""
+    negative_zero: bool = True
+    """Whether zero has a second code, with the sign bit set."""
+    infinity: int | None = None
+    """The code of infinity, where there is one. It is read, never made."""
+    nan: int | None = None
+    """A code of NaN. It is made where these numbers are scales, of blocks that cannot be used."""
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return self.signed + self.exponent + self.mantissa
+
+    @property
+    def storage(self) -> str:  # type: ignore[override]
+        return "uint8" if self.bits <= 8 else "uint16"
+
+    @property
+    def codes(self) -> tuple[int, int]:  # type: ignore[override]
+        return 0, (1 << self.bits) - 1
+
+    @property
+    def min(self) -> float:  # type: ignore[override]
+        return -self.max if self.signed else 0.0
+
+    @property
+    def has_zero(self) -> bool:  # type: ignore[override]
+        return self.subnormal
+
+    @property
+    def lowest(self) -> int:
+        """Exponent of the smallest number with a leading 1."""
+        return 1 - self.bias if self.subnormal else -self.bias
+
+    @property
+    def smallest(self) -> float:  # type: ignore[override]
+        return math.ldexp(1.0, self.lowest - (self.mantissa if self.subnormal else 0))
+
+    @property
+    def unit(self) -> float | None:  # type: ignore[override]
+        return self.smallest if self.subnormal and self.max / self.smallest <= 127 else None
+
+    @property
+    def largest_code(self) -> int:
+        """Code of ``max``."""
+        fraction, exponent = math.frexp(self.max)
+        hidden = 0 if self.subnormal else 1 << self.mantissa
+        return ((exponent - 1 - self.lowest) << self.mantissa) + int(math.ldexp(fraction, self.mantissa + 1)) - hidden
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        """A size is ``whole * 2^(binade + lowest - mantissa)``, and its code lies ``binade`` binades above ``whole``.
+
+        A whole part that rounding carries into the next binade gives that binade's first code by itself.
+        """
+        xp, m, lowest = b.xp, self.mantissa, self.lowest
+        size = xp.clip(xp.abs(v), 0.0, self.max)
+        size = xp.where(size >= 2.0**-126, size, xp.zeros_like(size))  # subnormal, or NaN, for which >= is False
+        fraction, e = b.fraction_and_exponent(size)
+        whole = fraction * 2.0**m
+        if lowest > -100:  # what lies below the smallest number with a leading 1 counts in steps of ``smallest``
+            whole = xp.where(e < lowest, size * math.ldexp(1.0, m - lowest), whole)
+        code = xp.astype(rounded(whole, rounding, xp, noise), xp.int32)
+        code = code + (xp.clip(e - lowest, 0, 255) << m) - (0 if self.subnormal else 1 << m)
+        code = xp.clip(code, 0, self.largest_code)
+        if self.signed:
+            negative = xp.signbit(v) & ~xp.isnan(v)
+            if not self.negative_zero:
+                negative = negative & (code > 0)
+            code = xp.where(negative, code + (1 << (self.bits - 1)), code)
+        return xp.astype(code, b.dtype(self.storage)), xp.abs(v) <= self.max
+
+    def decode(self, codes: Array, b: Backend) -> Array:
+        xp, m = b.xp, self.mantissa
+        code = xp.astype(codes, xp.int32)
+        size = code & ((1 << (self.exponent + m)) - 1)
+        field_, fraction = size >> m, size & ((1 << m) - 1)
+        if self.subnormal:
+            whole = xp.where(field_ > 0, fraction + (1 << m), fraction)
+            e = xp.clip(field_ - 1, 0, 255) + (self.lowest - m)
+        else:
+            whole, e = fraction + (1 << m), field_ + (self.lowest - m)
+        half = e >> 1  # in two steps: the smallest scales lie below the smallest power that there is
+        value = xp.astype(whole, xp.float32) * b.power_of_two(half) * b.power_of_two(e - half)
+        value = xp.where(size > self.largest_code, xp.full_like(value, float("nan")), value)
+        if self.infinity is not None:
+            value = xp.where(size == self.infinity, xp.full_like(value, float("inf")), value)
+        if self.signed:
+            value = xp.where(code >> (self.bits - 1) != 0, -value, value)
+        if self.nan is not None and not self.negative_zero:
+            value = xp.where(code == self.nan, xp.full_like(value, float("nan")), value)
+        return value
+
+
+@dataclass(frozen=True)
+class Codebook(ElementType):
+    """Any numbers, listed by code.
+
+    Parameters
+    ----------
+    name : str
+        What ``QArray.dtype`` says.
+    numbers : sequence of float
+        2 to 256 finite numbers on both sides of zero; rounded to float32. Code ``i`` stands for ``numbers[i]``.
+
+    Notes
+    -----
+    A number between two neighbours goes to the nearer one: above the midpoint (rounded to the dtype of the arithmetic) to
+    the larger, at it or below to the smaller, as bitsandbytes does.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> seven = aqt_lite.Codebook("seven", (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0))
+    >>> q = aqt_lite.quantize([0.1, -0.4, 2.0, -1.2], seven)
+    >>> q.qvalue, q.bits
+    (array([3, 2, 6, 1], dtype=uint8), 3)
+    """
+
+    name: str
+    numbers: tuple[float, ...] = field(repr=False)
+    signed = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"Codebook(name={self.name!r}): give a name, which QArray.dtype will say")
+        try:
+            numbers = tuple(float(np.float32(n)) for n in self.numbers)
+        except (TypeError, ValueError):
+            raise TypeError(f"Codebook({self.name!r}): numbers must be a sequence of real numbers") from None
+        if not 2 <= len(numbers) <= 256:
+            raise ValueError(f"Codebook({self.name!r}): has {len(numbers)} numbers: give 2 to 256")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"Codebook({self.name!r}): every number must be finite, and so in float32")
+        if not (min(numbers) < 0 < max(numbers)):
+            raise ValueError(f"Codebook({self.name!r}): numbers must lie on both sides of zero")
+        object.__setattr__(self, "numbers", numbers)
+        # here, not in properties: compilers that trace follow no NumPy
+        order = sorted(range(len(numbers)), key=lambda c: (numbers[c], c))
+        kept = [c for i, c in enumerate(order) if i == 0 or numbers[c] != numbers[order[i - 1]]]
+        object.__setattr__(self, "_order", tuple(kept))
+        ordered = np.asarray([numbers[c] for c in kept])
+        object.__setattr__(self, "_cuts", {key: _cuts(ordered, *key) for key in _WAYS_TO_CUT})
+        positive = [abs(n) for n in numbers if n != 0]
+        object.__setattr__(self, "smallest", min(positive))
+        steps = [2.0**-e for e in range(8)]
+        whole = [u for u in steps if all(n / u == int(n / u) and abs(n / u) <= 127 for n in numbers)]
+        object.__setattr__(self, "unit", whole[0] if whole else None)
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return (len(self.numbers) - 1).bit_length()
+
+    @property
+    def storage(self) -> str:  # type: ignore[override]
+        return "uint8"
+
+    @property
+    def codes(self) -> tuple[int, int]:  # type: ignore[override]
+        return 0, len(self.numbers) - 1
+
+    @property
+    def min(self) -> float:  # type: ignore[override]
+        return min(self.numbers)
+
+    @property
+    def max(self) -> float:  # type: ignore[override]
+        return max(self.numbers)
+
+    def cuts(self, dtype: str, rounding: Rounding) -> tuple[float, ...]:
+        """For each gap between neighbours, the number above which the larger one is taken. Stochastic: for each noise."""
+        found: tuple[float, ...] | None = self._cuts.get((dtype, rounding))
+        if found is None:
+            raise ValueError(f"rounding={rounding!r} is not possible for {self.name}, whose numbers have unequal steps")
+        return found
+
+    @property
+    def has_zero(self) -> bool:  # type: ignore[override]
+        return 0.0 in self.numbers
+
+    _order: Any = field(init=False, repr=False, compare=False, default=())
+    _cuts: Any = field(init=False, repr=False, compare=False, default=None)
+    smallest: float = field(init=False, repr=False, compare=False, default=0.0)
+    unit: float | None = field(init=False, repr=False, compare=False, default=None)
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        xp, shape, dtype = b.xp, tuple(v.shape), b.dtype_name(v)
+        flat = xp.reshape(v, (-1,))
+        if rounding == "stochastic":
+            assert noise is not None
+            ends = tuple(self.numbers[c] for c in self._order)
+            below = xp.searchsorted(b.constant(ends[1:-1], dtype, like=v), flat, side="right")  # the gap it lies in
+            below = xp.astype(below, xp.int32)
+            table = b.constant(self.cuts(dtype, rounding), dtype, like=v)
+            at = below * (1 << _CODEBOOK_NOISE_BITS) + (xp.reshape(noise, (-1,)) >> (NOISE_BITS - _CODEBOOK_NOISE_BITS))
+            position = below + xp.astype(flat > xp.take(table, at, axis=0), xp.int32)
+        else:
+            cuts = b.constant(self.cuts(dtype, rounding), dtype, like=v)
+            position = xp.searchsorted(cuts, flat, side="left")
+        nearest_zero = min(range(len(self._order)), key=lambda i: abs(self.numbers[self._order[i]]))
+        position = xp.where(xp.isnan(flat), xp.full_like(position, nearest_zero), position)
+        if self._order != tuple(range(len(self._order))):
+            order = b.constant(self._order, "int32", like=v)
+            position = xp.take(order, xp.astype(position, xp.int32), axis=0)
+        codes = xp.reshape(xp.astype(position, b.dtype(self.storage)), shape)
+        return codes, (v >= self.min) & (v <= self.max)
+
+    def decode(self, codes: Array, b: Backend) -> Array:
+        xp = b.xp
+        table = b.constant(self.numbers, "float32", like=codes)
+        flat = xp.reshape(xp.astype(codes, xp.int32), (-1,))
+        return xp.reshape(xp.take(table, flat, axis=0), tuple(codes.shape))
+
+
+_CODEBOOK_NOISE_BITS = 8
+"""Bits of noise that a codebook uses: its cuts are a table with a row for each gap, since no gap is like another."""
+
+_WAYS_TO_CUT: list[tuple[str, Rounding]] = [
+    (dtype, rounding)
+    for dtype in ("float32", "float64")
+    for rounding in ("half_even", "half_away", "toward_zero", "stochastic")
+]
+
+
+def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tuple[float, ...]:
+    low, high = numbers[:-1], numbers[1:]
+
+    def at_least(t: Any) -> Any:  # v > at_least(t) is v >= t
+        return np.nextafter(t.astype(dtype), np.asarray(-np.inf, dtype))
+
+    middle, outward = low / 2 + high / 2, low + high > 0
+    if rounding == "half_even":
+        cuts = middle
+    elif rounding == "half_away":
+        cuts = np.where(outward, at_least(middle), middle)
+    elif rounding == "toward_zero":
+        cuts = np.where((low < 0) & (high > 0), middle, np.where(low >= 0, at_least(high), low))
+    else:  # the part of the way to the farther number from which on that one is taken, as ``rounded`` has it
+        part = 1 - np.arange(1 << _CODEBOOK_NOISE_BITS) * 2.0**-_CODEBOOK_NOISE_BITS
+        low, high, outward = low[:, None], high[:, None], outward[:, None]
+        cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
+    return tuple(cuts.astype(dtype).astype(np.float64).ravel().tolist())
+
+
+# ---- float types of values
 
 
 @dataclass(frozen=True)
@@ -62,7 +474,7 @@ class FloatType:
     bits: int
     """Bits of one value."""
     compute: str
-    """dtype in which scales are kept and every rounding of the contract happens."""
+    """dtype in which scales are chosen and every rounding of the contract happens."""
     max: float
     """Largest finite value."""
     tiny: float
@@ -71,11 +483,6 @@ class FloatType:
     """Largest scale whose reciprocal is still normal in ``compute``."""
 
 
-_INTEGERS = [
-    ElementType(name, bits, signed, storage=name)
-    for name, bits, signed in [("int8", 8, True), ("uint8", 8, False), ("int16", 16, True), ("uint16", 16, False)]
-]
-ELEMENT_TYPES = {e.name: e for e in _INTEGERS}
 INTEGER_TYPES = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 _SINGLE = {"compute": "float32", "tiny": 2.0**-125, "huge": 2.0**126}
@@ -88,19 +495,9 @@ _FLOATS = [
 FLOAT_TYPES = {f.name: f for f in _FLOATS}
 
 
-def element_type(dtype: object) -> ElementType:
-    """The record of a format, from its name or from any library's dtype object of that name."""
-    if isinstance(dtype, ElementType):
-        return dtype
-    found = ELEMENT_TYPES.get(dtype if isinstance(dtype, str) else _dtype_name(dtype))
-    if found is None:
-        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {', '.join(ELEMENT_TYPES)}")
-    return found
-
-
 def float_type(dtype: object, argument: str = "dtype") -> FloatType:
     """The record of a floating-point type, from its name or from any library's dtype object of that name."""
-    found = FLOAT_TYPES.get(_dtype_name(dtype))
+    found = FLOAT_TYPES.get(dtype_name(dtype))
     if found is None:
         raise ValueError(f"{argument}={dtype!r} is not a floating-point type: use one of {', '.join(FLOAT_TYPES)}")
     return found
@@ -108,15 +505,22 @@ def float_type(dtype: object, argument: str = "dtype") -> FloatType:
 
 def integer_type(dtype: object) -> str:
     """The name of an integer type of any width, from its name or from any library's dtype object of that name."""
-    name = _dtype_name(dtype)
+    name = dtype_name(dtype)
     if name not in INTEGER_TYPES:
         raise ValueError(f"dtype={dtype!r} is not an integer type: use one of {', '.join(INTEGER_TYPES)}")
     return name
 
 
-def _dtype_name(dtype: object) -> str:
+def dtype_name(dtype: object) -> str:
     """'int8' of 'int8', numpy.int8, numpy.dtype('>i1'), jax.numpy.int8, torch.int8."""
     if isinstance(dtype, str):
         return dtype
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rsplit(".", 1)[-1]
+
+
+def element_type(dtype):  # TEMPORARY
+    from aqt_lite.formats import element_type_of
+    return element_type_of(dtype)
+ELEMENT_TYPES = {}
+ElementType_ = ElementType

@@ -1,25 +1,27 @@
 """The container of a quantized array.
 
-Owns: ``QArray``, its invariants, its slicing and its moves between backends. Imports: elements, granularity, affine
-(to dequantize), the registry.
+Owns: ``QArray``, its invariants, and its moves between layouts and backends. Imports: formats, granularity, affine (to
+dequantize), packing, the registry. What it has in common with other arrays, indexing and the like, is in ``_shapes``.
 
 Invariants, for ``q`` with ``n`` dimensions:
 
-- ``q.qvalue`` has the array's shape and the integer type ``q.dtype``; ``q.storage`` is how it is kept: the same, or
-  with its last two axes swapped where ``q.transposed``.
+- ``q.qvalue`` has the array's shape and one code an item; ``q.storage`` is how the codes are kept: with the last two axes
+  swapped where ``q.transposed``, and with ``q.packed_length`` codes of its last axis in a stream of bits where that is
+  not None.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
-- ``q.scale`` has shape ``ceil(shape / block)`` (1 for None), dtype float32, or float64 for float64 sources.
-- ``q.zero_point`` is None (all zeros) or an int32 array of the same shape as ``q.scale``.
-- the values are ``(q.qvalue - q.zero_point) * q.scale``, each scale serving its block.
-- storage, scale and zero point are arrays of one backend.
+- ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources; or
+  a QArray of that shape, where scales are kept in a format of fewer bits; or None, where the numbers need no scale.
+- ``q.zero_point`` is None (all zeros) or an int32 array of the same shape, ``q.offset`` None or numbers like ``q.scale``.
+- the values are ``(number of the code - zero_point) * scale + offset``, each scale serving its block.
+- all arrays are of one backend.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -27,32 +29,38 @@ from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite._qparams import check_scale, check_zero_point
+from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend, register_container
-from aqt_lite.elements import element_type, float_type
-from aqt_lite.granularity import Block, Granularity, PerTensor, block_of, granularity_of, grid_of
+from aqt_lite._shapes import ArrayShapes
+from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format, element_type_of, format_of, register_format
+from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, grid_of
+from aqt_lite.packing import bytes_of, pack, unpack
 
-__all__ = ["QArray"]
+__all__ = ["CONTRACT_VERSION", "QArray"]
+
+CONTRACT_VERSION = 2
+"""Version of docs/numerics.md that this library follows. Version 2 decodes all that version 1 does, alike."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QArray:
-    """A quantized array: integer codes, a scale for each block of them, and perhaps a zero point.
+class QArray(ArrayShapes):
+    """A quantized array: codes, a scale for each block of them, and perhaps a zero point or an offset.
 
     Made by :func:`aqt_lite.quantize`, or by :meth:`from_codes` from codes that exist already. Frozen. A pytree in
     JAX and in torch: it passes through ``jit``, ``vmap``, ``scan``, ``torch.compile`` and the like, where ``storage``,
-    ``scale`` and ``zero_point`` are the leaves and the rest is static.
+    ``scale``, ``zero_point`` and ``offset`` are the leaves and the rest is static.
 
     Parameters
     ----------
     storage : array
         The codes as they are kept.
-    scale : array
-        float32 or float64, shape of the grid of blocks.
+    scale : array, QArray or None
+        float32 or float64 numbers, shape of the grid of blocks; a QArray where they are kept in fewer bits.
     zero_point : array or None
         int32, same shape as ``scale``.
     dtype : str
-        Format of the codes, for instance "int8".
+        Name of the format, for instance "int8" or "mxfp4".
     block : tuple
         Block length along each axis, None for the whole axis. Counted from the last axis when leading axes have
         been mapped over (``vmap``, ``scan``) or added by mapping.
@@ -60,6 +68,17 @@ class QArray:
         Type of the values that were quantized, and of what :meth:`dequantize` returns.
     transposed : bool
         Whether ``storage`` keeps the last two axes swapped (see :meth:`for_dense`).
+    packed_length : int or None
+        Codes along the last axis of ``storage`` where it is a stream of bits (see :mod:`aqt_lite.packing`).
+    offset : array, QArray or None
+        Added to the values of a block; as ``scale``.
+    ragged : tuple
+        For each axis, its length where groups do not divide it, else None; empty where that is not known. Arrays that
+        were joined or cut without a view to their groups are recognized by it.
+    trainable : bool
+        Whether derivatives reach the scales (see :meth:`with_trainable_scales`).
+    version : int
+        Version of the contract that says what the codes mean.
 
     Examples
     --------
@@ -76,38 +95,57 @@ class QArray:
     """
 
     storage: Array
-    scale: Array
+    scale: Array | QArray | None
     zero_point: Array | None = None
     dtype: str = "int8"
     block: Block = field(default=())
     float_dtype: str = "float32"
     transposed: bool = False
+    packed_length: int | None = None
+    offset: Array | QArray | None = None
+    ragged: Block = field(default=())
+    trainable: bool = False
+    version: int = CONTRACT_VERSION
+
+    __array_ufunc__: ClassVar[None] = None  # NumPy leaves operators to this class
 
     @classmethod
     def from_codes(
         cls,
-        qvalue: Array,
-        scale: Array,
-        zero_point: Array | None = None,
+        qvalue: Any,
+        scale: Any,
+        zero_point: Any = None,
         *,
-        granularity: Granularity = PerTensor(),  # noqa: B008 - frozen, so one default object is safe
-        float_dtype: str = "float32",
+        offset: Any = None,
+        dtype: Any = None,
+        granularity: Granularity | None = None,
+        float_dtype: Any = "float32",
     ) -> QArray:
         """Wrap codes, scales and zero points made elsewhere, after checking every invariant.
 
         Parameters
         ----------
         qvalue : array
-            Integer codes of a type in the table of element types; any shape.
-        scale, zero_point : array, or None for the zero point
-            Of the same backend and device, with the shape that ``granularity`` gives for ``qvalue``. Scales are
-            positive, finite and within the range that :func:`aqt_lite.quantize` keeps; zero points are codes, and
-            unsigned codes need them. Under a tracing compiler values are not known, and not checked.
+            Codes, one an item, of any shape: of the integer type that the format is stored in, or of the format's own type
+            where a library has one (``ml_dtypes.float8_e4m3fn``, ``jnp.int4``).
+        scale : number, list, array or QArray; None for formats of scales
+            With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
+            array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are positive,
+            finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one.
+        zero_point : integer, list or array, optional
+            Codes of the value 0.0. Unsigned integers need them, or an ``offset``.
+        offset : number, list, array or QArray, optional
+            Added to the values of each block; like ``scale``.
+        dtype : str, optional
+            Name of the format. By default that of the integer type of ``qvalue``: say it where codes are of another format.
+        granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
+            By default the format's own.
 
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what it was and what it must be.
+            Naming the argument, what it was and what it must be; codes that stand for no finite number of the format.
+            Under a tracing compiler values are not known, and not checked.
 
         Examples
         --------
@@ -115,51 +153,75 @@ class QArray:
         >>> codes, scale = np.asarray([-127, 0, 64], "int8"), np.asarray([0.5], "float32")
         >>> aqt_lite.QArray.from_codes(codes, scale).dequantize()
         array([-63.5,   0. ,  32. ], dtype=float32)
+        >>> aqt_lite.QArray.from_codes(np.asarray([0, 7, 15], "uint8"), 2.0, dtype="float4_e2m1fn").dequantize()
+        array([  0.,  12., -12.], dtype=float32)
         """
         b = backend_of(qvalue)
         if b is None:
             raise TypeError(f"qvalue is a {type(qvalue).__name__}: give an array of integer codes")
-        source, element = float_type(float_dtype, "float_dtype"), element_type(b.dtype_name(qvalue))
-        if zero_point is None and element.middle:
+        problem = b.refuse(qvalue)
+        if problem:
+            raise TypeError(f"qvalue {problem}")
+        source = float_type(float_dtype, "float_dtype")
+        form = _stored_format(b.dtype_name(qvalue) if dtype is None else dtype)
+        qvalue = _as_codes(qvalue, form, b, said=dtype is not None)
+        granularity = form.granularity if granularity is None else granularity
+        block, shape = block_of(granularity, qvalue.ndim), tuple(qvalue.shape)
+        if scale is None and form.name not in SCALE_FORMATS:
+            raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
+        form = replace(form, scaled=scale is not None, scale=scale._format if isinstance(scale, QArray) else None)
+        spec = affine.Spec(form, source, block)
+        if zero_point is None and offset is None and form.element.middle:
             raise ValueError(
-                f"qvalue has dtype {element.name} but no zero_point (the code of 0.0): give int32 zeros if that is 0"
+                f"qvalue has dtype {form.name} but no zero_point (the code of 0.0): give 0 if that is 0, or dtype= where "
+                f"these are codes of another format"
             )
-        block = block_of(granularity, qvalue.ndim)
-        grid = grid_of(tuple(qvalue.shape), block)
-        wanted = [("scale", scale, source.compute)]
-        if zero_point is not None:
-            wanted.append(("zero_point", zero_point, "int32"))
-        for name, value, dtype in wanted:
-            other = backend_of(value)
-            if other is not b:
-                raise TypeError(f"{name} is {_kind(value)} but qvalue is {b.name}: give arrays of one backend")
-            if tuple(value.shape) != grid:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}: {granularity} of {tuple(qvalue.shape)} is {grid}"
-                )
-            if b.dtype_name(value) != dtype:
-                raise TypeError(f"{name} has dtype {b.dtype_name(value)}: it must be {dtype}")
-            if not b.can_meet(value, qvalue):
-                raise ValueError(
-                    f"{name} is on device {b.device(value)} but qvalue on {b.device(qvalue)}: move one of them"
-                )
-        if not b.is_traced(scale):
-            check_scale(b.to_numpy(scale), source)
-        if zero_point is not None and not b.is_traced(zero_point):
-            check_zero_point(b.to_numpy(zero_point), element)
-        return cls(qvalue, scale, zero_point, element.name, block, source.name)
+        if zero_point is not None and offset is not None:
+            raise ValueError("zero_point and offset are both given: a block has one of them")
+
+        def placed(argument: str, value: Any, kept_as: str, check: Callable[..., None]) -> Any:
+            if value is None:
+                return None
+            if isinstance(value, QArray):
+                return _nested(argument, value, grid_of(shape, block), b, check)
+            return on_grid(argument, value, qvalue, "qvalue", shape, granularity, spec, b, kept_as, check, exact=True)
+
+        of_scales = partial(check_scale, spec=spec, with_offset=offset is not None)
+        scale = placed("scale", scale, source.compute, of_scales)
+        offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
+        zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
+        if b.has_values(qvalue):
+            check_codes(b.to_numpy(qvalue), spec, get_backend("numpy"))
+        return cls._of(affine.Coded(qvalue, scale, zero_point, offset), spec)
+
+    @classmethod
+    def _of(cls, w: affine.Coded, spec: affine.Spec) -> QArray:
+        """The container of what ``affine`` made: packed where codes have fewer than 8 bits."""
+        scale = w.scale
+        if isinstance(scale, tuple):
+            scale = cls._of(affine.Coded(*scale), spec.of_scales)
+        q = cls(w.codes, scale, w.zero_point, spec.format.name, spec.block, spec.source.name, offset=w.offset)
+        return replace(q, ragged=q._ragged_axes()).packed()
 
     # ---- what it is
 
     @property
     def qvalue(self) -> Array:
-        """The integer codes, one an element."""
-        return self._backend.xp.matrix_transpose(self.storage) if self.transposed else self.storage
+        """The codes, one an element, as integers: of the format's numbers, or their bit patterns."""
+        codes = self._stored_codes()
+        return self._backend.xp.matrix_transpose(codes) if self.transposed else codes
+
+    @property
+    def scales(self) -> Array:
+        """The scales as numbers, however they are kept; None where there are none."""
+        return self.scale.dequantize() if isinstance(self.scale, QArray) else self.scale
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that was quantized."""
         shape = tuple(self.storage.shape)
+        if self.packed_length is not None:
+            shape = (*shape[:-1], self.packed_length)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     @property
@@ -173,19 +235,30 @@ class QArray:
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self._element.bits
+
+    @property
     def granularity(self) -> Granularity:
         """Which elements share a scale, in the plainest words."""
-        return granularity_of(self._aligned().block)
+        return granularity_of(self._checked().block)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points together."""
-        return sum(_nbytes(leaf, self._backend) for leaf in self._leaves() if leaf is not None)
+        """Bytes of codes, scales, zero points and offsets together."""
+        b = self._backend
+        return sum(a.nbytes if isinstance(a, QArray) else _nbytes(a, b) for a in self._leaves() if a is not None)
 
     @property
     def backend(self) -> str:
         """Name of the backend that holds it."""
         return self._backend.name
+
+    @property
+    def device(self) -> Any:
+        """The device that holds it, in the library's own words."""
+        return self._backend.device(self.storage)
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.
@@ -196,12 +269,11 @@ class QArray:
         >>> aqt_lite.quantize([0.0, 2.0, -127.0]).dequantize()
         array([   0.,    2., -127.], dtype=float32)
         """
-        b, q = self._backend, self._aligned()
+        b, q = self._backend, self._checked()
         source = float_type(self.float_dtype)
         out = source if dtype is None else float_type(dtype)
-        spec = affine.Spec(element_type(self.dtype), source, symmetric=False, block=q.block)
-        values = run(b, "dequantize", affine.dequantize, q.qvalue, q.scale, q.zero_point, spec=spec, out=out.name)
-        if out.max < source.max and not b.is_traced(values):
+        values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
+        if out.max < source.max and b.has_values(values):
             b.check_no_overflow(values, out.name)
         return values
 
@@ -219,12 +291,26 @@ class QArray:
         b, target = self._backend, get_backend(name)
         if b is target:
             return self
-        if any(b.is_traced(leaf) for leaf in self._leaves() if leaf is not None):
+        if any(b.is_traced(a) for a in self._arrays()):
             raise TypeError(f"to_backend({name!r}) inside a traced function: move the QArray before or after it")
-        storage, scale, zero_point = (
-            None if leaf is None else target.asarray(b.to_numpy(leaf)) for leaf in self._leaves()
-        )
-        return replace(self, storage=storage, scale=scale, zero_point=zero_point)
+        return self._with_each(lambda a: target.asarray(b.to_numpy(a)), lambda q: q.to_backend(name))
+
+    def to_device(self, device: Any) -> QArray:
+        """The same bits on another device of the same library.
+
+        Examples
+        --------
+        >>> import aqt_lite
+        >>> aqt_lite.quantize([1.0, 2.0]).to_device("cpu").device
+        'cpu'
+        """
+        b = self._backend
+        return self._with_each(lambda a: b.to_device(a, device), lambda q: q.to_device(device))
+
+    def copy(self) -> QArray:
+        """The same bits in arrays of their own."""
+        b = self._backend
+        return self._with_each(lambda a: b.xp.asarray(a, copy=True), lambda q: q.copy())
 
     def for_dense(self) -> QArray:
         """The same array, its codes stored as (..., out, in): the order in which :func:`aqt_lite.dense` reads fastest.
@@ -244,79 +330,110 @@ class QArray:
         if self.transposed:
             return self
         b = self._backend
-        return replace(self, storage=b.contiguous(b.xp.matrix_transpose(self.storage)), transposed=True)
+        codes = b.contiguous(b.xp.matrix_transpose(self._stored_codes()))
+        turned = replace(self, storage=codes, transposed=True, packed_length=None)
+        return turned if self.packed_length is None else turned.packed()
 
-    def __getitem__(self, index: Any) -> QArray:
-        """Basic indexing: integers, slices and an ellipsis.
+    def packed(self) -> QArray:
+        """The same array, its codes a dense stream of bits where they have fewer than 8; as ``quantize`` makes them.
 
-        An axis on which every element has its own scale, or all share one, can be indexed freely. An axis with groups
-        takes slices that cut between groups.
+        Examples
+        --------
+        >>> import numpy as np, aqt_lite
+        >>> q = aqt_lite.quantize(np.ones((4, 100), "float32"), "int3")
+        >>> q.storage.shape, q.nbytes, q.unpacked().nbytes
+        ((4, 38), 156, 404)
         """
-        q = replace(self._aligned(), storage=self.qvalue, transposed=False)
-        block: list[int | None] = []
-        of_codes: list[Any] = []
-        of_blocks: list[Any] = []
-        for axis, item in enumerate(_full_index(index, self.ndim)):
-            length, size = self.shape[axis], q.block[axis]
-            if size is not None and size > 1 and size >= length:
-                size = None
-            if isinstance(item, slice):
-                of_codes.append(item)
-                of_blocks.append(_slice_of_blocks(item, axis, length, size))
-                block.append(size)
-                continue
-            position = _position(item, axis, length)
-            if size is not None and size > 1:
-                raise IndexError(
-                    f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first"
-                )
-            of_codes.append(position)
-            of_blocks.append(position if size == 1 else 0)
-        codes, blocks = tuple(of_codes), tuple(of_blocks)
-        zero_point = None if q.zero_point is None else q.zero_point[blocks]
-        return replace(q, storage=q.storage[codes], scale=q.scale[blocks], zero_point=zero_point, block=tuple(block))
+        bits = self._element.bits
+        if self.packed_length is not None or bits >= 8 or not self.storage.ndim:
+            return self
+        codes = self.storage
+        return replace(self, storage=pack(codes, bits, self._backend.xp), packed_length=int(codes.shape[-1]))
 
-    def __len__(self) -> int:
-        if not self.shape:
-            raise TypeError("len() of a 0-dimensional QArray")
-        return self.shape[0]
+    def unpacked(self) -> QArray:
+        """The same array, one code an item: easier to look at, and larger."""
+        return replace(self, storage=self._stored_codes(), packed_length=None)
 
-    def __iter__(self) -> Iterator[QArray]:
-        """Slices along the first axis; TypeError where groups run along it: no single index can be taken there."""
-        if not self.shape:
-            raise TypeError("iteration over a 0-dimensional QArray")
-        size = self._aligned().block[0]
-        if size is not None and 1 < size < len(self):
-            raise TypeError(f"axis 0 has groups of {size}: iterate over slices of {size}, or dequantize first")
-        return (self[i] for i in range(len(self)))
+    def with_trainable_scales(self, trainable: bool = True) -> QArray:
+        """The same array, whose scales and offsets derivatives reach (or do not).
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """NumPy sees the dequantized values."""
-        if copy is False:
-            raise ValueError("a QArray has to be dequantized to become a NumPy array: copy=False is not possible")
-        values = self._backend.to_numpy(self.dequantize())
-        return values if dtype is None else values.astype(dtype)
+        By default they are constants: training that differentiates everything it finds would move them, and codes would
+        no longer fit. Codes and zero points have no derivatives in any case.
+
+        Examples
+        --------
+        >>> import aqt_lite
+        >>> aqt_lite.quantize([1.0, 2.0]).with_trainable_scales().trainable
+        True
+        """
+        return replace(self, trainable=trainable)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        raise TypeError(
+            f"a QArray ({self.dtype}, shape {self.shape}) does not become an array by itself, since its floats take "
+            f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with q.dequantize(), "
+            f"or for the codes with q.qvalue; to store it, store its parts (q.storage, q.scale, ...) or pickle it"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Only for what does not exist: what is no array says so."""
+        known = {f.name for f in fields(self)}
+        if name.startswith("_") or name in known:  # protocols ask; and what has no fields yet is being made
+            raise AttributeError(name)
+        raise AttributeError(
+            f"a QArray has no attribute {name!r}: it is a container of codes and scales, not an array; "
+            f"q.dequantize() is the array of its values, and q.storage, q.scale, q.zero_point are its parts"
+        )
 
     def __repr__(self) -> str:
         try:
-            b = self._backend
-            head = f"{self.dtype}, shape={self.shape}, {self.granularity}, of {self.float_dtype}, {b.name}"
-            if any(b.is_traced(leaf) for leaf in self._leaves() if leaf is not None):
-                return f"QArray({head}, traced)"
-            lines = [f"QArray({head})"]
-            for name, leaf in [("qvalue", self.qvalue), ("scale", self.scale), ("zero_point", self.zero_point)]:
-                if leaf is not None:
+            b, q = self._backend, self._checked()
+            words = f"{self.dtype}, shape={self.shape}, {q.granularity}, of {self.float_dtype}, {b.name}"
+            if not all(b.has_values(a) for a in self._arrays()):
+                return f"QArray({words}, {'traced' if b.is_traced(self.storage) else 'deferred'})"
+            lines = [f"QArray({words})"]
+            for name, leaf in zip(_LEAVES, (self.qvalue, *self._leaves()[1:]), strict=True):
+                name = "qvalue" if name == "storage" else name
+                if isinstance(leaf, QArray):
+                    lines.append(f"{name}: {leaf!r}")
+                elif leaf is not None:
                     lines.append(f"{name}: {np.array2string(b.to_numpy(leaf), threshold=20, edgeitems=3)}")
             return "\n".join(lines)
-        except (AttributeError, TypeError, ValueError):  # leaves replaced by a tree utility: specs, shardings, ...
-            return (
-                f"QArray({self.dtype}, storage={self.storage!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
-            )
+        except Exception:  # leaves replaced by a tree utility (specs, shardings, ...), donated, or of other shapes
+            return f"QArray({self.dtype}, " + ", ".join(f"{n}={_briefly(getattr(self, n))}" for n in _LEAVES) + ")"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.dtype in FORMATS and FORMATS[self.dtype] not in _BUILT_IN:  # so that another process knows it, too
+            state["_format_record"] = FORMATS[self.dtype]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        record = state.pop("_format_record", None)
+        if record is not None:
+            register_format(record)
+        self.__dict__.update({"version": 1, **state})  # the first version did not say so
 
     # ---- inside
 
-    def _leaves(self) -> tuple[Array, Array, Array | None]:
-        return self.storage, self.scale, self.zero_point
+    def _leaves(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _LEAVES)
+
+    def _arrays(self) -> list[Array]:
+        """Every array that it holds, those of its scales' own container included."""
+        found = []
+        for leaf in self._leaves():
+            if leaf is not None:
+                found += leaf._arrays() if isinstance(leaf, QArray) else [leaf]
+        return found
+
+    def _with_each(self, of_array: Callable[[Array], Array], of_nested: Callable[[QArray], QArray]) -> QArray:
+        """The same with every leaf replaced."""
+        new = {
+            name: None if leaf is None else of_nested(leaf) if isinstance(leaf, QArray) else of_array(leaf)
+            for name, leaf in zip(_LEAVES, self._leaves(), strict=True)
+        }
+        return replace(self, **new)
 
     @property
     def _backend(self) -> Backend:
@@ -325,64 +442,141 @@ class QArray:
             raise TypeError(f"this QArray holds a {type(self.storage).__name__}, not an array")
         return b
 
-    def _aligned(self) -> QArray:
-        """With one block entry for each axis: mapping drops or adds leading axes, one block each."""
-        shape, block = self.shape, self.block
+    @property
+    def _element(self) -> ElementType:
+        return element_type_of(self.dtype)
+
+    @property
+    def _format(self) -> Format:
+        """What decoding needs to know of the format."""
+        scale = self.scale
+        return Format(
+            self.dtype,
+            self._element,
+            scale=scale._format if isinstance(scale, QArray) else None,
+            scaled=scale is not None,
+        )
+
+    @property
+    def _spec(self) -> affine.Spec:
+        return affine.Spec(self._format, float_type(self.float_dtype), self.block)
+
+    def _coded(self) -> affine.Coded:
+        """Its arrays as ``affine`` takes them, codes in the order of the axes."""
+        return affine.Coded(self.qvalue, *self._qparams())
+
+    def _qparams(self) -> affine.QParams:
+        b = self._backend
+        scale, offset = (
+            leaf._checked()._coded() if isinstance(leaf, QArray) else leaf for leaf in (self.scale, self.offset)
+        )
+        if not self.trainable and b.differentiates(*(a for a in (scale, offset) if not isinstance(a, tuple))):
+            scale, offset = (a if a is None or isinstance(a, tuple) else b.stop_gradient(a) for a in (scale, offset))
+        return affine.QParams(scale, self.zero_point, offset)
+
+    def _stored_codes(self) -> Array:
+        """Codes as they are kept, but one an item."""
+        if self.packed_length is None:
+            return self.storage
+        element = self._element
+        signed = not element.storage.startswith("u")
+        return unpack(self.storage, element.bits, self.packed_length, signed=signed, xp=self._backend.xp)
+
+    def _ragged_axes(self) -> Block:
+        return tuple(
+            n if size is not None and 1 < size < n and n % size else None
+            for n, size in zip(self.shape, self.block, strict=True)
+        )
+
+    def _checked(self) -> QArray:
+        """With one block entry for each axis (mapping drops or adds leading axes, one block each), after checking that
+        the parts fit each other."""
+        if self.version > CONTRACT_VERSION:
+            raise ValueError(
+                f"this QArray follows version {self.version} of the contract, and this library version "
+                f"{CONTRACT_VERSION}: upgrade aqt_lite to read it"
+            )
+        shape, block, ragged = self.shape, self.block, self.ragged
         extra = len(shape) - len(block)
         if extra:
             block = (1,) * extra + block[max(0, -extra) :]
-        grid = grid_of(shape, block)
-        if tuple(self.scale.shape) != grid:
+            if ragged:
+                ragged = (None,) * extra + ragged[max(0, -extra) :]
+        for axis, length in enumerate(ragged):
+            if length is not None and length != shape[axis]:
+                raise ValueError(
+                    f"this QArray has groups of {block[axis]} along an axis of {length}, the last one shorter, but its codes "
+                    f"have length {shape[axis]} there: they were joined or cut without a view to the groups; use "
+                    f"aqt_lite.concatenate or q[...]"
+                )
+        if self.packed_length is not None and self.storage.shape[-1] != bytes_of(self.packed_length, self.bits):
             raise ValueError(
-                f"this QArray has codes of shape {shape} in blocks {block}, so its scale should have shape "
-                f"{grid}, not {tuple(self.scale.shape)}: map over leading axes only, and over codes and scales alike"
+                f"this QArray has {self.packed_length} codes of {self.bits} bits along the last axis, so its storage should have "
+                f"{bytes_of(self.packed_length, self.bits)} bytes there, not {self.storage.shape[-1]}: it was joined or cut "
+                f"without a view to the packing; use aqt_lite.concatenate, q[...] or q.unpacked()"
             )
-        return self if extra == 0 else replace(self, block=block)
+        grid = grid_of(shape, block)
+        compute = float_type(self.float_dtype).compute
+        for name in ("scale", "zero_point", "offset"):
+            leaf = getattr(self, name)
+            if leaf is None:
+                continue
+            if tuple(leaf.shape) != grid:
+                raise ValueError(
+                    f"this QArray has codes of shape {shape} in blocks {block}, so its {name} should have shape "
+                    f"{grid}, not {tuple(leaf.shape)}: map over leading axes only, and over codes and scales alike"
+                )
+            if isinstance(leaf, QArray):
+                continue
+            kind, wanted = self._backend.dtype_name(leaf), "int32" if name == "zero_point" else compute
+            if kind != wanted:
+                raise TypeError(
+                    f"this QArray's {name} has dtype {kind}, but it is kept as {wanted}: it was converted together with other "
+                    f"arrays; to compute in another type, convert the result, or q.dequantize(dtype)"
+                )
+        kind, element = self._backend.dtype_name(self.storage), self._element
+        wanted = element.storage if self.packed_length is None else "uint8"
+        if kind != wanted:
+            raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
+        return self if extra == 0 else replace(self, block=block, ragged=ragged)
 
 
-def _full_index(index: Any, ndim: int) -> list[Any]:
-    items = list(index) if isinstance(index, tuple) else [index]
-    for item in items:
-        if not (item is Ellipsis or isinstance(item, slice) or _is_integer(item)):
-            raise IndexError(f"index {item!r}: a QArray takes integers, slices and '...'; dequantize it for others")
-    dots = sum(item is Ellipsis for item in items)
-    missing = ndim - (len(items) - dots)
-    if dots > 1 or missing < 0:
-        raise IndexError(f"index {index!r}: too many entries for {ndim} dimensions")
-    if not dots:
-        items.append(Ellipsis)
-    at = next(i for i, item in enumerate(items) if item is Ellipsis)
-    return items[:at] + [slice(None)] * missing + items[at + 1 :]
+_LEAVES = ("storage", "scale", "zero_point", "offset")
+_BUILT_IN = frozenset(FORMATS.values())
 
 
-def _is_integer(item: Any) -> bool:
-    if isinstance(item, bool) or getattr(item, "ndim", None):
-        return False
-    try:
-        operator.index(item)
-    except TypeError:
-        return False
-    return True
+def _stored_format(dtype: Any) -> Format:
+    """A format of codes that exist already: one that users name, or one of scales."""
+    if not isinstance(dtype, Format | ElementType):
+        found = SCALE_FORMATS.get(dtype if isinstance(dtype, str) else dtype_name(dtype))
+        if found is not None and found.name not in FORMATS:
+            return found
+    return format_of(dtype)
 
 
-def _position(item: Any, axis: int, length: int) -> int:
-    position = operator.index(item)
-    if not -length <= position < length:
-        raise IndexError(f"index {position} is out of range for axis {axis} of length {length}")
-    return position % length
+def _as_codes(qvalue: Array, form: Format, b: Backend, *, said: bool) -> Array:
+    """Codes in the integer type that the format is stored in."""
+    name, element = b.dtype_name(qvalue), form.element
+    if name == element.storage:
+        return qvalue
+    if name == element.name and name not in INTEGER_TYPES:  # the library has the type itself
+        return b.bits_of(qvalue) if not name.lstrip("u").startswith("int") else b.xp.astype(qvalue, b.dtype(element.storage))
+    if name not in INTEGER_TYPES or not said:
+        raise TypeError(f"qvalue has dtype {name}: codes of {form.name} are kept as {element.storage}")
+    if b.has_values(qvalue):
+        check_codes(b.to_numpy(qvalue), affine.Spec(form, float_type("float32"), ()), get_backend("numpy"))
+    return b.xp.astype(qvalue, b.dtype(element.storage))
 
 
-def _slice_of_blocks(item: slice, axis: int, length: int, size: int | None) -> slice:
-    if size is None:
-        return slice(None)
-    if size == 1:
-        return item
-    start, stop, step = item.indices(length)
-    if step != 1 or start % size or (stop % size and stop != length):
-        raise IndexError(
-            f"slice {start}:{stop}:{step} cuts through the groups of {size} along axis {axis}: use multiples of {size}"
-        )
-    return slice(start // size, -(-stop // size))
+def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend, check: Callable[..., None]) -> QArray:
+    """A quantized scale or offset that fits."""
+    if value._backend is not b:
+        raise TypeError(f"{argument} is a {value.backend} QArray but qvalue is {b.name}: move one with .to_backend()")
+    if value.shape != grid:
+        raise ValueError(f"{argument} has shape {value.shape}: with this granularity it must be {grid}")
+    if all(map(b.has_values, value._arrays())):
+        check(b.to_numpy(value.dequantize("float32")))
+    return value
 
 
 def _nbytes(leaf: Array, b: Backend) -> int:
@@ -391,20 +585,24 @@ def _nbytes(leaf: Array, b: Backend) -> int:
     return int(np.prod(tuple(leaf.shape), dtype=np.int64)) * bits // 8
 
 
-def _kind(value: Any) -> str:
-    b = backend_of(value)
-    return type(value).__name__ if b is None else b.name
+def _briefly(leaf: Any) -> str:
+    try:
+        return repr(leaf)
+    except Exception as error:  # deleted or donated arrays
+        return f"<{type(leaf).__name__}: {error}>"
 
 
 # ---- trees
 
 
 def _flatten(q: QArray) -> tuple[tuple[Any, ...], Any]:
-    return q._leaves(), (q.dtype, q.block, q.float_dtype, q.transposed)
+    return q._leaves(), tuple(getattr(q, name) for name in _STATIC)
 
 
 def _unflatten(static: Any, leaves: Any) -> QArray:
-    return QArray(*leaves, *static)
+    return QArray(**dict(zip(_LEAVES, leaves, strict=True)), **dict(zip(_STATIC, static, strict=True)))
 
 
-register_container(QArray, _flatten, _unflatten, ("storage", "scale", "zero_point"))
+_STATIC = tuple(f.name for f in fields(QArray) if f.name not in _LEAVES)
+
+register_container(QArray, _flatten, _unflatten, _LEAVES)

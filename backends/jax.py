@@ -54,6 +54,12 @@ class JaxBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def arange(self, start: int, stop: int, like: Array) -> Array:
+        return jnp.arange(start, stop, dtype=jnp.int32)
+
+    def to_device(self, x: Array, device: Any) -> Array:
+        return jax.device_put(x, device)
+
     def dtype_name(self, x: Array) -> str:
         return _name(x.dtype)
 

@@ -55,6 +55,14 @@ class NumpyBackend(Backend):
     def contiguous(self, x: Array) -> Array:
         return np.ascontiguousarray(x)
 
+    def arange(self, start: int, stop: int, like: Array) -> Array:
+        return np.arange(start, stop, dtype=np.int32)
+
+    def to_device(self, x: Array, device: Any) -> Array:
+        if device != "cpu":
+            raise ValueError(f"device={device!r}: NumPy has one device, 'cpu'")
+        return x
+
     def dtype(self, name: str) -> Any:
         return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 

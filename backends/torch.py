@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -33,8 +33,14 @@ class TorchBackend(Backend):
             raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
         return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C")).to(device)
 
-    def number(self, value: float, dtype: str, like: Array) -> Array:
-        return torch.full((), value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
+    def constant(self, value: float | Sequence[float], dtype: str, like: Array) -> Array:
+        return torch.tensor(value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
+
+    def bits_of(self, x: Array) -> Array:
+        return x.view(torch.uint8 if x.element_size() == 1 else torch.uint16)
+
+    def to_device(self, x: Array, device: Any) -> Array:
+        return x.to(device)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         x = x.detach().cpu()

@@ -1,0 +1,524 @@
+"""What a quantized array has in common with other arrays: indexing, iteration, transposes, reshaping, operators.
+
+Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: granularity.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from aqt_lite._namespace import Array
+from aqt_lite._registry import backend_of
+from aqt_lite.granularity import Block
+
+if TYPE_CHECKING:
+    from aqt_lite.qarray import QArray
+
+__all__ = ["ArrayShapes", "concatenate", "register_product", "stack"]
+
+_product: list[Callable[..., Array]] = []
+
+
+def register_product(dense: Callable[..., Array]) -> None:
+    """What ``x @ q`` means: the products build on the container, and not the other way round."""
+    _product[:] = [dense]
+
+
+class ArrayShapes:
+    """The part of ``QArray`` that is about shapes."""
+
+    # ---- indexing
+
+    def __getitem__(self: QArray, index: Any) -> QArray:  # type: ignore[misc]
+        """Integers, slices, an ellipsis and None; or an array of integers, for rows by their index.
+
+        An axis on which every element has its own scale, or all share one, can be indexed freely. An axis with groups
+        takes slices that cut between groups. The layout of the codes is kept.
+        """
+        if _is_index_array(index, self):
+            return self.take(index)
+        q = self._checked()
+        items, block, of_blocks = _full_index(index, q.ndim), [], []
+        axis = 0
+        for item in items:
+            if item is None:
+                block.append(None)
+                of_blocks.append(None)
+                continue
+            length, size = q.shape[axis], q.block[axis]
+            if size is not None and size > 1 and size >= length:
+                size = None
+            if isinstance(item, slice):
+                of_blocks.append(_slice_of_blocks(item, axis, length, size))
+                block.append(size)
+            else:
+                position = _position(item, axis, length)
+                if size is not None and size > 1:
+                    raise IndexError(
+                        f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first"
+                    )
+                of_blocks.append(position if size == 1 else 0)
+            axis += 1
+        new = {
+            name: None if leaf is None else leaf[tuple(of_blocks)]
+            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
+        }
+        cut = replace(_indexed(q, items), **new, block=tuple(block), ragged=())
+        return replace(cut, ragged=cut._ragged_axes())
+
+    def take(self: QArray, indices: Any, axis: int = 0) -> QArray:  # type: ignore[misc]
+        """Slices along one axis by their index, as ``numpy.take``: rows of an embedding without dequantizing the table.
+
+        Parameters
+        ----------
+        indices : array of integers, of any shape, or a list of them
+            Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because a
+            compiler traces, the nearest slice that there is, as in JAX.
+        axis : int
+            One without groups.
+
+        Examples
+        --------
+        >>> import numpy as np, aqt_lite
+        >>> table = aqt_lite.quantize(np.eye(3, dtype="float32"), granularity=aqt_lite.PerChannel(0))
+        >>> table[np.asarray([2, 0])].dequantize()
+        array([[0., 0., 1.],
+               [1., 0., 0.]], dtype=float32)
+        """
+        q = self._checked()
+        b, xp = q._backend, q._backend.xp
+        if not -q.ndim <= axis < q.ndim:
+            raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
+        axis %= q.ndim
+        length, size = q.shape[axis], q.block[axis]
+        if size is not None and 1 < size < length:
+            raise IndexError(f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first")
+        ids = indices if backend_of(indices) is b else b.asarray(np.asarray(indices), like=q.storage)
+        if not b.dtype_name(ids).lstrip("u").startswith("int"):
+            raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
+        shape = tuple(ids.shape)
+        flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
+        if b.has_values(ids):
+            bad = (flat < -length) | (flat >= length)
+            if bool(xp.any(bad)):
+                first = int(b.to_numpy(flat)[np.argmax(b.to_numpy(bad))])
+                raise IndexError(f"index {first} is out of range for axis {axis} of length {length}")
+        flat = xp.where(flat < 0, flat + length, flat)
+        flat = xp.clip(flat, 0, max(length - 1, 0))
+
+        shared = size != 1  # by the whole axis, since groups were refused
+
+        def part(a: Any, along: int) -> Any:
+            if a is None or shared:
+                return a if a is None else _expanded(a, along, len(shape), xp)
+            if hasattr(a, "_checked"):
+                taken = a.take(flat, along)
+                return taken.reshape((*taken.shape[:along], *shape, *taken.shape[along + 1 :]))
+            taken = xp.take(a, flat, axis=along)
+            return xp.reshape(taken, (*taken.shape[:along], *shape, *taken.shape[along + 1 :]))
+
+        kept = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
+        codes = xp.take(kept.storage, flat, axis=axis)
+        codes = xp.reshape(codes, (*codes.shape[:axis], *shape, *codes.shape[axis + 1 :]))
+        blocks: Block = (*q.block[:axis], *((None if shared else 1,) * len(shape)), *q.block[axis + 1 :])
+        new = {name: part(getattr(q, name), axis) for name in ("scale", "zero_point", "offset")}
+        cut = replace(kept, storage=codes, **new, block=blocks, ragged=())
+        cut = replace(cut, ragged=cut._ragged_axes())
+        return cut.packed() if q.packed_length is not None else cut
+
+    def __len__(self: QArray) -> int:  # type: ignore[misc]
+        if not self.shape:
+            raise TypeError("len() of a 0-dimensional QArray")
+        return self.shape[0]
+
+    def __iter__(self: QArray) -> Iterator[QArray]:  # type: ignore[misc]
+        """Slices along the first axis; TypeError where groups run along it: no single index can be taken there."""
+        if not self.shape:
+            raise TypeError("iteration over a 0-dimensional QArray")
+        size = self._checked().block[0]
+        if size is not None and 1 < size < len(self):
+            raise TypeError(f"axis 0 has groups of {size}: iterate over slices of {size}, or dequantize first")
+        return (self[i] for i in range(len(self)))
+
+    # ---- shapes
+
+    @property
+    def T(self: QArray) -> QArray:  # type: ignore[misc] # noqa: N802 - what arrays call it
+        """The transpose of two dimensions. No code is moved: the layout is remembered."""
+        if self.ndim != 2:
+            raise ValueError(f"T of shape {self.shape}: it is for 2 dimensions; mT swaps the last two of more")
+        return self.mT
+
+    @property
+    def mT(self: QArray) -> QArray:  # type: ignore[misc] # noqa: N802 - what arrays call it
+        """The last two axes swapped. No code is moved: the layout is remembered."""
+        q = self._checked()
+        if q.ndim < 2:
+            raise ValueError(f"mT of shape {q.shape}: it takes at least 2 dimensions")
+        xp = q._backend.xp
+        new = {
+            name: None if leaf is None else leaf.mT if hasattr(leaf, "_checked") else xp.matrix_transpose(leaf)
+            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
+        }
+
+        def swapped(entries: Block) -> Block:
+            return (*entries[:-2], entries[-1], entries[-2])
+
+        ragged = swapped(q.ragged) if q.ragged else ()
+        return replace(q, **new, block=swapped(q.block), ragged=ragged, transposed=not q.transposed)
+
+    def transpose(self: QArray, *axes: Any) -> QArray:  # type: ignore[misc]
+        """Axes in another order; reversed by default, as in NumPy."""
+        q = self._checked()
+        order = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
+        order = tuple(reversed(range(q.ndim))) if not order else tuple(operator.index(a) for a in order)
+        if sorted(a % max(q.ndim, 1) for a in order) != list(range(q.ndim)):
+            raise ValueError(f"axes {order} are no order of the {q.ndim} axes")
+        order = tuple(a % q.ndim for a in order)
+        if order == tuple(range(q.ndim)):
+            return q
+        if order == (*range(q.ndim - 2), q.ndim - 1, q.ndim - 2):
+            return q.mT
+        xp = q._backend.xp
+        new = {
+            name: None if leaf is None else leaf.transpose(order) if hasattr(leaf, "_checked") else xp.permute_dims(leaf, order)
+            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
+        }
+        codes = xp.permute_dims(q.qvalue, order)
+        moved = replace(q, storage=codes, **new, block=tuple(q.block[a] for a in order), ragged=())
+        return _laid_out_anew(moved, q)
+
+    def reshape(self: QArray, *shape: Any) -> QArray:  # type: ignore[misc]
+        """Another shape, where blocks stay blocks: leading axes may be merged or split where each of their elements, or
+        all together, has a scale; the axes from the first one with groups on stay as they are.
+
+        Examples
+        --------
+        >>> import numpy as np, aqt_lite
+        >>> q = aqt_lite.quantize(np.ones((2, 3, 64), "float32"), granularity=aqt_lite.PerGroup(32))
+        >>> q.reshape(6, 64).scale.shape
+        (6, 2)
+        """
+        q = self._checked()
+        wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        new_shape = _resolved(tuple(operator.index(n) for n in wanted), q.size)
+        if new_shape == q.shape:
+            return q
+        xp = q._backend.xp
+        kept = 0  # trailing axes that stay
+        while kept < min(q.ndim, len(new_shape)) and q.shape[q.ndim - 1 - kept] == new_shape[len(new_shape) - 1 - kept]:
+            kept += 1
+        lead, new_lead = q.block[: q.ndim - kept], new_shape[: len(new_shape) - kept]
+        lengths = q.shape[: q.ndim - kept]
+        each = all(size == 1 or n == 1 for size, n in zip(lead, lengths, strict=True))
+        together = all(size is None or size >= n for size, n in zip(lead, lengths, strict=True))
+        if not (each or together):
+            raise ValueError(
+                f"reshape of {q.shape} in blocks {q.block} to {new_shape}: blocks would be torn apart; dequantize first, or "
+                f"reshape before quantizing"
+            )
+        grid_lead = new_lead if each else (1,) * len(new_lead)
+        block = ((1,) if each else (None,)) * len(new_lead) + q.block[q.ndim - kept :]
+        new = {}
+        for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset)):
+            if leaf is not None:
+                grid = (*grid_lead, *tuple(leaf.shape)[q.ndim - kept :])
+                leaf = leaf.reshape(grid) if hasattr(leaf, "_checked") else xp.reshape(leaf, grid)
+            new[name] = leaf
+        if kept >= 2 or (kept == 1 and not q.transposed):  # the axes that a layout is about stay
+            stored = tuple(q.storage.shape)
+            storage = xp.reshape(q.storage, (*new_lead, *stored[len(stored) - kept :]))
+            cut = replace(q, storage=storage, **new, block=block, ragged=())
+            return replace(cut, ragged=cut._ragged_axes())
+        codes = xp.reshape(q.qvalue, new_shape)
+        return _laid_out_anew(replace(q, storage=codes, **new, block=block, ragged=()), q)
+
+    def broadcast_to(self: QArray, shape: tuple[int, ...]) -> QArray:  # type: ignore[misc]
+        """Axes of length 1, and new leading axes, repeated; what is repeated shares its scale."""
+        q = self._checked()
+        shape = tuple(shape)
+        extra = len(shape) - q.ndim
+        if extra < 0 or any(n not in (1, m) for n, m in zip(q.shape, shape[extra:], strict=True)):
+            raise ValueError(f"broadcast_to({shape}): shape {q.shape} does not broadcast to it")
+        block = (None,) * extra + tuple(
+            None if n != m else size for n, m, size in zip(q.shape, shape[extra:], q.block, strict=True)
+        )
+        new = {}
+        for name in ("scale", "zero_point", "offset"):
+            leaf = getattr(q, name)
+            new[name] = leaf if leaf is None or not extra else leaf[(None,) * extra]
+        codes = q._backend.xp.broadcast_to(q.qvalue, shape)
+        return _laid_out_anew(replace(q, storage=codes, **new, block=block, ragged=()), q)
+
+    def astype(self: QArray, dtype: Any) -> Array:  # type: ignore[misc]
+        """The values as an array of a floating-point type: ``dequantize(dtype)``. Another format is ``quantize``'s work."""
+        return self.dequantize(dtype)
+
+    # ---- operators
+
+    def __rmatmul__(self: QArray, x: Any) -> Array:  # type: ignore[misc]
+        """``x @ q`` is ``aqt_lite.dense(x, q)``."""
+        return _product[0](x, self)
+
+    def __matmul__(self: QArray, other: Any) -> Any:  # type: ignore[misc]
+        """``q @ w`` of two QArrays is ``aqt_lite.dense(q, w)``."""
+        if hasattr(other, "_checked"):
+            return _product[0](self, other)
+        raise TypeError(
+            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the product of floats"
+        )
+
+    def __eq__(self, other: object) -> Any:
+        if self is other:
+            return True
+        if hasattr(other, "_checked") or backend_of(other) is not None:
+            raise TypeError(
+                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, with "
+                "aqt_lite.testing.assert_same_bits"
+            )
+        return NotImplemented
+
+    __hash__ = object.__hash__
+
+
+def _refused(symbol: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *_: Any) -> NoReturn:
+        raise TypeError(
+            f"arithmetic with a QArray ({symbol}) would dequantize all of it at every call: write q.dequantize() where you "
+            f"want that; x @ q stays quantized"
+        )
+
+    return refuse
+
+
+for _name, _symbol in {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**"
+}.items():  # fmt: skip
+    setattr(ArrayShapes, f"__{_name}__", _refused(_symbol))
+    setattr(ArrayShapes, f"__r{_name}__", _refused(_symbol))
+for _name, _symbol in {"neg": "-", "abs": "abs", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
+    setattr(ArrayShapes, f"__{_name}__", _refused(_symbol))
+
+
+# ---- several arrays
+
+
+def concatenate(arrays: Any, axis: int = 0) -> QArray:
+    """QArrays of one format joined along an axis: one without blocks of its own, or between groups.
+
+    Parameters
+    ----------
+    arrays : sequence of QArray
+        Of one backend, format, granularity and layout, and of the same shape but along ``axis``.
+    axis : int
+
+    Raises
+    ------
+    ValueError, TypeError
+        They differ, or share one scale along ``axis``, or a group that is shorter than the others would come to lie inside.
+
+    Examples
+    --------
+    >>> import numpy as np, aqt_lite
+    >>> q = aqt_lite.quantize(np.ones((2, 64), "float32"), "int4", granularity=aqt_lite.PerGroup(32))
+    >>> aqt_lite.concatenate([q, q], axis=1).scale.shape
+    (2, 4)
+    """
+    qs = [q._checked() for q in _quantized(arrays)]
+    first = qs[0]
+    if not -first.ndim <= axis < first.ndim:
+        raise ValueError(f"axis={axis} is out of range for {first.ndim} dimensions")
+    axis %= first.ndim
+    for q in qs[1:]:
+        if _kind(q) != _kind(first):
+            raise ValueError(f"concatenate of {_kind(first)} and {_kind(q)}: bring them to one format first")
+        if q.ndim != first.ndim or any(q.shape[d] != first.shape[d] for d in range(q.ndim) if d != axis):
+            raise ValueError(f"concatenate of shapes {first.shape} and {q.shape} along axis {axis}: the others must agree")
+    size = first.block[axis]
+    if size is None and len(qs) > 1:
+        raise ValueError(
+            f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or group "
+            f"there, or join the values before quantizing"
+        )
+    if size is not None and any(q.shape[axis] % size for q in qs[:-1]):
+        raise ValueError(
+            f"concatenate along axis {axis}: a last group shorter than {size} would come to lie inside; join the values "
+            f"before quantizing"
+        )
+    xp = first._backend.xp
+    new: dict[str, Any] = {}
+    for name in ("scale", "zero_point", "offset"):
+        parts = [getattr(q, name) for q in qs]
+        if parts[0] is None:
+            new[name] = None
+        elif hasattr(parts[0], "_checked"):
+            new[name] = _joined_scales(parts, axis)
+        else:
+            new[name] = xp.concat(parts, axis=axis)
+    codes = xp.concat([q.qvalue for q in qs], axis=axis)
+    return _laid_out_anew(replace(first, storage=codes, **new, ragged=()), first)
+
+
+def stack(arrays: Any, axis: int = 0) -> QArray:
+    """QArrays of one format and shape along a new axis, each with its own scales: for ``scan`` and ``vmap``.
+
+    Examples
+    --------
+    >>> import numpy as np, aqt_lite
+    >>> q = aqt_lite.quantize(np.ones((2, 64), "float32"), "nf4", granularity=aqt_lite.PerGroup(32))
+    >>> aqt_lite.stack([q, q, q]).shape
+    (3, 2, 64)
+    """
+    qs = [q._checked() for q in _quantized(arrays)]
+    first = qs[0]
+    if not 0 <= axis <= max(first.ndim - 2, 0):
+        raise ValueError(f"axis={axis}: a new axis may stand before the last two, at 0 to {max(first.ndim - 2, 0)}")
+    for q in qs[1:]:
+        if _kind(q) != _kind(first) or q.shape != first.shape:
+            raise ValueError(f"stack of {_kind(first)}, {first.shape} and {_kind(q)}, {q.shape}: they must agree")
+    each = [q[(slice(None),) * axis + (None,)] for q in qs]
+    return concatenate([replace(q, block=(*q.block[:axis], 1, *q.block[axis + 1 :])) for q in each], axis)
+
+
+def _joined_scales(parts: list[Any], axis: int) -> Any:
+    """Quantized scales: joined as they are where each number stands for itself, else with one scale for each part."""
+    first = parts[0]
+    if first.scale is None:
+        parts = [replace(p, block=(1,) * p.ndim) for p in parts]
+        return replace(concatenate(parts, axis), block=first.block)
+    raise ValueError(
+        "concatenate of arrays whose scales share a scale themselves: join the values before quantizing"
+    )
+
+
+def _quantized(arrays: Any) -> list[Any]:
+    found = list(arrays)
+    if not found or not all(hasattr(q, "_checked") for q in found):
+        raise TypeError("give a sequence of one QArray or more; arrays of floats have their own library's functions")
+    if len({q.backend for q in found}) > 1:
+        raise TypeError("QArrays of several backends: move them to one with .to_backend()")
+    return found
+
+
+def _kind(q: Any) -> str:
+    kept = q.scale.dtype if hasattr(q.scale, "_checked") else "plain"
+    block = ", ".join("whole axis" if n is None else str(n) for n in q.block)
+    parts = [p for p in ("zero_point", "offset") if getattr(q, p) is not None]
+    return f"{q.dtype} of {q.float_dtype} in blocks of ({block}), {kept} scales{''.join(', ' + p for p in parts)}"
+
+
+def _laid_out_anew(q: Any, like: Any) -> Any:
+    """``q``, whose storage holds plain codes in the order of its axes, packed where ``like`` is."""
+    q = replace(q, transposed=False, packed_length=None, ragged=())
+    q = replace(q, ragged=q._ragged_axes())
+    return q.packed() if like.packed_length is not None else q
+
+
+def _expanded(a: Any, axis: int, count: int, xp: Any) -> Any:
+    """One axis of length 1 as ``count`` of them."""
+    shape = tuple(a.shape)
+    new = (*shape[:axis], *((1,) * count), *shape[axis + 1 :])
+    return a.reshape(new) if hasattr(a, "_checked") else xp.reshape(a, new)
+
+
+def _resolved(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    unknown = [i for i, n in enumerate(shape) if n == -1]
+    known = int(np.prod([n for n in shape if n != -1], dtype=np.int64))
+    if len(unknown) == 1 and known and size % known == 0:
+        shape = tuple(size // known if n == -1 else n for n in shape)
+    if -1 in shape or int(np.prod(shape, dtype=np.int64)) != size:
+        raise ValueError(f"reshape to {shape}: the array has {size} elements")
+    return shape
+
+
+# ---- indices
+
+
+def _is_index_array(index: Any, q: Any) -> bool:
+    if isinstance(index, list):
+        return bool(index) and all(_is_integer(i) for i in index)
+    if isinstance(index, tuple) or not getattr(index, "ndim", 0):
+        return False
+    b = backend_of(index)
+    return b is not None and b.dtype_name(index).lstrip("u").startswith("int")
+
+
+def _is_leading(q: Any, axis: int) -> bool:
+    """Whether no layout is about the axis."""
+    return axis < q.ndim - (2 if q.transposed else 1) or (q.packed_length is None and not q.transposed)
+
+
+def _indexed(q: Any, items: list[Any]) -> Any:
+    """``q`` with its codes indexed, in its own layout where that survives. Items: one an axis, and None for new axes."""
+    of_axes = [i for i in items if i is not None]
+    n_last = 2 if q.transposed else 1
+    tail = items[-n_last:] if q.ndim >= n_last else []
+    whole_tail = len(tail) == n_last and all(isinstance(i, slice) for i in tail)
+    last_stored = of_axes[-2 if q.transposed else -1] if of_axes else slice(None)
+    cuts_stream = q.packed_length is not None and not (
+        isinstance(last_stored, slice) and last_stored.indices(q.packed_length) == (0, q.packed_length, 1)
+    )
+    if whole_tail or (q.packed_length is None and not q.transposed):
+        if q.transposed:
+            items = [*items[:-2], items[-1], items[-2]]
+        if not cuts_stream:
+            if q.packed_length is not None:
+                items = [*items[:-1], slice(None)]
+            return replace(q, storage=q.storage[tuple(items)])
+        return replace(q, storage=q._stored_codes()[tuple(items)], packed_length=None).packed()
+    plain = replace(q, storage=q.qvalue[tuple(items)], transposed=False, packed_length=None)
+    return plain.packed() if q.packed_length is not None else plain
+
+
+def _full_index(index: Any, ndim: int) -> list[Any]:
+    items = list(index) if isinstance(index, tuple) else [index]
+    for item in items:
+        if not (item is Ellipsis or item is None or isinstance(item, slice) or _is_integer(item)):
+            kind = f"an array of shape {tuple(item.shape)}" if hasattr(item, "shape") else repr(item)[:60]
+            raise IndexError(
+                f"index {kind}: a QArray takes integers, slices, '...' and None, or one array of integers for its first "
+                f"axis; q.take(ids, axis) for another; dequantize it for masks"
+            )
+    dots = sum(item is Ellipsis for item in items)
+    entries = sum(item is not Ellipsis and item is not None for item in items)
+    if dots > 1 or entries > ndim:
+        raise IndexError(f"index {index!r}: too many entries for {ndim} dimensions")
+    if not dots:
+        items.append(Ellipsis)
+    at = next(i for i, item in enumerate(items) if item is Ellipsis)
+    return items[:at] + [slice(None)] * (ndim - entries) + items[at + 1 :]
+
+
+def _is_integer(item: Any) -> bool:
+    if isinstance(item, bool) or getattr(item, "ndim", None):
+        return False
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return True
+
+
+def _position(item: Any, axis: int, length: int) -> int:
+    position = operator.index(item)
+    if not -length <= position < length:
+        raise IndexError(f"index {position} is out of range for axis {axis} of length {length}")
+    return position % length
+
+
+def _slice_of_blocks(item: slice, axis: int, length: int, size: int | None) -> slice:
+    if size is None:
+        return slice(None)
+    if size == 1:
+        return item
+    start, stop, step = item.indices(length)
+    if step != 1 or start % size or (stop % size and stop != length):
+        raise IndexError(
+            f"slice {start}:{stop}:{step} cuts through the groups of {size} along axis {axis}: use multiples of {size}"
+        )
+    return slice(start // size, -(-stop // size))

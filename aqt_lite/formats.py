@@ -1,0 +1,220 @@
+"""The formats that users name: which element type, how its scales are kept, and how those are chosen.
+
+Owns: ``Format``, the table of formats, and their look-up by name. Imports: elements, granularity.
+
+A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else in
+the library asks for a format's name.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from aqt_lite.elements import Codebook, ElementType, Float, Integer, Rounding, dtype_name
+from aqt_lite.granularity import Granularity, PerGroup, PerTensor
+
+__all__ = ["FORMATS", "SCALE_FORMATS", "SCALE_MODES", "Format", "format_of", "register_format", "scale_format_of"]
+
+Top = Literal["largest", "power of two"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """An element type, and how the scales of its blocks are kept.
+
+    Parameters
+    ----------
+    name : str
+        What users write as ``dtype=``, and what ``QArray.dtype`` says.
+    element : ElementType
+        Which numbers codes stand for.
+    scale : Format, optional
+        Format of the scales themselves; None where they are kept in float32 (float64 for float64 values).
+    group : int, optional
+        Neighbours along the last axis that share a scale where no granularity is asked for; None: all elements.
+    scaled : bool
+        Whether there are scales. Scales that are kept in a format of few bits may have none themselves.
+    top : {"largest", "power of two"}
+        What the largest magnitude of a block becomes: the largest number, or the largest power of two (OCP MX).
+    scale_rounding : Rounding
+        How a scale is rounded to its format. "up" keeps the largest magnitude inside the range of the numbers.
+
+    Examples
+    --------
+    >>> from aqt_lite.formats import FORMATS
+    >>> f = FORMATS["nvfp4"]
+    >>> f.element.name, f.group, f.scale.name, f.scale.scaled
+    ('float4_e2m1fn', 16, 'float8_e4m3fn', True)
+    """
+
+    name: str
+    element: ElementType
+    scale: Format | None = None
+    group: int | None = None
+    scaled: bool = True
+    top: Top = "largest"
+    scale_rounding: Rounding = "up"
+
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements share a scale where nothing else is asked for."""
+        return PerTensor() if self.group is None else PerGroup(self.group)
+
+    def with_mode(self, mode: str) -> Format:
+        """The same format, its power-of-two scales chosen by another rule of the OCP's MX family."""
+        top, rounding = SCALE_MODES[mode](self.element)
+        return replace(self, top=top, scale_rounding=rounding)
+
+    def largest(self, symmetric: bool = True) -> float:
+        """What the largest magnitude of a block becomes; not symmetric: half of what its range becomes."""
+        low, high = self.element.range_of(symmetric)
+        if not symmetric:
+            return (high - low) / 2
+        top = self.element.top
+        return 2.0 ** math.floor(math.log2(top)) if self.top == "power of two" else top
+
+
+def _mantissa(element: ElementType) -> int:
+    """Bits after the leading one of an element's largest numbers."""
+    return element.mantissa if isinstance(element, Float) else element.bits - 2
+
+
+SCALE_MODES = {
+    "floor": lambda element: ("power of two", "toward_zero"),
+    "ceil": lambda element: ("power of two", "up"),
+    # up where rounding to the element's mantissa, halves up, would carry into the next power of two
+    "even": lambda element: ("power of two", 1 - 2.0 ** -(_mantissa(element) + 1)),
+    "rceil": lambda element: ("largest", "up"),
+}
+"""Rules for power-of-two scales, by the names that torchao gives them: (top, scale_rounding) for an element type."""
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)  # quantiles of a normal distribution: bitsandbytes, functional.py, get_4bit_type
+_BNB_FP4 = tuple(n / 12 for n in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))  # not e2m1; same source
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # ggml-common.h, kvalues_iq4nl
+
+_E8M0 = Float("float8_e8m0fnu", 8, 0, bias=127, max=2.0**127, signed=False, subnormal=False, nan=0xFF)
+_FLOATS = {
+    e.name: e
+    for e in [
+        Float("float8_e4m3fn", 4, 3, bias=7, max=448.0, nan=0x7F),
+        Float("float8_e5m2", 5, 2, bias=15, max=57344.0, infinity=0x7C, nan=0x7E),
+        Float("float8_e4m3fnuz", 4, 3, bias=8, max=240.0, negative_zero=False, nan=0x80),
+        Float("float8_e5m2fnuz", 5, 2, bias=16, max=57344.0, negative_zero=False, nan=0x80),
+        Float("float6_e2m3fn", 2, 3, bias=1, max=7.5),
+        Float("float6_e3m2fn", 3, 2, bias=3, max=28.0),
+        Float("float4_e2m1fn", 2, 1, bias=1, max=6.0),
+    ]
+}
+_MX = [
+    ("mxfp8_e4m3", _FLOATS["float8_e4m3fn"]),
+    ("mxfp8_e5m2", _FLOATS["float8_e5m2"]),
+    ("mxfp6_e2m3", _FLOATS["float6_e2m3fn"]),
+    ("mxfp6_e3m2", _FLOATS["float6_e3m2fn"]),
+    ("mxfp4", _FLOATS["float4_e2m1fn"]),
+    ("mxint8", Integer("mxint8", 8, True, step=2.0**-6, narrow=True)),
+]
+
+SCALE_FORMATS = {
+    e.name: Format(e.name, e, scaled=False)
+    for e in [
+        Float("float16", 5, 10, bias=15, max=65504.0, infinity=0x7C00, nan=0x7E00),
+        Float("bfloat16", 8, 7, bias=127, max=(2 - 2.0**-7) * 2.0**127, infinity=0x7F80, nan=0x7FC0),
+        _E8M0,
+        *(e for e in _FLOATS.values() if e.nan is not None),  # which marks a block that cannot be used
+    ]
+}
+"""Formats that scales may be kept in without a scale of their own."""
+
+FORMATS = {
+    f.name: f
+    for f in [
+        *(Format(f"int{n}", Integer(f"int{n}", n, True)) for n in (2, 3, 4, 5, 6, 7, 8, 16)),
+        *(Format(f"uint{n}", Integer(f"uint{n}", n, False)) for n in (2, 3, 4, 5, 6, 7, 8, 16)),
+        Format("ternary", Integer("ternary", 2, True, narrow=True)),
+        *(Format(e.name, e) for e in _FLOATS.values()),
+        Format("nf4", Codebook("nf4", _NF4)),
+        Format("bnb_fp4", Codebook("bnb_fp4", (*_BNB_FP4, *(-n for n in _BNB_FP4)))),
+        Format("iq4_nl", Codebook("iq4_nl", _IQ4_NL)),
+        *(Format(n, e, SCALE_FORMATS["float8_e8m0fnu"], 32).with_mode("floor") for n, e in _MX),
+        Format(
+            "nvfp4",
+            _FLOATS["float4_e2m1fn"],
+            scale=Format("float8_e4m3fn", _FLOATS["float8_e4m3fn"]),
+            group=16,
+            scale_rounding="half_even",
+        ),
+    ]
+}
+"""Every format that ``dtype=`` may name."""
+
+_ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
+_lock = threading.Lock()
+
+
+def register_format(form: Format | Codebook | Float | Integer) -> Format:
+    """Make a format known by its name, for ``dtype=`` and for arrays that are loaded in another process.
+
+    Parameters
+    ----------
+    form : Format, or an element type
+        An element type is a format whose scales are kept as they are.
+
+    Raises
+    ------
+    ValueError
+        Another format has that name.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> five = aqt_lite.register_format(aqt_lite.Float("float5_e2m2", 2, 2, bias=1, max=7.0))
+    >>> aqt_lite.quantize([1.0, -7.0, 0.3], "float5_e2m2").dequantize().tolist()
+    [1.0, -7.0, 0.25]
+    """
+    made = form if isinstance(form, Format) else Format(form.name, form)
+    with _lock:
+        known = FORMATS.setdefault(made.name, made)
+    if known != made:
+        raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
+    return known
+
+
+def format_of(dtype: Any) -> Format:
+    """The format that users mean: by name, by any library's dtype object of that name, or the record itself."""
+    if isinstance(dtype, Format | ElementType):
+        return register_format(dtype)  # type: ignore[arg-type]
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    found = FORMATS.get(_ALIASES.get(name, name))
+    if found is None:
+        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {', '.join(FORMATS)}")
+    return found
+
+
+def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
+    """The format that scales are to be kept in: a float of few bits as it is, any other with a scale of its own."""
+    if isinstance(dtype, Format):
+        return dtype
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    found = SCALE_FORMATS.get(name) or FORMATS.get(name)
+    if found is None:
+        known = ", ".join(dict.fromkeys(["float32", *SCALE_FORMATS, *FORMATS]))
+        raise ValueError(f"{argument}={dtype!r} is not a format of scales: use one of {known}")
+    return found
+
+
+def element_type_of(dtype: str) -> ElementType:
+    """The element type of a stored array: of a format that users name, or of scales."""
+    found = FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
+    if found is None:
+        raise ValueError(
+            f"dtype={dtype!r} is not known here: register its format first, with aqt_lite.register_format"
+        )
+    return found.element
