@@ -98,9 +98,9 @@ def quantize(
     x, b, spec = call.x, call.b, call.spec
     constant = b.stop_gradient(x)
     if call.scale is None:
-        codes, s, z = run(b, "quantize", affine.quantize, constant, spec=spec)
+        codes, s, z = run(b, affine.quantize, constant, spec=spec)
     else:
-        codes, s, z = run(b, "quantize_with", affine.quantize_with, constant, call.scale, call.zero_point, spec=spec)
+        codes, s, z = run(b, affine.quantize_with, constant, call.scale, call.zero_point, spec=spec)
     _check_finite(x, s, spec, b)
     return QArray(codes, s, z, spec.element.name, spec.block, spec.source.name)
 
@@ -133,7 +133,7 @@ def choose_qparams(
     """
     call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend)
     constant = call.b.stop_gradient(call.x)
-    scale, zero_point = run(call.b, "choose_qparams", affine.choose_qparams, constant, spec=call.spec)
+    scale, zero_point = run(call.b, affine.choose_qparams, constant, spec=call.spec)
     _check_finite(call.x, scale, call.spec, call.b)
     return scale, zero_point
 
@@ -190,7 +190,7 @@ def fake_quantize(
     """
     call = _prepare(x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, constant=False)
     arrays = (call.x, call.scale, call.zero_point)
-    y, s = run(call.b, "fake_quantize", affine.fake_quantize, *arrays, spec=call.spec)
+    y, s = run(call.b, affine.fake_quantize, *arrays, spec=call.spec)
     _check_finite(call.x, s, call.spec, call.b)
     return y
 
@@ -301,7 +301,7 @@ def _on_grid(
         raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
-    elif not b.can_meet(value, x):
+    elif not b.share_a_device(value, x):
         raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
     elif not b.is_traced(value):
         check(b.to_numpy(value))

@@ -26,7 +26,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import Backend, check_no_overflow
 from aqt_lite._qparams import check_scale, check_zero_point
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite.elements import element_type, float_type
@@ -139,7 +139,7 @@ class QArray:
                 )
             if b.dtype_name(value) != dtype:
                 raise TypeError(f"{name} has dtype {b.dtype_name(value)}: it must be {dtype}")
-            if not b.can_meet(value, qvalue):
+            if not b.share_a_device(value, qvalue):
                 raise ValueError(
                     f"{name} is on device {b.device(value)} but qvalue on {b.device(qvalue)}: move one of them"
                 )
@@ -200,9 +200,9 @@ class QArray:
         source = float_type(self.float_dtype)
         out = source if dtype is None else float_type(dtype)
         spec = affine.Spec(element_type(self.dtype), source, symmetric=False, block=q.block)
-        values = run(b, "dequantize", affine.dequantize, q.qvalue, q.scale, q.zero_point, spec=spec, out=out.name)
+        values = run(b, affine.dequantize, q.qvalue, q.scale, q.zero_point, spec=spec, out=out.name)
         if out.max < source.max and not b.is_traced(values):
-            b.check_no_overflow(values, out.name)
+            check_no_overflow(values, out.name, b)
         return values
 
     # ---- what can be done with it
