@@ -37,7 +37,9 @@ def main() -> None:
         (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
         in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
         sources = {f"aqt_lite/{p.relative_to(ROOT / 'aqt_lite')}" for p in (ROOT / "aqt_lite").glob("**/*.py")}
-        sources |= {f"aqt_lite/backends/{p.name}" for p in (ROOT / "backends").glob("*.py")}
+        sources |= {
+            f"aqt_lite/backends/{p.relative_to(ROOT / 'backends')}" for p in (ROOT / "backends").glob("**/*.py")
+        }
         assert in_wheel == sources, f"wheel and sources differ: {in_wheel ^ sources}"
         with tarfile.open(sdist) as archive:
             in_sdist = {name.partition("/")[2] for name in archive.getnames()}

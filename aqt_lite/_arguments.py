@@ -85,7 +85,7 @@ def as_float_array(
 
 def check_floats(x: Array, argument: str, b: Backend) -> None:
     """TypeError where ``x``, an array of ``b``, is no dense array of floating-point numbers."""
-    problem = b.refuse(x)
+    problem = b.why_unusable(x)
     if problem:
         raise TypeError(f"{argument} {problem}")
     name = b.dtype_name(x)

@@ -1,6 +1,6 @@
-"""Runs an operation of the contract: the backend's kernel where it has one, else the reference.
+"""Runs an operation of the contract: the backend's kernel where one serves, else the operation itself.
 
-Owns: that choice. Imports: the ``Backend`` interface.
+Owns: that choice. Imports: the registry, the ``Backend`` interface.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite._registry import kernels_of
 
 __all__ = ["run"]
 
 
-def run(b: Backend, reference: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
-    """``reference(*arrays, **static, b=b)``, by the fastest way that gives the same bits."""
-    spec = static.get("spec")
-    kernel = b.kernel(reference.__name__) if spec is None or getattr(spec.element, "step", 0) == 1 and spec.format.scale is None and spec.headroom == 1 else None
-    if kernel is not None:
-        result = kernel(*arrays, **static)
+def run(b: Backend, operation: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    """``operation(*arrays, **static, b=b)``, by the fastest way that gives the same bits."""
+    kernel = kernels_of(b.name).get(operation) or b.kernel(operation)
+    if kernel is not None and kernel.serves(static):
+        result = kernel.call(*arrays, **static)
         if result is not NotImplemented:
             return result
-    return b.compiled(reference)(*arrays, **static, b=b)
+    return b.compiled(operation)(*arrays, **static, b=b)

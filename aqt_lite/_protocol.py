@@ -1,6 +1,7 @@
 """What a backend is: the adapter that supplies what the Array API standard lacks.
 
-Owns: the ``Backend`` interface and ``IntLimits``. Imports: NumPy, for the one exchange format between backends.
+Owns: the ``Backend`` interface and ``IntLimits``. Imports: NumPy, for the one exchange format between backends; the
+arithmetic that every backend inherits; what a kernel is.
 
 An adapter must say five things (``name``, ``array_modules``, ``xp``, ``asarray``, ``to_numpy``). Everything else has
 a default that is right for an eager library on a CPU with IEEE arithmetic, and is overridden where that is not so.
@@ -15,9 +16,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from aqt_lite._arithmetic import ExactArithmetic
+from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits"]
+__all__ = ["Backend", "IntLimits", "check_no_overflow"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class IntLimits:
     max: int
 
 
-class Backend(ABC):
+class Backend(ExactArithmetic, ABC):
     """One array library, seen through the Array API standard plus what that lacks."""
 
     name: ClassVar[str]
@@ -99,8 +102,8 @@ class Backend(ABC):
         """The device that holds ``x``; None where arrays have no single device."""
         return device_of(x)
 
-    def can_meet(self, x: Array, y: Array) -> bool:
-        """Whether one operation may take both ``x`` and ``y``, as far as their devices go."""
+    def share_a_device(self, x: Array, y: Array) -> bool:
+        """Whether one operation may take both ``x`` and ``y``: on one device, or where the library moves one itself."""
         return self.is_traced(x) or self.is_traced(y) or bool(self.device(x) == self.device(y))
 
     def is_traced(self, x: Array) -> bool:
@@ -115,75 +118,21 @@ class Backend(ABC):
         """Whether values of ``x`` may be looked at without more ado."""
         return not (self.is_traced(x) or self.is_deferred(x))
 
-    def refuse(self, x: Array) -> str | None:
-        """Why an array of this library cannot be used (sparse, masked), or None."""
+    def why_unusable(self, x: Array) -> str | None:
+        """Why an array of this library cannot be quantized or multiplied (sparse, masked), or None."""
         return None
 
-    def reciprocal(self, x: Array) -> Array:
-        """``1/x``, correctly rounded, for normal positive ``x``.
+    def compute_if_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+        """``compute()`` if any of ``flags`` is set, else ``otherwise``; both have one shape and dtype.
 
-        The default trusts division between two arrays, which IEEE 754 makes correctly rounded on every CPU.
-        Override where a compiler may replace it (see ``aqt_lite._exact``).
+        Only to save time: callers take from the result what is flagged, so that always computing is right, too. That is
+        what the default does where a compiler is tracing; override where a program can branch on a value.
         """
-        return self.xp.ones_like(x) / x
-
-    def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
-        """Largest values along ``axis``, of floats; where there is a NaN, that or infinity, never a finite number."""
-        return self.xp.max(x, axis=axis, keepdims=keepdims)
-
-    def integer_matmul(self, x: Array, w: Array) -> Array:
-        """``x @ w.T`` of integers over the last axes, exact, as int32; callers make sure that the sums fit.
-
-        The default goes through float64, whose products are as fast as the library's best and exact below 2^53.
-        """
-        xp = self.xp
-        product = xp.matmul(xp.astype(x, xp.float64), xp.matrix_transpose(xp.astype(w, xp.float64)))
-        return xp.astype(product, xp.int32)
-
-    def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
-        """``x = f * 2^e`` with f in [1, 2) and e int32, for normal positive float32; zero gives f = 0 and e = -127.
-
-        By comparisons and products with powers of two, all exact: the standard has no frexp, and log2 is inexact.
-        """
-        xp = self.xp
-        f, e = x, xp.zeros_like(x, dtype=xp.int32)
-        for k in (64, 32, 16, 8, 4, 2, 1):
-            large = f >= 2.0**k
-            f, e = xp.where(large, f * 2.0**-k, f), xp.where(large, e + k, e)
-        for k in (64, 32, 16, 8, 4, 2, 1):
-            small = f < 2.0 ** (1 - k)
-            f, e = xp.where(small, f * 2.0**k, f), xp.where(small, e - k, e)
-        return f, e
-
-    def power_of_two(self, e: Array) -> Array:
-        """``2^e`` as float32 for e in [-100, 127], and 0 below."""
-        xp = self.xp
-        up, down = xp.clip(e, 0, 127), xp.clip(-e, 0, 127)
-        p = xp.ones_like(e, dtype=xp.float32)
-        for k in (1, 2, 4, 8, 16, 32, 64):
-            p = xp.where((up & k) != 0, p * 2.0**k, p)
-            p = xp.where((down & k) != 0, p * 2.0**-k, p)
-        return xp.where(e < -100, xp.zeros_like(p), p)
-
-    def when_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
-        """``compute()`` if any of ``flags``, else ``otherwise``. Callers mask the result: always computing is right."""
         return compute() if self.is_traced(flags) or bool(self.xp.any(flags)) else otherwise
-
-    def ordered_sum(self, x: Array) -> Array:
-        """``((x[0] + x[1]) + x[2]) + ...`` along the first axis, in exactly that order."""
-        total = x[0, ...]
-        for i in range(1, int(x.shape[0])):
-            total = total + x[i, ...]
-        return total
 
     def contiguous(self, x: Array) -> Array:
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
-
-    def check_no_overflow(self, values: Array, argument: str) -> None:
-        """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
-        if bool(self.xp.any(self.xp.isinf(values))):
-            raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
 
     def differentiates(self, *arrays: Array | None) -> bool:
         """Whether a derivative with respect to one of ``arrays`` may be asked for."""
@@ -201,10 +150,10 @@ class Backend(ABC):
         """``function(*arrays, static=...)`` in the form that is fast when called eagerly."""
         return function
 
-    def kernel(self, op: str) -> Callable[..., Any] | None:
-        """A faster twin of the reference ``op``, same signature and same bits, or None.
+    def kernel(self, operation: Callable[..., Any]) -> Kernel | None:
+        """A faster twin of ``operation``, a function of ``affine`` or ``ops.reference``, or None.
 
-        A kernel returns NotImplemented for arguments it does not serve; the reference then runs.
+        For adapters outside this package; the kernels of those inside are named in the registry's table.
         """
         return None
 
@@ -216,3 +165,9 @@ class Backend(ABC):
         names: tuple[str, ...],
     ) -> None:
         """Teach the library's tree utilities that ``cls`` is a node with static metadata."""
+
+
+def check_no_overflow(values: Array, argument: str, b: Backend) -> None:
+    """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
+    if bool(b.xp.any(b.xp.isinf(values))):
+        raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")

@@ -119,7 +119,7 @@ def on_grid(
         raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but {name_of_x} is {b.name}: give both from one backend")
-    elif not b.can_meet(value, x):
+    elif not b.share_a_device(value, x):
         raise ValueError(f"{argument} is on device {b.device(value)} but {name_of_x} on {b.device(x)}: move one of them")
     elif b.has_values(value):
         given = b.to_numpy(value)

@@ -1,7 +1,8 @@
 """Which adapter serves an array: built-in ones by the array's type, others through entry points, all lazily.
 
-Owns: the table of adapters, their one instance each, and container registration. Imports: the ``Backend`` interface.
-No adapter, and so no framework, is imported before an array of it (or its name) turns up.
+Owns: the table of adapters and of their kernels, one instance each, and container registration. Imports: the
+``Backend`` interface. No adapter, and so no framework, is imported before an array of it (or its name) turns up, and no
+kernel before an operation runs: kernels build on the operations, and those on the container, which is registered here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.util
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -22,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, is_array
 from aqt_lite._protocol import Backend
 
-__all__ = ["available_backends", "backend_of", "get_backend", "register_container"]
+__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "register_container"]
 
 ENTRY_POINT_GROUP = "aqt_lite.backends"
 
@@ -38,6 +40,35 @@ def _is_of_numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
 
 
+Kernels = Mapping[Callable[..., Any], Kernel]
+"""A backend's kernels, each under the operation that it is a twin of."""
+
+
+# Functions with import statements, which torch.compile follows where an operation first runs inside what it compiles.
+
+
+def _no_kernels() -> Kernels:
+    return {}
+
+
+def _kernels_of_numpy() -> Kernels:
+    from aqt_lite.backends.cpu import kernels
+
+    return kernels.KERNELS
+
+
+def _kernels_of_torch() -> Kernels:
+    from aqt_lite.backends.torch import products
+
+    return products.KERNELS
+
+
+def _kernels_of_jax() -> Kernels:
+    from aqt_lite.backends.jax import products
+
+    return products.KERNELS
+
+
 @dataclass(frozen=True)
 class _Builtin:
     adapter: str  # "module:class"
@@ -46,17 +77,33 @@ class _Builtin:
     array_modules: tuple[str, ...]  # top-level modules of its array types
     is_array: Callable[[Any], bool] = _has_shape_and_dtype  # among what those modules define
     has_trees: bool = False  # whether it must know containers from its import on
+    kernels: Callable[[], Kernels] = _no_kernels
 
 
 _BUILTIN = {
     "numpy": _Builtin(
-        "aqt_lite.backends.numpy:NumpyBackend", "numpy", "pip install numpy", ("numpy", "ml_dtypes"), _is_of_numpy
+        "aqt_lite.backends.numpy:NumpyBackend",
+        "numpy",
+        "pip install numpy",
+        ("numpy", "ml_dtypes"),
+        _is_of_numpy,
+        kernels=_kernels_of_numpy,
     ),
     "jax": _Builtin(
-        "aqt_lite.backends.jax:JaxBackend", "jax", "pip install 'aqt_lite[jax]'", ("jax", "jaxlib"), has_trees=True
+        "aqt_lite.backends.jax:JaxBackend",
+        "jax",
+        "pip install 'aqt_lite[jax]'",
+        ("jax", "jaxlib"),
+        has_trees=True,
+        kernels=_kernels_of_jax,
     ),
     "torch": _Builtin(
-        "aqt_lite.backends.torch:TorchBackend", "torch", "pip install 'aqt_lite[torch]'", ("torch",), has_trees=True
+        "aqt_lite.backends.torch:TorchBackend",
+        "torch",
+        "pip install 'aqt_lite[torch]'",
+        ("torch",),
+        has_trees=True,
+        kernels=_kernels_of_torch,
     ),
     "array_api_strict": _Builtin(
         "aqt_lite.backends.strict:StrictBackend",
@@ -67,6 +114,7 @@ _BUILTIN = {
 }
 
 _instances: dict[str, Backend] = {}
+_kernels: dict[str, Kernels] = {}
 _by_type: dict[type, Backend] = {}
 _lock = threading.RLock()  # of _instances and _containers; never held while importing, for imports have locks too
 
@@ -102,6 +150,15 @@ def _load(name: str) -> Backend:
             instance.register_container(*container)
         _instances[name] = instance
         return instance
+
+
+def kernels_of(name: str) -> Kernels:
+    """The kernels of the built-in backend of that name, loaded on the first call; none for any other."""
+    found = _kernels.get(name)
+    if found is None:
+        builtin = _BUILTIN.get(name)
+        found = _kernels[name] = {} if builtin is None else builtin.kernels()
+    return found
 
 
 def _names() -> list[str]:

@@ -334,7 +334,7 @@ def _values(x: Any, argument: str) -> _Matrix:
     if b is not None:
         if b.is_traced(x):
             raise TypeError(f"{argument} is being traced and has no values yet: draw it outside the compiled function")
-        problem = b.refuse(x)
+        problem = b.why_unusable(x)
         if problem:
             raise TypeError(f"{argument} {problem}")
         x = b.to_numpy(x)

@@ -28,7 +28,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import Backend, check_no_overflow
 from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes
@@ -159,7 +159,7 @@ class QArray(ArrayShapes):
         b = backend_of(qvalue)
         if b is None:
             raise TypeError(f"qvalue is a {type(qvalue).__name__}: give an array of integer codes")
-        problem = b.refuse(qvalue)
+        problem = b.why_unusable(qvalue)
         if problem:
             raise TypeError(f"qvalue {problem}")
         source = float_type(float_dtype, "float_dtype")
@@ -274,7 +274,7 @@ class QArray(ArrayShapes):
         out = source if dtype is None else float_type(dtype)
         values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
         if out.max < source.max and b.has_values(values):
-            b.check_no_overflow(values, out.name)
+            check_no_overflow(values, out.name, b)
         return values
 
     # ---- what can be done with it

@@ -14,15 +14,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from aqt_lite._dispatch import run
+from aqt_lite._kernels import Kernel
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.elements import ELEMENT_TYPES, FLOAT_TYPES
 from aqt_lite.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
-from aqt_lite.ops import dense, linear
+from aqt_lite.ops import dense, linear, reference
 from aqt_lite.qarray import QArray
 
-__all__ = ["Backend", "Conformance", "IntLimits", "assert_same_bits", "check_backend", "mismatches"]
+__all__ = ["Backend", "Conformance", "IntLimits", "Kernel", "assert_same_bits", "check_backend", "mismatches"]
 
 
 def mismatches(actual: Any, expected: Any) -> int:
@@ -275,7 +277,7 @@ def _power_of_two(e: Any, *, b: Backend) -> Any:
 
 
 def _integer_matmul(x: Any, w: Any, *, b: Backend) -> Any:
-    return b.integer_matmul(x, w)
+    return run(b, reference.integer_matmul, x, w)
 
 
 def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:

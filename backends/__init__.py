@@ -1,1 +1,1 @@
-"""Adapters: one file for each array library, found by ``aqt_lite._registry``."""
+"""Adapters, one for each array library, found by ``aqt_lite._registry``; ``cpu`` is what three of them share."""

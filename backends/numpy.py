@@ -42,9 +42,6 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
-    def integer_matmul(self, x: Array, w: Array) -> Array:
-        return _kernels().integer_matmul(x, w)
-
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         fraction, exponent = np.frexp(x)
         return fraction * np.float32(2), np.where(x == 0, np.int32(-127), exponent - np.int32(1))
@@ -72,26 +69,15 @@ class NumpyBackend(Backend):
     def device(self, x: Array) -> Any:
         return "cpu"
 
-    def can_meet(self, x: Array, y: Array) -> bool:
+    def share_a_device(self, x: Array, y: Array) -> bool:
         return True
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return without_warnings(function)
 
-    def kernel(self, op: str) -> Callable[..., Any] | None:
-        return _kernels().KERNELS.get(op)  # type: ignore[no-any-return]
-
-    def refuse(self, x: Array) -> str | None:
+    def why_unusable(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):
             return "is a masked array, and codes have no mask: fill it first, for instance with x.filled(0)"
         if isinstance(x, np.matrix):
             return "is a numpy.matrix, which is never other than two-dimensional: use np.asarray(x)"
         return None
-
-
-@functools.cache
-def _kernels() -> Any:
-    """The kernels build on the operations, and those on the container, which may load this module to be registered."""
-    from aqt_lite.backends import _numpy_kernels
-
-    return _numpy_kernels

@@ -28,8 +28,8 @@ import torch
 
 import aqt_lite
 from aqt_lite import PerChannel, PerGroup, PerTensor
-from aqt_lite.backends import _numpy_kernels
-from aqt_lite.backends._numpy_kernels import cores, in_parallel
+from aqt_lite.backends.cpu import runtime
+from aqt_lite.backends.cpu.runtime import cores, map_ranges
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20260101
@@ -97,7 +97,7 @@ def copy_speed() -> float:
     y = np.zeros_like(x)
 
     def copy(_: int) -> None:
-        in_parallel(lambda lo, hi: np.copyto(y[lo:hi], x[lo:hi]), x.size, 1 << 16)
+        map_ranges(lambda lo, hi: np.copyto(y[lo:hi], x[lo:hi]), x.size, 1 << 16)
 
     return 2 * x.nbytes / (take_turns({"copy": copy}, seconds=2)["copy"]["ms"] * 1e-3)
 
@@ -295,11 +295,11 @@ def on_numpy_alone(w, weights, x) -> dict[str, Candidate]:
 
     def alone(call: Candidate) -> Candidate:
         def quiet(i: int) -> object:
-            loops, _numpy_kernels.compiled_loops = _numpy_kernels.compiled_loops, lambda: None
+            loops, runtime.compiled_loops = runtime.compiled_loops, lambda: None
             try:
                 return call(i)
             finally:
-                _numpy_kernels.compiled_loops = loops
+                runtime.compiled_loops = loops
 
         return quiet
 

@@ -19,10 +19,12 @@ from conftest import BACKENDS
 
 import aqt_lite
 from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize
+from aqt_lite._kernels import anything
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.backends.generic import GenericBackend
 from aqt_lite.elements import ELEMENT_TYPES, INTEGER_TYPES
-from aqt_lite.testing import Backend, assert_same_bits, check_backend
+from aqt_lite.ops import reference
+from aqt_lite.testing import Backend, Kernel, assert_same_bits, check_backend
 
 PLUGIN = Path(__file__).with_name("plugin")
 
@@ -318,8 +320,10 @@ def test_an_adapter_that_is_wrong_is_found_out():
         def power_of_two(self, e):
             return torch.exp2(e.to(torch.float32))
 
-        def integer_matmul(self, x, w):
-            return (x.to(torch.float16) @ w.to(torch.float16).mT).to(torch.int32)
+        def kernel(self, operation):
+            if operation is reference.integer_matmul:
+                return Kernel(lambda x, w: (x.to(torch.float16) @ w.to(torch.float16).mT).to(torch.int32), anything)
+            return None
 
     with pytest.raises(AssertionError) as caught:
         check_backend(Sloppy())

@@ -17,12 +17,13 @@ import torch
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerTensor, affine
 from aqt_lite._registry import get_backend
-from aqt_lite.backends import _jax_kernels, _numpy_kernels
+from aqt_lite.backends.cpu import fixed_point, integers, runtime
+from aqt_lite.backends.jax import products as jax_products
 from aqt_lite.elements import element_type, float_type
 from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
 
-HAS_DOTS = _numpy_kernels.integer_dots() is not None
+HAS_DOTS = runtime.integer_dots() is not None
 needs_dots = pytest.mark.skipif(
     not HAS_DOTS, reason="the processor has no AVX-512 VNNI: other forms serve, tested there"
 )
@@ -41,7 +42,7 @@ def test_integer_products_are_exact(rows, kind):
         w = rng.integers(-128, 128, (n, k)).astype(np.int8)
         exact = x.astype(np.int64) @ w.astype(np.int64).T
         for codes in (w, np.asfortranarray(w), w.view(np.uint8) ^ 128):  # uint8 codes count as 128 less
-            np.testing.assert_array_equal(_numpy_kernels._exact_matmul(x, codes), exact)
+            np.testing.assert_array_equal(integers.exact_matmul(x, codes), exact)
 
 
 @needs_dots
@@ -49,7 +50,7 @@ def test_integer_products_are_exact(rows, kind):
 def test_the_longest_sums_of_the_largest_products_do_not_overflow(rows):
     k = reference.LONGEST_PIECE
     for x, w in itertools.product([2**31 - 1, -(2**31)], [-128, 127]):
-        y = _numpy_kernels._exact_matmul(np.full((rows, k), x, np.int32), np.full((7, k), w, np.int8))
+        y = integers.exact_matmul(np.full((rows, k), x, np.int32), np.full((7, k), w, np.int8))
         assert (y == x * w * k).all()
 
 
@@ -58,7 +59,7 @@ def test_more_rows_than_are_in_memory_at_a_time():
     rng = np.random.default_rng(0)
     x = rng.integers(-(2**31), 2**31, (1043, 70)).astype(np.int32)
     w = rng.integers(-128, 128, (9, 70)).astype(np.int8)
-    np.testing.assert_array_equal(_numpy_kernels._exact_matmul(x, w), x.astype(np.int64) @ w.astype(np.int64).T)
+    np.testing.assert_array_equal(integers.exact_matmul(x, w), x.astype(np.int64) @ w.astype(np.int64).T)
 
 
 def hard_rows(rng, m, k):
@@ -91,9 +92,10 @@ def by_the_reference(x, q, bias, contract=1):
     spec = affine.Spec(element_type(q.dtype), float_type(q.float_dtype), symmetric=False, block=q.block)
     arguments = (x, q.qvalue, q.scale, q.zero_point, bias)
     b = get_backend("array_api_strict")
-    moved = [None if a is None else b.asarray(np.ascontiguousarray(a)) for a in arguments]
+    x, *weight, bias = [None if a is None else b.asarray(np.ascontiguousarray(a)) for a in arguments]
     with np.errstate(all="ignore"):
-        return b.to_numpy(reference.matmul_reproducible(*moved, spec=spec, contract=contract, b=b))
+        y = reference.matmul_reproducible(x, affine.Coded(*weight), bias, spec=spec, contract=contract, b=b)
+    return b.to_numpy(y)
 
 
 FORMS = {
@@ -111,8 +113,8 @@ FORMS = {
 def dots(request, monkeypatch):
     """Every kernel with and without the instruction; compiled functions of JAX remember which, and are dropped."""
     if request.param == "without":
-        monkeypatch.setattr(_numpy_kernels, "integer_dots", lambda: None)
-        monkeypatch.setattr(_jax_kernels, "integer_dots", lambda: None)
+        monkeypatch.setattr(runtime, "integer_dots", lambda: None)
+        monkeypatch.setattr(jax_products, "integer_dots", lambda: None)
     elif not HAS_DOTS:
         pytest.skip("the processor has no AVX-512 VNNI")
     jax.clear_caches()
@@ -264,8 +266,8 @@ import sys
 sys.modules["numba"] = None
 import numpy as np, jax, aqt_lite
 from aqt_lite import PerChannel
-from aqt_lite.backends import _numpy_kernels
-assert _numpy_kernels.compiled_loops() is None and _numpy_kernels.integer_dots() is None
+from aqt_lite.backends.cpu import runtime
+assert runtime.compiled_loops() is None and runtime.integer_dots() is None
 w = np.random.default_rng(0).standard_normal((400, 500)).astype("float32")
 x = np.random.default_rng(1).standard_normal((3, 500)).astype("float32")
 q = aqt_lite.quantize(w, granularity=PerChannel(0))
@@ -289,14 +291,14 @@ def test_without_numba_the_bits_are_the_same():
         ).stdout
         for code in (
             WITHOUT,
-            WITHOUT.replace('sys.modules["numba"] = None\n', "").replace("assert _numpy", "0 and _numpy"),
+            WITHOUT.replace('sys.modules["numba"] = None\n', "").replace("assert runtime", "0 and runtime"),
         )
     ]
     assert runs[0] == runs[1] != ""
 
 
 def test_a_processor_that_numba_takes_for_another_has_no_such_instruction():
-    code = "from aqt_lite.backends import _numpy_kernels as k; assert k.compiled_loops() and k.integer_dots() is None"
+    code = "from aqt_lite.backends.cpu import runtime as k; assert k.compiled_loops() and k.integer_dots() is None"
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
@@ -370,7 +372,7 @@ def test_fast_products_keep_subnormal_activations_where_the_backend_does(dots):
 def test_large_products_raise_no_warnings_of_numpy(dots):
     q = aqt_lite.quantize(np.full((400, 330), 100, np.float32), granularity=PerChannel(0))
     with np.errstate(all="raise"):
-        _numpy_kernels.powers_of_two.cache_clear()
+        fixed_point.powers_of_two.cache_clear()
         y = aqt_lite.linear(np.full((2, 330), 3e37, np.float32), q, mode="reproducible")
     assert np.isinf(y).all()
 
@@ -409,7 +411,7 @@ def test_traced_torch_programs_depend_on_their_input(large_weight):
     torch.testing.assert_close(traced(x), aqt_lite.linear(x, large_weight), rtol=1e-4, atol=1e-2)
 
 
-def test_in_parallel_waits_for_what_has_begun_and_passes_errors_on(monkeypatch):
+def test_map_ranges_waits_for_what_has_begun_and_passes_errors_on(monkeypatch):
     class Starved:
         def submit(self, claim):
             raise RuntimeError("can't start new thread")
@@ -420,7 +422,7 @@ def test_in_parallel_waits_for_what_has_begun_and_passes_errors_on(monkeypatch):
 
     for _ in range(20):
         with pytest.raises(ValueError, match="here"):
-            _numpy_kernels.in_parallel(fail, 100, pieces=8)
-    monkeypatch.setattr(_numpy_kernels, "_pool", Starved)
-    parts = _numpy_kernels.in_parallel(lambda lo, hi: (lo, hi), 100, pieces=8)
+            runtime.map_ranges(fail, 100, chunks_per_core=8)
+    monkeypatch.setattr(runtime, "_pool", Starved)
+    parts = runtime.map_ranges(lambda lo, hi: (lo, hi), 100, chunks_per_core=8)
     assert (parts[0][0], parts[-1][1]) == (0, 100)

@@ -14,7 +14,7 @@ import torch
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
 from aqt_lite._registry import get_backend
-from aqt_lite.backends import _numpy_kernels
+from aqt_lite.backends.cpu import quantize, runtime
 from aqt_lite.elements import element_type, float_type
 from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
@@ -26,7 +26,7 @@ CONFIGURATIONS = ["numpy with numba", "numpy alone", "torch", "jax"]
 def with_loops(request, monkeypatch):
     """Every adapter that has kernels; NumPy's twice, with and without compiled loops."""
     if request.param == "numpy alone":
-        monkeypatch.setattr(_numpy_kernels, "compiled_loops", lambda: None)
+        monkeypatch.setattr(runtime, "compiled_loops", lambda: None)
     return get_backend(request.param.split()[0])
 
 
@@ -38,9 +38,9 @@ GRANULARITIES = [PerTensor(), PerChannel(0), PerChannel(-1), PerGroup(32), PerGr
 def loops(request, monkeypatch):
     """NumPy's kernels with and without compiled loops."""
     if request.param == "numba":
-        assert _numpy_kernels.compiled_loops() is not None, "numba belongs to the test set-up"
+        assert runtime.compiled_loops() is not None, "numba belongs to the test set-up"
     else:
-        monkeypatch.setattr(_numpy_kernels, "compiled_loops", lambda: None)
+        monkeypatch.setattr(runtime, "compiled_loops", lambda: None)
     return request.param
 
 
@@ -70,7 +70,7 @@ def test_numpy_quantization_kernels_have_the_bits_of_the_reference(shape, loops)
                 assert_same_bits(q, expected)
                 assert_same_bits(q.dequantize(), values)
                 spec = affine.Spec(element_type(dtype), float_type("float32"), scheme == "symmetric", q.block)
-                served += _numpy_kernels.quantize(x, spec=spec) is not NotImplemented
+                served += quantize.quantize(x, spec=spec) is not NotImplemented
     assert served >= 6, "the kernels did not run"
 
 
@@ -177,7 +177,9 @@ def test_quantized_activations_are_multiplied_as_integers(backend, dtypes, schem
 
 SATURATION = """
 import numpy as np
+from aqt_lite._dispatch import run
 from aqt_lite._registry import get_backend
+from aqt_lite.ops import reference
 rng = np.random.default_rng(0)
 for name in ("torch", "jax"):
     b = get_backend(name)
@@ -185,7 +187,7 @@ for name in ("torch", "jax"):
         w = rng.choice(np.asarray([-128, 127, 0, 5], np.int8), (n, k))
         x = rng.choice(np.asarray([-128, 127], np.int8), (m, k))
         exact = x.astype(np.int64) @ w.astype(np.int64).T
-        y = b.to_numpy(b.integer_matmul(b.asarray(x), b.asarray(w)))
+        y = b.to_numpy(run(b, reference.integer_matmul, b.asarray(x), b.asarray(w)))
         print(name, n, k, m, int((y != exact).sum()))
 """
 
@@ -200,13 +202,13 @@ def test_integer_products_do_not_saturate_on_processors_without_dot_product_inst
     assert [line.split()[-1] for line in lines if line] == ["0"] * 8, lines
 
 
-def test_in_parallel_covers_a_range_once_at_multiples_of_the_grain():
+def test_map_ranges_covers_a_range_once_at_multiples():
     for length in (1, 2, 7, 64, 100):
-        for grain in (1, 3, 8, 200):
-            parts = sorted(_numpy_kernels.in_parallel(lambda lo, hi: (lo, hi), length, grain))
+        for multiple in (1, 3, 8, 200):
+            parts = sorted(runtime.map_ranges(lambda lo, hi: (lo, hi), length, multiple))
             assert parts[0][0] == 0
             assert parts[-1][1] == length
-            assert all(a[1] == b[0] and b[0] % grain == 0 for a, b in itertools.pairwise(parts))
+            assert all(a[1] == b[0] and b[0] % multiple == 0 for a, b in itertools.pairwise(parts))
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ Owns: validation, the choice between float and integer products, and leading axe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import Backend, check_no_overflow
 from aqt_lite._registry import backend_of
 from aqt_lite.elements import element_type, float_type
 from aqt_lite.granularity import Block
@@ -104,33 +105,34 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
-        b.check_no_overflow(y, "float16")
+        check_no_overflow(y, "float16", b)
     return y
 
 
-def _as_stored(w: QArray) -> tuple[Array, Array | None, Block]:
-    """Scale, zero point and block of the transpose of a weight that is stored transposed: they fit its storage."""
-    return w.scale.T, None if w.zero_point is None else w.zero_point.T, w.block[::-1]
+def _as_stored(w: QArray, contract: int) -> tuple[affine.Coded, Block, int]:
+    """Of a transposed weight: its arrays and block as it is stored, and which axis is contracted there."""
+    zero_point = None if w.zero_point is None else w.zero_point.T
+    return affine.Coded(w.storage, w.scale.T, zero_point), w.block[::-1], 1 - contract
 
 
 def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
-    op, form = "matmul", reference.matmul
+    operation = reference.matmul
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
         if 0 not in (*x.shape, *w.shape):
-            op, form = "matmul_reproducible", reference.matmul_reproducible
-    scale, zero_point, block = w.scale, w.zero_point, w.block
+            operation = reference.matmul_reproducible
+    weight, block = affine.Coded(w.storage, w.scale, w.zero_point), w.block
     if w.transposed:
-        (scale, zero_point, block), contract = _as_stored(w), 1 - contract
+        weight, block, contract = _as_stored(w, contract)
     spec = affine.Spec(element_type(w.dtype), float_type(w.float_dtype), False, block)
-    return run(b, op, form, x, w.storage, scale, zero_point, bias, spec=spec, contract=contract)
+    return run(b, operation, x, weight, bias, spec=spec, contract=contract)
 
 
 def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
     x = x._aligned()
     if w.transposed:
-        scale, zero_point, block = _as_stored(w)
-        w, contract = QArray(w.storage, scale, zero_point, w.dtype, block, w.float_dtype), 1 - contract
+        stored, block, contract = _as_stored(w, contract)
+        w = QArray(stored.codes, stored.scale, stored.zero_point, w.dtype, block, w.float_dtype)
     rows, inside = math.prod(x.shape[:-1]), x.shape[-1]
     integers = (
         element_type(x.dtype).bits == element_type(w.dtype).bits == 8
@@ -151,18 +153,20 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         return b.xp.reshape(b.xp.broadcast_to(lead, (*x.shape[:-1], 1)), (rows, 1))
 
     def per_column(blocks: Array) -> Array:
-        block = (None, w.block[1]) if contract == 0 else (w.block[0], None)
-        return affine.spread(blocks, w.shape, block, b.xp)
+        return reference.one_per_column(blocks, w.shape, w.block, contract, b.xp)
 
-    x_zero = None if x.zero_point is None else per_row(x.zero_point)
-    w_zero = None if w.zero_point is None else per_column(w.zero_point)
-    codes = b.xp.reshape(x.qvalue, (rows, inside))
-    arrays = (codes, per_row(x.scale), x_zero, w.qvalue, per_column(w.scale), w_zero, bias)
-    y = run(b, "matmul_integer", reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
+    of_x = b.xp.reshape(x.qvalue, (rows, inside)), per_row(x.scale), _if_any(per_row, x.zero_point)
+    of_w = w.qvalue, per_column(w.scale), _if_any(per_column, w.zero_point)
+    arrays = (affine.Coded(*of_x), affine.Coded(*of_w), bias)
+    y = run(b, reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
     if b.differentiates(x.scale, w.scale, bias):  # integers have no derivative: that of the values they stand for
         values = product_of_values("fast")
         y = b.straight_through(values, y, b.xp.isfinite(values))
     return y
+
+
+def _if_any(function: Callable[[Array], Array], array: Array | None) -> Array | None:
+    return None if array is None else function(array)
 
 
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
@@ -188,6 +192,6 @@ def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     if other is None:  # a list belongs where the weight is
         return b.asarray(as_float_array(value, argument)[0], like=w.storage)
     check_floats(value, argument, b)
-    if not b.can_meet(value, w.storage):
+    if not b.share_a_device(value, w.storage):
         raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
     return value

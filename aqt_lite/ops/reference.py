@@ -2,7 +2,7 @@
 
 Owns: the arithmetic that every kernel is tested against. Imports: affine, granularity, the ``Backend`` interface.
 
-Throughout, ``x`` is (M, K), ``contract`` says which axis of the codes is summed over (0 for a weight of shape (K, N), 1
+Throughout, ``x`` is (M, K), ``contract`` says which axis of the weight is summed over (0 for codes of shape (K, N), 1
 for (N, K)), and the result is (M, N).
 """
 
@@ -15,18 +15,21 @@ from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite.affine import Spec
+from aqt_lite.affine import Coded, Spec
 from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.granularity import Block
 
 __all__ = [
     "LONGEST_PIECE",
     "RUN",
     "fixed_point_matmul",
     "has_integer_sums",
+    "integer_matmul",
     "matmul",
     "matmul_integer",
     "matmul_reproducible",
     "of_columns",
+    "one_per_column",
     "pieces",
 ]
 
@@ -45,25 +48,24 @@ MANY = 16
 LEAST_DROP = -60
 """Exponent, relative to the row's largest piece, below which a piece counts as zero: its sum would not be seen."""
 
+BITS = 30
+"""Bits of the largest entry of a piece in fixed point: with a sign they fill four digits of 8 bits."""
+
+MOST_FRACTION = 127 / 64
+"""Significand of a piece's largest entry up to which four balanced digits hold it."""
+
+FINEST = 2.0**-37
+"""Magnitude, relative to its row's largest, down to which an entry keeps all 24 bits in two passes."""
+
 SMALLEST = 2.0**-126
 """Smallest normal float32. Anything below it is zero here, because some compilers flush it."""
 
 
-def matmul(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    *,
-    spec: Spec,
-    contract: int,
-    b: Backend,
-) -> Array:
-    """``x @ dequantize(codes) + bias`` in the wider compute dtype of the two, rounded once to the dtype of ``x``."""
+def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, b: Backend) -> Array:
+    """``x @ dequantize(w) + bias`` in the wider compute dtype of the two, rounded once to the dtype of ``x``."""
     xp = b.xp
-    compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(scale)) else "float32")
-    weight = affine.dequantize(codes, scale, zero_point, spec=unrounded(spec), out=spec.source.compute, b=b)
+    compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(w.scale)) else "float32")
+    weight = affine.dequantize(w.codes, w.scale, w.zero_point, spec=unrounded(spec), out=spec.source.compute, b=b)
     weight = xp.astype(weight, compute)
     y = xp.matmul(xp.astype(x, compute), weight if contract == 0 else xp.permute_dims(weight, (1, 0)))
     if bias is not None:
@@ -76,19 +78,7 @@ def unrounded(spec: Spec) -> Spec:
     return replace(spec, source=FLOAT_TYPES[spec.source.compute])
 
 
-def matmul_integer(
-    x_codes: Array,
-    x_scale: Array,
-    x_zero_point: Array | None,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    *,
-    contract: int,
-    out: str,
-    b: Backend,
-) -> Array:
+def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str, b: Backend) -> Array:
     """Both sides quantized, one scale a row of ``x`` and one a column of the weight: an exact integer product.
 
     ``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v``, all in int32, which the caller has made sure holds it.
@@ -97,34 +87,23 @@ def matmul_integer(
     """
     xp = b.xp
     if contract == 0:
-        codes, scale, zero_point = _swapped(codes, xp), _swapped(scale, xp), _swapped(zero_point, xp)
-    x_codes, rows = _signed(x_codes, x_zero_point, b)
-    codes, zero_point = _signed(codes, zero_point, b)
-    scale, columns = _swapped(scale, xp), _swapped(zero_point, xp)
-    total = b.integer_matmul(x_codes, codes)
+        w = _transposed(w, xp)
+    x, w = _signed(x, b), _signed(w, b)
+    rows, columns = x.zero_point, _swapped(w.zero_point, xp)
+    total = run(b, integer_matmul, x.codes, w.codes)
     if rows is not None:
-        total = total - rows * xp.expand_dims(xp.sum(codes, axis=1, dtype=xp.int32), axis=0)
+        total = total - rows * xp.expand_dims(xp.sum(w.codes, axis=1, dtype=xp.int32), axis=0)
     if columns is not None:
-        total = total - columns * xp.sum(x_codes, axis=1, keepdims=True, dtype=xp.int32)
+        total = total - columns * xp.sum(x.codes, axis=1, keepdims=True, dtype=xp.int32)
     if rows is not None and columns is not None:
-        total = total + rows * columns * int(x_codes.shape[1])
-    x_fraction, x_exponent = b.fraction_and_exponent(x_scale)
-    w_fraction, w_exponent = b.fraction_and_exponent(scale)
+        total = total + rows * columns * int(x.codes.shape[1])
+    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
+    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp))
     y = xp.astype(total, xp.float32) * x_fraction * w_fraction
     return _finish(y, x_exponent + w_exponent, bias, out, b)
 
 
-def matmul_reproducible(
-    x: Array,
-    codes: Array,
-    scale: Array,
-    zero_point: Array | None,
-    bias: Array | None,
-    *,
-    spec: Spec,
-    contract: int,
-    b: Backend,
-) -> Array:
+def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, b: Backend) -> Array:
     """The product whose bits depend on nothing but its inputs (docs/numerics.md, "Reproducible products").
 
     Rows of ``x`` are cut into pieces along the contracted axis, none crossing a group of the weight's scales, none
@@ -147,9 +126,8 @@ def matmul_reproducible(
     """
     xp = b.xp
     k = int(x.shape[1])
-    if contract == 0:
-        codes, scale, zero_point = _swapped(codes, xp), _swapped(scale, xp), _swapped(zero_point, xp)
-    codes, zero_point = _signed(codes, zero_point, b)
+    w = _signed(w if contract == 1 else _transposed(w, xp), b)
+    codes, scale, zero_point = w.codes, w.scale, w.zero_point
     n = int(codes.shape[0])
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
@@ -175,8 +153,8 @@ def matmul_reproducible(
     x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
 
     fraction, exponent = b.fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True))
-    exponent = exponent + xp.astype(fraction > 127 / 64, xp.int32)
-    scaled = _scaled(x_pieces, 30 - exponent, b)
+    exponent = exponent + xp.astype(fraction > MOST_FRACTION, xp.int32)
+    scaled = _scaled(x_pieces, BITS - exponent, b)
     integers = xp.round(scaled)
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
@@ -185,24 +163,32 @@ def matmul_reproducible(
         zero_point = _per_piece(zero_point, groups, xp)
 
     def rounded_sum(integers: Array) -> Array:
-        high, low = run(
-            b, "fixed_point_matmul", fixed_point_matmul, xp.astype(integers, xp.int32), w_pieces, zero_point
-        )
+        high, low = run(b, fixed_point_matmul, xp.astype(integers, xp.int32), w_pieces, zero_point)
         return xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
 
     t = rounded_sum(integers)
     present = x_pieces != 0
     small = present & (xp.abs(scaled) < SMALL)
     many = _count(small, xp) * MANY > _count(present, xp)
-    finer = b.when_any(many, lambda: rounded_sum(xp.round((scaled - integers) * 2.0**31)), xp.zeros_like(t))
+    finer = b.compute_if_any(many, lambda: rounded_sum(xp.round((scaled - integers) * 2.0**31)), xp.zeros_like(t))
     t = t + xp.where(many, finer, xp.zeros_like(finer)) * 2.0**-31
     t = t * _per_piece(w_fraction, groups, xp)
     drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
     total = _ordered_sum(t * b.power_of_two(xp.where(drop < LEAST_DROP, xp.full_like(drop, -999), drop)), b)
 
-    last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - 30
+    last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - BITS
     total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
     return _finish(total, last, bias, out, b)
+
+
+def integer_matmul(x: Array, w: Array, *, b: Backend) -> Array:
+    """``x @ w.T`` of integers over the last axes, exact, as int32; callers make sure that the sums fit.
+
+    Through float64, whose products are as fast as a library's best and exact below 2^53.
+    """
+    xp = b.xp
+    product = xp.matmul(xp.astype(x, xp.float64), xp.matrix_transpose(xp.astype(w, xp.float64)))
+    return xp.astype(product, xp.int32)
 
 
 def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backend) -> tuple[Array, Array]:
@@ -217,7 +203,7 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
         digits.append(digit)
         x = (x - digit) >> 8
     stacked = xp.astype(xp.concat([*digits, x], axis=1), xp.int8)  # (pieces, 4 * M, width)
-    products = b.integer_matmul(stacked, w)
+    products = run(b, integer_matmul, stacked, w)
     if zero_point is not None:
         products = products - xp.sum(stacked, axis=2, keepdims=True, dtype=xp.int32) * zero_point
     carried = products[:, :m, :]
@@ -228,22 +214,25 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
     return products[:, 3 * m :, :] + (carried >> 8), low
 
 
-def of_columns(
-    codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, *, spec: Spec, b: Backend
-) -> tuple[Array, Array, Array, Array]:
-    """What compiled loops need of each column of a product in one piece, as four vectors; codes are (N, K).
+def one_per_column(blocks: Array, shape: tuple[int, ...], block: Block, contract: int, xp: Any) -> Array:
+    """Scales or zero points of a weight of ``shape``, spread so that each output has its own, or all have one."""
+    return affine.spread(blocks, shape, (block[0], None) if contract == 1 else (None, block[1]), xp)
+
+
+def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple[Array, Array, Array, Array]:
+    """What compiled loops need of each column of a product in one piece, as four vectors; the codes are (N, K).
 
     The significand and the exponent of its scale, the zero point (of uint8 codes: as if they were int8), and the bias.
     """
-    xp, n = b.xp, int(codes.shape[0])
+    xp, n = b.xp, int(w.codes.shape[0])
 
-    def per_column(blocks: Array) -> Array:
-        return xp.broadcast_to(affine.spread(blocks, (n, 1), (spec.block[0], None), xp)[:, 0], (n,))
+    def vector(blocks: Array) -> Array:
+        return xp.broadcast_to(one_per_column(blocks, (n, 1), spec.block, 1, xp)[:, 0], (n,))
 
-    fraction, exponent = b.fraction_and_exponent(per_column(scale))
+    fraction, exponent = b.fraction_and_exponent(vector(w.scale))
     zero = xp.zeros_like(exponent)
-    if zero_point is not None:
-        zero = per_column(zero_point) - (128 if b.dtype_name(codes) == "uint8" else 0)
+    if w.zero_point is not None:
+        zero = vector(w.zero_point) - (128 if b.dtype_name(w.codes) == "uint8" else 0)
     shift = xp.zeros_like(fraction) if bias is None else _flushed(xp.astype(bias, xp.float32), xp)
     return fraction, exponent, zero, shift
 
@@ -270,7 +259,7 @@ def rows_fit_fixed_point(x: Array, b: Backend) -> Array:
     xp = b.xp
     magnitude = xp.abs(xp.astype(x, xp.float32))
     largest = xp.max(magnitude, axis=1, keepdims=True)
-    enough = (magnitude == 0) | ((magnitude >= largest * 2.0**-37) & (magnitude >= SMALLEST))
+    enough = (magnitude == 0) | ((magnitude >= largest * FINEST) & (magnitude >= SMALLEST))
     return xp.all(enough & xp.isfinite(largest), axis=1, keepdims=True)
 
 
@@ -289,13 +278,18 @@ def _swapped(x: Any, xp: Any) -> Any:
     return None if x is None else xp.permute_dims(x, (1, 0))
 
 
-def _signed(codes: Array, zero_point: Array | None, b: Backend) -> tuple[Array, Array | None]:
+def _transposed(w: Coded, xp: Any) -> Coded:
+    return Coded(_swapped(w.codes, xp), _swapped(w.scale, xp), _swapped(w.zero_point, xp))
+
+
+def _signed(w: Coded, b: Backend) -> Coded:
     """Codes and zero points, both 128 less where codes are uint8: the same differences, and int8 is faster."""
-    if b.dtype_name(codes) != "uint8":
-        return codes, zero_point
+    if b.dtype_name(w.codes) != "uint8":
+        return w
     xp = b.xp
-    assert zero_point is not None  # unsigned codes always have one
-    return xp.astype(xp.astype(codes, xp.int16) - 128, xp.int8), zero_point - 128
+    assert w.zero_point is not None  # unsigned codes always have one
+    codes = xp.astype(xp.astype(w.codes, xp.int16) - 128, xp.int8)
+    return w._replace(codes=codes, zero_point=w.zero_point - 128)
 
 
 def _count(where: Array, xp: Any) -> Array:

@@ -15,34 +15,32 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aqt_lite._namespace import Array
+from aqt_lite.affine import Coded
 
 __all__ = ["keeping_shardings"]
 
-_CODES_OF_WEIGHT = {"matmul": 1, "matmul_reproducible": 1, "matmul_integer": 3}
-"""Which argument of a product holds the weight's codes."""
 
-
-def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def keeping_shardings(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, also where its arguments are sharded over explicit mesh axes.
 
     Elementwise results are sharded as the first argument is. An axis of blocks keeps the leading mesh axes that
-    divide it. A product has the rows' sharding of ``x`` and the columns' of the weight; it sums over the contracted
-    axis, however that is sharded.
+    divide it. A product, whose static arguments say which axis it will ``contract``, has the rows' sharding of its
+    first argument and the columns' of the second; it sums over the contracted axis, however that is sharded.
     """
 
     @wraps(function)
-    def call(*arrays: Array | None, **static: Any) -> Any:
-        mesh = _explicit_mesh(arrays)
+    def call(*arrays: Any, **static: Any) -> Any:
+        mesh = _explicit_mesh(jax.tree.leaves(arrays))
         if mesh is None:
             return function(*arrays, **static)
         bound = partial(function, **static)
-        plain: list[Any] = [None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]  # type: ignore[no-untyped-call]
-        axes = _axes_of(arrays[0])
-        if op in _CODES_OF_WEIGHT:
-            axes = [axes[0], _axes_of(arrays[_CODES_OF_WEIGHT[op]])[1 - static["contract"]]]
+        plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)  # type: ignore[no-untyped-call]
+        axes = _axes_of(_codes(arrays[0]))
+        if "contract" in static:
+            axes = [axes[0], _axes_of(_codes(arrays[1]))[1 - static["contract"]]]
         declined = []
 
-        def attempt(*arrays: Array | None) -> Any:
+        def attempt(*arrays: Any) -> Any:
             result = bound(*arrays)
             if result is NotImplemented:  # a kernel that serves only arrays with values, on one device
                 declined.append(result)
@@ -58,11 +56,13 @@ def keeping_shardings(op: str, function: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def _explicit_mesh(arrays: tuple[Array | None, ...]) -> Any:
+def _codes(argument: Any) -> Array:
+    return argument.codes if isinstance(argument, Coded) else argument
+
+
+def _explicit_mesh(arrays: list[Array]) -> Any:
     """The mesh over whose explicit axes an argument is sharded, or None."""
     for a in arrays:
-        if a is None:
-            continue
         mesh = jax.typeof(a).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
             return mesh if isinstance(a, jax.core.Tracer) else a.sharding.mesh

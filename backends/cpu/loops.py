@@ -1,6 +1,6 @@
 """Loops that numba compiles for NumPy arrays: what a ufunc cannot say in one pass.
 
-Owns: nothing but the loops. They hold no lock and start no thread; ``_numpy_kernels`` runs them on every core. Each
+Owns: nothing but the loops. They hold no lock and start no thread; ``runtime.map_ranges`` runs them on every core. Each
 works on one-dimensional views, whose indices the compiler need not check for a second axis.
 """
 
@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+
+TINY = np.float32(2.0**-125)
+"""``tiny`` of float32 in ``aqt_lite.elements``, once more: numba's cache notices changes of this file only."""
 
 _REORDER = {"contract", "reassoc"}  # sums may be taken in any order: that is what lets them use vector registers
 
@@ -22,7 +25,6 @@ def quantize_rows(x: Any, factor: Any, codes: Any, scale: Any) -> Any:  # pragma
     and NaN on top.
     """
     bits = x.view(np.int32)
-    tiny = np.float32(2.0**-125)
     finite = True
     for r in range(x.shape[0]):
         most = np.int32(0)
@@ -31,10 +33,10 @@ def quantize_rows(x: Any, factor: Any, codes: Any, scale: Any) -> Any:  # pragma
         if most >= np.int32(0x7F800000):
             finite = False
         amax = np.array([most], dtype=np.int32).view(np.float32)[0]
-        if amax < tiny:
+        if amax < TINY:
             amax = np.float32(0)
         s = np.float32(amax * factor)
-        if s < tiny:
+        if s < TINY:
             s = np.float32(1)
         scale[r] = s
         inverse = np.float32(1) / s
@@ -66,9 +68,9 @@ def decode_rows(codes: Any, scale: Any, zero: Any, values: Any) -> None:  # prag
 def widen(codes: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Codes as floats: a ufunc's cast from int8 takes three times as long."""
     for r in range(codes.shape[0]):
-        row, wide = codes[r], out[r]
+        row, values = codes[r], out[r]
         for c in range(row.shape[0]):
-            wide[c] = row[c]
+            values[c] = row[c]
 
 
 @njit(nogil=True, cache=True, fastmath=_REORDER)
@@ -169,8 +171,8 @@ def columns_times(w: Any, x: Any) -> Any:  # pragma: no cover - compiled
         part[:] = 0
         whole = last - (last - first) % 8
         for k in range(first, whole, 8):
-            near = w[k : k + 8]
-            _add_eight_rows(part, near[0], near[1], near[2], near[3], near[4], near[5], near[6], near[7], x[k : k + 8])
+            r = w[k : k + 8]
+            _add_eight_rows(part, r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], x[k : k + 8])
         for k in range(whole, last):
             row, v = w[k], x[k]
             for n in range(columns):

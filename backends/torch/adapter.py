@@ -1,8 +1,8 @@
-"""torch: eager, compiled, exported, and under autograd."""
+"""The adapter of torch: eager, compiled, exported, and under autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -54,13 +54,13 @@ class TorchBackend(Backend):
     def device(self, x: Array) -> Any:
         return x.device
 
-    def can_meet(self, x: Array, y: Array) -> bool:
+    def share_a_device(self, x: Array, y: Array) -> bool:
         return bool(x.device == y.device)  # known even where values are not
 
     def is_traced(self, x: Array) -> bool:
         return torch.compiler.is_compiling() or has_no_values(x)
 
-    def refuse(self, x: Array) -> str | None:
+    def why_unusable(self, x: Array) -> str | None:
         if x.layout != torch.strided:
             return f"is a tensor of layout {x.layout}: make it dense first with x.to_dense()"
         if x.is_nested:
@@ -72,9 +72,6 @@ class TorchBackend(Backend):
             return 1.0 / x  # correctly rounded on every device; only float32 division is approximated
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
-    def integer_matmul(self, x: Array, w: Array) -> Array:
-        return _kernels().integer_matmul(x, w)
-
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         bits = x.view(torch.int32)
         fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
@@ -83,9 +80,6 @@ class TorchBackend(Backend):
     def power_of_two(self, e: Array) -> Array:
         power = ((torch.clamp(e, -100, 127) + 127) << 23).view(torch.float32)
         return torch.where(e < -100, 0.0, power)
-
-    def kernel(self, op: str) -> Callable[..., Any] | None:
-        return _kernels().KERNELS.get(op)  # type: ignore[no-any-return]
 
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
@@ -130,13 +124,6 @@ class TorchBackend(Backend):
         torch.serialization.add_safe_globals([cls])  # torch.load(weights_only=True) trusts it: fields, and no code
 
 
-def _kernels() -> Any:
-    """The kernels build on the operations, and those on the container, which loads this module to be registered."""
-    from aqt_lite.backends import _torch_kernels
-
-    return _torch_kernels
-
-
 def _bitcast(x: Array, dtype: Any) -> Array:
     return x.view(dtype)
 
@@ -151,5 +138,5 @@ def has_no_values(x: Array) -> bool:
 
 
 def is_functorch(x: Array) -> bool:
-    """Whether a functorch transformation (vmap, grad) stands between us and the tensor."""
+    """Whether a functorch transformation (vmap, grad) wraps the tensor."""
     return bool(is_functorch_wrapped_tensor(x))

@@ -2,9 +2,9 @@
 
 Owns: the instruction as a numba intrinsic, the layout of the operands that it wants, the loops around it, and around
 those the product of floats in fixed point. One file, because what numba caches of a function is renewed when its own
-file changes, and not when another does. The loops hold no lock and start no thread. ``_numpy_kernels`` and
-``_jax_dots`` call them, and have other forms with the same results for processors without the instruction
-(``AVAILABLE``).
+file changes, and not when another does: what the contract's constants are is written here once more. The loops hold no
+lock and start no thread. ``integers``, ``fixed_point`` and JAX's ``dots`` call them, and have other forms with the same
+results for processors without the instruction (``AVAILABLE``).
 
 ``vpdpbusd`` adds, in each of 16 int32 lanes, four products of an unsigned with a signed byte. The weight is the signed
 operand, as it lies in memory. An activation ``X`` of ``8 D`` bits becomes ``U = X + 2^(8D-1)``, which is not negative,
@@ -34,7 +34,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 __all__ = [
-    "ANY_KIND",
+    "ANY_FLAG",
     "AVAILABLE",
     "NOT_FINITE",
     "OUT_OF_RANGE",
@@ -78,12 +78,12 @@ def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
     return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+def _load(builder: Any, address: Any, its_type: Any) -> Any:
+    return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
 
 
 def _rows_of_tile(builder: Any, w: Any, stride: Any, rows: Any, height: int) -> list[Any]:
-    """Addresses of ``height`` rows from ``w`` on; beyond the last of ``rows`` that one again, for sums nobody reads."""
+    """Addresses of ``height`` rows from ``w`` on; after the last of ``rows`` that one again, sums that go unread."""
     last = builder.sub(rows, _ADDRESS(1))
     indices = [_ADDRESS(r) for r in range(height)]
     inside = [builder.select(builder.icmp_signed("<", r, last), r, last) for r in indices]
@@ -143,7 +143,7 @@ def _dots_across_planes(height: int, vectors: int) -> Any:
     """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of 4 codes, 16 lanes in each of ``vectors``.
 
     Meanwhile the tile below is fetched: it is read once for the sums of its codes, at the speed of memory, before it
-    comes to this loop, and those two would wait for each other. What lies beyond the weight is asked for in vain.
+    comes to this loop, and those two would wait for each other. Prefetching past the weight's end is harmless.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -158,8 +158,8 @@ def _dots_across_planes(height: int, vectors: int) -> Any:
             undefined, to_all = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_VECTOR, [0] * _LANES)
 
             def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
-                near = builder.add(panel, builder.mul(i, _ADDRESS(64 * vectors)))
-                x = [_load(builder, builder.add(near, _ADDRESS(64 * c)), _VECTOR) for c in range(vectors)]
+                lanes = builder.add(panel, builder.mul(i, _ADDRESS(64 * vectors)))
+                x = [_load(builder, builder.add(lanes, _ADDRESS(64 * c)), _VECTOR) for c in range(vectors)]
                 at, new = builder.mul(i, _ADDRESS(4)), []
                 if vectors < 4:  # with more, arithmetic takes longer than memory
                     # a line holds the codes of 16 steps: in each of them one line of one of the 8 rows below
@@ -241,8 +241,8 @@ def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
 def parts_of_rows(rows: int, digits: int) -> list[slice]:
     """The rows of x in one part, or in two where the last panel would be half empty or more."""
     most = 64 // digits
-    few = rows % most
-    cut = rows - few if rows > most and 0 < few <= most // 2 else rows
+    rest = rows % most
+    cut = rows - rest if rows > most and 0 < rest <= most // 2 else rows
     return [part for part in (slice(0, cut), slice(cut, rows)) if part.start < part.stop]
 
 
@@ -250,7 +250,7 @@ def parts_of_rows(rows: int, digits: int) -> list[slice]:
 def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma: no cover - compiled
     """Rows of integers into ``panels`` (panel, K // 4, digit * height + row): four codes' bytes in each uint32.
 
-    Rows that fill up the last panel stay what they are there: nobody reads their sums.
+    Rows that only fill up the last panel are not written: their sums are not read.
     """
     rows, groups = x.shape[0], panels.shape[1]
     sign = np.uint32(1) << np.uint32(8 * digits - 1)
@@ -352,17 +352,26 @@ ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of every panel's height."""
 
 NOT_FINITE, SECOND_PASS, OUT_OF_RANGE = 1, 2, 4
-"""Kinds of rows, as bits: has a value that is not finite (its integers are 0, its results NaN); wants a second pass for
-what was rounded away; has entries that are subnormal or more than 2^37 below its largest."""
+"""Flags of a row of x, as bits: has a value that is not finite (its integers are 0, its results NaN); wants a second
+pass for what was rounded away; has entries that are subnormal or more than 2^37 below its largest."""
 
-ANY_KIND = NOT_FINITE | SECOND_PASS | OUT_OF_RANGE
+ANY_FLAG = NOT_FINITE | SECOND_PASS | OUT_OF_RANGE
+
+# Those of aqt_lite.ops.reference, as the loops' types; the tests hold them against it.
+SMALLEST = np.float32(2.0**-126)
+SMALL = np.float32(2.0**18)
+MANY = 16
+FINEST = np.float32(2.0**-37)
+MOST_FRACTION = np.int32(0x7E0000)  # of 127/64: its bits below the exponent's
+BITS = 30
+LOW_BITS, CARRY = 24, np.float32(2.0**24)
 
 
 @njit(nogil=True, cache=True)
 def _to_fixed_point(
-    x: Any, powers: Any, integers: Any, exponent: Any, total: Any, kind: Any
+    x: Any, powers: Any, integers: Any, exponent: Any, total: Any, flags: Any
 ) -> None:  # pragma: no cover
-    """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums and kinds.
+    """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums and flags.
 
     ``powers[i]`` is 2^(i - 256), 0 far below.
     """
@@ -375,33 +384,33 @@ def _to_fixed_point(
             most = max(most, magnitude)
             least = min(least, magnitude if magnitude > 0 else np.int32(0x7FFFFFFF))
         if most >= np.int32(0x7F800000):
-            kind[m], exponent[m], total[m] = NOT_FINITE, 0, 0
+            flags[m], exponent[m], total[m] = NOT_FINITE, 0, 0
             integers[m, :] = 0
             continue
         if most < np.int32(0x00800000):  # nothing but subnormal numbers and zeros, which count as zeros
-            kind[m], exponent[m], total[m] = 0 if most == 0 else OUT_OF_RANGE, -127, 0
+            flags[m], exponent[m], total[m] = 0 if most == 0 else OUT_OF_RANGE, -127, 0
             integers[m, :] = 0
             continue
         e = (most >> 23) - 127
-        if (most & np.int32(0x7FFFFF)) > np.int32(0x7E0000):  # a fraction above 127/64 would carry into a fifth digit
+        if (most & np.int32(0x7FFFFF)) > MOST_FRACTION:  # a larger one would carry into a fifth digit
             e += 1
-        half = (30 - e) >> 1
-        first, second = powers[half + 256], powers[30 - e - half + 256]
+        half = (BITS - e) >> 1
+        first, second = powers[half + 256], powers[BITS - e - half + 256]
         row, out = x[m], integers[m]
         present, small, added = np.int32(0), np.int32(0), np.int64(0)
         for k in range(row.shape[0]):
-            v = row[k] if abs(row[k]) >= np.float32(2.0**-126) else np.float32(0)
+            v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
             scaled = v * first * second
             value = np.int32(np.rint(scaled))
             out[k] = value
             added += value
             there = np.int32(v != 0)
             present += there
-            small += there & np.int32(abs(scaled) < np.float32(2.0**18))
+            small += there & np.int32(abs(scaled) < SMALL)
         exponent[m], total[m] = e, added
         ends = np.array([most, least], dtype=np.int32).view(np.float32)
-        far_below = least < np.int32(0x00800000) or ends[1] < ends[0] * np.float32(2.0**-37)
-        kind[m] = (SECOND_PASS if np.int64(small) * 16 > present else 0) | (OUT_OF_RANGE if far_below else 0)
+        far_below = least < np.int32(0x00800000) or ends[1] < ends[0] * FINEST
+        flags[m] = (SECOND_PASS if np.int64(small) * MANY > present else 0) | (OUT_OF_RANGE if far_below else 0)
 
 
 @njit(nogil=True, cache=True)
@@ -409,24 +418,23 @@ def _from_fixed_point(
     sums: Any, total: Any, zero: Any, fraction: Any, row_exponent: Any, exponent: Any, powers: Any, bias: Any, y: Any
 ) -> None:  # pragma: no cover - compiled
     """The last steps: sums (int64, zero points not yet taken off) to float32, times the scales, plus the bias."""
-    smallest = np.float32(2.0**-126)
     for m in range(y.shape[0]):
         row, out = sums[m], y[m]
         for n in range(row.shape[0]):
             s = row[n] - total[m] * zero[n]
-            t = np.float32(np.int32(s >> 24)) * np.float32(2.0**24) + np.float32(np.int32(s & 0xFFFFFF))
-            e = row_exponent[m] + exponent[n] - 30
+            t = np.float32(np.int32(s >> LOW_BITS)) * CARRY + np.float32(np.int32(s & 0xFFFFFF))
+            e = row_exponent[m] + exponent[n] - BITS
             half = e >> 1
             v = t * fraction[n] * powers[half + 256] * powers[e - half + 256]
-            v = (np.float32(0) if abs(v) < smallest else v) + bias[n]  # asked so that NaN stays NaN
-            out[n] = np.float32(0) if abs(v) < smallest else v
+            v = (np.float32(0) if abs(v) < SMALLEST else v) + bias[n]  # NaN < t is False, so this order keeps NaN
+            out[n] = np.float32(0) if abs(v) < SMALLEST else v
 
 
 @njit(nogil=True, cache=True)
 def prepare_rows(
-    x: Any, powers: Any, exponent: Any, total: Any, kind: Any, panels: Any, tail: Any
+    x: Any, powers: Any, exponent: Any, total: Any, flags: Any, panels: Any, tail: Any
 ) -> None:  # pragma: no cover - compiled
-    """Rows of x, the first of which begins a panel: their exponents, sums and kinds, and their integers as panels.
+    """Rows of x, the first of which begins a panel: their exponents, sums and flags, and their integers as panels.
 
     ``tail`` gets the integers that no panel holds: those beyond a multiple of four, or all where there are no panels.
     """
@@ -437,7 +445,7 @@ def prepare_rows(
     for first in range(0, rows, height):
         last = min(first + height, rows)
         some = integers[: last - first]
-        _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], kind[first:last])
+        _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
         if whole:
             pack_rows(some, 4, height, panels[first // height : first // height + 1])
         tail[first:last] = some[:, whole:]
@@ -451,7 +459,7 @@ def finish_columns(
     tail: Any,
     row_exponent: Any,
     total: Any,
-    kind: Any,
+    flags: Any,
     fraction: Any,
     exponent: Any,
     zero: Any,
@@ -475,19 +483,27 @@ def finish_columns(
             for n in range(stop - start):
                 for k in range(inner):
                     codes[n, k] = w[start + n, k] ^ np.int8(-128) if unsigned else w[start + n, k]
-        own = slice(start, stop)
+        these = slice(start, stop)
         for first in range(0, rows, ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, rows)
-            found, out = sums[: last - first, : stop - start], y[first:last, own]
+            found, out = sums[: last - first, : stop - start], y[first:last, these]
             if rows == 1:
                 multiply_one_row(codes, tail[0], planes, found[0])
             else:
-                near = panels[first // height : (last + height - 1) // height]
-                multiply_rows(codes, tail[first:last], near, 4, height, found)
+                of_rows = panels[first // height : (last + height - 1) // height]
+                multiply_rows(codes, tail[first:last], of_rows, 4, height, found)
             exponents = row_exponent[first:last]
             _from_fixed_point(
-                found, total[first:last], zero[own], fraction[own], exponents, exponent[own], powers, bias[own], out
+                found,
+                total[first:last],
+                zero[these],
+                fraction[these],
+                exponents,
+                exponent[these],
+                powers,
+                bias[these],
+                out,
             )
             for m in range(first, last):
-                if kind[m] & NOT_FINITE:
+                if flags[m] & NOT_FINITE:
                     out[m - first, :] = np.float32(np.nan)

@@ -1,4 +1,4 @@
-"""JAX: eager calls run as cached jitted functions, and everything works under its transformations."""
+"""The adapter of JAX: eager calls run as cached jitted functions, and everything works under its transformations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite.backends._jax_sharding import keeping_shardings
+from aqt_lite.backends.jax.sharding import keeping_shardings
 
 
 @jax.custom_jvp
@@ -66,9 +66,9 @@ class JaxBackend(Backend):
     def device(self, x: Array) -> Any:
         return None if self.is_traced(x) else frozenset(x.devices())
 
-    def can_meet(self, x: Array, y: Array) -> bool:
+    def share_a_device(self, x: Array, y: Array) -> bool:
         if self.is_traced(x) or self.is_traced(y) or not (x.committed and y.committed):
-            return True  # JAX moves what nobody has placed
+            return True  # uncommitted arrays move to the other operand's device
         return bool(self.device(x) == self.device(y))
 
     def is_traced(self, x: Array) -> bool:
@@ -84,9 +84,6 @@ class JaxBackend(Backend):
         # The maximum over the devices of a sharded axis forgets NaN (XLA's all-reduce on CPU, jax 0.10), not infinity.
         return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)
 
-    def integer_matmul(self, x: Array, w: Array) -> Array:
-        return _kernels().integer_matmul(x, w)
-
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         bits = jax.lax.bitcast_convert_type(x, jnp.int32)
         fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
@@ -96,10 +93,7 @@ class JaxBackend(Backend):
         power = jax.lax.bitcast_convert_type((jnp.clip(e, -100, 127) + 127) << 23, jnp.float32)
         return jnp.where(e < -100, 0.0, power)
 
-    def kernel(self, op: str) -> Callable[..., Any] | None:
-        return _kernel(op)
-
-    def when_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
+    def compute_if_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
         return jax.lax.cond(jnp.any(flags), compute, lambda: otherwise)
 
     def ordered_sum(self, x: Array) -> Array:
@@ -120,7 +114,7 @@ class JaxBackend(Backend):
             parameters = inspect.signature(function).parameters.values()
             static = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
             jitted = jax.jit(function, static_argnames=static)
-            found = self._compiled[function] = keeping_shardings(function.__name__, jitted)
+            found = self._compiled[function] = keeping_shardings(jitted)
         return found
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
@@ -134,16 +128,3 @@ class JaxBackend(Backend):
 @functools.cache
 def _name(dtype: Any) -> str:
     return str(dtype)
-
-
-@functools.cache
-def _kernel(op: str) -> Callable[..., Any] | None:
-    found = _kernels().KERNELS.get(op)
-    return None if found is None else keeping_shardings(op, found)
-
-
-def _kernels() -> Any:
-    """The kernels build on the operations, and those on the container, which loads this module to be registered."""
-    from aqt_lite.backends import _jax_kernels
-
-    return _jax_kernels

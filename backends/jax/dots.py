@@ -22,19 +22,21 @@ from numba import njit
 
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
-from aqt_lite.affine import Spec
-from aqt_lite.backends import _numba_dots, _xla_ffi
-from aqt_lite.backends._numba_dots import (
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import dots
+from aqt_lite.backends.cpu.dots import (
     NOT_FINITE,
     OUT_OF_RANGE,
     SECOND_PASS,
     STRIP,
     finish_columns,
+    parts_of_rows,
     prepare_rows,
     shape_of_panels,
 )
-from aqt_lite.backends._numpy_kernels import powers_of_two
-from aqt_lite.backends._xla_ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.cpu.fixed_point import powers_of_two
+from aqt_lite.backends.jax import ffi
+from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.elements import FLOAT_TYPES, element_type
 from aqt_lite.ops import reference
 
@@ -44,12 +46,12 @@ TARGET = "aqt_lite_fixed_point_product"
 
 # ---- what XLA calls. Operands: x (M, K) float32, w (N, K) of bytes, then for each column of the result the significand
 # of its scale, the exponent, the zero point and the bias, and the table of powers of two. Results: y (M, N) float32 and
-# the kind of each row, then room for the rows' exponents, their sums, their panels and what no panel holds.
+# the flags of each row; then scratch outputs: the rows' exponents, their sums, their panels and what no panel holds.
 
 
 @njit(nogil=True)
 def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
-    """What becomes of the rows of x: panels, tail, exponents, sums and kinds."""
+    """What becomes of the rows of x: panels, tail, exponents, sums and flags."""
     rows, panels, tail = dim(result(frame, 0), 0), result(frame, 4), result(frame, 5)
     return (
         array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
@@ -62,16 +64,16 @@ def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True)
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    panels, tail, exponent, total, kind = _of_rows(frame)
+    panels, tail, exponent, total, flags = _of_rows(frame)
     x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
     height, powers = max(1, panels.shape[2] // 4), array(operand(frame, 6), (512,), np.float32)
-    own, some = panels[start // height : (stop + height - 1) // height], slice(start, stop)
-    prepare_rows(x[some], powers, exponent[some], total[some], kind[some], own, tail[some])
+    these, of_these = slice(start, stop), panels[start // height : (stop + height - 1) // height]
+    prepare_rows(x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these])
 
 
 @njit(nogil=True)
 def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    panels, tail, row_exponent, total, kind = _of_rows(frame)
+    panels, tail, row_exponent, total, flags = _of_rows(frame)
     columns, inner = dim(operand(frame, 1), 0), dim(operand(frame, 1), 1)
     y = array(result(frame, 0), (tail.shape[0], columns), np.float32)
     finish_columns(
@@ -81,7 +83,7 @@ def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
         tail,
         row_exponent,
         total,
-        kind,
+        flags,
         array(operand(frame, 2), (columns,), np.float32)[start:stop],
         array(operand(frame, 3), (columns,), np.int32)[start:stop],
         array(operand(frame, 4), (columns,), np.int32)[start:stop],
@@ -110,11 +112,11 @@ def _handler(version: int) -> Any:
 @functools.cache
 def _is_registered() -> bool:
     try:
-        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], _numba_dots, _xla_ffi)]
+        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], dots, ffi)]
         version = zlib.crc32(b"".join(source.read_bytes() for source in sources))
     except OSError:  # no sources, and then numba caches nothing
         version = 0
-    return _xla_ffi.register(TARGET, _handler(version))
+    return ffi.register(TARGET, _handler(version))
 
 
 # ---- what JAX sees
@@ -132,16 +134,18 @@ def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bi
     scale = (fraction * b.power_of_two(half) * b.power_of_two(exponent - half))[:, None]
     zero_point = zero[:, None] + (128 if unsigned else 0)
     spec = Spec(element_type(w.dtype.name), FLOAT_TYPES["float32"], symmetric=False, block=(1, None))
-    y = reference.matmul_reproducible(x, w, scale, zero_point, bias, spec=spec, contract=1, b=b)
-    kind = jnp.where(reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE)  # no second pass is left
-    room = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w)[2:]]
-    return [y, kind.astype(jnp.int32), *room]
+    y = reference.matmul_reproducible(x, Coded(w, scale, zero_point), bias, spec=spec, contract=1, b=b)
+    flags = jnp.where(
+        reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE
+    )  # no second pass is left
+    scratch = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w)[2:]]
+    return [y, flags.astype(jnp.int32), *scratch]
 
 
 def _results(x: Any, w: Any, *_: Any) -> list[Any]:
     (rows, inner), columns = x.shape, w.shape[0]
     panels = shape_of_panels(rows, inner, 4)
-    kinds = [
+    shapes = [
         ((rows, columns), jnp.float32),
         ((rows,), jnp.int32),
         ((rows,), jnp.int32),
@@ -149,15 +153,15 @@ def _results(x: Any, w: Any, *_: Any) -> list[Any]:
         (panels, jnp.uint32),
         ((rows, inner - 4 * panels[1]), jnp.int32),
     ]
-    return [jax.core.ShapedArray(*kind) for kind in kinds]
+    return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
 def _batch(arrays: Any, axes: Any) -> Any:
     x, *weight = (a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True))
     if axes[0] is not None and all(axis is None for axis in axes[1:]):  # more rows of one product
-        y, kind, *_ = _bind(x.reshape(-1, x.shape[-1]), *weight)
-        room = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
-        results = [y.reshape(*x.shape[:2], y.shape[-1]), kind.reshape(x.shape[:2]), *room]
+        y, flags, *_ = _bind(x.reshape(-1, x.shape[-1]), *weight)
+        scratch = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
+        results = [y.reshape(*x.shape[:2], y.shape[-1]), flags.reshape(x.shape[:2]), *scratch]
     else:
         every = (x, *weight)
         mapped = tuple(a for a, axis in zip(every, axes, strict=True) if axis is not None)
@@ -186,15 +190,13 @@ mlir.register_lowering(_primitive, _lower_plain)
 mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
 
 
-def product(
-    x: Array, codes: Array, scale: Array, zero_point: Array | None, bias: Array | None, spec: Spec
-) -> tuple[Array, Array]:
-    """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the kind of each row of x.
+def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> tuple[Array, Array]:
+    """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the flags of each row of x.
 
-    Kinds are those of ``_numba_dots``; where one is ``SECOND_PASS``, the reference takes it.
+    Flags are those of ``cpu.dots``; where one is ``SECOND_PASS``, the reference takes it.
     """
-    vectors = reference.of_columns(codes, scale, zero_point, bias, spec=spec, b=get_backend("jax"))
-    arrays = (codes, *vectors, powers_of_two())
-    parts = [_bind(x[part].astype(jnp.float32), *arrays)[:2] for part in _numba_dots.parts_of_rows(x.shape[0], 4)]
-    y, kind = (jnp.concatenate(found) for found in zip(*parts, strict=True))
-    return y.astype(x.dtype), kind
+    vectors = reference.of_columns(w, bias, spec=spec, b=get_backend("jax"))
+    arrays = (w.codes, *vectors, powers_of_two())
+    parts = [_bind(x[part].astype(jnp.float32), *arrays)[:2] for part in parts_of_rows(x.shape[0], 4)]
+    y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))
+    return y.astype(x.dtype), flags

@@ -193,16 +193,19 @@ def _libc(name, signature):
 
 @intrinsic
 def malloc(typingctx, size):
+    """Memory of the C library; 0 where there is none."""
     return _libc("malloc", types.int64(types.int64))
 
 
 @intrinsic
 def free(typingctx, address):
+    """Give memory of the C library back."""
     return _libc("free", types.int64(types.int64))
 
 
 @intrinsic
 def yield_core(typingctx):
+    """Let another thread have this core for now."""
     return _libc("SwitchToThread" if os.name == "nt" else "sched_yield", types.int64())
 
 
@@ -261,11 +264,13 @@ def attribute(frame: Any, i: Any) -> Any:  # pragma: no cover - compiled
 
 @numba.njit
 def data(buffer: Any) -> Any:  # pragma: no cover - compiled
+    """The address of an operand's or result's elements."""
     return load64(buffer + BUFFER_DATA)
 
 
 @numba.njit
 def dim(buffer: Any, i: Any) -> Any:  # pragma: no cover - compiled
+    """The length of an operand's or result's i-th axis."""
     return load64(load64(buffer + BUFFER_DIMS) + 8 * i)
 
 

@@ -1,0 +1,37 @@
+"""What a kernel is: a faster form of an operation, and a statement of what it serves.
+
+Owns: ``Kernel`` and the statements that most kernels make. Imports: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Kernel", "anything", "plain_integers"]
+
+
+def plain_integers(static: Mapping[str, Any]) -> bool:
+    """Codes that are integers of 8 or 16 bits, each kept as the array's own integer type of that name.
+
+    A dtype does not tell: codes of other formats are kept in the same arrays, and mean other numbers.
+    """
+    element = static["spec"].element
+    plain: bool = element.storage == element.name and element.bits in (8, 16)
+    return plain
+
+
+def anything(static: Mapping[str, Any]) -> bool:
+    """Whatever the arguments: for operations whose arrays are integers already, and no codes."""
+    return True
+
+
+class Kernel(NamedTuple):
+    """A faster twin of an operation: the same arguments without ``b``, and the same bits where the contract has them.
+
+    It returns NotImplemented for arrays that it does not serve; the operation itself then runs.
+    """
+
+    call: Callable[..., Any]
+    serves: Callable[[Mapping[str, Any]], bool] = plain_integers
+    """Whether it serves these static arguments; it is not offered others."""

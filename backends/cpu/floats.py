@@ -1,0 +1,186 @@
+"""Products in float32: ``x @ dequantize(w)`` without ever holding the whole weight in float.
+
+Owns: the forms of ``reference.matmul`` for NumPy arrays, at no more than twice the error of a float32 product. Imports:
+the operations, the runtime, and ``serve``, which says what each is for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, map_ranges, tiles
+from aqt_lite.granularity import Block
+from aqt_lite.ops import reference
+
+__all__ = ["matmul", "matmul_in_one_call", "rows_of_blocks", "rows_of_weight_at_a_time"]
+
+ROWS_OF_A_BLOCK = {0: 256, 1: 512}
+"""Rows of a weight 8192 wide that are dequantized at a time, by the contracted axis."""
+
+_FLOAT32 = np.dtype(np.float32)
+
+_ADDS_NOTHING = np.asarray(
+    [-0.0], dtype=np.float32
+)  # a bias that leaves every sum as it is: 0.0 would turn -0.0 to 0.0
+
+
+def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
+    """The form of the product that is fastest for these arguments."""
+    if w.codes.size < LARGE and w.zero_point is None:
+        y = matmul_in_one_call(x, w, bias, contract=contract)
+        if y is not NotImplemented:
+            return y
+    if not serve.bytes_and_float32(x, x.dtype.name, w, spec) or serve.values_may_overflow(w):
+        return NotImplemented
+    if w.codes.size >= LARGE:
+        y = matmul_by_dots(x, w, bias, spec=spec, contract=contract)
+        if y is not NotImplemented:
+            return y
+    x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
+    with np.errstate(all="ignore"):
+        scale_last = serve.scale_may_come_last(x, w)
+        if scale_last and serve.row_loops(len(x), w, contract):
+            y = _by_row_loops(x, w, spec.block, contract)
+        elif w.codes.size < LARGE:
+            y = _in_one_block(x, w, spec, contract)
+        else:
+            y = _blockwise(x, w, spec, contract, scale_last)
+        if bias is not None:
+            y += bias
+        return y.astype(x_dtype, copy=False)
+
+
+def matmul_in_one_call(x: Array, w: Coded, bias: Array | None, *, contract: int) -> Any:
+    """The whole of a small product in one compiled call.
+
+    Such a product takes a few microseconds, of which every check and every step in Python is a good part.
+    """
+    outputs = w.codes.shape[1 - contract]
+    bias = _ADDS_NOTHING if bias is None else bias
+    if not serve.one_compiled_call(x, w, bias, outputs, contract):
+        return NotImplemented
+    contiguous, y = np.ascontiguousarray, np.empty((len(x), outputs), dtype=_FLOAT32)
+    finite = runtime.compiled_loops().small_product(
+        contiguous(w.codes), contiguous(w.scale).reshape(-1), contiguous(x), contiguous(bias), contract, y
+    )
+    return y if finite else NotImplemented  # a sum that overflows may not do so where the scale comes first
+
+
+def _in_one_block(x: Array, w: Coded, spec: Spec, contract: int) -> Array:
+    rows = w.codes.shape[0]
+    weight = _dequantized_rows(w, spec, 0, rows, np.empty(w.codes.shape, dtype=np.float32))
+    return x @ (weight if contract == 0 else weight.T)
+
+
+# ---- blocks of rows of the weight
+
+
+def rows_of_weight_at_a_time(wanted: int, block: Block) -> int:
+    """About so many rows of the weight: a multiple of its groups of rows, so that no block of rows cuts one."""
+    group = block[0] or 1
+    return -(-wanted // group) * group
+
+
+def rows_of_blocks(blocks: Array, start: int, stop: int, block: Block) -> Array:
+    """The scales or zero points of rows ``start`` to ``stop`` of the weight; ``start`` begins a group of rows."""
+    group = block[0] or 1
+    return blocks if blocks.shape[0] == 1 else blocks[start // group : -(-stop // group)]
+
+
+def _dequantized_rows(w: Coded, spec: Spec, start: int, stop: int, out: Array) -> Array:
+    """Rows of the dequantized weight, into ``out``."""
+    codes, shape = w.codes[start:stop], (stop - start, w.codes.shape[1])
+    if w.zero_point is None:
+        loops = runtime.compiled_loops() if w.codes.size >= LARGE and w.codes.flags.c_contiguous else None
+        np.copyto(out, codes) if loops is None else loops.widen(codes, out)
+    else:
+        zero_point = rows_of_blocks(w.zero_point, start, stop, spec.block)
+        np.subtract(codes, affine.spread(zero_point, shape, spec.block, np), out=out, casting="unsafe")
+    if _is_one(w.scale):
+        return out
+    scale = rows_of_blocks(w.scale, start, stop, spec.block)
+    return np.multiply(out, affine.spread(scale, shape, spec.block, np), out=out)
+
+
+def _is_one(scale: Array) -> bool:
+    return bool(scale.size == 1 and scale.flat[0] == 1)
+
+
+def _blockwise(x: Array, w: Coded, spec: Spec, contract: int, scale_last: bool) -> Array:
+    """A block of rows of the weight at a time, so that the float block stays in cache."""
+    codes, scale = w.codes, w.scale
+    if scale_last and scale.shape[contract] == 1 and scale.size > 1:  # one product a result instead of one a code
+        one_a_column = reference.one_per_column(scale, codes.shape, spec.block, contract, np).reshape(1, -1)
+        y = _blockwise(x, Coded(codes, np.ones((1, 1), np.float32)), spec, contract, False)
+        return np.multiply(y, one_a_column, out=y)
+    length, width = codes.shape
+    if contract == 1 and len(x) <= serve.MOST_ROWS_FOR_EINSUM and w.zero_point is None and _is_one(scale):
+        y = np.empty((len(x), length), dtype=np.float32)
+
+        def columns(start: int, stop: int) -> None:
+            for row, out in zip(x, y, strict=True):
+                einsum(codes[start:stop], row, out[start:stop])
+
+        map_ranges(columns, length, 1, codes.size, CHUNKS_PER_CORE)
+        return y
+
+    group = spec.block[0] or 1
+    height = rows_of_weight_at_a_time(max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width), (2 * group, None))
+    scratch = np.empty((min(height, length), width), dtype=np.float32)
+    y = np.zeros((len(x), width), dtype=np.float32) if contract == 0 else np.empty((len(x), length), np.float32)
+    for n in range(0, length, height):
+        e = min(n + height, length)
+
+        def convert(start: int, stop: int, n: int = n) -> None:
+            _dequantized_rows(w, spec, n + start, n + stop, scratch[start:stop])
+
+        map_ranges(convert, e - n, group)
+        weight = scratch[: e - n]
+        if contract == 0:
+            y += x[:, n:e] @ weight
+        elif len(x) <= serve.MOST_ROWS_ON_THE_RIGHT:
+            y[:, n:e] = (weight @ x.T).T
+        else:
+            np.matmul(x, weight.T, out=y[:, n:e])
+    return y
+
+
+# ---- few rows of x
+
+
+def _by_row_loops(x: Array, w: Coded, block: Block, contract: int) -> Array:
+    """A compiled loop for each row of x, which converts codes as it goes; sums meet their scale last."""
+    loops, codes, scale = runtime.compiled_loops(), np.ascontiguousarray(w.codes), w.scale
+    if scale.shape[contract] == 1:  # groups of outputs share a scale: one for each
+        scale = reference.one_per_column(scale, codes.shape, block, contract, np)
+    if contract == 0:
+
+        def partial(start: int, stop: int) -> Array:
+            return np.stack([loops.columns_times(codes[start:stop], row[start:stop]) for row in x])
+
+        return functools.reduce(np.add, map_ranges(partial, len(codes), 8, codes.size)) * scale
+
+    y = np.empty((len(x), len(codes)), dtype=np.float32)
+    grouped = scale.shape[1] > 1
+
+    def columns(start: int, stop: int) -> None:
+        for part in tiles(start, stop, codes.shape[1]) if len(x) > 1 else [slice(start, stop)]:
+            for row, out in zip(x, y, strict=True):
+                if grouped:
+                    loops.grouped_rows_times(codes[part], scale[part], block[1], row, out[part])
+                else:
+                    loops.rows_times(codes[part], row, out[part])
+
+    if codes.size < LARGE:
+        columns(0, len(codes))
+    else:
+        map_ranges(columns, len(codes), 4, codes.size, CHUNKS_PER_CORE)
+    return y if grouped else np.multiply(y, scale.T, out=y)

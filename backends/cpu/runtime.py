@@ -1,0 +1,145 @@
+"""What every form of the CPU library stands on: threads, memory and caches, and the loading of compiled loops.
+
+Owns: the thread pool, and whether there are compiled loops here. Imports: nothing of this package but those loops.
+ufuncs, BLAS and the loops release the interpreter's lock, so plain threads serve. docs/performance.md says what was
+tried and what each gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._namespace import Array
+
+LARGE = 1 << 17
+"""Arrays of fewer elements are not worth threads, nor the time that loading compiled loops takes."""
+
+BLOCK = 1 << 18
+"""Elements that a thread works on at a time: 1 MB of float32, half of a usual second-level cache."""
+
+EINSUM_BUFFER = 1 << 15
+"""Codes that einsum converts at a time: 128 KB of float32, well inside a core's own cache."""
+
+CHUNKS_PER_CORE = 8
+"""For work that is cheap to cut: with one chunk for each core, all would wait for a core that another program has."""
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, cores() - 1), thread_name_prefix="aqt_lite")
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the child make its own
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def map_ranges(
+    work: Callable[[int, int], Any], length: int, multiple: int = 1, elements: int = LARGE, chunks_per_core: int = 1
+) -> list[Any]:
+    """``work(start, stop)`` on ranges that together make up ``range(length)``, on every core; its results in order.
+
+    There are ``chunks_per_core`` ranges for each core, which begin at multiples of ``multiple``; or a single one, on
+    this thread, where there are few ``elements`` in all: starting threads would cost more than it gains.
+
+    This thread claims ranges as the pool's do, and waits for those that others have begun, but for no thread that has
+    not: another library's threads, BLAS's for instance, go on spinning for a tenth of a second after their work is
+    done, and may keep the pool's from a core.
+
+    Without warnings, which NumPy counts for each thread: the contract says what overflow and NaN become.
+    """
+    if elements < LARGE:
+        with np.errstate(all="ignore"):
+            return [work(0, length)]
+    units = -(-length // multiple)
+    chunks = min(cores() * chunks_per_core, units)
+    bounds = [min(units * i // chunks * multiple, length) for i in range(chunks + 1)]
+    results: list[Any] = [None] * chunks
+    changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
+
+    def claim() -> None:
+        nonlocal begun, ended
+        with np.errstate(all="ignore"):
+            while True:
+                with changed:
+                    if begun == chunks or failures:
+                        return
+                    i, begun = begun, begun + 1
+                try:
+                    results[i] = work(bounds[i], bounds[i + 1])
+                except BaseException as failure:
+                    failures.append(failure)
+                finally:
+                    with changed:
+                        ended += 1
+                        changed.notify_all()
+
+    # no thread can be started, perhaps because the interpreter is shutting down
+    with contextlib.suppress(RuntimeError):
+        for _ in range(min(cores(), chunks) - 1):
+            _pool().submit(claim)
+    claim()
+    with changed:
+        changed.wait_for(lambda: ended == begun)
+    if failures:
+        raise failures[0]
+    return results
+
+
+@functools.cache
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialized array that begins on a cache line, so that other libraries can take it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def tiles(start: int, stop: int, width: int) -> Iterator[slice]:
+    """Slices of a range of rows, each of few enough codes to stay in a core's own cache while every row of x passes."""
+    height = max(4, (BLOCK // width) & ~3)
+    return (slice(n, min(n + height, stop)) for n in range(start, stop, height))
+
+
+def einsum(codes: Array, row: Array, out: Array) -> Array:
+    """``codes @ row`` in the dtype of ``row``, into ``out``: einsum converts codes as it goes, a buffer at a time."""
+    usual = np.setbufsize(EINSUM_BUFFER)
+    try:
+        return np.einsum("nk,k->n", codes, row, out=out)
+    finally:
+        np.setbufsize(usual)
+
+
+@functools.cache
+def compiled_loops() -> Any:
+    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
+    try:
+        from aqt_lite.backends.cpu import loops
+    except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
+        return None
+    return loops
+
+
+def integer_dots() -> Any:
+    """The loops around the processor's int8 dot product, or None where it or numba is missing."""
+    return None if compiled_loops() is None else _loaded_dots()
+
+
+@functools.cache
+def _loaded_dots() -> Any:
+    from aqt_lite.backends.cpu import dots
+
+    return dots if dots.AVAILABLE else None

@@ -1,0 +1,137 @@
+"""Which form serves which arguments.
+
+Owns: every such rule, under a name that says what it asks, and the sizes at which one form overtakes another on every
+framework alike. Imports: granularity, the operations' limits, the runtime. What only one framework asks (is it tracing,
+where does an array lie) its own modules say.
+
+That codes are plain integers no rule asks: kernels say so in their tables, and are not offered others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from aqt_lite._namespace import Array
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import runtime
+from aqt_lite.granularity import Block
+from aqt_lite.ops import reference
+
+MOST_ROWS_FOR_LOOPS = 8
+"""Rows of x for which compiled loops beat BLAS on a dequantized block."""
+
+MOST_ROWS_FOR_EINSUM = 2
+"""Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
+
+MOST_ROWS_ON_THE_RIGHT = 64
+"""Rows of x up to which BLAS is faster with the weight on the left, though its result has to be transposed then."""
+
+LARGEST_UNSCALED = 2.0**100
+"""Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
+
+_FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
+
+
+# ---- quantization
+
+
+def float32_as_it_lies(x: Array, spec: Spec) -> bool:
+    """Whether the forms that read memory in order serve: float32 of this machine's byte order, no value passed over."""
+    plain = x.dtype == np.float32 and x.dtype.isnative and x.flags.c_contiguous
+    return bool(plain and not spec.ignore_nonfinite)
+
+
+def has_fixed_zero(spec: Spec) -> bool:
+    """Whether zero has code 0: no zero points are made."""
+    return spec.symmetric and not spec.element.middle
+
+
+def one_scale_an_index_of_the_last_axis(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """Whether every index of the last axis, where that is not the only one, has one scale for all of its elements."""
+    return len(shape) > 0 and grid[-1] == shape[-1] > 1 and math.prod(grid) == grid[-1]
+
+
+def rows_of_one_scale(x: Array, grid: tuple[int, ...], block: Block) -> tuple[int, int] | None:
+    """(rows, columns) of the view of ``x`` in which every row has one scale, or None where there is no such view."""
+    shape = x.shape
+    if not (x.size and x.flags.c_contiguous and x.dtype.isnative):
+        return None
+    lead = 0
+    while lead < x.ndim and grid[lead] == shape[lead]:  # axes with a scale for each index
+        lead += 1
+    if lead < x.ndim and all(n == 1 for n in grid[lead + 1 :]):
+        groups, size = grid[lead], block[lead]
+        if groups == 1 or (size is not None and shape[lead] % size == 0):
+            rows = math.prod(shape[:lead]) * groups
+            return rows, x.size // rows
+    return (x.size, 1) if lead == x.ndim else None
+
+
+# ---- products: x of (M, K), the weight of (K, N) where axis 0 is contracted and of (N, K) where axis 1 is
+
+
+def bytes_and_float32(x: Array, x_dtype: str, w: Coded, spec: Spec) -> bool:
+    """What every form but the reference's own asks for: codes of 8 bits, nothing in float64, and nothing empty."""
+    return (
+        spec.element.bits == 8
+        and "float64" not in (x_dtype, spec.source.compute)
+        and 0 not in (*x.shape, *w.codes.shape)
+    )
+
+
+def one_scale_a_column(w: Coded, contract: int) -> bool:
+    """Whether the axis that is contracted comes last and is one block: a sum of integers meets its scale at the end."""
+    return bool(contract == 1 and w.scale.shape[1] == 1)
+
+
+def dots(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether the fixed-point product by the processor's int8 dot products serves."""
+    return (
+        bytes_and_float32(x, x_dtype, w, spec)
+        and one_scale_a_column(w, contract)
+        and w.codes.shape[1] <= reference.LONGEST_PIECE
+        and runtime.integer_dots() is not None
+    )
+
+
+def exact_dots(w: Array) -> bool:
+    """Whether exact sums of integers with ``w`` fit the int32 lanes of the int8 dot product."""
+    return runtime.integer_dots() is not None and w.dtype.itemsize == 1 and w.shape[1] <= reference.LONGEST_PIECE
+
+
+def row_loops(rows: int, w: Coded, contract: int) -> bool:
+    """Whether there is a compiled float32 loop: no zero points, few rows of x, scales that a row can share."""
+    shape = w.scale.shape
+    return bool(
+        w.zero_point is None
+        and rows <= MOST_ROWS_FOR_LOOPS
+        and (shape[contract] == 1 or (contract == 1 and shape[0] == w.codes.shape[0]))
+        and runtime.compiled_loops() is not None
+    )
+
+
+def one_compiled_call(x: Array, w: Coded, bias: Array, outputs: int, contract: int) -> bool:
+    """Whether one call of a compiled loop does all: float32 beside int8, a scale for each output or one in all."""
+    scale = w.scale
+    serves: bool = (
+        w.zero_point is None
+        and x.dtype == scale.dtype == bias.dtype == _FLOAT32
+        and w.codes.dtype == _INT8
+        and scale.shape[contract] == 1
+        and (scale.size == outputs or scale.size == 1)
+        and len(x) <= MOST_ROWS_FOR_LOOPS
+        and runtime.compiled_loops() is not None
+    )
+    return serves
+
+
+def values_may_overflow(w: Coded) -> bool:
+    """Whether the outermost value may lie beyond float32, where the reference clips it: only with a zero point."""
+    return w.zero_point is not None and not bool(np.maximum.reduce(w.scale, axis=None) < LARGEST_UNSCALED)
+
+
+def scale_may_come_last(x: Array, w: Coded) -> bool:
+    """Whether sums of ``x * q`` cannot overflow before their scale does: no zero points, and x not huge."""
+    return w.zero_point is None and bool(np.maximum.reduce(np.abs(x), axis=None) < LARGEST_UNSCALED)

@@ -1,0 +1,247 @@
+"""Products for XLA, with derivatives.
+
+Owns: which form of the product XLA runs fast, how JAX is told of its derivative, and the table of JAX's kernels.
+Imports: the CPU library, the operations. docs/performance.md says what was tried and what each gave.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from aqt_lite import affine
+from aqt_lite._kernels import Kernel, anything
+from aqt_lite._namespace import Array
+from aqt_lite._registry import Kernels, get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import quantize, runtime, serve
+from aqt_lite.backends.cpu.floats import rows_of_weight_at_a_time
+from aqt_lite.backends.jax.sharding import keeping_shardings
+from aqt_lite.ops import derivative, reference
+
+MOST_ROWS_AS_DIGITS = 16
+"""Up to this many rows of x, four int8 products are faster than one float32 product."""
+
+SMALLEST_FOR_LOOPS = 1 << 16
+"""Codes of a weight below which XLA's own product takes no longer than a call of the compiled loops."""
+
+ROWS_OF_A_BLOCK = 256
+"""Rows of the weight that are dequantized at a time: with 8192 columns, 8 MB of float32, which stays in cache."""
+
+
+def integer_matmul(x: Array, w: Array) -> Array:
+    """``x @ w.T`` over the last axes, in int32, with the weight on the left and at least two rows in x.
+
+    XLA's fast int8 product on CPU wants both operands contracted over their last axes and more than one row, and is
+    fastest with the larger operand on the left. The barrier keeps XLA from folding the transpose back into the product.
+    """
+    rows = x.shape[-2]
+    if rows == 1:
+        x = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
+    if x.ndim == 3 and x.shape[0] == 1:
+        return integer_matmul(x[0], w[0])[None, :rows]
+    batch = tuple(range(x.ndim - 2))
+    dimensions = (((w.ndim - 1,), (x.ndim - 1,)), (batch, batch))
+    product = lax.dot_general(w, x, dimensions, preferred_element_type=jnp.int32)
+    kept = lax.optimization_barrier(product)  # type: ignore[no-untyped-call]
+    return jnp.swapaxes(kept, -1, -2)[..., :rows, :]
+
+
+def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """The form that is fastest here, at no more than twice the error of a float32 product."""
+    b = get_backend("jax")
+    # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
+    if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
+        return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    dots = _dots_for(x, w, spec, contract)
+    if dots is not None:
+        y, flags = dots.product(x, w, bias, spec)
+        return _unless(jnp.any(flags != 0), y, lambda: _blockwise(x, w, bias, spec, contract))
+    if serve.one_scale_a_column(w, contract) and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+        return lax.cond(
+            reference.fits_fixed_point(x, b),
+            lambda: reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b),
+            lambda: _blockwise(x, w, bias, spec, contract),
+        )
+    return _blockwise(x, w, bias, spec, contract)
+
+
+def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    b = get_backend("jax")
+    group, height = spec.block[0] or 1, rows_of_weight_at_a_time(ROWS_OF_A_BLOCK, spec.block)
+    length, width = w.codes.shape
+    x_dtype, x, plain = x.dtype, x.astype(jnp.float32), reference.unrounded(spec)
+
+    def weight(start: Any, rows: int) -> Array:
+        def part(a: Array | None) -> Array | None:
+            if a is None or a.shape[0] == 1:
+                return a
+            return lax.dynamic_slice_in_dim(a, start // group, -(-rows // group))
+
+        codes = lax.dynamic_slice_in_dim(w.codes, start, rows)
+        return affine.dequantize(codes, part(w.scale), part(w.zero_point), spec=plain, out="float32", b=b)
+
+    if contract == 1:  # each block of rows gives some columns of the result
+
+        def columns(start: Any, rows: int) -> Array:
+            return lax.dot_general(weight(start, rows), x, (((1,), (1,)), ((), ())))
+
+        blocks, tail = divmod(length, height)
+        parts = []
+        if blocks:
+            parts.append(
+                lax.map(lambda i: columns(i * height, height), jnp.arange(blocks)).reshape(blocks * height, -1)
+            )
+        if tail:
+            parts.append(columns(blocks * height, tail))
+        kept = lax.optimization_barrier(jnp.concatenate(parts))  # type: ignore[no-untyped-call]
+        y = jnp.swapaxes(kept, 0, 1)
+    else:  # each block of rows meets some columns of x, and the products add up
+
+        def product(start: Any, rows: int) -> Array:
+            return jnp.matmul(lax.dynamic_slice_in_dim(x, start, rows, axis=1), weight(start, rows))
+
+        pairs, tail = divmod(length, 2 * height)
+
+        def step(i: Any, totals: tuple[Array, Array]) -> tuple[Array, Array]:  # two at a time: one for each core
+            first = 2 * i * height
+            return totals[0] + product(first, height), totals[1] + product(first + height, height)
+
+        y = jnp.zeros((x.shape[0], width), jnp.float32)
+        if pairs:
+            y = sum(lax.fori_loop(0, pairs, step, (y, y)))
+        if tail:
+            y = y + product(2 * pairs * height, tail)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None, :]
+    return y.astype(x_dtype)
+
+
+def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    def plain() -> Array:
+        return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("jax"))
+
+    dots = _dots_for(x, w, spec, contract)
+    if dots is None:
+        return plain()
+    y, flags = dots.product(x, w, bias, spec)
+    return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
+
+
+def _is_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+@functools.cache
+def integer_dots() -> Any:
+    """The primitive around the processor's int8 dot product, or None where that or numba is missing."""
+    if not _is_one_cpu() or runtime.integer_dots() is None:
+        return None
+    from aqt_lite.backends.jax import dots
+
+    return dots
+
+
+def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
+    """``y``, or the other form of it where ``flag`` is set.
+
+    As vectors, which have one layout: XLA would give both the one that it finds best for the other form, and turn ``y``
+    there and back.
+    """
+    return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
+
+
+def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
+    """``integer_dots`` where they serve and the product is large enough to be worth the call; else None."""
+    worth_a_call = w.codes.size >= SMALLEST_FOR_LOOPS and w.codes.shape[1] >= 64
+    if not worth_a_call or not serve.dots(x, x.dtype.name, w, spec, contract):
+        return None
+    if jax.sharding.get_abstract_mesh().manual_axes:  # inside shard_map both forms would have to vary alike
+        return None
+    return integer_dots()
+
+
+# ---- the derivative
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
+    return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+
+
+def _forward(reproducible: bool, spec: Spec, contract: int, *primals: Any) -> Any:
+    x, w, bias = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+    wants_scale = primals[1].scale.perturbed
+    y = _product(reproducible, spec, contract, x, w, bias)
+    return y, (x if wants_scale else x[:0], w, bias)
+
+
+def _backward(reproducible: bool, spec: Spec, contract: int, kept: Any, dy: Any) -> Any:
+    """``ops.derivative`` as ``custom_vjp`` wants it: integers have a derivative of their own type there, of zeros."""
+    x, w, bias = kept
+    rows, b = dy.shape[0], get_backend("jax")
+    dw = jax.tree.map(lambda a: jnp.zeros(a.shape, jax.dtypes.float0), w)._replace(scale=jnp.zeros_like(w.scale))
+    if isinstance(dy, SymbolicZero):
+        return jnp.zeros((rows, x.shape[1]), x.dtype), dw, None if bias is None else jnp.zeros_like(bias)
+    dx = derivative.of_x(_product, dy, w, reproducible=reproducible, spec=spec, contract=contract)
+    if x.shape[0] == rows:
+        dw = dw._replace(scale=derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=jax.vjp, b=b))
+    return dx, dw, None if bias is None else derivative.of_bias(dy, w.scale.dtype, bias.dtype, b)
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# ---- the table
+
+
+_jitted = jax.jit(_product, static_argnums=(0, 1, 2))
+
+
+def _kernel(reproducible: bool) -> Callable[..., Array]:
+    def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Array:
+        return _jitted(reproducible, spec, contract, x, w, bias)
+
+    return kernel
+
+
+def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form of the CPU library on the memory of large arrays that have values and lie on one CPU.
+
+    XLA takes most of its time to touch fresh output memory for the first time, which NumPy's kernel does on every core.
+    """
+
+    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
+        arrays = (x, *rest)
+        if any(isinstance(a, jax.core.Tracer) for a in arrays) or x.size < runtime.LARGE:
+            return NotImplemented
+        devices = x.devices()
+        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+            return NotImplemented
+        if not x.committed and devices != jnp.zeros(()).devices():
+            return NotImplemented  # placed by a default device that has changed since
+        result = form(*(None if a is None else np.asarray(a) for a in arrays), **static)
+        if result is NotImplemented:
+            return NotImplemented
+        place = x.sharding if x.committed else None  # an uncommitted array gives uncommitted results
+        return jax.tree.map(lambda a: jax.device_put(a, place, may_alias=True), result)
+
+    return kernel
+
+
+KERNELS: Kernels = {
+    affine.quantize: Kernel(keeping_shardings(_of_large(quantize.quantize))),
+    affine.dequantize: Kernel(keeping_shardings(_of_large(quantize.dequantize))),
+    reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
+    reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
+    reference.integer_matmul: Kernel(integer_matmul, anything),
+}

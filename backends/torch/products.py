@@ -1,0 +1,309 @@
+"""Products for torch, with derivatives.
+
+Owns: which form of the product torch runs fast on a CPU, how autograd is told of its derivative, and the table of
+torch's kernels. Imports: the CPU library, the operations. docs/performance.md says what was tried and what each gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from aqt_lite import affine
+from aqt_lite._kernels import Kernel, anything
+from aqt_lite._namespace import Array
+from aqt_lite._registry import Kernels, get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
+from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
+from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.ops import derivative, reference
+
+MOST_ROWS_AS_DIGITS = 64
+"""Up to this many rows of x, four int8 products are faster than one float32 product."""
+
+SMALL = 1 << 20
+"""Up to this many elements, dequantizing the weight takes less time than making digits of x."""
+
+ROWS_OF_A_BLOCK = 512
+"""Rows of the weight that are dequantized at a time."""
+
+
+def _sums_pairs_in_16_bits() -> bool:
+    """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
+    ends = np.asarray([-128, 127], np.int8)
+    w, x = np.broadcast_to(ends.repeat(16)[:, None], (32, 64)).copy(), np.tile(ends, (64, 16))
+    with _disable_current_modes(), torch.device("cpu"):  # a real product, whatever is being traced around this call
+        product = torch._int_mm(torch.from_numpy(w), torch.from_numpy(x)).numpy()
+    return not np.array_equal(product, w.astype(np.int32) @ x.astype(np.int32))
+
+
+SUMS_PAIRS_IN_16_BITS = _sums_pairs_in_16_bits()
+"""Found out once, on import: a compiler that traces cannot."""
+
+
+def integer_matmul(x: Array, w: Array) -> Array:
+    """``x @ w.T`` over the last axes, in int32.
+
+    On a CPU through torch's int8 product, the weight on the left: read once, in the order it lies. Processors without
+    dot-product instructions saturate unless the right operand has no more than 7 bits, so there ``x = 2 h + l``.
+    """
+    if x.ndim == 3 and x.shape[0] == 1:
+        return integer_matmul(x[0], w[0])[None]
+    # torch 2.13's int8 product misreads an operand of one row or column whose strides are (1, 1), a transpose's
+    single = 1 in (*x.shape, *w.shape)
+    if x.ndim == 2 and not single and x.dtype == w.dtype == torch.int8 and x.device.type == "cpu":
+        if not SUMS_PAIRS_IN_16_BITS:
+            return torch._int_mm(w, x.T.contiguous()).T
+        halves = torch.cat([x >> 1, x & 1])
+        high, low = torch._int_mm(w, halves.T.contiguous()).T.chunk(2)
+        return 2 * high + low
+    product = x.to(torch.float64) @ w.to(torch.float64).transpose(-1, -2)
+    return product.to(torch.int32)
+
+
+def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """The form that is fastest here, at no more than twice the error of a float32 product."""
+    b = get_backend("torch")
+    if not _may_write_in_place(x, w, bias) or not serve.bytes_and_float32(x, b.dtype_name(x), w, spec):
+        return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    digits_serve = _is_worth_digits(w, contract)
+    y = _by_dots(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
+    if y is not NotImplemented:
+        return y
+    if (
+        x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
+        and _have_numpy_memory((x, *w, bias))
+        and serve.row_loops(x.shape[0], w, contract)
+    ):
+        return _shared(floats.matmul, x, w, bias, spec=spec, contract=contract)
+    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
+        return _reproducible(x, w, bias, spec, contract)
+    return _blockwise(x, w, bias, spec, contract)
+
+
+def _may_write_in_place(x: Array, w: Coded, bias: Array | None) -> bool:
+    """On a CPU, and neither mapped over (vmap) nor recorded (jit.trace), which cannot follow what happens in place."""
+    if x.device.type != "cpu" or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return torch.compiler.is_compiling() or not any(is_functorch(a) for a in (x, *w, bias) if a is not None)
+
+
+def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    xp = get_backend("torch").xp
+    height = floats.rows_of_weight_at_a_time(ROWS_OF_A_BLOCK, spec.block)
+    length, width = w.codes.shape
+    rows, x_dtype, x = x.shape[0], x.dtype, x.to(torch.float32)
+    like = {"dtype": torch.float32, "device": x.device}  # whatever the user's defaults are
+    scratch = torch.empty((min(height, length), width), **like)
+    y = torch.zeros((rows, width), **like) if contract == 0 else torch.empty((rows, length), **like)
+    for start in range(0, length, height):
+        stop = min(start + height, length)
+        weight = scratch[: stop - start]
+        weight.copy_(w.codes[start:stop])
+        for blocks, apply in ((w.zero_point, weight.sub_), (w.scale, weight.mul_)):
+            if blocks is not None:
+                apply(
+                    affine.spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp)
+                )
+        if contract == 0:
+            y.addmm_(x[:, start:stop], weight)
+        else:
+            y[:, start:stop] = x @ weight.T  # x on the left: the other way round errs several times more
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x_dtype)
+
+
+def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
+    if y is not NotImplemented:
+        return y
+    return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("torch"))
+
+
+def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
+    """NumPy's form with the processor's int8 dot products, where it serves; bfloat16 goes there as float32."""
+    x_dtype = x.dtype
+    x, bias = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
+    if not _have_numpy_memory((x, *w, bias)) or runtime.integer_dots() is None:
+        return NotImplemented
+    y = _shared(form, x, w, bias, spec=spec, contract=contract)
+    return y if y is NotImplemented else y.to(x_dtype)
+
+
+def _is_worth_digits(w: Coded, contract: int) -> bool:
+    """Whether integer products serve, and the weight is large enough for making digits of x to pay."""
+    return serve.one_scale_a_column(w, contract) and bool(w.codes.numel() > SMALL)
+
+
+class _Product(torch.autograd.Function):
+    """``ops.derivative`` as autograd wants it; tensors are passed one by one, which autograd and vmap ask for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(reproducible: bool, spec: Spec, contract: int, x: Array, bias: Array | None, *weight: Any) -> Array:
+        return _without_derivatives(reproducible, spec, contract, x, Coded(*weight), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.reproducible, ctx.spec, ctx.contract, x, bias, *weight = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, *weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        x, *weight = ctx.saved_tensors
+        w, spec, contract, b = Coded(*weight), ctx.spec, ctx.contract, get_backend("torch")
+        dx = dbias = dscale = None
+        if ctx.needs_input_grad[3]:
+            dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
+        if ctx.needs_input_grad[4]:
+            dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
+        if ctx.needs_input_grad[6]:
+            dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
+        return None, None, None, dx, dbias, *Coded(None, dscale)
+
+
+def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
+    # first of all, before anything else is asked: each question takes a good part of the time of a small product
+    if (
+        not reproducible
+        and w.zero_point is None
+        and _have_numpy_memory((x, *w, bias))
+        and w.codes.numel() < runtime.LARGE
+    ):
+        y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
+        if y is not NotImplemented:
+            return y
+    if get_backend("torch").differentiates(x, w.scale, bias):
+        return _Product.apply(reproducible, spec, contract, x, bias, *w)  # type: ignore[no-untyped-call]
+    return _without_derivatives(reproducible, spec, contract, x, w, bias)
+
+
+def _without_derivatives(
+    reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
+) -> Array:
+    if _is_one_call(x, w, spec, contract):
+        group = -1 if spec.block[0] is None else spec.block[0]
+        static = reproducible, spec.element.name, spec.source.name, group
+        return _eager_product(*static, x, w.codes, w.scale, w.zero_point, bias)
+    return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+
+
+# ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does
+
+HAS_DOTS = runtime.integer_dots() is not None and hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+"""Found out once, on import: a compiler that traces cannot."""
+
+
+def _is_one_call(x: Array, w: Coded, spec: Spec, contract: int) -> bool:
+    """Not in an exported program, which has to run where there is no such operator."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and HAS_DOTS
+        and x.device.type == "cpu"
+        and spec.element.bits == 8
+        and _is_worth_digits(w, contract)
+    )
+
+
+@torch.library.custom_op("aqt_lite::product", mutates_args=())
+def _eager_product(
+    reproducible: bool,
+    dtype: str,
+    float_dtype: str,
+    group: int,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    block = (None if group < 0 else group, None)
+    spec = Spec(element_type(dtype), FLOAT_TYPES[float_dtype], symmetric=False, block=block)
+    form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
+    y: torch.Tensor = form(x, w, bias, spec, 1)
+    return y.contiguous()  # as the compiler is told below
+
+
+@_eager_product.register_fake
+def _(reproducible: Any, dtype: Any, float_dtype: Any, group: Any, x: Any, codes: Any, *others: Any) -> Any:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@_eager_product.register_vmap
+def _(info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, group: Any, *tensors: Any) -> Any:
+    static = reproducible, dtype, float_dtype, group
+
+    def one(i: int) -> Any:
+        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[4:], strict=True))
+
+    return torch.stack([_eager_product(*static, *one(i)) for i in range(info.batch_size)]), 0
+
+
+# ---- the CPU library's forms
+
+
+def _shared(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
+    """A product of the CPU library on the memory of plain tensors: without the time that each step of torch takes."""
+    x, *weight, bias = _as_numpy((x, *w, bias))
+    y = form(x, Coded(*weight), bias, **static)
+    return y if y is NotImplemented else torch.from_numpy(y)
+
+
+def _as_numpy(tensors: Any) -> list[Any]:
+    return [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
+
+
+def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form of the CPU library for large tensors; small ones are left to torch itself."""
+
+    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
+        if x.numel() < runtime.LARGE or not _have_numpy_memory((x, *rest)):
+            return NotImplemented
+        result = form(*_as_numpy((x, *rest)), **static)
+        if isinstance(result, tuple):
+            return tuple(None if a is None else torch.from_numpy(a) for a in result)
+        return result if result is NotImplemented else torch.from_numpy(result)
+
+    return kernel
+
+
+def _have_numpy_memory(tensors: Any) -> bool:
+    """Whether all have memory that NumPy can read, and no derivative to carry."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    tracking = torch.is_grad_enabled()
+    for t in tensors:  # a loop, because a generator takes a good part of the time of a small product
+        if t is not None and (
+            not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or has_no_values(t)
+        ):
+            return False
+    return True
+
+
+# ---- the table
+
+
+def _kernel(reproducible: bool) -> Callable[..., Array]:
+    def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Array:
+        return _product(reproducible, spec, contract, x, w, bias)
+
+    return kernel
+
+
+KERNELS: Kernels = {
+    affine.quantize: Kernel(_of_large(quantize.quantize)),
+    affine.dequantize: Kernel(_of_large(quantize.dequantize)),
+    reference.matmul: Kernel(_kernel(reproducible=False)),
+    reference.matmul_reproducible: Kernel(_kernel(reproducible=True)),
+    reference.integer_matmul: Kernel(integer_matmul, anything),
+}
