@@ -9,15 +9,22 @@ array([[   0., -127.],
 
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
+from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.elements import Codebook, Float, Integer
+from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 
 __all__ = [
+    "Codebook",
     "ErrorReport",
+    "Float",
+    "Format",
     "IntLimits",
+    "Integer",
     "PerBlock",
     "PerChannel",
     "PerGroup",
@@ -25,6 +32,7 @@ __all__ = [
     "QArray",
     "available_backends",
     "choose_qparams",
+    "concatenate",
     "dense",
     "dequantize",
     "error_report",
@@ -32,6 +40,8 @@ __all__ = [
     "int_limits",
     "linear",
     "quantize",
+    "register_format",
+    "stack",
 ]
 __version__ = "0.1.0"
 

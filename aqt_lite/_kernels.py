@@ -12,17 +12,17 @@ __all__ = ["Kernel", "anything", "plain_integers"]
 
 
 def plain_integers(static: Mapping[str, Any]) -> bool:
-    """Codes that are integers of 8 or 16 bits, each kept as the array's own integer type of that name.
+    """Codes that are the integers they stand for, with scales that are kept as they are, chosen by the plain rules.
 
     A dtype does not tell: codes of other formats are kept in the same arrays, and mean other numbers.
     """
-    element = static["spec"].element
-    plain: bool = element.storage == element.name and element.bits in (8, 16)
-    return plain
+    spec, recipe = static["spec"], static.get("recipe")
+    plain: bool = spec.element.zero_points and spec.format.scale is None and spec.headroom == 1
+    return plain and (recipe is None or (recipe.rounding == "half_even" and not recipe.offset))
 
 
 def anything(static: Mapping[str, Any]) -> bool:
-    """Whatever the arguments: for operations whose arrays are integers already, and no codes."""
+    """Whatever the arguments: for forms that know every format, and operations whose arrays are no codes."""
     return True
 
 

@@ -518,9 +518,3 @@ def dtype_name(dtype: object) -> str:
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rsplit(".", 1)[-1]
 
-
-def element_type(dtype):  # TEMPORARY
-    from aqt_lite.formats import element_type_of
-    return element_type_of(dtype)
-ELEMENT_TYPES = {}
-ElementType_ = ElementType

@@ -210,7 +210,7 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
     return found
 
 
-def element_type_of(dtype: str) -> ElementType:
+def element_type(dtype: str) -> ElementType:
     """The element type of a stored array: of a format that users name, or of scales."""
     found = FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
     if found is None:

@@ -1,6 +1,6 @@
 """Codes of fewer than 8 bits as a dense stream of bits.
 
-Owns: ``pack`` and ``unpack`` along the last axis. Imports: nothing. Only the container knows that codes are packed:
+Owns: ``pack`` and ``unpack`` along the last axis. Imports: the ``Backend`` interface. Only the container knows that codes are packed:
 everything else sees one code an item.
 
 Code ``i`` of a row takes the bits ``[i * bits, (i + 1) * bits)`` of the row's stream; bit ``j`` of the stream is bit
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 
 __all__ = ["bytes_of", "pack", "unpack"]
 
@@ -22,20 +23,17 @@ def bytes_of(length: int, bits: int) -> int:
     return -(-length * bits // 8)
 
 
-def pack(codes: Array, bits: int, xp: Any) -> Array:
+def pack(codes: Array, *, bits: int, b: Backend) -> Array:
     """(..., n) codes of fewer than 8 bits, of any integer type, as (..., bytes_of(n, bits)) uint8.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> from aqt_lite.packing import pack, unpack
-    >>> stream = pack(np.asarray([1, -2, 3], "int8"), 4, np)
-    >>> [hex(byte) for byte in stream]
-    ['0xe1', '0x3']
-    >>> unpack(stream, 4, 3, signed=True, xp=np)
-    array([ 1, -2,  3], dtype=int8)
+    >>> import numpy as np, aqt_lite
+    >>> q = aqt_lite.quantize(np.asarray([1, -2, 7], "float32"), "int4", scale=1.0)
+    >>> [hex(byte) for byte in q.storage]
+    ['0xe1', '0x7']
     """
-    length = int(codes.shape[-1])
+    xp, length = b.xp, int(codes.shape[-1])
     period = _period(bits)
     u = xp.astype(codes, xp.int32) & ((1 << bits) - 1)
     u = _in_periods(u, period, xp)
@@ -52,9 +50,9 @@ def pack(codes: Array, bits: int, xp: Any) -> Array:
     return xp.astype(stream[..., : bytes_of(length, bits)], xp.uint8)
 
 
-def unpack(stream: Array, bits: int, length: int, *, signed: bool, xp: Any) -> Array:
+def unpack(stream: Array, *, bits: int, length: int, signed: bool, b: Backend) -> Array:
     """The inverse: (..., length) codes, int8 where they are ``signed`` (two's complement), else uint8."""
-    period = _period(bits)
+    xp, period = b.xp, _period(bits)
     width = period * bits // 8
     byte = _in_periods(xp.astype(stream, xp.int32), width, xp)
     columns = [byte[..., j] for j in range(width)]

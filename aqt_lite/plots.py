@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aqt_lite._registry import backend_of
-from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import element_type
 from aqt_lite.qarray import QArray
 from aqt_lite.report import error_report
 

@@ -33,7 +33,7 @@ from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
-from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format, element_type_of, format_of, register_format
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format, element_type, format_of, register_format
 from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of, pack, unpack
 
@@ -348,7 +348,8 @@ class QArray(ArrayShapes):
         if self.packed_length is not None or bits >= 8 or not self.storage.ndim:
             return self
         codes = self.storage
-        return replace(self, storage=pack(codes, bits, self._backend.xp), packed_length=int(codes.shape[-1]))
+        stream = run(self._backend, pack, codes, bits=bits)
+        return replace(self, storage=stream, packed_length=int(codes.shape[-1]))
 
     def unpacked(self) -> QArray:
         """The same array, one code an item: easier to look at, and larger."""
@@ -444,7 +445,7 @@ class QArray(ArrayShapes):
 
     @property
     def _element(self) -> ElementType:
-        return element_type_of(self.dtype)
+        return element_type(self.dtype)
 
     @property
     def _format(self) -> Format:
@@ -480,7 +481,7 @@ class QArray(ArrayShapes):
             return self.storage
         element = self._element
         signed = not element.storage.startswith("u")
-        return unpack(self.storage, element.bits, self.packed_length, signed=signed, xp=self._backend.xp)
+        return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
 
     def _ragged_axes(self) -> Block:
         return tuple(

@@ -19,7 +19,8 @@ from aqt_lite._kernels import Kernel
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
-from aqt_lite.elements import ELEMENT_TYPES, FLOAT_TYPES
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear, reference
 from aqt_lite.qarray import QArray
@@ -48,7 +49,7 @@ def mismatches(actual: Any, expected: Any) -> int:
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
-    """AssertionError unless both have the same shape, dtype and bits; QArrays in codes, scale and zero point.
+    """AssertionError unless both have the same shape, dtype and bits; QArrays in codes, scale, zero point and offset.
 
     Examples
     --------
@@ -62,13 +63,20 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
             a, e = getattr(actual, name), getattr(expected, name)
             if a != e:
                 raise AssertionError(f"{name} is {a}, not {e}")
-        parts = [(name, getattr(actual, name), getattr(expected, name)) for name in ("qvalue", "scale", "zero_point")]
+        names = ("qvalue", "scale", "zero_point", "offset")
+        parts = [(name, getattr(actual, name), getattr(expected, name)) for name in names]
     else:
         parts = [("array", actual, expected)]
     for name, a, e in parts:
         if (a is None) != (e is None):
             raise AssertionError(f"{name} is {a}, not {e}")
         if a is None:
+            continue
+        if isinstance(a, QArray) and isinstance(e, QArray):
+            try:
+                assert_same_bits(a, e)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from None
             continue
         first, second = _as_numpy(a), _as_numpy(e)
         differ = _differing(first, second)
@@ -165,6 +173,10 @@ _Pairs = Iterator[tuple[Any, Any]]
 _GRANULARITIES: tuple[Granularity, ...] = (PerTensor(), PerChannel(0), PerChannel(-1), PerGroup(32), PerBlock((2, 50)))
 
 
+_STORAGE = tuple(dict.fromkeys(f.element.storage for f in FORMATS.values()))
+"""The integer types that codes are kept in, which are formats themselves."""
+
+
 def _numpy_dtype(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
@@ -203,7 +215,7 @@ def _awkward(name: str) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _check_transport(b: Backend, floats: tuple[str, ...]) -> _Pairs:
-    for name in (*floats, *(e.storage for e in ELEMENT_TYPES.values()), "int32"):
+    for name in (*floats, *_STORAGE, "int32"):
         dtype = _numpy_dtype(name)
         bits = np.random.default_rng(0).integers(0, 256, 24 * dtype.itemsize, dtype=np.uint8)
         values = bits.view(dtype)
@@ -220,7 +232,7 @@ def _check_transport(b: Backend, floats: tuple[str, ...]) -> _Pairs:
 
 
 def _check_int_limits(b: Backend, floats: tuple[str, ...]) -> _Pairs:
-    for name in ELEMENT_TYPES:
+    for name in _STORAGE:
         own, wanted = b.int_limits(name), int_limits(name)
         yield np.asarray([own.bits, own.min, own.max]), np.asarray([wanted.bits, wanted.min, wanted.max])
 
@@ -283,7 +295,7 @@ def _integer_matmul(x: Any, w: Any, *, b: Backend) -> Any:
 def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     for name in floats:
         for x in _awkward(name):
-            for dtype in ELEMENT_TYPES if name == "float32" else ("int8", "uint16"):
+            for dtype in _STORAGE if name == "float32" else ("int8", "uint16"):
                 for i, granularity in enumerate(_GRANULARITIES if dtype == "int8" else _GRANULARITIES[-2:]):
                     scheme = ("symmetric", "affine")[(i + (dtype == "int8")) % 2]
                     how: dict[str, Any] = {"dtype": dtype, "scheme": scheme, "granularity": granularity}

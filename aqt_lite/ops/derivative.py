@@ -35,7 +35,7 @@ def of_scale(x: Array, dy: Array, w: Coded, *, spec: Spec, contract: int, vjp: C
     of_weight = xp.matmul(xp.permute_dims(xp.astype(left, compute), (1, 0)), xp.astype(right, compute))
 
     def weight(scale: Array) -> Array:
-        return affine.dequantize(w.codes, scale, w.zero_point, spec=spec, out=spec.source.compute, b=b)
+        return affine.dequantize(w._replace(scale=scale), spec=spec, out=spec.source.compute, b=b)
 
     return vjp(weight, w.scale)[1](of_weight)[0]
 

@@ -6,17 +6,20 @@ Owns: validation, the choice between float and integer products, and leading axe
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
+from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, check_no_overflow
 from aqt_lite._registry import backend_of
-from aqt_lite.elements import element_type, float_type
-from aqt_lite.granularity import Block
+from aqt_lite._shapes import register_product
+from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
 
@@ -80,8 +83,14 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     one_of("mode", mode, ("fast", "reproducible"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
-    w = w._aligned()
+    w = w._checked()
     b, of_w = w._backend, w.shape
+    if w.transposed and contract == 1 and of_w[0] == of_w[-1]:
+        warnings.warn(
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {of_w} does not tell whether that is "
+            f"meant: dense(x, w) reads it as (in, out)",
+            stacklevel=3,
+        )
     if len(of_w) != 2:
         raise ValueError(f"w has shape {of_w}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
     if not isinstance(x, QArray):
@@ -109,57 +118,91 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     return y
 
 
-def _as_stored(w: QArray, contract: int) -> tuple[affine.Coded, Block, int]:
-    """Of a transposed weight: its arrays and block as it is stored, and which axis is contracted there."""
-    zero_point = None if w.zero_point is None else w.zero_point.T
-    return affine.Coded(w.storage, w.scale.T, zero_point), w.block[::-1], 1 - contract
+def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
+    """A weight's arrays and their meaning, in the order in which codes are stored."""
+    scale, zero_point, offset = w._qparams()
+    spec, b = w._spec, w._backend
+    if w.transposed:
+        scale, zero_point, offset = (_if_any(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        spec = replace(spec, block=spec.block[::-1])
+    return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
+
+
+def _swapped(blocks: Any, b: Backend) -> Any:
+    if isinstance(blocks, tuple):
+        return affine.Coded(*(_if_any(lambda a: _swapped(a, b), part) for part in blocks))
+    return b.xp.permute_dims(blocks, (1, 0))
+
+
+def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
+    """The same as integers of 8 or 16 bits with plain scales, where every number is a whole multiple of a power of two."""
+    element = element_type(w.dtype)
+    native = FORMATS.get(element.storage)
+    whole = element.unit is not None or (native is not None and native.element == element)
+    if not whole or w.scale is None or w.offset is not None:
+        return None
+    weight, spec = _as_stored(w)
+    integers = element.storage if element.unit in (None, 1.0) and element.zero_points else "int8"
+    plain = replace(spec, format=FORMATS[integers])
+    if element.zero_points and spec.format.scale is None:
+        return weight, plain  # as they are
+    return run(w._backend, reference.in_integers, weight, spec=spec), plain
 
 
 def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
-    operation = reference.matmul
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
-        if 0 not in (*x.shape, *w.shape):
-            operation = reference.matmul_reproducible
-    weight, block = affine.Coded(w.storage, w.scale, w.zero_point), w.block
-    if w.transposed:
-        weight, block, contract = _as_stored(w, contract)
-    spec = affine.Spec(element_type(w.dtype), float_type(w.float_dtype), False, block)
-    return run(b, operation, x, weight, bias, spec=spec, contract=contract)
+    found = _in_integers(w)
+    stored = 1 - contract if w.transposed else contract
+    if found is None:
+        weight, spec = _as_stored(w)
+        values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)
+        return run(b, reference.matmul_of_values, x, values, bias, contract=stored)
+    operation = reference.matmul
+    if mode == "reproducible" and 0 not in (*x.shape, *w.shape):
+        operation = reference.matmul_reproducible
+    weight, spec = found
+    return run(b, operation, x, weight, bias, spec=spec, contract=stored)
 
 
 def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
-    x = x._aligned()
-    if w.transposed:
-        stored, block, contract = _as_stored(w, contract)
-        w = QArray(stored.codes, stored.scale, stored.zero_point, w.dtype, block, w.float_dtype)
+    x = x._checked()
     rows, inside = math.prod(x.shape[:-1]), x.shape[-1]
+
+    def product_of_values(mode: str) -> Array:
+        return _float_product(b.xp.reshape(x.dequantize(), (rows, inside)), w, bias, mode, contract, b)
+
     integers = (
-        element_type(x.dtype).bits == element_type(w.dtype).bits == 8
+        element_type(x.dtype).unit is not None
+        and element_type(w.dtype).unit is not None
+        and x.scale is not None
+        and w.scale is not None
+        and x.offset is None
+        and w.offset is None
         and x.scale.shape[-1] == w.scale.shape[contract] == 1
         and "float64" not in (x.float_dtype, w.float_dtype)
         and inside < (1 << 31) // (1 << (7 + (x.zero_point is not None)) + (7 + (w.zero_point is not None)))
         and 0 not in (*x.shape, *w.shape)
     )
-
-    def product_of_values(mode: str) -> Array:
-        return _float_product(b.xp.reshape(x.dequantize(), (rows, inside)), w, bias, mode, contract, b)
-
     if not integers:
         return product_of_values(mode)
+    left, right = _in_integers(replace(x, storage=x.qvalue, transposed=False, packed_length=None)), _in_integers(w)
+    assert left is not None
+    assert right is not None
+    (of_x, x_spec), (of_w, w_spec) = left, right
+    stored = 1 - contract if w.transposed else contract
 
     def per_row(blocks: Array) -> Array:
-        lead = affine.spread(blocks, x.shape, x.block, b.xp)
+        lead = spread(blocks, x.shape, x_spec.block, b.xp)
         return b.xp.reshape(b.xp.broadcast_to(lead, (*x.shape[:-1], 1)), (rows, 1))
 
     def per_column(blocks: Array) -> Array:
-        return reference.one_per_column(blocks, w.shape, w.block, contract, b.xp)
+        return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    of_x = b.xp.reshape(x.qvalue, (rows, inside)), per_row(x.scale), _if_any(per_row, x.zero_point)
-    of_w = w.qvalue, per_column(w.scale), _if_any(per_column, w.zero_point)
-    arrays = (affine.Coded(*of_x), affine.Coded(*of_w), bias)
-    y = run(b, reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
-    if b.differentiates(x.scale, w.scale, bias):  # integers have no derivative: that of the values they stand for
+    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _if_any(per_row, of_x.zero_point))
+    rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _if_any(per_column, of_w.zero_point))
+    y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
+    if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
         values = product_of_values("fast")
         y = b.straight_through(values, y, b.xp.isfinite(values))
     return y
@@ -171,8 +214,13 @@ def _if_any(function: Callable[[Array], Array], array: Array | None) -> Array | 
 
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
     why = None
-    if element_type(w.dtype).bits != 8:
+    element = element_type(w.dtype)
+    if element.bits > 8:
         why = f"w has {w.dtype} codes: sums of products with more than 8 bits do not fit 32-bit integers"
+    elif element.unit is None:
+        why = f"w has {w.dtype} codes, whose numbers are no whole multiples, of 8 bits, of a power of two"
+    elif w.offset is not None or w.scale is None:
+        why = "w has a real offset, which is added to every product" if w.offset is not None else "w has no scales"
     elif "float64" in (b.dtype_name(x), w.float_dtype, None if bias is None else b.dtype_name(bias)):
         why = "an argument is float64, which not every backend has"
     elif not reference.has_integer_sums(w.scale, contract, w.block[contract]):
@@ -195,3 +243,6 @@ def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     if not b.share_a_device(value, w.storage):
         raise ValueError(f"{argument} is on device {b.device(value)} but w on {b.device(w.storage)}: move one of them")
     return value
+
+
+register_product(dense)

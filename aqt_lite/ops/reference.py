@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from aqt_lite import affine
+from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
@@ -65,12 +66,35 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int,
     """``x @ dequantize(w) + bias`` in the wider compute dtype of the two, rounded once to the dtype of ``x``."""
     xp = b.xp
     compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(w.scale)) else "float32")
-    weight = affine.dequantize(w.codes, w.scale, w.zero_point, spec=unrounded(spec), out=spec.source.compute, b=b)
+    weight = affine.dequantize(w, spec=unrounded(spec), out=spec.source.compute, b=b)
     weight = xp.astype(weight, compute)
     y = xp.matmul(xp.astype(x, compute), weight if contract == 0 else xp.permute_dims(weight, (1, 0)))
     if bias is not None:
         y = y + xp.expand_dims(xp.astype(bias, compute), axis=0)
     return xp.astype(y, x.dtype)
+
+
+def matmul_of_values(x: Array, values: Array, bias: Array | None, *, contract: int, b: Backend) -> Array:
+    """The same with the weight's values, where codes are of a format that products do not read."""
+    xp = b.xp
+    compute = b.dtype("float64" if "float64" in (b.dtype_name(x), b.dtype_name(values)) else "float32")
+    weight = xp.astype(values, compute)
+    y = xp.matmul(xp.astype(x, compute), weight if contract == 0 else xp.permute_dims(weight, (1, 0)))
+    if bias is not None:
+        y = y + xp.expand_dims(xp.astype(bias, compute), axis=0)
+    return xp.astype(y, x.dtype)
+
+
+def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
+    """A weight whose numbers are whole multiples of a power of two, as int8 codes and scales of those multiples."""
+    unit = spec.element.unit
+    assert unit is not None
+    xp, scale = b.xp, affine.scales(w.scale, spec, b)
+    numbers = spec.element.decode(w.codes, b)
+    if unit == 1 and b.dtype_name(numbers) in ("int8", "uint8"):
+        return Coded(numbers, scale, w.zero_point)
+    steps = xp.astype(numbers, xp.float32) * (1 / unit)
+    return Coded(xp.astype(steps, xp.int8), scale * unit, w.zero_point)
 
 
 def unrounded(spec: Spec) -> Spec:
@@ -147,7 +171,7 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     # all arrays below: pieces first
     cuts = pieces(k, inner)
     groups = [0 if inner is None else start // inner for start, _ in cuts]
-    scale = affine.spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
+    scale = spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
     w_fraction, w_exponent = b.fraction_and_exponent(scale)
     column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
     x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
@@ -159,7 +183,7 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
     if zero_point is not None:
-        zero_point = affine.spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
+        zero_point = spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
         zero_point = _per_piece(zero_point, groups, xp)
 
     def rounded_sum(integers: Array) -> Array:
@@ -216,7 +240,7 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
 
 def one_per_column(blocks: Array, shape: tuple[int, ...], block: Block, contract: int, xp: Any) -> Array:
     """Scales or zero points of a weight of ``shape``, spread so that each output has its own, or all have one."""
-    return affine.spread(blocks, shape, (block[0], None) if contract == 1 else (None, block[1]), xp)
+    return spread(blocks, shape, (block[0], None) if contract == 1 else (None, block[1]), xp)
 
 
 def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple[Array, Array, Array, Array]:

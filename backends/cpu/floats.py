@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
@@ -103,11 +103,11 @@ def _dequantized_rows(w: Coded, spec: Spec, start: int, stop: int, out: Array) -
         np.copyto(out, codes) if loops is None else loops.widen(codes, out)
     else:
         zero_point = rows_of_blocks(w.zero_point, start, stop, spec.block)
-        np.subtract(codes, affine.spread(zero_point, shape, spec.block, np), out=out, casting="unsafe")
+        np.subtract(codes, spread(zero_point, shape, spec.block, np), out=out, casting="unsafe")
     if _is_one(w.scale):
         return out
     scale = rows_of_blocks(w.scale, start, stop, spec.block)
-    return np.multiply(out, affine.spread(scale, shape, spec.block, np), out=out)
+    return np.multiply(out, spread(scale, shape, spec.block, np), out=out)
 
 
 def _is_one(scale: Array) -> bool:

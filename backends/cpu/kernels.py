@@ -5,18 +5,16 @@ Owns: the table. Imports: the forms.
 
 from __future__ import annotations
 
-from aqt_lite import affine
 from aqt_lite._kernels import Kernel, anything
 from aqt_lite._registry import Kernels
+from aqt_lite.backends.cpu import quantize
 from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reproducible
 from aqt_lite.backends.cpu.floats import matmul
 from aqt_lite.backends.cpu.integers import integer_matmul
-from aqt_lite.backends.cpu.quantize import dequantize, quantize
 from aqt_lite.ops import reference
 
 KERNELS: Kernels = {
-    affine.quantize: Kernel(quantize),
-    affine.dequantize: Kernel(dequantize),
+    **{operation: Kernel(form, anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(matmul),
     reference.matmul_reproducible: Kernel(matmul_reproducible),
     reference.integer_matmul: Kernel(integer_matmul, anything),

@@ -1,56 +1,218 @@
-"""Quantization and back: a block at a time, while it is in cache, on every core.
+"""Quantization and back: a part at a time, while it is in cache, on every core.
 
-Owns: the forms of ``affine.quantize`` and ``affine.dequantize`` for NumPy arrays, whose bits are those of ``affine``.
-Imports: ``affine``, the runtime, and ``serve``, which says what each is for.
+Owns: the forms of the operations of ``affine`` for NumPy arrays, whose bits are those of ``affine``. Imports: ``affine``,
+the runtime, and ``serve``, which says what each is for.
+
+Two kinds: loops for plain integers and the commonest layouts, which pass over memory once or twice; and, for every other
+format, scheme and layout, the operations themselves on *tiles* of the array, in two passes: extrema of each block, from
+which scales are chosen as from the array itself, then the codes. Either needs no memory to speak of beside its result.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from aqt_lite import affine
+from aqt_lite._blocks import reduced
+from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
-from aqt_lite.affine import Spec
+from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
-from aqt_lite.granularity import grid_of
+from aqt_lite.granularity import Block, grid_of
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with"]
+
+TILE = BLOCK // 4
+"""Elements of a tile: several arrays of it, which an operation makes on its way, fit a core's cache."""
 
 
-def quantize(x: Array, *, spec: Spec) -> Any:
-    """``affine.quantize`` with every core, block by block: one pass over memory, or two where a scale spans blocks."""
+def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.quantize`` with every core: one pass over memory, or two where a scale spans parts of it."""
     if 0 in x.shape:
         return NotImplemented
-    grid, result = grid_of(x.shape, spec.block), NotImplemented
-    if serve.float32_as_it_lies(x, spec):
-        rows, fixed_zero = serve.rows_of_one_scale(x, grid, spec.block), serve.has_fixed_zero(spec)
+    result = NotImplemented
+    if plain_integers({"spec": spec, "recipe": recipe}) and serve.float32_as_it_lies(x, recipe):
+        grid = grid_of(x.shape, spec.block)
+        rows, fixed_zero = serve.rows_of_one_scale(x, grid, spec.block), serve.has_fixed_zero(spec, recipe)
         if rows is not None and rows[0] == 1 and not (fixed_zero and x.size <= BLOCK):
-            result = _quantize_spanning(x.reshape(-1), grid, spec)
+            result = _quantize_spanning(x.reshape(-1), grid, spec, recipe)
         elif serve.one_scale_an_index_of_the_last_axis(x.shape, grid):
-            result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec)
+            result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec, recipe)
         elif rows is not None and rows[1] >= 8 and fixed_zero:
-            result = _quantize_rows(x.reshape(rows), grid, spec)
-    if result is NotImplemented and x.size >= LARGE and grid[0] > 1:
-        result = _quantize_slabs(x, grid, spec)
-    if result is NotImplemented:
-        return result
-    codes, scale, zero_point = result
-    return codes.reshape(x.shape), scale, zero_point
+            result = _quantize_rows(x.reshape(rows), grid, spec, recipe)
+    if result is not NotImplemented:
+        return Coded(result[0].reshape(x.shape), *result[1:])
+    if not _worth_tiles(x, spec, recipe):
+        return NotImplemented
+    qparams = _of_extrema(x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy()))
+    return Coded(_encoded(x, qparams, spec, recipe), *qparams)
 
 
-def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.choose_qparams`` from the extrema of tiles."""
+    if not _worth_tiles(x, spec, recipe):
+        return NotImplemented
+    return _of_extrema(x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy()))
+
+
+def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.quantize_with`` on tiles."""
+    if not _worth_tiles(x, spec, recipe):
+        return NotImplemented
+    qparams = _usable(x, given, spec, recipe)
+    return Coded(_encoded(x, qparams, spec, recipe), *qparams)
+
+
+def fake_quantize(
+    x: Array, given: QParams | None = None, key: Array | None = None, *, spec: Spec, recipe: Recipe
+) -> Any:
+    """``affine.fake_quantize`` on tiles, without derivatives."""
+    if not _worth_tiles(x, spec, recipe):
+        return NotImplemented
+    qparams = choose_qparams(x, spec=spec, recipe=recipe) if given is None else _usable(x, given, spec, recipe)
+    values = aligned_empty(x.shape, _numpy().dtype(spec.source.name))
+
+    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
+        own = _cut(qparams, on_grid)
+        codes = affine.encode(x[at], own, spec=spec, recipe=recipe, b=_numpy())
+        values[at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
+
+    _for_tiles(work, x.shape, spec.block)
+    return values, affine.scales(qparams.scale, spec, _numpy())
+
+
+def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
+    """``affine.dequantize``: a compiled loop where blocks of plain integers are contiguous, else tiles."""
+    if plain_integers({"spec": spec}) and w.offset is None:
+        values = _dequantize_rows(w, spec, out or spec.source.name)
+        if values is not NotImplemented:
+            return values
+    if w.codes.size < LARGE or not _scales_can_be_cut(spec):
+        return NotImplemented
+    values = aligned_empty(w.codes.shape, _numpy().dtype(out or spec.source.name))
+
+    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
+        own = _cut(QParams(*w[1:]), on_grid)
+        values[at] = affine.dequantize(Coded(w.codes[at], *own), spec=spec, out=out, b=_numpy())
+
+    _for_tiles(work, w.codes.shape, spec.block)
+    return values
+
+
+# ---- tiles
+
+
+def _numpy() -> Any:
+    return get_backend("numpy")
+
+
+def _worth_tiles(x: Array, spec: Spec, recipe: Recipe) -> bool:
+    """Stochastic rounding numbers the elements of the whole array, which no tile knows."""
+    return x.size >= LARGE and recipe.rounding != "stochastic" and _scales_can_be_cut(spec)
+
+
+def _scales_can_be_cut(spec: Spec) -> bool:
+    """Whether a part of the kept scales means what it does in the whole."""
+    while spec.format.scale is not None:
+        spec = spec.of_scales
+        if any(n is not None for n in spec.block):
+            return False
+    return True
+
+
+def _tiles(shape: tuple[int, ...], block: Block) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Slices of the array, none cutting a block of bounded length, and of the grid of its blocks."""
+    least = [1 if n is None else min(n, length) for n, length in zip(block, shape, strict=True)]
+    room, steps = max(1, TILE // math.prod(least)), list(least)
+    for axis in reversed(range(len(shape))):  # the last axes whole, as far as there is room
+        times = min(room, -(-shape[axis] // least[axis]))
+        steps[axis] = least[axis] * times
+        room //= times
+    cuts = [[slice(n, min(n + step, length)) for n in range(0, length, step)] for length, step in zip(shape, steps, strict=True)]
+    found = []
+    for at in itertools.product(*cuts):
+        on_grid = tuple(
+            slice(0, 1) if size is None else slice(s.start // size, -(-s.stop // size)) for s, size in zip(at, block, strict=True)
+        )
+        found.append((at, on_grid))
+    return found
+
+
+def _for_tiles(work: Callable[..., Any], shape: tuple[int, ...], block: Block) -> list[Any]:
+    tiles = _tiles(shape, block)
+
+    def some(start: int, stop: int) -> list[Any]:
+        return [work(*tile) for tile in tiles[start:stop]]
+
+    parts = map_ranges(some, len(tiles), 1, chunks_per_core=CHUNKS_PER_CORE)
+    return [found for part in parts for found in part]
+
+
+def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[[Array, Spec], QParams]) -> QParams:
+    """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
+    grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
+
+    def extrema(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> tuple[Any, Array, Array]:
+        part = x[at].astype(source)
+        if recipe.ignore_nonfinite:
+            part = np.where(np.isfinite(part), part, source.type(0))
+        return on_grid, reduced(part, spec.block, np.min, np), reduced(part, spec.block, np.max, np)
+
+    ends = np.empty((2, *grid), source)
+    ends[0], ends[1] = np.inf, -np.inf
+    with np.errstate(all="ignore"):
+        for on_grid, low, high in _for_tiles(extrema, x.shape, spec.block):
+            np.minimum(ends[0][on_grid], low, out=ends[0][on_grid])
+            np.maximum(ends[1][on_grid], high, out=ends[1][on_grid])
+        found = choose(ends, replace(spec, block=(None, *((1,) * len(grid)))))
+    return runtime.on_each(lambda a: a[0], found)
+
+
+def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
+    lifted = runtime.on_each(lambda a: a[None], QParams(*given))
+    return _of_extrema(
+        x, spec, recipe, lambda ends, s: affine.usable_qparams(ends, lifted, spec=s, recipe=recipe, b=_numpy())
+    )
+
+
+def _encoded(x: Array, qparams: QParams, spec: Spec, recipe: Recipe) -> Array:
+    codes = aligned_empty(x.shape, spec.element.storage)
+
+    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
+        codes[at] = affine.encode(x[at], _cut(qparams, on_grid), spec=spec, recipe=recipe, b=_numpy())
+
+    _for_tiles(work, x.shape, spec.block)
+    return codes
+
+
+def _cut(qparams: QParams, on_grid: tuple[slice, ...]) -> QParams:
+    """The parameters of a tile: those of its blocks; a number that all scales share is no part of the grid."""
+
+    def cut(a: Array) -> Array:
+        return a if a.size == 1 else a[on_grid]
+
+    found: QParams = runtime.on_each(cut, qparams)
+    return found
+
+
+# ---- loops for plain integers
+
+
+def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) -> Any:
     """A scale for each row, symmetric."""
     rows, width = x.shape
     codes = aligned_empty(x.shape, spec.element.storage)
     scale = aligned_empty((rows, 1), np.float32)
-    factor = np.float32(affine.inverse_of_range(spec))
+    factor = np.float32(affine.inverse_of_largest(spec, recipe))
     loops = runtime.compiled_loops() if x.size >= LARGE else None
-
     def work(start: int, stop: int) -> bool:
         if loops is not None:
             return bool(loops.quantize_rows(x[start:stop], factor, codes[start:stop], scale[start:stop, 0]))
@@ -76,7 +238,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
     return codes, scale.reshape(grid), None
 
 
-def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
+def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) -> Any:
     """A scale for each column, or one for all of a vector: extrema of blocks of rows, then calibration, then codes."""
     height = max(1, BLOCK // math.prod(x.shape[1:]))
 
@@ -93,13 +255,13 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
     ends = ends.reshape(2, -1)
     if not np.isfinite(ends).all():
         return NotImplemented
-    a_column = affine.Spec(spec.element, spec.source, spec.symmetric, (None, 1))
     with np.errstate(all="ignore"):
-        scale, zero_point = affine.choose_qparams(ends, spec=a_column, b=get_backend("numpy"))
+        a_column = replace(spec, block=(None, 1))
+        scale, zero_point, _ = affine.choose_qparams(ends, spec=a_column, recipe=recipe, b=_numpy())
         inverse = np.float32(1) / scale[0]
     zero = None if zero_point is None else zero_point[0].astype(np.float32)
     codes = aligned_empty(x.shape, spec.element.storage)
-    qmin, qmax = (np.float32(q) for q in spec.code_range)
+    qmin, qmax = (np.float32(q) for q in spec.element.range_of(recipe.symmetric))
 
     loops = runtime.compiled_loops() if x.size >= LARGE else None
     width = x.shape[1] if x.ndim == 2 else math.gcd(x.size, 1 << 12)  # one scale in all: any cut into rows will do
@@ -131,28 +293,9 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
     return codes, scale.reshape(grid), zero_point
 
 
-def _quantize_slabs(x: Array, grid: tuple[int, ...], spec: Spec) -> Any:
-    """The reference itself on slabs of the first axis, none cutting a block: for every type, scheme and layout."""
-    group = spec.block[0] or 1
-    height = -(-max(1, BLOCK // 4 * x.shape[0] // x.size) // group) * group
-    codes = aligned_empty(x.shape, spec.element.storage)
-    scale = aligned_empty(grid, spec.source.compute)
-    zero_point = None if serve.has_fixed_zero(spec) else aligned_empty(grid, np.int32)
-
-    def work(start: int, stop: int) -> None:
-        for n in range(start, stop, height):
-            e = min(n + height, stop)
-            g = slice(n // group, -(-e // group))
-            codes[n:e], scale[g], zeros = affine.quantize(x[n:e], spec=spec, b=get_backend("numpy"))
-            if zero_point is not None:
-                zero_point[g] = zeros
-
-    map_ranges(work, x.shape[0], group)
-    return codes, scale, zero_point
-
-
-def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Spec, out: str) -> Any:
-    """``affine.dequantize`` to float32 where blocks are contiguous."""
+def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
+    """To float32, where every row of a view of the codes has one scale."""
+    codes, scale, zero_point, _ = w
     if not (spec.source.name == out == "float32"):
         return NotImplemented
     rows = serve.rows_of_one_scale(codes, scale.shape, spec.block)
@@ -195,3 +338,13 @@ def dequantize(codes: Array, scale: Array, zero_point: Array | None, *, spec: Sp
     else:
         map_ranges(work, rows[0])
     return values.reshape(codes.shape)
+
+
+FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    affine.quantize: quantize,
+    affine.quantize_with: quantize_with,
+    affine.choose_qparams: choose_qparams,
+    affine.fake_quantize: fake_quantize,
+    affine.dequantize: dequantize,
+}
+"""The forms, each under its operation: they know every format."""

@@ -143,3 +143,20 @@ def _loaded_dots() -> Any:
     from aqt_lite.backends.cpu import dots
 
     return dots if dots.AVAILABLE else None
+
+
+def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
+    """Nested tuples of arrays and None, with ``function`` applied to each array."""
+    if tree is None:
+        return None
+    if isinstance(tree, tuple):
+        parts = (on_each(function, part) for part in tree)
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return function(tree)
+
+
+def arrays_in(tree: Any) -> list[Array]:
+    """The arrays of nested tuples."""
+    found: list[Array] = []
+    on_each(found.append, tree)  # type: ignore[arg-type]
+    return found

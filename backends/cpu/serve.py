@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from aqt_lite._namespace import Array
-from aqt_lite.affine import Coded, Spec
+from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import runtime
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
@@ -37,15 +37,15 @@ _FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
 # ---- quantization
 
 
-def float32_as_it_lies(x: Array, spec: Spec) -> bool:
+def float32_as_it_lies(x: Array, recipe: Recipe) -> bool:
     """Whether the forms that read memory in order serve: float32 of this machine's byte order, no value passed over."""
     plain = x.dtype == np.float32 and x.dtype.isnative and x.flags.c_contiguous
-    return bool(plain and not spec.ignore_nonfinite)
+    return bool(plain and not recipe.ignore_nonfinite)
 
 
-def has_fixed_zero(spec: Spec) -> bool:
+def has_fixed_zero(spec: Spec, recipe: Recipe) -> bool:
     """Whether zero has code 0: no zero points are made."""
-    return spec.symmetric and not spec.element.middle
+    return recipe.symmetric and not spec.element.middle
 
 
 def one_scale_an_index_of_the_last_axis(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:

@@ -37,7 +37,8 @@ from aqt_lite.backends.cpu.dots import (
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
-from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 
 __all__ = ["SECOND_PASS", "product"]
@@ -133,7 +134,7 @@ def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bi
     half = exponent >> 1  # in two steps: a scale may be smaller than the smallest power that there is
     scale = (fraction * b.power_of_two(half) * b.power_of_two(exponent - half))[:, None]
     zero_point = zero[:, None] + (128 if unsigned else 0)
-    spec = Spec(element_type(w.dtype.name), FLOAT_TYPES["float32"], symmetric=False, block=(1, None))
+    spec = Spec(FORMATS[w.dtype.name], FLOAT_TYPES["float32"], block=(1, None))
     y = reference.matmul_reproducible(x, Coded(w, scale, zero_point), bias, spec=spec, contract=1, b=b)
     flags = jnp.where(
         reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE

@@ -88,7 +88,8 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
             return lax.dynamic_slice_in_dim(a, start // group, -(-rows // group))
 
         codes = lax.dynamic_slice_in_dim(w.codes, start, rows)
-        return affine.dequantize(codes, part(w.scale), part(w.zero_point), spec=plain, out="float32", b=b)
+        own = Coded(codes, part(w.scale), part(w.zero_point))
+        return affine.dequantize(own, spec=plain, out="float32", b=b)
 
     if contract == 1:  # each block of rows gives some columns of the result
 
@@ -220,27 +221,27 @@ def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
     XLA takes most of its time to touch fresh output memory for the first time, which NumPy's kernel does on every core.
     """
 
-    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
-        arrays = (x, *rest)
-        if any(isinstance(a, jax.core.Tracer) for a in arrays) or x.size < runtime.LARGE:
+    def kernel(*arrays: Any, **static: Any) -> Any:
+        x = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
+        found = runtime.arrays_in(arrays)
+        if any(isinstance(a, jax.core.Tracer) for a in found) or x.size < runtime.LARGE:
             return NotImplemented
         devices = x.devices()
         if len(devices) > 1 or next(iter(devices)).platform != "cpu":
             return NotImplemented
         if not x.committed and devices != jnp.zeros(()).devices():
             return NotImplemented  # placed by a default device that has changed since
-        result = form(*(None if a is None else np.asarray(a) for a in arrays), **static)
+        result = form(*runtime.on_each(np.asarray, arrays), **static)
         if result is NotImplemented:
             return NotImplemented
         place = x.sharding if x.committed else None  # an uncommitted array gives uncommitted results
-        return jax.tree.map(lambda a: jax.device_put(a, place, may_alias=True), result)
+        return runtime.on_each(lambda a: jax.device_put(a, place, may_alias=True), result)
 
     return kernel
 
 
 KERNELS: Kernels = {
-    affine.quantize: Kernel(keeping_shardings(_of_large(quantize.quantize))),
-    affine.dequantize: Kernel(keeping_shardings(_of_large(quantize.dequantize))),
+    **{op: Kernel(keeping_shardings(_of_large(form)), anything) for op, form in quantize.FORMS.items()},
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
     reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
     reference.integer_matmul: Kernel(integer_matmul, anything),

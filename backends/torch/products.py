@@ -14,13 +14,15 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from aqt_lite import affine
+from aqt_lite._blocks import spread
 from aqt_lite._kernels import Kernel, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import Kernels, get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
 from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
-from aqt_lite.elements import FLOAT_TYPES, element_type
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops import derivative, reference
 
 MOST_ROWS_AS_DIGITS = 64
@@ -109,7 +111,7 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
         for blocks, apply in ((w.zero_point, weight.sub_), (w.scale, weight.mul_)):
             if blocks is not None:
                 apply(
-                    affine.spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp)
+                    spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp)
                 )
         if contract == 0:
             y.addmm_(x[:, start:stop], weight)
@@ -228,7 +230,7 @@ def _eager_product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     block = (None if group < 0 else group, None)
-    spec = Spec(element_type(dtype), FLOAT_TYPES[float_dtype], symmetric=False, block=block)
+    spec = Spec(FORMATS[dtype], FLOAT_TYPES[float_dtype], block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
     y: torch.Tensor = form(x, w, bias, spec, 1)
     return y.contiguous()  # as the compiler is told below
@@ -266,13 +268,12 @@ def _as_numpy(tensors: Any) -> list[Any]:
 def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
     """A form of the CPU library for large tensors; small ones are left to torch itself."""
 
-    def kernel(x: Array, *rest: Any, **static: Any) -> Any:
-        if x.numel() < runtime.LARGE or not _have_numpy_memory((x, *rest)):
+    def kernel(*arrays: Any, **static: Any) -> Any:
+        first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
+        if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
-        result = form(*_as_numpy((x, *rest)), **static)
-        if isinstance(result, tuple):
-            return tuple(None if a is None else torch.from_numpy(a) for a in result)
-        return result if result is NotImplemented else torch.from_numpy(result)
+        result = form(*runtime.on_each(lambda t: t.numpy(force=True), arrays), **static)
+        return result if result is NotImplemented else runtime.on_each(torch.from_numpy, result)
 
     return kernel
 
@@ -301,8 +302,7 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
 
 
 KERNELS: Kernels = {
-    affine.quantize: Kernel(_of_large(quantize.quantize)),
-    affine.dequantize: Kernel(_of_large(quantize.dequantize)),
+    **{operation: Kernel(_of_large(form), anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(_kernel(reproducible=False)),
     reference.matmul_reproducible: Kernel(_kernel(reproducible=True)),
     reference.integer_matmul: Kernel(integer_matmul, anything),
