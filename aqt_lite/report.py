@@ -354,8 +354,7 @@ class _Blocks:
             self.count *= np.diff(ends, prepend=0).reshape([-1 if d == axis else 1 for d in range(len(shape))])
 
     def add(self, part: Box, cost: _Cost) -> None:
-        sizes = [size or length for size, length in zip(self.block, self.shape, strict=True)]
-        at = tuple(slice(i // size, -(-j // size)) for (i, j), size in zip(part, sizes, strict=True))
+        at = touched(part, tuple(size or length for size, length in zip(self.block, self.shape, strict=True)))
         self.square.add(cost.square, cost.power, at)
         self.largest[at] = np.maximum(self.largest[at], cost.largest)
         self.scale[at] = cost.scale
@@ -445,6 +444,11 @@ def by_block(ufunc: np.ufunc, values: _Numbers, block: Block) -> _Numbers:
     return values
 
 
+def touched(box: Box, sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """The blocks of the given lengths that a box has a share in."""
+    return tuple(slice(start // size, -(-stop // size)) for (start, stop), size in zip(box, sizes, strict=True))
+
+
 def part_of_array(array: Array, box: Box) -> Array:
     """A box of an array of any backend."""
     return array if _is_whole(box, tuple(array.shape)) else array[_slices(box)]
@@ -462,6 +466,21 @@ def part_of(q: QArray, box: Box) -> QArray:
         inside.append((start - first, stop - first))
     q = q[_slices(around)]
     return q if _is_whole(inside, q.shape) else q[_slices(inside)]
+
+
+def dequantized(q: QArray, box: Box) -> _Numbers:
+    """The values of any box of a quantized array, on NumPy."""
+    around = []
+    for axis, ((start, stop), size, length) in enumerate(zip(box, q._aligned().block, q.shape, strict=True)):
+        size = size or length
+        cuts = start // size != (stop - 1) // size
+        if cuts and size > stop - start:  # a block may be far larger than the box
+            middle = stop // size * size
+            halves = ((*box[:axis], half, *box[axis + 1 :]) for half in ((start, middle), (middle, stop)))
+            return np.concatenate([dequantized(q, half) for half in halves], axis=axis)
+        around.append((start // size * size, min(-(-stop // size) * size, length)) if cuts else (start, stop))
+    values = np.asarray(q._backend.to_numpy(part_of(q, tuple(around)).dequantize()))
+    return values[tuple(slice(i - first, j - first) for (i, j), (first, _) in zip(box, around, strict=True))]
 
 
 def _is_whole(box: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> bool:
