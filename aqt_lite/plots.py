@@ -227,8 +227,8 @@ def plot_codes(q: QArray) -> Figure:
         f"at the ends: {at_lowest} at {lowest}, {at_highest} at {highest} ({shares[1]:.1%})".replace("%", " %"),
     ]
     marks = [bars[len(bars) // 2], bars[(highest - element.min) // width]]
-    ax.legend(marks, labels, loc="upper center", ncols=2)
-    ax.set_ylim(0, 1.25 * float(heights.max()))  # room for the legend
+    ax.legend(marks, labels, loc="upper center")
+    ax.set_ylim(0, 1.35 * float(heights.max()))  # room for the legend
     ax.set_xlim(float(edges[0]), float(edges[-1]))
     ax.set_xlabel("code" if width == 1 else f"code, in bins of {width}")
     ax.set_ylabel("how many")
@@ -262,6 +262,7 @@ def _heat_map(
     if (high, wide) != (1, 1):
         ax.set_xlabel(f"each cell: {pooled.what} of {high} x {wide} values")
     if max(rows, columns) > _MOST_WRITTEN:
+        ax.locator_params(integer=True, min_n_ticks=1)  # there is no row 0.5
         return
     ax.set_xticks(range(columns))
     ax.set_yticks(range(rows))
@@ -275,7 +276,7 @@ def _heat_map(
     for i, text in enumerate(texts):
         row, column = divmod(i, columns)
         luminance = float(colour[row, column, :3] @ (0.299, 0.587, 0.114))
-        dark = luminance < 0.5 and np.isfinite(cells[row, column])  # a NaN leaves the cell white
+        dark = luminance < 0.5 and not np.isnan(cells[row, column])  # a NaN leaves the cell white
         ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 

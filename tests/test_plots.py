@@ -229,6 +229,32 @@ def test_memory_does_not_grow_with_the_array():
             tracemalloc.stop()
 
 
+def test_rows_are_counted_in_whole_numbers():
+    figure = plot_matrix(np.zeros((1, 3000)))
+    rendered(figure)
+    (ax,) = panels(figure)
+    assert [tick for tick in ax.get_yticks() if -0.5 <= tick <= 0.5] == [0]
+    assert all(tick == int(tick) for tick in ax.get_xticks())
+
+
+def test_an_infinite_error_can_be_read():
+    x = np.asarray([[np.inf, np.nan, 1.0, -300.0]], "float32")
+    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0, nonfinite="ignore")))
+    assert texts(ax)[:2] == ["inf", "nan"]
+    assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]  # on dark red, on an empty cell
+
+
+@pytest.mark.parametrize("times", [1, 1_000_000])
+def test_the_legend_stays_inside_and_off_the_bars(times):
+    q = aqt_lite.quantize(np.arange(-40.0, 41.0), scale=1.0)
+    figure = plot_codes(q if times == 1 else aqt_lite.quantize(np.zeros(20 * times, "float32"), scale=1.0))
+    rendered(figure)
+    (ax,) = panels(figure)
+    legend, frame = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert frame.x0 < legend.x0 < legend.x1 < frame.x1
+    assert max(bar.get_window_extent().y1 for bar in ax.patches) < legend.y0
+
+
 def test_large_matrices_have_a_shorter_last_block():
     x = np.zeros((257, 1))
     x[256] = 5.0
