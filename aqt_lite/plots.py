@@ -3,20 +3,37 @@
 Owns: drawing. Imports: the container, the error report, and matplotlib, that one inside the calls only. Figures are
 made without ``pyplot``: nothing global changes, no display is needed, and they are freed like any other object.
 A notebook shows the figure that a call returns, after ``%matplotlib inline``; ``figure.savefig("name.png")`` writes it.
+Arrays are read part by part and every value counts: one of 10^8 values takes seconds, and no more memory than a small
+one.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aqt_lite._registry import backend_of
-from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite._namespace import Array
+from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES
 from aqt_lite.formats import element_type
+from aqt_lite.granularity import grid_of
 from aqt_lite.qarray import QArray
-from aqt_lite.report import error_report
+from aqt_lite.report import (
+    MOST_ELEMENTS,
+    Box,
+    boxes,
+    by_block,
+    dequantized,
+    error_report,
+    memory_order,
+    part_of_array,
+    touched,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_codes", "plot_error", "plot_matrix", "plot_quantization"]
 
-_Matrix = np.ndarray[Any, Any]
+_Numbers = np.ndarray[Any, Any]
 
 _MOST_WRITTEN = 10
 """Matrices with at most this many rows and columns have their values written in the cells."""
@@ -74,12 +91,12 @@ def plot_matrix(x: Any, title: str | None = None, *, ax: Axes | None = None, fmt
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['191.6', '-13.5', '92.14', '295.5']
     """
-    matrix = _matrix(x, "x")
+    cells = _pooled(_matrix(x, "x"))
     if ax is not None:
         figure = ax.figure.figure  # of a subfigure, the whole
     else:
-        figure, (ax,) = _panels(matrix, 1)
-    _heat_map(ax, matrix, title, fmt=fmt)
+        figure, (ax,) = _panels(cells.shape, 1)
+    _heat_map(ax, cells, title, fmt=fmt)
     return figure
 
 
@@ -87,7 +104,8 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
     """Draw original, codes, dequantized values and error side by side.
 
     Original and dequantized share one colour scale, the codes' spans every code of the type, and the error's is
-    centred on zero. The heading has the error numbers of :func:`aqt_lite.error_report`.
+    centred on zero. The heading has the error numbers of :func:`aqt_lite.error_report`, and how many values were
+    clipped or not finite where some were.
 
     Parameters
     ----------
@@ -117,19 +135,20 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
     >>> [ax.get_title() for ax in figure.axes if ax.get_title()]
     ['original', 'codes (int8)', 'dequantized', 'error: original - dequantized']
     """
-    original, dequantized = _pair(x, q)
-    codes = _matrix(q.qvalue, "q")
+    original, values = _pair(x, q)
     report = error_report(x, q, worst=0)
     element = element_type(q.dtype)
-    shared = _limits(np.stack([_pooled(original)[0], _pooled(dequantized)[0]]))
-    figure, axes = _panels(original, 4)
-    _heat_map(axes[0], original, "original", limits=shared)
-    _heat_map(axes[1], codes, f"codes ({q.dtype})", limits=(element.min, element.max))
-    _heat_map(axes[2], dequantized, "dequantized", limits=shared)
-    _error_map(axes[3], original, dequantized)
+    before, after = _pooled(original), _pooled(values)
+    shared = _limits(np.stack([before.numbers, after.numbers]))
+    figure, axes = _panels(before.shape, 4)
+    _heat_map(axes[0], before, "original", limits=shared)
+    _heat_map(axes[1], _pooled(_matrix(q.qvalue, "q")), f"codes ({q.dtype})", limits=(element.min, element.max))
+    _heat_map(axes[2], after, "dequantized", limits=shared)
+    _error_map(axes[3], original, values)
+    counts = [("clipped", report.clipped), ("not finite", report.nonfinite)]
     figure.suptitle(
         f"{q.dtype}, {q.granularity}: SQNR {report.sqnr_db:.2f} dB, largest error {report.max_abs_error:.4g}, "
-        f"{report.source_nbytes} -> {report.nbytes} bytes"
+        f"{report.source_nbytes} -> {report.nbytes} bytes" + "".join(f", {n} {name}" for name, n in counts if n)
     )
     return figure
 
@@ -138,25 +157,7 @@ def plot_error(x: Any, q: QArray) -> Figure:
     """Draw ``x`` minus its dequantized values, on a colour scale centred on zero.
 
     In an array of more than 256 rows or columns each cell shows the largest error of a block of values, so that
-    outliers stay visible.
-
-    Parameters
-    ----------
-    x : array of any backend, or nested list
-        The array that was quantized, at most 2-dimensional.
-    q : QArray
-        Of the same shape; it may live on another backend.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Raises
-    ------
-    ImportError
-        matplotlib is not installed.
-    TypeError, ValueError
-        As :func:`plot_matrix` and :func:`aqt_lite.error_report`.
+    outliers stay visible. Parameters and errors are those of :func:`plot_quantization`.
 
     Examples
     --------
@@ -166,9 +167,9 @@ def plot_error(x: Any, q: QArray) -> Figure:
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['0.2', '0', '0']
     """
-    original, dequantized = _pair(x, q)
-    figure, (ax,) = _panels(original, 1)
-    _error_map(ax, original, dequantized)
+    original, values = _pair(x, q)
+    figure, (ax,) = _panels(original.shape, 1)
+    _error_map(ax, original, values)
     return figure
 
 
@@ -205,30 +206,30 @@ def plot_codes(q: QArray) -> Figure:
     ['codes in between: 3 (50.0 %)', 'at the ends: 1 at -127, 2 at 127 (50.0 %)']
     """
     q = _quantized(q)
-    codes = _values(q.qvalue, "q").astype(np.int64)
-    if codes.size == 0:
+    if q.size == 0:
         raise ValueError(f"q has shape {q.shape} and so no codes to count: give one with at least one value")
     element = element_type(q.dtype)
+    codes, counts = _counted(q)
     lowest, highest = _ends(q, codes)
-    at_lowest, at_highest = int((codes <= lowest).sum()), int((codes >= highest).sum())
-    between = codes.size - at_lowest - at_highest
+    at_lowest, at_highest = int(counts[codes <= lowest].sum()), int(counts[codes >= highest].sum())
+    between = q.size - at_lowest - at_highest
 
     figure = _new_figure(8.0, 3.5)
     ax = figure.add_subplot()
     width = max(1, (element.max - element.min + 1) // _MOST_BARS)
     edges = np.arange(element.min, element.max + 2, width) - 0.5
-    counts, _ = np.histogram(codes, bins=edges)
-    bars = ax.bar(edges[:-1], counts, width=width, align="edge", color=_MIDDLE)
+    heights, _ = np.histogram(codes, bins=edges, weights=counts)
+    bars = ax.bar(edges[:-1], heights, width=width, align="edge", color=_MIDDLE)
     for code in (lowest, highest):
         bars[(code - element.min) // width].set_color(_END)
-    shares = (between / codes.size, (at_lowest + at_highest) / codes.size)
+    shares = (between / q.size, (at_lowest + at_highest) / q.size)
     labels = [
         f"codes in between: {between} ({shares[0]:.1%})".replace("%", " %"),
         f"at the ends: {at_lowest} at {lowest}, {at_highest} at {highest} ({shares[1]:.1%})".replace("%", " %"),
     ]
     marks = [bars[len(bars) // 2], bars[(highest - element.min) // width]]
-    ax.legend(marks, labels, loc="upper center", ncols=2)
-    ax.set_ylim(0, 1.25 * float(counts.max()))  # room for the legend
+    ax.legend(marks, labels, loc="upper center")
+    ax.set_ylim(0, 1.35 * float(heights.max()))  # room for the legend
     ax.set_xlim(float(edges[0]), float(edges[-1]))
     ax.set_xlabel("code" if width == 1 else f"code, in bins of {width}")
     ax.set_ylabel("how many")
@@ -241,29 +242,28 @@ def plot_codes(q: QArray) -> Figure:
 
 def _heat_map(
     ax: Axes,
-    matrix: _Matrix,
+    pooled: _Cells,
     title: str | None,
     *,
     limits: tuple[float, float] | None = None,
     fmt: str | None = ".4g",
-    keep_outliers: bool = False,
     colours: str = _VALUES,
 ) -> None:
-    cells, (high, wide) = _pooled(matrix, keep_outliers)
+    cells, (high, wide) = pooled.numbers, pooled.size
     low, top = _limits(cells) if limits is None else limits
     low, top = max(low, -_WIDEST), min(top, _WIDEST)
     rows, columns = cells.shape
     edges = (-0.5, columns * wide - 0.5, rows * high - 0.5, -0.5)  # the axes count values, also where cells are blocks
     drawn = np.clip(cells, low, top)  # infinities take the colour of the end
     image = ax.imshow(drawn, cmap=colours, vmin=low, vmax=top, extent=edges)
-    if not _is_squarish(matrix):
+    if not _is_squarish(pooled.shape):
         ax.set_aspect("auto")
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
     ax.set_title("" if title is None else title)
     if (high, wide) != (1, 1):
-        what = "largest magnitude" if keep_outliers else "mean"
-        ax.set_xlabel(f"each cell: {what} of {high} x {wide} values")
+        ax.set_xlabel(f"each cell: {pooled.what} of {high} x {wide} values")
     if max(rows, columns) > _MOST_WRITTEN:
+        ax.locator_params(integer=True, min_n_ticks=1)  # there is no row 0.5
         return
     ax.set_xticks(range(columns))
     ax.set_yticks(range(rows))
@@ -277,23 +277,25 @@ def _heat_map(
     for i, text in enumerate(texts):
         row, column = divmod(i, columns)
         luminance = float(colour[row, column, :3] @ (0.299, 0.587, 0.114))
-        dark = luminance < 0.5 and np.isfinite(cells[row, column])  # a NaN leaves the cell white
+        dark = luminance < 0.5 and not np.isnan(cells[row, column])  # a NaN leaves the cell white
         ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
-def _error_map(ax: Axes, original: _Matrix, dequantized: _Matrix) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = original - dequantized
-    worst = float(np.abs(error[np.isfinite(error)]).max(initial=0.0)) or 1.0
-    title = "error: original - dequantized"
-    _heat_map(ax, error, title, limits=(-worst, worst), fmt=".3g", keep_outliers=True, colours=_ERRORS)
+def _error_map(ax: Axes, original: _Matrix, values: _Matrix) -> None:
+    def error(box: Box) -> _Numbers:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.subtract(original.read(box), values.read(box), dtype=np.float64)
+
+    cells = _pooled(_Matrix(original.shape, error, original.order), keep_outliers=True)
+    worst = float(np.abs(cells.numbers[np.isfinite(cells.numbers)]).max(initial=0.0)) or 1.0
+    _heat_map(ax, cells, "error: original - dequantized", limits=(-worst, worst), fmt=".3g", colours=_ERRORS)
 
 
-def _panels(matrix: _Matrix, count: int) -> tuple[Figure, list[Axes]]:
+def _panels(shape: tuple[int, int], count: int) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` panels side by side, each shaped after the matrix."""
-    rows, columns = matrix.shape
+    rows, columns = shape
     width = max(4.2, 0.55 * columns + 1.0) if max(rows, columns) <= _MOST_WRITTEN else 4.2
-    height = float(np.clip(width * rows / columns, 1.5, 6.0)) if _is_squarish(matrix) else 3.4
+    height = float(np.clip(width * rows / columns, 1.5, 6.0)) if _is_squarish(shape) else 3.4
     figure = _new_figure(width * count, height + 0.9)
     return figure, [figure.add_subplot(1, count, i + 1) for i in range(count)]
 
@@ -307,30 +309,69 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _is_squarish(matrix: _Matrix) -> bool:
-    rows, columns = matrix.shape
+def _is_squarish(shape: tuple[int, int]) -> bool:
+    rows, columns = shape
     return bool(1 / 3 <= rows / columns <= 3) or max(rows, columns) <= _MOST_WRITTEN
 
 
 # ---- numbers
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix that is read in parts."""
+
+    shape: tuple[int, int]
+    read: Callable[[Box], _Numbers]
+    """A part as float64 or, of a matrix of integers, as int64."""
+    order: Sequence[int] = (0, 1)
+    """Axes, the one with the longest steps in memory first."""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """What a heat map shows: the values of a matrix, or a number for each block of them."""
+
+    numbers: _Numbers
+    shape: tuple[int, int]
+    """Of the matrix."""
+    size: tuple[int, int]
+    """Rows and columns that a cell stands for."""
+    what: str
+    """What a cell is of the values that it stands for."""
+
+
 def _matrix(x: Any, argument: str) -> _Matrix:
-    """``x`` as a NumPy matrix of float64 or, where it is one of integers, of int64."""
-    values = _values(np.asarray(_quantized(x, argument)) if isinstance(x, QArray) else x, argument)
-    shape = tuple(values.shape)
-    if values.ndim > 2:
-        flat = (int(np.prod(shape[:-1])), shape[-1])
+    """An array of at most two dimensions, a list or a QArray, whose values are read when they are needed."""
+    if isinstance(x, QArray):
+        q = _quantized(x, argument)
+        shape, order = q.shape, memory_order(q.storage) if q.ndim == 2 and not q.transposed else (0, 1)
+
+        def read(box: Box) -> _Numbers:
+            return dequantized(q, box).astype(np.float64)
+    else:
+        array = _array(x, argument)
+        b = backend_of(array) or get_backend("numpy")
+        shape, order = tuple(array.shape), memory_order(array) if array.ndim == 2 else (0, 1)
+        dtype = np.int64 if _is_whole_numbers(b.dtype_name(array)) else np.float64
+
+        def read(box: Box) -> _Numbers:
+            return np.asarray(b.to_numpy(part_of_array(array, box))).astype(dtype)
+
+    if len(shape) > 2:
+        flat = (math.prod(shape[:-1]), shape[-1])
         raise ValueError(
             f"{argument} has shape {shape}, but a heat map shows a matrix: choose one with an index, for instance "
-            f"{argument}[{', '.join('0' * (values.ndim - 2))}] of shape {shape[-2:]}, or reshape it to {flat}"
+            f"{argument}[{', '.join('0' * (len(shape) - 2))}] of shape {shape[-2:]}, or reshape it to {flat}"
         )
-    if values.size == 0:
+    if 0 in shape:
         raise ValueError(f"{argument} has shape {shape} and so nothing to draw: give at least one value")
-    return np.atleast_2d(values)
+    rows, columns = (1, 1, *shape)[-2:]
+    return _Matrix((rows, columns), lambda box: np.atleast_2d(read(box[2 - len(shape) :])), order)
 
 
-def _values(x: Any, argument: str) -> _Matrix:
+def _array(x: Any, argument: str) -> Array:
+    """``x`` as an array of real numbers."""
     b = backend_of(x)
     if b is not None:
         if b.is_traced(x):
@@ -338,18 +379,25 @@ def _values(x: Any, argument: str) -> _Matrix:
         problem = b.why_unusable(x)
         if problem:
             raise TypeError(f"{argument} {problem}")
-        x = b.to_numpy(x)
+        name = b.dtype_name(x)
     elif not isinstance(x, int | float | list | tuple):
         raise TypeError(
             f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
         )
-    try:
-        values = np.asarray(x)
-    except ValueError as error:
-        raise TypeError(f"{argument} is a list that is no array: {error}") from None
-    if values.dtype.name not in FLOAT_TYPES and values.dtype.kind not in "biuf":
-        raise TypeError(f"{argument} has dtype {values.dtype.name}: give real numbers")
-    return values.astype(np.int64 if values.dtype.kind in "biu" else np.float64)
+    else:
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise TypeError(f"{argument} is a list that is no array: {error}") from None
+        name = x.dtype.name
+    is_real = isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "biuf"
+    if not is_real and name not in FLOAT_TYPES and not _is_whole_numbers(name):
+        raise TypeError(f"{argument} has dtype {name}: give real numbers")
+    return x
+
+
+def _is_whole_numbers(dtype: str) -> bool:
+    return dtype in ("bool", *INTEGER_TYPES)
 
 
 def _quantized(q: Any, argument: str = "q") -> QArray:
@@ -365,14 +413,14 @@ def _pair(x: Any, q: QArray) -> tuple[_Matrix, _Matrix]:
     q = _quantized(q)
     if isinstance(x, QArray):
         raise TypeError("x is a QArray: give the array that was quantized")
-    original = _matrix(x, "x").astype(np.float64)
+    original = _matrix(x, "x")
     given = tuple(np.shape(x)) if backend_of(x) is None else tuple(x.shape)
     if given != q.shape:
         raise ValueError(f"x has shape {given} but q {q.shape}: give the array that was quantized")
-    return original, _matrix(q, "q").astype(np.float64)
+    return original, _matrix(q, "q")
 
 
-def _limits(values: _Matrix) -> tuple[float, float]:
+def _limits(values: _Numbers) -> tuple[float, float]:
     """Smallest and largest finite value, a little apart where they are equal."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
@@ -382,29 +430,51 @@ def _limits(values: _Matrix) -> tuple[float, float]:
     return low - apart, top + apart
 
 
-def _pooled(matrix: _Matrix, keep_outliers: bool = False) -> tuple[_Matrix, tuple[int, int]]:
+def _pooled(matrix: _Matrix, keep_outliers: bool = False) -> _Cells:
     """At most 256 x 256 cells, each a block's mean or, to keep outliers, its value of largest magnitude."""
-    size = tuple(-(-length // _MOST_CELLS) for length in matrix.shape)
+    shape = matrix.shape
+    what = "largest magnitude" if keep_outliers else "mean"
+    size = (-(-shape[0] // _MOST_CELLS), -(-shape[1] // _MOST_CELLS))
     if size == (1, 1):
-        return matrix, (1, 1)
-    for axis, block in enumerate(size):
-        starts = np.arange(0, matrix.shape[axis], block)
-        if keep_outliers:
-            low = np.minimum.reduceat(matrix, starts, axis=axis)
-            top = np.maximum.reduceat(matrix, starts, axis=axis)
-            matrix = np.where(np.abs(low) > np.abs(top), low, top)
-        else:
-            counts = np.diff(np.append(starts, matrix.shape[axis]))
-            counts = counts.reshape((-1, 1) if axis == 0 else (1, -1))
-            with np.errstate(invalid="ignore"):
-                matrix = np.add.reduceat(matrix / counts.repeat(counts.ravel(), axis=axis), starts, axis=axis)
-    return matrix, (size[0], size[1])
+        return _Cells(matrix.read(((0, shape[0]), (0, shape[1]))), shape, size, what)
+    grid = grid_of(shape, size)
+    most = math.prod(size)
+    mean, low, top = np.zeros(grid), np.full(grid, math.inf), np.full(grid, -math.inf)
+    with np.errstate(invalid="ignore"):
+        for box in boxes(shape, MOST_ELEMENTS, matrix.order, size):
+            part, at = matrix.read(box), touched(box, size)
+            if keep_outliers:
+                low[at] = np.minimum(low[at], by_block(np.minimum, part, size))
+                top[at] = np.maximum(top[at], by_block(np.maximum, part, size))
+            else:
+                mean[at] += by_block(np.add, part / most, size)  # divided first: cannot overflow
+    if keep_outliers:
+        return _Cells(np.where(np.abs(low) > np.abs(top), low, top), shape, size, what)
+    rows, columns = (
+        np.minimum(length - np.arange(number) * step, step)
+        for length, number, step in zip(shape, grid, size, strict=True)
+    )
+    return _Cells(mean * (most / (rows[:, None] * columns)), shape, size, what)  # the last ones may be smaller
 
 
-def _ends(q: QArray, codes: _Matrix) -> tuple[int, int]:
+def _counted(q: QArray) -> tuple[_Numbers, _Numbers]:
+    """The codes that occur, in order, and how often each does."""
+    codes, b = q.qvalue, q._backend
+    first = int(element_type(q.dtype).min)
+    counts = np.zeros(0, np.int64)
+    for box in boxes(q.shape, MOST_ELEMENTS, memory_order(codes)):
+        part = np.asarray(b.to_numpy(part_of_array(codes, box))).astype(np.int64)
+        more = np.bincount(part.ravel() - first, minlength=counts.size)
+        more[: counts.size] += counts
+        counts = more
+    there = np.flatnonzero(counts)
+    return there + first, counts[there]
+
+
+def _ends(q: QArray, codes: _Numbers) -> tuple[int, int]:
     """The codes that clipping gives. A symmetric type's range leaves one code out, unless that code is there."""
     element = element_type(q.dtype)
     lowest, highest = element.code_range(symmetric=True)
-    zero = np.zeros(1) if q.zero_point is None else _values(q.zero_point, "q")
+    zero = np.zeros(1) if q.zero_point is None else q._backend.to_numpy(q.zero_point)
     symmetric = bool((zero == element.middle).all()) and bool((codes >= lowest).all())
     return (lowest, highest) if symmetric else (element.min, element.max)

@@ -1,22 +1,38 @@
 """Numbers that say what quantization cost.
 
-Owns: ``ErrorReport``. Imports: the container, granularity, the registry. Everything is computed in float64 on NumPy.
+Owns: ``ErrorReport``, the range that codes can represent, and walking through large arrays part by part. Imports: the
+container, granularity, affine's ``spread``. Everything is computed in float64 on NumPy.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aqt_lite._arguments import as_float_array
-from aqt_lite.elements import float_type
-from aqt_lite.granularity import Granularity
+from aqt_lite._namespace import Array
+from aqt_lite.affine import spread
+from aqt_lite.elements import element_type, float_type
+from aqt_lite.granularity import Block, Granularity, grid_of
 from aqt_lite.qarray import QArray
 
 __all__ = ["BlockError", "ErrorReport", "error_report"]
+
+MOST_ELEMENTS = 1 << 16
+"""Elements looked at together: 512 KB of float64, so that the arrays made of them stay in a core's cache."""
+
+_MOST_BLOCKS = 1 << 17
+"""Blocks whose sums are kept together, where they span several parts: 6 MB."""
+
+Box = tuple[tuple[int, int], ...]
+"""Start and stop along each axis."""
+
+_Numbers = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -47,13 +63,15 @@ class ErrorReport:
     sqnr_db: float
     """Signal-to-quantization-noise ratio, ``10 log10(sum x^2 / sum e^2)``, in dB; infinite without error."""
     clipped: int
-    """Values more than half a scale off, before rounding to their own type: they lay outside the range of the codes."""
+    """Values outside the range of the codes by more than half the step at its end. Infinities are; NaN is not."""
     nbytes: int
     """Bytes of codes, scales and zero points."""
     source_nbytes: int
     """Bytes of the array that was quantized."""
     worst_blocks: tuple[BlockError, ...]
     """Blocks with the largest mean squared error, worst first."""
+    nonfinite: int = 0
+    """Values of ``x`` that are NaN or infinite: no other number but ``clipped`` counts them."""
 
     def __str__(self) -> str:
         ratio = f" ({self.source_nbytes / self.nbytes:.2f}x smaller)" if self.nbytes else ""
@@ -65,6 +83,8 @@ class ErrorReport:
             ("largest error", f"{self.max_abs_error:.6g}"),
             ("clipped values", f"{self.clipped}"),
         ]
+        if self.nonfinite:
+            rows.append(("non-finite values", f"{self.nonfinite}"))
         rows += [
             (
                 f"worst block {i}",
@@ -78,6 +98,14 @@ class ErrorReport:
 
 def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
     """How far ``q`` is from the array ``x`` that it stands for.
+
+    Both are read part by part, so a memory-mapped file is never held whole: some 20 MB are needed beside the input.
+    Numbers are sums of float64, part by part in the order in which ``x`` lies in memory: another layout of the same
+    values may change their last digits.
+
+    Values of ``x`` that are NaN or infinite are counted and left out of every other number, except that infinities lie
+    outside the range of the codes and so are among the clipped ones. Where ``q`` itself stands for NaN and ``x`` does
+    not, the errors are NaN, and such blocks come first among the worst.
 
     Parameters
     ----------
@@ -112,57 +140,159 @@ def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
         raise TypeError("error_report needs values, but x or q is being traced: call it outside the compiled function")
     if tuple(array.shape) != q.shape:
         raise ValueError(f"x has shape {tuple(array.shape)} but q {q.shape}: give the array that was quantized")
-    values = b.to_numpy(array)
-    source_nbytes = values.nbytes
-    q = q.to_backend("numpy")._aligned()
-    compute = float_type(q.float_dtype).compute
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = values.astype(np.float64)
-        error = values - np.asarray(q.dequantize()).astype(np.float64)
-        square, exponent = _squares(error)
-        signal, signal_exponent = _squares(values)
-        unrounded = values - np.asarray(q.dequantize(compute)).astype(np.float64)
-    index = _block_index(q)
-    grid = q.scale.shape
-    count = np.bincount(index.ravel(), minlength=math.prod(grid))
-    block_square = np.bincount(index.ravel(), weights=square.ravel(), minlength=math.prod(grid))
-    with np.errstate(over="ignore", under="ignore"):
-        block_mse = np.ldexp(np.divide(block_square, count, out=np.zeros(count.shape), where=count > 0), exponent)
-        mse = float(np.ldexp(square.sum() / max(error.size, 1), exponent))
-    block_max = np.zeros(count.shape)
-    np.maximum.at(block_max, index.ravel(), np.abs(error).ravel())
-    scales = np.asarray(q.scale, dtype=np.float64).ravel()
-    half = (scales[index] if index.size else np.zeros(q.shape)) * 0.5
-    slack = np.abs(values) * float(np.finfo(compute).eps) * 4  # of the scale's reciprocal and of two products
-    order = np.argsort(-block_mse, kind="stable")[: max(worst, 0)]
+    bits = float_type(b.dtype_name(array)).bits
+    walked = q._aligned()
+    if walked.transposed:
+        walked = walked[...]  # the codes in the order of their axes once, not for every part
+    block, order = q._aligned().block, memory_order(array)
+    room = _Room(), _Room()
+    total, worst_blocks = _Totals(), _Worst(max(worst, 0), grid_of(q.shape, block))
+    with np.errstate(all="ignore"):
+        for region in boxes(worst_blocks.grid, _MOST_BLOCKS, order) if q.size else ():
+            box = tuple(
+                (start * (size or 1), length if size is None else min(stop * size, length))
+                for (start, stop), size, length in zip(region, block, q.shape, strict=True)
+            )
+            blocks = _Blocks(tuple(stop - start for start, stop in box), block)
+            for inside in boxes(blocks.shape, MOST_ELEMENTS, order, block):
+                part = tuple((first + i, first + j) for (first, _), (i, j) in zip(box, inside, strict=True))
+                cost = _cost(b.to_numpy(part_of_array(array, part)), part_of(walked, part), room)
+                blocks.add(inside, cost)
+                total.add(cost)
+            worst_blocks.add(region, blocks)
     return ErrorReport(
         shape=q.shape,
         dtype=q.dtype,
         granularity=q.granularity,
-        mse=mse,
-        max_abs_error=float(np.abs(error).max(initial=0.0)),
-        sqnr_db=_decibel(float(signal.sum()), float(square.sum()), signal_exponent - exponent),
-        clipped=int((np.isinf(values) | (np.abs(unrounded) > half + slack)).sum()),
+        mse=total.mse(),
+        max_abs_error=total.largest,
+        sqnr_db=_decibel(float(total.signal.value), float(total.noise.value), total.signal.power - total.noise.power),
+        clipped=total.clipped,
         nbytes=q.nbytes,
-        source_nbytes=source_nbytes,
-        worst_blocks=tuple(
-            BlockError(
-                index=tuple(int(i) for i in np.unravel_index(int(flat), grid)),
-                mse=float(block_mse[flat]),
-                max_abs_error=float(block_max[flat]),
-                scale=float(scales[flat]),
-            )
-            for flat in order
-        ),
+        source_nbytes=q.size * bits // 8,
+        worst_blocks=tuple(worst_blocks.named()),
+        nonfinite=total.nonfinite,
     )
 
 
-def _squares(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], int]:
-    """Squares divided by a power of two, and its exponent: those of 1e-170 would be 0, and those of 1e170 infinite."""
+def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _Numbers]:
+    """Values of the smallest and the largest code of every block, on the grid of blocks, in float64.
+
+    With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
+    between rounds to the outermost code, and what lies beyond is clipped to it.
+    """
+    element = element_type(q.dtype)
+    low, after_low, before_high, high = element.min, element.min + 1, element.max - 1, element.max
+    zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), _scales(q)
+    with np.errstate(over="ignore"):
+        bottom, top = (low - zero) * scale, (high - zero) * scale
+        if slack:
+            bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
+    return bottom, top
+
+
+def _scales(q: QArray) -> _Numbers:
+    """A number for every block, in float64."""
+    return np.asarray(q._backend.to_numpy(q.scale)).astype(np.float64)
+
+
+# ---- one part
+
+
+class _Cost(NamedTuple):
+    """What one part of an array lost. Arrays are on its grid of blocks."""
+
+    square: _Numbers
+    """Sums of squared errors, divided by ``2^power``."""
+    power: int
+    largest: _Numbers
+    """Largest absolute errors."""
+    scale: _Numbers
+    signal: _Numbers
+    """Sum of squared values, divided by ``2^signal_power``."""
+    signal_power: int
+    clipped: int
+    missing: _Numbers | None
+    """How many values are not finite; None where all are."""
+    size: int
+
+
+class _Room:
+    """Memory for one part in float64, used again for the next: fresh pages would take longer than all arithmetic."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0)
+
+    def float64(self, values: _Numbers) -> _Numbers:
+        if self.memory.size < values.size:
+            self.memory = np.empty(values.size)
+        copy = self.memory[: values.size].reshape(values.shape)
+        np.copyto(copy, values)
+        return copy
+
+
+def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
+    q = q.to_backend("numpy")
+    block = q._aligned().block
+    values = room[0].float64(given)
+    everything = (None,) * values.ndim
+    signal, signal_power = _squares(values, everything)
+    kept, missing = values, None
+    if not np.isfinite(signal).all():
+        finite = np.isfinite(values)
+        missing = by_block(np.add, (~finite).astype(np.int64), block)
+        kept = np.where(finite, values, 0.0)
+        signal, signal_power = _squares(kept, everything)
+    error = room[1].float64(np.asarray(q.dequantize()))
+    np.subtract(kept, error, out=error)
+    if missing is not None:
+        error = np.where(finite, error, 0.0)
+    square, power = _squares(error, block)
+    largest = by_block(np.maximum, np.abs(error, out=error), block)
+    clipped = _clipped(values, q, None if missing is not None else largest)
+    return _Cost(square, power, largest, _scales(q), signal, signal_power, clipped, missing, values.size)
+
+
+def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
+    """How many values are outside the range; ``largest`` are the blocks' largest errors where all are finite."""
+    source, block = float_type(q.float_dtype), q._aligned().block
+    bottom, top = representable_range(q)
+    low, high = representable_range(q, slack=True)
+    # What is clipped is further than half a step from every number of its block, and mostly nothing is.
+    comparable = largest is not None and source.name == source.compute
+    if comparable and (largest <= np.minimum(bottom - low, high - top)).all():
+        return 0
+    # The scale's reciprocal and two products round: a value this close to the limit may have rounded to the end.
+    margin = 4 * float(np.finfo(source.compute).eps) * np.maximum(np.abs(low), np.abs(high))
+    low, high = (spread(limit, values.shape, block, np) for limit in (low - margin, high + margin))
+    return int(np.count_nonzero(values < low) + np.count_nonzero(values > high))
+
+
+def _squares(values: _Numbers, block: Block) -> tuple[_Numbers, int]:
+    """Sums of squares by block divided by a power of two, and its exponent.
+
+    The exponent is 0 unless squares overflow, as those of 1e170 do, or are lost, as those of 1e-170 are.
+    """
+    sums = _sums_of_squares(values, block)
+    if 2.0**-900 < sums.sum() < math.inf:
+        return sums, 0
     finite = np.abs(values[np.isfinite(values)])
     exponent = int(np.frexp(finite.max(initial=0.0))[1])
-    with np.errstate(under="ignore"):
-        return np.ldexp(values, -exponent) ** 2, 2 * exponent
+    return _sums_of_squares(np.ldexp(values, -exponent), block), 2 * exponent
+
+
+def _sums_of_squares(values: _Numbers, block: Block) -> _Numbers:
+    grid, split, summed = grid_of(values.shape, block), list[int](), list[bool]()
+    for length, size in zip(values.shape, block, strict=True):
+        inside = min(size or length, length)
+        if length % inside:  # a shorter last block
+            return by_block(np.add, values * values, block)
+        split += [length // inside, inside]
+        summed += [False, True]
+    axes = [axis for axis, length in enumerate(split) if length > 1]
+    kept = [axis for axis in axes if not summed[axis]]
+    values = values.reshape([split[axis] for axis in axes])
+    return np.asarray(np.einsum(values, axes, values, axes, kept)).reshape(grid)  # without an array of the squares
 
 
 def _decibel(signal: float, noise: float, exponent: int) -> float:
@@ -172,11 +302,190 @@ def _decibel(signal: float, noise: float, exponent: int) -> float:
     return 10 * (math.log10(signal) - math.log10(noise) + exponent * math.log10(2))
 
 
-def _block_index(q: QArray) -> np.ndarray[Any, Any]:
-    """For every element, the flat index of its block."""
-    index = np.zeros(q.shape, dtype=np.int64)
-    for axis, (length, size, blocks) in enumerate(zip(q.shape, q.block, q.scale.shape, strict=True)):
-        along = np.arange(length) // (length if size is None else size) if length else np.arange(0)
-        along = along.reshape([-1 if d == axis else 1 for d in range(q.ndim)])
-        index = index * blocks + along
-    return index
+# ---- all parts
+
+
+class _Sum:
+    """A running sum of numbers that come divided by powers of two."""
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.value, self.power = np.zeros(shape), 0
+
+    def add(self, value: _Numbers, power: int, at: Any = ...) -> None:
+        if power != self.power:
+            if not np.any(value):
+                return
+            common = max(power, self.power) if self.value.any() else power
+            self.value, value = np.ldexp(self.value, self.power - common), np.ldexp(value, power - common)
+            self.value, self.power = np.asarray(self.value), common
+        self.value[at] += value
+
+
+class _Totals:
+    """Numbers of the whole array."""
+
+    def __init__(self) -> None:
+        self.signal, self.noise, self.largest = _Sum(), _Sum(), 0.0
+        self.clipped = self.nonfinite = self.size = 0
+
+    def add(self, cost: _Cost) -> None:
+        self.signal.add(cost.signal.sum(), cost.signal_power)
+        self.noise.add(cost.square.sum(), cost.power)
+        self.largest = float(np.maximum(self.largest, cost.largest.max()))
+        self.clipped += cost.clipped
+        self.size += cost.size
+        if cost.missing is not None:
+            self.nonfinite += int(cost.missing.sum())
+
+    def mse(self) -> float:
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.ldexp(self.noise.value / max(self.size - self.nonfinite, 1), self.noise.power))
+
+
+class _Blocks:
+    """Numbers of the blocks in a region of the array, which are summed over several parts."""
+
+    def __init__(self, shape: tuple[int, ...], block: Block) -> None:
+        self.shape, self.block, grid = shape, block, grid_of(shape, block)
+        self.square, self.largest, self.scale = _Sum(grid), np.zeros(grid), np.zeros(grid)
+        self.count = np.ones(grid, dtype=np.int64)
+        for axis, (length, size, number) in enumerate(zip(shape, block, grid, strict=True)):
+            ends = np.minimum(np.arange(1, number + 1) * (size or length), length)
+            self.count *= np.diff(ends, prepend=0).reshape([-1 if d == axis else 1 for d in range(len(shape))])
+
+    def add(self, part: Box, cost: _Cost) -> None:
+        at = touched(part, tuple(size or length for size, length in zip(self.block, self.shape, strict=True)))
+        self.square.add(cost.square, cost.power, at)
+        self.largest[at] = np.maximum(self.largest[at], cost.largest)
+        self.scale[at] = cost.scale
+        if cost.missing is not None:
+            self.count[at] -= cost.missing
+
+    def mse(self) -> _Numbers:
+        mean = self.square.value / np.maximum(self.count, 1)
+        return np.asarray(np.ldexp(mean, self.square.power))
+
+
+class _Worst:
+    """The blocks with the largest errors so far; among equal ones those that come first in the grid."""
+
+    def __init__(self, most: int, grid: tuple[int, ...]) -> None:
+        self.most, self.grid = most, grid
+        self.found: list[tuple[float, tuple[int, ...], BlockError]] = []
+
+    def add(self, region: Box, blocks: _Blocks) -> None:
+        mse = blocks.mse()
+        flat = np.where(np.isnan(mse), math.inf, mse).ravel()
+        most = min(self.most, flat.size)
+        if not most:
+            return
+        least = np.partition(flat, flat.size - most)[flat.size - most]
+        chosen = [*np.flatnonzero(flat > least), *np.flatnonzero(flat == least)[:most]]
+        for i in chosen:
+            at = np.unravel_index(int(i), mse.shape)
+            index = tuple(int(j) + start for j, (start, _) in zip(at, region, strict=True))
+            numbers = (float(number[at]) for number in (mse, blocks.largest, blocks.scale))
+            self.found.append((-float(flat[i]), index, BlockError(index, *numbers)))
+        self.found = sorted(self.found, key=lambda entry: entry[:2])[: self.most]
+
+    def named(self) -> Iterator[BlockError]:
+        return (block for _, _, block in self.found)
+
+
+# ---- walking through an array
+
+
+def memory_order(array: Array) -> list[int]:
+    """Axes from the one with the longest steps in memory to the one with the shortest; as they are where unknown."""
+    strides = array.strides if isinstance(array, np.ndarray) else ()
+    return sorted(range(array.ndim), key=lambda axis: (-abs(strides[axis]) if strides else 0, axis))
+
+
+def boxes(shape: tuple[int, ...], most: int, order: Sequence[int], block: Block | None = None) -> Iterator[Box]:
+    """Boxes of about ``most`` elements that together are the whole array, along the last axes of ``order`` first.
+
+    They cut blocks that are larger than themselves, and then each lies in one row of blocks along the axis it cuts.
+    """
+    cuts: dict[int, list[tuple[int, int]]] = {}
+    for axis in reversed(order):
+        length, size = shape[axis], (block[axis] if block else None) or 1
+        whole = length if size >= length or size == 1 else size  # what may be cut anywhere
+        if whole == size <= most:
+            taken, whole = _even(length, most, size), length
+        else:
+            taken = _even(whole, most, 1)
+        starts = range(0, length, whole)
+        cuts[axis] = [
+            (start, min(start + taken, at + whole, length))
+            for at in starts
+            for start in range(at, min(at + whole, length), taken)
+        ]
+        most = max(most // taken, 1)
+    for chosen in itertools.product(*(cuts[axis] for axis in order)):
+        of_axis = dict(zip(order, chosen, strict=True))
+        yield tuple(of_axis[axis] for axis in range(len(shape)))
+
+
+def _even(length: int, most: int, multiple: int) -> int:
+    """Length of equal pieces, in whole multiples, of which ``most`` holds one."""
+    units, fit = -(-length // multiple), most // multiple
+    return -(-units // -(-units // fit)) * multiple
+
+
+def by_block(ufunc: np.ufunc, values: _Numbers, block: Block) -> _Numbers:
+    """``ufunc`` over each block: an array of the grid's shape."""
+    values = np.asarray(values)
+    for axis in reversed(range(values.ndim)):
+        length, size = values.shape[axis], block[axis]
+        if size is None or size >= length:
+            values = ufunc.reduce(values, axis=axis, keepdims=True)
+        elif size > 1:
+            values = ufunc.reduceat(values, np.arange(0, length, size), axis=axis)
+    return values
+
+
+def touched(box: Box, sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """The blocks of the given lengths that a box has a share in."""
+    return tuple(slice(start // size, -(-stop // size)) for (start, stop), size in zip(box, sizes, strict=True))
+
+
+def part_of_array(array: Array, box: Box) -> Array:
+    """A box of an array of any backend."""
+    return array if _is_whole(box, tuple(array.shape)) else array[_slices(box)]
+
+
+def part_of(q: QArray, box: Box) -> QArray:
+    """A box of a quantized array, which may cut blocks if along each axis where it does it lies in one."""
+    if _is_whole(box, q.shape):
+        return q
+    around, inside = [], []
+    for (start, stop), size, length in zip(box, q._aligned().block, q.shape, strict=True):
+        size = size or length
+        first = start // size * size
+        around.append((first, min(-(-stop // size) * size, length)))
+        inside.append((start - first, stop - first))
+    q = q[_slices(around)]
+    return q if _is_whole(inside, q.shape) else q[_slices(inside)]
+
+
+def dequantized(q: QArray, box: Box) -> _Numbers:
+    """The values of any box of a quantized array, on NumPy."""
+    around = []
+    for axis, ((start, stop), size, length) in enumerate(zip(box, q._aligned().block, q.shape, strict=True)):
+        size = size or length
+        cuts = start // size != (stop - 1) // size
+        if cuts and size > stop - start:  # a block may be far larger than the box
+            middle = stop // size * size
+            halves = ((*box[:axis], half, *box[axis + 1 :]) for half in ((start, middle), (middle, stop)))
+            return np.concatenate([dequantized(q, half) for half in halves], axis=axis)
+        around.append((start // size * size, min(-(-stop // size) * size, length)) if cuts else (start, stop))
+    values = np.asarray(q._backend.to_numpy(part_of(q, tuple(around)).dequantize()))
+    return values[tuple(slice(i - first, j - first) for (i, j), (first, _) in zip(box, around, strict=True))]
+
+
+def _is_whole(box: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> bool:
+    return all(limits == (0, length) for limits, length in zip(box, shape, strict=True))
+
+
+def _slices(box: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)

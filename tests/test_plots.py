@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
 import aqt_lite
+import aqt_lite.plots
 from aqt_lite.plots import plot_codes, plot_error, plot_matrix, plot_quantization
 
 X = np.asarray([[191.6, -13.5, 728.6], [92.14, 295.5, -184], [0, 684.6, 245.5]], "float32")
@@ -182,6 +185,76 @@ def test_large_matrices_show_means_of_blocks():
     assert ax.get_ylim() == (599.5, -0.5)
 
 
+@pytest.mark.parametrize("most", [50, 3000])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("shape", "cell"), [((5, 700), (1, 3)), ((600, 300), (3, 2)), ((1, 100_001), (1, 391))])
+def test_large_matrices_are_read_in_parts(monkeypatch, shape, cell, order, most):
+    monkeypatch.setattr(aqt_lite.plots, "MOST_ELEMENTS", most)
+    x = np.asarray(np.random.default_rng(1).standard_normal(shape), "float32", order=order)
+    starts = [np.arange(0, length, step) for length, step in zip(shape, cell, strict=True)]
+    blocks = [x[i : i + cell[0], j : j + cell[1]] for i, j in itertools.product(*starts)]
+    for q in (aqt_lite.quantize(x, granularity=aqt_lite.PerGroup(7)), aqt_lite.quantize(x, granularity=BLOCKS)):
+        values = np.asarray(q)
+        expected = {
+            "original": [block.mean(dtype="float64") for block in blocks],
+            "dequantized": [values[i : i + cell[0], j : j + cell[1]].mean() for i, j in itertools.product(*starts)],
+        }
+        for ax in panels(plot_quantization(x, q)):
+            if ax.get_title() in expected:
+                np.testing.assert_allclose(shown(ax).ravel(), expected[ax.get_title()], rtol=1e-4, atol=1e-6)
+        error = x.astype("float64") - values
+        worst = [error[i : i + cell[0], j : j + cell[1]].ravel() for i, j in itertools.product(*starts)]
+        np.testing.assert_array_equal(
+            np.abs(shown(panels(plot_error(x, q))[0])).ravel(), [np.abs(block).max() for block in worst]
+        )
+        codes, counts = np.unique(q.qvalue, return_counts=True)
+        heights = {round(bar.get_x() + 0.5): bar.get_height() for bar in panels(plot_codes(q))[0].patches}
+        assert {code: n for code, n in heights.items() if n} == dict(zip(codes.tolist(), counts.tolist(), strict=True))
+
+
+BLOCKS = aqt_lite.PerBlock((4, 411))  # no multiple of a cell, and larger than a part
+
+
+def test_memory_does_not_grow_with_the_array():
+    x = np.resize(np.random.default_rng(4).standard_normal(99991).astype("float32"), (1 << 12, 1 << 12))
+    q = aqt_lite.quantize(x, granularity=aqt_lite.PerGroup(64))
+    calls = (lambda: plot_matrix(x), lambda: plot_matrix(q), lambda: plot_quantization(x, q), lambda: plot_codes(q))
+    calls[2]()  # matplotlib is imported
+    for call in (*calls, lambda: plot_error(x, q)):
+        tracemalloc.start()
+        try:
+            call()
+            assert tracemalloc.get_traced_memory()[1] < 16e6 < x.nbytes / 4
+        finally:
+            tracemalloc.stop()
+
+
+def test_rows_are_counted_in_whole_numbers():
+    figure = plot_matrix(np.zeros((1, 3000)))
+    rendered(figure)
+    (ax,) = panels(figure)
+    assert [tick for tick in ax.get_yticks() if -0.5 <= tick <= 0.5] == [0]
+    assert all(tick == int(tick) for tick in ax.get_xticks())
+
+
+def test_an_infinite_error_can_be_read():
+    x = np.asarray([[np.inf, np.nan, 1.0, -300.0]], "float32")
+    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0, nonfinite="ignore")))
+    assert texts(ax)[:2] == ["inf", "nan"]
+    assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]  # on dark red, on an empty cell
+
+
+@pytest.mark.parametrize("times", [1, 1_000_000])
+def test_the_legend_stays_inside_and_off_the_bars(times):
+    q = aqt_lite.quantize(np.arange(-40.0, 41.0), scale=1.0)
+    figure = plot_codes(q if times == 1 else aqt_lite.quantize(np.zeros(20 * times, "float32"), scale=1.0))
+    rendered(figure)
+    (ax,) = panels(figure)
+    legend, frame = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert frame.x0 < legend.x0 < legend.x1 < frame.x1
+    assert max(bar.get_window_extent().y1 for bar in ax.patches) < legend.y0
+
+
 def test_large_matrices_have_a_shorter_last_block():
     x = np.zeros((257, 1))
     x[256] = 5.0
@@ -239,6 +312,16 @@ def test_heading_has_the_error_numbers():
     figure = plot_quantization(X, aqt_lite.quantize(X, granularity=aqt_lite.PerChannel(0)))
     assert figure.get_suptitle() == "int8, PerChannel(axis=0): SQNR 48.77 dB, largest error 2.465, 36 -> 21 bytes"
     assert rendered(figure).std() > 10
+
+
+def test_heading_counts_what_was_clipped_or_is_not_finite():
+    x = X.copy()
+    q = aqt_lite.quantize(x, scale=2.0)
+    assert plot_quantization(x, q).get_suptitle().endswith(" bytes, 3 clipped")
+    x[0, 0] = np.nan
+    figure = plot_quantization(x, q)
+    assert figure.get_suptitle().endswith(" bytes, 3 clipped, 1 not finite")
+    rendered(figure)
 
 
 def test_error_without_error():
