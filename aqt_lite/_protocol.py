@@ -17,7 +17,7 @@ import numpy as np
 
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits"]
+__all__ = ["Backend", "IntLimits", "overflow_of"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class IntLimits:
     bits: int
     min: int
     max: int
+
+
+def overflow_of(argument: str) -> ValueError:
+    """The error of a dtype that is too narrow for a result."""
+    return ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
 
 
 class Backend(ABC):
@@ -91,8 +96,23 @@ class Backend(ABC):
         return self.is_traced(x) or self.is_traced(y) or bool(self.device(x) == self.device(y))
 
     def is_traced(self, x: Array) -> bool:
-        """Whether ``x`` has no values yet (a compiler is tracing), so that no branch may depend on them."""
+        """Whether ``x`` has no values (a compiler is tracing), so that no branch may depend on them."""
         return False
+
+    def is_deferred(self, x: Array) -> bool:
+        """Whether looking at values of ``x`` would run a computation that was put off (Dask): only who asks pays."""
+        return False
+
+    def computed(self, *arrays: Array | None) -> tuple[Array | None, ...]:
+        """``arrays`` with their deferred computations run, all in one go; None stays None."""
+        return arrays
+
+    def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
+        """``x``, whose values go through ``check`` when they are computed, where the library can be told so.
+
+        Called with each part of the values, and the index in ``x`` of its first element. Raises what ``check`` raises.
+        """
+        return x
 
     def refuse(self, x: Array) -> str | None:
         """Why an array of this library cannot be used (sparse, masked), or None."""
@@ -146,7 +166,7 @@ class Backend(ABC):
 
     def when_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
         """``compute()`` if any of ``flags``, else ``otherwise``. Callers mask the result: always computing is right."""
-        return compute() if self.is_traced(flags) or bool(self.xp.any(flags)) else otherwise
+        return compute() if self.is_traced(flags) or self.is_deferred(flags) or bool(self.xp.any(flags)) else otherwise
 
     def ordered_sum(self, x: Array) -> Array:
         """``((x[0] + x[1]) + x[2]) + ...`` along the first axis, in exactly that order."""
@@ -159,10 +179,11 @@ class Backend(ABC):
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
 
-    def check_no_overflow(self, values: Array, argument: str) -> None:
-        """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
+    def check_no_overflow(self, values: Array, argument: str) -> Array:
+        """``values``; ValueError where they have infinities. ``argument`` says what was too narrow for them."""
         if bool(self.xp.any(self.xp.isinf(values))):
-            raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
+            raise overflow_of(argument)
+        return values
 
     def differentiates(self, *arrays: Array | None) -> bool:
         """Whether a derivative with respect to one of ``arrays`` may be asked for."""

@@ -15,6 +15,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_scale, check_zero_point
@@ -66,8 +67,9 @@ def quantize(
     dialect : str
         Whose conventions; "aqt_lite" are this library's own.
     nonfinite : {"raise", "ignore"}
-        NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block),
-        or statistics over the finite values, NaN coded as the zero point, and infinities saturating.
+        NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
+        with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as the zero point, and
+        infinities saturating.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -256,6 +258,8 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, constant=constant)
     source = FLOAT_TYPES[b.dtype_name(x)]
     block = block_of(granularity, x.ndim)
+    if nonfinite == "raise" and b.is_deferred(x):
+        x = b.check_when_computed(x, _check_part_finite)
     symmetric = scheme == "symmetric" and zero_point is None
     spec = affine.Spec(element, source, symmetric, block, nonfinite == "ignore")
     if scale is None:
@@ -298,15 +302,18 @@ def _on_grid(
         check(value)
         value = b.asarray(value.astype(dtype), like=x)
     elif other is None:
-        raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
+        what = refusal(value, argument) or f"{argument} is a {type(value).__name__}: give a number or an array"
+        raise TypeError(what)
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but x is {b.name}: give both from one backend")
     elif not b.can_meet(value, x):
         raise ValueError(f"{argument} is on device {b.device(value)} but x on {b.device(x)}: move one of them")
-    elif not b.is_traced(value):
+    elif not (b.is_traced(value) or b.is_deferred(value)):
         check(b.to_numpy(value))
     elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else INTEGER_TYPES):
         raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")
+    else:
+        value = b.check_when_computed(value, lambda values, start: check(values))
     value = b.xp.astype(value, b.dtype(dtype))
 
     shape, grid = tuple(x.shape), grid_of(tuple(x.shape), block)
@@ -324,10 +331,18 @@ def _on_grid(
 
 def _check_finite(x: Array, scale: Array, spec: affine.Spec, b: Backend) -> None:
     """Raise where a NaN scale tells that its block of ``x`` has non-finite values."""
-    if spec.ignore_nonfinite or b.is_traced(scale) or not bool(b.xp.any(b.xp.isnan(scale))):
+    if spec.ignore_nonfinite or b.is_traced(scale) or b.is_deferred(scale):
         return
-    bad = ~np.isfinite(b.to_numpy(x).astype(spec.source.compute))
-    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+    if bool(b.xp.any(b.xp.isnan(scale))):
+        _check_part_finite(b.to_numpy(x), (0,) * x.ndim)
+
+
+def _check_part_finite(values: np.ndarray[Any, Any], start: tuple[int, ...]) -> None:
+    """ValueError where ``values``, the part of x that begins at index ``start``, are not all finite."""
+    bad = ~np.isfinite(values)
+    if not bad.any():
+        return
+    first = tuple(int(i) + offset for i, offset in zip(np.unravel_index(np.argmax(bad), bad.shape), start, strict=True))
     raise ValueError(
         f"x has {int(bad.sum())} non-finite values of {bad.size}, the first at index {first}: "
         f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aqt_lite._foreign import refusal
 from aqt_lite._registry import backend_of
 from aqt_lite.elements import FLOAT_TYPES, element_type
 from aqt_lite.qarray import QArray
@@ -340,7 +341,8 @@ def _values(x: Any, argument: str) -> _Matrix:
         x = b.to_numpy(x)
     elif not isinstance(x, int | float | list | tuple):
         raise TypeError(
-            f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
+            refusal(x, argument)
+            or f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
         )
     try:
         values = np.asarray(x)

@@ -17,14 +17,16 @@ Invariants, for ``q`` with ``n`` dimensions:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from aqt_lite import affine
 from aqt_lite._dispatch import run
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import check_scale, check_zero_point
@@ -118,7 +120,8 @@ class QArray:
         """
         b = backend_of(qvalue)
         if b is None:
-            raise TypeError(f"qvalue is a {type(qvalue).__name__}: give an array of integer codes")
+            what = f"qvalue is a {type(qvalue).__name__}: give an array of integer codes"
+            raise TypeError(refusal(qvalue, "qvalue") or what)
         source, element = float_type(float_dtype, "float_dtype"), element_type(b.dtype_name(qvalue))
         if zero_point is None and element.middle:
             raise ValueError(
@@ -143,10 +146,9 @@ class QArray:
                 raise ValueError(
                     f"{name} is on device {b.device(value)} but qvalue on {b.device(qvalue)}: move one of them"
                 )
-        if not b.is_traced(scale):
-            check_scale(b.to_numpy(scale), source)
-        if zero_point is not None and not b.is_traced(zero_point):
-            check_zero_point(b.to_numpy(zero_point), element)
+        scale = _checked(scale, partial(check_scale, source=source), b)
+        if zero_point is not None:
+            zero_point = _checked(zero_point, partial(check_zero_point, element=element), b)
         return cls(qvalue, scale, zero_point, element.name, block, source.name)
 
     # ---- what it is
@@ -202,7 +204,7 @@ class QArray:
         spec = affine.Spec(element_type(self.dtype), source, symmetric=False, block=q.block)
         values = run(b, "dequantize", affine.dequantize, q.qvalue, q.scale, q.zero_point, spec=spec, out=out.name)
         if out.max < source.max and not b.is_traced(values):
-            b.check_no_overflow(values, out.name)
+            values = b.check_no_overflow(values, out.name)
         return values
 
     # ---- what can be done with it
@@ -222,7 +224,7 @@ class QArray:
         if any(b.is_traced(leaf) for leaf in self._leaves() if leaf is not None):
             raise TypeError(f"to_backend({name!r}) inside a traced function: move the QArray before or after it")
         storage, scale, zero_point = (
-            None if leaf is None else target.asarray(b.to_numpy(leaf)) for leaf in self._leaves()
+            None if leaf is None else target.asarray(b.to_numpy(leaf)) for leaf in b.computed(*self._leaves())
         )
         return replace(self, storage=storage, scale=scale, zero_point=zero_point)
 
@@ -303,6 +305,8 @@ class QArray:
             head = f"{self.dtype}, shape={self.shape}, {self.granularity}, of {self.float_dtype}, {b.name}"
             if any(b.is_traced(leaf) for leaf in self._leaves() if leaf is not None):
                 return f"QArray({head}, traced)"
+            if any(b.is_deferred(leaf) for leaf in self._leaves() if leaf is not None):
+                return f"QArray({head}, deferred)"
             lines = [f"QArray({head})"]
             for name, leaf in [("qvalue", self.qvalue), ("scale", self.scale), ("zero_point", self.zero_point)]:
                 if leaf is not None:
@@ -389,6 +393,14 @@ def _nbytes(leaf: Array, b: Backend) -> int:
     name = b.dtype_name(leaf)
     bits = float_type(name).bits if name in ("float32", "float64") else b.int_limits(name).bits
     return int(np.prod(tuple(leaf.shape), dtype=np.int64)) * bits // 8
+
+
+def _checked(values: Array, check: Callable[[Any], None], b: Backend) -> Array:
+    """``values``, checked now where they are known, or else, if the library can, when they are computed."""
+    if b.is_traced(values) or b.is_deferred(values):
+        return b.check_when_computed(values, lambda part, start: check(part))
+    check(b.to_numpy(values))
+    return values
 
 
 def _kind(value: Any) -> str:

@@ -104,7 +104,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
-        b.check_no_overflow(y, "float16")
+        y = b.check_no_overflow(y, "float16")
     return y
 
 
