@@ -99,10 +99,10 @@ class GenericBackend(Backend):
     def integer_matmul(self, x: Array, w: Array) -> Array:
         if hasattr(self._xp, "float64"):
             return super().integer_matmul(x, w)
-        xp = self._xp
+        xp, length = self._xp, int(x.shape[-1])
         total = None
-        for start in range(0, int(x.shape[-1]), _TERMS):
-            part = slice(start, start + _TERMS)
+        for start in range(0, length, _TERMS):
+            part = slice(start, min(start + _TERMS, length))
             left, right = (xp.astype(v[..., part], xp.float32) for v in (x, w))
             terms = xp.astype(xp.matmul(left, xp.matrix_transpose(right)), xp.int32)
             total = terms if total is None else total + terms
@@ -141,8 +141,8 @@ class _Dask(GenericBackend):
             return f"has chunks of unknown size (shape {tuple(x.shape)}): call x.compute_chunk_sizes() first"
         if isinstance(x._meta, np.ma.MaskedArray):
             return "has masked chunks, and codes have no mask: fill them first, as with x.map_blocks(np.ma.filled)"
-        other = refusal(x._meta, "a chunk")
-        return None if other is None else f"has chunks of another library: {other}"
+        why = refusal(x._meta, "a chunk")
+        return None if why is None else f"has chunks of another library ({why}): convert them with x.map_blocks"
 
 
 class _Ndonnx(GenericBackend):

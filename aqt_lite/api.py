@@ -259,7 +259,7 @@ def _prepare(
     source = FLOAT_TYPES[b.dtype_name(x)]
     block = block_of(granularity, x.ndim)
     if nonfinite == "raise" and b.is_deferred(x):
-        x = b.check_when_computed(x, _check_part_finite)
+        x = b.check_when_computed(x, _check_chunk)
     symmetric = scheme == "symmetric" and zero_point is None
     spec = affine.Spec(element, source, symmetric, block, nonfinite == "ignore")
     if scale is None:
@@ -334,16 +334,27 @@ def _check_finite(x: Array, scale: Array, spec: affine.Spec, b: Backend) -> None
     if spec.ignore_nonfinite or b.is_traced(scale) or b.is_deferred(scale):
         return
     if bool(b.xp.any(b.xp.isnan(scale))):
-        _check_part_finite(b.to_numpy(x), (0,) * x.ndim)
+        raise _nonfinite_values(b.to_numpy(x))
 
 
-def _check_part_finite(values: np.ndarray[Any, Any], start: tuple[int, ...]) -> None:
-    """ValueError where ``values``, the part of x that begins at index ``start``, are not all finite."""
-    bad = ~np.isfinite(values)
-    if not bad.any():
-        return
-    first = tuple(int(i) + offset for i, offset in zip(np.unravel_index(np.argmax(bad), bad.shape), start, strict=True))
-    raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}, the first at index {first}: "
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...]) -> None:
+    """The same for the values of one chunk of x, which begins at index ``start``."""
+    if not _are_finite(values).all():
+        raise _nonfinite_values(values, start)
+
+
+def _are_finite(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
+        return np.isfinite(values)
+
+
+def _nonfinite_values(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> ValueError:
+    """The error of an x with ``values``, or of its chunk that begins at ``start``."""
+    bad = ~_are_finite(values)
+    where = "" if start is None else f" in the chunk at {start}"
+    offsets = start or (0,) * bad.ndim
+    first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    return ValueError(
+        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
         f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
     )

@@ -135,7 +135,8 @@ class QArray:
         for name, value, dtype in wanted:
             other = backend_of(value)
             if other is not b:
-                raise TypeError(f"{name} is {_kind(value)} but qvalue is {b.name}: give arrays of one backend")
+                what = f"{name} is {_kind(value)} but qvalue is {b.name}: give arrays of one backend"
+                raise TypeError(refusal(value, name) or what)
             if tuple(value.shape) != grid:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}: {granularity} of {tuple(qvalue.shape)} is {grid}"
