@@ -345,7 +345,8 @@ def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...]) -> None:
 
 def _are_finite(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        return np.isfinite(values)
+        finite: np.ndarray[Any, Any] = np.isfinite(values)
+        return finite
 
 
 def _nonfinite_values(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> ValueError:
