@@ -160,11 +160,28 @@ class _Ndonnx(GenericBackend):
 
 
 class _Mlx(GenericBackend):
-    """MLX: the standard's names, without the dtype of a sum."""
+    """MLX: the standard's names, without the dtype of a sum; and derivatives."""
 
     def __init__(self, xp: Any) -> None:
         super().__init__(xp)
         self._xp = _MlxNamespace(xp)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return self._xp.stop_gradient(x)
+
+    def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
+        xp = self._xp
+
+        def chosen(x: Array, y: Array, inside: Array) -> Array:
+            return y
+
+        def vjp(primals: Any, cotangent: Array, output: Array) -> tuple[Array, Array, Array]:
+            _, y, inside = primals
+            return xp.where(inside, cotangent, xp.zeros_like(cotangent)), xp.zeros_like(y), xp.zeros_like(inside)
+
+        function = xp.custom_function(chosen)
+        function.vjp(vjp)
+        return function(x, y, inside)
 
 
 class _MlxNamespace:

@@ -203,12 +203,27 @@ def test_chunks_that_are_not_plain_arrays():
 # ---- MLX, ndonnx
 
 
-def test_mlx_passes_the_conformance_suite():
-    mx = pytest.importorskip("mlx.core", reason="MLX has wheels for Linux on x86-64 and for macOS only")
+@pytest.fixture(scope="module")
+def mx():
+    return pytest.importorskip("mlx.core", reason="MLX has wheels for recent Linux on x86-64 and for macOS only")
+
+
+def test_mlx_passes_the_conformance_suite(mx):
     assert check_backend(backend_of(mx.zeros(1))).passed
     q = quantize(mx.array(X), granularity=PerGroup(4))
     assert isinstance(q.storage, mx.array)
     assert_same_bits(q, quantize(X, granularity=PerGroup(4)))
+
+
+def test_mlx_gradients_go_straight_through(mx):
+    x, weight = mx.array(np.asarray([0.26, 1.0, -90.0, 0.3], "float32")), mx.array([1.0, 2.0, 3.0, 4.0])
+
+    def loss(x, **how):
+        return (fake_quantize(x, **how) * weight).sum()
+
+    assert mx.grad(lambda x: loss(x, scale=0.5))(x).tolist() == [1.0, 2.0, 0.0, 4.0]  # the third is clipped
+    assert mx.grad(loss)(x).tolist() == [1.0, 2.0, 3.0, 4.0]  # nothing flows into the scale
+    assert_same_bits(mx.compile(lambda x: quantize(x).qvalue)(x), quantize(np.asarray(x)).qvalue)
 
 
 @pytest.fixture(scope="module")
