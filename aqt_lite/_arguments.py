@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of, get_backend
@@ -99,7 +100,8 @@ def check_floats(x: Array, argument: str, b: Backend) -> None:
 def _from_list(x: Any, argument: str) -> np.ndarray[Any, Any]:
     if not isinstance(x, int | float | list | tuple) or isinstance(x, bool):
         raise TypeError(
-            f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
+            refusal(x, argument)
+            or f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
         )
     try:
         wide = np.asarray(x)

@@ -20,7 +20,7 @@ from aqt_lite._arithmetic import ExactArithmetic
 from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits", "check_no_overflow"]
+__all__ = ["Backend", "IntLimits", "overflow_of"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class IntLimits:
     bits: int
     min: int
     max: int
+
+
+def overflow_of(argument: str) -> ValueError:
+    """The error of a dtype that is too narrow for a result."""
+    return ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
 
 
 class Backend(ExactArithmetic, ABC):
@@ -107,12 +112,23 @@ class Backend(ExactArithmetic, ABC):
         return self.is_traced(x) or self.is_traced(y) or bool(self.device(x) == self.device(y))
 
     def is_traced(self, x: Array) -> bool:
-        """Whether ``x`` has no values yet (a compiler is tracing), so that no branch may depend on them."""
+        """Whether ``x`` has no values (a compiler is tracing), so that no branch may depend on them."""
         return False
 
     def is_deferred(self, x: Array) -> bool:
-        """Whether looking at a value of ``x`` would run a computation that has been put off (Dask, ndonnx)."""
+        """Whether looking at values of ``x`` would run a computation that was put off (Dask): only who asks pays."""
         return False
+
+    def computed(self, *arrays: Array | None) -> tuple[Array | None, ...]:
+        """``arrays`` with their deferred computations run, all in one go; None stays None."""
+        return arrays
+
+    def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
+        """``x``, whose values go through ``check`` when they are computed, where the library can be told so.
+
+        Called with each part of the values, and the index in ``x`` of its first element. Raises what ``check`` raises.
+        """
+        return x
 
     def has_values(self, x: Array) -> bool:
         """Whether values of ``x`` may be looked at without more ado."""
@@ -128,11 +144,17 @@ class Backend(ExactArithmetic, ABC):
         Only to save time: callers take from the result what is flagged, so that always computing is right, too. That is
         what the default does where a compiler is tracing; override where a program can branch on a value.
         """
-        return compute() if self.is_traced(flags) or bool(self.xp.any(flags)) else otherwise
+        return compute() if not self.has_values(flags) or bool(self.xp.any(flags)) else otherwise
 
     def contiguous(self, x: Array) -> Array:
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
+
+    def check_no_overflow(self, values: Array, argument: str) -> Array:
+        """``values``; ValueError where they have infinities. ``argument`` says what was too narrow for them."""
+        if bool(self.xp.any(self.xp.isinf(values))):
+            raise overflow_of(argument)
+        return values
 
     def differentiates(self, *arrays: Array | None) -> bool:
         """Whether a derivative with respect to one of ``arrays`` may be asked for."""
@@ -165,9 +187,3 @@ class Backend(ExactArithmetic, ABC):
         names: tuple[str, ...],
     ) -> None:
         """Teach the library's tree utilities that ``cls`` is a node with static metadata."""
-
-
-def check_no_overflow(values: Array, argument: str, b: Backend) -> None:
-    """ValueError where ``values`` has infinities; ``argument`` says what was too narrow for them."""
-    if bool(b.xp.any(b.xp.isinf(values))):
-        raise ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")

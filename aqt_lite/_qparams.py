@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
@@ -53,7 +54,9 @@ def check_zero_point(zero_point: Any, spec: Spec) -> None:
     low, high = spec.element.codes
     codes = f"a code of {spec.element.name}, {low} to {high}"
     if not spec.element.zero_points:
-        raise ValueError(f"zero_point is given, but {spec.element.name} has none: its codes are no evenly spaced integers")
+        raise ValueError(
+            f"zero_point is given, but {spec.element.name} has none: its codes are no evenly spaced integers"
+        )
     if isinstance(zero_point, float):
         raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
     values = np.asarray(zero_point)
@@ -116,11 +119,15 @@ def on_grid(
         check(value)
         value = b.asarray(value.astype(dtype), like=x)
     elif other is None:
-        raise TypeError(f"{argument} is a {type(value).__name__}: give a number or an array")
+        raise TypeError(
+            refusal(value, argument) or f"{argument} is a {type(value).__name__}: give a number or an array"
+        )
     elif other is not b:
         raise TypeError(f"{argument} is a {other.name} array but {name_of_x} is {b.name}: give both from one backend")
     elif not b.share_a_device(value, x):
-        raise ValueError(f"{argument} is on device {b.device(value)} but {name_of_x} on {b.device(x)}: move one of them")
+        raise ValueError(
+            f"{argument} is on device {b.device(value)} but {name_of_x} on {b.device(x)}: move one of them"
+        )
     elif b.has_values(value):
         given = b.to_numpy(value)
         check(given)
@@ -131,6 +138,8 @@ def on_grid(
             )
     elif b.dtype_name(value) not in (FLOAT_TYPES if dtype != "int32" else INTEGER_TYPES):
         raise TypeError(f"{argument} has dtype {b.dtype_name(value)}: it must convert to {dtype}")
+    elif b.is_deferred(value):
+        value = b.check_when_computed(value, lambda values, start: check(values))
     value = b.xp.astype(value, b.dtype(dtype))
 
     grid = grid_of(shape, spec.block)

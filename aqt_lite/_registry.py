@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._foreign import refusal
+from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, is_array
 from aqt_lite._protocol import Backend
@@ -176,6 +178,8 @@ def backend_of(x: Array) -> Backend | None:
 
 
 def _find(array_type: type, x: Array) -> Backend | None:
+    if refusal(x, "x"):
+        return None
     roots = [cls.__module__.partition(".")[0] for cls in array_type.__mro__]
     for root in roots:
         for name, builtin in _BUILTIN.items():
@@ -192,8 +196,6 @@ def _find(array_type: type, x: Array) -> Backend | None:
         if any(root in adapter.array_modules for root in roots):
             return adapter
     if is_array(x):
-        from aqt_lite.backends.generic import GenericBackend
-
         generic = GenericBackend.for_array(x)
         with _lock:
             found = _instances.setdefault(generic.name, generic)  # known by name from here on

@@ -186,7 +186,11 @@ class ArrayShapes:
             return q.mT
         xp = q._backend.xp
         new = {
-            name: None if leaf is None else leaf.transpose(order) if hasattr(leaf, "_checked") else xp.permute_dims(leaf, order)
+            name: None
+            if leaf is None
+            else leaf.transpose(order)
+            if hasattr(leaf, "_checked")
+            else xp.permute_dims(leaf, order)
             for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
         }
         codes = xp.permute_dims(q.qvalue, order)
@@ -338,7 +342,9 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
         if _kind(q) != _kind(first):
             raise ValueError(f"concatenate of {_kind(first)} and {_kind(q)}: bring them to one format first")
         if q.ndim != first.ndim or any(q.shape[d] != first.shape[d] for d in range(q.ndim) if d != axis):
-            raise ValueError(f"concatenate of shapes {first.shape} and {q.shape} along axis {axis}: the others must agree")
+            raise ValueError(
+                f"concatenate of shapes {first.shape} and {q.shape} along axis {axis}: the others must agree"
+            )
     size = first.block[axis]
     if size is None and len(qs) > 1:
         raise ValueError(
@@ -391,9 +397,7 @@ def _joined_scales(parts: list[Any], axis: int) -> Any:
     if first.scale is None:
         parts = [replace(p, block=(1,) * p.ndim) for p in parts]
         return replace(concatenate(parts, axis), block=first.block)
-    raise ValueError(
-        "concatenate of arrays whose scales share a scale themselves: join the values before quantizing"
-    )
+    raise ValueError("concatenate of arrays whose scales share a scale themselves: join the values before quantizing")
 
 
 def _quantized(arrays: Any) -> list[Any]:

@@ -140,7 +140,6 @@ class Recipe:
     ignore_nonfinite: bool = False
     """Take statistics over finite values only, instead of marking a block that has others with a NaN scale."""
 
-
     def centred(self, spec: Spec) -> bool:
         """Whether numbers reach as far below zero (or the offset) as above it."""
         return self.symmetric or (self.offset and spec.element.signed)

@@ -91,8 +91,9 @@ def quantize(
     dialect : str
         Whose conventions; "aqt_lite" are this library's own.
     nonfinite : {"raise", "ignore"}
-        NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block),
-        or statistics over the finite values, NaN coded as zero, and infinities saturating.
+        NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
+        with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as zero, and infinities
+        saturating.
     on_clip : {"saturate", "raise"}
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them, or a ValueError that counts them.
@@ -321,15 +322,23 @@ def _prepare(
     if from_data:
         one_of("offset", offset, ("data",))
         if scheme != "affine" or scale is not None:
-            raise ValueError("offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale")
+            raise ValueError(
+                "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
+            )
     element = form.element
     if scheme == "affine" and offset is None and not element.zero_points:
-        raise ValueError(f"scheme='affine' is not possible: {form.name} has no zero points; offset='data' may serve instead")
+        raise ValueError(
+            f"scheme='affine' is not possible: {form.name} has no zero points; offset='data' may serve instead"
+        )
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = FLOAT_TYPES[b.dtype_name(x)]
+    if nonfinite == "raise" and b.is_deferred(x):
+        x = b.check_when_computed(x, _check_chunk)
     granularity = form.granularity if granularity is None else granularity
     if x.ndim == 0 and form.group is not None and granularity == form.granularity:
-        raise ValueError(f"x is 0-dimensional: {form.name} has groups along the last axis; give an array of 1 dimension")
+        raise ValueError(
+            f"x is 0-dimensional: {form.name} has groups along the last axis; give an array of 1 dimension"
+        )
     spec = affine.Spec(form, source, block_of(granularity, x.ndim))
     has_offset = offset is not None
     recipe = affine.Recipe(
@@ -388,7 +397,9 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
             raise ValueError(f"key is given, but rounding={rounding!r} uses none: pass rounding='stochastic'")
         return None
     if key is None:
-        raise ValueError("rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer")
+        raise ValueError(
+            "rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer"
+        )
     if int(np.prod(tuple(x.shape), dtype=np.int64)) >= MOST_ELEMENTS:
         raise ValueError(f"rounding='stochastic' numbers up to {MOST_ELEMENTS} elements: quantize x in parts")
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
@@ -400,7 +411,9 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
         raise TypeError(f"key is a {other.name} array but x is {b.name}: give an integer, or an array of {b.name}")
     if other is None or b.dtype_name(key) not in ("int32", "uint32") or tuple(key.shape) != (2,):
         kind = type(key).__name__ if other is None else f"{b.dtype_name(key)} array of shape {tuple(key.shape)}"
-        raise TypeError(f"key is a {kind}: give an integer, or an array of two 32-bit integers (jax.random.key_data(key))")
+        raise TypeError(
+            f"key is a {kind}: give an integer, or an array of two 32-bit integers (jax.random.key_data(key))"
+        )
     words = b.xp.astype(key, b.xp.int32)
     return b.xp.concat([words & 0xFFFF, (words >> 16) & 0xFFFF])
 
@@ -408,7 +421,11 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
 def _kept_scale(scale: QArray, spec: affine.Spec, grid: tuple[int, ...], b: Backend) -> affine.Coded:
     wanted = spec.format.scale
     if wanted is None or (scale.dtype, scale.scale is not None) != (wanted.name, wanted.scaled):
-        kept = "plain numbers" if wanted is None else f"{wanted.name}{'' if wanted.scaled else ' without a scale of their own'}"
+        kept = (
+            "plain numbers"
+            if wanted is None
+            else f"{wanted.name}{'' if wanted.scaled else ' without a scale of their own'}"
+        )
         raise TypeError(
             f"scale is a QArray of {scale.dtype}, but {spec.format.name} keeps its scales as {kept}: give the same "
             f"scale_dtype as to choose_qparams, or numbers: scale.dequantize()"
@@ -431,14 +448,8 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     nan = b.xp.isnan(numbers)
     if not bool(b.xp.any(nan)):
         return
-    values = b.to_numpy(x).astype(spec.source.compute)
-    bad = ~np.isfinite(values)
-    if bad.any() and not call.recipe.ignore_nonfinite:
-        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
-        raise ValueError(
-            f"x has {int(bad.sum())} non-finite values of {bad.size}, the first at index {first}: "
-            f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
-        )
+    if not call.recipe.ignore_nonfinite:
+        _check_chunk(b.to_numpy(x))
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(nan, b.xp.int32))))
@@ -446,6 +457,21 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
             f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie between "
             f"{form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or 'float8_e8m0fnu'"
         )
+
+
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> None:
+    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite."""
+    with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
+        bad = ~np.isfinite(values)
+    if not bad.any():
+        return
+    where = "" if start is None else f" in the chunk at {start}"
+    offsets = start or (0,) * bad.ndim
+    first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    raise ValueError(
+        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
+        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    )
 
 
 def _check_clipped(x: Array, qparams: affine.QParams, call: _Call) -> None:

@@ -517,4 +517,3 @@ def dtype_name(dtype: object) -> str:
         return dtype
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     return str(name).rsplit(".", 1)[-1]
-

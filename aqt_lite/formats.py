@@ -214,7 +214,5 @@ def element_type(dtype: str) -> ElementType:
     """The element type of a stored array: of a format that users name, or of scales."""
     found = FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
     if found is None:
-        raise ValueError(
-            f"dtype={dtype!r} is not known here: register its format first, with aqt_lite.register_format"
-        )
+        raise ValueError(f"dtype={dtype!r} is not known here: register its format first, with aqt_lite.register_format")
     return found.element

@@ -18,6 +18,7 @@ from aqt_lite._protocol import Backend
 
 __all__ = ["bytes_of", "pack", "unpack"]
 
+
 def bytes_of(length: int, bits: int) -> int:
     """Bytes that a row of ``length`` codes takes."""
     return -(-length * bits // 8)

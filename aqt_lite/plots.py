@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES
@@ -382,7 +383,8 @@ def _array(x: Any, argument: str) -> Array:
         name = b.dtype_name(x)
     elif not isinstance(x, int | float | list | tuple):
         raise TypeError(
-            f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
+            refusal(x, argument)
+            or f"{argument} is a {type(x).__name__}: give an array of NumPy, JAX, torch or another library, or a list"
         )
     else:
         try:

@@ -27,8 +27,9 @@ import numpy as np
 
 from aqt_lite import affine
 from aqt_lite._dispatch import run
+from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend, check_no_overflow
+from aqt_lite._protocol import Backend
 from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes
@@ -158,7 +159,8 @@ class QArray(ArrayShapes):
         """
         b = backend_of(qvalue)
         if b is None:
-            raise TypeError(f"qvalue is a {type(qvalue).__name__}: give an array of integer codes")
+            what = f"qvalue is a {type(qvalue).__name__}: give an array of integer codes"
+            raise TypeError(refusal(qvalue, "qvalue") or what)
         problem = b.why_unusable(qvalue)
         if problem:
             raise TypeError(f"qvalue {problem}")
@@ -192,6 +194,8 @@ class QArray(ArrayShapes):
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
         if b.has_values(qvalue):
             check_codes(b.to_numpy(qvalue), spec, get_backend("numpy"))
+        elif b.is_deferred(qvalue):
+            qvalue = b.check_when_computed(qvalue, lambda part, _: check_codes(part, spec, get_backend("numpy")))
         return cls._of(affine.Coded(qvalue, scale, zero_point, offset), spec)
 
     @classmethod
@@ -273,8 +277,8 @@ class QArray(ArrayShapes):
         source = float_type(self.float_dtype)
         out = source if dtype is None else float_type(dtype)
         values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
-        if out.max < source.max and b.has_values(values):
-            check_no_overflow(values, out.name, b)
+        if out.max < source.max and not b.is_traced(values):
+            values = b.check_no_overflow(values, out.name)
         return values
 
     # ---- what can be done with it
@@ -293,7 +297,8 @@ class QArray(ArrayShapes):
             return self
         if any(b.is_traced(a) for a in self._arrays()):
             raise TypeError(f"to_backend({name!r}) inside a traced function: move the QArray before or after it")
-        return self._with_each(lambda a: target.asarray(b.to_numpy(a)), lambda q: q.to_backend(name))
+        known = iter(b.computed(*self._arrays()))  # all in one go
+        return self._with_each(lambda a: target.asarray(b.to_numpy(next(known))))
 
     def to_device(self, device: Any) -> QArray:
         """The same bits on another device of the same library.
@@ -305,12 +310,12 @@ class QArray(ArrayShapes):
         'cpu'
         """
         b = self._backend
-        return self._with_each(lambda a: b.to_device(a, device), lambda q: q.to_device(device))
+        return self._with_each(lambda a: b.to_device(a, device))
 
     def copy(self) -> QArray:
         """The same bits in arrays of their own."""
         b = self._backend
-        return self._with_each(lambda a: b.xp.asarray(a, copy=True), lambda q: q.copy())
+        return self._with_each(lambda a: b.xp.asarray(a, copy=True))
 
     def for_dense(self) -> QArray:
         """The same array, its codes stored as (..., out, in): the order in which :func:`aqt_lite.dense` reads fastest.
@@ -428,10 +433,10 @@ class QArray(ArrayShapes):
                 found += leaf._arrays() if isinstance(leaf, QArray) else [leaf]
         return found
 
-    def _with_each(self, of_array: Callable[[Array], Array], of_nested: Callable[[QArray], QArray]) -> QArray:
-        """The same with every leaf replaced."""
+    def _with_each(self, function: Callable[[Array], Array]) -> QArray:
+        """The same with ``function`` applied to every array, in the order of ``_arrays``."""
         new = {
-            name: None if leaf is None else of_nested(leaf) if isinstance(leaf, QArray) else of_array(leaf)
+            name: None if leaf is None else leaf._with_each(function) if isinstance(leaf, QArray) else function(leaf)
             for name, leaf in zip(_LEAVES, self._leaves(), strict=True)
         }
         return replace(self, **new)
@@ -491,7 +496,8 @@ class QArray(ArrayShapes):
 
     def _checked(self) -> QArray:
         """With one block entry for each axis (mapping drops or adds leading axes, one block each), after checking that
-        the parts fit each other."""
+        the parts fit each other.
+        """
         if self.version > CONTRACT_VERSION:
             raise ValueError(
                 f"this QArray follows version {self.version} of the contract, and this library version "
@@ -561,7 +567,11 @@ def _as_codes(qvalue: Array, form: Format, b: Backend, *, said: bool) -> Array:
     if name == element.storage:
         return qvalue
     if name == element.name and name not in INTEGER_TYPES:  # the library has the type itself
-        return b.bits_of(qvalue) if not name.lstrip("u").startswith("int") else b.xp.astype(qvalue, b.dtype(element.storage))
+        return (
+            b.bits_of(qvalue)
+            if not name.lstrip("u").startswith("int")
+            else b.xp.astype(qvalue, b.dtype(element.storage))
+        )
     if name not in INTEGER_TYPES or not said:
         raise TypeError(f"qvalue has dtype {name}: codes of {form.name} are kept as {element.storage}")
     if b.has_values(qvalue):

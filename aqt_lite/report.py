@@ -1,7 +1,7 @@
 """Numbers that say what quantization cost.
 
 Owns: ``ErrorReport``, the range that codes can represent, and walking through large arrays part by part. Imports: the
-container, granularity, affine's ``spread``. Everything is computed in float64 on NumPy.
+container, granularity, blocks of arrays. Everything is computed in float64 on NumPy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqt_lite._arguments import as_float_array
+from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
-from aqt_lite.affine import spread
-from aqt_lite.elements import element_type, float_type
+from aqt_lite._registry import get_backend
+from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
 from aqt_lite.qarray import QArray
 
@@ -141,10 +142,10 @@ def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
     if tuple(array.shape) != q.shape:
         raise ValueError(f"x has shape {tuple(array.shape)} but q {q.shape}: give the array that was quantized")
     bits = float_type(b.dtype_name(array)).bits
-    walked = q._aligned()
+    walked = q._checked()
     if walked.transposed:
         walked = walked[...]  # the codes in the order of their axes once, not for every part
-    block, order = q._aligned().block, memory_order(array)
+    block, order = q._checked().block, memory_order(array)
     room = _Room(), _Room()
     total, worst_blocks = _Totals(), _Worst(max(worst, 0), grid_of(q.shape, block))
     with np.errstate(all="ignore"):
@@ -181,11 +182,12 @@ def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _N
     With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
     between rounds to the outermost code, and what lies beyond is clipped to it.
     """
-    element = element_type(q.dtype)
-    low, after_low, before_high, high = element.min, element.min + 1, element.max - 1, element.max
+    numbers = q._element.levels(get_backend("numpy"))
+    low, after_low, before_high, high = numbers[0], numbers[1], numbers[-2], numbers[-1]
     zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), _scales(q)
+    offset = 0.0 if q.offset is None else _numbers(q.offset, q)
     with np.errstate(over="ignore"):
-        bottom, top = (low - zero) * scale, (high - zero) * scale
+        bottom, top = (low - zero) * scale + offset, (high - zero) * scale + offset
         if slack:
             bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
     return bottom, top
@@ -193,7 +195,14 @@ def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _N
 
 def _scales(q: QArray) -> _Numbers:
     """A number for every block, in float64."""
-    return np.asarray(q._backend.to_numpy(q.scale)).astype(np.float64)
+    if q.scale is None:
+        return np.ones(grid_of(q.shape, q._checked().block))
+    return _numbers(q.scale, q)
+
+
+def _numbers(kept: Any, q: QArray) -> _Numbers:
+    values = kept.dequantize() if isinstance(kept, QArray) else kept
+    return np.asarray(q._backend.to_numpy(values)).astype(np.float64)
 
 
 # ---- one part
@@ -233,7 +242,7 @@ class _Room:
 
 def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
     q = q.to_backend("numpy")
-    block = q._aligned().block
+    block = q._checked().block
     values = room[0].float64(given)
     everything = (None,) * values.ndim
     signal, signal_power = _squares(values, everything)
@@ -255,7 +264,7 @@ def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
 
 def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
     """How many values are outside the range; ``largest`` are the blocks' largest errors where all are finite."""
-    source, block = float_type(q.float_dtype), q._aligned().block
+    source, block = float_type(q.float_dtype), q._checked().block
     bottom, top = representable_range(q)
     low, high = representable_range(q, slack=True)
     # What is clipped is further than half a step from every number of its block, and mostly nothing is.
@@ -459,7 +468,7 @@ def part_of(q: QArray, box: Box) -> QArray:
     if _is_whole(box, q.shape):
         return q
     around, inside = [], []
-    for (start, stop), size, length in zip(box, q._aligned().block, q.shape, strict=True):
+    for (start, stop), size, length in zip(box, q._checked().block, q.shape, strict=True):
         size = size or length
         first = start // size * size
         around.append((first, min(-(-stop // size) * size, length)))
@@ -471,7 +480,7 @@ def part_of(q: QArray, box: Box) -> QArray:
 def dequantized(q: QArray, box: Box) -> _Numbers:
     """The values of any box of a quantized array, on NumPy."""
     around = []
-    for axis, ((start, stop), size, length) in enumerate(zip(box, q._aligned().block, q.shape, strict=True)):
+    for axis, ((start, stop), size, length) in enumerate(zip(box, q._checked().block, q.shape, strict=True)):
         size = size or length
         cuts = start // size != (stop - 1) // size
         if cuts and size > stop - start:  # a block may be far larger than the box

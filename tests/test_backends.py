@@ -19,9 +19,9 @@ from conftest import BACKENDS
 
 import aqt_lite
 from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize
+from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import anything
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.backends.generic import GenericBackend
 from aqt_lite.elements import ELEMENT_TYPES, INTEGER_TYPES
 from aqt_lite.ops import reference
 from aqt_lite.testing import Backend, Kernel, assert_same_bits, check_backend

@@ -158,7 +158,7 @@ def plain(x, q):
     finite = np.isfinite(wide)
     error = np.where(finite, np.where(finite, wide, 0.0) - np.asarray(q).astype("float64"), 0.0)
     grid = q.scale.shape
-    sizes = [n if b is None else b for n, b in zip(x.shape, q._aligned().block, strict=True)]
+    sizes = [n if b is None else b for n, b in zip(x.shape, q._checked().block, strict=True)]
     blocks = {}
     for index in itertools.product(*map(range, grid)):
         at = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, sizes, strict=True))

@@ -16,7 +16,7 @@ from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend, check_no_overflow
+from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_product
 from aqt_lite.formats import FORMATS, element_type
@@ -114,7 +114,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
-        check_no_overflow(y, "float16", b)
+        y = b.check_no_overflow(y, "float16")
     return y
 
 

@@ -58,6 +58,9 @@ MOST_FRACTION = 127 / 64
 FINEST = 2.0**-37
 """Magnitude, relative to its row's largest, down to which an entry keeps all 24 bits in two passes."""
 
+TERMS_OF_FLOAT32 = 512
+"""Products of 8 and 9 bits whose sum float32 holds exactly: 512 * 128 * 255 < 2^24."""
+
 SMALLEST = 2.0**-126
 """Smallest normal float32. Anything below it is zero here, because some compilers flush it."""
 
@@ -208,9 +211,18 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
 def integer_matmul(x: Array, w: Array, *, b: Backend) -> Array:
     """``x @ w.T`` of integers over the last axes, exact, as int32; callers make sure that the sums fit.
 
-    Through float64, whose products are as fast as a library's best and exact below 2^53.
+    Through float64, whose products are as fast as a library's best and exact below 2^53; or through float32 where a
+    library has no other, in sums of few enough terms.
     """
     xp = b.xp
+    if not hasattr(xp, "float64"):
+        total = None
+        for start in range(0, int(x.shape[-1]), TERMS_OF_FLOAT32):
+            part = slice(start, min(start + TERMS_OF_FLOAT32, int(x.shape[-1])))
+            left, right = (xp.astype(v[..., part], xp.float32) for v in (x, w))
+            terms = xp.astype(xp.matmul(left, xp.matrix_transpose(right)), xp.int32)
+            total = terms if total is None else total + terms
+        return total
     product = xp.matmul(xp.astype(x, xp.float64), xp.matrix_transpose(xp.astype(w, xp.float64)))
     return xp.astype(product, xp.int32)
 

@@ -52,7 +52,9 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
         return Coded(result[0].reshape(x.shape), *result[1:])
     if not _worth_tiles(x, spec, recipe):
         return NotImplemented
-    qparams = _of_extrema(x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy()))
+    qparams = _of_extrema(
+        x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy())
+    )
     return Coded(_encoded(x, qparams, spec, recipe), *qparams)
 
 
@@ -136,11 +138,15 @@ def _tiles(shape: tuple[int, ...], block: Block) -> list[tuple[tuple[slice, ...]
         times = min(room, -(-shape[axis] // least[axis]))
         steps[axis] = least[axis] * times
         room //= times
-    cuts = [[slice(n, min(n + step, length)) for n in range(0, length, step)] for length, step in zip(shape, steps, strict=True)]
+    cuts = [
+        [slice(n, min(n + step, length)) for n in range(0, length, step)]
+        for length, step in zip(shape, steps, strict=True)
+    ]
     found = []
     for at in itertools.product(*cuts):
         on_grid = tuple(
-            slice(0, 1) if size is None else slice(s.start // size, -(-s.stop // size)) for s, size in zip(at, block, strict=True)
+            slice(0, 1) if size is None else slice(s.start // size, -(-s.stop // size))
+            for s, size in zip(at, block, strict=True)
         )
         found.append((at, on_grid))
     return found
@@ -213,6 +219,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) 
     scale = aligned_empty((rows, 1), np.float32)
     factor = np.float32(affine.inverse_of_largest(spec, recipe))
     loops = runtime.compiled_loops() if x.size >= LARGE else None
+
     def work(start: int, stop: int) -> bool:
         if loops is not None:
             return bool(loops.quantize_rows(x[start:stop], factor, codes[start:stop], scale[start:stop, 0]))

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from aqt_lite import affine
 from aqt_lite._blocks import spread
 from aqt_lite._kernels import Kernel, anything
 from aqt_lite._namespace import Array
@@ -110,9 +109,7 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
         weight.copy_(w.codes[start:stop])
         for blocks, apply in ((w.zero_point, weight.sub_), (w.scale, weight.mul_)):
             if blocks is not None:
-                apply(
-                    spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp)
-                )
+                apply(spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp))
         if contract == 0:
             y.addmm_(x[:, start:stop], weight)
         else:
