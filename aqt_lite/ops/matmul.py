@@ -81,22 +81,24 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
     w = w._aligned()
-    b, of_w = w._backend, w.shape
-    if len(of_w) != 2:
-        raise ValueError(f"w has shape {of_w}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+    b, w_shape = w._backend, w.shape
+    if len(w_shape) != 2:
+        raise ValueError(
+            f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
     if not isinstance(x, QArray):
-        x = _beside(x, "x", w, b)
+        x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
         raise TypeError(f"x is a {x.backend} QArray but w is a {b.name} one: move one with .to_backend()")
-    inside, outside = of_w[contract], of_w[1 - contract]
+    inside, outside = w_shape[contract], w_shape[1 - contract]
     shape = tuple(x.shape)
     if not shape or shape[-1] != inside:
         roles = "(in, out)" if contract == 0 else "(out, in)"
-        raise ValueError(f"x has shape {shape} and w {of_w} {roles}: the last axis of x must have length {inside}")
+        raise ValueError(f"x has shape {shape} and w {w_shape} {roles}: the last axis of x must have length {inside}")
     if bias is not None:
-        bias = _beside(bias, "bias", w, b)
+        bias = _as_operand(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {of_w} it must be ({outside},)")
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w_shape} it must be ({outside},)")
     if isinstance(x, QArray):
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
@@ -155,8 +157,8 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, w.shape, w.block, contract, b.xp)
 
-    of_x = b.xp.reshape(x.qvalue, (rows, inside)), per_row(x.scale), _if_any(per_row, x.zero_point)
-    of_w = w.qvalue, per_column(w.scale), _if_any(per_column, w.zero_point)
+    of_x = b.xp.reshape(x.qvalue, (rows, inside)), per_row(x.scale), _unless_none(per_row, x.zero_point)
+    of_w = w.qvalue, per_column(w.scale), _unless_none(per_column, w.zero_point)
     arrays = (affine.Coded(*of_x), affine.Coded(*of_w), bias)
     y = run(b, reference.matmul_integer, *arrays, contract=contract, out=x.float_dtype)
     if b.differentiates(x.scale, w.scale, bias):  # integers have no derivative: that of the values they stand for
@@ -165,7 +167,7 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     return y
 
 
-def _if_any(function: Callable[[Array], Array], array: Array | None) -> Array | None:
+def _unless_none(function: Callable[[Array], Array], array: Array | None) -> Array | None:
     return None if array is None else function(array)
 
 
@@ -181,7 +183,7 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
         raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
 
 
-def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
+def _as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     """``value`` as a floating-point array of the weight's backend, on its device."""
     other = backend_of(value)
     if other is not None and other is not b:
