@@ -432,7 +432,7 @@ def register(name: str, function: Any) -> bool:
 
     XLA refuses a version of its interface that it does not know before it ever calls the handler for a product; then
     the caller has to do without. To be called when the handler is about to be used, that is, in a lowering rule: before
-    there is a CPU backend, XLA keeps a handler without asking it anything; refused later, it would keep the backend from starting.
+    there is a CPU backend, XLA keeps a handler unasked, and one that it refuses later keeps that backend from starting.
 
     Where numba caches handlers, the function should be a closure over something that changes with the sources of all
     that it calls: numba looks at closures, and at the one file that the function is in.

@@ -23,7 +23,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import Kernels, get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
-from aqt_lite.backends.cpu.floats import rows_of_weight_at_a_time
+from aqt_lite.backends.cpu.floats import in_whole_groups
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
 
@@ -77,7 +77,7 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
     b = get_backend("jax")
-    group, height = spec.block[0] or 1, rows_of_weight_at_a_time(ROWS_OF_A_BLOCK, spec.block)
+    group, height = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
     length, width = w.codes.shape
     x_dtype, x, plain = x.dtype, x.astype(jnp.float32), reference.unrounded(spec)
 
