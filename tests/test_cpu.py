@@ -103,7 +103,7 @@ def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(el
             continue
         table = {**kernels_of(backend.name), operation: Kernel(watched, kernel.serves)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(aqt_lite._registry._kernels, backend.name, table)
+            patch.setitem(aqt_lite._registry._loaded_kernels, backend.name, table)
             run(backend, operation, *arguments, spec=spec_of(element), **static)
             assert not called
             run(backend, operation, *arguments, spec=spec_of(element_type(element.storage)), **static)

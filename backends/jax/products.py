@@ -18,9 +18,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import affine
-from aqt_lite._kernels import Kernel, anything
+from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
-from aqt_lite._registry import Kernels, get_backend
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
@@ -154,8 +154,8 @@ def integer_dots() -> Any:
 def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
     """``y``, or the other form of it where ``flag`` is set.
 
-    As vectors, which have one layout: XLA would give both the one that it finds best for the other form, and turn ``y``
-    there and back.
+    Both branches return vectors, which have only one layout: for matrices XLA takes the layout that suits the other
+    form, and transposes ``y`` into it and back.
     """
     return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from aqt_lite import affine
-from aqt_lite._kernels import Kernel, anything
+from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
-from aqt_lite._registry import Kernels, get_backend
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
 from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
