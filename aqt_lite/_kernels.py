@@ -1,6 +1,6 @@
 """What a kernel is: a faster form of an operation, and a statement of what it serves.
 
-Owns: ``Kernel`` and the statements that most kernels make. Imports: nothing.
+Owns: ``Kernel``, tables of them, and the statements that most kernels make. Imports: nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Kernel", "anything", "plain_integers"]
+__all__ = ["Kernel", "Kernels", "anything", "plain_integers"]
 
 
 def plain_integers(static: Mapping[str, Any]) -> bool:
@@ -35,3 +35,7 @@ class Kernel(NamedTuple):
     call: Callable[..., Any]
     serves: Callable[[Mapping[str, Any]], bool] = plain_integers
     """Whether it serves these static arguments; it is not offered others."""
+
+
+Kernels = Mapping[Callable[..., Any], Kernel]
+"""A backend's kernels, each under the operation that it is a twin of."""

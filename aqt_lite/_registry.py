@@ -15,7 +15,7 @@ import importlib.util
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -25,7 +25,7 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._generic import GenericBackend
-from aqt_lite._kernels import Kernel
+from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
 from aqt_lite._protocol import Backend
 
@@ -40,10 +40,6 @@ def _has_shape_and_dtype(x: Any) -> bool:
 
 def _is_of_numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
-
-
-Kernels = Mapping[Callable[..., Any], Kernel]
-"""A backend's kernels, each under the operation that it is a twin of."""
 
 
 # Functions with import statements, which torch.compile follows where an operation first runs inside what it compiles.
@@ -116,7 +112,7 @@ _BUILTIN = {
 }
 
 _instances: dict[str, Backend] = {}
-_kernels: dict[str, Kernels] = {}
+_loaded_kernels: dict[str, Kernels] = {}
 _by_type: dict[type, Backend] = {}
 _lock = threading.RLock()  # of _instances and _containers; never held while importing, for imports have locks too
 
@@ -156,10 +152,10 @@ def _load(name: str) -> Backend:
 
 def kernels_of(name: str) -> Kernels:
     """The kernels of the built-in backend of that name, loaded on the first call; none for any other."""
-    found = _kernels.get(name)
+    found = _loaded_kernels.get(name)
     if found is None:
         builtin = _BUILTIN.get(name)
-        found = _kernels[name] = {} if builtin is None else builtin.kernels()
+        found = _loaded_kernels[name] = {} if builtin is None else builtin.kernels()
     return found
 
 

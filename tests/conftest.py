@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from aqt_lite._registry import get_backend
+from aqt_lite._registry import _BUILTIN, get_backend
 
-BACKENDS = ("numpy", "array_api_strict", "torch", "jax")
+BACKENDS = tuple(_BUILTIN)
 
 
 @pytest.fixture(params=BACKENDS)

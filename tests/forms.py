@@ -18,7 +18,7 @@ import torch
 
 import aqt_lite
 from aqt_lite import PerTensor
-from aqt_lite._registry import get_backend
+from aqt_lite._registry import _BUILTIN, get_backend
 from aqt_lite.testing import mismatches
 
 
@@ -148,17 +148,15 @@ def jax_constant_qparams(problems):
 NUMPY, STRICT, TORCH, COMPILED = "NumPy", "array-api-strict", "torch", "torch.compile"
 JAX, JIT, CONSTANT, CONSTANT_QPARAMS = "JAX", "JAX jit", "JAX jit, constants", "JAX jit, constant scale"
 
+_TITLES = {"numpy": NUMPY, "array_api_strict": STRICT, "torch": TORCH, "jax": JAX}
+EAGER = tuple(_TITLES.get(name, name) for name in _BUILTIN)
 FORMS = {
-    NUMPY: _eager("numpy"),
-    STRICT: _eager("array_api_strict"),
-    TORCH: _eager("torch"),
+    **{title: _eager(name) for title, name in zip(EAGER, _BUILTIN, strict=True)},
     COMPILED: torch_compiled,
-    JAX: _eager("jax"),
     JIT: jax_jitted,
     CONSTANT: jax_constant,
     CONSTANT_QPARAMS: jax_constant_qparams,
 }
-EAGER = (NUMPY, STRICT, TORCH, JAX)
 
 
 def serves(form, problem):

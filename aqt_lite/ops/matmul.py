@@ -84,28 +84,28 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
     w = w._checked()
-    b, of_w = w._backend, w.shape
-    if w.transposed and contract == 1 and of_w[0] == of_w[-1]:
+    b, w_shape = w._backend, w.shape
+    if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {of_w} does not tell whether that is "
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
             f"meant: dense(x, w) reads it as (in, out)",
             stacklevel=3,
         )
-    if len(of_w) != 2:
-        raise ValueError(f"w has shape {of_w}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+    if len(w_shape) != 2:
+        raise ValueError(f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
     if not isinstance(x, QArray):
-        x = _beside(x, "x", w, b)
+        x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
         raise TypeError(f"x is a {x.backend} QArray but w is a {b.name} one: move one with .to_backend()")
-    inside, outside = of_w[contract], of_w[1 - contract]
+    inside, outside = w_shape[contract], w_shape[1 - contract]
     shape = tuple(x.shape)
     if not shape or shape[-1] != inside:
         roles = "(in, out)" if contract == 0 else "(out, in)"
-        raise ValueError(f"x has shape {shape} and w {of_w} {roles}: the last axis of x must have length {inside}")
+        raise ValueError(f"x has shape {shape} and w {w_shape} {roles}: the last axis of x must have length {inside}")
     if bias is not None:
-        bias = _beside(bias, "bias", w, b)
+        bias = _as_operand(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {of_w} it must be ({outside},)")
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w_shape} it must be ({outside},)")
     if isinstance(x, QArray):
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
@@ -123,14 +123,14 @@ def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
     scale, zero_point, offset = w._qparams()
     spec, b = w._spec, w._backend
     if w.transposed:
-        scale, zero_point, offset = (_if_any(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        scale, zero_point, offset = (_unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
         spec = replace(spec, block=spec.block[::-1])
     return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
 
 
 def _swapped(blocks: Any, b: Backend) -> Any:
     if isinstance(blocks, tuple):
-        return affine.Coded(*(_if_any(lambda a: _swapped(a, b), part) for part in blocks))
+        return affine.Coded(*(_unless_none(lambda a: _swapped(a, b), part) for part in blocks))
     return b.xp.permute_dims(blocks, (1, 0))
 
 
@@ -199,8 +199,8 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _if_any(per_row, of_x.zero_point))
-    rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _if_any(per_column, of_w.zero_point))
+    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point))
+    rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
         values = product_of_values("fast")
@@ -208,7 +208,7 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     return y
 
 
-def _if_any(function: Callable[[Array], Array], array: Array | None) -> Array | None:
+def _unless_none(function: Callable[[Array], Array], array: Array | None) -> Array | None:
     return None if array is None else function(array)
 
 
@@ -229,7 +229,7 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
         raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
 
 
-def _beside(value: Any, argument: str, w: QArray, b: Backend) -> Array:
+def _as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     """``value`` as a floating-point array of the weight's backend, on its device."""
     other = backend_of(value)
     if other is not None and other is not b:

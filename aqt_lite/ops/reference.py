@@ -269,8 +269,8 @@ def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple
     zero = xp.zeros_like(exponent)
     if w.zero_point is not None:
         zero = vector(w.zero_point) - (128 if b.dtype_name(w.codes) == "uint8" else 0)
-    shift = xp.zeros_like(fraction) if bias is None else _flushed(xp.astype(bias, xp.float32), xp)
-    return fraction, exponent, zero, shift
+    bias = xp.zeros_like(fraction) if bias is None else _flushed(xp.astype(bias, xp.float32), xp)
+    return fraction, exponent, zero, bias
 
 
 def has_integer_sums(scale: Array, contract: int, contracted_block: int | None) -> bool:

@@ -52,10 +52,9 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     y = np.empty((rows, columns), dtype=np.float32)
 
     def finish(start: int, stop: int) -> None:
-        fraction, exponent, zero, shift = (v[start:stop] for v in vectors)
+        of_columns = [v[start:stop] for v in vectors]
         for part, row_exponent, total, flags, panels, tail in parts:
             of_rows = (panels, tail, row_exponent, total, flags)
-            of_columns = (fraction, exponent, zero, shift)
             dots.finish_columns(codes[start:stop], unsigned, *of_rows, *of_columns, powers, y[part, start:stop])
 
     map_ranges(finish, columns, 5 if rows == 1 else dots.STRIP, codes.size, CHUNKS_PER_CORE)

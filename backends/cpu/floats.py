@@ -20,7 +20,7 @@ from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, map_ra
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
-__all__ = ["matmul", "matmul_in_one_call", "rows_of_blocks", "rows_of_weight_at_a_time"]
+__all__ = ["in_whole_groups", "matmul", "matmul_in_one_call", "rows_of_blocks"]
 
 ROWS_OF_A_BLOCK = {0: 256, 1: 512}
 """Rows of a weight 8192 wide that are dequantized at a time, by the contracted axis."""
@@ -83,10 +83,10 @@ def _in_one_block(x: Array, w: Coded, spec: Spec, contract: int) -> Array:
 # ---- blocks of rows of the weight
 
 
-def rows_of_weight_at_a_time(wanted: int, block: Block) -> int:
-    """About so many rows of the weight: a multiple of its groups of rows, so that no block of rows cuts one."""
+def in_whole_groups(rows: int, block: Block) -> int:
+    """So many rows of the weight, or a few more: a multiple of the rows that share a scale."""
     group = block[0] or 1
-    return -(-wanted // group) * group
+    return -(-rows // group) * group
 
 
 def rows_of_blocks(blocks: Array, start: int, stop: int, block: Block) -> Array:
@@ -133,7 +133,8 @@ def _blockwise(x: Array, w: Coded, spec: Spec, contract: int, scale_last: bool) 
         return y
 
     group = spec.block[0] or 1
-    height = rows_of_weight_at_a_time(max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width), (2 * group, None))
+    half = in_whole_groups(-(-max(1, ROWS_OF_A_BLOCK[contract] * 8192 // width) // 2), spec.block)
+    height = 2 * half  # one half for each of two threads
     scratch = np.empty((min(height, length), width), dtype=np.float32)
     y = np.zeros((len(x), width), dtype=np.float32) if contract == 0 else np.empty((len(x), length), np.float32)
     for n in range(0, length, height):

@@ -5,8 +5,7 @@ Owns: the table. Imports: the forms.
 
 from __future__ import annotations
 
-from aqt_lite._kernels import Kernel, anything
-from aqt_lite._registry import Kernels
+from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite.backends.cpu import quantize
 from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reproducible
 from aqt_lite.backends.cpu.floats import matmul

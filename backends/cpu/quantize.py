@@ -46,7 +46,7 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
             result = _quantize_spanning(x.reshape(-1), grid, spec, recipe)
         elif serve.one_scale_an_index_of_the_last_axis(x.shape, grid):
             result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec, recipe)
-        elif rows is not None and rows[1] >= 8 and fixed_zero:
+        elif rows is not None and rows[1] >= serve.SHORTEST_ROW and fixed_zero:
             result = _quantize_rows(x.reshape(rows), grid, spec, recipe)
     if result is not NotImplemented:
         return Coded(result[0].reshape(x.shape), *result[1:])
@@ -272,7 +272,7 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
 
     loops = runtime.compiled_loops() if x.size >= LARGE else None
     width = x.shape[1] if x.ndim == 2 else math.gcd(x.size, 1 << 12)  # one scale in all: any cut into rows will do
-    if loops is not None and width >= 64:
+    if loops is not None and width >= serve.SHORTEST_ROW_TO_ENCODE:
         table, out = x.reshape(-1, width), codes.reshape(-1, width)
         inverses = np.ascontiguousarray(np.broadcast_to(inverse, (width,)))
         zeros = np.ascontiguousarray(np.broadcast_to(np.float32(0) if zero is None else zero, (width,)))
@@ -334,7 +334,7 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
                 np.clip(part, -spec.source.max, spec.source.max, out=part)
 
     loops = runtime.compiled_loops()
-    if loops is not None and not may_overflow and rows[1] >= 16:
+    if loops is not None and not may_overflow and rows[1] >= serve.SHORTEST_ROW_TO_DECODE:
         scales = np.ascontiguousarray(s[:, 0])
         zeros = np.zeros(rows[0], np.int32) if z is None else np.ascontiguousarray(z[:, 0])
         map_ranges(

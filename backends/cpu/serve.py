@@ -19,6 +19,15 @@ from aqt_lite.backends.cpu import runtime
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
+SHORTEST_ROW = 8
+"""Elements with one scale from which on a row is worth a step of its own for each of its statistics."""
+
+SHORTEST_ROW_TO_DECODE = 16
+"""Elements of a row from which on the compiled loop beats ufuncs on many rows at once."""
+
+SHORTEST_ROW_TO_ENCODE = 64
+"""The same for the loop that gives each column its own scale."""
+
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 

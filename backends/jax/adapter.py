@@ -39,8 +39,8 @@ class JaxBackend(Backend):
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
-        wide_enough = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-        if values.dtype.itemsize == 8 and values.dtype.kind in "iuf" and not wide_enough:
+        has_64_bits = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        if values.dtype.itemsize == 8 and values.dtype.kind in "iuf" and not has_64_bits:
             raise ValueError(
                 f"JAX would narrow {values.dtype.name} silently: convert it to {values.dtype.name[:-2]}32 first, or "
                 f"set jax.config.update('jax_enable_x64', True)"

@@ -74,7 +74,7 @@ STATE_OWNERS = 80  # how many threads may still look at the block
 STATE_CHUNK = 128
 STATE_FRAME = 136
 STATE_TOTAL = 144
-STATE_GRAIN = 152
+STATE_MOST = 152
 STATE_SIZE = 192
 
 HANDLER = types.int64(types.int64)  # XLA_FFI_Error* (XLA_FFI_CallFrame*)
@@ -185,8 +185,8 @@ def _libc(name, signature):
     """Call a function of the C library."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(INT64, [INT64] * len(args))
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+        function = ir.FunctionType(INT64, [INT64] * len(args))
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
     return signature, codegen
 
@@ -227,8 +227,7 @@ def address_of(function: Any, arity: int) -> Any:
         def codegen(context, builder, _, args):
             if name in builder.module.globals:
                 return builder.ptrtoint(builder.module.globals[name], INT64)
-            kind = ir.FunctionType(INT64, [INT64] * arity)
-            wrapper = ir.Function(builder.module, kind, name)
+            wrapper = ir.Function(builder.module, ir.FunctionType(INT64, [INT64] * arity), name)
             wrapper.linkage = "internal"
             body = ir.IRBuilder(wrapper.append_basic_block())
             context.add_linking_libs([compiled.library])
@@ -354,19 +353,20 @@ def _work(state):
     chunk = load64(state + STATE_CHUNK)
     frame = load64(state + STATE_FRAME)
     total = load64(state + STATE_TOTAL)
-    grain = load64(state + STATE_GRAIN)
+    most = load64(state + STATE_MOST)
     finished = 0
     while True:
-        start = atomic_add(state + STATE_NEXT, grain)
+        start = atomic_add(state + STATE_NEXT, most)
         if start >= total:
             return finished
-        stop = min(start + grain, total)
+        stop = min(start + most, total)
         atomic_add(state + STATE_FAILED, call3(chunk, (frame, start, stop)))
         finished += stop - start
 
 
 @numba.njit
 def _disown(state):
+    """One owner less; the last frees the state."""
     if atomic_add(state + STATE_OWNERS, -1) == 1:
         free(state)
 
@@ -382,8 +382,8 @@ _help_address = address_of(_help, 1)
 
 
 @numba.njit
-def parallel_for(frame: Any, chunk: Any, total: Any, grain: Any) -> Any:  # pragma: no cover - compiled
-    """Call chunk(frame, start, stop) for all items, at most grain at a time.
+def parallel_for(frame: Any, chunk: Any, total: Any, most: Any) -> Any:  # pragma: no cover - compiled
+    """Call chunk(frame, start, stop) for all of total items, at most so many at a time.
 
     chunk is an address from address_of().  The chunks run in this thread and in
     helpers on XLA's thread pool, which all claim one after another.
@@ -394,7 +394,7 @@ def parallel_for(frame: Any, chunk: Any, total: Any, grain: Any) -> Any:  # prag
     that begins later finds nothing to claim.  By then the frame may be gone, so
     it does not touch it, and whoever is last frees the state.
     """
-    helpers = (total - 1) // grain
+    helpers = (total - 1) // most
     if helpers > 0:
         helpers = min(helpers, _pool_threads(frame) - 1)
     state = 0
@@ -410,7 +410,7 @@ def parallel_for(frame: Any, chunk: Any, total: Any, grain: Any) -> Any:  # prag
     store64(state + STATE_CHUNK, chunk)
     store64(state + STATE_FRAME, frame)
     store64(state + STATE_TOTAL, total)
-    store64(state + STATE_GRAIN, grain)
+    store64(state + STATE_MOST, most)
     for _ in range(helpers):
         if not _schedule(frame, _help_address(), state):
             _disown(state)
@@ -432,7 +432,7 @@ def register(name: str, function: Any) -> bool:
 
     XLA refuses a version of its interface that it does not know before it ever calls the handler for a product; then
     the caller has to do without. To be called when the handler is about to be used, that is, in a lowering rule: before
-    there is a CPU backend, XLA only takes note of a handler, and if it refused it later there would be no backend.
+    there is a CPU backend, XLA keeps a handler unasked, and one that it refuses later keeps that backend from starting.
 
     Where numba caches handlers, the function should be a closure over something that changes with the sources of all
     that it calls: numba looks at closures, and at the one file that the function is in.

@@ -18,12 +18,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import affine
-from aqt_lite._kernels import Kernel, anything
+from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
-from aqt_lite._registry import Kernels, get_backend
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
-from aqt_lite.backends.cpu.floats import rows_of_weight_at_a_time
+from aqt_lite.backends.cpu.floats import in_whole_groups
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
 
@@ -77,7 +77,7 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
     b = get_backend("jax")
-    group, height = spec.block[0] or 1, rows_of_weight_at_a_time(ROWS_OF_A_BLOCK, spec.block)
+    group, height = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
     length, width = w.codes.shape
     x_dtype, x, plain = x.dtype, x.astype(jnp.float32), reference.unrounded(spec)
 
@@ -155,8 +155,8 @@ def integer_dots() -> Any:
 def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
     """``y``, or the other form of it where ``flag`` is set.
 
-    As vectors, which have one layout: XLA would give both the one that it finds best for the other form, and turn ``y``
-    there and back.
+    Both branches return vectors, which have only one layout: for matrices XLA takes the layout that suits the other
+    form, and transposes ``y`` into it and back.
     """
     return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
 

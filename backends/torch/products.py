@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from aqt_lite._blocks import spread
-from aqt_lite._kernels import Kernel, anything
+from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
-from aqt_lite._registry import Kernels, get_backend
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
 from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
@@ -97,19 +96,24 @@ def _may_write_in_place(x: Array, w: Coded, bias: Array | None) -> bool:
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
     xp = get_backend("torch").xp
-    height = floats.rows_of_weight_at_a_time(ROWS_OF_A_BLOCK, spec.block)
+    height = floats.in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
     length, width = w.codes.shape
     rows, x_dtype, x = x.shape[0], x.dtype, x.to(torch.float32)
     like = {"dtype": torch.float32, "device": x.device}  # whatever the user's defaults are
     scratch = torch.empty((min(height, length), width), **like)
     y = torch.zeros((rows, width), **like) if contract == 0 else torch.empty((rows, length), **like)
+
+    def of_rows(blocks: Array, start: int, stop: int) -> Array:
+        blocks = floats.rows_of_blocks(blocks, start, stop, spec.block)
+        return spread(blocks, (stop - start, width), spec.block, xp)
+
     for start in range(0, length, height):
         stop = min(start + height, length)
         weight = scratch[: stop - start]
         weight.copy_(w.codes[start:stop])
-        for blocks, apply in ((w.zero_point, weight.sub_), (w.scale, weight.mul_)):
-            if blocks is not None:
-                apply(spread(floats.rows_of_blocks(blocks, start, stop, spec.block), weight.shape, spec.block, xp))
+        if w.zero_point is not None:
+            weight.sub_(of_rows(w.zero_point, start, stop))
+        weight.mul_(of_rows(w.scale, start, stop))
         if contract == 0:
             y.addmm_(x[:, start:stop], weight)
         else:

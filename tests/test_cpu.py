@@ -1,0 +1,153 @@
+"""The CPU library: what its compiled loops hold twice, and what it says it serves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import aqt_lite
+from aqt_lite import PerChannel, affine
+from aqt_lite._dispatch import run
+from aqt_lite._kernels import Kernel, anything, plain_integers
+from aqt_lite._registry import get_backend, kernels_of
+from aqt_lite.backends.cpu import fixed_point, integers, runtime, serve
+from aqt_lite.elements import ELEMENT_TYPES, FLOAT_TYPES, ElementType, element_type, float_type
+from aqt_lite.ops import reference
+
+loops, dots = pytest.importorskip("aqt_lite.backends.cpu.loops"), pytest.importorskip("aqt_lite.backends.cpu.dots")
+
+
+# ---- constants of the contract that numba compiles in: it caches by file, so each file has its own
+
+
+def test_constants_of_the_quantization_loops_are_the_contract_s():
+    assert FLOAT_TYPES["float32"].tiny == loops.TINY
+    assert loops.TINY.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["SMALLEST", "SMALL", "MANY", "FINEST", "BITS"])
+def test_constants_of_the_fixed_point_loops_are_the_reference_s(name):
+    assert getattr(dots, name) == getattr(reference, name)
+
+
+def test_the_largest_fraction_of_the_loops_is_the_reference_s():
+    bits = np.float32(reference.MOST_FRACTION).view(np.int32)
+    assert int(bits) & 0x7FFFFF == dots.MOST_FRACTION
+    digits = 4
+    largest = 127 * sum(256**i for i in range(digits))  # of so many balanced digits of 8 bits
+    assert reference.MOST_FRACTION * 2.0**reference.BITS <= largest < 2 * 2.0**reference.BITS
+
+
+def test_high_and_low_parts_of_the_loops_are_the_reference_s():
+    b, total = get_backend("numpy"), 5 * (1 << dots.LOW_BITS) + 7
+    x, w = np.full((1, 1, 1), total, np.int32), np.ones((1, 1, 1), np.int8)
+    high, low = reference.fixed_point_matmul(x, w, None, b=b)
+    assert (int(high[0, 0, 0]), int(low[0, 0, 0])) == (5, 7)
+    assert [int(part[0, 0, 0]) for part in fixed_point.fixed_point_matmul(x, w, None)] == [5, 7]
+    assert 2.0**dots.LOW_BITS == dots.CARRY
+
+
+def test_the_table_of_powers_is_what_the_loops_index():
+    table = fixed_point.powers_of_two()
+    assert table.shape == (512,)
+    for e in (-100, -1, 0, 30, 127):
+        assert table[e + 256] == 2.0**e
+    assert table[-101 + 256] == 0
+
+
+def test_the_longest_sums_fit_the_lanes_that_add_them():
+    """Unsigned digits of 8 bits times codes of 8 bits, in int32; 31 bits times 9, in the 53 bits of float64."""
+    assert reference.LONGEST_PIECE * 255 * 128 < 2**31
+    assert (1 << 31) * (1 << 8) * integers.LONGEST_EXACT <= 2**53
+
+
+# ---- what is served
+
+
+def spec_of(element):
+    return affine.Spec(element, float_type("float32"), True, (1, None))
+
+
+@pytest.mark.parametrize("name", ELEMENT_TYPES)
+def test_plain_integers_are_those_whose_codes_are_the_storage_s_own(name):
+    assert plain_integers({"spec": spec_of(element_type(name))})
+
+
+@pytest.mark.parametrize(
+    "element",
+    [ElementType("int4", 4, True, "int8"), ElementType("float8_e4m3fn", 8, False, "uint8")],
+    ids=lambda e: e.name,
+)
+def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(element, backend):
+    """Large enough for every kernel: none is offered them, whatever their arrays look like."""
+    assert not plain_integers({"spec": spec_of(element)})
+    offered = [
+        operation.__name__ for operation, kernel in kernels_of(backend.name).items() if kernel.serves is anything
+    ]
+    assert set(offered) <= {"integer_matmul", "fixed_point_matmul"}, "these have no codes"
+    codes = np.random.default_rng(0).integers(0, 8, (600, 700)).astype(element.storage)
+    w = affine.Coded(*(backend.asarray(a) for a in (codes, np.ones((600, 1), np.float32))))
+    called = []
+
+    def watched(*arrays, **static):
+        called.append(static)
+        return NotImplemented
+
+    x = backend.asarray(np.ones((2, 700), np.float32))
+    for operation, arguments, static in [
+        (reference.matmul, (x, w, None), {"contract": 1}),
+        (affine.dequantize, (w.codes, w.scale, None), {"out": "float32"}),
+    ]:
+        kernel = kernels_of(backend.name).get(operation)
+        if kernel is None:
+            continue
+        table = {**kernels_of(backend.name), operation: Kernel(watched, kernel.serves)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(aqt_lite._registry._loaded_kernels, backend.name, table)
+            run(backend, operation, *arguments, spec=spec_of(element), **static)
+            assert not called
+            run(backend, operation, *arguments, spec=spec_of(element_type(element.storage)), **static)
+            assert called, "and a plain integer is offered"
+            called.clear()
+
+
+def test_an_adapter_from_elsewhere_may_bring_kernels():
+    class Outside(type(get_backend("numpy"))):
+        name = "outside"
+
+        def kernel(self, operation):
+            return Kernel(lambda x, w: "mine", anything) if operation is reference.integer_matmul else None
+
+    x = np.ones((1, 1), np.int8)
+    assert run(Outside(), reference.integer_matmul, x, x) == "mine"
+    assert run(get_backend("numpy"), reference.integer_matmul, x, x) == 1
+
+
+def test_rows_of_one_scale():
+    x = np.zeros((6, 4, 10), np.float32)
+    for block, grid, expected in [
+        ((None, None, None), (1, 1, 1), (1, 240)),
+        ((1, None, None), (6, 1, 1), (6, 40)),
+        ((1, 2, None), (6, 2, 1), (12, 20)),
+        ((1, 1, 5), (6, 4, 2), (48, 5)),
+        ((1, 1, 1), (6, 4, 10), (240, 1)),
+        ((1, 3, None), (6, 2, 1), None),  # a shorter last group
+        ((None, 1, None), (1, 4, 1), None),  # a scale for each index of an axis in the middle
+    ]:
+        assert serve.rows_of_one_scale(x, grid, block) == expected, block
+    assert serve.rows_of_one_scale(np.asfortranarray(x), (6, 1, 1), (1, None, None)) is None
+
+
+def test_dots_serve_only_what_their_sums_hold(monkeypatch):
+    monkeypatch.setattr(runtime, "integer_dots", lambda: dots)
+    q = aqt_lite.quantize(np.ones((3, 64), np.float32), granularity=PerChannel(0))
+    w, x = affine.Coded(q.qvalue, q.scale), np.ones((1, 64), np.float32)
+    spec = spec_of(element_type("int8"))
+    assert serve.dots(x, "float32", w, spec, 1)
+    assert not serve.dots(x, "float64", w, spec, 1)
+    assert not serve.dots(x, "float32", w, spec, 0)
+    assert not serve.dots(x, "float32", w, spec_of(element_type("int16")), 1)
+    long = affine.Coded(np.zeros((1, reference.LONGEST_PIECE + 1), np.int8), q.scale[:1])
+    assert not serve.dots(np.ones(long.codes.shape, np.float32), "float32", long, spec, 1)
+    monkeypatch.setattr(runtime, "integer_dots", lambda: None)
+    assert not serve.dots(x, "float32", w, spec, 1)
