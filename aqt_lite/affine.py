@@ -119,6 +119,16 @@ class Spec:
         return 1.0 if kept is None or not kept.element.has_zero else 0.0
 
     @property
+    def first_too_large_scale(self) -> float:
+        """Where scales that are kept without a scale of their own begin not to be rounded to a number of their format."""
+        kept, rounding = self.format.scale, self.format.scale_rounding
+        assert isinstance(kept, Format)
+        part = {"up": 0.0, "toward_zero": 1.0}.get(rounding, 0.5) if isinstance(rounding, str) else rounding
+        largest = kept.element.max
+        step = math.ldexp(1.0, math.frexp(largest)[1] - 1 - getattr(kept.element, "mantissa", 0))
+        return largest + part * step
+
+    @property
     def of_scales(self) -> Spec:
         """What the codes of the scales mean: one block in all, or groups along the last axis."""
         kept, ndim = self.format.scale, len(self.block)
@@ -213,8 +223,11 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Array | Coded:
     inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding)
     if form.scaled:
         return quantize(scale, spec=inner, recipe=recipe, b=b)
-    element = form.element
+    element, beyond = form.element, spec.first_too_large_scale
     fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
+    if beyond > element.max:  # what is rounded down to the largest number
+        most = FLOAT_TYPES[spec.source.compute].max
+        fits = fits | ((scale > element.max) & (scale < beyond if beyond <= most else scale <= most))
     scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
     codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
     return Coded(xp.where(fits, codes, xp.full_like(codes, element.nan)), None)
@@ -341,7 +354,7 @@ def _encoded(
             v, scale = _without_tiny(v, spec, xp), scale * 0.5
         v = _in_steps(v, scale, spec.block, spec, b)
     if spec.floor:  # a scale that is not 0 is not kept as 0
-        v = xp.where((v > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
+        v = xp.where((x > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
     if zero is not None:
         zero = spread(xp.astype(zero, v.dtype), shape, spec.block, xp)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None

@@ -438,7 +438,7 @@ _CODEBOOK_NOISE_BITS = 8
 _WAYS_TO_CUT: list[tuple[str, Rounding]] = [
     (dtype, rounding)
     for dtype in ("float32", "float64")
-    for rounding in ("half_even", "half_away", "toward_zero", "stochastic")
+    for rounding in ("half_even", "half_away", "toward_zero", "up", "stochastic")
 ]
 
 
@@ -455,11 +455,16 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         cuts = np.where(outward, at_least(middle), middle)
     elif rounding == "toward_zero":
         cuts = np.where((low < 0) & (high > 0), middle, np.where(low >= 0, at_least(high), low))
+    elif rounding == "up":
+        cuts = np.where(low >= 0, low, at_least(high))
     else:  # the part of the way to the farther number from which on that one is taken, as ``rounded`` has it
         part = 1 - np.arange(1 << _CODEBOOK_NOISE_BITS) * 2.0**-_CODEBOOK_NOISE_BITS
         low, high, outward = low[:, None], high[:, None], outward[:, None]
         cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
-    return tuple(cuts.astype(dtype).astype(np.float64).ravel().tolist())
+    cuts, normal = cuts.astype(dtype), np.finfo(dtype).smallest_normal
+    # subnormal numbers count as 0, whether or not they are flushed: 0 lies above -normal, and not above what is below it
+    cuts = np.where(np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype))))
+    return tuple(cuts.astype(np.float64).ravel().tolist())
 
 
 # ---- float types of values
