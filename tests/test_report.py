@@ -7,6 +7,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from optional import needs
 
 from aqt_lite import ErrorReport, PerBlock, PerChannel, PerGroup, PerTensor, QArray, error_report, quantize
 from aqt_lite._registry import get_backend
@@ -145,6 +146,10 @@ def test_what_does_not_fit():
         error_report(q, q)
     with pytest.raises(TypeError, match="x is a NoneType"):
         error_report(None, q)
+
+
+@needs("torch")
+def test_what_has_no_values_is_refused():
     meta = get_backend("torch").xp.ones((6, 10), device="meta")
     with pytest.raises(TypeError, match="error_report needs values"):
-        error_report(meta, q)
+        error_report(meta, quantize(X))

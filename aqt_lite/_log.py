@@ -1,0 +1,28 @@
+"""What the library tells through ``logging``, under the name "aqt_lite".
+
+Owns: the one line before a wait that a user may wonder about. Imports: nothing of this package.
+"""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["announce_compilation"]
+
+_logger = logging.getLogger("aqt_lite")
+_announced: set[str] = set()
+
+
+def announce_compilation(what: str) -> None:
+    """Say at level INFO, once a process for each ``what``, that compiling it begins.
+
+    Examples
+    --------
+    >>> import logging
+    >>> from aqt_lite._log import announce_compilation
+    >>> logging.basicConfig()
+    >>> announce_compilation("the loops of an example")
+    """
+    if what not in _announced:
+        _announced.add(what)
+        _logger.info("compiling %s: some seconds the first time, cached on disk afterwards", what)
