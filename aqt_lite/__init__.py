@@ -44,14 +44,15 @@ __version__ = "0.1.0"
 
 _ON_FIRST_USE = ("plots", "testing")  # most programs need neither
 
+if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
-def __getattr__(name: str) -> object:
-    """Import ``aqt_lite.testing`` and ``aqt_lite.plots`` on first use."""
-    if name in _ON_FIRST_USE:
-        import importlib
+    def __getattr__(name: str) -> object:
+        """Import ``aqt_lite.testing`` and ``aqt_lite.plots`` on first use."""
+        if name in _ON_FIRST_USE:
+            import importlib
 
-        return importlib.import_module(f"aqt_lite.{name}")
-    raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")
+            return importlib.import_module(f"aqt_lite.{name}")
+        raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

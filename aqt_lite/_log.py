@@ -14,15 +14,7 @@ _announced: set[str] = set()
 
 
 def announce_compilation(what: str) -> None:
-    """Say at level INFO, once a process for each ``what``, that compiling it begins.
-
-    Examples
-    --------
-    >>> import logging
-    >>> from aqt_lite._log import announce_compilation
-    >>> logging.basicConfig()
-    >>> announce_compilation("the loops of an example")
-    """
+    """Say at level INFO, once a process for each ``what``, that it is compiled when first used."""
     if what not in _announced:
         _announced.add(what)
-        _logger.info("compiling %s: some seconds the first time, cached on disk afterwards", what)
+        _logger.info("%s: compiled on first use, which takes some seconds, and cached on disk afterwards", what)
