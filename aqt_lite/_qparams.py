@@ -32,13 +32,14 @@ def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
     if not bad.any():
         return
     first, count = wide[bad].flat[0], f" ({int(bad.sum())} of {bad.size} are not)" if wide.ndim else ""
+    shown = scale if isinstance(scale, int | float) else first
     way = ""
     if first == 0:
         way = "; for a block of zeros give scale 1 and the code of zero"
     elif first < 0:
         way = "; a negative scale is a positive one with every code negated"
     which = "it" if not wide.ndim else "every scale"
-    raise ValueError(f"scale={first}: {which} must be {expected}{count}{way}")
+    raise ValueError(f"scale={shown}: {which} must be {expected}{count}{way}")
 
 
 def check_offset(offset: Any, spec: Spec) -> None:

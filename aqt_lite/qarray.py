@@ -435,10 +435,11 @@ class QArray(ArrayShapes):
 
     def _with_each(self, function: Callable[[Array], Array]) -> QArray:
         """The same with ``function`` applied to every array, in the order of ``_arrays``."""
-        new = {
-            name: None if leaf is None else leaf._with_each(function) if isinstance(leaf, QArray) else function(leaf)
-            for name, leaf in zip(_LEAVES, self._leaves(), strict=True)
-        }
+        new: dict[str, Any] = {}
+        for name, leaf in zip(_LEAVES, self._leaves(), strict=True):
+            new[name] = (
+                leaf._with_each(function) if isinstance(leaf, QArray) else leaf if leaf is None else function(leaf)
+            )
         return replace(self, **new)
 
     @property
