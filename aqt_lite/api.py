@@ -15,7 +15,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
@@ -39,18 +39,18 @@ ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
 
 @naming_the_argument
 def quantize(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
     granularity: Granularity | None = None,
-    scale: Any = None,
-    zero_point: Any = None,
-    offset: Any = None,
+    scale: Numbers | QArray | None = None,
+    zero_point: Numbers | None = None,
+    offset: Numbers | Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
-    key: Any = None,
+    key: int | AnyArray | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     on_clip: OnClip = "saturate",
@@ -144,7 +144,7 @@ def quantize(
 
 @naming_the_argument
 def choose_qparams(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
@@ -216,18 +216,18 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
 
 @naming_the_argument
 def fake_quantize(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
     granularity: Granularity | None = None,
-    scale: Any = None,
-    zero_point: Any = None,
-    offset: Any = None,
+    scale: Numbers | QArray | None = None,
+    zero_point: Numbers | None = None,
+    offset: Numbers | Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
-    key: Any = None,
+    key: int | AnyArray | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,

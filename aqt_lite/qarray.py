@@ -28,7 +28,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend, register_container
@@ -113,11 +113,11 @@ class QArray(ArrayShapes):
     @classmethod
     def from_codes(
         cls,
-        qvalue: Any,
-        scale: Any,
-        zero_point: Any = None,
+        qvalue: AnyArray,
+        scale: Numbers | QArray | None,
+        zero_point: Numbers | None = None,
         *,
-        offset: Any = None,
+        offset: Numbers | QArray | None = None,
         dtype: Any = None,
         granularity: Granularity | None = None,
         float_dtype: Any = "float32",
@@ -168,7 +168,8 @@ class QArray(ArrayShapes):
         form = _stored_format(b.dtype_name(qvalue) if dtype is None else dtype)
         qvalue = _as_codes(qvalue, form, b, said=dtype is not None)
         granularity = form.granularity if granularity is None else granularity
-        block, shape = block_of(granularity, qvalue.ndim), tuple(qvalue.shape)
+        shape = tuple(qvalue.shape)
+        block = block_of(granularity, len(shape))
         if scale is None and form.name not in SCALE_FORMATS:
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
         form = replace(form, scaled=scale is not None, scale=scale._format if isinstance(scale, QArray) else None)

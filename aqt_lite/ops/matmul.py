@@ -15,7 +15,7 @@ from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_product
@@ -28,7 +28,7 @@ __all__ = ["dense", "linear"]
 Mode = Literal["fast", "reproducible"]
 
 
-def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
 
     Parameters
@@ -66,7 +66,7 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     return _product("dense", x, w, bias, mode, contract=0)
 
 
-def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
 
     Examples
