@@ -474,13 +474,30 @@ class QArray(ArrayShapes):
         return affine.Coded(self.qvalue, *self._qparams())
 
     def _qparams(self) -> affine.QParams:
-        b = self._backend
-        scale, offset = (
-            leaf._checked()._coded() if isinstance(leaf, QArray) else leaf for leaf in (self.scale, self.offset)
-        )
-        if not self.trainable and b.differentiates(*(a for a in (scale, offset) if not isinstance(a, tuple))):
-            scale, offset = (a if a is None or isinstance(a, tuple) else b.stop_gradient(a) for a in (scale, offset))
+        b, scale, offset = self._backend, self.scale, self.offset
+        scale = scale._checked()._coded() if isinstance(scale, QArray) else self._positive(scale, b)
+        offset = offset._checked()._coded() if isinstance(offset, QArray) else offset
+        if not self.trainable:
+            scale, offset = (_constant(a, b) for a in (scale, offset))
         return affine.QParams(scale, self.zero_point, offset)
+
+    def _positive(self, scale: Array | None, b: Backend) -> Array | None:
+        """``scale``, after looking once whether all are above zero; NaN in place of the others where a compiler traces.
+
+        Training and tree utilities may have moved scales since they were chosen. NaN speaks for itself.
+        """
+        if scale is None or "_has_positive_scales" in self.__dict__:
+            return scale
+        if not b.has_values(scale):
+            return b.xp.where(scale <= 0, b.xp.full_like(scale, float("nan")), scale)
+        values = b.to_numpy(scale)
+        if (values <= 0).any():
+            raise ValueError(
+                f"this QArray has {int((values <= 0).sum())} scales of {values.size} that are not positive, the smallest "
+                f"{values.min():.6g}: they were changed since they were chosen; quantize the values again"
+            )
+        self.__dict__["_has_positive_scales"] = True
+        return scale
 
     def _stored_codes(self) -> Array:
         """Codes as they are kept, but one an item."""
@@ -590,6 +607,13 @@ def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend, che
     if all(map(b.has_values, value._arrays())):
         check(b.to_numpy(value.dequantize("float32")))
     return value
+
+
+def _constant(kept: Any, b: Backend) -> Any:
+    """Scales or offsets that no derivative reaches."""
+    if isinstance(kept, tuple):
+        return type(kept)(*(_constant(a, b) for a in kept))
+    return b.stop_gradient(kept) if b.differentiates(kept) else kept
 
 
 def _nbytes(leaf: Array, b: Backend) -> int:

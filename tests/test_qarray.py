@@ -575,3 +575,17 @@ def test_square_weights_know_what_they_were_stored_for(backend):
     with pytest.warns(UserWarning, match=r"stored as for_dense\(\) does, as \(out, in\).*dense\(x, w\) reads it as"):
         aqt_lite.linear(x, w)
     dense(x, w)
+
+
+def test_scales_that_training_has_moved_are_not_used(backend):
+    q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
+    for bad in (-0.5, 0.0):
+        scale = np.array(backend.to_numpy(q.scale))
+        scale[1] = bad
+        moved = dataclasses.replace(q, scale=backend.asarray(scale))
+        for use in (dequantize, lambda q: aqt_lite.linear(backend.asarray(X[1]), q), lambda q: q[0:2].dequantize()):
+            with pytest.raises(ValueError, match=r"has 1 scales of \d that are not positive, the smallest"):
+                use(moved)
+    if backend.name == "jax":  # which cannot raise inside a compiled function
+        values = jax.jit(dequantize)(moved)
+        assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
