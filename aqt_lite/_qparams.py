@@ -1,6 +1,7 @@
 """Scales, zero points and offsets that users give: made into arrays on the grid of blocks, or refused.
 
-Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry, granularity.
+Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry,
+granularity.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def on_grid(
 ) -> Array:
     """A given scale, zero point or offset as an array of the grid's shape and of ``dtype``, on the device of ``x``.
 
-    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are text.)
+    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are
+    text.)
     """
     plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
     other = None if plain else backend_of(value)

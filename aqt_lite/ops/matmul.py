@@ -87,8 +87,8 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     b, w_shape = w._backend, w.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
-            f"meant: dense(x, w) reads it as (in, out)",
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
+            "whether that is meant: dense(x, w) reads it as (in, out)",
             stacklevel=3,
         )
     if len(w_shape) != 2:
@@ -139,7 +139,7 @@ def _swapped(blocks: Any, b: Backend) -> Any:
 
 
 def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
-    """The same as integers of 8 or 16 bits with plain scales, where every number is a whole multiple of a power of two."""
+    """The same with integer codes of 8 or 16 bits and plain scales, where all numbers are whole multiples of a unit."""
     element = element_type(w.dtype)
     native = FORMATS.get(element.storage)
     whole = element.unit is not None or (native is not None and native.element == element)
