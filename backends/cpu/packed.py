@@ -2,8 +2,8 @@
 
 Owns: the forms of ``packing.pack`` and ``packing.unpack`` for NumPy arrays. Imports: packing, the runtime.
 
-With one code in each byte of a word, three steps push them together: neighbouring bytes inside 16 bits, those pairs inside
-32, those inside 64. The word's lowest ``bits`` bytes then are the stream's. Unpacking goes the other way.
+With one code in each byte of a word, three steps push them together: neighbouring bytes inside 16 bits, those pairs
+inside 32, those inside 64. The word's lowest ``bits`` bytes then are the stream's. Unpacking goes the other way.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _for_tiles(work: Callable[[Array, Array], None], codes: Array, stream: Array
 
 
 def _steps(bits: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
-    """For lanes of 16, 32 and 64 bits: how far the upper half moves down, and the masks of the lower half and the upper."""
+    """For lanes of 16, 32 and 64 bits: how far the upper half moves down, and the masks of both halves then."""
     found = []
     for lane in (16, 32, 64):
         width, places = bits * lane // 16, range(0, 64, lane)

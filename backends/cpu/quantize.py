@@ -27,6 +27,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import packed, runtime, serve
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
 
 __all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with"]
@@ -53,19 +54,23 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
         return Coded(result[0].reshape(x.shape), *result[1:])
     if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
     return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.choose_qparams`` from the extrema of tiles."""
-    return _of_extrema(x, spec, recipe, affine.choose_qparams) if _worth_tiles(x, spec) else NotImplemented
+    if not _worth_tiles(x, spec):
+        return NotImplemented
+    return _of_extrema(x, with_twins(spec), recipe, affine.choose_qparams)
 
 
 def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.quantize_with`` on tiles."""
     if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     qparams = _usable(x, given, spec, recipe)
     return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
 
@@ -76,6 +81,7 @@ def fake_quantize(
     """``affine.fake_quantize`` on tiles, without derivatives."""
     if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     qparams = choose_qparams(x, spec=spec, recipe=recipe) if given is None else _usable(x, given, spec, recipe)
     values = aligned_empty(x.shape, _numpy().dtype(spec.source.name))
 
@@ -93,6 +99,7 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
     """``affine.clipped`` on tiles."""
     if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     outside = aligned_empty(x.shape, np.bool_)
 
     def work(tile: Tile) -> None:
@@ -111,6 +118,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
             return values
     if w.codes.size < LARGE or not _scales_can_be_cut(spec):
         return NotImplemented
+    spec = with_twins(spec)
     values = aligned_empty(w.codes.shape, _numpy().dtype(out or spec.source.name))
 
     def work(tile: Tile) -> None:
