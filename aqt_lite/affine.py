@@ -214,9 +214,11 @@ def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
     return scales(kept, spec, b)
 
 
-def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+def clipped(
+    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
+) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    return ~_encoded(x, QParams(*qparams), key, spec, recipe, 0, b)[1]
+    return ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:

@@ -442,6 +442,7 @@ _WAYS_TO_CUT: list[tuple[str, Rounding]] = [
 ]
 
 
+@np.errstate(all="ignore")  # subnormal cuts are mended below
 def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tuple[float, ...]:
     low, high = numbers[:-1], numbers[1:]
 
