@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench mismatches clean
+.PHONY: demo test exhaustive pythons check bench mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -18,8 +18,14 @@ $(READY): requirements-dev.txt pyproject.toml
 demo: $(READY)  ## the main job on real data: pictures and tables under out/
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## every test and doctest
-	$(BIN)/python -m pytest -n 2 --doctest-modules tests aqt_lite
+test: $(READY)  ## tests and doctests, without the exhaustive ones
+	$(BIN)/python -m pytest -n 2 -m "not exhaustive" --doctest-modules tests aqt_lite
+
+exhaustive: $(READY)  ## the others: every value or combination there is
+	$(BIN)/python -m pytest -n 2 -m exhaustive tests
+
+pythons: $(READY)  ## core tests on other Pythons, on the lowest declared versions, and with NumPy alone
+	$(BIN)/python .ci/other_pythons.py
 
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ array([[   0., -127.],
        [   2.,  254.]], dtype=float32)
 """
 
+from typing import TYPE_CHECKING
+
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
@@ -17,6 +19,10 @@ from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
+
+if TYPE_CHECKING:
+    from aqt_lite import plots as plots
+    from aqt_lite import testing as testing
 
 __all__ = [
     "Codebook",
@@ -46,10 +52,18 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    """``aqt_lite.testing`` and ``aqt_lite.plots`` on first use: most programs need neither."""
-    if name in ("testing", "plots"):
-        import importlib
+_ON_FIRST_USE = ("plots", "testing")  # most programs need neither
 
-        return importlib.import_module(f"aqt_lite.{name}")
-    raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
+
+    def __getattr__(name: str) -> object:
+        """Import ``aqt_lite.testing`` and ``aqt_lite.plots`` on first use."""
+        if name in _ON_FIRST_USE:
+            import importlib
+
+            return importlib.import_module(f"aqt_lite.{name}")
+        raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

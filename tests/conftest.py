@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from optional import WITHOUT, check_installed, needs
 
 from aqt_lite._registry import _BUILTIN, get_backend
 
-BACKENDS = tuple(_BUILTIN)
+BACKENDS = tuple(name for name in _BUILTIN if name not in WITHOUT)
+
+
+def pytest_configure(config):
+    """Refuse to test less than was asked for."""
+    check_installed()
+
+
+def pytest_report_header():
+    """Say what this run goes without."""
+    return [f"without {', '.join(WITHOUT)}, as AQT_LITE_TESTS_WITHOUT says"] if WITHOUT else []
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's own choice by -m
+def pytest_collection_modifyitems(items):
+    """Skip what is parametrized with the name of a library that this run goes without; mark what is exhaustive."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        strings = [value.lower() for value in parameters.values() if isinstance(value, str)]
+        absent = [name for name in WITHOUT if any(name in re.findall(r"\w+", string) for string in strings)]
+        if absent:
+            item.add_marker(needs(*absent))
+        for marker in item.iter_markers("exhaustive_where"):
+            if unknown := set(marker.kwargs) - set(parameters):
+                raise pytest.UsageError(f"{item.nodeid}: exhaustive_where names no parameter {sorted(unknown)}")
+            if all(parameters[name] == value for name, value in marker.kwargs.items()):
+                item.add_marker("exhaustive")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -6,11 +6,8 @@ import itertools
 from fractions import Fraction
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from forms import (
     COMPILED,
     CONSTANT,
@@ -38,6 +35,7 @@ from hard_inputs import (
     random_magnitudes,
     random_scales,
 )
+from optional import jax, jnp, torch
 from oracles import exact
 
 import aqt_lite
@@ -163,6 +161,7 @@ def test_given_scales_at_their_limits(scale):
     assert not disagreements(problems, [oracle(p) for p in problems], (*EAGER, JIT, CONSTANT, CONSTANT_QPARAMS))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_number_of_sixteen_bits_is_exact_on_every_form(dtype):
     finite, patterns = every_finite(dtype), every_pattern(dtype).reshape(256, 256)
@@ -207,6 +206,7 @@ def test_large_arrays_agree_on_every_form():
         assert differing(cut, oracle(problem._replace(x=problem.x[some]))) == 0
 
 
+@pytest.mark.exhaustive
 def test_every_tie_of_sixteen_bits_agrees_on_every_form():
     x = near_ties(random_scales(3, 6), np.arange(-32769, 32768), reach=2)
     scales = random_scales(3, 6)[:, None]
@@ -220,6 +220,7 @@ def test_every_tie_of_sixteen_bits_agrees_on_every_form():
     assert sum(map(compared, expected)) > 5_000_000
 
 
+@pytest.mark.exhaustive
 def test_every_tie_of_eight_bits_agrees_on_every_form():
     scales = random_scales(300, 7, -110, 110)
     x, column = near_ties(scales, np.arange(-129, 128)), scales[:, None]
@@ -288,6 +289,7 @@ def test_granularities(form):
     assert not disagreements(*granular_problems("float32"), [form])
 
 
+@pytest.mark.exhaustive_where(which=slice(21, None, 3))
 @pytest.mark.parametrize("which", [slice(1, 20, 3), slice(21, None, 3)])
 def test_granularities_in_compiled_torch(which):
     assert not disagreements(*granular_problems("float32", which), [COMPILED])
@@ -430,6 +432,7 @@ def as_bits(x, dtype):
     return x.view(dtype)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
 @pytest.mark.parametrize("integer", [np.int32, np.int64])
 def test_reciprocal_of_every_float32_significand(integer, ulps):
@@ -444,6 +447,7 @@ def test_reciprocal_of_every_float32_significand(integer, ulps):
         assert np.array_equal(inverse, np.float32(1) / x)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
 def test_reciprocal_of_every_float32_significand_in_jax(ulps):
     bitcast = jax.lax.bitcast_convert_type

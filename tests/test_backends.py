@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from conftest import BACKENDS
+from optional import torch
 
 import aqt_lite
 from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize

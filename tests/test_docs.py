@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,24 +26,29 @@ def test_tables_are_those_of_the_recorded_run(page):
     assert tables.filled(text, results) == text, "run python benchmarks/tables.py --write"
 
 
-def test_the_code_of_the_readme_runs():
-    rng = np.random.default_rng(0)
-    array = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    weight, x = array(20, 16), array(3, 16)
-    names = {
-        "kernel": array(16, 20),
-        "field": array(30, 512),
-        "torch_weight": torch.from_numpy(weight),
-        "jax_weight": jnp.asarray(weight),
-        "torch_x": torch.from_numpy(x),
-        "jax_x": jnp.asarray(x),
-    }
+CHECKS = [
+    "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
+    "assert np.abs(field_again - field).max() <= q.scale.max() and 4 * q.nbytes < 1.1 * field.nbytes",
+    "assert q.backend == 'torch' and y.shape == (4, 256)",
+]
+"""What holds after each block of the README."""
+
+
+def run_in_a_fresh_interpreter(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_code_of_the_readme_runs_as_pasted():
+    """Each block alone, since a reader pastes the one he needs, and all of them in order."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, names)
-    assert names["layer"](jnp.asarray(x), names["w"], jnp.zeros(20)).shape == (3, 20)
-    assert np.abs(names["field_again"] - names["field"]).max() <= names["q"].scale.max()
+    parts = [block + check + "\n" for block, check in zip(blocks, CHECKS, strict=True)]
+    for part in parts:
+        run_in_a_fresh_interpreter(part)
+    assert "SQNR" in run_in_a_fresh_interpreter("".join(parts))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -6,13 +6,12 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from optional import jax, jnp, needs, torch
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerTensor, affine
@@ -122,6 +121,7 @@ def dots(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.exhaustive_where(dots="without", form="jax")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("dtype", "scheme", "granularity"),
@@ -217,6 +217,7 @@ def test_a_jitted_product_calls_the_compiled_loops_and_an_exported_one_does_not(
     assert_same_bits(exported.call(x), function(x, weight))
 
 
+@pytest.mark.exhaustive_where(dots="without")
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 def test_transformations_of_jax(weight, dots, mode):
     x = activations(4, 3, 320)
@@ -280,6 +281,7 @@ print(y.tobytes().hex()[:4000])
 """
 
 
+@needs("torch")
 def test_without_numba_the_bits_are_the_same():
     runs = [
         subprocess.run(
@@ -404,9 +406,10 @@ def test_vmap_over_the_bias_alone(weight):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes become constants
 def test_traced_torch_programs_depend_on_their_input(large_weight):
-    traced = torch.jit.trace(lambda x: aqt_lite.linear(x, large_weight), torch.randn(3, 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of shapes become constants
+        traced = torch.jit.trace(lambda x: aqt_lite.linear(x, large_weight), torch.randn(3, 1000))
     x = torch.randn(3, 1000)
     torch.testing.assert_close(traced(x), aqt_lite.linear(x, large_weight), rtol=1e-4, atol=1e-2)
 

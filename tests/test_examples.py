@@ -119,6 +119,7 @@ def test_numpy_science(tmp_path):
     assert (tmp_path / "field.npz").stat().st_size < 512 * 1024 * 4 / 3.9
 
 
+@pytest.mark.exhaustive
 def test_cross_framework_test():
     root = EXAMPLES.parent
     output = run(
@@ -145,6 +146,7 @@ def test_notebook_is_kept_without_outputs(notebook):
             assert cell.execution_count is None
 
 
+@pytest.mark.exhaustive
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     import nbclient
 

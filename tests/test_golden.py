@@ -8,12 +8,11 @@ import re
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import torch
 from forms import COMPILED, CONSTANT_QPARAMS, FORMS, JAX, Bits, Call, Problem, differing, disagreements
 from golden.generate import FILE, SCHEMA, decoded, encoded
+from optional import jax, needs, torch
 from oracles import exact
 
 import aqt_lite
@@ -88,6 +87,7 @@ def test_every_backend_multiplies_to_the_vectors(backend, case):
 
 
 @PRODUCTS
+@needs("jax")
 def test_jitted_products_give_the_vectors(case):
     """The weight as an argument, and as a constant that the function closes over."""
     x, w, bias = moved(aqt_lite._registry.get_backend("jax"), case)
@@ -96,6 +96,7 @@ def test_jitted_products_give_the_vectors(case):
     assert_same_bits(jax.jit(lambda x: op(x, w, bias))(x), decoded(case["y"]))
 
 
+@needs("torch")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, about torch.jit
 def test_compiled_torch_products_give_the_vectors():
     cases = VECTORS["products"][1::8]  # compiling takes seconds for each

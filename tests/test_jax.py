@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import AxisType, PartitionSpec
+from optional import torch
 
 import aqt_lite
 from aqt_lite import (

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from optional import needs, torch
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
@@ -110,6 +110,9 @@ def error_of_a_row(y, exact):
     return np.sqrt(np.mean((y - exact) ** 2, axis=1)) / np.abs(exact).max(axis=1)
 
 
+@pytest.mark.exhaustive_where(with_loops="jax", granularity=PerChannel(1))
+@pytest.mark.exhaustive_where(with_loops="jax", granularity=PerGroup(100))
+@pytest.mark.exhaustive_where(with_loops="jax", granularity=PerBlock((30, 64)))
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 @pytest.mark.parametrize(
     ("dtype", "scheme", "granularity"),
@@ -192,6 +195,9 @@ for name in ("torch", "jax"):
 """
 
 
+@pytest.mark.exhaustive_where(isa="SSE41")
+@pytest.mark.exhaustive_where(isa="")
+@needs("torch", "jax")
 @pytest.mark.parametrize("isa", ["AVX2", "SSE41", ""])
 def test_integer_products_do_not_saturate_on_processors_without_dot_product_instructions(isa):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "XLA_FLAGS": f"--xla_cpu_max_isa={isa}" if isa else ""}
@@ -211,6 +217,9 @@ def test_map_ranges_covers_a_range_once_at_multiples():
             assert all(a[1] == b[0] and b[0] % multiple == 0 for a, b in itertools.pairwise(parts))
 
 
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerTensor())
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerChannel(0))
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerBlock((40, 20)))
 @pytest.mark.parametrize(
     "granularity", [PerTensor(), PerChannel(1), PerChannel(0), PerGroup(32, 0), PerBlock((40, 20))]
 )
@@ -306,6 +315,7 @@ def test_groups_of_outputs(with_loops, granularity, n):
         np.testing.assert_allclose(y, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
 
+@pytest.mark.exhaustive_where(with_loops="jax", granularity=PerTensor())
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
 def test_small_products_of_any_layout_with_any_values(with_loops, granularity):
     backend, rng = with_loops, np.random.default_rng(9)
@@ -402,7 +412,13 @@ threading.Thread(target=late).start()
 """
 
 
-@pytest.mark.parametrize("code", [FRESH, AT_EXIT], ids=["first use inside export", "after the main thread"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(FRESH, id="first use inside export", marks=needs("torch")),
+        pytest.param(AT_EXIT, id="after the main thread"),
+    ],
+)
 def test_in_a_fresh_process(code):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -438,6 +454,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.exhaustive_where(rows=64)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("kind", ["numpy", "numpy alone", "torch", "jax"])
 @pytest.mark.parametrize(("rows", "most"), [(1, 4 << 20), (64, 32 << 20)])

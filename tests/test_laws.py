@@ -141,6 +141,7 @@ def test_negating_the_values_negates_symmetric_codes(name):
 def test_a_power_of_two_moves_into_the_scale(name):
     @holds_for(name, arrays(-40, 40), calls, st.integers(-50, 50))
     def law(x, call, e):
+        x = np.where(np.abs(x) < 2.0**-58, np.float32(0), x)  # what counts as zero must do so before and after
         bits, moved = on(name, call, x), on(name, call, np.ldexp(x, e).astype(np.float32))
         zero_block = bits.scale == 1
         assert np.array_equal(moved.codes, bits.codes)

@@ -8,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+from optional import jax, jnp
 
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dequantize, quantize
 from aqt_lite.granularity import grid_of
@@ -243,9 +244,6 @@ def test_from_codes_is_on_one_device():
 
 
 def test_from_codes_takes_what_is_traced():
-    import jax
-    import jax.numpy as jnp
-
     codes = jnp.asarray([[1, 2]], "int8")
     q = jax.jit(QArray.from_codes)(codes, jnp.full((1, 1), jnp.nan), jnp.full((1, 1), 500))
     assert np.isnan(np.asarray(q.scale)).all()

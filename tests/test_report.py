@@ -9,6 +9,7 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
+from optional import needs
 
 import aqt_lite.report
 from aqt_lite import ErrorReport, PerBlock, PerChannel, PerGroup, PerTensor, QArray, error_report, quantize
@@ -411,6 +412,10 @@ def test_what_does_not_fit():
         error_report(q, q)
     with pytest.raises(TypeError, match="x is a NoneType"):
         error_report(None, q)
+
+
+@needs("torch")
+def test_what_has_no_values_is_refused():
     meta = get_backend("torch").xp.ones((6, 10), device="meta")
     with pytest.raises(TypeError, match="error_report needs values"):
-        error_report(meta, q)
+        error_report(meta, quantize(X))

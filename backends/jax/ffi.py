@@ -34,9 +34,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Layout of the structs in xla/ffi/api/c_api.h, FFI API version 0.3, on 64-bit
+# Layout of the structs in xla/ffi/api/c_api.h, FFI API version 0.2 (what is used of
+# it is the same in 0.3, and XLA serves handlers of older versions), on 64-bit
 # machines.  Every struct begins with {size_t struct_size; void* extension}.
-API_MAJOR, API_MINOR = 0, 3
+API_MAJOR, API_MINOR = 0, 2
 
 FRAME_EXTENSION = 8  # XLA_FFI_CallFrame: extension_start
 FRAME_API = 16  # XLA_FFI_CallFrame: api
