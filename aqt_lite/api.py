@@ -20,7 +20,7 @@ from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import FLOAT_TYPES, integer_type
+from aqt_lite.elements import float_type, integer_type
 from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
@@ -332,7 +332,7 @@ def _prepare(
             f"scheme='affine' is not possible: {form.name} has no zero points; offset='data' may serve instead"
         )
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
-    source = FLOAT_TYPES[b.dtype_name(x)]
+    source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
         x = b.check_when_computed(x, _check_chunk)
     granularity = form.granularity if granularity is None else granularity
