@@ -104,9 +104,10 @@ class ArrayShapes:
         shape = tuple(ids.shape)
         flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
         if b.has_values(ids):
-            bad = (flat < -length) | (flat >= length)
-            if bool(xp.any(bad)):
-                first = int(b.to_numpy(flat)[np.argmax(b.to_numpy(bad))])
+            given = b.to_numpy(ids).reshape(-1)
+            bad = (given < -length) | (given >= length)
+            if bad.any():
+                first = int(given[np.argmax(bad)])
                 raise IndexError(f"index {first} is out of range for axis {axis} of length {length}")
         flat = xp.where(flat < 0, flat + length, flat)
         flat = xp.clip(flat, 0, max(length - 1, 0))
