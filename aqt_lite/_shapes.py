@@ -427,7 +427,7 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
         raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
     flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
     if b.has_values(ids):
-        known = b.to_numpy(flat)
+        known = b.to_numpy(ids).reshape(-1)  # of the indices: what is made of them while a compiler traces is traced
         bad = (known < -length) | (known >= length)
         if bad.any():
             raise IndexError(f"index {known[np.argmax(bad)]} is out of range for axis {axis} of length {length}")

@@ -14,6 +14,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite.backends.jax import trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
 
@@ -49,10 +50,10 @@ class JaxBackend(Backend):
         device = None
         if like is not None and not self.is_traced(like) and like.committed and len(like.devices()) == 1:
             device = like.device
-        return jnp.array(native, device=device)
+        return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        return np.asarray(x)
+        return np.asarray(jax.device_get(x))  # likewise
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return jnp.arange(start, stop, dtype=jnp.int32)
@@ -118,11 +119,7 @@ class JaxBackend(Backend):
         return found
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
-        def with_keys(node: Any) -> Any:
-            leaves, static = flatten(node)
-            return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
-
-        jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+        trees.register(cls, flatten, unflatten, names)
 
 
 @functools.cache
