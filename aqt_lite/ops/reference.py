@@ -32,6 +32,7 @@ __all__ = [
     "of_columns",
     "one_per_column",
     "pieces",
+    "sums_of_codes",
 ]
 
 LONGEST_PIECE = 1 << 16
@@ -108,9 +109,21 @@ def unrounded(spec: Spec) -> Spec:
 def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str, b: Backend) -> Array:
     """Both sides quantized, one scale a row of ``x`` and one a column of the weight: an exact integer product.
 
-    ``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v``, all in int32, which the caller has made sure holds it.
     The sum is rounded to float32 once and multiplied by each scale's significand, rounded once each; the scales'
     powers of two come last and are exact.
+    """
+    xp = b.xp
+    total = sums_of_codes(x, w, contract=contract, b=b)
+    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
+    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp) if contract == 1 else w.scale)
+    y = xp.astype(total, xp.float32) * x_fraction * w_fraction
+    return _finish(y, x_exponent + w_exponent, bias, out, b)
+
+
+def sums_of_codes(x: Coded, w: Coded, *, contract: int, b: Backend) -> Array:
+    """``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v`` of codes and zero points.
+
+    All in int32, which the caller has made sure holds it.
     """
     xp = b.xp
     if contract == 0:
@@ -124,10 +137,7 @@ def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out
         total = total - columns * xp.sum(x.codes, axis=1, keepdims=True, dtype=xp.int32)
     if rows is not None and columns is not None:
         total = total + rows * columns * x.codes.shape[1]
-    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
-    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp))
-    y = xp.astype(total, xp.float32) * x_fraction * w_fraction
-    return _finish(y, x_exponent + w_exponent, bias, out, b)
+    return total
 
 
 def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, b: Backend) -> Array:
