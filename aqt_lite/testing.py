@@ -250,13 +250,15 @@ def _check_reciprocal(b: Backend, floats: tuple[str, ...]) -> _Pairs:
 
 
 def _check_powers(b: Backend, floats: tuple[str, ...]) -> _Pairs:
-    normal = np.concatenate([2.0 ** np.arange(-126, 128), np.random.default_rng(4).uniform(-126, 128, 2000)])
-    normal[254:] = 2.0 ** normal[254:]
-    x = np.concatenate([normal.clip(2.0**-126, FLOAT_TYPES["float32"].max), np.zeros(1)]).astype(np.float32)
-    fraction, exponent = np.frexp(x)
-    own = b.compiled(_fraction_and_exponent)(b.asarray(x), b=b)
-    yield own[0], fraction * np.float32(2)
-    yield own[1], np.where(x == 0, -127, exponent - 1).astype(np.int32)
+    for compute in sorted({FLOAT_TYPES[name].compute for name in floats}):
+        low, high = (-126, 128) if compute == "float32" else (-1022, 1024)
+        exponents = np.random.default_rng(4).uniform(low, high - 1e-9, 2000)
+        normal = np.concatenate([np.ldexp(1.0, np.arange(low, high)), 2.0**exponents])
+        x = np.concatenate([normal.clip(2.0**low, FLOAT_TYPES[compute].max), np.zeros(1)]).astype(compute)
+        fraction, exponent = np.frexp(x)
+        own = b.compiled(_fraction_and_exponent)(b.asarray(x), b=b)
+        yield own[0], fraction * x.dtype.type(2)
+        yield own[1], np.where(x == 0, low - 1, exponent - 1).astype(np.int32)
     e = np.arange(-1000, 128, dtype=np.int32)
     powers = np.where(e < -100, 0, np.ldexp(1.0, e)).astype(np.float32)
     yield b.compiled(_power_of_two)(b.asarray(e), b=b), powers
