@@ -149,7 +149,7 @@ def check_backend(backend: str | Backend) -> Conformance:
     >>> from aqt_lite.testing import check_backend
     >>> report = check_backend("array_api_strict")
     >>> report.passed, len(report.rows)
-    (True, 12)
+    (True, 13)
     """
     b = backend if isinstance(backend, Backend) else get_backend(backend)
     floats = tuple(_floats_of(b))
@@ -306,6 +306,21 @@ def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:
                     yield dequantize(q), dequantize(wanted)
 
 
+def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    """Every registered format: calibrated in short groups, and near the ends of its grid with a given scale."""
+    x = np.random.default_rng(6).standard_normal((3, 21)).astype(np.float32)
+    x[1], x[2, ::2] = 0, -0.0
+    for name, form in list(FORMATS.items()):
+        settings: list[dict[str, Any]] = [{"granularity": PerGroup(8)}]
+        if form.scale is None and not form.element.middle:
+            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1})
+        for how in settings:
+            q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
+            yield q, wanted
+            yield q.storage, wanted.storage
+            yield dequantize(q), dequantize(wanted)
+
+
 def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     for name in floats:
         for x in _awkward(name):
@@ -409,6 +424,7 @@ _CHECKS: dict[str, Callable[[Backend, tuple[str, ...]], _Pairs]] = {
     "powers of two": _check_powers,
     "integer_matmul": _check_integer_matmul,
     "quantize and dequantize": _check_quantize,
+    "formats": _check_formats,
     "given scale and zero point": _check_given_scale,
     "choose_qparams, fake_quantize": _check_other_functions,
     "non-finite values": _check_nonfinite,

@@ -8,6 +8,7 @@ microseconds an element), and meant to be read beside the rules.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Form:
     """Whether the largest magnitude becomes the largest power of two among the numbers, not the largest number."""
     scale_rounding: object = "up"
 
-    @property
+    @functools.cached_property
     def numbers(self):
         return formats.ELEMENTS.get(self.element) or formats.SCALES[self.element]
 
@@ -148,13 +149,29 @@ class Form:
         """The code of zero that unsigned integers have in a symmetric scheme."""
         return 1 << (formats.BITS[self.element] - 1) if self.element.startswith("uint") else 0
 
-    @property
+    @functools.cached_property
+    def by_size(self):
+        """Numbers that are not negative, by code; they grow with their codes."""
+        return {code: n for code, n in self.numbers.items() if n > 0 or code == 0}
+
+    @functools.cached_property
+    def in_order(self):
+        """Codes by their numbers; of two of one number the lower."""
+        order = sorted(self.numbers, key=lambda code: (self.numbers[code], code))
+        return [code for i, code in enumerate(order) if not i or self.numbers[code] != self.numbers[order[i - 1]]]
+
+    @functools.cached_property
+    def extremes(self):
+        """Smallest and largest number."""
+        return min(self.numbers.values()), max(self.numbers.values())
+
+    @functools.cached_property
     def smallest(self):
         return min(abs(v) for v in self.numbers.values() if v)
 
     def ends(self, symmetric):
         """Smallest and largest number that quantization gives."""
-        low, high = min(self.numbers.values()), max(self.numbers.values())
+        low, high = self.extremes
         if symmetric and self.element in formats.INTEGERS:
             low = 2 * self.middle - high
         return low, high
@@ -168,6 +185,7 @@ class Form:
         return power(floor_log2(top)) if self.power_of_two else top
 
 
+@functools.cache
 def form_of(dtype, scale_dtype=None, scale_mode=None):
     """The format that the arguments of ``quantize`` mean."""
     if dtype == "nvfp4":
@@ -214,14 +232,14 @@ def integer_code(v, form, zero, symmetric, rounding, noise, c):
 
 def float_code(v, negative, form, rounding, noise, c):
     """The code next to ``v``, found among all of one sign; of two as near the even one."""
-    numbers = {code: n for code, n in form.numbers.items() if n > 0 or code == 0}
+    numbers, most = form.by_size, form.extremes[1]
     if not isinstance(v, Fraction):
-        size = Fraction(0) if math.isnan(v) else max(numbers.values())
+        size = Fraction(0) if math.isnan(v) else most
         negative = negative and not math.isnan(v)
     else:
-        size = min(abs(v), max(numbers.values()))
+        size = min(abs(v), most)
     size = size if size >= power(EXPONENTS[c][0]) else Fraction(0)
-    codes = sorted(numbers)
+    codes = list(numbers)
     at = bisect.bisect_right(codes, size, key=numbers.__getitem__)  # numbers grow with their codes
     if at == 0:
         code = codes[0]
@@ -238,15 +256,14 @@ def float_code(v, negative, form, rounding, noise, c):
             code = high if part > Fraction(1, 2) or (part == Fraction(1, 2) and low & 1) else low
         else:
             code = high if rounded(steps, rounding, noise, c) > numbers[low] / gap else low
-    mirrored = [other for other, n in form.numbers.items() if n == -numbers[code] and other != code]
-    return mirrored[0] if negative and mirrored else code
+    mirrored = code + (1 << (formats.BITS.get(form.element, 8) - 1))
+    return mirrored if negative and mirrored in form.numbers else code
 
 
 def codebook_code(v, form, rounding, c):
     """Above the midpoint, rounded, to the larger number, at it to the smaller."""
     assert rounding != "stochastic"
-    order = sorted(form.numbers, key=lambda code: (form.numbers[code], code))
-    order = [code for i, code in enumerate(order) if not i or form.numbers[code] != form.numbers[order[i - 1]]]
+    order = form.in_order
     if not isinstance(v, Fraction):
         if math.isnan(v):
             return min(order, key=lambda code: abs(form.numbers[code]))
@@ -296,7 +313,7 @@ def calibrate(values, form, symmetric, offset, c, floor=Fraction(0)):
     else:
         bounds = values if offset and values else [*values, Fraction(0)]
         lo, hi = without_tiny(min(bounds), c), without_tiny(max(bounds), c)
-        signed = min(form.numbers.values()) < 0
+        signed = form.extremes[0] < 0
         scale = nearest(nearest(hi / 2 - lo / 2, c) * inverse(offset and signed), c)
         middle = without_tiny(nearest(hi / 2 + lo / 2, c), c) if signed else lo
     scale = zero_scale(form) if scale < tiny else max(scale, least_scale(form, c, offset, floor))
@@ -314,8 +331,9 @@ def keep(scales, form, c, grid_shape, offset):
         return kept, exactly(kept.values)
     codes, numbers, there = [], [], formats.SCALES[form.kept]
     for scale in scales:
-        assert not scale or min(filter(None, there.values())) <= scale <= max(there.values()), "no such scale"
-        codes.append(float_code(scale, False, Form(form.kept), form.scale_rounding, None, c))
+        down = 2 if form.scale_rounding == "toward_zero" else 1  # up to the number after the largest, had there been one
+        assert not scale or min(filter(None, there.values())) <= scale <= down * max(there.values()), "no such scale"
+        codes.append(float_code(scale, False, form_of(form.kept), form.scale_rounding, None, c))
         numbers.append(there[codes[-1]])
     storage = "uint16" if form.kept in ("float16", "bfloat16") else "uint8"
     codes = np.asarray(codes, dtype=storage).reshape(grid_shape)
@@ -360,7 +378,7 @@ def quantize(
     numbers = block_numbers(shape, block)
     has_offset = offset is not None
     symmetric = scheme == "symmetric" and zero_point is None and not has_offset
-    centred = symmetric or (has_offset and min(form.numbers.values()) < 0)
+    centred = symmetric or (has_offset and form.extremes[0] < 0)
     values, negative = exactly(x), np.signbit(x).ravel().tolist()
 
     on_grid = grid(shape, block)
@@ -387,7 +405,7 @@ def quantize(
     elif symmetric or has_offset:
         zeros = [middle if symmetric else 0] * blocks
     else:
-        low, high = min(form.numbers), max(form.numbers)
+        low, high = int(form.extremes[0]), int(form.extremes[1])
         zeros = [
             min(max(low - rint(nearest(v * inverse, c)), low), high) for v, inverse in zip(lows, inverses, strict=True)
         ]
