@@ -308,7 +308,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
     beyond it, where the product, or its conversion to a narrow source type, would overflow.
     """
     xp, source, shape = b.xp, spec.source, tuple(w.codes.shape)
-    steps = spec.element.decode(w.codes, b)
+    steps = spec.element.decode(w.codes, b, source.compute)
     if w.zero_point is not None:  # as integers: exact, and the codes' own type would overflow
         steps = xp.astype(steps, xp.int32) - spread(w.zero_point, shape, spec.block, xp)
     x = xp.astype(steps, b.dtype(source.compute))

@@ -86,9 +86,11 @@ class JaxBackend(Backend):
         return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-        fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        return jnp.where(x > 0, fraction, x), (bits >> 23) - 127  # zero and NaN stay what they are
+        # zero and NaN stay what they are
+        integer, mantissa, bias = (jnp.int32, 23, 127) if x.dtype.itemsize == 4 else (jnp.int64, 52, 1023)
+        bits = jax.lax.bitcast_convert_type(x, integer)
+        fraction = jax.lax.bitcast_convert_type((bits & ((1 << mantissa) - 1)) | (bias << mantissa), x.dtype)
+        return jnp.where(x > 0, fraction, x), ((bits >> mantissa) - bias).astype(jnp.int32)
 
     def power_of_two(self, e: Array) -> Array:
         power = jax.lax.bitcast_convert_type((jnp.clip(e, -100, 127) + 127) << 23, jnp.float32)
