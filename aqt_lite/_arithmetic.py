@@ -37,16 +37,19 @@ class ExactArithmetic(ABC):
         return self.xp.max(x, axis=axis, keepdims=keepdims)
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
-        """``x = f * 2^e`` with f in [1, 2) and e int32, for normal positive float32; zero gives f = 0 and e = -127.
+        """``x = f * 2^e`` with f in [1, 2) and e int32, for normal positive float32 or float64.
+
+        Zero gives f = 0 and e = -127, for float64 e = -1023.
 
         By comparisons and products with powers of two, all exact: the standard has no frexp, and log2 is inexact.
         """
         xp = self.xp
+        powers = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)[3 if xp.finfo(x.dtype).bits == 32 else 0 :]
         f, e = x, xp.zeros_like(x, dtype=xp.int32)
-        for k in (64, 32, 16, 8, 4, 2, 1):
+        for k in powers:
             large = f >= 2.0**k
             f, e = xp.where(large, f * 2.0**-k, f), xp.where(large, e + k, e)
-        for k in (64, 32, 16, 8, 4, 2, 1):
+        for k in powers:
             small = f < 2.0 ** (1 - k)
             f, e = xp.where(small, f * 2.0**k, f), xp.where(small, e - k, e)
         return f, e

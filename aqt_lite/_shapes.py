@@ -1,6 +1,7 @@
 """What a quantized array has in common with other arrays: indexing, iteration, transposes, reshaping, operators.
 
-Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: packing, for the length of streams.
+Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: packing, for the
+length of streams.
 """
 
 from __future__ import annotations
@@ -192,8 +193,8 @@ class ArrayShapes:
         together = all(size is None or size >= length for size, length in pairs)
         if not (each or together):
             raise ValueError(
-                f"reshape of {q.shape} in blocks {q.block} to {wanted} would tear blocks apart: dequantize first, or reshape "
-                f"before quantizing"
+                f"reshape of {q.shape} in blocks {q.block} to {wanted} would tear blocks apart: dequantize first, or "
+                "reshape before quantizing"
             )
         xp = q._backend.xp
         grid_lead = new_lead if each else (1,) * len(new_lead)
@@ -233,7 +234,8 @@ class ArrayShapes:
         if _is_quantized(other):
             return _product[0](self, other)
         raise TypeError(
-            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the product of floats"
+            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the "
+            "product of floats"
         )
 
     def __eq__(self, other: object) -> Any:
@@ -241,8 +243,8 @@ class ArrayShapes:
             return True
         if _is_quantized(other) or backend_of(other) is not None:
             raise TypeError(
-                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, with "
-                "aqt_lite.testing.assert_same_bits"
+                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, "
+                "with aqt_lite.testing.assert_same_bits"
             )
         return NotImplemented
 
@@ -252,8 +254,8 @@ class ArrayShapes:
 def _refused(symbol: str) -> Callable[..., NoReturn]:
     def refuse(self: Any, *_: Any) -> NoReturn:
         raise TypeError(
-            f"arithmetic with a QArray ({symbol}) would dequantize all of it at every call: write q.dequantize() where you "
-            f"want that; x @ q stays quantized"
+            f"arithmetic with a QArray ({symbol}) would dequantize all of it at every call: write q.dequantize() where "
+            "you want that; x @ q stays quantized"
         )
 
     return refuse
@@ -283,7 +285,8 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     Raises
     ------
     ValueError, TypeError
-        They differ, or share one scale along ``axis``, or a group that is shorter than the others would come to lie inside.
+        They differ, or share one scale along ``axis``, or a group that is shorter than the others would come to lie
+        inside.
 
     Examples
     --------
@@ -307,13 +310,13 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     size = first.block[axis]
     if size is None and len(qs) > 1:
         raise ValueError(
-            f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or group "
-            f"there, or join the values before quantizing"
+            f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or "
+            "group there, or join the values before quantizing"
         )
     if size is not None and any(q.shape[axis] % size for q in qs[:-1]):
         raise ValueError(
-            f"concatenate along axis {axis}: a last group shorter than {size} would come to lie inside; join the values "
-            f"before quantizing"
+            f"concatenate along axis {axis}: a last group shorter than {size} would come to lie inside; join the "
+            "values before quantizing"
         )
     xp = first._backend.xp
     new: dict[str, Any] = {}
@@ -424,7 +427,7 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
         raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
     flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
     if b.has_values(ids):
-        known = b.to_numpy(flat)
+        known = b.to_numpy(ids).reshape(-1)  # of the indices: what is made of them while a compiler traces is traced
         bad = (known < -length) | (known >= length)
         if bad.any():
             raise IndexError(f"index {known[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
@@ -467,7 +470,10 @@ def _as_index(items: list[Any]) -> tuple[Any, ...]:
 
 
 def _indexed(q: QArray, items: list[Any]) -> QArray:
-    """``q`` with its codes indexed, in its own layout where that survives. Items: one an axis, and None for new axes."""
+    """``q`` with its codes indexed, in its own layout where that survives.
+
+    Items: one an axis, and None for new axes.
+    """
     tail, xp = 2 if q.transposed else 1, q._backend.xp  # axes that the layout is about
     if q.packed_length is None and not q.transposed:
         return replace(q, storage=_cut(q.storage, items, xp))
@@ -502,8 +508,8 @@ def _full_index(index: Any, ndim: int) -> list[Any]:
         if not (item is Ellipsis or item is None or isinstance(item, slice) or _is_integer(item)):
             kind = f"an array of shape {tuple(item.shape)}" if hasattr(item, "shape") else repr(item)[:60]
             raise IndexError(
-                f"index {kind}: a QArray takes integers, slices, '...' and None, or one array of integers for its first "
-                f"axis; q.take(ids, axis) for another; dequantize it for masks"
+                f"index {kind}: a QArray takes integers, slices, '...' and None, or one array of integers for its "
+                "first axis; q.take(ids, axis) for another; dequantize it for masks"
             )
     dots = sum(item is Ellipsis for item in items)
     entries = sum(item is not Ellipsis and item is not None for item in items)

@@ -28,7 +28,7 @@ from aqt_lite._blocks import reduced, spread
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
-from aqt_lite.elements import FLOAT_TYPES, ElementType, FloatType, Rounding
+from aqt_lite.elements import ElementType, FloatType, Rounding, float_type
 from aqt_lite.formats import Format
 from aqt_lite.granularity import Block, block_of
 
@@ -114,7 +114,7 @@ class Spec:
     @property
     def greatest(self) -> float:
         """Largest scale whose reciprocal is normal."""
-        return min(self.source.huge / self.headroom, FLOAT_TYPES[self.source.compute].max)
+        return min(self.source.huge / self.headroom, float_type(self.source.compute).max)
 
     @property
     def zero_scale(self) -> float:
@@ -138,7 +138,7 @@ class Spec:
         kept, ndim = self.format.scale, len(self.block)
         assert kept is not None
         block = block_of(kept.granularity, ndim) if ndim else ()
-        return Spec(kept, FLOAT_TYPES[self.source.compute], block, floor=self.least)
+        return Spec(kept, float_type(self.source.compute), block, floor=self.least)
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,11 @@ def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
     return scales(kept, spec, b)
 
 
-def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+def clipped(
+    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
+) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    return ~_encoded(x, QParams(*qparams), key, spec, recipe, 0, b)[1]
+    return ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
@@ -230,7 +232,7 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     element, beyond = form.element, spec.first_too_large_scale
     fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
     if beyond > element.max:  # what is rounded down to the largest number
-        most = FLOAT_TYPES[spec.source.compute].max
+        most = float_type(spec.source.compute).max
         fits = fits | ((scale > element.max) & (scale < beyond if beyond <= most else scale <= most))
     scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
     codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
@@ -306,7 +308,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
     beyond it, where the product, or its conversion to a narrow source type, would overflow.
     """
     xp, source, shape = b.xp, spec.source, tuple(w.codes.shape)
-    steps = spec.element.decode(w.codes, b)
+    steps = spec.element.decode(w.codes, b, source.compute)
     if w.zero_point is not None:  # as integers: exact, and the codes' own type would overflow
         steps = xp.astype(steps, xp.int32) - spread(w.zero_point, shape, spec.block, xp)
     x = xp.astype(steps, b.dtype(source.compute))

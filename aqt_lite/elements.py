@@ -94,14 +94,18 @@ class ElementType(ABC):
         """
 
     @abstractmethod
-    def decode(self, codes: Array, b: Backend) -> Array:
-        """The numbers that codes stand for: integers of any width, or float32; exact in either case."""
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        """The numbers that codes stand for: integers of any width, or floats of dtype ``compute``; exact in either case.
+
+        A number that is subnormal there may be flushed to zero: bfloat16 and float8_e8m0fnu, whose smallest are below
+        2^-126, are complete in float64 only.
+        """
 
     def levels(self, b: Backend) -> np.ndarray[Any, Any]:
         """Every number, in increasing order, as float64; ``b`` does the arithmetic."""
         low, high = self.codes
         codes = b.asarray(np.arange(low, high + 1).astype(self.storage))
-        numbers = np.asarray(b.to_numpy(self.decode(codes, b)), dtype=np.float64)
+        numbers = np.asarray(b.to_numpy(self.decode(codes, b, "float64")), dtype=np.float64)
         return np.unique(numbers[np.isfinite(numbers)])
 
 
@@ -201,8 +205,8 @@ class Integer(ElementType):
         clipped = xp.clip(code, float(least), float(most))
         return xp.astype(xp.where(xp.isnan(code), zero, clipped), b.dtype(self.storage)), clipped == code
 
-    def decode(self, codes: Array, b: Backend) -> Array:
-        return codes if self.step == 1.0 else b.xp.astype(codes, b.xp.float32) * self.step
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        return codes if self.step == 1.0 else b.xp.astype(codes, b.dtype(compute)) * self.step
 
 
 @dataclass(frozen=True)
@@ -272,11 +276,12 @@ class Float(ElementType):
         A whole part that rounding carries into the next binade gives that binade's first code by itself.
         """
         xp, m, lowest = b.xp, self.mantissa, self.lowest
+        normal = FLOAT_TYPES[b.dtype_name(v)].tiny / 2
         size = xp.clip(xp.abs(v), 0.0, self.max)
-        size = xp.where(size >= 2.0**-126, size, xp.zeros_like(size))  # subnormal, or NaN, for which >= is False
+        size = xp.where(size >= normal, size, xp.zeros_like(size))  # subnormal, or NaN, for which >= is False
         fraction, e = b.fraction_and_exponent(size)
         whole = fraction * 2.0**m
-        if lowest > -100:  # what lies below the smallest number with a leading 1 counts in steps of ``smallest``
+        if 2.0**lowest > normal:  # what lies below the smallest number with a leading 1 counts in steps of ``smallest``
             whole = xp.where(e < lowest, size * math.ldexp(1.0, m - lowest), whole)
         code = xp.astype(rounded(whole, rounding, xp, noise), xp.int32)
         code = code + (xp.clip(e - lowest, 0, 255) << m) - (0 if self.subnormal else 1 << m)
@@ -288,7 +293,7 @@ class Float(ElementType):
             code = xp.where(negative, code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), code)
         return xp.astype(code, b.dtype(self.storage)), xp.abs(v) <= self.max
 
-    def decode(self, codes: Array, b: Backend) -> Array:
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
         xp, m = b.xp, self.mantissa
         code = xp.astype(codes, xp.int32)
         size = code & ((1 << (self.exponent + m)) - 1)
@@ -299,7 +304,8 @@ class Float(ElementType):
         else:
             whole, e = fraction + (1 << m), field_ + (self.lowest - m)
         half = e >> 1  # in two steps: the smallest scales lie below the smallest power that there is
-        value = xp.astype(whole, xp.float32) * b.power_of_two(half) * b.power_of_two(e - half)
+        powers = [xp.astype(b.power_of_two(part), b.dtype(compute)) for part in (half, e - half)]
+        value = xp.astype(whole, b.dtype(compute)) * powers[0] * powers[1]
         value = xp.where(size > self.largest_code, xp.full_like(value, float("nan")), value)
         if self.infinity is not None:
             value = xp.where(size == self.infinity, xp.full_like(value, float("inf")), value)
@@ -425,9 +431,9 @@ class Codebook(ElementType):
         codes = xp.reshape(xp.astype(position, b.dtype(self.storage)), shape)
         return codes, (v >= self.min) & (v <= self.max)
 
-    def decode(self, codes: Array, b: Backend) -> Array:
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
         xp = b.xp
-        table = b.constant(self.numbers, "float32", like=codes)
+        table = b.constant(self.numbers, compute, like=codes)
         flat = xp.reshape(xp.astype(codes, xp.int32), (-1,))
         return xp.reshape(xp.take(table, flat, axis=0), tuple(codes.shape))
 
@@ -442,6 +448,7 @@ _WAYS_TO_CUT: list[tuple[str, Rounding]] = [
 ]
 
 
+@np.errstate(all="ignore")  # subnormal cuts are mended below
 def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tuple[float, ...]:
     low, high = numbers[:-1], numbers[1:]
 

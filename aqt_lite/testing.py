@@ -149,7 +149,7 @@ def check_backend(backend: str | Backend) -> Conformance:
     >>> from aqt_lite.testing import check_backend
     >>> report = check_backend("array_api_strict")
     >>> report.passed, len(report.rows)
-    (True, 12)
+    (True, 13)
     """
     b = backend if isinstance(backend, Backend) else get_backend(backend)
     floats = tuple(_floats_of(b))
@@ -250,13 +250,15 @@ def _check_reciprocal(b: Backend, floats: tuple[str, ...]) -> _Pairs:
 
 
 def _check_powers(b: Backend, floats: tuple[str, ...]) -> _Pairs:
-    normal = np.concatenate([2.0 ** np.arange(-126, 128), np.random.default_rng(4).uniform(-126, 128, 2000)])
-    normal[254:] = 2.0 ** normal[254:]
-    x = np.concatenate([normal.clip(2.0**-126, FLOAT_TYPES["float32"].max), np.zeros(1)]).astype(np.float32)
-    fraction, exponent = np.frexp(x)
-    own = b.compiled(_fraction_and_exponent)(b.asarray(x), b=b)
-    yield own[0], fraction * np.float32(2)
-    yield own[1], np.where(x == 0, -127, exponent - 1).astype(np.int32)
+    for compute in sorted({FLOAT_TYPES[name].compute for name in floats}):
+        low, high = (-126, 128) if compute == "float32" else (-1022, 1024)
+        exponents = np.random.default_rng(4).uniform(low, high - 1e-9, 2000)
+        normal = np.concatenate([np.ldexp(1.0, np.arange(low, high)), 2.0**exponents])
+        x = np.concatenate([normal.clip(2.0**low, FLOAT_TYPES[compute].max), np.zeros(1)]).astype(compute)
+        fraction, exponent = np.frexp(x)
+        own = b.compiled(_fraction_and_exponent)(b.asarray(x), b=b)
+        yield own[0], fraction * x.dtype.type(2)
+        yield own[1], np.where(x == 0, low - 1, exponent - 1).astype(np.int32)
     e = np.arange(-1000, 128, dtype=np.int32)
     powers = np.where(e < -100, 0, np.ldexp(1.0, e)).astype(np.float32)
     yield b.compiled(_power_of_two)(b.asarray(e), b=b), powers
@@ -302,6 +304,21 @@ def _check_quantize(b: Backend, floats: tuple[str, ...]) -> _Pairs:
                     q, wanted = quantize(b.asarray(x), **how), quantize(x, **how)
                     yield q, wanted
                     yield dequantize(q), dequantize(wanted)
+
+
+def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    """Every registered format: calibrated in short groups, and near the ends of its grid with a given scale."""
+    x = np.random.default_rng(6).standard_normal((3, 21)).astype(np.float32)
+    x[1], x[2, ::2] = 0, -0.0
+    for name, form in list(FORMATS.items()):
+        settings: list[dict[str, Any]] = [{"granularity": PerGroup(8)}]
+        if form.scale is None and not form.element.middle:
+            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1})
+        for how in settings:
+            q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
+            yield q, wanted
+            yield q.storage, wanted.storage
+            yield dequantize(q), dequantize(wanted)
 
 
 def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:
@@ -407,6 +424,7 @@ _CHECKS: dict[str, Callable[[Backend, tuple[str, ...]], _Pairs]] = {
     "powers of two": _check_powers,
     "integer_matmul": _check_integer_matmul,
     "quantize and dequantize": _check_quantize,
+    "formats": _check_formats,
     "given scale and zero point": _check_given_scale,
     "choose_qparams, fake_quantize": _check_other_functions,
     "non-finite values": _check_nonfinite,

@@ -44,7 +44,8 @@ class NumpyBackend(Backend):
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         fraction, exponent = np.frexp(x)
-        return fraction * np.float32(2), np.where(x == 0, np.int32(-127), exponent - np.int32(1))
+        zero = np.int32(-127 if x.dtype.itemsize == 4 else -1023)
+        return fraction * x.dtype.type(2), np.where(x == 0, zero, exponent - np.int32(1))
 
     def power_of_two(self, e: Array) -> Array:
         return np.ldexp(np.float32(1), np.where(e < -100, np.int32(-1000), e))

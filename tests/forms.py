@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 from optional import WITHOUT, jax, torch
 
 import aqt_lite
-from aqt_lite import PerTensor
+from aqt_lite import PerTensor, QArray
 from aqt_lite._registry import _BUILTIN, get_backend
 from aqt_lite.testing import mismatches
 
@@ -25,23 +25,23 @@ from aqt_lite.testing import mismatches
 class Call:
     """Arguments of ``quantize`` that are no arrays."""
 
-    dtype: str = "int8"
+    dtype: object = "int8"
     scheme: str = "symmetric"
     granularity: object = PerTensor()
+    """None: the format's own."""
     nonfinite: str = "raise"
+    offset: str | None = None
+    scale_dtype: str | None = None
+    scale_mode: str | None = None
+    rounding: str = "half_even"
+    key: int | None = None
 
-    def __call__(self, x, scale=None, zero_point=None):
-        """Codes, scale, zero point and dequantized values."""
-        q = aqt_lite.quantize(
-            x,
-            self.dtype,
-            scheme=self.scheme,
-            granularity=self.granularity,
-            nonfinite=self.nonfinite,
-            scale=scale,
-            zero_point=zero_point,
-        )
-        return Bits(q.qvalue, q.scale, q.zero_point, aqt_lite.dequantize(q))
+    def __call__(self, x, scale=None, zero_point=None, offset=None):
+        """Codes, scale, zero point, dequantized values, offset, and how the codes are kept."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        if offset is not None:
+            arguments["offset"] = offset
+        return bits_of(aqt_lite.quantize(x, scale=scale, zero_point=zero_point, **arguments))
 
 
 class Problem(NamedTuple):
@@ -51,29 +51,49 @@ class Problem(NamedTuple):
     call: Call = Call()
     scale: np.ndarray | None = None
     zero_point: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
 
 class Bits(NamedTuple):
-    """What a call returned."""
+    """What a call returned. Scales that are kept in a format of their own are ``Bits`` themselves."""
 
     codes: np.ndarray
-    scale: np.ndarray
+    scale: np.ndarray | Bits | None
     zero_point: np.ndarray | None
     values: np.ndarray
+    offset: np.ndarray | None = None
+    storage: np.ndarray | None = None
+    """None where an oracle does not say how codes are packed."""
+
+    def each(self, function):
+        """The same with ``function`` applied to every array."""
+        parts = (part.each(function) if isinstance(part, Bits) else part for part in self)
+        return Bits(*(part if part is None or isinstance(part, Bits) else function(part) for part in parts))
+
+
+def bits_of(q):
+    """The parts of a QArray."""
+    scale = bits_of(q.scale) if isinstance(q.scale, QArray) else q.scale
+    return Bits(q.qvalue, scale, q.zero_point, q.dequantize(), q.offset, q.storage)
 
 
 def differing(actual, expected):
-    """How many codes, scales, zero points and values differ in a bit; a shape or dtype that differs raises."""
-    assert (actual.zero_point is None) == (expected.zero_point is None)
-    count = mismatches(actual.codes, expected.codes) + mismatches(actual.values, expected.values)
-    count += mismatches(actual.scale, expected.scale)
-    return count if expected.zero_point is None else count + mismatches(actual.zero_point, expected.zero_point)
+    """How many numbers differ in a bit; a shape or dtype that differs raises."""
+    count = 0
+    for name in Bits._fields:
+        mine, wanted = getattr(actual, name), getattr(expected, name)
+        if name == "storage" and (mine is None or wanted is None):
+            continue
+        assert (mine is None, type(mine) is Bits) == (wanted is None, type(wanted) is Bits), name
+        if wanted is not None:
+            count += differing(mine, wanted) if isinstance(wanted, Bits) else mismatches(mine, wanted)
+    return count
 
 
 def compared(expected):
     """How many numbers ``differing`` compares."""
-    scales = expected.scale.size * (1 if expected.zero_point is None else 2)
-    return expected.codes.size + expected.values.size + scales
+    parts = (compared(part) if isinstance(part, Bits) else part.size for part in expected if part is not None)
+    return sum(parts)
 
 
 # ---- forms: list of problems -> list of Bits
@@ -82,13 +102,13 @@ def compared(expected):
 def _moved(name, problems):
     """The arrays of every problem on a backend, and the calls."""
     put = get_backend(name).asarray
-    arrays = [tuple(None if a is None else put(np.asarray(a)) for a in (p.x, p.scale, p.zero_point)) for p in problems]
+    arrays = [tuple(None if a is None else put(np.asarray(a)) for a in (p.x, *p[2:])) for p in problems]
     return arrays, tuple(p.call for p in problems)
 
 
 def _back(name, results):
     get = get_backend(name).to_numpy
-    return [Bits(*(None if part is None else np.array(get(part)) for part in bits)) for bits in results]
+    return [Bits(*bits).each(lambda part: np.array(get(part))) for bits in results]
 
 
 def _all(arrays, calls):

@@ -575,3 +575,44 @@ def test_square_weights_know_what_they_were_stored_for(backend):
     with pytest.warns(UserWarning, match=r"stored as for_dense\(\) does, as \(out, in\).*dense\(x, w\) reads it as"):
         aqt_lite.linear(x, w)
     dense(x, w)
+
+
+def test_scales_that_training_has_moved_are_not_used(backend):
+    q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
+    for bad in (-0.5, 0.0):
+        scale = np.array(backend.to_numpy(q.scale))
+        scale[1] = bad
+        moved = dataclasses.replace(q, scale=backend.asarray(scale))
+        for use in (dequantize, lambda q: aqt_lite.linear(backend.asarray(X[1]), q), lambda q: q[0:2].dequantize()):
+            with pytest.raises(ValueError, match=r"has 1 scales of \d that are not positive, the smallest"):
+                use(moved)
+    if backend.name == "jax":  # which cannot raise inside a compiled function
+        values = jax.jit(dequantize)(moved)
+        assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("int8", "int8"), ("uint8", "int4"), ("int4", "uint4"), ("float4_e2m1fn", "int8")], ids=str
+)
+def test_exact_sums_of_codes(backend, dtypes):
+    """``mode="integer"``: what is left of a product before any scale."""
+    rng = np.random.default_rng(5)
+    sides = [(rng.standard_normal(s) * 9).astype("float32") for s in ((5, 40), (7, 40))]
+    hows = [{"scheme": "affine"} if d.startswith("uint") else {} for d in dtypes]
+    x, w = (
+        quantize(backend.asarray(v), d, granularity=PerChannel(0), **how)
+        for v, d, how in zip(sides, dtypes, hows, strict=True)
+    )
+
+    def steps(q):
+        whole = backend.to_numpy(q.dequantize("float32")).astype(np.float64) / backend.to_numpy(q.scale)
+        return np.rint(whole / q._element.unit).astype(np.int64)
+
+    expected = (steps(x) @ steps(w).T).astype(np.int32)
+    assert_same_bits(aqt_lite.linear(x, w, mode="integer"), expected)
+    assert_same_bits(dense(x, w.T, mode="integer"), expected)
+    assert_same_bits(dense(x, w.T.copy().for_dense(), mode="integer"), expected)
+    with pytest.raises(ValueError, match="of the codes of two QArrays, without a bias: x is an array of floats"):
+        aqt_lite.linear(backend.asarray(sides[0]), w, mode="integer")
+    with pytest.raises(ValueError, match="mode='integer' is not possible: x is int8 with PerGroup"):
+        aqt_lite.linear(quantize(backend.asarray(sides[0]), granularity=PerGroup(8)), w, mode="integer")

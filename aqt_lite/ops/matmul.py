@@ -15,7 +15,7 @@ from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_product
@@ -25,10 +25,10 @@ from aqt_lite.qarray import QArray
 
 __all__ = ["dense", "linear"]
 
-Mode = Literal["fast", "reproducible"]
+Mode = Literal["fast", "reproducible", "integer"]
 
 
-def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
 
     Parameters
@@ -40,9 +40,11 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     w : QArray, shape (in, out)
         Any granularity.
     bias : array, shape (out,), optional
-    mode : {"fast", "reproducible"}
+    mode : {"fast", "reproducible", "integer"}
         "fast": as exact as the backend's own float32 product. "reproducible": the same bits on every backend and
-        in every order of summation (docs/numerics.md), for codes of 8 bits and float16, bfloat16 or float32 values.
+        in every order of summation (docs/numerics.md), for numbers that are integers of up to 8 bits, times a unit, and
+        float16, bfloat16 or float32 values. "integer": of two QArrays, the exact int32 sums of codes less their zero
+        points, before any scale.
 
     Returns
     -------
@@ -66,7 +68,7 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     return _product("dense", x, w, bias, mode, contract=0)
 
 
-def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
 
     Examples
@@ -80,21 +82,24 @@ def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array
 
 
 def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
-    one_of("mode", mode, ("fast", "reproducible"))
+    one_of("mode", mode, ("fast", "reproducible", "integer"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
     w = w._checked()
     b, w_shape = w._backend, w.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
-            f"meant: dense(x, w) reads it as (in, out)",
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
+            "whether that is meant: dense(x, w) reads it as (in, out)",
             stacklevel=3,
         )
     if len(w_shape) != 2:
         raise ValueError(
             f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
         )
+    if mode == "integer" and (not isinstance(x, QArray) or bias is not None):
+        what = "x is an array of floats" if bias is None else "a bias is added to scaled sums"
+        raise ValueError(f"mode='integer' is the product of the codes of two QArrays, without a bias: {what}")
     if not isinstance(x, QArray):
         x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
@@ -139,7 +144,7 @@ def _swapped(blocks: Any, b: Backend) -> Any:
 
 
 def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
-    """The same as integers of 8 or 16 bits with plain scales, where every number is a whole multiple of a power of two."""
+    """The same with integer codes of 8 or 16 bits and plain scales, where all numbers are whole multiples of a unit."""
     element = element_type(w.dtype)
     native = FORMATS.get(element.storage)
     whole = element.unit is not None or (native is not None and native.element == element)
@@ -188,6 +193,11 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         and inside < (1 << 31) // (1 << (7 + (x.zero_point is not None)) + (7 + (w.zero_point is not None)))
         and 0 not in (*x.shape, *w.shape)
     )
+    if not integers and mode == "integer":
+        raise ValueError(
+            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; it takes "
+            f"integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
+        )
     if not integers:
         return product_of_values(mode)
     left, right = _in_integers(replace(x, storage=x.qvalue, transposed=False, packed_length=None)), _in_integers(w)
@@ -207,6 +217,8 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point)
     )
     rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
+    if mode == "integer":
+        return run(b, reference.sums_of_codes, lhs, rhs, contract=stored)
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
         values = product_of_values("fast")

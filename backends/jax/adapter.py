@@ -14,6 +14,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite.backends.jax import trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
 
@@ -49,10 +50,10 @@ class JaxBackend(Backend):
         device = None
         if like is not None and not self.is_traced(like) and like.committed and len(like.devices()) == 1:
             device = like.device
-        return jnp.array(native, device=device)
+        return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        return np.asarray(x)
+        return np.asarray(jax.device_get(x))  # likewise
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return jnp.arange(start, stop, dtype=jnp.int32)
@@ -85,9 +86,11 @@ class JaxBackend(Backend):
         return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-        fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        return jnp.where(x > 0, fraction, x), (bits >> 23) - 127  # zero and NaN stay what they are
+        # zero and NaN stay what they are
+        integer, mantissa, bias = (jnp.int32, 23, 127) if x.dtype.itemsize == 4 else (jnp.int64, 52, 1023)
+        bits = jax.lax.bitcast_convert_type(x, integer)
+        fraction = jax.lax.bitcast_convert_type((bits & ((1 << mantissa) - 1)) | (bias << mantissa), x.dtype)
+        return jnp.where(x > 0, fraction, x), ((bits >> mantissa) - bias).astype(jnp.int32)
 
     def power_of_two(self, e: Array) -> Array:
         power = jax.lax.bitcast_convert_type((jnp.clip(e, -100, 127) + 127) << 23, jnp.float32)
@@ -118,11 +121,7 @@ class JaxBackend(Backend):
         return found
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
-        def with_keys(node: Any) -> Any:
-            leaves, static = flatten(node)
-            return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
-
-        jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+        trees.register(cls, flatten, unflatten, names)
 
 
 @functools.cache

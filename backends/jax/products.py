@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from aqt_lite import affine
+from aqt_lite import affine, packing
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
+from aqt_lite.backends.jax.eager import in_memory
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
 
@@ -215,33 +215,16 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
-def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of the CPU library on the memory of large arrays that have values and lie on one CPU.
-
-    XLA takes most of its time to touch fresh output memory for the first time, which NumPy's kernel does on every core.
-    """
-
-    def kernel(*arrays: Any, **static: Any) -> Any:
-        x = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
-        found = runtime.arrays_in(arrays)
-        if any(isinstance(a, jax.core.Tracer) for a in found) or x.size < runtime.LARGE:
-            return NotImplemented
-        devices = x.devices()
-        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
-            return NotImplemented
-        if not x.committed and devices != jnp.zeros(()).devices():
-            return NotImplemented  # placed by a default device that has changed since
-        result = form(*runtime.on_each(np.asarray, arrays), **static)
-        if result is NotImplemented:
-            return NotImplemented
-        place = x.sharding if x.committed else None  # an uncommitted array gives uncommitted results
-        return runtime.on_each(lambda a: jax.device_put(a, place, may_alias=True), result)
-
-    return kernel
-
+_IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
+    **quantize.FORMS,
+    affine.scales_of: None,
+    affine.clipped: None,
+    packing.pack: None,
+    packing.unpack: None,
+}
 
 KERNELS: Kernels = {
-    **{op: Kernel(keeping_shardings(_of_large(form)), anything) for op, form in quantize.FORMS.items()},
+    **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
     reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
     reference.integer_matmul: Kernel(integer_matmul, anything),

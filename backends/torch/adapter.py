@@ -73,9 +73,11 @@ class TorchBackend(Backend):
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
-        bits = x.view(torch.int32)
-        fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
-        return torch.where(x > 0, fraction, x), (bits >> 23) - 127  # zero and NaN stay what they are
+        # zero and NaN stay what they are
+        integer, mantissa, bias = (torch.int32, 23, 127) if x.dtype == torch.float32 else (torch.int64, 52, 1023)
+        bits = x.view(integer)
+        fraction = ((bits & ((1 << mantissa) - 1)) | (bias << mantissa)).view(x.dtype)
+        return torch.where(x > 0, fraction, x), ((bits >> mantissa) - bias).to(torch.int32)
 
     def power_of_two(self, e: Array) -> Array:
         power = ((torch.clamp(e, -100, 127) + 127) << 23).view(torch.float32)

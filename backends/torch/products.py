@@ -20,7 +20,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
 from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
-from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import derivative, reference
 
@@ -77,14 +77,25 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if y is not NotImplemented:
         return y
     if (
-        x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
-        and _have_numpy_memory((x, *w, bias))
+        _have_numpy_memory((x, *w, bias))
+        and x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
         and serve.row_loops(x.shape[0], w, contract)
     ):
         return _shared(floats.matmul, x, w, bias, spec=spec, contract=contract)
-    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
+    if digits_serve and _has_at_most(MOST_ROWS_AS_DIGITS, x) and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
         return _reproducible(x, w, bias, spec, contract)
     return _blockwise(x, w, bias, spec, contract)
+
+
+def _has_at_most(rows: int, x: Array) -> bool:
+    """Whether x has no more rows; not where a compiler does not know, which would compile for the answer."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import (
+            statically_known_true,
+        )  # it takes a while, and a compiler has it
+
+        return bool(statically_known_true(x.shape[0] <= rows))
+    return bool(x.shape[0] <= rows)
 
 
 def _may_write_in_place(x: Array, w: Coded, bias: Array | None) -> bool:
@@ -146,6 +157,58 @@ def _is_worth_digits(w: Coded, contract: int) -> bool:
     return serve.one_scale_a_column(w, contract) and bool(w.codes.numel() > SMALL)
 
 
+# ---- torch.autocast
+
+
+def _autocasts(x: Array) -> bool:
+    """Whether torch would do products on the device of x in a narrower type."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(product: Callable[..., Array]) -> Callable[..., Array]:
+    """A product that is what it says it is under ``torch.autocast``, too: exact to float32, and of the dtype of x."""
+
+    def call(x: Any, *others: Any, **static: Any) -> Array:
+        first = x.codes if isinstance(x, Coded) else x
+        if not _autocasts(first):
+            return product(x, *others, **static)
+        with torch.autocast(first.device.type, enabled=False):
+            return product(x, *others, **static)
+
+    return call
+
+
+def _may_autocast_backward(dy: Array) -> bool:
+    """Dynamo traces a derivative where the product stands, and what runs it later is under the autocast of the call."""
+    return torch.compiler.is_compiling() or _autocasts(dy)
+
+
+class _Matmul(torch.autograd.Function):
+    """``x @ w`` of two matrices, whose derivatives autocast leaves alone, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Array, w: Array) -> Array:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        x, w = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = _Matmul.apply(dy, w.T) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
+            dw = _Matmul.apply(x.T, dy) if ctx.needs_input_grad[1] else None  # type: ignore[no-untyped-call]
+            return dx, dw
+
+
+# ---- derivatives
+
+
 class _Product(torch.autograd.Function):
     """``ops.derivative`` as autograd wants it; tensors are passed one by one, which autograd and vmap ask for."""
 
@@ -163,16 +226,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Array) -> Any:
-        x, *weight = ctx.saved_tensors
-        w, spec, contract, b = Coded(*weight), ctx.spec, ctx.contract, get_backend("torch")
-        dx = dbias = dscale = None
-        if ctx.needs_input_grad[3]:
-            dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
-        if ctx.needs_input_grad[4]:
-            dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
-        if ctx.needs_input_grad[6]:
-            dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
-        return None, None, None, dx, dbias, *Coded(None, dscale)
+        if _may_autocast_backward(dy):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _derivatives(ctx, dy)
+        return _derivatives(ctx, dy)
+
+
+def _derivatives(ctx: Any, dy: Array) -> Any:
+    x, *weight = ctx.saved_tensors
+    w, spec, contract, b = Coded(*weight), ctx.spec, ctx.contract, get_backend("torch")
+    dx = dbias = dscale = None
+    if ctx.needs_input_grad[3]:
+        dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
+    if ctx.needs_input_grad[4]:
+        dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
+    if ctx.needs_input_grad[6]:
+        dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
+    return None, None, None, dx, dbias, *Coded(None, dscale)
 
 
 def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
@@ -232,9 +302,9 @@ def _eager_product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     block = (None if group < 0 else group, None)
-    spec = Spec(FORMATS[dtype], FLOAT_TYPES[float_dtype], block)
+    spec = Spec(FORMATS[dtype], float_type(float_dtype), block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
-    y: torch.Tensor = form(x, w, bias, spec, 1)
+    y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, 1)
     return y.contiguous()  # as the compiler is told below
 
 
@@ -271,6 +341,8 @@ def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
     """A form of the CPU library for large tensors; small ones are left to torch itself."""
 
     def kernel(*arrays: Any, **static: Any) -> Any:
+        if torch.compiler.is_compiling():  # first of all: to compare a size is to compile for it
+            return NotImplemented
         first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
         if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
@@ -303,9 +375,28 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
+def _of_values(x: Array, values: Array, bias: Array | None, *, contract: int) -> Any:
+    """Where torch would do the product in a narrower type, forward or backward; else it is torch's own."""
+    if not _autocasts(x):
+        return NotImplemented
+    with torch.autocast(x.device.type, enabled=False):
+        compute = torch.float64 if torch.float64 in (x.dtype, values.dtype) else torch.float32
+        weight = values.to(compute)
+        y = _Matmul.apply(x.to(compute), weight if contract == 0 else weight.T)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            y = y + bias.to(compute)
+        return y.to(x.dtype)
+
+
+def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str) -> Array:
+    return reference.matmul_integer(x, w, bias, contract=contract, out=out, b=get_backend("torch"))
+
+
 KERNELS: Kernels = {
     **{operation: Kernel(_of_large(form), anything) for operation, form in quantize.FORMS.items()},
-    reference.matmul: Kernel(_kernel(reproducible=False)),
-    reference.matmul_reproducible: Kernel(_kernel(reproducible=True)),
+    reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
+    reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
+    reference.matmul_of_values: Kernel(_of_values, anything),
+    reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),
     reference.integer_matmul: Kernel(integer_matmul, anything),
 }

@@ -7,6 +7,8 @@ microseconds an element), and meant to be read beside the rules.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -15,14 +17,13 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 
+from oracles import formats
+
 PRECISION = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
 """Bits of a significand, the leading one included."""
 
 EXPONENTS = {"float16": (-14, 15), "bfloat16": (-126, 127), "float32": (-126, 127), "float64": (-1022, 1023)}
 """Smallest and largest exponent of a normal number."""
-
-CODES = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767), "uint16": (0, 65535)}
-"""Smallest and largest integer."""
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -112,9 +113,13 @@ class Exact:
     """What quantization and dequantization have to give, as NumPy arrays."""
 
     codes: np.ndarray
-    scale: np.ndarray
+    scale: np.ndarray | Exact | None
+    """Exact itself where scales are kept in a format of their own."""
     zero_point: np.ndarray | None
     values: np.ndarray
+    offset: np.ndarray | None = None
+    storage: np.ndarray | None = None
+    """The codes as they are kept."""
 
 
 def compute_dtype(dtype):
@@ -122,45 +127,234 @@ def compute_dtype(dtype):
     return "float64" if dtype == "float64" else "float32"
 
 
-def code_range(element, symmetric):
-    """Smallest code, largest code, and the code of zero in a symmetric scheme."""
-    least, most = CODES[element]
-    middle = 0 if least else (most + 1) // 2
-    return (middle - (most - middle), most, middle) if symmetric else (least, most, middle)
+@dataclass(frozen=True)
+class Form:
+    """A format: its numbers, how the largest magnitude maps onto them, and how scales are kept."""
+
+    element: str
+    kept: str | None = None
+    """Format of the scales."""
+    own_scale: bool = False
+    """Whether the kept scales have a scale themselves."""
+    power_of_two: bool = False
+    """Whether the largest magnitude becomes the largest power of two among the numbers, not the largest number."""
+    scale_rounding: object = "up"
+
+    @functools.cached_property
+    def numbers(self):
+        return formats.ELEMENTS.get(self.element) or formats.SCALES[self.element]
+
+    @property
+    def middle(self):
+        """The code of zero that unsigned integers have in a symmetric scheme."""
+        return 1 << (formats.BITS[self.element] - 1) if self.element.startswith("uint") else 0
+
+    @functools.cached_property
+    def by_size(self):
+        """Numbers that are not negative, by code; they grow with their codes."""
+        return {code: n for code, n in self.numbers.items() if n > 0 or code == 0}
+
+    @functools.cached_property
+    def in_order(self):
+        """Codes by their numbers; of two of one number the lower."""
+        order = sorted(self.numbers, key=lambda code: (self.numbers[code], code))
+        return [code for i, code in enumerate(order) if not i or self.numbers[code] != self.numbers[order[i - 1]]]
+
+    @functools.cached_property
+    def extremes(self):
+        """Smallest and largest number."""
+        return min(self.numbers.values()), max(self.numbers.values())
+
+    @functools.cached_property
+    def smallest(self):
+        return min(abs(v) for v in self.numbers.values() if v)
+
+    def ends(self, symmetric):
+        """Smallest and largest number that quantization gives."""
+        low, high = self.extremes
+        if symmetric and self.element in formats.INTEGERS:
+            low = 2 * self.middle - high
+        return low, high
+
+    def largest(self, symmetric=True):
+        """What the largest magnitude of a block becomes; half the range where it need not be symmetric."""
+        low, high = self.ends(symmetric)
+        if not symmetric:
+            return (high - low) / 2
+        top = high - self.middle if low >= 0 else min(-low, high)
+        return power(floor_log2(top)) if self.power_of_two else top
 
 
-def calibrate(values, element, symmetric, dtype):
-    """Scale and zero point of one block, from its finite values."""
-    c = compute_dtype(dtype)
+@functools.cache
+def form_of(dtype, scale_dtype=None, scale_mode=None):
+    """The format that the arguments of ``quantize`` mean."""
+    if dtype == "nvfp4":
+        return Form("float4_e2m1fn", "float8_e4m3fn", own_scale=True, scale_rounding="half_even")
+    if dtype in formats.BLOCK_FORMATS:
+        element = formats.BLOCK_FORMATS[dtype]
+        power_of_two, rounding = {
+            "floor": (True, "toward_zero"),
+            "ceil": (True, "up"),
+            "even": (True, 1 - power(-formats.MANTISSA[element] - 1)),
+            "rceil": (False, "up"),
+        }[scale_mode or "floor"]
+        return Form(element, "float8_e8m0fnu", power_of_two=power_of_two, scale_rounding=rounding)
+    if scale_dtype is None:
+        return Form(dtype)
+    return Form(dtype, scale_dtype, own_scale=scale_dtype not in formats.SCALES)
+
+
+def rounded(size, rounding, noise=None, c="float32"):
+    """A number that is not negative as a whole number."""
+    whole = size.numerator // size.denominator
+    part = size - whole
+    if rounding == "half_even":
+        return rint(size)
+    if rounding == "toward_zero":
+        return whole
+    if rounding == "up":
+        return whole + (part > 0)
+    if rounding == "stochastic":
+        return whole + (size >= nearest(whole + 1 - Fraction(noise, 1 << 16), c))
+    return whole + (part >= (Fraction(1, 2) if rounding == "half_away" else rounding))
+
+
+def integer_code(v, form, zero, symmetric, rounding, noise, c):
+    numbers, step = form.numbers, form.smallest
+    low, high = (end / step for end in form.ends(symmetric))
+    if not isinstance(v, Fraction):
+        return zero if math.isnan(v) else int(high if v > 0 else low)
+    size = rounded(abs(v) / step, rounding, noise, c)
+    code = int(min(max((size if v > 0 else -size) + zero, low), high))
+    assert code in numbers
+    return code
+
+
+def float_code(v, negative, form, rounding, noise, c):
+    """The code next to ``v``, found among all of one sign; of two as near the even one."""
+    numbers, most = form.by_size, form.extremes[1]
+    if not isinstance(v, Fraction):
+        size = Fraction(0) if math.isnan(v) else most
+        negative = negative and not math.isnan(v)
+    else:
+        size = min(abs(v), most)
+    size = size if size >= power(EXPONENTS[c][0]) else Fraction(0)
+    codes = list(numbers)
+    at = bisect.bisect_right(codes, size, key=numbers.__getitem__)  # numbers grow with their codes
+    if at == 0:
+        code = codes[0]
+    elif numbers[codes[at - 1]] == size or at == len(codes):
+        code = codes[at - 1]
+    else:
+        low, high = codes[at - 1], codes[at]
+        # in steps of the gap, counted from zero in the lower number's binade, of which even codes are even multiples
+        gap = numbers[high] - numbers[low]
+        steps = size / gap
+        assert (numbers[low] / gap).denominator == 1
+        if rounding == "half_even":
+            part = steps - numbers[low] / gap
+            code = high if part > Fraction(1, 2) or (part == Fraction(1, 2) and low & 1) else low
+        else:
+            code = high if rounded(steps, rounding, noise, c) > numbers[low] / gap else low
+    mirrored = code + (1 << (formats.BITS.get(form.element, 8) - 1))
+    return mirrored if negative and mirrored in form.numbers else code
+
+
+def codebook_code(v, form, rounding, c):
+    """Above the midpoint, rounded, to the larger number, at it to the smaller."""
+    assert rounding != "stochastic"
+    order = form.in_order
+    if not isinstance(v, Fraction):
+        if math.isnan(v):
+            return min(order, key=lambda code: abs(form.numbers[code]))
+        return order[-1] if v > 0 else order[0]
+    chosen = order[0]
+    for left, right in itertools.pairwise(order):
+        low, high = form.numbers[left], form.numbers[right]
+        cut = nearest((low + high) / 2, c)
+        if rounding == "half_away":
+            larger = v >= cut if low + high > 0 else v > cut
+        elif rounding == "toward_zero" and not low < 0 < high:
+            larger = v >= high if low >= 0 else v > low
+        else:
+            larger = v > cut
+        if larger:
+            chosen = right
+    return chosen
+
+
+def without_tiny(value, c):
+    return value if abs(value) >= power(EXPONENTS[c][0] + 1) else Fraction(0)
+
+
+def least_scale(form, c, offset, floor=Fraction(0)):
+    """Below it a product with the smallest number, or the reciprocal of a scale, might be subnormal."""
+    smallest = min(form.smallest, Fraction(1), Fraction(1) if form.largest() >= 4 else Fraction(1, 4))
     tiny = power(EXPONENTS[c][0] + 1)
-    qmin, qmax, middle = code_range(element, symmetric)
+    least = max(tiny * power(-floor_log2(smallest)), floor / form.smallest)
+    return max(least, tiny * power(25)) if offset else least
+
+
+def zero_scale(form):
+    """Scale of a block of zeros."""
+    if form.kept is None:
+        return Fraction(1)
+    return Fraction(0) if 0 in form_of(form.kept).numbers.values() else Fraction(1)
+
+
+def calibrate(values, form, symmetric, offset, c, floor=Fraction(0)):
+    """Scale of one block from its finite values, its smallest value, and its offset."""
+    tiny = power(EXPONENTS[c][0] + 1)
+    inverse = lambda centred: nearest(1 / form.largest(centred), c)
+    lo = hi = Fraction(0)
     if symmetric:
-        amax = max((abs(v) for v in values), default=Fraction(0))
-        amax = amax if amax >= tiny else Fraction(0)
-        scale = nearest(amax * nearest(Fraction(1, qmax - middle), c), c)
-        return (scale if scale >= tiny else Fraction(1)), middle
-    lo, hi = min([Fraction(0), *values]), max([Fraction(0), *values])
-    lo, hi = (lo if -lo >= tiny else Fraction(0)), (hi if hi >= tiny else Fraction(0))
-    scale = nearest(nearest(hi / 2 - lo / 2, c) * nearest(Fraction(2, qmax - qmin), c), c)
-    scale = scale if scale >= tiny else Fraction(1)
-    return scale, min(max(qmin - rint(nearest(lo * nearest(1 / scale, c), c)), qmin), qmax)
+        amax = without_tiny(max((abs(v) for v in values), default=Fraction(0)), c)
+        scale = nearest(amax * inverse(True), c)
+    else:
+        bounds = values if offset and values else [*values, Fraction(0)]
+        lo, hi = without_tiny(min(bounds), c), without_tiny(max(bounds), c)
+        signed = form.extremes[0] < 0
+        scale = nearest(nearest(hi / 2 - lo / 2, c) * inverse(offset and signed), c)
+        middle = without_tiny(nearest(hi / 2 + lo / 2, c), c) if signed else lo
+    scale = zero_scale(form) if scale < tiny else max(scale, least_scale(form, c, offset, floor))
+    return scale, lo, (middle if offset else None)
 
 
-def code_of(value, inverse, zero_point, qmin, qmax, c):
-    """The code of one value."""
-    if not isinstance(value, Fraction):
-        return zero_point if math.isnan(value) else (qmax if value > 0 else qmin)
-    return min(max(rint(nearest(value * inverse, c)) + zero_point, qmin), qmax)
+def keep(scales, form, c, grid_shape, offset):
+    """Scales as the format keeps them (arrays), and the numbers that these stand for."""
+    if form.kept is None:
+        return as_array(scales, c, grid_shape), scales
+    floor = least_scale(form, c, offset=False)
+    wide = as_array(scales, c, grid_shape)
+    if form.own_scale:
+        kept = quantize(wide, form.kept, block=own_block(form.kept, grid_shape), rounding=form.scale_rounding, floor=floor)
+        return kept, exactly(kept.values)
+    codes, numbers, there = [], [], formats.SCALES[form.kept]
+    for scale in scales:
+        down = 2 if form.scale_rounding == "toward_zero" else 1  # up to the number after the largest, had there been one
+        assert not scale or min(filter(None, there.values())) <= scale <= down * max(there.values()), "no such scale"
+        codes.append(float_code(scale, False, form_of(form.kept), form.scale_rounding, None, c))
+        numbers.append(there[codes[-1]])
+    storage = "uint16" if form.kept in ("float16", "bfloat16") else "uint8"
+    codes = np.asarray(codes, dtype=storage).reshape(grid_shape)
+    return Exact(codes, None, None, as_array(numbers, c, grid_shape), storage=codes), numbers
 
 
-def value_of(steps, scale, dtype):
-    """What ``steps`` (code minus zero point) stand for: a product, clipped to the type's largest, converted to it."""
-    product = nearest(steps * scale, compute_dtype(dtype))
-    limit = largest(dtype)
-    return nearest(min(max(product, -limit), limit), dtype)
-
-
-def quantize(x, element="int8", scheme="symmetric", block=None, scale=None, zero_point=None):
+def quantize(
+    x,
+    dtype="int8",
+    scheme="symmetric",
+    block=None,
+    scale=None,
+    zero_point=None,
+    *,
+    offset=None,
+    scale_dtype=None,
+    scale_mode=None,
+    rounding="half_even",
+    key=None,
+    floor=Fraction(0),
+):
     """Quantize and dequantize; non-finite values as with ``nonfinite="ignore"``.
 
     Parameters
@@ -168,45 +362,141 @@ def quantize(x, element="int8", scheme="symmetric", block=None, scale=None, zero
     x : numpy.ndarray
         float16, bfloat16, float32 or float64.
     block : tuple
-        Length of a block along every axis, None for all of it; by default a single block.
+        Length of a block along every axis, None for all of it; by default a single block, or the format's own.
     scale, zero_point : numpy.ndarray
         On the grid of blocks: nothing is calibrated then.
+    offset : "data" or numpy.ndarray
+    scale_dtype, scale_mode, rounding, key
+        As in ``aqt_lite.quantize``.
+    floor : Fraction
+        Where x are scales themselves: the least that is of use, below which none but 0 is kept.
     """
-    dtype, shape = x.dtype.name, x.shape
-    c = compute_dtype(dtype)
-    block = (None,) * x.ndim if block is None else block
+    source, shape = x.dtype.name, x.shape
+    c = compute_dtype(source)
+    form = form_of(dtype, scale_dtype, scale_mode)
+    block = own_block(dtype, shape) if block is None else block
     numbers = block_numbers(shape, block)
-    symmetric = scheme == "symmetric" and zero_point is None
-    qmin, qmax, middle = code_range(element, symmetric)
-    values = exactly(x)
+    has_offset = offset is not None
+    symmetric = scheme == "symmetric" and zero_point is None and not has_offset
+    centred = symmetric or (has_offset and form.extremes[0] < 0)
+    values, negative = exactly(x), np.signbit(x).ravel().tolist()
 
-    blocks = math.prod(grid(shape, block))
+    on_grid = grid(shape, block)
+    blocks = math.prod(on_grid)
+    offsets, lows = [None] * blocks, None
     if scale is None:
         members = [[] for _ in range(blocks)]
         for value, number in zip(values, numbers, strict=True):
             if isinstance(value, Fraction):
                 members[number].append(value)
-        chosen = [calibrate(m, element, symmetric, dtype) for m in members]
-        scales, zeros = [s for s, _ in chosen], [z for _, z in chosen]
+        chosen = [calibrate(m, form, symmetric, has_offset, c, floor) for m in members]
+        scales, lows = [s for s, _, _ in chosen], [low for _, low, _ in chosen]
+        offsets = [o for _, _, o in chosen]
     else:
         scales = [nearest(s, c) for s in exactly(scale)]
-        zeros = [middle] * blocks if zero_point is None else [int(z) for z in np.asarray(zero_point).ravel()]
+        if has_offset:
+            offsets = [without_tiny(nearest(o, c), c) for o in exactly(offset)]
+    kept, scales = keep(scales, form, c, on_grid, has_offset)
+    inverses = [nearest(1 / s, c) if s else Fraction(0) for s in scales]
 
-    inverses = [nearest(1 / s, c) for s in scales]
-    codes = [code_of(v, inverses[n], zeros[n], qmin, qmax, c) for v, n in zip(values, numbers, strict=True)]
-    back: dict[tuple[int, int], Fraction] = {}  # a code has the same value wherever it occurs in a block
-    for code, n in zip(codes, numbers, strict=True):
-        if (code, n) not in back:
-            back[code, n] = value_of(code - zeros[n], scales[n], dtype)
+    middle = form.middle
+    if zero_point is not None:
+        zeros = [int(z) for z in np.asarray(zero_point).ravel()]
+    elif symmetric or has_offset:
+        zeros = [middle if symmetric else 0] * blocks
+    else:
+        low, high = int(form.extremes[0]), int(form.extremes[1])
+        zeros = [
+            min(max(low - rint(nearest(v * inverse, c)), low), high) for v, inverse in zip(lows, inverses, strict=True)
+        ]
 
-    on_grid = grid(shape, block)
-    has_zero_point = not symmetric or middle != 0
+    codes, back = [], []
+    known: dict[tuple[int, int], object] = {}  # a code has the same value wherever it occurs in a block
+    for position, (value, n) in enumerate(zip(values, numbers, strict=True)):
+        minus, inverse = negative[position], inverses[n]
+        v = value
+        if offsets[n] is not None and isinstance(v, Fraction):
+            v = without_tiny(nearest(without_tiny(v, c) / 2 - offsets[n] / 2, c), c) * 2
+            minus = v < 0
+        if isinstance(v, Fraction):
+            v = nearest(v * inverse, c)
+            if floor and value > 0:
+                v = max(v, form.smallest)
+        noise = None if rounding != "stochastic" else noise_at(position, key)
+        if form.element in formats.INTEGERS:
+            code = integer_code(v, form, zeros[n], centred, rounding, noise, c)
+        elif form.element in formats.CODEBOOKS:
+            code = codebook_code(v, form, rounding, c)
+        else:
+            code = float_code(v, minus, form, rounding, noise, c)
+        codes.append(code)
+        if (code, n) not in known:
+            known[code, n] = value_of(code, zeros[n], scales[n], offsets[n], form, source)
+        back.append(known[code, n])
+
+    bits = formats.BITS[form.element]
+    signed = form.element in formats.INTEGERS and not form.element.startswith("uint")
+    stored = np.asarray(codes, dtype=f"{'' if signed else 'u'}int{8 if bits <= 8 else 16}").reshape(shape)
+    storage = stored
+    if bits < 8 and shape:
+        rows = formats.packed(stored.reshape(-1, shape[-1]).tolist() if stored.size else [], bits)
+        storage = np.asarray(rows, dtype="uint8").reshape(*shape[:-1], -(-shape[-1] * bits // 8))
+    has_zero_point = not has_offset and (not symmetric or middle != 0)
     return Exact(
-        codes=np.asarray(codes, dtype=element).reshape(shape),
-        scale=as_array(scales, c, on_grid),
+        codes=stored,
+        scale=kept,
         zero_point=np.asarray(zeros, dtype=np.int32).reshape(on_grid) if has_zero_point else None,
-        values=as_array([back[code, n] for code, n in zip(codes, numbers, strict=True)], dtype, shape),
+        values=as_array(back, source, shape),
+        offset=as_array(offsets, c, on_grid) if has_offset else None,
+        storage=storage,
     )
+
+
+def value_of(code, zero, scale, offset, form, source):
+    """What a code stands for: a product, perhaps with an offset, clipped to the type's largest, converted to it."""
+    c, limit = compute_dtype(source), largest(source)
+    number = form.numbers[code] - zero
+    negative = number < 0 or (number == 0 and form.element in formats.FLOATS and code != 0)
+    if offset is None:
+        product = nearest(number * scale, c)
+    else:
+        product = min(max(nearest(number * scale / 2, c), -limit), limit)
+        product = without_tiny(nearest(product + offset / 2, c), c) * 2
+        negative = product < 0
+    value = nearest(min(max(product, -limit), limit), source)
+    return value if value or not negative else -0.0
+
+
+def own_block(dtype, shape):
+    """Blocks where none are asked for: groups along the last axis, or one."""
+    group = 32 if dtype in formats.BLOCK_FORMATS else 16 if dtype == "nvfp4" else None
+    return (None,) * len(shape) if group is None else (*(1,) * (len(shape) - 1), group)
+
+
+# ---- noise: Speck32/64 (Beaulieu et al. 2013) in counter mode
+
+
+def turned(word, bits):
+    """A word of 16 bits, rotated to the right."""
+    return (word >> bits | word << (16 - bits)) % (1 << 16)
+
+
+def speck(x, y, key):
+    """A block of two words under a key of four, the lowest first."""
+    a, *b = key
+    for i in range(22):
+        x = ((turned(x, 7) + y) % (1 << 16)) ^ a
+        y = turned(y, 14) ^ x
+        b.append(((a + turned(b[0], 7)) % (1 << 16)) ^ i)
+        a = turned(a, 14) ^ b[-1]
+        b = b[1:]
+    return x, y
+
+
+def noise_at(position, key):
+    """The noise of an element, by its position in C order."""
+    words = [key >> (16 * i) & 0xFFFF for i in range(4)]
+    return speck(position >> 16, position & 0xFFFF, words)[0]
 
 
 # ---- reproducible products
