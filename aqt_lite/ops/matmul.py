@@ -92,7 +92,9 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
             stacklevel=3,
         )
     if len(w_shape) != 2:
-        raise ValueError(f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+        raise ValueError(
+            f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
     if not isinstance(x, QArray):
         x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
@@ -123,7 +125,9 @@ def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
     scale, zero_point, offset = w._qparams()
     spec, b = w._spec, w._backend
     if w.transposed:
-        scale, zero_point, offset = (_unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        scale, zero_point, offset = (
+            _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
+        )
         spec = replace(spec, block=spec.block[::-1])
     return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
 
@@ -199,7 +203,9 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point))
+    lhs = affine.Coded(
+        b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point)
+    )
     rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
