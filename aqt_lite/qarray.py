@@ -535,17 +535,24 @@ class QArray(ArrayShapes):
                 )
             if isinstance(leaf, QArray):
                 continue
+            self._check_usable(name, leaf)
             kind, wanted = self._backend.dtype_name(leaf), "int32" if name == "zero_point" else compute
             if kind != wanted:
                 raise TypeError(
                     f"this QArray's {name} has dtype {kind}, but it is kept as {wanted}: it was converted together with other "
                     f"arrays; to compute in another type, convert the result, or q.dequantize(dtype)"
                 )
+        self._check_usable("storage", self.storage)
         kind, element = self._backend.dtype_name(self.storage), self._element
         wanted = element.storage if self.packed_length is None else "uint8"
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
+
+    def _check_usable(self, name: str, leaf: Array) -> None:
+        problem = self._backend.why_unusable(leaf)
+        if problem:
+            raise TypeError(f"this QArray's {name} {problem}")
 
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")

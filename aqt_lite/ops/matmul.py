@@ -9,12 +9,12 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
-from aqt_lite._dispatch import run
+from aqt_lite._dispatch import kernel_for, run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
@@ -83,8 +83,11 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     one_of("mode", mode, ("fast", "reproducible"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
-    w = w._checked()
-    b, w_shape = w._backend, w.shape
+    b = w._backend
+    ready = _ready(w, b)
+    if ready is None:
+        w = w._checked()
+    w_shape = w.shape if ready is None else ready.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
             f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
@@ -92,7 +95,9 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
             stacklevel=3,
         )
     if len(w_shape) != 2:
-        raise ValueError(f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+        raise ValueError(
+            f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
     if not isinstance(x, QArray):
         x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
@@ -110,7 +115,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
         rows = x if len(shape) == 2 else b.xp.reshape(x, (math.prod(shape[:-1]), inside))
-        y = _float_product(rows, w, bias, mode, contract, b)
+        y = _float_product(rows, w, bias, mode, contract, b, ready)
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
@@ -118,12 +123,51 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     return y
 
 
+class _Ready(NamedTuple):
+    """What products need of a weight that an eager one has checked: small products take microseconds in all."""
+
+    state: tuple[Any, ...]
+    shape: tuple[int, ...]
+    weight: affine.Coded
+    spec: affine.Spec
+    kernels: list[Callable[..., Any] | None]
+    """Of ``reference.matmul``, by the axis of the codes that is contracted."""
+
+
+def _state(w: QArray) -> tuple[Any, ...]:
+    """What may change of arrays under one's hands (``t.data = ...``)."""
+    codes, scale, zero = w.storage, w.scale, w.zero_point
+    return (
+        codes.dtype, codes.shape, scale.dtype, scale.shape, None if zero is None else (zero.dtype, zero.shape)
+    )  # fmt: skip
+
+
+def _ready(w: QArray, b: Backend) -> _Ready | None:
+    """Kept with a weight of plain integers from its first product on; None where it has to be looked at (again)."""
+    if b.is_traced(w.storage) or b.is_deferred(w.storage):
+        return None
+    known: _Ready | None = w.__dict__.get("_ready")
+    if known is not None:
+        return known if known.state == _state(w) and not b.differentiates(w.scale) else None
+    if isinstance(w.scale, QArray) or w.scale is None or w.packed_length is not None or w._checked() is not w:
+        return None
+    found = _in_integers(w)
+    if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
+        return None
+    weight, spec = found
+    kernels = [kernel_for(b, reference.matmul, {"spec": spec, "contract": c}) for c in (0, 1)]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, kernels)
+    return known
+
+
 def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
     """A weight's arrays and their meaning, in the order in which codes are stored."""
     scale, zero_point, offset = w._qparams()
     spec, b = w._spec, w._backend
     if w.transposed:
-        scale, zero_point, offset = (_unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        scale, zero_point, offset = (
+            _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
+        )
         spec = replace(spec, block=spec.block[::-1])
     return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
 
@@ -149,11 +193,18 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     return run(w._backend, reference.in_integers, weight, spec=spec), plain
 
 
-def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
+def _float_product(
+    x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
+) -> Array:
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
-    found = _in_integers(w)
     stored = 1 - contract if w.transposed else contract
+    if ready is not None and mode == "fast":
+        kernel = ready.kernels[stored]
+        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
+        if y is not NotImplemented:
+            return y
+    found = _in_integers(w)
     if found is None:
         weight, spec = _as_stored(w)
         values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)
@@ -199,7 +250,9 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point))
+    lhs = affine.Coded(
+        b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point)
+    )
     rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
