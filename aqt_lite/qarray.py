@@ -484,6 +484,7 @@ class QArray(ArrayShapes):
         """Codes as they are kept, but one an item."""
         if self.packed_length is None:
             return self.storage
+        self._check_usable("storage", self.storage)
         element = self._element
         signed = not element.storage.startswith("u")
         return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
@@ -605,7 +606,9 @@ def _nbytes(leaf: Array, b: Backend) -> int:
 
 def _briefly(leaf: Any) -> str:
     try:
-        return repr(leaf)
+        b = backend_of(leaf)
+        problem = None if b is None else b.why_unusable(leaf)  # of which even the library's own repr may crash
+        return repr(leaf) if problem is None else f"<{type(leaf).__name__} that {problem}>"
     except Exception as error:  # deleted or donated arrays
         return f"<{type(leaf).__name__}: {error}>"
 

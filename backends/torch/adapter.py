@@ -43,6 +43,8 @@ class TorchBackend(Backend):
         return x.to(device)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        if not wraps_tensors(x) and not has_its_memory(x):
+            raise ValueError(f"a tensor {without_memory(x)}")
         x = x.detach().cpu()
         if x.dtype == torch.bfloat16:
             return np.asarray(x.contiguous().view(torch.int16)).view(ml_dtypes.bfloat16)
