@@ -82,9 +82,9 @@ class Backend(ExactArithmetic, ABC):
         return self.xp.arange(start, stop, dtype=self.xp.int32, device=self.device(like))
 
     def bits_of(self, x: Array) -> Array:
-        """The bit patterns of floats of 8 bits or 16, as unsigned integers."""
+        """The bit patterns of floats of 8 bits, as uint8, or of 16, as int16."""
         values = self.to_numpy(x)
-        return self.asarray(values.view(f"u{values.dtype.itemsize}"), like=x)
+        return self.asarray(values.view("uint8" if values.dtype.itemsize == 1 else "int16"), like=x)
 
     def to_device(self, x: Array, device: Any) -> Array:
         """``x`` on another device."""

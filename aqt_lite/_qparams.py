@@ -1,6 +1,7 @@
 """Scales, zero points and offsets that users give: made into arrays on the grid of blocks, or refused.
 
-Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry, granularity.
+Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry,
+granularity.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
     if not bad.any():
         return
     first, count = wide[bad].flat[0], f" ({int(bad.sum())} of {bad.size} are not)" if wide.ndim else ""
+    shown = scale if isinstance(scale, int | float) else first
     way = ""
     if first == 0:
         way = "; for a block of zeros give scale 1 and the code of zero"
     elif first < 0:
         way = "; a negative scale is a positive one with every code negated"
     which = "it" if not wide.ndim else "every scale"
-    raise ValueError(f"scale={first}: {which} must be {expected}{count}{way}")
+    raise ValueError(f"scale={shown}: {which} must be {expected}{count}{way}")
 
 
 def check_offset(offset: Any, spec: Spec) -> None:
@@ -104,7 +106,8 @@ def on_grid(
 ) -> Array:
     """A given scale, zero point or offset as an array of the grid's shape and of ``dtype``, on the device of ``x``.
 
-    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are text.)
+    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are
+    text.)
     """
     plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
     other = None if plain else backend_of(value)

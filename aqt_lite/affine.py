@@ -51,25 +51,29 @@ __all__ = [
 ]
 
 
+Kept = Any
+"""Numbers as they are kept: an array of them, or ``Coded`` where they are quantized themselves; None where there are none."""
+
+
 class Coded(NamedTuple):
     """The arrays of a quantized array: what compilers see as a tree of leaves."""
 
     codes: Array
     """One code an element."""
-    scale: Array | Coded | None
+    scale: Kept
     """A number for each block, on the grid of blocks; coded itself where the format says so; None where it has none."""
     zero_point: Array | None = None
     """int32 on the same grid: the code of 0.0, where that is not 0."""
-    offset: Array | Coded | None = None
+    offset: Kept = None
     """A number for each block, added to the block's values."""
 
 
 class QParams(NamedTuple):
     """All of ``Coded`` but the codes."""
 
-    scale: Array | Coded | None
+    scale: Kept
     zero_point: Array | None = None
-    offset: Array | Coded | None = None
+    offset: Kept = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,9 @@ def inverse_of_largest(spec: Spec, recipe: Recipe) -> float:
     return float(np.dtype(spec.source.compute).type(1 / spec.format.largest(recipe.centred(spec))))
 
 
-def scales(kept: Array | Coded, spec: Spec, b: Backend) -> Array:
+def scales(kept: Kept, spec: Spec, b: Backend) -> Array:
     """The numbers that scales stand for, however they are kept."""
-    return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)  # type: ignore[arg-type]
+    return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)
 
 
 def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
@@ -215,7 +219,7 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
     return ~_encoded(x, QParams(*qparams), key, spec, recipe, 0, b)[1]
 
 
-def _keep(scale: Array, spec: Spec, b: Backend) -> Array | Coded:
+def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     """Scales as the format keeps them. What it has no number for becomes NaN, not the number next to it."""
     xp, form = b.xp, spec.format.scale
     if form is None:

@@ -230,11 +230,11 @@ class Float(ElementType):
 
     @property
     def storage(self) -> str:  # type: ignore[override]
-        return "uint8" if self.bits <= 8 else "uint16"
+        return "uint8" if self.bits <= 8 else "int16"  # bit patterns; torch does next to nothing with uint16
 
     @property
     def codes(self) -> tuple[int, int]:  # type: ignore[override]
-        return 0, (1 << self.bits) - 1
+        return (0, (1 << self.bits) - 1) if self.bits <= 8 else (-(1 << 15), (1 << 15) - 1)
 
     @property
     def min(self) -> float:  # type: ignore[override]
@@ -285,7 +285,7 @@ class Float(ElementType):
             negative = xp.signbit(v) & ~xp.isnan(v)
             if not self.negative_zero:
                 negative = negative & (code > 0)
-            code = xp.where(negative, code + (1 << (self.bits - 1)), code)
+            code = xp.where(negative, code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), code)
         return xp.astype(code, b.dtype(self.storage)), xp.abs(v) <= self.max
 
     def decode(self, codes: Array, b: Backend) -> Array:
@@ -463,7 +463,9 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
     cuts, normal = cuts.astype(dtype), np.finfo(dtype).smallest_normal
     # subnormal numbers count as 0, whether or not they are flushed: 0 lies above -normal, and not above what is below it
-    cuts = np.where(np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype))))
+    cuts = np.where(
+        np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype)))
+    )
     return tuple(cuts.astype(np.float64).ravel().tolist())
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ def _mantissa(element: ElementType) -> int:
     return element.mantissa if isinstance(element, Float) else element.bits - 2
 
 
-SCALE_MODES = {
+SCALE_MODES: dict[str, Callable[[ElementType], tuple[Top, Rounding]]] = {
     "floor": lambda element: ("power of two", "toward_zero"),
     "ceil": lambda element: ("power of two", "up"),
     # up where rounding to the element's mantissa, halves up, would carry into the next power of two

@@ -15,7 +15,7 @@ from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_product
@@ -28,7 +28,7 @@ __all__ = ["dense", "linear"]
 Mode = Literal["fast", "reproducible"]
 
 
-def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
 
     Parameters
@@ -66,7 +66,7 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     return _product("dense", x, w, bias, mode, contract=0)
 
 
-def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
 
     Examples
@@ -87,12 +87,14 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     b, w_shape = w._backend, w.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
-            f"meant: dense(x, w) reads it as (in, out)",
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
+            "whether that is meant: dense(x, w) reads it as (in, out)",
             stacklevel=3,
         )
     if len(w_shape) != 2:
-        raise ValueError(f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+        raise ValueError(
+            f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
     if not isinstance(x, QArray):
         x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
@@ -123,7 +125,9 @@ def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
     scale, zero_point, offset = w._qparams()
     spec, b = w._spec, w._backend
     if w.transposed:
-        scale, zero_point, offset = (_unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        scale, zero_point, offset = (
+            _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
+        )
         spec = replace(spec, block=spec.block[::-1])
     return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
 
@@ -135,7 +139,7 @@ def _swapped(blocks: Any, b: Backend) -> Any:
 
 
 def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
-    """The same as integers of 8 or 16 bits with plain scales, where every number is a whole multiple of a power of two."""
+    """The same with integer codes of 8 or 16 bits and plain scales, where all numbers are whole multiples of a unit."""
     element = element_type(w.dtype)
     native = FORMATS.get(element.storage)
     whole = element.unit is not None or (native is not None and native.element == element)
@@ -199,7 +203,9 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point))
+    lhs = affine.Coded(
+        b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point)
+    )
     rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for

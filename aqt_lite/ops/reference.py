@@ -17,7 +17,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block
 
 __all__ = [
@@ -102,7 +102,7 @@ def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
 
 def unrounded(spec: Spec) -> Spec:
     """``spec`` for values as products use them: in the compute dtype, not rounded or clipped to a narrower source's."""
-    return replace(spec, source=FLOAT_TYPES[spec.source.compute])
+    return replace(spec, source=float_type(spec.source.compute))
 
 
 def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str, b: Backend) -> Array:
@@ -123,7 +123,7 @@ def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out
     if columns is not None:
         total = total - columns * xp.sum(x.codes, axis=1, keepdims=True, dtype=xp.int32)
     if rows is not None and columns is not None:
-        total = total + rows * columns * int(x.codes.shape[1])
+        total = total + rows * columns * x.codes.shape[1]
     x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
     w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp))
     y = xp.astype(total, xp.float32) * x_fraction * w_fraction
@@ -152,10 +152,10 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
     xp = b.xp
-    k = int(x.shape[1])
+    k = x.shape[1]
     w = _signed(w if contract == 1 else _transposed(w, xp), b)
     codes, scale, zero_point = w.codes, w.scale, w.zero_point
-    n = int(codes.shape[0])
+    n = codes.shape[0]
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
         for d, blocks in ((contract, scale.shape[0]), (1 - contract, scale.shape[1]))
@@ -174,7 +174,7 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     # all arrays below: pieces first
     cuts = pieces(k, inner)
     groups = [0 if inner is None else start // inner for start, _ in cuts]
-    scale = spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
+    scale = spread(scale, (n, scale.shape[1]), (outer, 1), xp)
     w_fraction, w_exponent = b.fraction_and_exponent(scale)
     column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
     x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
@@ -186,7 +186,7 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     row_exponent = xp.max(exponent, axis=0, keepdims=True)
 
     if zero_point is not None:
-        zero_point = spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
+        zero_point = spread(zero_point, (n, zero_point.shape[1]), (outer, 1), xp)
         zero_point = _per_piece(zero_point, groups, xp)
 
     def rounded_sum(integers: Array) -> Array:
@@ -217,8 +217,8 @@ def integer_matmul(x: Array, w: Array, *, b: Backend) -> Array:
     xp = b.xp
     if not hasattr(xp, "float64"):
         total = None
-        for start in range(0, int(x.shape[-1]), TERMS_OF_FLOAT32):
-            part = slice(start, min(start + TERMS_OF_FLOAT32, int(x.shape[-1])))
+        for start in range(0, x.shape[-1], TERMS_OF_FLOAT32):
+            part = slice(start, min(start + TERMS_OF_FLOAT32, x.shape[-1]))
             left, right = (xp.astype(v[..., part], xp.float32) for v in (x, w))
             terms = xp.astype(xp.matmul(left, xp.matrix_transpose(right)), xp.int32)
             total = terms if total is None else total + terms
@@ -232,7 +232,7 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
 
     ``x`` has 31 bits, the codes 8 (or 9, where zero points are taken off already). Each digit of ``x`` gives one sum.
     """
-    xp, m = b.xp, int(x.shape[1])
+    xp, m = b.xp, x.shape[1]
     digits = []
     for _ in range(3):
         digit = ((x + 128) & 255) - 128
@@ -260,7 +260,7 @@ def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple
 
     The significand and the exponent of its scale, the zero point (of uint8 codes: as if they were int8), and the bias.
     """
-    xp, n = b.xp, int(w.codes.shape[0])
+    xp, n = b.xp, w.codes.shape[0]
 
     def vector(blocks: Array) -> Array:
         return xp.broadcast_to(one_per_column(blocks, (n, 1), spec.block, 1, xp)[:, 0], (n,))
@@ -334,7 +334,7 @@ def _count(where: Array, xp: Any) -> Array:
 
 def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
     """(rows, K) as (pieces, rows, width), shorter pieces filled up with zeros."""
-    rows, length = int(x.shape[0]), int(x.shape[1])
+    rows, length = x.shape[0], x.shape[1]
     width = max(stop - start for start, stop in cuts)
     if all(start == i * width for i, (start, _) in enumerate(cuts)):
         x = _padded(x, len(cuts) * width - length, xp)
@@ -344,7 +344,7 @@ def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
 
 def _ordered_sum(t: Array, b: Backend) -> Array:
     """The sum along the first axis, in runs; what fills up the last run is zero and adds nothing."""
-    xp, (count, *rest) = b.xp, (int(n) for n in t.shape)
+    xp, (count, *rest) = b.xp, t.shape
     runs = -(-count // RUN)
     if runs > 1:
         filler = xp.broadcast_to(xp.zeros_like(t[:1, ...]), (runs * RUN - count, *rest))
@@ -356,13 +356,13 @@ def _ordered_sum(t: Array, b: Backend) -> Array:
 def _padded(x: Array, missing: int, xp: Any) -> Array:
     if not missing:
         return x
-    zeros = xp.broadcast_to(xp.zeros_like(x[:, :1]), (int(x.shape[0]), missing))
+    zeros = xp.broadcast_to(xp.zeros_like(x[:, :1]), (x.shape[0], missing))
     return xp.concat([x, zeros], axis=1)
 
 
 def _per_piece(columns: Array, groups: list[int], xp: Any) -> Array:
     """(N, groups) as (pieces, 1, N), each piece with its group's entry."""
-    if int(columns.shape[1]) == 1 or groups == list(range(int(columns.shape[1]))):
+    if columns.shape[1] == 1 or groups == list(range(columns.shape[1])):
         return xp.expand_dims(xp.permute_dims(columns, (1, 0)), axis=1)
     return xp.expand_dims(xp.stack([columns[:, g] for g in groups]), axis=1)
 

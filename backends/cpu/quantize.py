@@ -179,7 +179,8 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[[Array, S
             np.minimum(ends[0][on_grid], low, out=ends[0][on_grid])
             np.maximum(ends[1][on_grid], high, out=ends[1][on_grid])
         found = choose(ends, replace(spec, block=(None, *((1,) * len(grid)))))
-    return runtime.on_each(lambda a: a[0], found)
+    qparams: QParams = runtime.on_each(lambda a: a[0], found)
+    return qparams
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 
 LARGE = 1 << 17
@@ -130,6 +131,7 @@ def compiled_loops() -> Any:
         from aqt_lite.backends.cpu import loops
     except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
         return None
+    announce_compilation("the loops of numba")
     return loops
 
 
@@ -158,5 +160,5 @@ def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
 def arrays_in(tree: Any) -> list[Array]:
     """The arrays of nested tuples."""
     found: list[Array] = []
-    on_each(found.append, tree)  # type: ignore[arg-type]
+    on_each(found.append, tree)
     return found

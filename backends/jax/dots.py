@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from numba import njit
 
+from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
@@ -117,6 +118,7 @@ def _is_registered() -> bool:
         version = zlib.crc32(b"".join(source.read_bytes() for source in sources))
     except OSError:  # no sources, and then numba caches nothing
         version = 0
+    announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
 

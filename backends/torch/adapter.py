@@ -37,7 +37,7 @@ class TorchBackend(Backend):
         return torch.tensor(value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
 
     def bits_of(self, x: Array) -> Array:
-        return x.view(torch.uint8 if x.element_size() == 1 else torch.uint16)
+        return x.view(torch.uint8 if x.element_size() == 1 else torch.int16)
 
     def to_device(self, x: Array, device: Any) -> Array:
         return x.to(device)
