@@ -5,6 +5,7 @@ Owns: validation and the error messages. Imports: everything below it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -401,7 +402,8 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
         raise ValueError(
             "rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer"
         )
-    if int(np.prod(tuple(x.shape), dtype=np.int64)) >= MOST_ELEMENTS:
+    known = [n for n in x.shape if isinstance(n, int)]  # jax.export has symbols, too
+    if math.prod(known) >= MOST_ELEMENTS:
         raise ValueError(f"rounding='stochastic' numbers up to {MOST_ELEMENTS} elements: quantize x in parts")
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= int(key) < 1 << 64:

@@ -55,26 +55,33 @@ def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) ->
 
 
 def _leaf_of(q: Any) -> Any:
-    kept = q.__dict__.get(_KEPT)
-    storage = q.storage
+    kept, storage = q.__dict__.get(_KEPT), q.storage
     if not _holds_codes(storage):
         return _like(q) if kept is None and storage is not None else kept
     if kept is not None:
-        if isinstance(kept, np.ndarray) or (isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()):
-            return kept
-        said = _said_by(kept, q)  # what was not computed yet when it was received
-        if said is None:
+        gone_alike = isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()  # donated
+        if isinstance(kept, np.ndarray) or gone_alike or _said_by(kept, q) is None:
             return kept
     mark = _made_for(q)
-    q.__dict__[_KEPT] = mark
+    if _is_of_one_kind(mark, storage):
+        q.__dict__[_KEPT] = mark
     return mark
 
 
 def _receive(q: Any, mark: Any) -> None:
     """Keep a leaf with the container that was made of its tree, or raise where it is the mark of another structure."""
-    traced = isinstance(mark, jax.core.Tracer)
-    if not _holds_codes(q.storage) or (not traced and _said_by(mark, q) is None):
+    if not _holds_codes(q.storage):
         q.__dict__[_KEPT] = mark
+    elif not isinstance(mark, jax.core.Tracer) and _said_by(mark, q) is None and _is_of_one_kind(mark, q.storage):
+        q.__dict__[_KEPT] = mark
+
+
+def _is_of_one_kind(mark: Any, storage: Any) -> bool:
+    """Whether a mark may stay with the codes: what a trace makes for arrays that outlive it may not."""
+    if isinstance(mark, jax.core.Tracer):
+        return False
+    of_jax = isinstance(storage, jax.Array) and not isinstance(storage, jax.core.Tracer)
+    return isinstance(mark, jax.Array) == of_jax
 
 
 def _said_by(leaf: Any, q: Any) -> bytes | None:
@@ -122,8 +129,10 @@ def _shape_of(q: Any) -> tuple[int, ...]:
 
 
 def _made_for(q: Any) -> Any:
-    storage = q.storage
-    mark = _mark.repeated(_bytes_of(q), _shape_of(q))
+    storage, shape = q.storage, _shape_of(q)
+    if not all(isinstance(n, int) for n in shape):  # symbols, as jax.export has them
+        return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
+    mark = _mark.repeated(_bytes_of(q), shape)
     if isinstance(storage, np.ndarray) or (isinstance(storage, jax.Array) and is_tracing()):
         return mark
     if not isinstance(storage, jax.Array):
