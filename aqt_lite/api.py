@@ -448,14 +448,13 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         numbers = run(b, affine.scales_of, scale, spec=spec)
     if not b.has_values(numbers):
         return
-    nan = b.xp.isnan(numbers)
-    if not bool(b.xp.any(nan)):
+    if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
         _check_chunk(b.to_numpy(x))
     form = spec.format.scale
     if form is not None:
-        count = int(b.to_numpy(b.xp.sum(b.xp.astype(nan, b.xp.int32))))
+        count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
         raise ValueError(
             f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie "
             f"between {form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or "

@@ -60,7 +60,7 @@ def _leaf_of(q: Any) -> Any:
         return _like(q) if kept is None and storage is not None else kept
     if kept is not None:
         gone_alike = isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()  # donated
-        if isinstance(kept, np.ndarray) or gone_alike or _said_by(kept, q) is None:
+        if isinstance(kept, np.ndarray) or gone_alike or _may_be_of(q, kept):
             return kept
     mark = _made_for(q)
     if _is_of_one_kind(mark, storage):
@@ -70,9 +70,9 @@ def _leaf_of(q: Any) -> Any:
 
 def _receive(q: Any, mark: Any) -> None:
     """Keep a leaf with the container that was made of its tree, or raise where it is the mark of another structure."""
-    if not _holds_codes(q.storage):
-        q.__dict__[_KEPT] = mark
-    elif not isinstance(mark, jax.core.Tracer) and _said_by(mark, q) is None and _is_of_one_kind(mark, q.storage):
+    if _holds_codes(q.storage) and (isinstance(mark, jax.core.Tracer) or not _may_be_of(q, mark)):
+        return
+    if not _holds_codes(q.storage) or _is_of_one_kind(mark, q.storage):
         q.__dict__[_KEPT] = mark
 
 
@@ -84,29 +84,29 @@ def _is_of_one_kind(mark: Any, storage: Any) -> bool:
     return isinstance(mark, jax.Array) == of_jax
 
 
-def _said_by(leaf: Any, q: Any) -> bytes | None:
-    """None where a leaf is the mark of ``q``, or is not computed yet; else what it says, which is no mark."""
+def _may_be_of(q: Any, leaf: Any) -> bool:
+    """Whether a leaf is the mark of ``q``, or is not computed yet. Raises where it is that of another structure."""
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() or not leaf.is_fully_addressable:
-            return b""
-        if not leaf.is_ready():
-            return None
+            return False
+        if not leaf.is_ready():  # type: ignore[attr-defined]
+            return True
     elif not isinstance(leaf, np.ndarray):
-        return b""
+        return False
     if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
-        return b""
+        return False
     with jax.transfer_guard_device_to_host("allow"):
         found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
     own = _bytes_of(q)
     if found == own:
-        return None
+        return True
     other = _mark.in_words(found)
     if other is not None:
         raise ValueError(
             f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would "
             f"stand for other numbers; make the template as the saved one was made, and convert afterwards"
         )
-    return found
+    return False
 
 
 def _holds_codes(storage: Any) -> bool:
@@ -247,4 +247,4 @@ def _is_container(node: Any) -> bool:
 
 
 def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and bool(jax.dtypes.issubdtype(leaf.dtype, np.inexact))
+    return isinstance(leaf, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(leaf.dtype, np.inexact))
