@@ -172,6 +172,10 @@ class Backend(ExactArithmetic, ABC):
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
 
+    def has_nan(self, x: Array) -> bool:
+        """Whether a value of ``x`` is NaN; only asked where values are known."""
+        return bool(self.xp.any(self.xp.isnan(x)))
+
     def check_no_overflow(self, values: Array, argument: str) -> Array:
         """``values``; ValueError where they have infinities. ``argument`` says what was too narrow for them."""
         if bool(self.xp.any(self.xp.isinf(values))):

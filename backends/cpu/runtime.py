@@ -126,8 +126,15 @@ def einsum(codes: Array, row: Array, out: Array) -> Array:
 
 @functools.cache
 def compiled_loops() -> Any:
-    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
+    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``).
+
+    None, too, where it is switched off (``NUMBA_DISABLE_JIT=1``): Python runs no loop around an instruction.
+    """
     try:
+        from numba import config
+
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return None
         from aqt_lite.backends.cpu import loops
     except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
         return None

@@ -135,6 +135,11 @@ class JaxBackend(Backend):
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         return _straight_through(x, y, inside)
 
+    def has_nan(self, x: Array) -> bool:
+        if next(iter(x.devices())).platform == "cpu":  # in place: XLA would compile for every shape
+            return bool(np.isnan(self.to_numpy(x)).any())
+        return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         found = self._compiled.get(function)
         if found is None:
