@@ -56,7 +56,7 @@ def reduced(x: Array, block: Block, reduction: Any, xp: Any) -> Array:
             reduced.append(len(split) - 1)
         else:
             split.append(length)
-            if size is None or size >= shape[axis] > 1:
+            if size is None or size > 1:
                 reduced.append(len(split) - 1)
     if not reduced:
         return x

@@ -425,12 +425,14 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
         ids = b.asarray(known.astype(np.int32) if known.dtype.kind in "iu" or not known.size else known, like=q.storage)
     if not b.dtype_name(ids).lstrip("u").startswith("int"):
         raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
-    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
     if b.has_values(ids):
-        known = b.to_numpy(ids).reshape(-1)  # of the indices: what is made of them while a compiler traces is traced
+        known = b.to_numpy(ids).reshape(-1).astype(np.int64)
         bad = (known < -length) | (known >= length)
         if bad.any():
             raise IndexError(f"index {known[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
+        counted = np.where(known < 0, known + length, known).astype(np.int32)
+        return tuple(ids.shape), b.asarray(counted, like=q.storage)
+    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
     flat = xp.clip(xp.where(flat < 0, flat + length, flat), 0, max(length - 1, 0))
     return tuple(ids.shape), flat
 

@@ -5,6 +5,7 @@ Owns: validation and the error messages. Imports: everything below it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -401,7 +402,8 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
         raise ValueError(
             "rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer"
         )
-    if int(np.prod(tuple(x.shape), dtype=np.int64)) >= MOST_ELEMENTS:
+    known = [n for n in x.shape if isinstance(n, int)]  # jax.export has symbols, too
+    if math.prod(known) >= MOST_ELEMENTS:
         raise ValueError(f"rounding='stochastic' numbers up to {MOST_ELEMENTS} elements: quantize x in parts")
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= int(key) < 1 << 64:
@@ -446,14 +448,13 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         numbers = run(b, affine.scales_of, scale, spec=spec)
     if not b.has_values(numbers):
         return
-    nan = b.xp.isnan(numbers)
-    if not bool(b.xp.any(nan)):
+    if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
         _check_chunk(b.to_numpy(x))
     form = spec.format.scale
     if form is not None:
-        count = int(b.to_numpy(b.xp.sum(b.xp.astype(nan, b.xp.int32))))
+        count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
         raise ValueError(
             f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie "
             f"between {form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or "

@@ -506,6 +506,7 @@ class QArray(ArrayShapes):
         """Codes as they are kept, but one an item."""
         if self.packed_length is None:
             return self.storage
+        self._check_usable("storage", self.storage)
         element = self._element
         signed = not element.storage.startswith("u")
         return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
@@ -558,17 +559,24 @@ class QArray(ArrayShapes):
                 )
             if isinstance(leaf, QArray):
                 continue
+            self._check_usable(name, leaf)
             kind, wanted = self._backend.dtype_name(leaf), "int32" if name == "zero_point" else compute
             if kind != wanted:
                 raise TypeError(
                     f"this QArray's {name} has dtype {kind}, but it is kept as {wanted}: it was converted together "
                     "with other arrays; to compute in another type, convert the result, or q.dequantize(dtype)"
                 )
+        self._check_usable("storage", self.storage)
         kind, element = self._backend.dtype_name(self.storage), self._element
         wanted = element.storage if self.packed_length is None else "uint8"
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
+
+    def _check_usable(self, name: str, leaf: Array) -> None:
+        problem = self._backend.why_unusable(leaf)
+        if problem:
+            raise TypeError(f"this QArray's {name} {problem}")
 
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
@@ -628,7 +636,9 @@ def _nbytes(leaf: Array, b: Backend) -> int:
 
 def _briefly(leaf: Any) -> str:
     try:
-        return repr(leaf)
+        b = backend_of(leaf)
+        problem = None if b is None else b.why_unusable(leaf)  # of which even the library's own repr may crash
+        return repr(leaf) if problem is None else f"<{type(leaf).__name__} that {problem}>"
     except Exception as error:  # deleted or donated arrays
         return f"<{type(leaf).__name__}: {error}>"
 

@@ -1,4 +1,4 @@
-"""Speed of every kind of format on NumPy, beside int8: quantize and dequantize, of CPU forms and of the plain operations.
+"""Speed of every kind of format on NumPy, beside int8, and of the plain operations beside the CPU forms.
 
     make bench-formats                      8192 x 2048 float32, medians, in billions of elements a second
     python benchmarks/formats.py --rows 512     a smaller array
@@ -12,12 +12,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 import aqt_lite
 from aqt_lite import PerChannel, PerGroup, affine
 from aqt_lite._registry import get_backend
+from aqt_lite.elements import float_type
+from aqt_lite.formats import format_of, scale_format_of
 from aqt_lite.testing import assert_same_bits
 
 CASES = [
@@ -61,7 +64,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for dtype, options in CASES:
         q = aqt_lite.quantize(x, dtype, **options)
-        w, spec = q.unpacked()._coded(), q._spec
+        form, kept = format_of(dtype), options.get("scale_dtype")
+        form = form if kept is None else replace(form, scale=scale_format_of(kept))
+        w, spec = q.unpacked()._coded(), affine.Spec(form, float_type("float32"), q.block)
         recipe = affine.Recipe(symmetric=options.get("scheme") != "affine", offset="offset" in options)
 
         def plain_quantize(spec: affine.Spec = spec, recipe: affine.Recipe = recipe) -> affine.Coded:

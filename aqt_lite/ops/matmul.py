@@ -9,12 +9,12 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
-from aqt_lite._dispatch import run
+from aqt_lite._dispatch import kernel_for, run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
@@ -85,8 +85,11 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     one_of("mode", mode, ("fast", "reproducible", "integer"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
-    w = w._checked()
-    b, w_shape = w._backend, w.shape
+    b = w._backend
+    ready = _ready(w, b)
+    if ready is None:
+        w = w._checked()
+    w_shape = w.shape if ready is None else ready.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
             f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
@@ -117,12 +120,49 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
         rows = x if len(shape) == 2 else b.xp.reshape(x, (math.prod(shape[:-1]), inside))
-        y = _float_product(rows, w, bias, mode, contract, b)
+        y = _float_product(rows, w, bias, mode, contract, b, ready)
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
         y = b.check_no_overflow(y, "float16")
     return y
+
+
+class _Ready(NamedTuple):
+    """What products need of a weight that an eager one has checked: small products take microseconds in all."""
+
+    state: tuple[Any, ...]
+    shape: tuple[int, ...]
+    weight: affine.Coded
+    spec: affine.Spec
+    kernels: list[Callable[..., Any] | None]
+    """Of ``reference.matmul``, by the axis of the codes that is contracted."""
+
+
+def _state(w: QArray) -> tuple[Any, ...]:
+    """What may change of arrays under one's hands (``t.data = ...``)."""
+    codes, scale, zero = w.storage, w.scale, w.zero_point
+    return (
+        codes.dtype, codes.shape, scale.dtype, scale.shape, None if zero is None else (zero.dtype, zero.shape)
+    )  # fmt: skip
+
+
+def _ready(w: QArray, b: Backend) -> _Ready | None:
+    """Kept with a weight of plain integers from its first product on; None where it has to be looked at (again)."""
+    if b.is_traced(w.storage) or b.is_deferred(w.storage):
+        return None
+    known: _Ready | None = w.__dict__.get("_ready")
+    if known is not None:
+        return known if known.state == _state(w) and not b.differentiates(w.scale) else None
+    if isinstance(w.scale, QArray) or w.scale is None or w.packed_length is not None or w._checked() is not w:
+        return None
+    found = _in_integers(w)
+    if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
+        return None
+    weight, spec = found
+    kernels = [kernel_for(b, reference.matmul, {"spec": spec, "contract": c}) for c in (0, 1)]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, kernels)
+    return known
 
 
 def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
@@ -158,11 +198,18 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     return run(w._backend, reference.in_integers, weight, spec=spec), plain
 
 
-def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
+def _float_product(
+    x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
+) -> Array:
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
-    found = _in_integers(w)
     stored = 1 - contract if w.transposed else contract
+    if ready is not None and mode == "fast":
+        kernel = ready.kernels[stored]
+        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
+        if y is not NotImplemented:
+            return y
+    found = _in_integers(w)
     if found is None:
         weight, spec = _as_stored(w)
         values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)

@@ -126,8 +126,15 @@ def einsum(codes: Array, row: Array, out: Array) -> Array:
 
 @functools.cache
 def compiled_loops() -> Any:
-    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
+    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``).
+
+    None, too, where it is switched off (``NUMBA_DISABLE_JIT=1``): Python runs no loop around an instruction.
+    """
     try:
+        from numba import config
+
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return None
         from aqt_lite.backends.cpu import loops
     except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
         return None
@@ -145,6 +152,44 @@ def _loaded_dots() -> Any:
     from aqt_lite.backends.cpu import dots
 
     return dots if dots.AVAILABLE else None
+
+
+# ---- the gate: what may reach a compiled loop
+
+
+def gated(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form that gets its arrays as compiled loops may read them: in this machine's byte order, aligned.
+
+    A loop reads memory as the types say that it was compiled for, and numba's dispatch takes arrays of the other byte
+    order for native ones. Whatever takes an array's address stands behind this.
+    """
+
+    @functools.wraps(form)
+    def call(*arrays: Any, **static: Any) -> Any:
+        return form(*admitted(arrays), **static)
+
+    return call
+
+
+def admitted(arrays: Any) -> Any:
+    """The same arrays, copied where they are not plain."""
+    return arrays if _all_plain(arrays) else on_each(_plain, tuple(arrays))
+
+
+def _all_plain(arrays: Any) -> bool:
+    for a in arrays:
+        if a is None:
+            continue
+        if isinstance(a, tuple):
+            if not _all_plain(a):
+                return False
+        elif not (a.dtype.isnative and a.flags.aligned):
+            return False
+    return True
+
+
+def _plain(a: Array) -> Array:
+    return a if _all_plain((a,)) else np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
 
 
 def on_each(function: Callable[[Array], Array], tree: Any) -> Any:

@@ -99,6 +99,30 @@ class JaxBackend(Backend):
     def compute_if_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
         return jax.lax.cond(jnp.any(flags), compute, lambda: otherwise)
 
+    def in_parts(
+        self,
+        compute: Callable[[Callable[[Array, int], Array]], Array],
+        length: int,
+        size_of_part: Callable[[], int],
+        axis: int,
+        like: Array,
+    ) -> Array:
+        # a part that is cut out of a sharded array would have to be gathered first; exports may not know the length
+        if not isinstance(length, int) or jax.device_count() > 1 or (size := size_of_part()) >= length:
+            return compute(lambda a, _: a)
+
+        def part(i: Any) -> tuple[Any, Array]:
+            start = jnp.minimum(i * size, length - size)  # the last part begins earlier, and gives some numbers again
+            return start, compute(lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, size, axis))
+
+        def step(i: Any, whole: Array) -> Array:
+            start, found = part(i)
+            return jax.lax.dynamic_update_slice_in_dim(whole, found, start, axis)
+
+        form = jax.eval_shape(lambda: part(0)[1])
+        shape = (*form.shape[:axis], length, *form.shape[axis + 1 :])
+        return jax.lax.fori_loop(0, -(-length // size), step, jnp.zeros(shape, form.dtype))
+
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
 
@@ -110,6 +134,11 @@ class JaxBackend(Backend):
 
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         return _straight_through(x, y, inside)
+
+    def has_nan(self, x: Array) -> bool:
+        if next(iter(x.devices())).platform == "cpu":  # in place: XLA would compile for every shape
+            return bool(np.isnan(self.to_numpy(x)).any())
+        return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         found = self._compiled.get(function)

@@ -23,11 +23,14 @@ from aqt_lite.backends.cpu import runtime
 __all__ = ["in_memory", "is_tracing"]
 
 
+_state: Any = get_opaque_trace_state
+
+
 @functools.cache
 def _eager_state() -> Any:
     """What JAX says of a thread that traces nothing."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(get_opaque_trace_state()))
+    thread = threading.Thread(target=lambda: found.append(_state()))
     thread.start()
     thread.join()
     return found[0]
@@ -35,7 +38,7 @@ def _eager_state() -> Any:
 
 def is_tracing() -> bool:
     """Whether an operation would be recorded, or mapped, now: even one whose arrays all have values."""
-    return bool(get_opaque_trace_state() != _eager_state())
+    return bool(_state() != _eager_state())
 
 
 def in_memory(operation: Callable[..., Any], form: Callable[..., Any] | None = None) -> Callable[..., Any]:

@@ -65,7 +65,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
         return _unless(jnp.any(flags != 0), y, lambda: _blockwise(x, w, bias, spec, contract))
-    if serve.one_scale_a_column(w, contract) and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+    few = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
+    if serve.one_scale_a_column(w, contract) and few:
         return lax.cond(
             reference.fits_fixed_point(x, b),
             lambda: reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b),
@@ -138,6 +139,11 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
 
 
+def _is_known(length: Any) -> bool:
+    """Whether a length is a number: ``jax.export`` has symbols, too, about which no form may decide."""
+    return isinstance(length, int)
+
+
 def _is_one_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
@@ -164,7 +170,7 @@ def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
 def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     """``integer_dots`` where they serve and the product is large enough to be worth the call; else None."""
     worth_a_call = w.codes.size >= SMALLEST_FOR_LOOPS and w.codes.shape[1] >= 64
-    if not worth_a_call or not serve.dots(x, x.dtype.name, w, spec, contract):
+    if not _is_known(x.shape[0]) or not worth_a_call or not serve.dots(x, x.dtype.name, w, spec, contract):
         return None
     if jax.sharding.get_abstract_mesh().manual_axes:  # inside shard_map both forms would have to vary alike
         return None

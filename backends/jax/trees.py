@@ -55,51 +55,58 @@ def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) ->
 
 
 def _leaf_of(q: Any) -> Any:
-    kept = q.__dict__.get(_KEPT)
-    storage = q.storage
+    kept, storage = q.__dict__.get(_KEPT), q.storage
     if not _holds_codes(storage):
         return _like(q) if kept is None and storage is not None else kept
     if kept is not None:
-        if isinstance(kept, np.ndarray) or (isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()):
-            return kept
-        said = _said_by(kept, q)  # what was not computed yet when it was received
-        if said is None:
+        gone_alike = isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()  # donated
+        if isinstance(kept, np.ndarray) or gone_alike or _may_be_of(q, kept):
             return kept
     mark = _made_for(q)
-    q.__dict__[_KEPT] = mark
+    if _is_of_one_kind(mark, storage):
+        q.__dict__[_KEPT] = mark
     return mark
 
 
 def _receive(q: Any, mark: Any) -> None:
     """Keep a leaf with the container that was made of its tree, or raise where it is the mark of another structure."""
-    traced = isinstance(mark, jax.core.Tracer)
-    if not _holds_codes(q.storage) or (not traced and _said_by(mark, q) is None):
+    if _holds_codes(q.storage) and (isinstance(mark, jax.core.Tracer) or not _may_be_of(q, mark)):
+        return
+    if not _holds_codes(q.storage) or _is_of_one_kind(mark, q.storage):
         q.__dict__[_KEPT] = mark
 
 
-def _said_by(leaf: Any, q: Any) -> bytes | None:
-    """None where a leaf is the mark of ``q``, or is not computed yet; else what it says, which is no mark."""
+def _is_of_one_kind(mark: Any, storage: Any) -> bool:
+    """Whether a mark may stay with the codes: what a trace makes for arrays that outlive it may not."""
+    if isinstance(mark, jax.core.Tracer):
+        return False
+    of_jax = isinstance(storage, jax.Array) and not isinstance(storage, jax.core.Tracer)
+    return isinstance(mark, jax.Array) == of_jax
+
+
+def _may_be_of(q: Any, leaf: Any) -> bool:
+    """Whether a leaf is the mark of ``q``, or is not computed yet. Raises where it is that of another structure."""
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() or not leaf.is_fully_addressable:
-            return b""
-        if not leaf.is_ready():
-            return None
+            return False
+        if not leaf.is_ready():  # type: ignore[attr-defined]
+            return True
     elif not isinstance(leaf, np.ndarray):
-        return b""
+        return False
     if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
-        return b""
+        return False
     with jax.transfer_guard_device_to_host("allow"):
         found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
     own = _bytes_of(q)
     if found == own:
-        return None
+        return True
     other = _mark.in_words(found)
     if other is not None:
         raise ValueError(
             f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would "
             f"stand for other numbers; make the template as the saved one was made, and convert afterwards"
         )
-    return found
+    return False
 
 
 def _holds_codes(storage: Any) -> bool:
@@ -122,8 +129,10 @@ def _shape_of(q: Any) -> tuple[int, ...]:
 
 
 def _made_for(q: Any) -> Any:
-    storage = q.storage
-    mark = _mark.repeated(_bytes_of(q), _shape_of(q))
+    storage, shape = q.storage, _shape_of(q)
+    if not all(isinstance(n, int) for n in shape):  # symbols, as jax.export has them
+        return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
+    mark = _mark.repeated(_bytes_of(q), shape)
     if isinstance(storage, np.ndarray) or (isinstance(storage, jax.Array) and is_tracing()):
         return mark
     if not isinstance(storage, jax.Array):
@@ -238,4 +247,4 @@ def _is_container(node: Any) -> bool:
 
 
 def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and bool(jax.dtypes.issubdtype(leaf.dtype, np.inexact))
+    return isinstance(leaf, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(leaf.dtype, np.inexact))

@@ -19,7 +19,13 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
-from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
+from aqt_lite.backends.torch.adapter import (
+    has_its_memory,
+    has_no_values,
+    is_functorch,
+    without_memory,
+    wraps_tensors,
+)
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import derivative, reference
@@ -162,7 +168,7 @@ def _is_worth_digits(w: Coded, contract: int) -> bool:
 
 def _autocasts(x: Array) -> bool:
     """Whether torch would do products on the device of x in a narrower type."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # in this order: a device's name takes half a microsecond
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -256,6 +262,8 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
         y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
         if y is not NotImplemented:
             return y
+    if not torch.compiler.is_compiling():
+        _check_memory((x, *w, bias))
     if get_backend("torch").differentiates(x, w.scale, bias):
         return _Product.apply(reproducible, spec, contract, x, bias, *w)  # type: ignore[no-untyped-call]
     return _without_derivatives(reproducible, spec, contract, x, w, bias)
@@ -328,13 +336,22 @@ def _(info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, gro
 
 def _shared(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
     """A product of the CPU library on the memory of plain tensors: without the time that each step of torch takes."""
-    x, *weight, bias = _as_numpy((x, *w, bias))
+    x, *weight, bias = runtime.admitted(_as_numpy((x, *w, bias)))
     y = form(x, Coded(*weight), bias, **static)
     return y if y is NotImplemented else torch.from_numpy(y)
 
 
 def _as_numpy(tensors: Any) -> list[Any]:
     return [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
+
+
+def _check_memory(tensors: Any) -> None:
+    """The gate of torch: ValueError where a tensor has lost its storage, on which torch's own operators crash, too."""
+    for t in tensors:
+        if isinstance(t, tuple):
+            _check_memory(t)
+        elif t is not None and not (is_functorch(t) or has_its_memory(t) or has_no_values(t) or wraps_tensors(t)):
+            raise ValueError(f"a tensor {without_memory(t)}")
 
 
 def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
@@ -358,10 +375,13 @@ def _have_numpy_memory(tensors: Any) -> bool:
         return False
     tracking = torch.is_grad_enabled()
     for t in tensors:  # a loop, because a generator takes a good part of the time of a small product
-        if t is not None and (
-            not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or has_no_values(t)
-        ):
+        if t is None:
+            continue
+        plain = type(t) is torch.Tensor or not (has_no_values(t) or wraps_tensors(t))
+        if not plain or not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or is_functorch(t):
             return False
+        if not has_its_memory(t):
+            raise ValueError(f"a tensor {without_memory(t)}")
     return True
 
 
@@ -393,7 +413,7 @@ def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: 
 
 
 KERNELS: Kernels = {
-    **{operation: Kernel(_of_large(form), anything) for operation, form in quantize.FORMS.items()},
+    **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
     reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
     reference.matmul_of_values: Kernel(_of_values, anything),
