@@ -66,8 +66,10 @@ class _Float(Float):
         inside &= number
         return code.astype(self.storage), inside
 
-    def decode(self, codes: Array, b: Backend) -> Array:
-        return _looked_up(self, codes) if self.bits <= 8 else super().decode(codes, b)
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        if compute != "float32" or self.bits > 8:
+            return super().decode(codes, b, compute)
+        return _looked_up(self, codes)
 
 
 class _Codebook(Codebook):
@@ -87,8 +89,8 @@ class _Codebook(Codebook):
             position = np.take(np.asarray(self._order, np.uint8), position)
         return position, (v >= self.min) & (v <= self.max)
 
-    def decode(self, codes: Array, b: Backend) -> Array:
-        return _looked_up(self, codes)
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        return _looked_up(self, codes) if compute == "float32" else super().decode(codes, b, compute)
 
 
 def _bits(x: Any) -> np.int32:
