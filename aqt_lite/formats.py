@@ -2,8 +2,8 @@
 
 Owns: ``Format``, the table of formats, and their look-up by name. Imports: elements, granularity.
 
-A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else in
-the library asks for a format's name.
+A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else
+in the library asks for a format's name.
 """
 
 from __future__ import annotations

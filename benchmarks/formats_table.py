@@ -81,7 +81,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def row(form: Format, cost: Measured) -> list[str]:
     element, kept = form.element, form.scale
-    scales = "any" if kept is None else kept.element.name + (", with a float32 scale of their own" if kept.scaled else "")
+    scales = (
+        "any" if kept is None else kept.element.name + (", with a float32 scale of their own" if kept.scaled else "")
+    )
     return [
         f"`{form.name}`",
         str(element.bits),
@@ -149,7 +151,9 @@ def draw_grids(path: Path) -> None:
                 values = np.linspace(values.min(), values.max(), 1 << 12)  # as dense as the picture can show
             few = len(values) <= 64
             ax.vlines(values, at - 0.36, at + 0.36, color=colour, linewidth=1.1 if few else 0.35)
-    linear.set_yticks(range(len(users)), [", ".join(form.name for form in forms) for forms in users.values()], fontsize=8)
+    linear.set_yticks(
+        range(len(users)), [", ".join(form.name for form in forms) for forms in users.values()], fontsize=8
+    )
     linear.set_ylim(len(users) - 0.4, -0.6)
     linear.set_xlim(-1.03, 1.03)
     logarithmic.set_xlim(-17, 0.3)

@@ -144,7 +144,9 @@ def calls_of_formats():
     for row, start in [("floats of 8 bits", "float8"), ("floats of 6 bits", "float6"), ("floats of 4 bits", "float4")]:
         rows[row] = [(name, IN_GROUPS) for name in FORMATS if name.startswith(start)]
     rows["codebooks"] = [(n, IN_GROUPS) for n, f in FORMATS.items() if isinstance(f.element, Codebook)]
-    rows["MX: " + ", ".join(n for n in FORMATS if n.startswith("mx"))] = [(n, {}) for n in FORMATS if n.startswith("mx")]
+    rows["MX: " + ", ".join(n for n in FORMATS if n.startswith("mx"))] = [
+        (n, {}) for n in FORMATS if n.startswith("mx")
+    ]
     rows["mxfp4, scales by ceil, even, rceil"] = [("mxfp4", {"scale_mode": m}) for m in ("ceil", "even", "rceil")]
     rows["nvfp4"] = [("nvfp4", {})]
     kept = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")

@@ -242,8 +242,8 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     )
     if not integers and mode == "integer":
         raise ValueError(
-            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; it takes "
-            f"integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
+            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; "
+            f"it takes integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
         )
     if not integers:
         return product_of_values(mode)

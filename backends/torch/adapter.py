@@ -163,7 +163,8 @@ def has_its_memory(x: Array) -> bool:
 def without_memory(x: Array) -> str:
     """What is wrong with a tensor without its memory."""
     return (
-        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as FSDP "
+        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as "
+        "FSDP "
         f"does between uses): gather its values first"
     )
 
