@@ -462,8 +462,9 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         cuts = np.where(outward, at_least(middle), middle)
     elif rounding == "toward_zero":
         cuts = np.where((low < 0) & (high > 0), middle, np.where(low >= 0, at_least(high), low))
-    elif rounding == "up":
-        cuts = np.where(low >= 0, low, at_least(high))
+    elif rounding == "up":  # between numbers on both sides of zero: to that on the same side
+        zero = np.where(outward, np.float64(0), at_least(np.zeros_like(low)))
+        cuts = np.where(low >= 0, low, np.where(high <= 0, at_least(high), zero))
     else:  # the part of the way to the farther number from which on that one is taken, as ``rounded`` has it
         part = 1 - np.arange(1 << _CODEBOOK_NOISE_BITS) * 2.0**-_CODEBOOK_NOISE_BITS
         low, high, outward = low[:, None], high[:, None], outward[:, None]

@@ -70,7 +70,6 @@ def problems_of(name, dtype="float32"):
     mild[1], mild[2, ::2] = 0, -0.0
     if name in MX:
         x = near_ties_of(name, 2.0 ** np.asarray([-3, 0, 5]), dtype)
-        x[:, 0] = written.Fraction(1) * x[:, 1]
         calls = [Problem(x, Call(name, granularity=None, scale_mode=mode)) for mode in MODES]
         calls.append(Problem(mild, Call(name, granularity=PerBlock((3, 7)))))
         return [*calls, *([] if dtype == "float64" else [Problem(hard, Call(name, granularity=PerGroup(5)))])]
@@ -232,7 +231,7 @@ def test_a_scale_of_1_is_the_saturating_cast_of_ml_dtypes(name):
             codes = wanted.view(np.uint8)
             tiny = np.abs(x.astype(np.float64)) < 2.0**-126  # subnormal float32 counts as zero
             assert np.array_equal(q.qvalue[~tiny], codes[~tiny])
-            assert not (q.qvalue[tiny] & 0x7F if FORMATS[name].element.bits == 8 else 0).any()
+            assert not (q.qvalue[tiny] & ((1 << (FORMATS[name].element.bits - 1)) - 1)).any()
         else:
             assert np.array_equal(q.qvalue, wanted.astype(q.qvalue.dtype))
         limit = float(ml_dtypes.finfo(x.dtype).max)
@@ -386,7 +385,7 @@ def test_stochastic_rounding_is_unbiased(name):
 def test_a_key_is_an_integer_or_its_two_halves(backend):
     x = backend.asarray(np.random.default_rng(0).normal(size=(9, 31)).astype("float32"))
     key = 0xFEDCBA9876543210
-    halves = np.asarray([key & 0xFFFFFFFF, key >> 32], dtype="uint32")
+    halves = np.asarray([key >> 32, key & 0xFFFFFFFF], dtype="uint32")
     one = aqt_lite.quantize(x, "int4", rounding="stochastic", key=key)
     same = aqt_lite.quantize(x, "int4", rounding="stochastic", key=backend.asarray(halves))
     other = aqt_lite.quantize(x, "int4", rounding="stochastic", key=key + 1)
@@ -430,7 +429,7 @@ def test_a_new_format_is_one_record(backend, new_formats):
             assert_same_bits(q.storage, wanted.storage)
             assert tuple(q.storage.shape) == (6, -(-13 * bits // 8))
             assert_same_bits(q.dequantize(), wanted.dequantize())
-            assert_same_bits(q[1:5], wanted[1:5])
+            assert_same_bits(q[:4], wanted[:4])
             assert_same_bits(aqt_lite.fake_quantize(backend.asarray(x), name, **settings), wanted.dequantize())
         w = aqt_lite.quantize(x, name, granularity=ROWS)
         y = aqt_lite.linear(backend.asarray(x), w.to_backend(backend.name))

@@ -275,6 +275,8 @@ def codebook_code(v, form, rounding, c):
             larger = v >= cut if low + high > 0 else v > cut
         elif rounding == "toward_zero" and not low < 0 < high:
             larger = v >= high if low >= 0 else v > low
+        elif rounding == "up":
+            larger = v > low if low >= 0 else v >= high if high <= 0 else v > 0
         else:
             larger = v > cut
         if larger:
