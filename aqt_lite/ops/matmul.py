@@ -142,9 +142,8 @@ class _Ready(NamedTuple):
 def _state(w: QArray) -> tuple[Any, ...]:
     """What may change of arrays under one's hands (``t.data = ...``)."""
     codes, scale, zero = w.storage, w.scale, w.zero_point
-    return (
-        codes.dtype, codes.shape, scale.dtype, scale.shape, None if zero is None else (zero.dtype, zero.shape)
-    )  # fmt: skip
+    of_scale = None if scale is None else (scale.dtype, scale.shape)
+    return codes.dtype, codes.shape, of_scale, None if zero is None else (zero.dtype, zero.shape)
 
 
 def _ready(w: QArray, b: Backend) -> _Ready | None:
