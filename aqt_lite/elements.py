@@ -470,7 +470,9 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
     cuts, normal = cuts.astype(dtype), np.finfo(dtype).smallest_normal
     # subnormal numbers count as 0, whether or not they are flushed: 0 lies above -normal, and not above what is below it
-    cuts = np.where(np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype))))
+    cuts = np.where(
+        np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype)))
+    )
     return tuple(cuts.astype(np.float64).ravel().tolist())
 
 

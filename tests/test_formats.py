@@ -8,8 +8,23 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from forms import COMPILED, CONSTANT, CONSTANT_QPARAMS, FORMS, JAX, JIT, NUMPY, STRICT, TORCH, Bits, Call, Problem
-from forms import compared, differing, disagreements
+from forms import (
+    COMPILED,
+    CONSTANT,
+    CONSTANT_QPARAMS,
+    FORMS,
+    JAX,
+    JIT,
+    NUMPY,
+    STRICT,
+    TORCH,
+    Bits,
+    Call,
+    Problem,
+    compared,
+    differing,
+    disagreements,
+)
 from hard_inputs import dtype_of, ends, every_finite, neighbours, random_magnitudes, random_scales
 from optional import needs, torch
 from oracles import exact
@@ -82,7 +97,11 @@ def thinned(problems, columns, rows=3):
     step = max(1, problems.x.shape[1] // columns)
     cut = {name: getattr(problems, name) for name in ("scale", "zero_point", "offset")}
     cut = {name: None if value is None else value[:rows] for name, value in cut.items()}
-    x = problems.x[:rows, ::step] if problems.scale is not None else problems.x[:: max(1, len(problems.x) // rows), ::step]
+    x = (
+        problems.x[:rows, ::step]
+        if problems.scale is not None
+        else problems.x[:: max(1, len(problems.x) // rows), ::step]
+    )
     return problems._replace(x=x, **cut)
 
 
@@ -235,10 +254,14 @@ def test_every_code_decodes_as_in_ml_dtypes(name):
             wanted = codes.view(kind).astype(np.float64)
     found = np.asarray(element.decode(codes.astype(element.storage), get_backend("numpy"), "float64"), dtype=np.float64)
     assert np.array_equal(found, wanted, equal_nan=True)
-    assert np.array_equal(np.signbit(found), np.signbit(wanted) & ~np.isnan(wanted) | np.isnan(wanted) & np.signbit(found))
+    assert np.array_equal(
+        np.signbit(found), np.signbit(wanted) & ~np.isnan(wanted) | np.isnan(wanted) & np.signbit(found)
+    )
 
 
-@pytest.mark.parametrize("name", [n for n in SCALE_FORMATS if n in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")])
+@pytest.mark.parametrize(
+    "name", [n for n in SCALE_FORMATS if n in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")]
+)
 def test_kept_scales_are_casts_of_ml_dtypes(name):
     """Half to even by the format's own rounding, which is nearest where a format says so."""
     from dataclasses import replace
@@ -435,7 +458,11 @@ def test_nothing_outside_the_table_asks_for_the_name_of_a_format():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Compare | ast.MatchValue):
                 words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-                found += [f"{file.name}:{node.lineno if hasattr(node, 'lineno') else 0}: {words & names}"] if words & names else []
+                found += (
+                    [f"{file.name}:{node.lineno if hasattr(node, 'lineno') else 0}: {words & names}"]
+                    if words & names
+                    else []
+                )
     assert not found
 
 

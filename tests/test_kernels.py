@@ -71,7 +71,9 @@ def test_numpy_quantization_kernels_have_the_bits_of_the_reference(shape, loops)
                 assert_same_bits(q, expected)
                 assert_same_bits(q.dequantize(), values)
                 spec = affine.Spec(FORMATS[dtype], float_type("float32"), q.block)
-                served += quantize.quantize(x, spec=spec, recipe=affine.Recipe(scheme == "symmetric")) is not NotImplemented
+                served += (
+                    quantize.quantize(x, spec=spec, recipe=affine.Recipe(scheme == "symmetric")) is not NotImplemented
+                )
     assert served >= 6, "the kernels did not run"
 
 

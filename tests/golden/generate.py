@@ -244,7 +244,16 @@ def kept(e):
 
 
 def case_of_format(
-    name, x, form, scheme="symmetric", block=None, scale=None, zero_point=None, offset=None, made_by=exact.quantize, **how
+    name,
+    x,
+    form,
+    scheme="symmetric",
+    block=None,
+    scale=None,
+    zero_point=None,
+    offset=None,
+    made_by=exact.quantize,
+    **how,
 ):
     """One case, computed."""
     block = exact.own_block(form, x.shape) if block is None else block
@@ -284,9 +293,7 @@ def format_cases():
     """Every format: calibrated, near ties of a given scale, every rounding, kept scales, offsets; float64 values, too."""
     rng = np.random.default_rng(22)
     cases = []
-    for name in (*formats.ELEMENTS, *formats.BLOCK_FORMATS, "nvfp4"):
-        if name in formats.ELEMENTS and name in formats.BLOCK_FORMATS:
-            continue
+    for name in dict.fromkeys((*formats.ELEMENTS, *formats.BLOCK_FORMATS, "nvfp4")):
         x = rng.normal(size=(3, 11)).astype("float32")
         x[1, :6] *= 1e-6
         x[2, 6:] = 0
@@ -295,7 +302,9 @@ def format_cases():
         if name in (*formats.BLOCK_FORMATS, "nvfp4"):
             wide = rng.normal(size=(2, 39)).astype("float32")
             modes = ("floor", "ceil", "even", "rceil") if name != "nvfp4" else (None,)
-            cases += [case_of_format(f"{name}, {mode or 'its own groups'}", wide, name, scale_mode=mode) for mode in modes]
+            cases += [
+                case_of_format(f"{name}, {mode or 'its own groups'}", wide, name, scale_mode=mode) for mode in modes
+            ]
             cases.append(case_of_format(f"{name}, groups of 4", x, name, block=(1, 4)))
             cases.append(case_of_format(f"{name}, bfloat16", x.astype(dtype_of("bfloat16")), name, block=(2, 5)))
             continue
@@ -304,7 +313,9 @@ def format_cases():
         gaps = np.searchsorted(numbers, some[:-1])
         ties = numbers[gaps] / 2 + numbers[gaps + 1] / 2
         scale = random_scales(1, 5, -3, 3)
-        near = neighbours((np.concatenate([ties, some, [numbers[-1] * 1.5]]) * scale).astype("float32"), 1).reshape(1, -1)
+        near = neighbours((np.concatenate([ties, some, [numbers[-1] * 1.5]]) * scale).astype("float32"), 1).reshape(
+            1, -1
+        )
         column = scale[:, None]
         zero = np.full((1, 1), 1 << (formats.BITS[name] - 1), "int32") if name.startswith("uint") else None
         for how in ("half_even", "half_away", "toward_zero", "stochastic"):
@@ -328,7 +339,12 @@ def format_cases():
 
 def build_formats():
     """The whole second file."""
-    header = {"format": "aqt_lite golden vectors", "version": 2, "contract": "docs/numerics.md", "schema": FORMATS_SCHEMA}
+    header = {
+        "format": "aqt_lite golden vectors",
+        "version": 2,
+        "contract": "docs/numerics.md",
+        "schema": FORMATS_SCHEMA,
+    }
     books = {n: encoded(np.asarray([float(v) for v in b.values()], "float32")) for n, b in formats.CODEBOOKS.items()}
     return {"header": header, "codebooks": books, "formats": format_cases()}
 

@@ -86,7 +86,14 @@ BLOCK_FORMATS = {
 }
 """``{MX format: element}``: blocks of 32, scales of type e8m0."""
 
-MANTISSA = {"float8_e4m3fn": 3, "float8_e5m2": 2, "float6_e2m3fn": 3, "float6_e3m2fn": 2, "float4_e2m1fn": 1, "mxint8": 6}
+MANTISSA = {
+    "float8_e4m3fn": 3,
+    "float8_e5m2": 2,
+    "float6_e2m3fn": 3,
+    "float6_e3m2fn": 2,
+    "float4_e2m1fn": 1,
+    "mxint8": 6,
+}
 
 SCALES = {
     "float16": floats(5, 10, 15, finite=0x7C00, signed=False),
@@ -108,7 +115,8 @@ SCALE_NAN = {
 
 BITS = {
     **{name: int(name.lstrip("uint")) for name in INTEGERS if name[-1].isdigit() and name != "mxint8"},
-    **{"ternary": 2, "mxint8": 8},
+    "ternary": 2,
+    "mxint8": 8,
     **{name: int(name[5]) for name in FLOATS},
     **dict.fromkeys(CODEBOOKS, 4),
 }
