@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons check bench mismatches clean
+.PHONY: demo test exhaustive pythons check bench bench-formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -37,6 +37,9 @@ mismatches: $(READY)  ## the table of mismatching bits, backends across, cases d
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py
+
+bench-formats: $(READY)  ## speed of every kind of format on NumPy, beside int8
+	$(BIN)/python benchmarks/formats.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ def spread(blocks: Array, shape: tuple[int, ...], block: Block, xp: Any) -> Arra
         size = block[axis]
         assert size is not None
         before, after = tuple(blocks.shape[:axis]), tuple(blocks.shape[axis + 1 :])
-        whole, rest = divmod(shape[axis], size)
+        whole, rest = shape[axis] // size, shape[axis] % size  # divmod of a symbolic length is not traced
         last = blocks[(slice(None),) * axis + (slice(whole, None), ...)]
         if rest:
             blocks = blocks[(slice(None),) * axis + (slice(0, whole), ...)]
@@ -56,7 +56,7 @@ def reduced(x: Array, block: Block, reduction: Any, xp: Any) -> Array:
             reduced.append(len(split) - 1)
         else:
             split.append(length)
-            if size is None or size >= shape[axis] > 1:
+            if size is None or size > 1:
                 reduced.append(len(split) - 1)
     if not reduced:
         return x

@@ -5,20 +5,26 @@ Owns: that choice. Imports: the registry, the ``Backend`` interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import kernels_of
 
-__all__ = ["run"]
+__all__ = ["kernel_for", "run"]
 
 
 def run(b: Backend, operation: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
     """``operation(*arrays, **static, b=b)``, by the fastest way that gives the same bits."""
-    kernel = kernels_of(b.name).get(operation) or b.kernel(operation)
-    if kernel is not None and kernel.serves(static):
-        result = kernel.call(*arrays, **static)
+    kernel = kernel_for(b, operation, static)
+    if kernel is not None:
+        result = kernel(*arrays, **static)
         if result is not NotImplemented:
             return result
     return b.compiled(operation)(*arrays, **static, b=b)
+
+
+def kernel_for(b: Backend, operation: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The kernel that serves these static arguments, if there is one."""
+    kernel = kernels_of(b.name).get(operation) or b.kernel(operation)
+    return kernel.call if kernel is not None and kernel.serves(static) else None

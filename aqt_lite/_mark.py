@@ -1,63 +1,82 @@
-"""What a tree of arrays says of its own structure.
+"""What the leaves of a quantized array say of its structure.
 
-Owns: the mark, a few bytes that travel beside a quantized array's leaves, and their comparison. Imports: nothing.
+Owns: the mark, a few bytes that travel beside the leaves, and their words. Imports: the table of formats, for names.
 
-Compilers and checkpoints see a ``QArray`` as leaves and a static structure. Whatever keeps the leaves alone (a file that
-is read into a template) would let the template's structure, another block length or layout, say what the codes mean.
-So the leaves say it themselves.
+Compilers and checkpoints see a ``QArray`` as leaves and a static structure. Whatever keeps the leaves alone (a file
+that is read into a template) would let the template's structure, another block length or layout, say what the codes
+mean. So the leaves say it themselves.
 """
 
 from __future__ import annotations
 
 import functools
 import zlib
-from typing import Any
 
 import numpy as np
 
-__all__ = ["LENGTH", "decoded", "encoded", "of_other_structure"]
+from aqt_lite._namespace import Array
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import FORMATS, SCALE_FORMATS
+from aqt_lite.granularity import Block
+
+__all__ = ["LENGTH", "encoded", "in_words", "repeated", "shape_of"]
 
 LENGTH = 16
-"""Bytes of a mark: 2 of a checksum, 4 of the format's name, 1 of flags, 1 of the contract's version, 8 of block lengths."""
+"""Bytes: 2 of a checksum, 3 of the format's name, 1 of flags, 2 of the packed length, 8 of four block lengths."""
 
 _AXES = 4
 _WHOLE_AXIS = 0
 _LONGEST = (1 << 16) - 1
+_TRANSPOSED, _PACKED = 1, 2  # flags; two more bits are the type of the values, the upper four the contract's version
 
 
 @functools.lru_cache(maxsize=4096)
-def encoded(dtype: str, block: tuple[int | None, ...], transposed: bool, packed: bool, version: int) -> bytes:
-    """The mark of a structure. Block lengths are those of the last four axes."""
+def encoded(
+    dtype: str, block: Block, float_dtype: str, transposed: bool, packed_length: int | None, version: int
+) -> bytes:
+    """The mark of a structure. What is longer than 16 bits is kept modulo that, block lengths up to that."""
     lengths = [_WHOLE_AXIS if n is None else min(n, _LONGEST) for n in block[-_AXES:]]
     lengths = [_WHOLE_AXIS] * (_AXES - len(lengths)) + lengths
-    body = zlib.crc32(dtype.encode()).to_bytes(4, "little") + bytes([transposed + 2 * packed, version & 0xFF])
-    body += b"".join(n.to_bytes(2, "little") for n in lengths)
-    return (zlib.crc32(body) & 0xFFFF).to_bytes(2, "little") + body
+    flags = _TRANSPOSED * transposed + _PACKED * (packed_length is not None)
+    flags += (list(FLOAT_TYPES).index(float_dtype) << 2) + ((version & 15) << 4)
+    numbers = [(packed_length or 0) & _LONGEST, *lengths]
+    body = _name_as_bytes(dtype) + bytes([flags]) + b"".join(n.to_bytes(2, "little") for n in numbers)
+    return _checksum(body) + body
 
 
-def decoded(mark: bytes, names: dict[bytes, str]) -> str | None:
-    """What a mark says, in words; None where these bytes are no mark."""
-    if len(mark) != LENGTH or (zlib.crc32(mark[2:]) & 0xFFFF).to_bytes(2, "little") != mark[:2]:
+def in_words(mark: bytes) -> str | None:
+    """The structure that a mark says; None where these bytes are no mark."""
+    if len(mark) != LENGTH or _checksum(mark[2:]) != mark[:2]:
         return None
-    name = names.get(mark[2:6], "another format")
-    lengths = [int.from_bytes(mark[8 + 2 * i : 10 + 2 * i], "little") for i in range(_AXES)]
-    while lengths and lengths[0] == _WHOLE_AXIS and len(lengths) > 2:
+    known = {_name_as_bytes(name): name for name in (*SCALE_FORMATS, *FORMATS)}
+    name, flags = known.get(mark[2:5], "an unknown format"), mark[5]
+    packed, *lengths = (int.from_bytes(mark[i : i + 2], "little") for i in range(6, LENGTH, 2))
+    while len(lengths) > 1 and lengths[0] == _WHOLE_AXIS:
         lengths = lengths[1:]
     block = ", ".join("whole axis" if n == _WHOLE_AXIS else str(n) for n in lengths)
-    layout = ", stored as for_dense() does" if mark[6] & 1 else ""
-    return f"{name} in blocks of ({block}){layout}{', packed' if mark[6] & 2 else ''}"
+    words = f"{name} of {list(FLOAT_TYPES)[flags >> 2 & 3]} in blocks of (..., {block})"
+    if flags & _TRANSPOSED:
+        words += ", stored as for_dense() does"
+    if flags & _PACKED:
+        words += f", {packed} codes packed"
+    return words + f", contract {flags >> 4}"
 
 
-def of_other_structure(leaf: Any, mark: bytes, names: Any) -> str | None:
-    """What a leaf says where it is a mark, and another than ``mark``; None where it is the same or no mark at all.
+def shape_of(grid: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """Shape of the leaf: a mark for each leading index, so that it may be mapped over as codes and scales are."""
+    each = len(grid) == 1 and (not block or block[-1] == 1)  # one axis, which may be mapped over itself
+    return (*(grid if each else grid[:-1]), LENGTH)
 
-    Leaves that are being traced, are not computed yet, or were made into something else by a tree utility say nothing.
-    """
-    if not isinstance(leaf, np.ndarray):
-        ready = getattr(leaf, "is_ready", None)
-        if ready is None or leaf.is_deleted() or not leaf.is_fully_addressable or not ready():
-            return None
-    if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != LENGTH or leaf.size == 0:
-        return None
-    found = np.asarray(leaf).reshape(-1, LENGTH)[0].tobytes()
-    return None if found == mark else decoded(found, names())
+
+@functools.lru_cache(maxsize=1024)
+def repeated(mark: bytes, shape: tuple[int, ...]) -> Array:
+    """The leaf as a NumPy array, read-only, of no more memory than one mark."""
+    return np.broadcast_to(np.frombuffer(mark, np.uint8), shape)
+
+
+def _name_as_bytes(name: str) -> bytes:
+    return zlib.crc32(name.encode()).to_bytes(4, "little")[:3]
+
+
+def _checksum(body: bytes) -> bytes:
+    return (zlib.crc32(body) & _LONGEST).to_bytes(2, "little")

@@ -6,12 +6,31 @@ Owns: which standard-conforming namespace speaks for an array. Imports: array-ap
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Protocol
 
 import array_api_compat
 
 Array = Any
-"""An array of any backend. The standard has no runtime type for it yet."""
+"""An array of any backend, computed with. The standard has no runtime type for it yet."""
+
+
+class AnyArray(Protocol):
+    """What every library's arrays have, so that a type checker tells them from a file's name."""
+
+    @property
+    def shape(self) -> Any:
+        """Length of each axis."""
+
+    @property
+    def dtype(self) -> Any:
+        """The library's dtype object."""
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """Indexing."""
+
+
+Numbers = AnyArray | float | list[Any] | tuple[Any, ...]
+"""What users give where an array is wanted: an array of any library, a number, or nested lists of numbers."""
 
 
 def array_namespace(x: Array) -> Any:

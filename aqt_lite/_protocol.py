@@ -82,9 +82,9 @@ class Backend(ExactArithmetic, ABC):
         return self.xp.arange(start, stop, dtype=self.xp.int32, device=self.device(like))
 
     def bits_of(self, x: Array) -> Array:
-        """The bit patterns of floats of 8 bits or 16, as unsigned integers."""
+        """The bit patterns of floats of 8 bits, as uint8, or of 16, as int16."""
         values = self.to_numpy(x)
-        return self.asarray(values.view(f"u{values.dtype.itemsize}"), like=x)
+        return self.asarray(values.view("uint8" if values.dtype.itemsize == 1 else "int16"), like=x)
 
     def to_device(self, x: Array, device: Any) -> Array:
         """``x`` on another device."""
@@ -146,9 +146,35 @@ class Backend(ExactArithmetic, ABC):
         """
         return compute() if not self.has_values(flags) or bool(self.xp.any(flags)) else otherwise
 
+    def in_parts(
+        self,
+        compute: Callable[[Callable[[Array, int], Array]], Array],
+        length: int,
+        size_of_part: Callable[[], int],
+        axis: int,
+        like: Array,
+    ) -> Array:
+        """``compute(cut)`` for ``size_of_part()`` indices of ``length`` at a time, joined along ``axis``.
+
+        ``cut(a, axis)`` is an array's part for these indices. Only to save memory: no part depends on another. So a
+        compiler that traces, and would unroll the loop, is given all at once, whatever the length, which it may not
+        know; override where it has loops.
+        """
+        if not self.has_values(like) or (size := size_of_part()) >= length:
+            return compute(lambda a, _: a)
+        parts = []
+        for start in range(0, length, size):
+            here = slice(start, min(start + size, length))
+            parts.append(compute(lambda a, axis, here=here: a[(slice(None),) * axis + (here, ...)]))  # type: ignore[misc]
+        return self.xp.concat(parts, axis=axis)
+
     def contiguous(self, x: Array) -> Array:
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
+
+    def has_nan(self, x: Array) -> bool:
+        """Whether a value of ``x`` is NaN; only asked where values are known."""
+        return bool(self.xp.any(self.xp.isnan(x)))
 
     def check_no_overflow(self, values: Array, argument: str) -> Array:
         """``values``; ValueError where they have infinities. ``argument`` says what was too narrow for them."""

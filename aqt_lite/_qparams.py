@@ -1,6 +1,7 @@
 """Scales, zero points and offsets that users give: made into arrays on the grid of blocks, or refused.
 
-Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry, granularity.
+Owns: those conversions and the checks of values. Imports: affine (for what a format can use), the registry,
+granularity.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ __all__ = ["check_codes", "check_offset", "check_scale", "check_zero_point", "on
 def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
     """ValueError where a scale is none that ``quantize`` could have chosen."""
     least, greatest = spec.least_with_offset if with_offset else spec.least, spec.greatest
+    if _is_number(scale) and (least <= scale <= greatest or (scale == 0 and spec.zero_scale == 0)):
+        return
     expected = f"positive and finite, between {least:.3g} and {greatest:.3g} for {spec.source.name} values"
     wide = _real("scale", scale)
     bad = ~((wide >= least) & (wide <= greatest))
@@ -32,17 +35,20 @@ def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
     if not bad.any():
         return
     first, count = wide[bad].flat[0], f" ({int(bad.sum())} of {bad.size} are not)" if wide.ndim else ""
+    shown = scale if isinstance(scale, int | float) else first
     way = ""
     if first == 0:
         way = "; for a block of zeros give scale 1 and the code of zero"
     elif first < 0:
         way = "; a negative scale is a positive one with every code negated"
     which = "it" if not wide.ndim else "every scale"
-    raise ValueError(f"scale={first}: {which} must be {expected}{count}{way}")
+    raise ValueError(f"scale={shown}: {which} must be {expected}{count}{way}")
 
 
 def check_offset(offset: Any, spec: Spec) -> None:
     """ValueError where an offset is not finite."""
+    if _is_number(offset) and abs(offset) <= spec.source.max:
+        return
     wide = _real("offset", offset)
     bad = ~(np.abs(wide) <= spec.source.max)
     if bad.any():
@@ -57,6 +63,8 @@ def check_zero_point(zero_point: Any, spec: Spec) -> None:
         raise ValueError(
             f"zero_point is given, but {spec.element.name} has none: its codes are no evenly spaced integers"
         )
+    if isinstance(zero_point, int) and _is_number(zero_point) and low <= zero_point <= high:
+        return
     if isinstance(zero_point, float):
         raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
     values = np.asarray(zero_point)
@@ -79,6 +87,11 @@ def check_codes(codes: np.ndarray[Any, Any], spec: Spec, b: Backend) -> None:
         if low <= codes[first] <= high:
             what = f"{spec.format.name} has no finite number of that code"
         raise ValueError(f"qvalue has {int(bad.sum())} unusable codes, the first at {first}: {codes[first]}; {what}")
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers that are in order are let through without NumPy, which compilers that trace cannot follow."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _real(argument: str, value: Any) -> np.ndarray[Any, Any]:
@@ -104,7 +117,8 @@ def on_grid(
 ) -> Array:
     """A given scale, zero point or offset as an array of the grid's shape and of ``dtype``, on the device of ``x``.
 
-    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are text.)
+    ``exact``: an array of a wider type must convert without losing a bit. (Numbers and lists are rounded: they are
+    text.)
     """
     plain = isinstance(value, int | float | list | tuple) and not isinstance(value, bool | np.generic)
     other = None if plain else backend_of(value)

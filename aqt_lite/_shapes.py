@@ -1,10 +1,12 @@
 """What a quantized array has in common with other arrays: indexing, iteration, transposes, reshaping, operators.
 
-Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: granularity.
+Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: packing, for the
+length of streams.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +16,7 @@ import numpy as np
 
 from aqt_lite._namespace import Array
 from aqt_lite._registry import backend_of
-from aqt_lite.granularity import Block
+from aqt_lite.packing import bytes_of
 
 if TYPE_CHECKING:
     from aqt_lite.qarray import QArray
@@ -40,12 +42,14 @@ class ArrayShapes:
         An axis on which every element has its own scale, or all share one, can be indexed freely. An axis with groups
         takes slices that cut between groups. The layout of the codes is kept.
         """
-        if _is_index_array(index, self):
+        if _is_index_array(index):
             return self.take(index)
         q = self._checked()
-        items, block, of_blocks = _full_index(index, q.ndim), [], []
+        items = _full_index(index, q.ndim)
+        block: list[int | None] = []
+        of_blocks: list[Any] = []
         axis = 0
-        for item in items:
+        for at, item in enumerate(items):
             if item is None:
                 block.append(None)
                 of_blocks.append(None)
@@ -54,31 +58,28 @@ class ArrayShapes:
             if size is not None and size > 1 and size >= length:
                 size = None
             if isinstance(item, slice):
-                of_blocks.append(_slice_of_blocks(item, axis, length, size))
+                items[at] = range(*item.indices(length))
+                of_blocks.append(_span_of_blocks(items[at], axis, length, size))
                 block.append(size)
             else:
                 position = _position(item, axis, length)
                 if size is not None and size > 1:
-                    raise IndexError(
-                        f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first"
-                    )
+                    raise IndexError(_has_groups(axis, size))
                 of_blocks.append(position if size == 1 else 0)
             axis += 1
-        new = {
-            name: None if leaf is None else leaf[tuple(of_blocks)]
-            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
-        }
-        cut = replace(_indexed(q, items), **new, block=tuple(block), ragged=())
+        xp = q._backend.xp
+        blocks = _on_blocks(q, lambda a: a[_as_index(of_blocks)] if _is_quantized(a) else _cut(a, of_blocks, xp))
+        cut = replace(_indexed(q, items), **blocks, block=tuple(block), ragged=())
         return replace(cut, ragged=cut._ragged_axes())
 
     def take(self: QArray, indices: Any, axis: int = 0) -> QArray:  # type: ignore[misc]
-        """Slices along one axis by their index, as ``numpy.take``: rows of an embedding without dequantizing the table.
+        """Slices along one axis by their index, as ``numpy.take``: rows of an embedding, whose table stays quantized.
 
         Parameters
         ----------
         indices : array of integers, of any shape, or a list of them
-            Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because a
-            compiler traces, the nearest slice that there is, as in JAX.
+            Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because
+            a compiler traces, the nearest slice that there is, as in JAX.
         axis : int
             One without groups.
 
@@ -91,43 +92,26 @@ class ArrayShapes:
                [1., 0., 0.]], dtype=float32)
         """
         q = self._checked()
-        b, xp = q._backend, q._backend.xp
         if not -q.ndim <= axis < q.ndim:
             raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
         axis %= q.ndim
         length, size = q.shape[axis], q.block[axis]
         if size is not None and 1 < size < length:
-            raise IndexError(f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first")
-        ids = indices if backend_of(indices) is b else b.asarray(np.asarray(indices), like=q.storage)
-        if not b.dtype_name(ids).lstrip("u").startswith("int"):
-            raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
-        shape = tuple(ids.shape)
-        flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
-        if b.has_values(ids):
-            bad = (flat < -length) | (flat >= length)
-            if bool(xp.any(bad)):
-                first = int(b.to_numpy(flat)[np.argmax(b.to_numpy(bad))])
-                raise IndexError(f"index {first} is out of range for axis {axis} of length {length}")
-        flat = xp.where(flat < 0, flat + length, flat)
-        flat = xp.clip(flat, 0, max(length - 1, 0))
+            raise IndexError(_has_groups(axis, size))
+        shape, flat = _positions(indices, axis, length, q)
+        xp = q._backend.xp
 
-        shared = size != 1  # by the whole axis, since groups were refused
+        def taken(a: Any) -> Any:
+            a = a.take(flat, axis) if _is_quantized(a) else xp.take(a, flat, axis=axis)
+            return _reshaped(a, (*a.shape[:axis], *shape, *a.shape[axis + 1 :]), xp)
 
-        def part(a: Any, along: int) -> Any:
-            if a is None or shared:
-                return a if a is None else _expanded(a, along, len(shape), xp)
-            if hasattr(a, "_checked"):
-                taken = a.take(flat, along)
-                return taken.reshape((*taken.shape[:along], *shape, *taken.shape[along + 1 :]))
-            taken = xp.take(a, flat, axis=along)
-            return xp.reshape(taken, (*taken.shape[:along], *shape, *taken.shape[along + 1 :]))
+        def shared(a: Any) -> Any:  # by the whole axis: one scale for each of its new axes
+            return _reshaped(a, (*a.shape[:axis], *((1,) * len(shape)), *a.shape[axis + 1 :]), xp)
 
-        kept = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
-        codes = xp.take(kept.storage, flat, axis=axis)
-        codes = xp.reshape(codes, (*codes.shape[:axis], *shape, *codes.shape[axis + 1 :]))
-        blocks: Block = (*q.block[:axis], *((None if shared else 1,) * len(shape)), *q.block[axis + 1 :])
-        new = {name: part(getattr(q, name), axis) for name in ("scale", "zero_point", "offset")}
-        cut = replace(kept, storage=codes, **new, block=blocks, ragged=())
+        plain = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
+        block = (*q.block[:axis], *((1 if size == 1 else None,) * len(shape)), *q.block[axis + 1 :])
+        blocks = _on_blocks(q, taken if size == 1 else shared)
+        cut = replace(plain, storage=taken(plain.storage), **blocks, block=block, ragged=())
         cut = replace(cut, ragged=cut._ragged_axes())
         return cut.packed() if q.packed_length is not None else cut
 
@@ -161,22 +145,15 @@ class ArrayShapes:
         if q.ndim < 2:
             raise ValueError(f"mT of shape {q.shape}: it takes at least 2 dimensions")
         xp = q._backend.xp
-        new = {
-            name: None if leaf is None else leaf.mT if hasattr(leaf, "_checked") else xp.matrix_transpose(leaf)
-            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
-        }
-
-        def swapped(entries: Block) -> Block:
-            return (*entries[:-2], entries[-1], entries[-2])
-
-        ragged = swapped(q.ragged) if q.ragged else ()
-        return replace(q, **new, block=swapped(q.block), ragged=ragged, transposed=not q.transposed)
+        blocks = _on_blocks(q, lambda a: a.mT if _is_quantized(a) else xp.matrix_transpose(a))
+        block, ragged = ((*e[:-2], e[-1], e[-2]) if e else () for e in (q.block, q.ragged))
+        return replace(q, **blocks, block=block, ragged=ragged, transposed=not q.transposed)
 
     def transpose(self: QArray, *axes: Any) -> QArray:  # type: ignore[misc]
         """Axes in another order; reversed by default, as in NumPy."""
         q = self._checked()
-        order = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
-        order = tuple(reversed(range(q.ndim))) if not order else tuple(operator.index(a) for a in order)
+        given = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
+        order = tuple(reversed(range(q.ndim))) if not given else tuple(operator.index(a) for a in given)
         if sorted(a % max(q.ndim, 1) for a in order) != list(range(q.ndim)):
             raise ValueError(f"axes {order} are no order of the {q.ndim} axes")
         order = tuple(a % q.ndim for a in order)
@@ -185,21 +162,15 @@ class ArrayShapes:
         if order == (*range(q.ndim - 2), q.ndim - 1, q.ndim - 2):
             return q.mT
         xp = q._backend.xp
-        new = {
-            name: None
-            if leaf is None
-            else leaf.transpose(order)
-            if hasattr(leaf, "_checked")
-            else xp.permute_dims(leaf, order)
-            for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset))
-        }
-        codes = xp.permute_dims(q.qvalue, order)
-        moved = replace(q, storage=codes, **new, block=tuple(q.block[a] for a in order), ragged=())
-        return _laid_out_anew(moved, q)
+        blocks = _on_blocks(q, lambda a: a.transpose(order) if _is_quantized(a) else xp.permute_dims(a, order))
+        codes, block = xp.permute_dims(q.qvalue, order), tuple(q.block[a] for a in order)
+        return _laid_out_anew(replace(q, storage=codes, **blocks, block=block), q)
 
     def reshape(self: QArray, *shape: Any) -> QArray:  # type: ignore[misc]
-        """Another shape, where blocks stay blocks: leading axes may be merged or split where each of their elements, or
-        all together, has a scale; the axes from the first one with groups on stay as they are.
+        """Another shape in which blocks stay blocks.
+
+        Leading axes may be merged or split where each of their elements has a scale, or all together; the axes from the
+        first one with groups on stay as they are.
 
         Examples
         --------
@@ -209,58 +180,47 @@ class ArrayShapes:
         (6, 2)
         """
         q = self._checked()
-        wanted = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        new_shape = _resolved(tuple(operator.index(n) for n in wanted), q.size)
-        if new_shape == q.shape:
+        given = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        wanted = _resolved(tuple(operator.index(n) for n in given), q.size)
+        if wanted == q.shape:
             return q
-        xp = q._backend.xp
-        kept = 0  # trailing axes that stay
-        while kept < min(q.ndim, len(new_shape)) and q.shape[q.ndim - 1 - kept] == new_shape[len(new_shape) - 1 - kept]:
-            kept += 1
-        lead, new_lead = q.block[: q.ndim - kept], new_shape[: len(new_shape) - kept]
-        lengths = q.shape[: q.ndim - kept]
-        each = all(size == 1 or n == 1 for size, n in zip(lead, lengths, strict=True))
-        together = all(size is None or size >= n for size, n in zip(lead, lengths, strict=True))
+        tail = 0  # axes at the end that stay
+        while tail < min(q.ndim, len(wanted)) and q.shape[q.ndim - 1 - tail] == wanted[len(wanted) - 1 - tail]:
+            tail += 1
+        lead, new_lead = q.ndim - tail, wanted[: len(wanted) - tail]
+        pairs = list(zip(q.block[:lead], q.shape[:lead], strict=True))
+        each = all(size == 1 or length == 1 for size, length in pairs)
+        together = all(size is None or size >= length for size, length in pairs)
         if not (each or together):
             raise ValueError(
-                f"reshape of {q.shape} in blocks {q.block} to {new_shape}: blocks would be torn apart; dequantize first, or "
-                f"reshape before quantizing"
+                f"reshape of {q.shape} in blocks {q.block} to {wanted} would tear blocks apart: dequantize first, or "
+                "reshape before quantizing"
             )
+        xp = q._backend.xp
         grid_lead = new_lead if each else (1,) * len(new_lead)
-        block = ((1,) if each else (None,)) * len(new_lead) + q.block[q.ndim - kept :]
-        new = {}
-        for name, leaf in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset)):
-            if leaf is not None:
-                grid = (*grid_lead, *tuple(leaf.shape)[q.ndim - kept :])
-                leaf = leaf.reshape(grid) if hasattr(leaf, "_checked") else xp.reshape(leaf, grid)
-            new[name] = leaf
-        if kept >= 2 or (kept == 1 and not q.transposed):  # the axes that a layout is about stay
-            stored = tuple(q.storage.shape)
-            storage = xp.reshape(q.storage, (*new_lead, *stored[len(stored) - kept :]))
-            cut = replace(q, storage=storage, **new, block=block, ragged=())
+        blocks = _on_blocks(q, lambda a: _reshaped(a, (*grid_lead, *tuple(a.shape)[lead:]), xp))
+        block = ((1,) if each else (None,)) * len(new_lead) + q.block[lead:]
+        if tail >= (2 if q.transposed else 1):  # the axes that the layout is about
+            stored = tuple(q.storage.shape)[lead:]
+            cut = replace(q, storage=xp.reshape(q.storage, (*new_lead, *stored)), **blocks, block=block, ragged=())
             return replace(cut, ragged=cut._ragged_axes())
-        codes = xp.reshape(q.qvalue, new_shape)
-        return _laid_out_anew(replace(q, storage=codes, **new, block=block, ragged=()), q)
+        codes = xp.reshape(q.qvalue, wanted)
+        return _laid_out_anew(replace(q, storage=codes, **blocks, block=block), q)
 
     def broadcast_to(self: QArray, shape: tuple[int, ...]) -> QArray:  # type: ignore[misc]
         """Axes of length 1, and new leading axes, repeated; what is repeated shares its scale."""
-        q = self._checked()
-        shape = tuple(shape)
+        q, shape = self._checked(), tuple(shape)
         extra = len(shape) - q.ndim
         if extra < 0 or any(n not in (1, m) for n, m in zip(q.shape, shape[extra:], strict=True)):
             raise ValueError(f"broadcast_to({shape}): shape {q.shape} does not broadcast to it")
-        block = (None,) * extra + tuple(
-            None if n != m else size for n, m, size in zip(q.shape, shape[extra:], q.block, strict=True)
-        )
-        new = {}
-        for name in ("scale", "zero_point", "offset"):
-            leaf = getattr(q, name)
-            new[name] = leaf if leaf is None or not extra else leaf[(None,) * extra]
+        repeated = (n != m for n, m in zip(q.shape, shape[extra:], strict=True))
+        block = (None,) * extra + tuple(None if new else n for new, n in zip(repeated, q.block, strict=True))
+        blocks = _on_blocks(q, lambda a: a[((None,) * extra + (...,))] if extra else a)
         codes = q._backend.xp.broadcast_to(q.qvalue, shape)
-        return _laid_out_anew(replace(q, storage=codes, **new, block=block, ragged=()), q)
+        return _laid_out_anew(replace(q, storage=codes, **blocks, block=block), q)
 
     def astype(self: QArray, dtype: Any) -> Array:  # type: ignore[misc]
-        """The values as an array of a floating-point type: ``dequantize(dtype)``. Another format is ``quantize``'s work."""
+        """The values as an array of a floating-point type: ``dequantize(dtype)``; another format takes ``quantize``."""
         return self.dequantize(dtype)
 
     # ---- operators
@@ -271,19 +231,20 @@ class ArrayShapes:
 
     def __matmul__(self: QArray, other: Any) -> Any:  # type: ignore[misc]
         """``q @ w`` of two QArrays is ``aqt_lite.dense(q, w)``."""
-        if hasattr(other, "_checked"):
+        if _is_quantized(other):
             return _product[0](self, other)
         raise TypeError(
-            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the product of floats"
+            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the "
+            "product of floats"
         )
 
     def __eq__(self, other: object) -> Any:
         if self is other:
             return True
-        if hasattr(other, "_checked") or backend_of(other) is not None:
+        if _is_quantized(other) or backend_of(other) is not None:
             raise TypeError(
-                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, with "
-                "aqt_lite.testing.assert_same_bits"
+                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, "
+                "with aqt_lite.testing.assert_same_bits"
             )
         return NotImplemented
 
@@ -293,8 +254,8 @@ class ArrayShapes:
 def _refused(symbol: str) -> Callable[..., NoReturn]:
     def refuse(self: Any, *_: Any) -> NoReturn:
         raise TypeError(
-            f"arithmetic with a QArray ({symbol}) would dequantize all of it at every call: write q.dequantize() where you "
-            f"want that; x @ q stays quantized"
+            f"arithmetic with a QArray ({symbol}) would dequantize all of it at every call: write q.dequantize() where "
+            "you want that; x @ q stays quantized"
         )
 
     return refuse
@@ -324,7 +285,8 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     Raises
     ------
     ValueError, TypeError
-        They differ, or share one scale along ``axis``, or a group that is shorter than the others would come to lie inside.
+        They differ, or share one scale along ``axis``, or a group that is shorter than the others would come to lie
+        inside.
 
     Examples
     --------
@@ -348,13 +310,13 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     size = first.block[axis]
     if size is None and len(qs) > 1:
         raise ValueError(
-            f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or group "
-            f"there, or join the values before quantizing"
+            f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or "
+            "group there, or join the values before quantizing"
         )
     if size is not None and any(q.shape[axis] % size for q in qs[:-1]):
         raise ValueError(
-            f"concatenate along axis {axis}: a last group shorter than {size} would come to lie inside; join the values "
-            f"before quantizing"
+            f"concatenate along axis {axis}: a last group shorter than {size} would come to lie inside; join the "
+            "values before quantizing"
         )
     xp = first._backend.xp
     new: dict[str, Any] = {}
@@ -362,7 +324,7 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
         parts = [getattr(q, name) for q in qs]
         if parts[0] is None:
             new[name] = None
-        elif hasattr(parts[0], "_checked"):
+        elif _is_quantized(parts[0]):
             new[name] = _joined_scales(parts, axis)
         else:
             new[name] = xp.concat(parts, axis=axis)
@@ -402,7 +364,7 @@ def _joined_scales(parts: list[Any], axis: int) -> Any:
 
 def _quantized(arrays: Any) -> list[Any]:
     found = list(arrays)
-    if not found or not all(hasattr(q, "_checked") for q in found):
+    if not found or not all(map(_is_quantized, found)):
         raise TypeError("give a sequence of one QArray or more; arrays of floats have their own library's functions")
     if len({q.backend for q in found}) > 1:
         raise TypeError("QArrays of several backends: move them to one with .to_backend()")
@@ -410,32 +372,39 @@ def _quantized(arrays: Any) -> list[Any]:
 
 
 def _kind(q: Any) -> str:
-    kept = q.scale.dtype if hasattr(q.scale, "_checked") else "plain"
+    kept = q.scale.dtype if _is_quantized(q.scale) else "plain"
     block = ", ".join("whole axis" if n is None else str(n) for n in q.block)
     parts = [p for p in ("zero_point", "offset") if getattr(q, p) is not None]
     return f"{q.dtype} of {q.float_dtype} in blocks of ({block}), {kept} scales{''.join(', ' + p for p in parts)}"
 
 
-def _laid_out_anew(q: Any, like: Any) -> Any:
+def _laid_out_anew(q: QArray, like: QArray) -> QArray:
     """``q``, whose storage holds plain codes in the order of its axes, packed where ``like`` is."""
     q = replace(q, transposed=False, packed_length=None, ragged=())
     q = replace(q, ragged=q._ragged_axes())
     return q.packed() if like.packed_length is not None else q
 
 
-def _expanded(a: Any, axis: int, count: int, xp: Any) -> Any:
-    """One axis of length 1 as ``count`` of them."""
-    shape = tuple(a.shape)
-    new = (*shape[:axis], *((1,) * count), *shape[axis + 1 :])
-    return a.reshape(new) if hasattr(a, "_checked") else xp.reshape(a, new)
+def _is_quantized(a: Any) -> bool:
+    return isinstance(a, ArrayShapes)
+
+
+def _on_blocks(q: QArray, function: Callable[[Any], Any]) -> dict[str, Any]:
+    """``function`` of everything that has an entry for each block."""
+    leaves = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
+    return {name: None if leaf is None else function(leaf) for name, leaf in leaves.items()}
+
+
+def _reshaped(a: Any, shape: tuple[int, ...], xp: Any) -> Any:
+    return a.reshape(shape) if _is_quantized(a) else xp.reshape(a, shape)
 
 
 def _resolved(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    unknown = [i for i, n in enumerate(shape) if n == -1]
-    known = int(np.prod([n for n in shape if n != -1], dtype=np.int64))
-    if len(unknown) == 1 and known and size % known == 0:
+    """``shape`` with the one -1 replaced by the length that is left."""
+    known = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) == 1 and known and size % known == 0:
         shape = tuple(size // known if n == -1 else n for n in shape)
-    if -1 in shape or int(np.prod(shape, dtype=np.int64)) != size:
+    if -1 in shape or math.prod(shape) != size:
         raise ValueError(f"reshape to {shape}: the array has {size} elements")
     return shape
 
@@ -443,7 +412,32 @@ def _resolved(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 # ---- indices
 
 
-def _is_index_array(index: Any, q: Any) -> bool:
+def _has_groups(axis: int, size: int) -> str:
+    return f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first"
+
+
+def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[int, ...], Array]:
+    """The shape of ``indices``, and all of them counted from the beginning, in one dimension."""
+    b, xp = q._backend, q._backend.xp
+    ids = indices
+    if backend_of(indices) is not b:
+        known = np.asarray(indices)
+        ids = b.asarray(known.astype(np.int32) if known.dtype.kind in "iu" or not known.size else known, like=q.storage)
+    if not b.dtype_name(ids).lstrip("u").startswith("int"):
+        raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
+    if b.has_values(ids):
+        known = b.to_numpy(ids).reshape(-1).astype(np.int64)
+        bad = (known < -length) | (known >= length)
+        if bad.any():
+            raise IndexError(f"index {known[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
+        counted = np.where(known < 0, known + length, known).astype(np.int32)
+        return tuple(ids.shape), b.asarray(counted, like=q.storage)
+    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
+    flat = xp.clip(xp.where(flat < 0, flat + length, flat), 0, max(length - 1, 0))
+    return tuple(ids.shape), flat
+
+
+def _is_index_array(index: Any) -> bool:
     if isinstance(index, list):
         return bool(index) and all(_is_integer(i) for i in index)
     if isinstance(index, tuple) or not getattr(index, "ndim", 0):
@@ -452,31 +446,62 @@ def _is_index_array(index: Any, q: Any) -> bool:
     return b is not None and b.dtype_name(index).lstrip("u").startswith("int")
 
 
-def _is_leading(q: Any, axis: int) -> bool:
+def _is_leading(q: QArray, axis: int) -> bool:
     """Whether no layout is about the axis."""
     return axis < q.ndim - (2 if q.transposed else 1) or (q.packed_length is None and not q.transposed)
 
 
-def _indexed(q: Any, items: list[Any]) -> Any:
-    """``q`` with its codes indexed, in its own layout where that survives. Items: one an axis, and None for new axes."""
-    of_axes = [i for i in items if i is not None]
-    n_last = 2 if q.transposed else 1
-    tail = items[-n_last:] if q.ndim >= n_last else []
-    whole_tail = len(tail) == n_last and all(isinstance(i, slice) for i in tail)
-    last_stored = of_axes[-2 if q.transposed else -1] if of_axes else slice(None)
-    cuts_stream = q.packed_length is not None and not (
-        isinstance(last_stored, slice) and last_stored.indices(q.packed_length) == (0, q.packed_length, 1)
-    )
-    if whole_tail or (q.packed_length is None and not q.transposed):
+def _cut(a: Array, items: list[Any], xp: Any) -> Array:
+    """``a`` indexed by integers, ranges and None; the standard has no steps backwards, and so no slices of them."""
+    flipped, axis, index = [], 0, []
+    for item in items:
+        if isinstance(item, range):
+            if item.step < 0:
+                flipped.append(axis)
+                item = item[::-1]
+            item = slice(item[0], item[-1] + 1, item.step) if item else slice(0, 0)
+        index.append(item)
+        axis += not isinstance(item, int)
+    a = a[tuple(index)]
+    return xp.flip(a, axis=tuple(flipped)) if flipped else a
+
+
+def _as_index(items: list[Any]) -> tuple[Any, ...]:
+    """The same as Python writes it."""
+    return tuple(slice(i.start, i.stop if i.stop >= 0 else None, i.step) if isinstance(i, range) else i for i in items)
+
+
+def _indexed(q: QArray, items: list[Any]) -> QArray:
+    """``q`` with its codes indexed, in its own layout where that survives.
+
+    Items: one an axis, and None for new axes.
+    """
+    tail, xp = 2 if q.transposed else 1, q._backend.xp  # axes that the layout is about
+    if q.packed_length is None and not q.transposed:
+        return replace(q, storage=_cut(q.storage, items, xp))
+    if q.ndim >= tail and all(isinstance(i, range) for i in items[-tail:]):
         if q.transposed:
             items = [*items[:-2], items[-1], items[-2]]
-        if not cuts_stream:
-            if q.packed_length is not None:
-                items = [*items[:-1], slice(None)]
-            return replace(q, storage=q.storage[tuple(items)])
-        return replace(q, storage=q._stored_codes()[tuple(items)], packed_length=None).packed()
-    plain = replace(q, storage=q.qvalue[tuple(items)], transposed=False, packed_length=None)
+        if q.packed_length is None:
+            return replace(q, storage=_cut(q.storage, items, xp))
+        whole = range(int(q.storage.shape[-1]))
+        return _of_stream(replace(q, storage=_cut(q.storage, [*items[:-1], whole], xp)), items[-1])
+    plain = replace(q, storage=_cut(q.qvalue, items, xp), transposed=False, packed_length=None)
     return plain.packed() if q.packed_length is not None else plain
+
+
+def _of_stream(q: QArray, span: range) -> QArray:
+    """``q`` with some of the last axis of its packed storage, of which no more is unpacked than the span covers."""
+    assert q.packed_length is not None
+    if span == range(q.packed_length):
+        return q
+    low, high = (min(span), max(span) + 1) if span else (0, 0)
+    first = low // 8 * 8  # where a byte begins with a code
+    window = q.storage[..., first * q.bits // 8 : bytes_of(high, q.bits)]
+    codes = replace(q, storage=window, packed_length=high - first)._stored_codes()
+    every = [range(int(n)) for n in codes.shape[:-1]]
+    inside = range(span.start - first, span.stop - first, span.step)
+    return replace(q, storage=_cut(codes, [*every, inside], q._backend.xp), packed_length=None).packed()
 
 
 def _full_index(index: Any, ndim: int) -> list[Any]:
@@ -485,8 +510,8 @@ def _full_index(index: Any, ndim: int) -> list[Any]:
         if not (item is Ellipsis or item is None or isinstance(item, slice) or _is_integer(item)):
             kind = f"an array of shape {tuple(item.shape)}" if hasattr(item, "shape") else repr(item)[:60]
             raise IndexError(
-                f"index {kind}: a QArray takes integers, slices, '...' and None, or one array of integers for its first "
-                f"axis; q.take(ids, axis) for another; dequantize it for masks"
+                f"index {kind}: a QArray takes integers, slices, '...' and None, or one array of integers for its "
+                "first axis; q.take(ids, axis) for another; dequantize it for masks"
             )
     dots = sum(item is Ellipsis for item in items)
     entries = sum(item is not Ellipsis and item is not None for item in items)
@@ -515,14 +540,14 @@ def _position(item: Any, axis: int, length: int) -> int:
     return position % length
 
 
-def _slice_of_blocks(item: slice, axis: int, length: int, size: int | None) -> slice:
+def _span_of_blocks(span: range, axis: int, length: int, size: int | None) -> range:
     if size is None:
-        return slice(None)
+        return range(1)
     if size == 1:
-        return item
-    start, stop, step = item.indices(length)
+        return span
+    start, stop, step = span.start, span.stop, span.step
     if step != 1 or start % size or (stop % size and stop != length):
         raise IndexError(
             f"slice {start}:{stop}:{step} cuts through the groups of {size} along axis {axis}: use multiples of {size}"
         )
-    return slice(start // size, -(-stop // size))
+    return range(start // size, -(-stop // size))

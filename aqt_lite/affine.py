@@ -28,7 +28,7 @@ from aqt_lite._blocks import reduced, spread
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
-from aqt_lite.elements import FLOAT_TYPES, ElementType, FloatType, Rounding
+from aqt_lite.elements import ElementType, FloatType, Rounding, float_type
 from aqt_lite.formats import Format
 from aqt_lite.granularity import Block, block_of
 
@@ -51,30 +51,34 @@ __all__ = [
 ]
 
 
+Kept = Any
+"""Numbers as they are kept: an array, or ``Coded`` where they are quantized themselves; None where there are none."""
+
+
 class Coded(NamedTuple):
     """The arrays of a quantized array: what compilers see as a tree of leaves."""
 
     codes: Array
     """One code an element."""
-    scale: Array | Coded | None
+    scale: Kept
     """A number for each block, on the grid of blocks; coded itself where the format says so; None where it has none."""
     zero_point: Array | None = None
     """int32 on the same grid: the code of 0.0, where that is not 0."""
-    offset: Array | Coded | None = None
+    offset: Kept = None
     """A number for each block, added to the block's values."""
 
 
 class QParams(NamedTuple):
     """All of ``Coded`` but the codes."""
 
-    scale: Array | Coded | None
+    scale: Kept
     zero_point: Array | None = None
-    offset: Array | Coded | None = None
+    offset: Kept = None
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What codes mean: everything about a quantized array that is not an array. Hashable, so compilers specialize on it."""
+    """What codes mean: all of a quantized array that is not an array. Hashable, so that compilers specialize on it."""
 
     format: Format
     """Element type, and how scales are kept."""
@@ -110,7 +114,7 @@ class Spec:
     @property
     def greatest(self) -> float:
         """Largest scale whose reciprocal is normal."""
-        return min(self.source.huge / self.headroom, FLOAT_TYPES[self.source.compute].max)
+        return min(self.source.huge / self.headroom, float_type(self.source.compute).max)
 
     @property
     def zero_scale(self) -> float:
@@ -120,7 +124,7 @@ class Spec:
 
     @property
     def first_too_large_scale(self) -> float:
-        """Where scales that are kept without a scale of their own begin not to be rounded to a number of their format."""
+        """The least scale that is not rounded to a number of its format any more, where that has no scale of its own."""
         kept, rounding = self.format.scale, self.format.scale_rounding
         assert isinstance(kept, Format)
         part = {"up": 0.0, "toward_zero": 1.0}.get(rounding, 0.5) if isinstance(rounding, str) else rounding
@@ -134,7 +138,7 @@ class Spec:
         kept, ndim = self.format.scale, len(self.block)
         assert kept is not None
         block = block_of(kept.granularity, ndim) if ndim else ()
-        return Spec(kept, FLOAT_TYPES[self.source.compute], block, floor=self.least)
+        return Spec(kept, float_type(self.source.compute), block, floor=self.least)
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,9 @@ def inverse_of_largest(spec: Spec, recipe: Recipe) -> float:
     return float(np.dtype(spec.source.compute).type(1 / spec.format.largest(recipe.centred(spec))))
 
 
-def scales(kept: Array | Coded, spec: Spec, b: Backend) -> Array:
+def scales(kept: Kept, spec: Spec, b: Backend) -> Array:
     """The numbers that scales stand for, however they are kept."""
-    return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)  # type: ignore[arg-type]
+    return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)
 
 
 def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
@@ -210,12 +214,14 @@ def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
     return scales(kept, spec, b)
 
 
-def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+def clipped(
+    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
+) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    return ~_encoded(x, QParams(*qparams), key, spec, recipe, 0, b)[1]
+    return ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
 
 
-def _keep(scale: Array, spec: Spec, b: Backend) -> Array | Coded:
+def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     """Scales as the format keeps them. What it has no number for becomes NaN, not the number next to it."""
     xp, form = b.xp, spec.format.scale
     if form is None:
@@ -226,11 +232,18 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Array | Coded:
     element, beyond = form.element, spec.first_too_large_scale
     fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
     if beyond > element.max:  # what is rounded down to the largest number
-        most = FLOAT_TYPES[spec.source.compute].max
+        most = float_type(spec.source.compute).max
         fits = fits | ((scale > element.max) & (scale < beyond if beyond <= most else scale <= most))
     scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
     codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
-    return Coded(xp.where(fits, codes, xp.full_like(codes, element.nan)), None)
+    return Coded(_nan_where(~fits, codes, element, b), None)
+
+
+def _nan_where(bad: Array, codes: Array, element: ElementType, b: Backend) -> Array:
+    """``codes``, that of NaN where ``bad``. As int32: torch's compiler selects no uint16."""
+    xp = b.xp
+    wide = xp.astype(codes, xp.int32)
+    return xp.astype(xp.where(bad, xp.full_like(wide, element.nan), wide), b.dtype(element.storage))
 
 
 def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Coded:
@@ -242,8 +255,8 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, 
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Given parameters as the format keeps them, the scale NaN in blocks where they cannot be used.
 
-    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a block
-    with a non-finite value.
+    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a
+    block with a non-finite value.
     """
     xp = b.xp
     scale, zero_point, offset = given
@@ -270,7 +283,7 @@ def _marked(kept: Coded, bad: Array, spec: Spec, b: Backend) -> Coded:
     """Kept scales, NaN where ``bad``: by a code of their own, or through their own scale."""
     xp, inner = b.xp, spec.of_scales
     if not inner.format.scaled:
-        return kept._replace(codes=xp.where(bad, xp.full_like(kept.codes, inner.element.nan), kept.codes))
+        return kept._replace(codes=_nan_where(bad, kept.codes, inner.element, b))
     bad = reduced(xp.astype(bad, xp.float32), inner.block, xp.max, xp) > 0
     if isinstance(kept.scale, tuple):
         return kept._replace(scale=_marked(Coded(*kept.scale), bad, inner, b))

@@ -5,6 +5,7 @@ Owns: validation and the error messages. Imports: everything below it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +16,12 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import FLOAT_TYPES, integer_type
+from aqt_lite.elements import float_type, integer_type
 from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
@@ -39,18 +40,18 @@ ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
 
 @naming_the_argument
 def quantize(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
     granularity: Granularity | None = None,
-    scale: Any = None,
-    zero_point: Any = None,
-    offset: Any = None,
+    scale: Numbers | QArray | None = None,
+    zero_point: Numbers | None = None,
+    offset: Numbers | Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
-    key: Any = None,
+    key: int | AnyArray | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     on_clip: OnClip = "saturate",
@@ -66,8 +67,9 @@ def quantize(
     x : array of any backend, or nested list of numbers
         float16, bfloat16, float32 or float64, of any shape. Lists are taken as float32.
     dtype : str, or a dtype or format object
-        A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4 and
-        other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats: docs/formats.md.
+        A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
+        and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
+        docs/formats.md.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -75,9 +77,9 @@ def quantize(
         Which elements share a scale. By default all do; block formats have groups along the last axis.
     scale, zero_point, offset : number or array, optional
         Use these and calibrate nothing. A number serves all blocks; an array has the shape of the grid of blocks (a
-        1-dimensional one will do for ``PerChannel``). With a zero point, codes use the type's whole range. ``offset`` is
-        what code 0 stands for; with ``scheme="affine"``, ``offset="data"`` chooses it from the data, so that the codes cover
-        [min x, max x], with or without zero.
+        1-dimensional one will do for ``PerChannel``). With a zero point, codes use the type's whole range. ``offset``
+        is what code 0 stands for; with ``scheme="affine"``, ``offset="data"`` chooses it from the data, so that the
+        codes cover [min x, max x], with or without zero.
     scale_dtype : str, optional
         Format that scales are kept in, instead of float32: "float16", "bfloat16", "float8_e8m0fnu" (powers of two),
         "float8_e4m3fn", or any other format, which then has a scale itself. Codes are made from the scales as kept.
@@ -144,7 +146,7 @@ def quantize(
 
 @naming_the_argument
 def choose_qparams(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
@@ -216,18 +218,18 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
 
 @naming_the_argument
 def fake_quantize(
-    x: Any,
+    x: Numbers,
     dtype: Any = "int8",
     *,
     scheme: Scheme = "symmetric",
     granularity: Granularity | None = None,
-    scale: Any = None,
-    zero_point: Any = None,
-    offset: Any = None,
+    scale: Numbers | QArray | None = None,
+    zero_point: Numbers | None = None,
+    offset: Numbers | Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
-    key: Any = None,
+    key: int | AnyArray | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
@@ -331,7 +333,7 @@ def _prepare(
             f"scheme='affine' is not possible: {form.name} has no zero points; offset='data' may serve instead"
         )
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
-    source = FLOAT_TYPES[b.dtype_name(x)]
+    source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
         x = b.check_when_computed(x, _check_chunk)
     granularity = form.granularity if granularity is None else granularity
@@ -400,7 +402,8 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
         raise ValueError(
             "rounding='stochastic' needs a key, so that the same call gives the same codes: give an integer"
         )
-    if int(np.prod(tuple(x.shape), dtype=np.int64)) >= MOST_ELEMENTS:
+    known = [n for n in x.shape if isinstance(n, int)]  # jax.export has symbols, too
+    if math.prod(known) >= MOST_ELEMENTS:
         raise ValueError(f"rounding='stochastic' numbers up to {MOST_ELEMENTS} elements: quantize x in parts")
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= int(key) < 1 << 64:
@@ -446,17 +449,17 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         numbers = run(b, affine.scales_of, scale, spec=spec)
     if not b.has_values(numbers):
         return
-    nan = b.xp.isnan(numbers)
-    if not bool(b.xp.any(nan)):
+    if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
         _check_chunk(b.to_numpy(x))
     form = spec.format.scale
     if form is not None:
-        count = int(b.to_numpy(b.xp.sum(b.xp.astype(nan, b.xp.int32))))
+        count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
         raise ValueError(
-            f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie between "
-            f"{form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or 'float8_e8m0fnu'"
+            f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie "
+            f"between {form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or "
+            "'float8_e8m0fnu'"
         )
 
 
@@ -484,6 +487,6 @@ def _check_clipped(x: Array, qparams: affine.QParams, call: _Call) -> None:
     if count:
         first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
         raise ValueError(
-            f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this scale, the "
-            f"first at index {first}: {b.to_numpy(x)[first]}; use a larger scale, or on_clip='saturate'"
+            f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this "
+            f"scale, the first at index {first}: {b.to_numpy(x)[first]}; use a larger scale, or on_clip='saturate'"
         )

@@ -1,10 +1,10 @@
 """Element types: finite sets of numbers, each with a code. And the float types that values come in.
 
-Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the ``Backend``
-interface, as an argument's type alone.
+Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the
+``Backend`` interface, as an argument's type alone.
 
-Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's inverse
-on its numbers. Which element types there are, by name, is said in ``formats``.
+Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's
+inverse on its numbers. Which element types there are, by name, is said in ``formats``.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class ElementType(ABC):
     ) -> tuple[Array, Array]:
         """Codes of the numbers next to ``v``, ``zero`` codes further on, and where ``v`` lies inside their range.
 
-        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it is
-        rounded to a number of this type, or a compiler would fuse the two.
+        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it
+        is rounded to a number of this type, or a compiler would fuse the two.
         """
 
     @abstractmethod
     def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
-        """The numbers that codes stand for: integers of any width, or floats of dtype ``compute``; exact in either case.
+        """The numbers that codes stand for: integers of any width, or floats of dtype ``compute``; exact either way.
 
         A number that is subnormal there may be flushed to zero: bfloat16 and float8_e8m0fnu, whose smallest are below
         2^-126, are complete in float64 only.
@@ -234,11 +234,11 @@ class Float(ElementType):
 
     @property
     def storage(self) -> str:  # type: ignore[override]
-        return "uint8" if self.bits <= 8 else "uint16"
+        return "uint8" if self.bits <= 8 else "int16"  # bit patterns; torch does next to nothing with uint16
 
     @property
     def codes(self) -> tuple[int, int]:  # type: ignore[override]
-        return 0, (1 << self.bits) - 1
+        return (0, (1 << self.bits) - 1) if self.bits <= 8 else (-(1 << 15), (1 << 15) - 1)
 
     @property
     def min(self) -> float:  # type: ignore[override]
@@ -290,7 +290,7 @@ class Float(ElementType):
             negative = xp.signbit(v) & ~xp.isnan(v)
             if not self.negative_zero:
                 negative = negative & (code > 0)
-            code = xp.where(negative, code + (1 << (self.bits - 1)), code)
+            code = xp.where(negative, code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), code)
         return xp.astype(code, b.dtype(self.storage)), xp.abs(v) <= self.max
 
     def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
@@ -329,8 +329,8 @@ class Codebook(ElementType):
 
     Notes
     -----
-    A number between two neighbours goes to the nearer one: above the midpoint (rounded to the dtype of the arithmetic) to
-    the larger, at it or below to the smaller, as bitsandbytes does.
+    A number between two neighbours goes to the nearer one: above the midpoint (rounded to the dtype of the arithmetic)
+    to the larger, at it or below to the smaller, as bitsandbytes does.
 
     Examples
     --------
@@ -392,7 +392,7 @@ class Codebook(ElementType):
         return max(self.numbers)
 
     def cuts(self, dtype: str, rounding: Rounding) -> tuple[float, ...]:
-        """For each gap between neighbours, the number above which the larger one is taken. Stochastic: for each noise."""
+        """For each gap between neighbours (stochastic: and each noise), above which number the larger one is taken."""
         found: tuple[float, ...] | None = self._cuts.get((dtype, rounding))
         if found is None:
             raise ValueError(f"rounding={rounding!r} is not possible for {self.name}, whose numbers have unequal steps")
@@ -448,6 +448,7 @@ _WAYS_TO_CUT: list[tuple[str, Rounding]] = [
 ]
 
 
+@np.errstate(all="ignore")  # subnormal cuts are mended below
 def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tuple[float, ...]:
     low, high = numbers[:-1], numbers[1:]
 
@@ -469,7 +470,7 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         low, high, outward = low[:, None], high[:, None], outward[:, None]
         cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
     cuts, normal = cuts.astype(dtype), np.finfo(dtype).smallest_normal
-    # subnormal numbers count as 0, whether or not they are flushed: 0 lies above -normal, and not above what is below it
+    # subnormal numbers count as 0, flushed or not: 0 lies above -normal, and not above the number before normal
     cuts = np.where(
         np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype)))
     )

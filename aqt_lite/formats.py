@@ -2,14 +2,15 @@
 
 Owns: ``Format``, the table of formats, and their look-up by name. Imports: elements, granularity.
 
-A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else in
-the library asks for a format's name.
+A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else
+in the library asks for a format's name.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ def _mantissa(element: ElementType) -> int:
     return element.mantissa if isinstance(element, Float) else element.bits - 2
 
 
-SCALE_MODES = {
+SCALE_MODES: dict[str, Callable[[ElementType], tuple[Top, Rounding]]] = {
     "floor": lambda element: ("power of two", "toward_zero"),
     "ceil": lambda element: ("power of two", "up"),
     # up where rounding to the element's mantissa, halves up, would carry into the next power of two

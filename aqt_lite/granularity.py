@@ -77,6 +77,11 @@ class PerGroup:
     axis: int = -1
 
     def __post_init__(self) -> None:
+        if self.size == -1:
+            raise ValueError(
+                "PerGroup(size=-1): size must be at least 1; where all of an axis shares a scale, use PerChannel(axis) "
+                "of the other axis, or PerBlock with -1"
+            )
         object.__setattr__(self, "size", _integer(self.size, "size", "PerGroup", least=1))
         object.__setattr__(self, "axis", _integer(self.axis, "axis", "PerGroup"))
 

@@ -20,7 +20,7 @@ import numpy as np
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Integer
 from aqt_lite.formats import element_type
 from aqt_lite.granularity import grid_of
 from aqt_lite.qarray import QArray
@@ -143,7 +143,7 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
     shared = _limits(np.stack([before.numbers, after.numbers]))
     figure, axes = _panels(before.shape, 4)
     _heat_map(axes[0], before, "original", limits=shared)
-    _heat_map(axes[1], _pooled(_matrix(q.qvalue, "q")), f"codes ({q.dtype})", limits=(element.min, element.max))
+    _heat_map(axes[1], _pooled(_matrix(q.qvalue, "q")), f"codes ({q.dtype})", limits=element.codes)
     _heat_map(axes[2], after, "dequantized", limits=shared)
     _error_map(axes[3], original, values)
     counts = [("clipped", report.clipped), ("not finite", report.nonfinite)]
@@ -209,30 +209,34 @@ def plot_codes(q: QArray) -> Figure:
     q = _quantized(q)
     if q.size == 0:
         raise ValueError(f"q has shape {q.shape} and so no codes to count: give one with at least one value")
-    element = element_type(q.dtype)
     codes, counts = _counted(q)
-    lowest, highest = _ends(q, codes)
-    at_lowest, at_highest = int(counts[codes <= lowest].sum()), int(counts[codes >= highest].sum())
+    scale = _CodeScale(q, codes)
+    at = scale.position(codes)
+    low, high = scale.ends
+    at_lowest, at_highest = int(counts[at <= low].sum()), int(counts[at >= high].sum())
     between = q.size - at_lowest - at_highest
 
     figure = _new_figure(8.0, 3.5)
     ax = figure.add_subplot()
-    width = max(1, (element.max - element.min + 1) // _MOST_BARS)
-    edges = np.arange(element.min, element.max + 2, width) - 0.5
-    heights, _ = np.histogram(codes, bins=edges, weights=counts)
-    bars = ax.bar(edges[:-1], heights, width=width, align="edge", color=_MIDDLE)
-    for code in (lowest, highest):
-        bars[(code - element.min) // width].set_color(_END)
+    width = max(1, len(scale) // _MOST_BARS)
+    edges = np.arange(0, len(scale) + 1, width) - 0.5
+    heights, _ = np.histogram(at, bins=edges, weights=counts)
+    bars = ax.bar(edges[:-1] + scale.first, heights, width=width, align="edge", color=_MIDDLE)
+    for end in (low, high):
+        bars[end // width].set_color(_END)
     shares = (between / q.size, (at_lowest + at_highest) / q.size)
+    first, last = scale.name(low), scale.name(high)
     labels = [
         f"codes in between: {between} ({shares[0]:.1%})".replace("%", " %"),
-        f"at the ends: {at_lowest} at {lowest}, {at_highest} at {highest} ({shares[1]:.1%})".replace("%", " %"),
+        f"at the ends: {at_lowest} at {first}, {at_highest} at {last} ({shares[1]:.1%})".replace("%", " %"),
     ]
-    marks = [bars[len(bars) // 2], bars[(highest - element.min) // width]]
-    ax.legend(marks, labels, loc="upper center")
+    ax.legend([bars[len(bars) // 2], bars[high // width]], labels, loc="upper center")
     ax.set_ylim(0, 1.35 * float(heights.max()))  # room for the legend
-    ax.set_xlim(float(edges[0]), float(edges[-1]))
-    ax.set_xlabel("code" if width == 1 else f"code, in bins of {width}")
+    ax.set_xlim(float(edges[0]) + scale.first, float(edges[-1]) + scale.first)
+    ax.set_xlabel(scale.label if width == 1 else f"{scale.label}, in bins of {width}")
+    if not scale.is_even:
+        ticks = np.unique(np.linspace(0, len(scale) - 1, min(len(scale), 17)).round().astype(int))
+        ax.set_xticks(ticks, [scale.name(int(i)) for i in ticks], rotation=45 if len(ticks) > 9 else 0)
     ax.set_ylabel("how many")
     ax.set_title(f"codes of {q.shape} {q.dtype}, {q.granularity}")
     return figure
@@ -462,7 +466,7 @@ def _pooled(matrix: _Matrix, keep_outliers: bool = False) -> _Cells:
 def _counted(q: QArray) -> tuple[_Numbers, _Numbers]:
     """The codes that occur, in order, and how often each does."""
     codes, b = q.qvalue, q._backend
-    first = int(element_type(q.dtype).min)
+    first = element_type(q.dtype).codes[0]
     counts = np.zeros(0, np.int64)
     for box in boxes(q.shape, MOST_ELEMENTS, memory_order(codes)):
         part = np.asarray(b.to_numpy(part_of_array(codes, box))).astype(np.int64)
@@ -473,10 +477,40 @@ def _counted(q: QArray) -> tuple[_Numbers, _Numbers]:
     return there + first, counts[there]
 
 
-def _ends(q: QArray, codes: _Numbers) -> tuple[int, int]:
-    """The codes that clipping gives. A symmetric type's range leaves one code out, unless that code is there."""
-    element = element_type(q.dtype)
-    lowest, highest = element.code_range(symmetric=True)
-    zero = np.zeros(1) if q.zero_point is None else q._backend.to_numpy(q.zero_point)
-    symmetric = bool((zero == element.middle).all()) and bool((codes >= lowest).all())
-    return (lowest, highest) if symmetric else (element.min, element.max)
+class _CodeScale:
+    """Where codes stand on an axis: integers at their value, other codes in the order of the numbers they stand for."""
+
+    def __init__(self, q: QArray, codes: _Numbers) -> None:
+        element = element_type(q.dtype)
+        self.is_even = isinstance(element, Integer)
+        low, high = element.codes
+        if self.is_even:
+            self.first, self.numbers, self.label = low, np.arange(low, high + 1), "code"
+            self.ends = self._ends(q, codes)
+            return
+        b = get_backend("numpy")
+        table = np.asarray(element.decode(np.arange(low, high + 1).astype(element.storage), b), dtype=np.float64)
+        self.first, self.numbers, self.label = 0, np.unique(table[np.isfinite(table)]), "number of the code, in order"
+        self.of_code = np.searchsorted(self.numbers, table)
+        self.ends = 0, len(self) - 1
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def position(self, codes: _Numbers) -> _Numbers:
+        """Where each of these codes stands, counted from 0."""
+        return codes - self.first if self.is_even else np.asarray(self.of_code[codes])
+
+    def name(self, position: int) -> str:
+        """What stands there, in digits."""
+        return f"{self.numbers[position]:.4g}" if not self.is_even else str(self.numbers[position])
+
+    def _ends(self, q: QArray, codes: _Numbers) -> tuple[int, int]:
+        """Where clipping leads. A symmetric type's range leaves one code out, unless that code is there."""
+        element = element_type(q.dtype)
+        assert isinstance(element, Integer)
+        lowest, highest = element.code_range(symmetric=True)
+        zero = np.zeros(1) if q.zero_point is None else q._backend.to_numpy(q.zero_point)
+        if q.offset is not None or not ((zero == element.middle).all() and (codes >= lowest).all()):
+            lowest = element.codes[0]
+        return lowest - self.first, highest - self.first

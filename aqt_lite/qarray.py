@@ -5,13 +5,14 @@ dequantize), packing, the registry. What it has in common with other arrays, ind
 
 Invariants, for ``q`` with ``n`` dimensions:
 
-- ``q.qvalue`` has the array's shape and one code an item; ``q.storage`` is how the codes are kept: with the last two axes
-  swapped where ``q.transposed``, and with ``q.packed_length`` codes of its last axis in a stream of bits where that is
-  not None.
+- ``q.qvalue`` has the array's shape and one code an item; ``q.storage`` is how the codes are kept: with the last two
+  axes swapped where ``q.transposed``, and with ``q.packed_length`` codes of its last axis in a stream of bits where
+  that is not None.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
-- ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources; or
-  a QArray of that shape, where scales are kept in a format of fewer bits; or None, where the numbers need no scale.
-- ``q.zero_point`` is None (all zeros) or an int32 array of the same shape, ``q.offset`` None or numbers like ``q.scale``.
+- ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources;
+  or a QArray of that shape, where scales are kept in a format of fewer bits; or None, where the numbers need no scale.
+- ``q.zero_point`` is None (all zeros) or an int32 array of the same shape, ``q.offset`` None or numbers like
+  ``q.scale``.
 - the values are ``(number of the code - zero_point) * scale + offset``, each scale serving its block.
 - all arrays are of one backend.
 """
@@ -28,7 +29,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend, register_container
@@ -113,11 +114,11 @@ class QArray(ArrayShapes):
     @classmethod
     def from_codes(
         cls,
-        qvalue: Any,
-        scale: Any,
-        zero_point: Any = None,
+        qvalue: AnyArray,
+        scale: Numbers | QArray | None,
+        zero_point: Numbers | None = None,
         *,
-        offset: Any = None,
+        offset: Numbers | QArray | None = None,
         dtype: Any = None,
         granularity: Granularity | None = None,
         float_dtype: Any = "float32",
@@ -127,18 +128,19 @@ class QArray(ArrayShapes):
         Parameters
         ----------
         qvalue : array
-            Codes, one an item, of any shape: of the integer type that the format is stored in, or of the format's own type
-            where a library has one (``ml_dtypes.float8_e4m3fn``, ``jnp.int4``).
+            Codes, one an item, of any shape: of the integer type that the format is stored in, or of the format's own
+            type where a library has one (``ml_dtypes.float8_e4m3fn``, ``jnp.int4``).
         scale : number, list, array or QArray; None for formats of scales
             With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
-            array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are positive,
-            finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one.
+            array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are
+            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one.
         zero_point : integer, list or array, optional
             Codes of the value 0.0. Unsigned integers need them, or an ``offset``.
         offset : number, list, array or QArray, optional
             Added to the values of each block; like ``scale``.
         dtype : str, optional
-            Name of the format. By default that of the integer type of ``qvalue``: say it where codes are of another format.
+            Name of the format. By default that of the integer type of ``qvalue``: say it where codes are of another
+            format.
         granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
             By default the format's own.
 
@@ -168,15 +170,16 @@ class QArray(ArrayShapes):
         form = _stored_format(b.dtype_name(qvalue) if dtype is None else dtype)
         qvalue = _as_codes(qvalue, form, b, said=dtype is not None)
         granularity = form.granularity if granularity is None else granularity
-        block, shape = block_of(granularity, qvalue.ndim), tuple(qvalue.shape)
+        shape = tuple(qvalue.shape)
+        block = block_of(granularity, len(shape))
         if scale is None and form.name not in SCALE_FORMATS:
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
         form = replace(form, scaled=scale is not None, scale=scale._format if isinstance(scale, QArray) else None)
         spec = affine.Spec(form, source, block)
         if zero_point is None and offset is None and form.element.middle:
             raise ValueError(
-                f"qvalue has dtype {form.name} but no zero_point (the code of 0.0): give 0 if that is 0, or dtype= where "
-                f"these are codes of another format"
+                f"qvalue has dtype {form.name} but no zero_point (the code of 0.0): give 0 if that is 0, or dtype= "
+                "where these are codes of another format"
             )
         if zero_point is not None and offset is not None:
             raise ValueError("zero_point and offset are both given: a block has one of them")
@@ -377,8 +380,9 @@ class QArray(ArrayShapes):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
         raise TypeError(
             f"a QArray ({self.dtype}, shape {self.shape}) does not become an array by itself, since its floats take "
-            f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with q.dequantize(), "
-            f"or for the codes with q.qvalue; to store it, store its parts (q.storage, q.scale, ...) or pickle it"
+            f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with "
+            "q.dequantize(), or for the codes with q.qvalue; to store it, store its parts (q.storage, q.scale, ...) "
+            "or pickle it"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -435,10 +439,11 @@ class QArray(ArrayShapes):
 
     def _with_each(self, function: Callable[[Array], Array]) -> QArray:
         """The same with ``function`` applied to every array, in the order of ``_arrays``."""
-        new = {
-            name: None if leaf is None else leaf._with_each(function) if isinstance(leaf, QArray) else function(leaf)
-            for name, leaf in zip(_LEAVES, self._leaves(), strict=True)
-        }
+        new: dict[str, Any] = {}
+        for name, leaf in zip(_LEAVES, self._leaves(), strict=True):
+            new[name] = (
+                leaf._with_each(function) if isinstance(leaf, QArray) else leaf if leaf is None else function(leaf)
+            )
         return replace(self, **new)
 
     @property
@@ -472,18 +477,36 @@ class QArray(ArrayShapes):
         return affine.Coded(self.qvalue, *self._qparams())
 
     def _qparams(self) -> affine.QParams:
-        b = self._backend
-        scale, offset = (
-            leaf._checked()._coded() if isinstance(leaf, QArray) else leaf for leaf in (self.scale, self.offset)
-        )
-        if not self.trainable and b.differentiates(*(a for a in (scale, offset) if not isinstance(a, tuple))):
-            scale, offset = (a if a is None or isinstance(a, tuple) else b.stop_gradient(a) for a in (scale, offset))
+        b, scale, offset = self._backend, self.scale, self.offset
+        scale = scale._checked()._coded() if isinstance(scale, QArray) else self._positive(scale, b)
+        offset = offset._checked()._coded() if isinstance(offset, QArray) else offset
+        if not self.trainable:
+            scale, offset = (_constant(a, b) for a in (scale, offset))
         return affine.QParams(scale, self.zero_point, offset)
+
+    def _positive(self, scale: Array | None, b: Backend) -> Array | None:
+        """``scale``, after looking once whether all are above zero; NaN in place of the others where a compiler traces.
+
+        Training and tree utilities may have moved scales since they were chosen. NaN speaks for itself.
+        """
+        if scale is None or "_has_positive_scales" in self.__dict__:
+            return scale
+        if not b.has_values(scale):
+            return b.xp.where(scale <= 0, b.xp.full_like(scale, float("nan")), scale)
+        values = b.to_numpy(scale)
+        if (values <= 0).any():
+            raise ValueError(
+                f"this QArray has {int((values <= 0).sum())} scales of {values.size} that are not positive, the "
+                f"smallest {values.min():.6g}: they were changed since they were chosen; quantize the values again"
+            )
+        self.__dict__["_has_positive_scales"] = True
+        return scale
 
     def _stored_codes(self) -> Array:
         """Codes as they are kept, but one an item."""
         if self.packed_length is None:
             return self.storage
+        self._check_usable("storage", self.storage)
         element = self._element
         signed = not element.storage.startswith("u")
         return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
@@ -495,8 +518,9 @@ class QArray(ArrayShapes):
         )
 
     def _checked(self) -> QArray:
-        """With one block entry for each axis (mapping drops or adds leading axes, one block each), after checking that
-        the parts fit each other.
+        """The same, after checking that the parts fit each other, with one block entry for each axis.
+
+        Mapping drops or adds leading axes, each element of which has blocks of its own.
         """
         if self.version > CONTRACT_VERSION:
             raise ValueError(
@@ -512,15 +536,15 @@ class QArray(ArrayShapes):
         for axis, length in enumerate(ragged):
             if length is not None and length != shape[axis]:
                 raise ValueError(
-                    f"this QArray has groups of {block[axis]} along an axis of {length}, the last one shorter, but its codes "
-                    f"have length {shape[axis]} there: they were joined or cut without a view to the groups; use "
-                    f"aqt_lite.concatenate or q[...]"
+                    f"this QArray has groups of {block[axis]} along an axis of {length}, the last one shorter, but its "
+                    f"codes have length {shape[axis]} there: they were joined or cut without a view to the groups; use "
+                    "aqt_lite.concatenate or q[...]"
                 )
         if self.packed_length is not None and self.storage.shape[-1] != bytes_of(self.packed_length, self.bits):
             raise ValueError(
-                f"this QArray has {self.packed_length} codes of {self.bits} bits along the last axis, so its storage should have "
-                f"{bytes_of(self.packed_length, self.bits)} bytes there, not {self.storage.shape[-1]}: it was joined or cut "
-                f"without a view to the packing; use aqt_lite.concatenate, q[...] or q.unpacked()"
+                f"this QArray has {self.packed_length} codes of {self.bits} bits along the last axis, so its storage "
+                f"should have {bytes_of(self.packed_length, self.bits)} bytes there, not {self.storage.shape[-1]}: it "
+                "was joined or cut without a view to the packing; use aqt_lite.concatenate, q[...] or q.unpacked()"
             )
         grid = grid_of(shape, block)
         compute = float_type(self.float_dtype).compute
@@ -535,17 +559,24 @@ class QArray(ArrayShapes):
                 )
             if isinstance(leaf, QArray):
                 continue
+            self._check_usable(name, leaf)
             kind, wanted = self._backend.dtype_name(leaf), "int32" if name == "zero_point" else compute
             if kind != wanted:
                 raise TypeError(
-                    f"this QArray's {name} has dtype {kind}, but it is kept as {wanted}: it was converted together with other "
-                    f"arrays; to compute in another type, convert the result, or q.dequantize(dtype)"
+                    f"this QArray's {name} has dtype {kind}, but it is kept as {wanted}: it was converted together "
+                    "with other arrays; to compute in another type, convert the result, or q.dequantize(dtype)"
                 )
+        self._check_usable("storage", self.storage)
         kind, element = self._backend.dtype_name(self.storage), self._element
         wanted = element.storage if self.packed_length is None else "uint8"
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
+
+    def _check_usable(self, name: str, leaf: Array) -> None:
+        problem = self._backend.why_unusable(leaf)
+        if problem:
+            raise TypeError(f"this QArray's {name} {problem}")
 
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
@@ -590,6 +621,13 @@ def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend, che
     return value
 
 
+def _constant(kept: Any, b: Backend) -> Any:
+    """Scales or offsets that no derivative reaches."""
+    if isinstance(kept, tuple):
+        return type(kept)(*(_constant(a, b) for a in kept))
+    return b.stop_gradient(kept) if b.differentiates(kept) else kept
+
+
 def _nbytes(leaf: Array, b: Backend) -> int:
     name = b.dtype_name(leaf)
     bits = float_type(name).bits if name in ("float32", "float64") else b.int_limits(name).bits
@@ -598,7 +636,9 @@ def _nbytes(leaf: Array, b: Backend) -> int:
 
 def _briefly(leaf: Any) -> str:
     try:
-        return repr(leaf)
+        b = backend_of(leaf)
+        problem = None if b is None else b.why_unusable(leaf)  # of which even the library's own repr may crash
+        return repr(leaf) if problem is None else f"<{type(leaf).__name__} that {problem}>"
     except Exception as error:  # deleted or donated arrays
         return f"<{type(leaf).__name__}: {error}>"
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
-from aqt_lite._namespace import Array
+from aqt_lite._namespace import Array, Numbers
 from aqt_lite._registry import get_backend
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
@@ -97,7 +97,7 @@ class ErrorReport:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def error_report(x: Any, q: QArray, *, worst: int = 3) -> ErrorReport:
+def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     """How far ``q`` is from the array ``x`` that it stands for.
 
     Both are read part by part, so a memory-mapped file is never held whole: some 20 MB are needed beside the input.

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import torch
 
 import aqt_lite
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor
+from aqt_lite import Codebook, Float, PerBlock, PerChannel, PerGroup, PerTensor, QArray
 from aqt_lite._registry import get_backend
+from aqt_lite.formats import FORMATS
 from aqt_lite.testing import mismatches
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +114,127 @@ def row_of(problems):
     return cells
 
 
+BACKENDS = dict(zip(COLUMNS, ("numpy", "array_api_strict", "torch", "torch", "jax", "jax"), strict=True))
+
+
+def on_every_form(function, arrays, forms=COLUMNS):
+    """What ``function`` of NumPy arrays and QArrays returns, a list of arrays, in each form."""
+    for form in forms:
+        b, call = get_backend(BACKENDS[form]), function
+        if form == COMPILED:
+            torch._dynamo.reset()
+            call = torch.compile(function, fullgraph=True)
+        elif form == JIT:
+            call = jax.jit(function)
+        moved = [a.to_backend(b.name) if isinstance(a, QArray) else b.asarray(a) for a in arrays]
+        yield [b.to_numpy(y) for y in call(*moved)]
+
+
+# ---- every format
+
+IN_GROUPS = {"granularity": PerGroup(32)}
+
+
+def calls_of_formats():
+    """``{row: [(dtype, options)]}``, by the names that the table of formats has."""
+    rows = {
+        "integers of 2 to 7 bits, ternary": [(n, IN_GROUPS) for n in (*(f"int{k}" for k in range(2, 8)), "ternary")],
+        "the same, unsigned, affine": [(f"uint{k}", {**IN_GROUPS, "scheme": "affine"}) for k in range(2, 8)],
+    }
+    for row, start in [("floats of 8 bits", "float8"), ("floats of 6 bits", "float6"), ("floats of 4 bits", "float4")]:
+        rows[row] = [(name, IN_GROUPS) for name in FORMATS if name.startswith(start)]
+    rows["codebooks"] = [(n, IN_GROUPS) for n, f in FORMATS.items() if isinstance(f.element, Codebook)]
+    rows["MX: " + ", ".join(n for n in FORMATS if n.startswith("mx"))] = [
+        (n, {}) for n in FORMATS if n.startswith("mx")
+    ]
+    rows["mxfp4, scales by ceil, even, rceil"] = [("mxfp4", {"scale_mode": m}) for m in ("ceil", "even", "rceil")]
+    rows["nvfp4"] = [("nvfp4", {})]
+    kept = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
+    rows["int4, scales in " + ", ".join(kept)] = [("int4", {**IN_GROUPS, "scale_dtype": k}) for k in kept]
+    with_offset = {**IN_GROUPS, "scheme": "affine", "offset": "data"}
+    rows["offsets: int4, uint4, int8"] = [(n, with_offset) for n in ("int4", "uint4", "int8")]
+    for rounding, key in [("half_away", {}), ("toward_zero", {}), ("stochastic", {"key": 7})]:
+        names = ("int4", "float8_e4m3fn", "nf4", "mxfp4")
+        rows[f"rounded {rounding}: {', '.join(names)}"] = [
+            (n, {**({} if FORMATS[n].group else IN_GROUPS), "rounding": rounding, **key}) for n in names
+        ]
+    own = Codebook("seven", (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)), Float("float5_e2m2", 2, 2, bias=1, max=7.0)
+    rows["one's own: a codebook of 7, a float of 5 bits"] = [(element, IN_GROUPS) for element in own]
+    return rows
+
+
+def own_ties(x, dtype, options, reach=2):
+    """``x``, its values but the extremes of each block moved next to midpoints between two numbers of the format."""
+    rng = np.random.default_rng(5)
+    q = aqt_lite.quantize(x, dtype, **options)
+
+    def spread(a):
+        return np.repeat(a, x.shape[1] // a.shape[1], axis=1).astype(np.float64)
+
+    levels = aqt_lite.formats.format_of(dtype).element.levels(get_backend("numpy"))
+    ties = rng.choice((levels[:-1] + levels[1:]) / 2, x.shape)
+    if q.zero_point is not None:
+        ties = ties - spread(q.zero_point)
+    ties = ties * spread(q.scales)
+    if q.offset is not None:
+        ties = ties + spread(q.offset)
+    ties = ties.astype("float32")
+    ties = (ties.view("int32") + rng.integers(-reach, reach + 1, x.shape, dtype="int32")).view("float32")
+    blocks = x.reshape(x.shape[0], q.scale.shape[1], -1)
+    low, high = (spread(f(blocks, axis=2)) for f in (np.min, np.max))
+    farthest = np.maximum(-low, high)
+    keep = (x == low) | (x == high)
+    least, most = (-farthest, farthest) if options.get("scheme") != "affine" else (low, high)
+    return np.where(keep | ~(ties > least) | ~(ties < most), x, ties)
+
+
+def bits_of(x, dtype, options):
+    """Codes, scales as they are kept, zero points, offsets and values."""
+
+    def parts(q):
+        found = [q.qvalue]
+        for leaf in (q.scale, q.zero_point, q.offset):
+            found += parts(leaf) if isinstance(leaf, QArray) else [] if leaf is None else [leaf]
+        return found
+
+    q = aqt_lite.quantize(x, dtype, **options)
+    return [*parts(q), q.dequantize()]
+
+
+def data_for(dtype, options):
+    """Normal numbers, numbers of many magnitudes (where scales can be of any), and near ties of the format's own."""
+    normal = np.random.default_rng(6).normal(size=(200, 64)).astype("float32")
+    wide = random_magnitudes(200, 64, "float32")
+    starts = [normal, wide] if "scale_dtype" not in options else [normal]
+    return np.concatenate([*starts, *(own_ties(x, dtype, options) for x in starts)])
+
+
+def counted(results):
+    """The cells of a row: how many numbers, and how many of them differ from the first result's."""
+    reference, *others = results
+    total = f"{sum(a.size for a in reference):,}"
+    return [total, *(f"{sum(map(mismatches, found, reference)):,}" for found in others)]
+
+
+def format_rows():
+    """For every kind of format, the row's cells."""
+    for name, calls in calls_of_formats().items():
+
+        def all_of(*xs, calls=calls):
+            return [part for x, call in zip(xs, calls, strict=True) for part in bits_of(x, *call)]
+
+        yield name, counted(on_every_form(all_of, [data_for(*call) for call in calls]))
+    few = ("int4", "float8_e4m3fn", "float6_e2m3fn", "float4_e2m1fn", "nf4", "mxfp4", "nvfp4")
+    for narrow in NARROW:
+
+        def all_of(x):
+            return [p for n in few for p in bits_of(x, n, {} if FORMATS[n].group else {"granularity": ROWS})]
+
+        forms = [form for form in COLUMNS if form != STRICT]
+        total, *cells = counted(on_every_form(all_of, [every_finite(narrow)], forms))
+        yield f"all finite {narrow}: {', '.join(few)}", [total, "no such dtype", *cells]
+
+
 # ---- the code one would write
 
 
@@ -129,12 +252,36 @@ def naive(xp, x, scale, scheme, most):
     return xp.clip(xp.round(x / scale + zero_point), -most - 1, most), scale, zero_point
 
 
+NF4 = FORMATS["nf4"].element.numbers
+E2M1 = tuple(FORMATS["mxfp4"].element.levels(get_backend("numpy")).tolist())
+
+
+def naive_format(xp, x, _scale, kind, _most):
+    """Codes or numbers, and scales, of formats; a group is a row. The arguments are those of ``naive``."""
+    amax = xp.max(xp.abs(x), 1, True)
+    if kind == "float8_e4m3fn":
+        return xp.float8(xp.clip(x / (amax / 448), -448, 448)), amax / 448
+    if kind == "nf4":
+        return xp.nearest(x / amax, NF4), amax
+    if kind == "nf4, times the reciprocal":
+        return xp.nearest(x * (1 / amax), NF4), amax
+    if kind == "mxfp4":
+        scale = xp.exp2(xp.floor(xp.log2(amax)) - 2)
+        return xp.nearest(x / scale, E2M1), scale
+    one = xp.max(amax, 0, True) / (448 * 6)  # nvfp4
+    scale = xp.float8(amax / 6 / one) * one
+    return xp.nearest(x / scale, E2M1), scale
+
+
 class Torch:
     """torch, by the names that NumPy and JAX have."""
 
     abs, round, clip = torch.abs, torch.round, torch.clamp
     max = staticmethod(torch.amax)
     min = staticmethod(torch.amin)
+    floor, log2, exp2 = torch.floor, torch.log2, torch.exp2
+    nearest = staticmethod(lambda x, table: torch.argmin(abs(x[..., None] - torch.tensor(table)), -1))
+    float8 = staticmethod(lambda x: x.to(torch.float8_e4m3fn).to(torch.float32))
 
 
 class Numpy:
@@ -143,6 +290,9 @@ class Numpy:
     abs, round, clip = np.abs, np.rint, np.clip
     max = staticmethod(lambda x, axis, keepdims: np.max(x, axis=axis, keepdims=keepdims))
     min = staticmethod(lambda x, axis, keepdims: np.min(x, axis=axis, keepdims=keepdims))
+    floor, log2, exp2 = np.floor, np.log2, np.exp2
+    nearest = staticmethod(lambda x, table: np.argmin(abs(x[..., None] - np.float32(table)), -1))
+    float8 = staticmethod(lambda x: x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 class Jax:
@@ -151,9 +301,12 @@ class Jax:
     abs, round, clip = jnp.abs, jnp.round, jnp.clip
     max = staticmethod(lambda x, axis, keepdims: jnp.max(x, axis=axis, keepdims=keepdims))
     min = staticmethod(lambda x, axis, keepdims: jnp.min(x, axis=axis, keepdims=keepdims))
+    floor, log2, exp2 = jnp.floor, jnp.log2, jnp.exp2
+    nearest = staticmethod(lambda x, table: jnp.argmin(abs(x[..., None] - jnp.float32(table)), -1))
+    float8 = staticmethod(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32))
 
 
-def naive_forms():
+def naive_forms(naive=naive):
     def on_numpy(*arguments):
         with np.errstate(all="ignore"):
             return naive(Numpy, *arguments)
@@ -180,10 +333,21 @@ def naive_forms():
     return {NUMPY: on_numpy, TORCH: on_torch, COMPILED: on_compiled, JAX: on_jax, JIT: on_jit}
 
 
-def naive_rows(arrays, most):
-    """For either scheme, the row's cells: how many codes, scales and zero points, and how many of them differ."""
-    forms = naive_forms()
-    for scheme in ("symmetric", "affine"):
+def naive_format_rows():
+    """The same for formats: numbers of a few magnitudes, their own near ties, and magnitudes next to powers of two."""
+    for kind in ("float8_e4m3fn", "nf4", "nf4, times the reciprocal", "mxfp4", "nvfp4"):
+        dtype = kind.partition(",")[0]
+        x = np.random.default_rng(7).normal(size=(6400, 32)).astype("float32")
+        x = np.concatenate([x, own_ties(x, dtype, {} if FORMATS[dtype].group else IN_GROUPS)])
+        rest = np.ldexp(x[:200] / 16, np.arange(-100, 100)[:, None] // 4).astype("float32")
+        rest[:, 0] = np.nextafter(np.float32(1), np.float32(0)) * np.ldexp(np.float32(1), np.arange(-100, 100) // 4)
+        yield from naive_rows([(np.concatenate([x, rest]), None)], 0, (kind,), naive_forms(naive_format))
+
+
+def naive_rows(arrays, most, schemes=("symmetric", "affine"), forms=None):
+    """For each scheme, the row's cells: how many codes, scales and zero points, and how many of them differ."""
+    forms = forms or naive_forms()
+    for scheme in schemes:
         cells = []
         references = [forms[NUMPY](x, scale, scheme, most) for x, scale in arrays]
         count = sum(sum(part.size for part in reference) for reference in references)
@@ -215,28 +379,22 @@ def product_rows():
         "a scale an output": {"granularity": PerChannel(0)},
         "groups of 32": {"granularity": PerGroup(32)},
         "groups of 32, zero points": {"granularity": PerGroup(32), "scheme": "affine"},
+        "int4, groups of 32, float16 scales": {"dtype": "int4", "granularity": PerGroup(32), "scale_dtype": "float16"},
+        "float6_e2m3fn, a scale an output": {"dtype": "float6_e2m3fn", "granularity": PerChannel(0)},
+        "mxfp4": {"dtype": "mxfp4"},
+        "nvfp4": {"dtype": "nvfp4"},
     }
-
-    def all_of(x, ws, bias, mode):
-        return [aqt_lite.linear(x, w, bias, mode=mode) for w in ws]
 
     qs = [aqt_lite.quantize(w, **options) for options in weights.values()]
     for mode in ("reproducible", "fast"):
-        reference = all_of(x, qs, bias, mode)
-        found = {}
-        for form, name in zip(COLUMNS[1:], ("array_api_strict", "torch", "torch", "jax", "jax"), strict=True):
-            b = get_backend(name)
-            function = all_of
-            if form == COMPILED:
-                torch._dynamo.reset()
-                function = torch.compile(all_of, fullgraph=True)
-            elif form == JIT:
-                function = jax.jit(all_of, static_argnames="mode")
-            ys = function(b.asarray(x), [q.to_backend(name) for q in qs], b.asarray(bias), mode)
-            found[form] = [b.to_numpy(y) for y in ys]
+
+        def all_of(x, bias, *ws, mode=mode):
+            return [aqt_lite.linear(x, w, bias, mode=mode) for w in ws]
+
+        reference, *found = on_every_form(all_of, [x, bias, *qs])
         for i, name in enumerate(weights):
-            counts = [mismatches(found[form][i], reference[i]) for form in COLUMNS[1:]]
-            yield f"linear, {mode}: {name}", [f"{reference[i].size:,}", *(f"{n:,}" for n in counts)]
+            cells = [f"{mismatches(ys[i], reference[i]):,}" for ys in found]
+            yield f"linear, {mode}: {name}", [f"{reference[i].size:,}", *cells]
 
 
 # ---- tables
@@ -260,6 +418,7 @@ def tables():
     print("\naqt_lite\n", *header(), sep="\n")
     ours = header() + [line(name, row_of(problems_of(name, arrays))) for name, arrays in cases.items()]
     ours.append(line("every granularity, ragged too", row_of(granularity_problems())))
+    ours += [line(name, cells) for name, cells in format_rows()]
     ours += [line(name, cells) for name, cells in product_rows()]
 
     print("\nordinary code\n", *header(), sep="\n")
@@ -267,6 +426,7 @@ def tables():
     for name, arrays in cases.items():
         most = 32767 if element_of(name) == "int16" else 127
         theirs += [line(f"{name}: {scheme}", cells) for scheme, cells in naive_rows(arrays, most)]
+    theirs += [line(name, cells) for name, cells in naive_format_rows()]
     return "\n".join(ours), "\n".join(theirs)
 
 

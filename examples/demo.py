@@ -149,22 +149,32 @@ def print_case(name: str, arguments: dict[str, Any], note: str, q: QArray) -> No
 
 # ---- 2. one network
 
-PRECISIONS = {
-    "int8, one scale per tensor": PerTensor(),
-    "int8, a scale per output": PerChannel(0),
-    "int8, a scale per 32 weights": PerGroup(32),
+PRECISIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8, one scale per tensor": ("int8", {"granularity": PerTensor()}),
+    "int8, a scale per output": ("int8", {"granularity": PerChannel(0)}),
+    "int8, a scale per 32 weights": ("int8", {"granularity": PerGroup(32)}),
+    "int4, a scale per output": ("int4", {"granularity": PerChannel(0)}),
+    "int4, a float16 scale per 32": ("int4", {"granularity": PerGroup(32), "scale_dtype": "float16"}),
+    "nf4, a float16 scale per 32": ("nf4", {"granularity": PerGroup(32), "scale_dtype": "float16"}),
+    "mxfp4, a power of two per 32": ("mxfp4", {}),
 }
 
 
 def network(images: Any, layers: list[tuple[QArray, Any]]) -> Any:
     """Logits, in whatever framework ``images`` and the layers live."""
+    mode = "fast" if layers[0][0].dtype == "nf4" else "reproducible"  # whose numbers are no whole multiples
     xp = array_namespace(images)
     x = images
     for i, (weight, bias) in enumerate(layers):
         if i:
             x = xp.where(x > 0, x, xp.zeros_like(x))
-        x = aqt_lite.linear(x, weight, bias, mode="reproducible")
+        x = aqt_lite.linear(x, weight, bias, mode=mode)
     return x
+
+
+def networks(images: Any, each: list[list[tuple[QArray, Any]]]) -> list[Any]:
+    """The logits of several, so that a compiler has one function to compile."""
+    return [network(images, layers) for layers in each]
 
 
 def float_network(images: Any, layers: list[tuple[Any, Any]]) -> Any:
@@ -186,7 +196,10 @@ def classify(frameworks: list[Framework], folder: Path) -> dict[str, list[int]]:
     model = _digits.train(digits)
     seconds = time.perf_counter() - start
     print("64 inputs, 64 hidden units, 10 classes, trained in float32 with plain NumPy on")
-    print(f"{len(digits.train_labels)} images of handwritten digits in {seconds:.1f} s. Its weights then become int8.")
+    print(
+        f"{len(digits.train_labels)} images of handwritten digits in {seconds:.1f} s. "
+        "Its weights then take 8 or 4 bits."
+    )
     print(f"How it reads the {len(digits.test_labels)} images that it has never seen:\n")
 
     expected = model.logits(digits.test_images)
@@ -195,13 +208,15 @@ def classify(frameworks: list[Framework], folder: Path) -> dict[str, list[int]]:
     print(f"  {'weights':<30}{'accuracy':>9}{'changed':>9}{'SQNR of the layers':>21}{'bytes':>7}{'smaller':>9}")
     print(f"  {'float32':<30}{_digits.accuracy(expected, digits.test_labels):>9.2%}{'':>30}{size:>7}")
     differing: dict[str, list[int]] = {}
-    for name, granularity in PRECISIONS.items():
-        quantized = [aqt_lite.quantize(w, granularity=granularity) for w in weights]
-        results = []
-        for f in frameworks:
-            layers = [(q.to_backend(f.backend), f.asarray(b)) for q, b in zip(quantized, biases, strict=True)]
-            results.append(f.compiled(network)(f.asarray(digits.test_images), layers))
-        logits = results[0]
+    no_promise: dict[str, list[int]] = {}
+    on_each = []  # framework: for every precision, its quantized weights and its logits
+    for f in frameworks:
+        qs = [[aqt_lite.quantize(f.asarray(w), t, **options) for w in weights] for t, options in PRECISIONS.values()]
+        layers = [[(q, f.asarray(b)) for q, b in zip(pair, biases, strict=True)] for pair in qs]
+        on_each.append((qs, f.compiled(networks)(f.asarray(digits.test_images), layers)))
+    for i, (name, (dtype, _)) in enumerate(PRECISIONS.items()):
+        of_each, results = [qs[i] for qs, _ in on_each], [logits[i] for _, logits in on_each]
+        logits, quantized = results[0], of_each[0]
         reports = [aqt_lite.error_report(w, q) for w, q in zip(weights, quantized, strict=True)]
         changed = int((logits.argmax(1) != expected.argmax(1)).sum())
         sqnr = " ".join(f"{report.sqnr_db:6.2f} dB" for report in reports)
@@ -210,7 +225,13 @@ def classify(frameworks: list[Framework], folder: Path) -> dict[str, list[int]]:
             f"  {name:<30}{_digits.accuracy(logits, digits.test_labels):>9.2%}{changed:>9}{sqnr:>21}"
             f"{small:>7}{size / small:>8.2f}x"
         )
-        differing[name] = [mismatches(result, logits) for result in results]
+        logits_differing = [mismatches(result, logits) for result in results]
+        if dtype == "nf4":  # its products are sums of floats, but its weights have the same bits
+            no_promise[f"{dtype}, logits, for comparison"] = logits_differing
+            values = [[q.dequantize() for q in qs] for qs in of_each]
+            differing[f"{dtype}, weights"] = [sum(map(mismatches, v, values[0])) for v in values]
+        else:
+            differing[name] = logits_differing
     print("\n  changed: images that are now read as another digit. SQNR: signal to quantization noise.")
 
     plain = []
@@ -218,7 +239,8 @@ def classify(frameworks: list[Framework], folder: Path) -> dict[str, list[int]]:
         layers = [(f.asarray(w), f.asarray(b)) for w, b in zip(weights, biases, strict=True)]
         plain.append(f.compiled(float_network)(f.asarray(digits.test_images), layers))
     print(f"\nThe {expected.size} logits on every framework. Logits whose bits differ from NumPy's:\n")
-    print_differences(frameworks, differing, {"float32, for comparison": [mismatches(y, plain[0]) for y in plain]})
+    no_promise["float32, for comparison"] = [mismatches(y, plain[0]) for y in plain]
+    print_differences(frameworks, differing, no_promise)
     draw(folder, digits, model, expected)
     return differing
 

@@ -159,6 +159,74 @@ def check_products(put: Callable, spec: PartitionSpec, column_parallel: bool) ->
                     assert (np.abs(np.asarray(y) - np.asarray(expected)) <= bound).all()
 
 
+KINDS = {
+    "int4": lambda x: quantize(x, "int4", granularity=PerGroup(8)),
+    "uint4 affine": lambda x: quantize(x, "uint4", scheme="affine", granularity=PerGroup(8)),
+    "int8 with offsets": lambda x: quantize(x, scheme="affine", offset="data", granularity=PerChannel(0)),
+    "int4, float16 scales": lambda x: quantize(x, "int4", granularity=PerGroup(8), scale_dtype="float16"),
+    "nf4": lambda x: quantize(x, "nf4", granularity=PerGroup(16)),
+    "float8": lambda x: quantize(x, "float8_e4m3fn", granularity=PerChannel(0)),
+    "mxfp4": lambda x: quantize(x, "mxfp4"),
+    "nvfp4": lambda x: quantize(x, "nvfp4"),
+}
+
+
+def check_kinds(place: Callable, names: tuple[str, ...]) -> None:
+    """Rows of a weight of every kind over all devices: made there, moved there, used there."""
+    rows, one = W.T, jnp.asarray(W.T)  # (64, 32)
+    for make in KINDS.values():
+        expected = make(one)
+        values, product = dequantize(expected), linear(jnp.asarray(X), expected)
+
+        def put_leaf(leaf: jax.Array) -> jax.Array:
+            return place(leaf, P(names) if leaf.shape[0] == 64 else P())
+
+        moved = jax.tree.map(put_leaf, expected)
+        for q in (moved, make(place(rows, P(names))), jax.jit(make)(place(rows, P(names)))):
+            assert_same_bits(q, expected)
+            assert_same_bits(jax.jit(lambda q: q)(q), expected)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, q)
+            assert_same_bits(jax.jit(lambda q: q, out_shardings=shardings)(q), expected)
+            for got in (dequantize(q), jax.jit(dequantize)(q)):
+                assert_same_bits(got, values)
+            for got in (linear(place(X, P()), q), jax.jit(linear)(place(X, P()), q)):
+                np.testing.assert_allclose(got, product, rtol=1e-4, atol=1e-4)
+            gradient = jax.jit(jax.grad(lambda x, q: linear(x, q).sum()))(place(X, P()), q)
+            np.testing.assert_allclose(gradient, np.tile(values.sum(axis=0), (len(X), 1)), rtol=1e-4, atol=1e-3)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), expected, expected)
+        sliced = jax.lax.map(dequantize, jax.tree.map(lambda leaf: place(leaf, P()), stacked))
+        assert_same_bits(sliced[1], values)
+
+
+def check_cuts(mesh: Any, axis: str, devices: int) -> None:
+    """A group or a contracted axis that shard_map cuts without a view to it: refused when it is used."""
+    length = 16 * devices
+    x = jnp.asarray(rng.standard_normal((length, length)).astype(np.float32))
+    columns, cut = P(None, axis), "joined or cut|should have shape"
+    size = length // devices + 1  # as many groups as devices, the last one shorter: no device has the codes of a group
+    ragged = quantize(x, granularity=PerGroup(size))
+    assert ragged.scale.shape[1] == devices
+    for q, spec in (
+        (ragged, columns),
+        (quantize(x, "int4", granularity=PerGroup(16)), columns),  # packed
+        (quantize(x, granularity=PerChannel(1)).for_dense(), columns),
+        (quantize(x, granularity=PerGroup(16, axis=0)).for_dense(), columns),
+    ):
+        places = jax.tree.map(lambda leaf, spec=spec: jax.device_put(leaf, NamedSharding(mesh, spec)), q)
+        try:
+            jax.shard_map(dequantize, mesh=mesh, in_specs=spec, out_specs=spec)(places)
+        except ValueError as error:
+            message = str(error)
+        else:
+            message = "nothing was noticed"
+        assert re.search(cut, message), (q.dtype, q.block, message)
+    whole = quantize(x, granularity=PerGroup(16))
+    values = jax.shard_map(dequantize, mesh=mesh, in_specs=columns, out_specs=columns)(
+        jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, columns)), whole)
+    )
+    assert_same_bits(values, dequantize(whole))
+
+
 def run(kind: AxisType, name: str) -> dict[str, str]:
     shape, axes = MESHES[name]
     mesh = jax.make_mesh(shape, axes, axis_types=(kind,) * len(axes))
@@ -173,6 +241,8 @@ def run(kind: AxisType, name: str) -> dict[str, str]:
         "non-finite": lambda: check_non_finite(put, second),
         "parameters": lambda: check_parameters(put, first),
         "column-parallel products": lambda: check_products(put, first, column_parallel=True),
+        "kinds": lambda: check_kinds(put, axes),
+        "cuts": lambda: check_cuts(mesh, axes[0], shape[0]),
         "row-parallel products": lambda: check_products(put, first, column_parallel=False),
     }
     failures = {}

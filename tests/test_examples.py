@@ -38,8 +38,9 @@ def test_demo_compares_the_bits_of_every_framework(demo):
     assert "same bits: NO" not in output
     tables = re.findall(r"^ +array-api-strict  torch    JAX  JAX jit\n(.*?)\n\n", output, re.MULTILINE | re.DOTALL)
     counts = {name: found for table in tables for name, found in rows(table).items()}
-    assert len(counts) == 7 + 1 + 3
-    counts.pop("float32, for comparison")
+    assert len(counts) == 7 + 7 + 2
+    for name in ("float32, for comparison", "nf4, logits, for comparison"):
+        counts.pop(name)
     assert set(map(tuple, counts.values())) == {("0", "0", "0", "0")}
 
 
@@ -72,6 +73,19 @@ def test_demo_reads_digits(demo):
         assert abs(float(accuracy.rstrip("%")) - plain) < 1
         assert min(float(first.split()[0]), float(second.split()[0])) > 30
         assert found == size
+    sqnr = {}
+    for name, size in [
+        ("int4, a scale per output", "2664"),
+        ("int4, a float16 scale per 32", "2664"),
+        ("nf4, a float16 scale per 32", "2664"),
+        ("mxfp4, a power of two per 32", "2516"),
+    ]:
+        accuracy, _, *layers, found, _ = table[name]
+        assert abs(float(accuracy.rstrip("%")) - plain) < 2
+        assert found == size
+        sqnr.setdefault(name.split(",")[0], []).append(float(layers[0].split()[0]))
+    assert sqnr["mxfp4"][-1] < sqnr["int4"][-1] < sqnr["nf4"][-1]
+    assert sqnr["int4"][0] < sqnr["int4"][1]
 
 
 @pytest.mark.parametrize("name", ["matrix.png", "digits.png", "predictions.png"])

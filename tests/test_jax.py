@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -98,9 +100,10 @@ def test_products_under_jit(product, mode, with_bias):
     eager = product(x, w, bias, mode=mode)
     as_argument = jax.jit(lambda x, w, b: product(x, w, b, mode=mode))(x, w, bias)
     as_constant = jax.jit(lambda x: product(x, w, bias, mode=mode))(x)
-    exact = np.asarray(x, np.float64) @ np.asarray(w if product is dense else np.asarray(w).T, np.float64)
+    values = np.asarray(dequantize(w if product is dense else w.T), np.float64)
+    exact = np.asarray(x, np.float64) @ values
     exact = exact if bias is None else exact + np.asarray(bias, np.float64)
-    magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w if product is dense else np.asarray(w).T))
+    magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(values)
     for got in (eager, as_argument, as_constant):
         assert (np.abs(got - exact) <= magnitude * 1e-6 + np.abs(exact) * 1e-6).all()
         if mode == "reproducible":
@@ -142,7 +145,7 @@ def test_numpy_qarray_enters_jit_where_jax_came_after():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     leaves, module, same = json.loads(done.stdout)
-    assert (leaves, module.partition(".")[0], same) == (3, "jaxlib", True)
+    assert (leaves, module.partition(".")[0], same) == (4, "jaxlib", True)
 
 
 def test_numpy_qarray_and_jax_x_meet_inside_jit_but_not_outside():
@@ -267,8 +270,10 @@ def test_nothing_flows_into_scales_or_through_quantize():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_gradient_of_dequantize_with_respect_to_scale(granularity):
-    q = quantize(X, scheme="affine", granularity=granularity)
+    constant = quantize(X, scheme="affine", granularity=granularity)
+    q = constant.with_trainable_scales()
     upstream = data(6, 8, seed=7)
+    assert not jax.grad(lambda q: (dequantize(q) * upstream).sum(), allow_int=True)(constant).scale.any()
     gradient = jax.grad(lambda q: (dequantize(q) * upstream).sum(), allow_int=True)(q)
     steps = np.asarray(q.qvalue, np.float64) - np.asarray(spread(q.zero_point, q), np.float64)
     expected = np.zeros(q.scale.shape)
@@ -298,7 +303,7 @@ def spread(blocks, q):
 @pytest.mark.parametrize("compile_", [False, True])
 def test_gradients_of_products_are_those_of_the_dequantized_weight(mode, compile_):
     x, bias, upstream = data(5, 8, seed=2), jnp.zeros(6), data(5, 6, seed=8)
-    w = quantize(X, scheme="affine", granularity=PerGroup(4))
+    w = quantize(X, scheme="affine", granularity=PerGroup(4)).with_trainable_scales()
 
     def quantized(x, w, bias):
         return (linear(x, w, bias, mode=mode) * upstream).sum()
@@ -317,7 +322,7 @@ def test_gradients_of_products_are_those_of_the_dequantized_weight(mode, compile
 
 
 def test_gradients_of_two_quantized_sides():
-    x, w = quantize(data(5, 8), granularity=PerChannel(0)), quantize(X, granularity=PerChannel(0))
+    x, w = (quantize(v, granularity=PerChannel(0)).with_trainable_scales() for v in (data(5, 8), X))
     bias = jnp.zeros(6)
     got = jax.grad(lambda *a: linear(*a).sum(), argnums=(0, 1, 2), allow_int=True)(x, w, bias)
     expected = jax.grad(lambda x, w, b: (dequantize(x) @ dequantize(w).T + b).sum(), argnums=(0, 1, 2), allow_int=True)(
@@ -349,8 +354,8 @@ def test_gradient_through_scan_and_checkpoint():
 def test_tree_of_leaves_paths_and_structure():
     q = quantize(X, "uint8", granularity=PerChannel(0))
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"layer": q})]
-    assert paths == ["['layer'].storage", "['layer'].scale", "['layer'].zero_point"]
-    assert len(jax.tree.leaves(quantize(X))) == 2  # no zero point, no leaf
+    assert paths == ["['layer'].storage", "['layer'].scale", "['layer'].zero_point", "['layer'].mark"]
+    assert len(jax.tree.leaves(quantize(X))) == 3  # no zero point, no leaf
     same = jax.tree.structure(quantize(X + 1, "uint8", granularity=PerChannel(0)))
     assert jax.tree.structure(q) == same
     assert hash(jax.tree.structure(q)) == hash(same)
@@ -439,3 +444,231 @@ def test_float64_needs_x64():
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
     with pytest.raises(ValueError, match="JAX would narrow float64 silently"):
         quantize(np.ones((2, 2)), backend="jax")
+
+
+# ---- constants, exports, other processes
+
+LARGE = data(512, 256, seed=4)  # as many elements as the CPU library takes on
+LARGE_KINDS = {
+    "int8": lambda x: quantize(x, granularity=PerChannel(0)),
+    "int4": lambda x: quantize(x, "int4", granularity=PerGroup(32)),
+    "nf4": lambda x: quantize(x, "nf4", granularity=PerGroup(32)),
+    "mxfp4": lambda x: quantize(x, "mxfp4"),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+def test_large_constants_inside_a_trace(kind):
+    q = LARGE_KINDS[kind](LARGE)
+    values = dequantize(q)
+    assert_same_bits(jax.jit(lambda: dequantize(q))(), values)
+    assert_same_bits(jax.jit(lambda: dequantize(LARGE_KINDS[kind](LARGE)))(), values)
+    assert_same_bits(jax.lax.scan(lambda c, _: (c, dequantize(q)), 0, None, length=2)[1][1], values)
+    assert_same_bits(jax.jit(lambda p: jax.lax.cond(p, lambda: dequantize(q), lambda: LARGE))(True), values)
+    assert_same_bits(jax.vmap(lambda s: dequantize(q) * s)(jnp.ones(2))[1], values)
+    assert jax.eval_shape(lambda: dequantize(q)).shape == LARGE.shape
+    assert_same_bits(jax.export.export(jax.jit(lambda: dequantize(q)))().call(), values)
+    assert jax.grad(lambda s: (dequantize(q) * s).sum())(1.0) == pytest.approx(float(values.sum()), rel=1e-3)
+
+
+ROWS = data(5, 96, seed=1)
+WEIGHT = data(64, 96, seed=2)
+WITH_ANY_ROWS = {
+    "per tensor": lambda x: quantize(x),
+    "per row": lambda x: quantize(x, granularity=PerChannel(0)),
+    "per column": lambda x: quantize(x, scheme="affine", granularity=PerChannel(1)),
+    "groups": lambda x: quantize(x, "int4", granularity=PerGroup(32)),
+    "mxfp4": lambda x: quantize(x, "mxfp4"),
+    "nvfp4": lambda x: quantize(x, "nvfp4"),
+    "stochastic": lambda x: quantize(x, rounding="stochastic", key=3),
+    "given scale": lambda x: quantize(x, scale=0.5, granularity=PerChannel(0)),
+    "fake": lambda x: fake_quantize(x, granularity=PerChannel(0)),
+    "reproducible": lambda x: linear(x, LARGE_KINDS["int8"](WEIGHT), mode="reproducible"),
+    "reproducible groups": lambda x: linear(x, LARGE_KINDS["int4"](WEIGHT), mode="reproducible"),
+    "reproducible dense": lambda x: dense(x, LARGE_KINDS["int8"](WEIGHT).T.for_dense(), mode="reproducible"),
+    "W8A8": lambda x: linear(quantize(x, granularity=PerChannel(0)), LARGE_KINDS["int8"](WEIGHT)),
+    "W8A8 of one scale": lambda x: linear(quantize(x, "uint8", scheme="affine"), LARGE_KINDS["int8"](WEIGHT)),
+    "reproducible large": lambda x: linear(x, quantize(data(1024, 96), granularity=PerChannel(0)), mode="reproducible"),
+}
+
+
+@pytest.mark.parametrize("form", WITH_ANY_ROWS)
+def test_export_with_any_number_of_rows(form):
+    (rows,) = jax.export.symbolic_shape("rows")
+    function = jax.jit(WITH_ANY_ROWS[form])
+    exported = jax.export.export(function)(jax.ShapeDtypeStruct((rows, 96), jnp.float32))
+    read = jax.export.deserialize(exported.serialize())
+    for x in (ROWS, ROWS[:1], jnp.concatenate([ROWS] * 5)):
+        got, expected = read.call(x), function(x)
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("product", ["int8", "int4", "nf4", "mxfp4"])
+def test_fast_products_export_with_any_number_of_rows(product):
+    (rows,) = jax.export.symbolic_shape("rows")
+    w = LARGE_KINDS[product](WEIGHT)
+    for function in (lambda x: linear(x, w), jax.grad(lambda x: linear(x, w).sum())):
+        exported = jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct((rows, 96), jnp.float32))
+        np.testing.assert_allclose(
+            exported.call(ROWS), function(ROWS), rtol=1e-4, atol=1e-4 * np.abs(function(ROWS)).max()
+        )
+
+
+@pytest.mark.parametrize("kind", [*LARGE_KINDS, "nvfp4"])
+def test_export_takes_and_gives_qarrays(kind):
+    q = LARGE_KINDS.get(kind, lambda x: quantize(x, "nvfp4"))(WEIGHT)
+    exported = jax.export.export(jax.jit(lambda q: (dequantize(q), q.for_dense())))(q)
+    values, turned = jax.export.deserialize(exported.serialize()).call(q)
+    assert_same_bits(values, dequantize(q))
+    assert_same_bits(turned, q.for_dense())
+    assert turned.transposed
+
+
+def in_another_process(program, *arguments, **environment):
+    """What a program prints."""
+    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_an_exported_format_that_is_unknown_elsewhere(tmp_path):
+    aqt_lite.register_format(aqt_lite.Format("three_levels", aqt_lite.Codebook("three_levels", (-1.0, 0.0, 1.0))))
+    q = quantize(WEIGHT, "three_levels", granularity=PerGroup(32))
+    (tmp_path / "f").write_bytes(jax.export.export(jax.jit(dequantize))(q).serialize())
+    said = in_another_process(
+        """
+        import pathlib, sys, jax, aqt_lite
+        try:
+            jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
+        except ValueError as error:
+            print(error)
+        """,
+        tmp_path / "f",
+    )
+    assert "'three_levels' is not known here: register its format first" in said
+
+
+def test_an_executable_of_another_process(tmp_path):
+    common = """
+        import pathlib, pickle, sys
+        import jax, jax.numpy as jnp, numpy as np, aqt_lite
+        from aqt_lite.backends.jax import register_loops
+        from jax.experimental import serialize_executable
+        file, x = pathlib.Path(sys.argv[1]), jnp.linspace(-1, 1, 2048).reshape(4, 512)
+        w = aqt_lite.quantize(jnp.linspace(-3, 2, 131072).reshape(256, 512), granularity=aqt_lite.PerChannel(0))
+    """
+    write = """
+        compiled = jax.jit(lambda x: aqt_lite.linear(x, w, mode="reproducible")).lower(x).compile()
+        file.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+        print("aqt_lite_fixed_point_product" in compiled.as_text())
+    """
+    read = """
+        has_loops = register_loops()
+        compiled = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+        assert np.array_equal(compiled(x), aqt_lite.linear(x, w, mode="reproducible"))
+        print(has_loops)
+    """
+    assert in_another_process(common + write, tmp_path / "f") == in_another_process(common + read, tmp_path / "f")
+
+
+def test_without_compiled_loops():
+    program = """
+        import numpy as np, aqt_lite
+        from aqt_lite import PerChannel, PerGroup, linear, quantize
+        w = np.random.default_rng(0).standard_normal((300, 512)).astype("float32")
+        results = []
+        for name in ("numpy", "jax", "torch"):
+            x = aqt_lite.quantize(w[:3], backend=name).dequantize()
+            for granularity in (PerChannel(0), PerGroup(32)):
+                q = quantize(w, granularity=granularity, backend=name)
+                linear(x, q)
+                for rows in (x, quantize(x, granularity=PerChannel(0))):
+                    results.append(np.asarray(linear(rows, q, mode="reproducible")).tobytes())
+        print(results[:4] == results[4:8] == results[8:])
+    """
+    assert in_another_process(program, NUMBA_DISABLE_JIT="1") == "True"
+
+
+# ---- eager calls
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (512, 256)])
+def test_no_transfer_that_nobody_asked_for(shape):
+    x = data(*shape)
+    with jax.transfer_guard("disallow"):
+        for q in (
+            quantize(x, granularity=PerChannel(0)),
+            quantize(x, "uint4", scheme="affine", granularity=PerGroup(4)),
+            quantize(x, "nf4"),
+            quantize(x, "nvfp4"),
+            quantize(x, scale=0.5, zero_point=3),
+            quantize(x, rounding="stochastic", key=3),
+            quantize(x, scheme="affine", offset="data"),
+        ):
+            dequantize(q)
+            jax.jit(dequantize)(q)
+            linear(x, q)
+            linear(x, q, [0.5] * shape[0])
+        w = quantize(x, granularity=PerChannel(0))
+        linear(x, w, mode="reproducible")
+        linear(w, w)
+        dense(x, w.T.for_dense())
+        w.take([1, 2])
+        aqt_lite.stack([w, w])
+        aqt_lite.concatenate([w, w])
+        w.to_backend("numpy").to_backend("jax")
+        fake_quantize(x)
+        choose_qparams(x)
+
+
+def test_small_eager_arrays_compile_nothing():
+    arrays = [data(length, 3 * length) for length in (5, 7, 11, 13)]
+    with CountCompilations() as compilations:
+        for x in arrays:
+            for dtype, granularity in (("int8", PerTensor()), ("int4", PerGroup(4)), ("nf4", PerChannel(0))):
+                q = quantize(x, dtype, granularity=granularity)
+                assert_same_bits(q, quantize(np.asarray(x), dtype, granularity=granularity))
+                dequantize(q)
+                q.unpacked().packed()
+                fake_quantize(x, dtype, granularity=granularity)
+                choose_qparams(x, dtype, granularity=granularity)
+    assert compilations.count == 0
+
+
+def test_small_eager_results_are_arrays_of_their_own():
+    x = data(6, 8)
+    scale = jnp.full((6, 1), 0.25)
+    q = quantize(x, scale=scale, granularity=PerChannel(0))
+    values = dequantize(q)
+    scale.delete()
+    jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(x))
+    assert_same_bits(dequantize(q), values)
+    assert not q.scale.committed
+    there = quantize(jax.device_put(data(6, 8), jax.devices()[0]))
+    assert there.storage.committed
+    assert dequantize(there).committed
+
+
+class CountCompilations(logging.Handler):
+    """How often XLA compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def emit(self, record):
+        self.count += "XLA compilation" in record.getMessage()
+
+    def __enter__(self):
+        self.log = logging.getLogger("jax._src.dispatch")
+        self.level = self.log.level
+        self.log.setLevel(logging.DEBUG)
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        self.log.removeHandler(self)
+        self.log.setLevel(self.level)

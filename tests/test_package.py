@@ -36,18 +36,23 @@ for name in shown:
 def test_type_checkers_see_the_modules_of_first_use(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import aqt_lite\n"
+        "import numpy as np\nimport aqt_lite\n"
         "reveal_type(aqt_lite.testing.assert_same_bits)\n"
         "reveal_type(aqt_lite.plots)\n"
         "aqt_lite.no_such_module\n"
+        "aqt_lite.quantize('a file')\n"
+        "aqt_lite.quantize([1.0, 2.0])\n"
+        "aqt_lite.quantize(np.ones(3))\n"
     )
     options = ["--config-file=", "--follow-imports=silent", "--ignore-missing-imports", f"--cache-dir={tmp_path}"]
     command = [sys.executable, "-m", "mypy", *options, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    function, module, error, _ = done.stdout.splitlines()
+    function, module, error, text, *_, last = done.stdout.splitlines()
     assert "def (" in function, done.stdout
     assert "Module" in module, done.stdout
     assert 'has no attribute "no_such_module"' in error, done.stdout
+    assert 'Argument 1 to "quantize" has incompatible type "str"' in text, done.stdout
+    assert last.startswith("Found 2 errors"), done.stdout
 
 
 def test_a_compilation_is_announced_once(monkeypatch, caplog):
@@ -83,7 +88,6 @@ def test_nothing_is_logged_on_import_and_where_nothing_is_compiled():
 
 
 @needs("numba")
-@pytest.mark.xfail(reason="the place that loads the compiled loops does not announce it yet")
 def test_the_first_large_call_logs_one_line():
     lines = python(LOGGED).splitlines()
     assert lines[lines.index("small") + 1 :] == ["aqt_lite INFO"]

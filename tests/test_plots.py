@@ -89,7 +89,7 @@ def test_matrix_of_every_backend(backend):
 def test_qarray_of_every_backend_is_drawn_dequantized(backend):
     q = aqt_lite.quantize(backend.asarray(X))
     (ax,) = panels(plot_matrix(q))
-    np.testing.assert_array_equal(shown(ax), np.asarray(q).astype(float))
+    np.testing.assert_array_equal(shown(ax), np.asarray(q.dequantize()).astype(float))
     (ax,) = panels(plot_matrix(q.qvalue))
     assert texts(ax) == [str(code) for code in backend.to_numpy(q.qvalue).ravel()]
 
@@ -194,7 +194,7 @@ def test_large_matrices_are_read_in_parts(monkeypatch, shape, cell, order, most)
     starts = [np.arange(0, length, step) for length, step in zip(shape, cell, strict=True)]
     blocks = [x[i : i + cell[0], j : j + cell[1]] for i, j in itertools.product(*starts)]
     for q in (aqt_lite.quantize(x, granularity=aqt_lite.PerGroup(7)), aqt_lite.quantize(x, granularity=BLOCKS)):
-        values = np.asarray(q)
+        values = np.asarray(q.dequantize())
         expected = {
             "original": [block.mean(dtype="float64") for block in blocks],
             "dequantized": [values[i : i + cell[0], j : j + cell[1]].mean() for i, j in itertools.product(*starts)],
@@ -300,8 +300,8 @@ def test_four_panels_on_every_backend(backend, scheme):
     assert titles == ["original", "codes (int8)", "dequantized", "error: original - dequantized"]
     np.testing.assert_array_equal(shown(original), X.astype(float))
     np.testing.assert_array_equal(shown(codes), backend.to_numpy(q.qvalue))
-    np.testing.assert_array_equal(shown(dequantized), np.asarray(q).astype(float))
-    np.testing.assert_array_equal(shown(error), X.astype(float) - np.asarray(q).astype(float))
+    np.testing.assert_array_equal(shown(dequantized), np.asarray(q.dequantize()).astype(float))
+    np.testing.assert_array_equal(shown(error), X.astype(float) - np.asarray(q.dequantize()).astype(float))
     assert codes.images[0].get_clim() == (-128, 127)
     assert original.images[0].get_clim() == dequantized.images[0].get_clim()
     low, high = error.images[0].get_clim()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from optional import jax, jnp
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dequantize, quantize
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, dequantize, quantize
 from aqt_lite.granularity import grid_of
 from aqt_lite.testing import assert_same_bits
 
@@ -109,13 +113,14 @@ def test_groups_are_sliced_between_groups(backend):
         ((0, 0, 10), "index 10 is out of range for axis 2 of length 10"),
         ((0, 0, 0, 0), "too many entries for 3 dimensions"),
         ((..., ...), "too many entries"),
-        (None, "takes integers, slices and"),
-        (True, "takes integers, slices and"),
-        (1.0, "takes integers, slices and"),
-        ("a", "takes integers, slices and"),
-        ([0, 1], "takes integers, slices and"),
-        (np.asarray([0, 1]), "takes integers, slices and"),
-        (np.asarray([True, False, True, False]), "takes integers, slices and"),
+        (True, "takes integers, slices, '...' and None"),
+        (1.0, "takes integers, slices, '...' and None"),
+        ("a", "takes integers, slices, '...' and None"),
+        ([True, False], "takes integers, slices, '...' and None"),
+        (([0, 1],), "q.take.ids, axis. for another"),
+        ((slice(None), np.asarray([0, 1])), "an array of shape .2,.: a QArray takes"),
+        (np.asarray([0.5, 1.0]), "takes integers, slices, '...' and None"),
+        (np.asarray([True, False, True, False]), "takes integers, slices, '...' and None"),
     ],
     ids=lambda v: str(v)[:20],
 )
@@ -136,13 +141,48 @@ def test_iteration_and_length():
 # ---- NumPy, copies, equality, printing
 
 
-def test_numpy_sees_the_values(backend):
-    q = quantize(backend.asarray(X), scheme="affine", granularity=PerGroup(4))
-    assert_same_bits(np.asarray(q), q.dequantize())
-    assert np.asarray(q, dtype="float64").dtype == np.float64
-    assert np.max(np.abs(np.asarray(q) - X)) < 0.1
-    with pytest.raises(ValueError, match="copy=False is not possible"):
-        np.asarray(q, copy=False)
+def test_it_becomes_no_array_unasked(backend):
+    """Whatever asks for an array hears what it holds and how its values are asked for, instead of a copy of floats."""
+    q = quantize(backend.asarray(X), "int4", granularity=PerGroup(4))
+    way = r"a QArray \(int4, shape \(4, 6, 10\)\) does not become an array by itself.*8 times.*q.dequantize\(\)"
+    for ask in (
+        np.asarray,
+        np.array,
+        lambda q: np.asarray(q, dtype="float64"),
+        lambda q: np.asarray(q, copy=False),
+        lambda q: np.save(io.BytesIO(), q),
+        lambda q: np.savez(io.BytesIO(), q=q),
+        lambda q: np.concatenate([q, q]),
+        np.abs,
+    ):
+        with pytest.raises(TypeError, match=f"{way}|operand 'QArray' does not support ufuncs"):
+            ask(q)
+
+
+@pytest.mark.parametrize("symbol", ["+", "-", "*", "/", "//", "%", "**", "<", "<=", ">", ">="])
+def test_arithmetic_is_refused_with_the_way(backend, symbol):
+    q, x = quantize(backend.asarray(X)), backend.asarray(X)
+    for left, right in ((q, x), (x, q), (q, q), (q, 2.0), (2.0, q)):
+        own = "|Expected Array or Python scalar" if backend.name == "array_api_strict" else ""  # it asks no other type
+        with pytest.raises(TypeError, match=rf"would dequantize all of it at every call: write q.dequantize\(\){own}"):
+            eval(f"left {symbol} right", {"left": left, "right": right})
+
+
+def test_the_matrix_product_stays_quantized(backend):
+    x, w = backend.asarray(X[0]), quantize(backend.asarray(X[1].T.copy()), granularity=PerChannel(1))
+    if backend.name != "array_api_strict":  # whose operators ask no other type
+        assert_same_bits(x @ w, dense(x, w))
+    assert_same_bits(w.T @ w, dense(w.T, w))
+    with pytest.raises(TypeError, match=r"quantized left side: write aqt_lite.linear\(x.T, q\).T"):
+        w @ x
+
+
+def test_what_it_has_not_says_what_it_is():
+    q = quantize(X)
+    for name in ("detach", "numpy", "tobytes", "astype_", "sum", "values"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}': it is a container of codes and scales"):
+            getattr(q, name)
+    assert not hasattr(q, "_repr_html_")
 
 
 def test_copies_and_pickles(backend):
@@ -156,14 +196,17 @@ def test_copies_and_pickles(backend):
     assert_same_bits(pickle.loads(pickle.dumps(q)), q)
 
 
-def test_it_is_frozen_and_compared_by_identity():
-    q = quantize(X)
+def test_it_is_frozen_and_not_compared_by_values(backend):
+    q, same = quantize(backend.asarray(X)), quantize(backend.asarray(X))
     with pytest.raises(dataclasses.FrozenInstanceError):
         q.dtype = "int16"
-    same = quantize(X)
     assert q in [q]
-    assert q != same  # elementwise comparison would have to return an array: compare values or use assert_same_bits
     assert len({q, same}) == 2
+    for other in (same, backend.asarray(X)):
+        with pytest.raises(TypeError, match=r"not compared by ==: compare their values, q.dequantize\(\)"):
+            _ = q == other
+    assert q != "int8"  # what is no array is another thing
+    assert q is not None
     assert_same_bits(q, same)
 
 
@@ -199,39 +242,99 @@ def test_from_codes_checks_every_invariant(backend):
         (TypeError, "qvalue is a NoneType", (None, scale)),
         (ValueError, "dtype='float32' is not a quantized type", (scale, scale)),
         (ValueError, "dtype='int32' is not a quantized type", (zero, scale)),
-        (TypeError, "scale is float but qvalue is", (codes, 0.5)),
-        (TypeError, "scale is NoneType but qvalue is", (codes, None)),
+        (TypeError, "scale is None: codes of int8 need one; give 1.0", (codes, None)),
+        (TypeError, "scale is a str: give a number or an array", (codes, "0.5")),
         (
             ValueError,
-            r"scale has shape \(2, 1\): PerTensor\(\) of \(2, 2\) is \(1, 1\)",
+            r"scale has shape \(2, 1\): PerTensor\(\) of an array of shape \(2, 2\) needs \(1, 1\)",
             (codes, array([[1], [2]], "float32")),
         ),
-        (ValueError, r"scale has shape \(\)", (codes, array(1, "float32"))),
-        (TypeError, "scale has dtype int32: it must be float32", (codes, zero)),
         (ValueError, r"zero_point has shape \(2, 1\)", (codes, scale, array([[1], [2]], "int32"))),
-        (TypeError, "zero_point has dtype int8: it must be int32", (codes, scale, array([[1]], "int8"))),
+        (TypeError, "zero_point=1.0 is a float", (codes, scale, 1.0)),
     ]
     unsigned = array([[1, 2], [3, 4]], "uint8")
     cases += [
-        (ValueError, "qvalue has dtype uint8 but no zero_point", (unsigned, scale)),
+        (ValueError, "qvalue has dtype uint8 but no zero_point .*or dtype=", (unsigned, scale)),
         (ValueError, "zero_point=-1: must be a code of uint8, 0 to 255", (unsigned, scale, array([[-1]], "int32"))),
         (ValueError, "zero_point=128: must be a code of int8", (codes, scale, array([[128]], "int32"))),
         *(
             (ValueError, "every scale must be positive and finite", (codes, array([[bad]], "float32")))
-            for bad in (np.nan, np.inf, -0.5, 0.0, 1e-40, 3e38)
+            for bad in (np.nan, np.inf, 1e-40, 3e38)
         ),
+        (ValueError, "a negative scale is a positive one with every code negated", (codes, array([[-0.5]], "float32"))),
+        (ValueError, "for a block of zeros give scale 1 and the code of zero", (codes, array([[0.0]], "float32"))),
+        (ValueError, "scale=-2.0: it must be positive", (codes, -2.0)),
     ]
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             QArray.from_codes(*arguments)
     with pytest.raises(ValueError, match="float_dtype='int8' is not a floating-point type"):
         QArray.from_codes(codes, scale, float_dtype="int8")
-    with pytest.raises(TypeError, match="scale has dtype float32: it must be float64"):
-        QArray.from_codes(codes, scale, float_dtype="float64")
     with pytest.raises(ValueError, match=r"PerGroup\(size=2, axis=3\): axis 3 is out of range"):
         QArray.from_codes(codes, scale, granularity=PerGroup(2, axis=3))
     with pytest.raises(TypeError, match="granularity='tensor'"):
         QArray.from_codes(codes, scale, granularity="tensor")
+    with pytest.raises(ValueError, match="zero_point and offset are both given"):
+        QArray.from_codes(codes, scale, zero, offset=1.0)
+
+
+def test_from_codes_takes_what_quantize_takes(backend):
+    """Numbers, lists, a scale for each channel in one dimension, other types where no bit is lost."""
+    codes = backend.asarray(np.asarray([[1, -2, 3], [4, 5, -6]], "int8"))
+    wide = np.asarray([0.5, 0.25])
+
+    def values(scale, zero_point=None, granularity=None):
+        granularity = granularity or PerChannel(0)
+        q = QArray.from_codes(codes, scale, zero_point, granularity=granularity)
+        assert backend.dtype_name(q.scale) == "float32"
+        assert q.zero_point is None or backend.dtype_name(q.zero_point) == "int32"
+        return backend.to_numpy(q.dequantize()).tolist()
+
+    expected = [[0.5, -1.0, 1.5], [1.0, 1.25, -1.5]]
+    assert values([0.5, 0.25]) == values([[0.5], [0.25]]) == values(wide.tolist()) == expected
+    assert values(0.5, 1, PerTensor()) == [[0.0, -1.5, 1.0], [1.5, 2.0, -3.5]]
+    assert values([0.5, 0.25], backend.asarray(np.asarray([0, 0], "int8"))) == expected
+    if backend.name != "jax":  # which has no float64 unless it is told so
+        assert values(backend.asarray(wide)) == expected
+        with pytest.raises(ValueError, match="scale has dtype float64, and float32, in which it is kept, cannot hold"):
+            values(backend.asarray(wide / 3))
+    if backend.name != "array_api_strict":
+        assert values(backend.asarray(wide.astype("float16"))) == expected
+
+
+def test_from_codes_is_told_the_format(backend):
+    """The array's type says nothing where several formats are kept in it."""
+    codes = np.asarray([0, 7, 9, 15], "uint8")
+    for dtype, numbers in (
+        ("float4_e2m1fn", [0.0, 6.0, -0.5, -6.0]),
+        ("uint4", [-8.0, -1.0, 1.0, 7.0]),
+        ("iq4_nl", [-127.0, -10.0, 13.0, 113.0]),
+    ):
+        zero_point = 8 if dtype == "uint4" else None
+        q = QArray.from_codes(backend.asarray(codes), 1.0, zero_point, dtype=dtype)
+        assert (q.dtype, q.bits, q.packed_length, tuple(q.storage.shape)) == (dtype, 4, 4, (2,))
+        assert backend.to_numpy(q.dequantize()).tolist() == numbers
+        assert_same_bits(q.qvalue, codes)
+        with pytest.raises(ValueError, match=rf"the first at \(3,\): 16; codes of {dtype} are 0 to 15"):
+            QArray.from_codes(backend.asarray(np.asarray([0, 7, 9, 16], "uint8")), 1.0, zero_point, dtype=dtype)
+    with pytest.raises(ValueError, match=r"the first at \(1,\): 9; codes of int4 are -8 to 7"):
+        QArray.from_codes(backend.asarray(np.asarray([0, 9], "int8")), 1.0, dtype="int4")
+    with pytest.raises(ValueError, match=r"127; float8_e4m3fn has no finite number of that code"):
+        QArray.from_codes(backend.asarray(np.asarray([0, 127], "uint8")), 1.0, dtype="float8_e4m3fn")
+    with pytest.raises(TypeError, match="qvalue has dtype float32: codes of int8 are kept as int8"):
+        QArray.from_codes(backend.asarray(np.asarray([0, 9], "float32")), 1.0, dtype="int8")
+
+
+def test_from_codes_keeps_scales_of_few_bits(backend):
+    bits = backend.asarray(np.asarray([[0x3C00], [0x3800]], "int16"))  # 1 and 0.5 as float16
+    scale = QArray.from_codes(bits, None, dtype="float16")
+    codes = backend.asarray(np.asarray([[1, 2], [3, -4]], "int8"))
+    q = QArray.from_codes(codes, scale, dtype="int4", granularity=PerChannel(0))
+    assert backend.to_numpy(q.dequantize()).tolist() == [[1.0, 2.0], [1.5, -2.0]]
+    assert q.nbytes == 2 * 1 + 2 * 2
+    assert_same_bits(q.scales, np.asarray([[1.0], [0.5]], "float32"))
+    with pytest.raises(ValueError, match=r"scale has shape \(2, 1\): with this granularity it must be \(1, 1\)"):
+        QArray.from_codes(codes, scale)
 
 
 def test_from_codes_is_on_one_device():
@@ -247,3 +350,269 @@ def test_from_codes_takes_what_is_traced():
     codes = jnp.asarray([[1, 2]], "int8")
     q = jax.jit(QArray.from_codes)(codes, jnp.full((1, 1), jnp.nan), jnp.full((1, 1), 500))
     assert np.isnan(np.asarray(q.scale)).all()
+
+
+# ---- what it has in common with arrays
+
+KINDS = [
+    ("int8", {}),
+    ("uint8", {"scheme": "affine"}),
+    ("int4", {}),
+    ("int3", {"scheme": "affine", "offset": "data"}),
+    ("nf4", {"scale_dtype": "float16"}),
+    ("float8_e4m3fn", {"scale_dtype": "float8_e8m0fnu"}),
+]
+KIND = pytest.mark.parametrize(("dtype", "how"), KINDS, ids=str)
+LAYOUT = pytest.mark.parametrize("layout", [lambda q: q, QArray.for_dense, QArray.unpacked], ids=str)
+
+
+def array_of(q):
+    """Its values, on NumPy."""
+    return np.array(q._backend.to_numpy(q.dequantize()))
+
+
+def check(part, values):
+    """Right values, and an array whose parts fit each other."""
+    assert_same_bits(array_of(part), values)
+    assert part._checked().shape == values.shape
+    assert all(len(e) in (0, values.ndim) for e in (part.block, part.ragged))
+
+
+@KIND
+@LAYOUT
+def test_layouts_survive_indexing(backend, dtype, how, layout):
+    """After ``for_dense()`` and packing, ``q[...]``, ``q[:]``, ``q[i]`` and iteration keep what was laid out."""
+    q = layout(quantize(backend.asarray(X), dtype, granularity=PerGroup(4), **how))
+    values = array_of(q)
+    whole = [
+        (),
+        ...,
+        slice(None),
+        slice(1, 3),
+        2,
+        (0, ...),
+        None,
+        (slice(None), slice(2, 5)),
+        (1, slice(None), slice(4, 8)),
+    ]
+    for index in whole:
+        part = q[index]
+        check(part, values[index])
+        assert part.transposed == q.transposed
+        assert (part.packed_length is None) == (q.packed_length is None)
+    for part, expected in zip(q, values, strict=True):
+        check(part, expected)
+        assert part.transposed == q.transposed
+    for index in [(..., 0, slice(None)), (slice(None), None, 3), (..., slice(4, 10)), (0, 0), (slice(None, None, -1),)]:
+        check(q[index], values[index])
+
+
+@KIND
+@LAYOUT
+def test_streams_are_sliced_anywhere(backend, dtype, how, layout):
+    q = layout(quantize(backend.asarray(X), dtype, granularity=PerChannel(1), **how))
+    values = array_of(q)
+    for start, stop, step in [
+        (0, 10, 1),
+        (3, 10, 1),
+        (9, 10, 1),
+        (1, 8, 3),
+        (9, None, -1),
+        (8, 2, -2),
+        (5, 5, 1),
+        (2, 9, 1),
+    ]:
+        check(q[..., start:stop:step], values[..., start:stop:step])
+        check(q[1, :, start:stop:step], values[1, :, start:stop:step])
+        check(q[:, start:stop:step], values[:, start:stop:step])
+
+
+@KIND
+@LAYOUT
+def test_shapes(backend, dtype, how, layout):
+    q = layout(quantize(backend.asarray(X), dtype, granularity=PerGroup(4), **how))
+    values = array_of(q)
+    check(q.mT, values.swapaxes(-1, -2))
+    check(q.mT.mT, values)
+    check(q[1].T, values[1].T)
+    for order in [(2, 0, 1), (0, 2, 1), (1, 0, 2), (2, 1, 0)]:
+        check(q.transpose(order), values.transpose(order))
+    check(q.transpose(), values.T)
+    for shape in [(24, 10), (2, 2, 6, 10), (2, 12, 10), (1, 4, 6, 10), (-1, 10), (4, 3, 2, 10)]:
+        check(q.reshape(shape), values.reshape(shape))
+    check(q[0].broadcast_to((3, 6, 10)), np.broadcast_to(values[0], (3, 6, 10)))
+    check(q[:1].broadcast_to((5, 6, 10)), np.broadcast_to(values[:1], (5, 6, 10)))
+    check(q[:, None], values[:, None])
+    check(q[..., None], values[..., None])
+    check(q.copy(), values)
+    check(q.to_device(q.device if backend.name != "jax" else next(iter(q.device))), values)
+    assert_same_bits(q.astype("float32"), values)
+    with pytest.raises(ValueError, match="would tear blocks apart"):
+        q.reshape(4, 60)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        q.broadcast_to((4, 7, 10))
+    with pytest.raises(ValueError, match="the array has 240 elements"):
+        q.reshape(7, 10)
+
+
+@KIND
+@LAYOUT
+def test_rows_by_index(backend, dtype, how, layout):
+    q = layout(quantize(backend.asarray(X), dtype, granularity=PerGroup(4), **how))
+    values = array_of(q)
+    for ids in ([3, 0, 0], [-1], [[0, 1], [2, 3]], []):
+        own = np.asarray(ids, "int32")
+        check(q[backend.asarray(own)], values[own])
+        check(q.take(ids), values[own]) if ids else None
+        check(q.take(backend.asarray(own), 1), values.take(own, 1))
+    check(q[[2, 1]], values[[2, 1]])
+    table = layout(quantize(backend.asarray(X[0]), dtype, **how))  # one scale for all
+    check(table[[4, 5, -6]], array_of(table)[[4, 5, -6]])
+    with pytest.raises(IndexError, match="index 4 is out of range for axis 0 of length 4"):
+        q[[0, 4]]
+    with pytest.raises(IndexError, match="axis 2 has groups of 4"):
+        q.take([0], axis=2)
+    with pytest.raises(IndexError, match="indices have dtype float32: give integers"):
+        q.take(backend.asarray(np.ones(2, "float32")))
+
+
+@KIND
+@LAYOUT
+def test_joined(backend, dtype, how, layout):
+    q = layout(quantize(backend.asarray(X[..., :8]), dtype, granularity=PerGroup(4), **how))
+    values = array_of(q)
+    for axis in (0, 1, 2, -1):
+        joined = aqt_lite.concatenate([q, q[...], q], axis)
+        check(joined, np.concatenate([values] * 3, axis))
+        assert (joined.packed_length is None) == (q.packed_length is None)
+    for axis in (0, 1):
+        check(aqt_lite.stack([q, q], axis), np.stack([values] * 2, axis))
+
+
+def test_what_cannot_be_joined(backend):
+    def make(dtype="int8", granularity=PerGroup(4), x=X, **how):  # noqa: B008 - frozen
+        return quantize(backend.asarray(x), dtype, granularity=granularity, **how)
+
+    for arrays, axis, message in [
+        ([make(), make()], 2, "a last group shorter than 4 would come to lie inside"),
+        ([make(granularity=PerTensor())] * 2, 0, "all of which shares a scale"),
+        ([make(), make("int16")], 0, "bring them to one format first"),
+        ([make(), make(granularity=PerGroup(5))], 0, "bring them to one format first"),
+        ([make(), make(x=X[:, :3])], 0, r"shapes \(4, 6, 10\) and \(4, 3, 10\) along axis 0"),
+        ([make("nvfp4", PerGroup(16, axis=2))] * 2, 0, "whose scales share a scale themselves"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            aqt_lite.concatenate(arrays, axis)
+    with pytest.raises(TypeError, match="give a sequence of one QArray or more"):
+        aqt_lite.concatenate([make(), X])
+    check(
+        aqt_lite.concatenate([make()[..., :8], make()], 2),
+        np.concatenate([array_of(make())[..., :8], array_of(make())], 2),
+    )
+
+
+# ---- parts that do not fit each other
+
+
+def test_parts_that_were_joined_or_converted_apart(backend):
+    """What a tree utility does to the leaves alone is noticed at the first use."""
+    xp = backend.xp
+    q = quantize(backend.asarray(X[..., :10]), "int4", granularity=PerGroup(4))
+    twice = {name: xp.concat([getattr(q, name)] * 2, axis=-1) for name in ("storage", "scale")}
+    with pytest.raises(ValueError, match="joined or cut without a view to the packing"):
+        dataclasses.replace(q, **twice).dequantize()
+    loose = q.unpacked()
+    twice = {name: xp.concat([getattr(loose, name)] * 2, axis=-1) for name in ("storage", "scale")}
+    with pytest.raises(
+        ValueError, match=r"groups of 4 along an axis of 10, the last one shorter.*use aqt_lite.concatenate"
+    ):
+        dataclasses.replace(loose, **twice).dequantize()
+    half = quantize(backend.asarray(X), granularity=PerChannel(0))
+    narrow = xp.astype(half.scale, xp.int32)
+    with pytest.raises(TypeError, match="scale has dtype int32, but it is kept as float32: it was converted together"):
+        dataclasses.replace(half, scale=narrow).dequantize()
+    with pytest.raises(TypeError, match="storage has dtype int32, but codes of int8 are kept as int8"):
+        dataclasses.replace(half, storage=xp.astype(half.storage, xp.int32)).dequantize()
+
+
+def test_a_version_that_is_not_known_yet():
+    q = quantize(X)
+    assert q.version == 2
+    with pytest.raises(ValueError, match="version 3 of the contract, and this library version 2: upgrade"):
+        dataclasses.replace(q, version=3).dequantize()
+    state = q.__getstate__()
+    del state["version"]  # as the first version stored it
+    old = QArray.__new__(QArray)
+    old.__setstate__(state)
+    assert old.version == 1
+    assert_same_bits(old.dequantize(), q.dequantize())
+
+
+def test_a_format_of_ones_own_is_pickled_with_the_array():
+    book = aqt_lite.Codebook("thirds_of_test_qarray", (-1.0, -1 / 3, 0.0, 1 / 3, 1.0))
+    stored = pickle.dumps(quantize(X, book))
+    program = (
+        "import pickle, sys, numpy as np, aqt_lite\n"
+        "q = pickle.loads(sys.stdin.buffer.read())\n"
+        "sys.stdout.buffer.write(q.dequantize().tobytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=stored, capture_output=True, check=True)
+    assert done.stdout == quantize(X, book).dequantize().tobytes()
+    with pytest.raises(ValueError, match="a format named 'thirds_of_test_qarray' exists and is another one"):
+        quantize(X, aqt_lite.Codebook("thirds_of_test_qarray", (-1.0, 1.0)))
+
+
+def test_printing_never_raises():
+    q = quantize(jax.numpy.asarray(X))
+    q.storage.delete()
+    assert "deleted" in repr(q)
+    assert "QArray(int8" in repr(dataclasses.replace(quantize(X), block=(1, 2, 3)))
+
+
+def test_square_weights_know_what_they_were_stored_for(backend):
+    w = quantize(backend.asarray(np.random.default_rng(0).standard_normal((6, 6)).astype("float32"))).for_dense()
+    x = backend.asarray(X[0, :, :6].copy())
+    with pytest.warns(UserWarning, match=r"stored as for_dense\(\) does, as \(out, in\).*dense\(x, w\) reads it as"):
+        aqt_lite.linear(x, w)
+    dense(x, w)
+
+
+def test_scales_that_training_has_moved_are_not_used(backend):
+    q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
+    for bad in (-0.5, 0.0):
+        scale = np.array(backend.to_numpy(q.scale))
+        scale[1] = bad
+        moved = dataclasses.replace(q, scale=backend.asarray(scale))
+        for use in (dequantize, lambda q: aqt_lite.linear(backend.asarray(X[1]), q), lambda q: q[0:2].dequantize()):
+            with pytest.raises(ValueError, match=r"has 1 scales of \d that are not positive, the smallest"):
+                use(moved)
+    if backend.name == "jax":  # which cannot raise inside a compiled function
+        values = jax.jit(dequantize)(moved)
+        assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("int8", "int8"), ("uint8", "int4"), ("int4", "uint4"), ("float4_e2m1fn", "int8")], ids=str
+)
+def test_exact_sums_of_codes(backend, dtypes):
+    """``mode="integer"``: what is left of a product before any scale."""
+    rng = np.random.default_rng(5)
+    sides = [(rng.standard_normal(s) * 9).astype("float32") for s in ((5, 40), (7, 40))]
+    hows = [{"scheme": "affine"} if d.startswith("uint") else {} for d in dtypes]
+    x, w = (
+        quantize(backend.asarray(v), d, granularity=PerChannel(0), **how)
+        for v, d, how in zip(sides, dtypes, hows, strict=True)
+    )
+
+    def steps(q):
+        whole = backend.to_numpy(q.dequantize("float32")).astype(np.float64) / backend.to_numpy(q.scale)
+        return np.rint(whole / q._element.unit).astype(np.int64)
+
+    expected = (steps(x) @ steps(w).T).astype(np.int32)
+    assert_same_bits(aqt_lite.linear(x, w, mode="integer"), expected)
+    assert_same_bits(dense(x, w.T, mode="integer"), expected)
+    assert_same_bits(dense(x, w.T.copy().for_dense(), mode="integer"), expected)
+    with pytest.raises(ValueError, match="of the codes of two QArrays, without a bias: x is an array of floats"):
+        aqt_lite.linear(backend.asarray(sides[0]), w, mode="integer")
+    with pytest.raises(ValueError, match="mode='integer' is not possible: x is int8 with PerGroup"):
+        aqt_lite.linear(quantize(backend.asarray(sides[0]), granularity=PerGroup(8)), w, mode="integer")

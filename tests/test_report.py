@@ -157,7 +157,7 @@ def plain(x, q):
     """The numbers of a report from whole arrays, and the mean squared errors by block."""
     wide = x.astype("float64")
     finite = np.isfinite(wide)
-    error = np.where(finite, np.where(finite, wide, 0.0) - np.asarray(q).astype("float64"), 0.0)
+    error = np.where(finite, np.where(finite, wide, 0.0) - np.asarray(q.dequantize()).astype("float64"), 0.0)
     grid = q.scale.shape
     sizes = [n if b is None else b for n, b in zip(x.shape, q._checked().block, strict=True)]
     blocks = {}

@@ -181,7 +181,9 @@ def test_gradients_of_linear_are_those_of_the_dequantized_weight(mode, compile_)
             torch.zeros(5, requires_grad=True),
             W.scale.clone().requires_grad_(),
         )
-        (f(x, QArray(W.storage, scale, W.zero_point, W.dtype, W.block), bias) * upstream).sum().backward()
+        (
+            f(x, QArray(W.storage, scale, W.zero_point, W.dtype, W.block, trainable=True), bias) * upstream
+        ).sum().backward()
         return x.grad, bias.grad, scale.grad
 
     def ours(x, w, bias):
@@ -205,7 +207,9 @@ def test_gradients_of_two_quantized_sides(compile_):
             w.scale.clone().requires_grad_(),
             torch.zeros(5, requires_grad=True),
         ]
-        qx, qw = (QArray(q.storage, s, None, q.dtype, q.block) for q, s in ((x, leaves[0]), (w, leaves[1])))
+        qx, qw = (
+            QArray(q.storage, s, None, q.dtype, q.block, trainable=True) for q, s in ((x, leaves[0]), (w, leaves[1]))
+        )
         f(qx, qw, leaves[2]).sum().backward()
         return [leaf.grad for leaf in leaves]
 
@@ -217,7 +221,7 @@ def test_gradients_of_two_quantized_sides(compile_):
 def test_gradient_of_dequantize_with_respect_to_scale():
     q = quantize(X, scheme="affine", granularity=PerChannel(1))
     scale = q.scale.clone().requires_grad_()
-    (dequantize(QArray(q.storage, scale, q.zero_point, q.dtype, q.block)) * 2).sum().backward()
+    (dequantize(QArray(q.storage, scale, q.zero_point, q.dtype, q.block, trainable=True)) * 2).sum().backward()
     expected = 2 * (q.qvalue.int() - q.zero_point).sum(0, keepdim=True).float()
     assert_same_bits(scale.grad, expected)
 

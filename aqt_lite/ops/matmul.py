@@ -9,13 +9,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
-from aqt_lite._dispatch import run
-from aqt_lite._namespace import Array
+from aqt_lite._dispatch import kernel_for, run
+from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_product
@@ -25,10 +25,10 @@ from aqt_lite.qarray import QArray
 
 __all__ = ["dense", "linear"]
 
-Mode = Literal["fast", "reproducible"]
+Mode = Literal["fast", "reproducible", "integer"]
 
 
-def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
 
     Parameters
@@ -40,9 +40,11 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     w : QArray, shape (in, out)
         Any granularity.
     bias : array, shape (out,), optional
-    mode : {"fast", "reproducible"}
+    mode : {"fast", "reproducible", "integer"}
         "fast": as exact as the backend's own float32 product. "reproducible": the same bits on every backend and
-        in every order of summation (docs/numerics.md), for codes of 8 bits and float16, bfloat16 or float32 values.
+        in every order of summation (docs/numerics.md), for numbers that are integers of up to 8 bits, times a unit, and
+        float16, bfloat16 or float32 values. "integer": of two QArrays, the exact int32 sums of codes less their zero
+        points, before any scale.
 
     Returns
     -------
@@ -66,7 +68,7 @@ def dense(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
     return _product("dense", x, w, bias, mode, contract=0)
 
 
-def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array:
+def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
 
     Examples
@@ -80,19 +82,27 @@ def linear(x: Any, w: QArray, bias: Any = None, *, mode: Mode = "fast") -> Array
 
 
 def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
-    one_of("mode", mode, ("fast", "reproducible"))
+    one_of("mode", mode, ("fast", "reproducible", "integer"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
-    w = w._checked()
-    b, w_shape = w._backend, w.shape
+    b = w._backend
+    ready = _ready(w, b)
+    if ready is None:
+        w = w._checked()
+    w_shape = w.shape if ready is None else ready.shape
     if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
         warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell whether that is "
-            f"meant: dense(x, w) reads it as (in, out)",
+            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
+            "whether that is meant: dense(x, w) reads it as (in, out)",
             stacklevel=3,
         )
     if len(w_shape) != 2:
-        raise ValueError(f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)")
+        raise ValueError(
+            f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
+        )
+    if mode == "integer" and (not isinstance(x, QArray) or bias is not None):
+        what = "x is an array of floats" if bias is None else "a bias is added to scaled sums"
+        raise ValueError(f"mode='integer' is the product of the codes of two QArrays, without a bias: {what}")
     if not isinstance(x, QArray):
         x = _as_operand(x, "x", w, b)
     elif x.backend != b.name:
@@ -110,7 +120,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         y = _quantized_product(x, w, bias, mode, contract, b)
     else:
         rows = x if len(shape) == 2 else b.xp.reshape(x, (math.prod(shape[:-1]), inside))
-        y = _float_product(rows, w, bias, mode, contract, b)
+        y = _float_product(rows, w, bias, mode, contract, b, ready)
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
@@ -118,12 +128,50 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     return y
 
 
+class _Ready(NamedTuple):
+    """What products need of a weight that an eager one has checked: small products take microseconds in all."""
+
+    state: tuple[Any, ...]
+    shape: tuple[int, ...]
+    weight: affine.Coded
+    spec: affine.Spec
+    kernels: list[Callable[..., Any] | None]
+    """Of ``reference.matmul``, by the axis of the codes that is contracted."""
+
+
+def _state(w: QArray) -> tuple[Any, ...]:
+    """What may change of arrays under one's hands (``t.data = ...``)."""
+    codes, scale, zero = w.storage, w.scale, w.zero_point
+    of_scale = None if scale is None else (scale.dtype, scale.shape)
+    return codes.dtype, codes.shape, of_scale, None if zero is None else (zero.dtype, zero.shape)
+
+
+def _ready(w: QArray, b: Backend) -> _Ready | None:
+    """Kept with a weight of plain integers from its first product on; None where it has to be looked at (again)."""
+    if b.is_traced(w.storage) or b.is_deferred(w.storage):
+        return None
+    known: _Ready | None = w.__dict__.get("_ready")
+    if known is not None:
+        return known if known.state == _state(w) and not b.differentiates(w.scale) else None
+    if isinstance(w.scale, QArray) or w.scale is None or w.packed_length is not None or w._checked() is not w:
+        return None
+    found = _in_integers(w)
+    if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
+        return None
+    weight, spec = found
+    kernels = [kernel_for(b, reference.matmul, {"spec": spec, "contract": c}) for c in (0, 1)]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, kernels)
+    return known
+
+
 def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
     """A weight's arrays and their meaning, in the order in which codes are stored."""
     scale, zero_point, offset = w._qparams()
     spec, b = w._spec, w._backend
     if w.transposed:
-        scale, zero_point, offset = (_unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset))
+        scale, zero_point, offset = (
+            _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
+        )
         spec = replace(spec, block=spec.block[::-1])
     return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
 
@@ -135,7 +183,7 @@ def _swapped(blocks: Any, b: Backend) -> Any:
 
 
 def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
-    """The same as integers of 8 or 16 bits with plain scales, where every number is a whole multiple of a power of two."""
+    """The same with integer codes of 8 or 16 bits and plain scales, where all numbers are whole multiples of a unit."""
     element = element_type(w.dtype)
     native = FORMATS.get(element.storage)
     whole = element.unit is not None or (native is not None and native.element == element)
@@ -149,11 +197,18 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     return run(w._backend, reference.in_integers, weight, spec=spec), plain
 
 
-def _float_product(x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend) -> Array:
+def _float_product(
+    x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
+) -> Array:
     if mode == "reproducible":
         _check_reproducible(x, w, bias, contract, b)
-    found = _in_integers(w)
     stored = 1 - contract if w.transposed else contract
+    if ready is not None and mode == "fast":
+        kernel = ready.kernels[stored]
+        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
+        if y is not NotImplemented:
+            return y
+    found = _in_integers(w)
     if found is None:
         weight, spec = _as_stored(w)
         values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)
@@ -184,6 +239,11 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         and inside < (1 << 31) // (1 << (7 + (x.zero_point is not None)) + (7 + (w.zero_point is not None)))
         and 0 not in (*x.shape, *w.shape)
     )
+    if not integers and mode == "integer":
+        raise ValueError(
+            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; "
+            f"it takes integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
+        )
     if not integers:
         return product_of_values(mode)
     left, right = _in_integers(replace(x, storage=x.qvalue, transposed=False, packed_length=None)), _in_integers(w)
@@ -199,8 +259,12 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     def per_column(blocks: Array) -> Array:
         return reference.one_per_column(blocks, tuple(of_w.codes.shape), w_spec.block, stored, b.xp)
 
-    lhs = affine.Coded(b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point))
+    lhs = affine.Coded(
+        b.xp.reshape(of_x.codes, (rows, inside)), per_row(of_x.scale), _unless_none(per_row, of_x.zero_point)
+    )
     rhs = affine.Coded(of_w.codes, per_column(of_w.scale), _unless_none(per_column, of_w.zero_point))
+    if mode == "integer":
+        return run(b, reference.sums_of_codes, lhs, rhs, contract=stored)
     y = run(b, reference.matmul_integer, lhs, rhs, bias, contract=stored, out=x.float_dtype)
     if b.differentiates(of_x.scale, of_w.scale, bias):  # integers have no derivative: that of the values they stand for
         values = product_of_values("fast")

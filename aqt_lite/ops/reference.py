@@ -8,8 +8,9 @@ for (N, K)), and the result is (M, N).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqt_lite import affine
 from aqt_lite._blocks import spread
@@ -17,7 +18,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "of_columns",
     "one_per_column",
     "pieces",
+    "sums_of_codes",
 ]
 
 LONGEST_PIECE = 1 << 16
@@ -51,6 +53,12 @@ LEAST_DROP = -60
 
 BITS = 30
 """Bits of the largest entry of a piece in fixed point: with a sign they fill four digits of 8 bits."""
+
+SUMS_AT_A_TIME = 1 << 19
+"""Sums of pieces, 80 bytes each with what is made of them, that a reproducible product holds at a time."""
+
+ENTRIES_AT_A_TIME = 1 << 17
+"""Entries of x that it has in fixed point at a time."""
 
 MOST_FRACTION = 127 / 64
 """Significand of a piece's largest entry up to which four balanced digits hold it."""
@@ -102,15 +110,27 @@ def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
 
 def unrounded(spec: Spec) -> Spec:
     """``spec`` for values as products use them: in the compute dtype, not rounded or clipped to a narrower source's."""
-    return replace(spec, source=FLOAT_TYPES[spec.source.compute])
+    return replace(spec, source=float_type(spec.source.compute))
 
 
 def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str, b: Backend) -> Array:
     """Both sides quantized, one scale a row of ``x`` and one a column of the weight: an exact integer product.
 
-    ``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v``, all in int32, which the caller has made sure holds it.
     The sum is rounded to float32 once and multiplied by each scale's significand, rounded once each; the scales'
     powers of two come last and are exact.
+    """
+    xp = b.xp
+    total = sums_of_codes(x, w, contract=contract, b=b)
+    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
+    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp) if contract == 1 else w.scale)
+    y = xp.astype(total, xp.float32) * x_fraction * w_fraction
+    return _finish(y, x_exponent + w_exponent, bias, out, b)
+
+
+def sums_of_codes(x: Coded, w: Coded, *, contract: int, b: Backend) -> Array:
+    """``sum (p - u)(q - v) = sum p q - u sum q - v sum p + K u v`` of codes and zero points.
+
+    All in int32, which the caller has made sure holds it.
     """
     xp = b.xp
     if contract == 0:
@@ -123,11 +143,8 @@ def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out
     if columns is not None:
         total = total - columns * xp.sum(x.codes, axis=1, keepdims=True, dtype=xp.int32)
     if rows is not None and columns is not None:
-        total = total + rows * columns * int(x.codes.shape[1])
-    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
-    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp))
-    y = xp.astype(total, xp.float32) * x_fraction * w_fraction
-    return _finish(y, x_exponent + w_exponent, bias, out, b)
+        total = total + rows * columns * x.codes.shape[1]
+    return total
 
 
 def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, b: Backend) -> Array:
@@ -151,61 +168,119 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     Every product that meets an addition is a product with a power of two, which is exact, so a fused multiply-add
     changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
-    xp = b.xp
-    k = int(x.shape[1])
-    w = _signed(w if contract == 1 else _transposed(w, xp), b)
-    codes, scale, zero_point = w.codes, w.scale, w.zero_point
-    n = int(codes.shape[0])
+    (rows, k), n = x.shape, w.codes.shape[1 - contract]
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
-        for d, blocks in ((contract, scale.shape[0]), (1 - contract, scale.shape[1]))
+        for d, blocks in ((contract, w.scale.shape[0]), (1 - contract, w.scale.shape[1]))
     )
-    out = b.dtype_name(x)
+    if outer not in (None, 1):  # columns share scales: one for each, so that any of them may go by themselves
+        w = w._replace(scale=_per_column(w.scale, n, outer, contract, b))
+        if w.zero_point is not None:
+            w = w._replace(zero_point=_per_column(w.zero_point, n, outer, contract, b))
+    cuts = pieces(k, inner)
 
+    def sizes() -> tuple[int, int]:
+        return parts_of_product(rows, n, k, len(cuts)) if isinstance(rows, int) else (rows, n)
+
+    def of_rows(cut: Callable[[Array, int], Array]) -> Array:
+        left = _left_side(cut(x, 0), w, inner, contract, b)
+
+        def of_columns(cut: Callable[[Array, int], Array]) -> Array:
+            axis = 1 - contract
+            part = Coded(*(a if a is None or a.shape[axis] == 1 else cut(a, axis) for a in (w.codes, *w[1:3])))
+            return _times_columns(left, part, None if bias is None else cut(bias, 0), inner, contract, b)
+
+        return b.in_parts(of_columns, n, lambda: sizes()[1], axis=1, like=x)
+
+    return b.in_parts(of_rows, rows, lambda: sizes()[0], axis=0, like=x)
+
+
+class _Left(NamedTuple):
+    """Rows of x as ``matmul_reproducible`` multiplies them: pieces first."""
+
+    scaled: Array
+    """``x * 2^(30-e)``."""
+    integers: Array
+    """The same, rounded."""
+    exponent: Array
+    many: Array
+    """Which pieces of which rows want a second pass."""
+    bad_row: Array
+    out: str
+    """dtype of the result."""
+
+
+def _scales_belong_to_x(scale: Array, inner: int | None) -> bool:
+    """Whether there is one scale for each entry of the contracted axis, whatever the column."""
+    return inner == 1 and 1 in scale.shape
+
+
+def _left_side(x: Array, w: Coded, inner: int | None, contract: int, b: Backend) -> _Left:
+    """Step 1."""
+    xp, out = b.xp, b.dtype_name(x)
     x = _flushed(xp.astype(x, xp.float32), xp)
-    if outer is None and inner == 1:  # one scale for each entry of the contracted axis: it belongs to x
-        x = _flushed(x * scale, xp)
+    if _scales_belong_to_x(w.scale, inner):
+        x, inner = _flushed(x * xp.reshape(w.scale, (1, -1)), xp), None
+    bad_row = ~xp.isfinite(b.largest(xp.abs(x), axis=1, keepdims=True))
+    x = xp.where(bad_row, xp.zeros_like(x), x)
+    x = _cut(x, pieces(x.shape[1], inner), xp)
+
+    fraction, exponent = b.fraction_and_exponent(xp.max(xp.abs(x), axis=2, keepdims=True))
+    exponent = exponent + xp.astype(fraction > MOST_FRACTION, xp.int32)
+    scaled = _scaled(x, BITS - exponent, b)
+    present = x != 0
+    small = present & (xp.abs(scaled) < SMALL)
+    many = _count(small, xp) * MANY > _count(present, xp)
+    return _Left(scaled, xp.round(scaled), exponent, many, bad_row, out)
+
+
+def _times_columns(x: _Left, w: Coded, bias: Array | None, inner: int | None, contract: int, b: Backend) -> Array:
+    """Steps 2 and 3, and the sum, for some columns of the weight."""
+    xp = b.xp
+    w = _signed(w if contract == 1 else _transposed(w, xp), b)
+    codes, scale, zero_point = w.codes, w.scale, w.zero_point
+    k = codes.shape[1]
+    if _scales_belong_to_x(scale, inner):
         scale, inner = xp.ones_like(scale[:, :1]), None
         if zero_point is not None:
             codes, zero_point = xp.astype(codes, xp.int32) - zero_point, None
-    bad_row = ~xp.isfinite(b.largest(xp.abs(x), axis=1, keepdims=True))
-    x = xp.where(bad_row, xp.zeros_like(x), x)
-
-    # all arrays below: pieces first
     cuts = pieces(k, inner)
     groups = [0 if inner is None else start // inner for start, _ in cuts]
-    scale = spread(scale, (n, int(scale.shape[1])), (outer, 1), xp)
     w_fraction, w_exponent = b.fraction_and_exponent(scale)
     column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
-    x_pieces, w_pieces = _cut(x, cuts, xp), _cut(codes, cuts, xp)
-
-    fraction, exponent = b.fraction_and_exponent(xp.max(xp.abs(x_pieces), axis=2, keepdims=True))
-    exponent = exponent + xp.astype(fraction > MOST_FRACTION, xp.int32)
-    scaled = _scaled(x_pieces, BITS - exponent, b)
-    integers = xp.round(scaled)
-    row_exponent = xp.max(exponent, axis=0, keepdims=True)
-
+    w_pieces = _cut(codes, cuts, xp)
+    row_exponent = xp.max(x.exponent, axis=0, keepdims=True)
     if zero_point is not None:
-        zero_point = spread(zero_point, (n, int(zero_point.shape[1])), (outer, 1), xp)
         zero_point = _per_piece(zero_point, groups, xp)
 
     def rounded_sum(integers: Array) -> Array:
         high, low = run(b, fixed_point_matmul, xp.astype(integers, xp.int32), w_pieces, zero_point)
         return xp.astype(high, xp.float32) * 2.0**24 + xp.astype(low, xp.float32)
 
-    t = rounded_sum(integers)
-    present = x_pieces != 0
-    small = present & (xp.abs(scaled) < SMALL)
-    many = _count(small, xp) * MANY > _count(present, xp)
-    finer = b.compute_if_any(many, lambda: rounded_sum(xp.round((scaled - integers) * 2.0**31)), xp.zeros_like(t))
-    t = t + xp.where(many, finer, xp.zeros_like(finer)) * 2.0**-31
+    t = rounded_sum(x.integers)
+    finer = b.compute_if_any(x.many, lambda: rounded_sum(xp.round((x.scaled - x.integers) * 2.0**31)), xp.zeros_like(t))
+    t = t + xp.where(x.many, finer, xp.zeros_like(finer)) * 2.0**-31
     t = t * _per_piece(w_fraction, groups, xp)
-    drop = (exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
+    drop = (x.exponent - row_exponent) + _per_piece(w_exponent - column_exponent, groups, xp)
     total = _ordered_sum(t * b.power_of_two(xp.where(drop < LEAST_DROP, xp.full_like(drop, -999), drop)), b)
 
     last = row_exponent[0, :, :] + _swapped(column_exponent, xp) - BITS
-    total = xp.where(bad_row, xp.full_like(total, float("nan")), total)
-    return _finish(total, last, bias, out, b)
+    total = xp.where(x.bad_row, xp.full_like(total, float("nan")), total)
+    return _finish(total, last, bias, x.out, b)
+
+
+def parts_of_product(rows: int, columns: int, length: int, pieces: int) -> tuple[int, int]:
+    """How many rows of x, and columns of the weight, ``matmul_reproducible`` takes at a time.
+
+    Each piece has a sum of its own for each of their products, and those are to take little memory.
+    """
+    height = min(rows, max(SUMS_AT_A_TIME // (pieces * columns), ENTRIES_AT_A_TIME // max(length, 1), 1))
+    return height, min(columns, max(SUMS_AT_A_TIME // (pieces * height), 1))
+
+
+def _per_column(blocks: Array, columns: int, outer: int, contract: int, b: Backend) -> Array:
+    shape = (columns, blocks.shape[1]) if contract == 1 else (blocks.shape[0], columns)
+    return spread(blocks, shape, (outer, 1) if contract == 1 else (1, outer), b.xp)
 
 
 def integer_matmul(x: Array, w: Array, *, b: Backend) -> Array:
@@ -217,8 +292,8 @@ def integer_matmul(x: Array, w: Array, *, b: Backend) -> Array:
     xp = b.xp
     if not hasattr(xp, "float64"):
         total = None
-        for start in range(0, int(x.shape[-1]), TERMS_OF_FLOAT32):
-            part = slice(start, min(start + TERMS_OF_FLOAT32, int(x.shape[-1])))
+        for start in range(0, x.shape[-1], TERMS_OF_FLOAT32):
+            part = slice(start, min(start + TERMS_OF_FLOAT32, x.shape[-1]))
             left, right = (xp.astype(v[..., part], xp.float32) for v in (x, w))
             terms = xp.astype(xp.matmul(left, xp.matrix_transpose(right)), xp.int32)
             total = terms if total is None else total + terms
@@ -232,7 +307,7 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
 
     ``x`` has 31 bits, the codes 8 (or 9, where zero points are taken off already). Each digit of ``x`` gives one sum.
     """
-    xp, m = b.xp, int(x.shape[1])
+    xp, m = b.xp, x.shape[1]
     digits = []
     for _ in range(3):
         digit = ((x + 128) & 255) - 128
@@ -260,7 +335,7 @@ def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple
 
     The significand and the exponent of its scale, the zero point (of uint8 codes: as if they were int8), and the bias.
     """
-    xp, n = b.xp, int(w.codes.shape[0])
+    xp, n = b.xp, w.codes.shape[0]
 
     def vector(blocks: Array) -> Array:
         return xp.broadcast_to(one_per_column(blocks, (n, 1), spec.block, 1, xp)[:, 0], (n,))
@@ -334,7 +409,7 @@ def _count(where: Array, xp: Any) -> Array:
 
 def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
     """(rows, K) as (pieces, rows, width), shorter pieces filled up with zeros."""
-    rows, length = int(x.shape[0]), int(x.shape[1])
+    rows, length = x.shape[0], x.shape[1]
     width = max(stop - start for start, stop in cuts)
     if all(start == i * width for i, (start, _) in enumerate(cuts)):
         x = _padded(x, len(cuts) * width - length, xp)
@@ -344,7 +419,7 @@ def _cut(x: Array, cuts: list[tuple[int, int]], xp: Any) -> Array:
 
 def _ordered_sum(t: Array, b: Backend) -> Array:
     """The sum along the first axis, in runs; what fills up the last run is zero and adds nothing."""
-    xp, (count, *rest) = b.xp, (int(n) for n in t.shape)
+    xp, (count, *rest) = b.xp, t.shape
     runs = -(-count // RUN)
     if runs > 1:
         filler = xp.broadcast_to(xp.zeros_like(t[:1, ...]), (runs * RUN - count, *rest))
@@ -356,13 +431,13 @@ def _ordered_sum(t: Array, b: Backend) -> Array:
 def _padded(x: Array, missing: int, xp: Any) -> Array:
     if not missing:
         return x
-    zeros = xp.broadcast_to(xp.zeros_like(x[:, :1]), (int(x.shape[0]), missing))
+    zeros = xp.broadcast_to(xp.zeros_like(x[:, :1]), (x.shape[0], missing))
     return xp.concat([x, zeros], axis=1)
 
 
 def _per_piece(columns: Array, groups: list[int], xp: Any) -> Array:
     """(N, groups) as (pieces, 1, N), each piece with its group's entry."""
-    if int(columns.shape[1]) == 1 or groups == list(range(int(columns.shape[1]))):
+    if columns.shape[1] == 1 or groups == list(range(columns.shape[1])):
         return xp.expand_dims(xp.permute_dims(columns, (1, 0)), axis=1)
     return xp.expand_dims(xp.stack([columns[:, g] for g in groups]), axis=1)
 

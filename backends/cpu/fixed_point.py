@@ -22,6 +22,13 @@ from aqt_lite.ops import reference
 __all__ = ["fixed_point_matmul", "matmul_by_dots", "matmul_reproducible", "powers_of_two"]
 
 
+LONGEST_IN_FLOATS = 256
+"""Width of pieces up to which BLAS multiplies them in float64, exactly; from there on integer products gain more."""
+
+FEWEST_FOR_BLAS_THREADS = 1 << 18
+"""Products up to which BLAS starts no threads, which would be in the way of ours."""
+
+
 @functools.cache
 def powers_of_two() -> Array:
     """``2^(i - 256)`` for i in [0, 512), as ``Backend.power_of_two``: 0 below 2^-100."""
@@ -82,8 +89,32 @@ def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Arra
 
 
 def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> tuple[Array, Array]:
-    """``reference.fixed_point_matmul`` without digits: an int64 holds the whole sum."""
+    """``reference.fixed_point_matmul`` without digits: an int64 holds a sum, and a float64 that of a short piece."""
+    if len(x) > 1 and x.shape[2] <= LONGEST_IN_FLOATS:
+        return _of_short_pieces(x, w, zero_point)
     total = np.stack([exact_matmul(a, c) for a, c in zip(x, w, strict=True)])
     if zero_point is not None:
         total -= x.sum(axis=2, keepdims=True, dtype=np.int64) * zero_point
     return (total >> 24).astype(np.int32), (total & 0xFFFFFF).astype(np.int32)
+
+
+def _of_short_pieces(x: Array, w: Array, zero_point: Array | None) -> tuple[Array, Array]:
+    (pieces, rows, width), columns = x.shape, w.shape[1]
+    high, low = (np.empty((pieces, rows, columns), np.int32) for _ in range(2))
+    height = max(1, FEWEST_FOR_BLAS_THREADS // max(1, width * columns))
+
+    def some(start: int, stop: int) -> None:
+        for p in range(start, stop):
+            right = w[p].astype(np.float64).T
+            for n in range(0, rows, height):
+                part = slice(n, n + height)
+                left = x[p, part].astype(np.float64)
+                total = left @ right
+                if zero_point is not None:
+                    total -= left.sum(axis=1, keepdims=True) * zero_point[p]
+                upper = np.floor(total * 2.0**-24)
+                total -= upper * 2.0**24
+                high[p, part], low[p, part] = upper, total
+
+    map_ranges(some, pieces, 1, high.size, CHUNKS_PER_CORE)
+    return high, low

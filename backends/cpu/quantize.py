@@ -1,20 +1,21 @@
 """Quantization and back: a part at a time, while it is in cache, on every core.
 
-Owns: the forms of the operations of ``affine`` for NumPy arrays, whose bits are those of ``affine``. Imports: ``affine``,
-the runtime, and ``serve``, which says what each is for.
+Owns: the forms of the operations of ``affine`` for NumPy arrays, whose bits are those of ``affine``. Imports:
+``affine``, the runtime, ``packed``, and ``serve``, which says what each is for.
 
-Two kinds: loops for plain integers and the commonest layouts, which pass over memory once or twice; and, for every other
-format, scheme and layout, the operations themselves on *tiles* of the array, in two passes: extrema of each block, from
-which scales are chosen as from the array itself, then the codes. Either needs no memory to speak of beside its result.
+Two kinds: loops for plain integers and the commonest layouts, which pass over memory once or twice; and, for every
+other format, scheme and layout, the operations themselves on *tiles* of the array, in two passes: extrema of each
+block, from which scales are chosen as from the array itself, then the codes. Either needs no memory to speak of beside
+its result.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,9 @@ from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu import packed, runtime, serve
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
 
 __all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with"]
@@ -50,45 +52,62 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
             result = _quantize_rows(x.reshape(rows), grid, spec, recipe)
     if result is not NotImplemented:
         return Coded(result[0].reshape(x.shape), *result[1:])
-    if not _worth_tiles(x, spec, recipe):
+    if not _worth_tiles(x, spec):
         return NotImplemented
-    qparams = _of_extrema(
-        x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy())
-    )
-    return Coded(_encoded(x, qparams, spec, recipe), *qparams)
+    spec = with_twins(spec)
+    qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
+    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.choose_qparams`` from the extrema of tiles."""
-    if not _worth_tiles(x, spec, recipe):
+    if not _worth_tiles(x, spec):
         return NotImplemented
-    return _of_extrema(x, spec, recipe, lambda ends, s: affine.choose_qparams(ends, spec=s, recipe=recipe, b=_numpy()))
+    return _of_extrema(x, with_twins(spec), recipe, affine.choose_qparams)
 
 
 def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.quantize_with`` on tiles."""
-    if not _worth_tiles(x, spec, recipe):
+    if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     qparams = _usable(x, given, spec, recipe)
-    return Coded(_encoded(x, qparams, spec, recipe), *qparams)
+    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
 
 
 def fake_quantize(
     x: Array, given: QParams | None = None, key: Array | None = None, *, spec: Spec, recipe: Recipe
 ) -> Any:
     """``affine.fake_quantize`` on tiles, without derivatives."""
-    if not _worth_tiles(x, spec, recipe):
+    if not _worth_tiles(x, spec):
         return NotImplemented
+    spec = with_twins(spec)
     qparams = choose_qparams(x, spec=spec, recipe=recipe) if given is None else _usable(x, given, spec, recipe)
     values = aligned_empty(x.shape, _numpy().dtype(spec.source.name))
 
-    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
-        own = _cut(qparams, on_grid)
-        codes = affine.encode(x[at], own, spec=spec, recipe=recipe, b=_numpy())
-        values[at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
+    def work(tile: Tile) -> None:
+        own = _cut(qparams, tile)
+        codes = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
+        values[tile.at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
 
     _for_tiles(work, x.shape, spec.block)
-    return values, affine.scales(qparams.scale, spec, _numpy())
+    with np.errstate(all="ignore"):
+        return values, affine.scales(qparams.scale, spec, _numpy())
+
+
+def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.clipped`` on tiles."""
+    if not _worth_tiles(x, spec):
+        return NotImplemented
+    spec = with_twins(spec)
+    outside = aligned_empty(x.shape, np.bool_)
+
+    def work(tile: Tile) -> None:
+        own = _cut(QParams(*qparams), tile)
+        outside[tile.at] = affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
+
+    _for_tiles(work, x.shape, spec.block)
+    return outside
 
 
 def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
@@ -99,11 +118,12 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
             return values
     if w.codes.size < LARGE or not _scales_can_be_cut(spec):
         return NotImplemented
+    spec = with_twins(spec)
     values = aligned_empty(w.codes.shape, _numpy().dtype(out or spec.source.name))
 
-    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
-        own = _cut(QParams(*w[1:]), on_grid)
-        values[at] = affine.dequantize(Coded(w.codes[at], *own), spec=spec, out=out, b=_numpy())
+    def work(tile: Tile) -> None:
+        own = _cut(QParams(*w[1:]), tile)
+        values[tile.at] = affine.dequantize(Coded(w.codes[tile.at], *own), spec=spec, out=out, b=_numpy())
 
     _for_tiles(work, w.codes.shape, spec.block)
     return values
@@ -116,9 +136,8 @@ def _numpy() -> Any:
     return get_backend("numpy")
 
 
-def _worth_tiles(x: Array, spec: Spec, recipe: Recipe) -> bool:
-    """Stochastic rounding numbers the elements of the whole array, which no tile knows."""
-    return x.size >= LARGE and recipe.rounding != "stochastic" and _scales_can_be_cut(spec)
+def _worth_tiles(x: Array, spec: Spec) -> bool:
+    return x.size >= LARGE and _scales_can_be_cut(spec)
 
 
 def _scales_can_be_cut(spec: Spec) -> bool:
@@ -130,82 +149,125 @@ def _scales_can_be_cut(spec: Spec) -> bool:
     return True
 
 
-def _tiles(shape: tuple[int, ...], block: Block) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Slices of the array, none cutting a block of bounded length, and of the grid of its blocks."""
-    least = [1 if n is None else min(n, length) for n, length in zip(block, shape, strict=True)]
-    room, steps = max(1, TILE // math.prod(least)), list(least)
-    for axis in reversed(range(len(shape))):  # the last axes whole, as far as there is room
-        times = min(room, -(-shape[axis] // least[axis]))
-        steps[axis] = least[axis] * times
-        room //= times
-    cuts = [
-        [slice(n, min(n + step, length)) for n in range(0, length, step)]
-        for length, step in zip(shape, steps, strict=True)
-    ]
+class Tile(NamedTuple):
+    """A part of an array that lies side by side in the order of C."""
+
+    at: tuple[slice, ...]
+    on_grid: tuple[slice, ...]
+    """Its blocks, of which the first and the last may be cut where there is one along an axis."""
+    first: int
+    """The position of its first element."""
+
+
+def _tiles(shape: tuple[int, ...], block: Block) -> list[Tile]:
+    """Tiles that make up the array: one index of the first axes, a range of one axis, and the whole of the rest.
+
+    Along that axis a tile is some whole blocks or a part of one, so that its parameters meet it as the array's do.
+    """
+    axis, row = len(shape), 1
+    while axis and row * shape[axis - 1] <= TILE:
+        axis, row = axis - 1, row * shape[axis - 1]
+    if axis == 0:
+        return [Tile(tuple(slice(0, n) for n in shape), tuple(slice(0, n) for n in grid_of(shape, block)), 0)]
+    axis -= 1
+    length, size, room = shape[axis], block[axis], max(1, TILE // row)
+    unit = length if size is None else min(size, length)
+    step = unit * (room // unit)
+    whole = [(n, min(n + (step or unit), length)) for n in range(0, length, step or unit)]
+    parts = [] if step else [-(-(stop - start) // room) for start, stop in whole]  # of blocks that are too large
+    cuts = (
+        whole
+        if step
+        else [
+            (start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
+            for (start, stop), count in zip(whole, parts, strict=True)
+            for i in range(count)
+        ]
+    )
+    rest = shape[axis + 1 :]
     found = []
-    for at in itertools.product(*cuts):
-        on_grid = tuple(
-            slice(0, 1) if size is None else slice(s.start // size, -(-s.stop // size))
-            for s, size in zip(at, block, strict=True)
-        )
-        found.append((at, on_grid))
+    for number, index in enumerate(np.ndindex(*shape[:axis])):
+        for start, stop in cuts:
+            at = *(slice(i, i + 1) for i in index), slice(start, stop), *(slice(0, n) for n in rest)
+            on_grid = tuple(
+                slice(0, 1) if n is None else slice(s.start // n, -(-s.stop // n))
+                for s, n in zip(at, block, strict=True)
+            )
+            found.append(Tile(at, on_grid, (number * length + start) * row))
     return found
 
 
-def _for_tiles(work: Callable[..., Any], shape: tuple[int, ...], block: Block) -> list[Any]:
+def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Block) -> None:
     tiles = _tiles(shape, block)
 
-    def some(start: int, stop: int) -> list[Any]:
-        return [work(*tile) for tile in tiles[start:stop]]
+    def some(start: int, stop: int) -> None:
+        for tile in tiles[start:stop]:
+            work(tile)
 
-    parts = map_ranges(some, len(tiles), 1, chunks_per_core=CHUNKS_PER_CORE)
-    return [found for part in parts for found in part]
+    map_ranges(some, len(tiles), 1, chunks_per_core=CHUNKS_PER_CORE)
 
 
-def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[[Array, Spec], QParams]) -> QParams:
+def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
     grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
-
-    def extrema(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> tuple[Any, Array, Array]:
-        part = x[at].astype(source)
-        if recipe.ignore_nonfinite:
-            part = np.where(np.isfinite(part), part, source.type(0))
-        return on_grid, reduced(part, spec.block, np.min, np), reduced(part, spec.block, np.max, np)
-
     ends = np.empty((2, *grid), source)
     ends[0], ends[1] = np.inf, -np.inf
-    with np.errstate(all="ignore"):
-        for on_grid, low, high in _for_tiles(extrema, x.shape, spec.block):
-            np.minimum(ends[0][on_grid], low, out=ends[0][on_grid])
-            np.maximum(ends[1][on_grid], high, out=ends[1][on_grid])
-        found = choose(ends, replace(spec, block=(None, *((1,) * len(grid)))))
-    return runtime.on_each(lambda a: a[0], found)
+    one_at_a_time = threading.Lock()  # tiles may be parts of one block
+
+    def extrema(tile: Tile) -> None:
+        part = x[tile.at].astype(source)
+        if recipe.ignore_nonfinite:
+            part = np.where(np.isfinite(part), part, source.type(0))
+        low, high = reduced(part, spec.block, np.min, np), reduced(part, spec.block, np.max, np)
+        with one_at_a_time:
+            np.minimum(ends[0][tile.on_grid], low, out=ends[0][tile.on_grid])
+            np.maximum(ends[1][tile.on_grid], high, out=ends[1][tile.on_grid])
+
+    _for_tiles(extrema, x.shape, spec.block)
+    kept, rows = spec.format.scale, replace(spec, block=(None, *((1,) * len(grid))))
+    if kept is None or not kept.scaled:  # each block by itself
+        parts = _tiles(grid, (1,) * len(grid))
+    else:
+        parts = [Tile(tuple(slice(0, n) for n in grid), (), 0)]
+    found: Any = None
+    for part in parts:
+
+        def of_part(a: Array, at: tuple[slice, ...] = part.at) -> Array:
+            return (a if a.size == 1 else a[at])[None]
+
+        own = runtime.on_each(of_part, given)
+        with np.errstate(all="ignore"):
+            chosen = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
+        chosen = runtime.on_each(lambda a: a[0], chosen)
+        if len(parts) == 1:
+            found = chosen
+            break
+        if found is None:
+            found = runtime.on_each(lambda a: np.empty(grid, a.dtype), chosen)
+        for all_of, some in zip(runtime.arrays_in(found), runtime.arrays_in(chosen), strict=True):
+            all_of[part.at] = some
+    qparams: QParams = found
+    return qparams
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
-    lifted = runtime.on_each(lambda a: a[None], QParams(*given))
-    return _of_extrema(
-        x, spec, recipe, lambda ends, s: affine.usable_qparams(ends, lifted, spec=s, recipe=recipe, b=_numpy())
-    )
+    return _of_extrema(x, spec, recipe, affine.usable_qparams, QParams(*given))
 
 
-def _encoded(x: Array, qparams: QParams, spec: Spec, recipe: Recipe) -> Array:
+def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: Recipe) -> Array:
     codes = aligned_empty(x.shape, spec.element.storage)
 
-    def work(at: tuple[slice, ...], on_grid: tuple[slice, ...]) -> None:
-        codes[at] = affine.encode(x[at], _cut(qparams, on_grid), spec=spec, recipe=recipe, b=_numpy())
+    def work(tile: Tile) -> None:
+        own = _cut(qparams, tile)
+        codes[tile.at] = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
     _for_tiles(work, x.shape, spec.block)
     return codes
 
 
-def _cut(qparams: QParams, on_grid: tuple[slice, ...]) -> QParams:
+def _cut(qparams: QParams, tile: Tile) -> QParams:
     """The parameters of a tile: those of its blocks; a number that all scales share is no part of the grid."""
-
-    def cut(a: Array) -> Array:
-        return a if a.size == 1 else a[on_grid]
-
-    found: QParams = runtime.on_each(cut, qparams)
+    found: QParams = runtime.on_each(lambda a: a if a.size == 1 else a[tile.on_grid], qparams)
     return found
 
 
@@ -351,7 +413,9 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.quantize: quantize,
     affine.quantize_with: quantize_with,
     affine.choose_qparams: choose_qparams,
+    affine.clipped: clipped,
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
+    **packed.FORMS,
 }
 """The forms, each under its operation: they know every format."""

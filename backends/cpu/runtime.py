@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 
 LARGE = 1 << 17
@@ -125,11 +126,19 @@ def einsum(codes: Array, row: Array, out: Array) -> Array:
 
 @functools.cache
 def compiled_loops() -> Any:
-    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``)."""
+    """The loops that numba compiles, or None where numba is not installed (``pip install 'aqt_lite[fast]'``).
+
+    None, too, where it is switched off (``NUMBA_DISABLE_JIT=1``): Python runs no loop around an instruction.
+    """
     try:
+        from numba import config
+
+        if config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return None
         from aqt_lite.backends.cpu import loops
     except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
         return None
+    announce_compilation("the loops of numba")
     return loops
 
 
@@ -145,6 +154,44 @@ def _loaded_dots() -> Any:
     return dots if dots.AVAILABLE else None
 
 
+# ---- the gate: what may reach a compiled loop
+
+
+def gated(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form that gets its arrays as compiled loops may read them: in this machine's byte order, aligned.
+
+    A loop reads memory as the types say that it was compiled for, and numba's dispatch takes arrays of the other byte
+    order for native ones. Whatever takes an array's address stands behind this.
+    """
+
+    @functools.wraps(form)
+    def call(*arrays: Any, **static: Any) -> Any:
+        return form(*admitted(arrays), **static)
+
+    return call
+
+
+def admitted(arrays: Any) -> Any:
+    """The same arrays, copied where they are not plain."""
+    return arrays if _all_plain(arrays) else on_each(_plain, tuple(arrays))
+
+
+def _all_plain(arrays: Any) -> bool:
+    for a in arrays:
+        if a is None:
+            continue
+        if isinstance(a, tuple):
+            if not _all_plain(a):
+                return False
+        elif not (a.dtype.isnative and a.flags.aligned):
+            return False
+    return True
+
+
+def _plain(a: Array) -> Array:
+    return a if _all_plain((a,)) else np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
+
+
 def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
     """Nested tuples of arrays and None, with ``function`` applied to each array."""
     if tree is None:
@@ -158,5 +205,5 @@ def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
 def arrays_in(tree: Any) -> list[Array]:
     """The arrays of nested tuples."""
     found: list[Array] = []
-    on_each(found.append, tree)  # type: ignore[arg-type]
+    on_each(found.append, tree)
     return found

@@ -1,5 +1,33 @@
-"""JAX: its adapter, and its products, which the registry loads when the first is asked for."""
+"""JAX: its adapter, what it offers beside the common functions, and its products, which the registry loads when used.
+
+Owns: ``register_loops``. Imports: the adapter, the trees.
+"""
 
 from aqt_lite.backends.jax.adapter import JaxBackend
+from aqt_lite.backends.jax.trees import combine, partition
 
-__all__ = ["JaxBackend"]
+__all__ = ["JaxBackend", "combine", "partition", "register_loops"]
+
+
+def register_loops() -> bool:
+    """Offer XLA the compiled loops that products call on a CPU, and say whether it has them.
+
+    They are offered when the first product is compiled. Only a process that loads an executable which another one has
+    compiled (``jax.experimental.serialize_executable``) calls this before, or XLA finds "No FFI handler registered". It
+    starts JAX's CPU backend, and takes a second or so where numba's cache is warm.
+
+    Returns
+    -------
+    bool
+        False where products do without: no numba, another processor or platform, several devices.
+
+    Examples
+    --------
+    >>> from aqt_lite.backends.jax import register_loops
+    >>> register_loops() in (True, False)
+    True
+    """
+    from aqt_lite.backends.jax import products
+
+    dots = products.integer_dots()
+    return dots is not None and dots.is_registered()

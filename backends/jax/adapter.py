@@ -14,6 +14,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite.backends.jax import trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
 
@@ -49,10 +50,10 @@ class JaxBackend(Backend):
         device = None
         if like is not None and not self.is_traced(like) and like.committed and len(like.devices()) == 1:
             device = like.device
-        return jnp.array(native, device=device)
+        return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        return np.asarray(x)
+        return np.asarray(jax.device_get(x))  # likewise
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return jnp.arange(start, stop, dtype=jnp.int32)
@@ -98,6 +99,30 @@ class JaxBackend(Backend):
     def compute_if_any(self, flags: Array, compute: Callable[[], Array], otherwise: Array) -> Array:
         return jax.lax.cond(jnp.any(flags), compute, lambda: otherwise)
 
+    def in_parts(
+        self,
+        compute: Callable[[Callable[[Array, int], Array]], Array],
+        length: int,
+        size_of_part: Callable[[], int],
+        axis: int,
+        like: Array,
+    ) -> Array:
+        # a part that is cut out of a sharded array would have to be gathered first; exports may not know the length
+        if not isinstance(length, int) or jax.device_count() > 1 or (size := size_of_part()) >= length:
+            return compute(lambda a, _: a)
+
+        def part(i: Any) -> tuple[Any, Array]:
+            start = jnp.minimum(i * size, length - size)  # the last part begins earlier, and gives some numbers again
+            return start, compute(lambda a, axis: jax.lax.dynamic_slice_in_dim(a, start, size, axis))
+
+        def step(i: Any, whole: Array) -> Array:
+            start, found = part(i)
+            return jax.lax.dynamic_update_slice_in_dim(whole, found, start, axis)
+
+        form = jax.eval_shape(lambda: part(0)[1])
+        shape = (*form.shape[:axis], length, *form.shape[axis + 1 :])
+        return jax.lax.fori_loop(0, -(-length // size), step, jnp.zeros(shape, form.dtype))
+
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
 
@@ -110,6 +135,11 @@ class JaxBackend(Backend):
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         return _straight_through(x, y, inside)
 
+    def has_nan(self, x: Array) -> bool:
+        if next(iter(x.devices())).platform == "cpu":  # in place: XLA would compile for every shape
+            return bool(np.isnan(self.to_numpy(x)).any())
+        return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         found = self._compiled.get(function)
         if found is None:
@@ -120,11 +150,7 @@ class JaxBackend(Backend):
         return found
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
-        def with_keys(node: Any) -> Any:
-            leaves, static = flatten(node)
-            return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(names, leaves, strict=True)), static
-
-        jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+        trees.register(cls, flatten, unflatten, names)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from numba import njit
 
+from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
@@ -41,7 +42,7 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 
-__all__ = ["SECOND_PASS", "product"]
+__all__ = ["SECOND_PASS", "is_registered", "product"]
 
 TARGET = "aqt_lite_fixed_point_product"
 
@@ -111,12 +112,14 @@ def _handler(version: int) -> Any:
 
 
 @functools.cache
-def _is_registered() -> bool:
+def is_registered() -> bool:
+    """Whether XLA has taken the loops, which are offered to it on the first call."""
     try:
         sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], dots, ffi)]
         version = zlib.crc32(b"".join(source.read_bytes() for source in sources))
     except OSError:  # no sources, and then numba caches nothing
         version = 0
+    announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
 
@@ -177,7 +180,7 @@ def _batch(arrays: Any, axes: Any) -> Any:
 
 def _lower_on_cpu(context: Any, x: Any, w: Any, *others: Any) -> Any:
     exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
-    if exporting or not _is_registered():
+    if exporting or not is_registered():
         return _lower_plain(context, x, w, *others)
     return _lower_call(context, x, w, *others, unsigned=np.int64(context.avals_in[1].dtype == jnp.uint8))
 

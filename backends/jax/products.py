@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from aqt_lite import affine
+from aqt_lite import affine, packing
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
+from aqt_lite.backends.jax.eager import in_memory
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
 
@@ -65,7 +65,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
         return _unless(jnp.any(flags != 0), y, lambda: _blockwise(x, w, bias, spec, contract))
-    if serve.one_scale_a_column(w, contract) and x.shape[0] <= MOST_ROWS_AS_DIGITS:
+    few = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
+    if serve.one_scale_a_column(w, contract) and few:
         return lax.cond(
             reference.fits_fixed_point(x, b),
             lambda: reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b),
@@ -138,6 +139,11 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
 
 
+def _is_known(length: Any) -> bool:
+    """Whether a length is a number: ``jax.export`` has symbols, too, about which no form may decide."""
+    return isinstance(length, int)
+
+
 def _is_one_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
@@ -164,7 +170,7 @@ def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
 def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     """``integer_dots`` where they serve and the product is large enough to be worth the call; else None."""
     worth_a_call = w.codes.size >= SMALLEST_FOR_LOOPS and w.codes.shape[1] >= 64
-    if not worth_a_call or not serve.dots(x, x.dtype.name, w, spec, contract):
+    if not _is_known(x.shape[0]) or not worth_a_call or not serve.dots(x, x.dtype.name, w, spec, contract):
         return None
     if jax.sharding.get_abstract_mesh().manual_axes:  # inside shard_map both forms would have to vary alike
         return None
@@ -215,33 +221,16 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
-def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of the CPU library on the memory of large arrays that have values and lie on one CPU.
-
-    XLA takes most of its time to touch fresh output memory for the first time, which NumPy's kernel does on every core.
-    """
-
-    def kernel(*arrays: Any, **static: Any) -> Any:
-        x = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
-        found = runtime.arrays_in(arrays)
-        if any(isinstance(a, jax.core.Tracer) for a in found) or x.size < runtime.LARGE:
-            return NotImplemented
-        devices = x.devices()
-        if len(devices) > 1 or next(iter(devices)).platform != "cpu":
-            return NotImplemented
-        if not x.committed and devices != jnp.zeros(()).devices():
-            return NotImplemented  # placed by a default device that has changed since
-        result = form(*runtime.on_each(np.asarray, arrays), **static)
-        if result is NotImplemented:
-            return NotImplemented
-        place = x.sharding if x.committed else None  # an uncommitted array gives uncommitted results
-        return runtime.on_each(lambda a: jax.device_put(a, place, may_alias=True), result)
-
-    return kernel
-
+_IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
+    **quantize.FORMS,
+    affine.scales_of: None,
+    affine.clipped: None,
+    packing.pack: None,
+    packing.unpack: None,
+}
 
 KERNELS: Kernels = {
-    **{op: Kernel(keeping_shardings(_of_large(form)), anything) for op, form in quantize.FORMS.items()},
+    **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
     reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
     reference.integer_matmul: Kernel(integer_matmul, anything),

@@ -37,12 +37,14 @@ class TorchBackend(Backend):
         return torch.tensor(value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
 
     def bits_of(self, x: Array) -> Array:
-        return x.view(torch.uint8 if x.element_size() == 1 else torch.uint16)
+        return x.view(torch.uint8 if x.element_size() == 1 else torch.int16)
 
     def to_device(self, x: Array, device: Any) -> Array:
         return x.to(device)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        if not wraps_tensors(x) and not has_its_memory(x):
+            raise ValueError(f"a tensor {without_memory(x)}")
         x = x.detach().cpu()
         if x.dtype == torch.bfloat16:
             return np.asarray(x.contiguous().view(torch.int16)).view(ml_dtypes.bfloat16)
@@ -65,7 +67,15 @@ class TorchBackend(Backend):
             return f"is a tensor of layout {x.layout}: make it dense first with x.to_dense()"
         if x.is_nested:
             return "is a nested tensor: quantize its parts, or make it dense first with x.to_padded_tensor(0)"
-        return None
+        if (
+            torch.compiler.is_compiling()
+            or is_functorch(x)
+            or has_its_memory(x)
+            or has_no_values(x)
+            or wraps_tensors(x)
+        ):
+            return None
+        return without_memory(x)
 
     def reciprocal(self, x: Array) -> Array:
         if x.dtype == torch.float64:
@@ -137,6 +147,36 @@ def _as_tuples(kept: Any) -> Any:
 def has_no_values(x: Array) -> bool:
     """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
     return bool(x.is_meta or isinstance(x, FakeTensor) or is_functorch_wrapped_tensor(x))
+
+
+def has_its_memory(x: Array) -> bool:
+    """Whether the storage is as large as the tensor says; torch lets one take it away, and reads on regardless."""
+    present = x.untyped_storage().nbytes()
+    if present >= x.nbytes and x.is_contiguous() and not x.storage_offset():
+        return True
+    if 0 in x.shape:
+        return True
+    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return bool(present >= (last + 1) * x.element_size())
+
+
+def without_memory(x: Array) -> str:
+    """What is wrong with a tensor without its memory."""
+    return (
+        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as "
+        "FSDP "
+        f"does between uses): gather its values first"
+    )
+
+
+def wraps_tensors(x: Array) -> bool:
+    """Whether x has no memory of its own, as DTensor has none: a class that answers every operator itself."""
+    cls = type(x)
+    return (
+        cls is not torch.Tensor
+        and cls is not torch.nn.Parameter
+        and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    )
 
 
 def is_functorch(x: Array) -> bool:

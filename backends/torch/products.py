@@ -6,6 +6,7 @@ torch's kernels. Imports: the CPU library, the operations. docs/performance.md s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,20 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from aqt_lite._blocks import spread
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
-from aqt_lite.backends.torch.adapter import has_no_values, is_functorch
-from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.backends.torch.adapter import (
+    has_its_memory,
+    has_no_values,
+    is_functorch,
+    without_memory,
+    wraps_tensors,
+)
+from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import derivative, reference
 
@@ -76,14 +84,25 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if y is not NotImplemented:
         return y
     if (
-        x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
-        and _have_numpy_memory((x, *w, bias))
+        _have_numpy_memory((x, *w, bias))
+        and x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
         and serve.row_loops(x.shape[0], w, contract)
     ):
         return _shared(floats.matmul, x, w, bias, spec=spec, contract=contract)
-    if digits_serve and x.shape[0] <= MOST_ROWS_AS_DIGITS and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
+    if digits_serve and _has_at_most(MOST_ROWS_AS_DIGITS, x) and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
         return _reproducible(x, w, bias, spec, contract)
     return _blockwise(x, w, bias, spec, contract)
+
+
+def _has_at_most(rows: int, x: Array) -> bool:
+    """Whether x has no more rows; not where a compiler does not know, which would compile for the answer."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import (
+            statically_known_true,
+        )  # it takes a while, and a compiler has it
+
+        return bool(statically_known_true(x.shape[0] <= rows))
+    return bool(x.shape[0] <= rows)
 
 
 def _may_write_in_place(x: Array, w: Coded, bias: Array | None) -> bool:
@@ -125,16 +144,28 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
+    if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
+        numpys = functools.partial(reference.matmul_reproducible, b=get_backend("numpy"))
+        y = _on_numpy_memory(np.errstate(all="ignore")(numpys), x, w, bias, spec, contract)
     if y is not NotImplemented:
         return y
     return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("torch"))
 
 
 def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
-    """NumPy's form with the processor's int8 dot products, where it serves; bfloat16 goes there as float32."""
+    """NumPy's form with the processor's int8 dot products, where it serves."""
+    if runtime.integer_dots() is None:
+        return NotImplemented
+    return _on_numpy_memory(form, x, w, bias, spec, contract)
+
+
+def _on_numpy_memory(
+    form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
+) -> Any:
+    """A form of the product for NumPy arrays; bfloat16 goes there as float32."""
     x_dtype = x.dtype
     x, bias = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
-    if not _have_numpy_memory((x, *w, bias)) or runtime.integer_dots() is None:
+    if not _have_numpy_memory((x, *w, bias)):
         return NotImplemented
     y = _shared(form, x, w, bias, spec=spec, contract=contract)
     return y if y is NotImplemented else y.to(x_dtype)
@@ -143,6 +174,58 @@ def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, s
 def _is_worth_digits(w: Coded, contract: int) -> bool:
     """Whether integer products serve, and the weight is large enough for making digits of x to pay."""
     return serve.one_scale_a_column(w, contract) and bool(w.codes.numel() > SMALL)
+
+
+# ---- torch.autocast
+
+
+def _autocasts(x: Array) -> bool:
+    """Whether torch would do products on the device of x in a narrower type."""
+    device = "cpu" if x.is_cpu else x.device.type  # in this order: a device's name takes half a microsecond
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(product: Callable[..., Array]) -> Callable[..., Array]:
+    """A product that is what it says it is under ``torch.autocast``, too: exact to float32, and of the dtype of x."""
+
+    def call(x: Any, *others: Any, **static: Any) -> Array:
+        first = x.codes if isinstance(x, Coded) else x
+        if not _autocasts(first):
+            return product(x, *others, **static)
+        with torch.autocast(first.device.type, enabled=False):
+            return product(x, *others, **static)
+
+    return call
+
+
+def _may_autocast_backward(dy: Array) -> bool:
+    """Dynamo traces a derivative where the product stands, and what runs it later is under the autocast of the call."""
+    return torch.compiler.is_compiling() or _autocasts(dy)
+
+
+class _Matmul(torch.autograd.Function):
+    """``x @ w`` of two matrices, whose derivatives autocast leaves alone, too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Array, w: Array) -> Array:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        x, w = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = _Matmul.apply(dy, w.T) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
+            dw = _Matmul.apply(x.T, dy) if ctx.needs_input_grad[1] else None  # type: ignore[no-untyped-call]
+            return dx, dw
+
+
+# ---- derivatives
 
 
 class _Product(torch.autograd.Function):
@@ -162,16 +245,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Array) -> Any:
-        x, *weight = ctx.saved_tensors
-        w, spec, contract, b = Coded(*weight), ctx.spec, ctx.contract, get_backend("torch")
-        dx = dbias = dscale = None
-        if ctx.needs_input_grad[3]:
-            dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
-        if ctx.needs_input_grad[4]:
-            dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
-        if ctx.needs_input_grad[6]:
-            dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
-        return None, None, None, dx, dbias, *Coded(None, dscale)
+        if _may_autocast_backward(dy):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _derivatives(ctx, dy)
+        return _derivatives(ctx, dy)
+
+
+def _derivatives(ctx: Any, dy: Array) -> Any:
+    x, *weight = ctx.saved_tensors
+    w, spec, contract, b = Coded(*weight), ctx.spec, ctx.contract, get_backend("torch")
+    dx = dbias = dscale = None
+    if ctx.needs_input_grad[3]:
+        dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
+    if ctx.needs_input_grad[4]:
+        dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
+    if ctx.needs_input_grad[6]:
+        dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
+    return None, None, None, dx, dbias, *Coded(None, dscale)
 
 
 def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
@@ -185,6 +275,8 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
         y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
         if y is not NotImplemented:
             return y
+    if not torch.compiler.is_compiling():
+        _check_memory((x, *w, bias))
     if get_backend("torch").differentiates(x, w.scale, bias):
         return _Product.apply(reproducible, spec, contract, x, bias, *w)  # type: ignore[no-untyped-call]
     return _without_derivatives(reproducible, spec, contract, x, w, bias)
@@ -231,9 +323,9 @@ def _eager_product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     block = (None if group < 0 else group, None)
-    spec = Spec(FORMATS[dtype], FLOAT_TYPES[float_dtype], block)
+    spec = Spec(FORMATS[dtype], float_type(float_dtype), block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
-    y: torch.Tensor = form(x, w, bias, spec, 1)
+    y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, 1)
     return y.contiguous()  # as the compiler is told below
 
 
@@ -257,7 +349,7 @@ def _(info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, gro
 
 def _shared(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
     """A product of the CPU library on the memory of plain tensors: without the time that each step of torch takes."""
-    x, *weight, bias = _as_numpy((x, *w, bias))
+    x, *weight, bias = runtime.admitted(_as_numpy((x, *w, bias)))
     y = form(x, Coded(*weight), bias, **static)
     return y if y is NotImplemented else torch.from_numpy(y)
 
@@ -266,10 +358,21 @@ def _as_numpy(tensors: Any) -> list[Any]:
     return [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
 
 
+def _check_memory(tensors: Any) -> None:
+    """The gate of torch: ValueError where a tensor has lost its storage, on which torch's own operators crash, too."""
+    for t in tensors:
+        if isinstance(t, tuple):
+            _check_memory(t)
+        elif t is not None and not (is_functorch(t) or has_its_memory(t) or has_no_values(t) or wraps_tensors(t)):
+            raise ValueError(f"a tensor {without_memory(t)}")
+
+
 def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
     """A form of the CPU library for large tensors; small ones are left to torch itself."""
 
     def kernel(*arrays: Any, **static: Any) -> Any:
+        if torch.compiler.is_compiling():  # first of all: to compare a size is to compile for it
+            return NotImplemented
         first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
         if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
@@ -285,10 +388,13 @@ def _have_numpy_memory(tensors: Any) -> bool:
         return False
     tracking = torch.is_grad_enabled()
     for t in tensors:  # a loop, because a generator takes a good part of the time of a small product
-        if t is not None and (
-            not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or has_no_values(t)
-        ):
+        if t is None:
+            continue
+        plain = type(t) is torch.Tensor or not (has_no_values(t) or wraps_tensors(t))
+        if not plain or not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or is_functorch(t):
             return False
+        if not has_its_memory(t):
+            raise ValueError(f"a tensor {without_memory(t)}")
     return True
 
 
@@ -302,9 +408,28 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
+def _of_values(x: Array, values: Array, bias: Array | None, *, contract: int) -> Any:
+    """Where torch would do the product in a narrower type, forward or backward; else it is torch's own."""
+    if not _autocasts(x):
+        return NotImplemented
+    with torch.autocast(x.device.type, enabled=False):
+        compute = torch.float64 if torch.float64 in (x.dtype, values.dtype) else torch.float32
+        weight = values.to(compute)
+        y = _Matmul.apply(x.to(compute), weight if contract == 0 else weight.T)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            y = y + bias.to(compute)
+        return y.to(x.dtype)
+
+
+def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: str) -> Array:
+    return reference.matmul_integer(x, w, bias, contract=contract, out=out, b=get_backend("torch"))
+
+
 KERNELS: Kernels = {
-    **{operation: Kernel(_of_large(form), anything) for operation, form in quantize.FORMS.items()},
-    reference.matmul: Kernel(_kernel(reproducible=False)),
-    reference.matmul_reproducible: Kernel(_kernel(reproducible=True)),
+    **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
+    reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
+    reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
+    reference.matmul_of_values: Kernel(_of_values, anything),
+    reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),
     reference.integer_matmul: Kernel(integer_matmul, anything),
 }

@@ -1,0 +1,250 @@
+"""Quantized arrays as trees of JAX arrays: their leaves, what those say of their structure, and training beside them.
+
+Owns: the leaf ``mark`` (see ``aqt_lite._mark``), its life through transformations, the serialized form of the
+structure, and the split of a tree into what is trained and what is not. Imports: the registry, ``eager``.
+
+The mark is made when a tree is flattened. Where leaves are no arrays (shardings, specs, None, shapes), or derivatives
+of integers, it is what the tree's maker put there. Read back, it is looked at only where that costs nothing; bytes that
+are no mark (zeros that an optimizer begins with, traced values) say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aqt_lite import _mark
+from aqt_lite._registry import backend_of
+from aqt_lite.backends.jax.eager import is_tracing
+from aqt_lite.formats import element_type
+
+__all__ = ["combine", "partition", "register"]
+
+MARK = "mark"
+_KEPT = "_mark"  # where a container keeps its leaf, beside its fields
+
+
+def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
+    """Make ``cls`` a node of JAX's trees, with one leaf more than it has."""
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in (*names, MARK))
+
+    def with_mark(node: Any) -> Any:
+        leaves, static = flatten(node)
+        return (*leaves, _leaf_of(node)), static
+
+    def with_keys(node: Any) -> Any:
+        leaves, static = with_mark(node)
+        return tuple(zip(keys, leaves, strict=True)), static
+
+    def without_mark(static: Any, leaves: Any) -> Any:
+        *own, mark = leaves
+        node = unflatten(static, own)
+        _receive(node, mark)
+        return node
+
+    jax.tree_util.register_pytree_with_keys(cls, with_keys, without_mark, with_mark)
+    _register_serialization(cls, names)
+
+
+# ---- the mark
+
+
+def _leaf_of(q: Any) -> Any:
+    kept, storage = q.__dict__.get(_KEPT), q.storage
+    if not _holds_codes(storage):
+        return _like(q) if kept is None and storage is not None else kept
+    if kept is not None:
+        gone_alike = isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()  # donated
+        if isinstance(kept, np.ndarray) or gone_alike or _may_be_of(q, kept):
+            return kept
+    mark = _made_for(q)
+    if _is_of_one_kind(mark, storage):
+        q.__dict__[_KEPT] = mark
+    return mark
+
+
+def _receive(q: Any, mark: Any) -> None:
+    """Keep a leaf with the container that was made of its tree, or raise where it is the mark of another structure."""
+    if _holds_codes(q.storage) and (isinstance(mark, jax.core.Tracer) or not _may_be_of(q, mark)):
+        return
+    if not _holds_codes(q.storage) or _is_of_one_kind(mark, q.storage):
+        q.__dict__[_KEPT] = mark
+
+
+def _is_of_one_kind(mark: Any, storage: Any) -> bool:
+    """Whether a mark may stay with the codes: what a trace makes for arrays that outlive it may not."""
+    if isinstance(mark, jax.core.Tracer):
+        return False
+    of_jax = isinstance(storage, jax.Array) and not isinstance(storage, jax.core.Tracer)
+    return isinstance(mark, jax.Array) == of_jax
+
+
+def _may_be_of(q: Any, leaf: Any) -> bool:
+    """Whether a leaf is the mark of ``q``, or is not computed yet. Raises where it is that of another structure."""
+    if isinstance(leaf, jax.Array):
+        if leaf.is_deleted() or not leaf.is_fully_addressable:
+            return False
+        if not leaf.is_ready():  # type: ignore[attr-defined]
+            return True
+    elif not isinstance(leaf, np.ndarray):
+        return False
+    if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
+        return False
+    with jax.transfer_guard_device_to_host("allow"):
+        found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
+    own = _bytes_of(q)
+    if found == own:
+        return True
+    other = _mark.in_words(found)
+    if other is not None:
+        raise ValueError(
+            f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would "
+            f"stand for other numbers; make the template as the saved one was made, and convert afterwards"
+        )
+    return False
+
+
+def _holds_codes(storage: Any) -> bool:
+    """Whether the container is one of arrays, and not of specs, shapes or derivatives."""
+    if isinstance(storage, jax.Array):
+        return True
+    if isinstance(storage, np.ndarray):
+        return bool(storage.dtype != jax.dtypes.float0)
+    b = backend_of(storage)
+    return b is not None and b.name != "jax"  # of JAX's other things with a shape, none holds values
+
+
+def _bytes_of(q: Any) -> bytes:
+    return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version)
+
+
+def _shape_of(q: Any) -> tuple[int, ...]:
+    grid = getattr(q.scale, "shape", None)  # None where there are no scales, or where they are elsewhere for now
+    return _mark.shape_of(tuple(q.storage.shape if grid is None else grid), q.block)
+
+
+def _made_for(q: Any) -> Any:
+    storage, shape = q.storage, _shape_of(q)
+    if not all(isinstance(n, int) for n in shape):  # symbols, as jax.export has them
+        return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
+    mark = _mark.repeated(_bytes_of(q), shape)
+    if isinstance(storage, np.ndarray) or (isinstance(storage, jax.Array) and is_tracing()):
+        return mark
+    if not isinstance(storage, jax.Array):
+        b = backend_of(storage)
+        assert b is not None
+        return b.asarray(np.array(mark), like=storage)
+    place: Any = None
+    if isinstance(storage.sharding, NamedSharding):
+        place = NamedSharding(storage.sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        if not storage.is_fully_addressable:
+            return jax.make_array_from_callback(mark.shape, place, lambda index: np.array(mark[index]))
+    elif storage.committed and len(storage.devices()) == 1:
+        place = storage.sharding
+    return jax.device_put(mark, place, may_alias=False)  # of its own, which may be donated
+
+
+def _like(q: Any) -> Any:
+    """The leaf beside those of a container that was made by hand of things that are no arrays."""
+    like = q.storage if q.scale is None or hasattr(q.scale, "_checked") else q.scale
+    if isinstance(like, PartitionSpec):
+        return _leading(like, q)
+    if isinstance(like, NamedSharding):
+        return NamedSharding(like.mesh, _leading(like.spec, q))
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(_shape_of(q), np.uint8)  # type: ignore[no-untyped-call]
+    if isinstance(like, np.ndarray):
+        return np.zeros(_shape_of(q), like.dtype)
+    return like
+
+
+def _leading(spec: PartitionSpec, q: Any) -> PartitionSpec:
+    return PartitionSpec(*spec[: max(len(q.block) - 1, 0)])  # type: ignore[no-untyped-call]
+
+
+# ---- the structure in a file
+
+
+def _register_serialization(cls: type, names: tuple[str, ...]) -> None:
+    """So that a function that ``jax.export`` keeps may have ``cls`` among its arguments and results."""
+    static_names = tuple(f.name for f in fields(cls) if f.name not in names)
+
+    def serialize(static: Any) -> bytes:
+        return json.dumps(dict(zip(static_names, static, strict=True))).encode()
+
+    def deserialize(data: bytes) -> Any:
+        said = json.loads(bytes(data))
+        unknown = sorted(set(said) - set(static_names))
+        if unknown:
+            raise ValueError(
+                f"a QArray was exported with {', '.join(unknown)}, which this version of aqt_lite does not know"
+            )
+        element_type(said["dtype"])  # raises where this process does not know it
+        defaults = {f.name: f.default for f in fields(cls)}
+        values = (said.get(name, defaults[name]) for name in static_names)
+        return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+    jax.export.register_pytree_node_serialization(
+        cls, serialized_name=f"aqt_lite.{cls.__name__}", serialize_auxdata=serialize, deserialize_auxdata=deserialize
+    )
+
+
+# ---- training
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Split a tree of arrays into what derivatives may reach and the rest, each with None where the other has a leaf.
+
+    Trainable are floating-point arrays; of a QArray only the scales and offsets of one made by
+    :meth:`~aqt_lite.QArray.with_trainable_scales`. So an optimizer neither meets integers, whose derivatives have a
+    type of their own (``float0``), nor decays scales that are constants. :func:`combine` puts the parts together.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, aqt_lite
+    >>> from aqt_lite.backends.jax import combine, partition
+    >>> params = {"w": aqt_lite.quantize(jnp.ones((4, 4))), "bias": jnp.zeros(4)}
+    >>> trainable, rest = partition(params)
+    >>> loss = lambda t: aqt_lite.dense(jnp.ones(4), **combine(t, rest)).sum()
+    >>> jax.tree.map(lambda g: g.shape, jax.grad(loss)(trainable)["bias"])
+    (4,)
+    """
+    chosen = _trainable(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    first = [leaf if wanted else None for leaf, wanted in zip(leaves, chosen, strict=True)]
+    second = [None if wanted else leaf for leaf, wanted in zip(leaves, chosen, strict=True)]
+    return jax.tree.unflatten(structure, first), jax.tree.unflatten(structure, second)
+
+
+def combine(*trees: Any) -> Any:
+    """The tree whose leaves are, each, the first that is not None; undoes :func:`partition`."""
+
+    def first(*leaves: Any) -> Any:
+        return next((leaf for leaf in leaves if leaf is not None), None)
+
+    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def _trainable(tree: Any) -> list[bool]:
+    """For each leaf, whether derivatives may reach it."""
+    found = []
+    for node in jax.tree.leaves(tree, is_leaf=_is_container):
+        if _is_container(node):  # its own floats are scales and offsets; those of quantized scales lie deeper
+            of_parts = jax.tree_util.tree_leaves_with_path(node)
+            found += [node.trainable and len(path) == 1 and _is_float(leaf) for path, leaf in of_parts]
+        else:
+            found.append(_is_float(node))
+    return found
+
+
+def _is_container(node: Any) -> bool:
+    return hasattr(type(node), "_checked")
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(leaf.dtype, np.inexact))
