@@ -3,8 +3,8 @@
     python tests/golden/generate.py
 
 All come from exact arithmetic, in which no part of the library takes part; but those whose "made_by" says "reference"
-(stochastic rounding to a codebook) come from the library itself, on NumPy. v1.json is frozen. A version of the contract is
-frozen with its vectors: run this only for a new version, or to add cases.
+(stochastic rounding to a codebook) come from the library itself, on NumPy. v1.json is frozen. A version of the contract
+is frozen with its vectors: run this only for a new version, or to add cases.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ FORMATS_SCHEMA = {
         "block": "length of a block along every axis, null for the whole axis; the last block may be shorter",
         "given": "true: scale, zero_point and offset are inputs; false: they are results",
         "offset_from_data": "true: an affine scheme whose blocks have a real offset, not a zero point",
-        "scale_dtype": "format in which scales are kept, null: the format's own, or float32 (float64 for float64 values)",
+        "scale_dtype": "format of kept scales, null: the format's own, or float32 (float64 for float64 values)",
         "scale_mode": "floor, ceil, even or rceil for scales that are powers of two, null: the format's own",
         "rounding": "half_even, half_away, toward_zero or stochastic",
         "key": "of stochastic rounding: 16 hexadecimal digits, or null",
-        "scale": "array on the grid of blocks; or {codes, scale, values} of the kept scales, scale null where they have none",
+        "scale": "array on the grid of blocks; or {codes, scale, values} of kept scales, scale null if they have none",
         "zero_point": "int32 array on the same grid, or null",
         "offset": "array on the same grid, or null",
         "codes": "result, one an item: integers, or bit patterns of floats, or places in a codebook",
-        "storage": "the same codes as they are stored: bytes of a stream of bits along the last axis for less than 8 bits",
+        "storage": "the same codes as stored: bytes of a stream of bits along the last axis for less than 8 bits",
         "values": "result: codes dequantized, in the dtype of x",
     },
     "codebooks": "numbers of each codebook, by code",
@@ -290,7 +290,7 @@ def by_the_library(x, form, scheme, block, scale, zero_point, *, offset, scale_d
 
 
 def format_cases():
-    """Every format: calibrated, near ties of a given scale, every rounding, kept scales, offsets; float64 values, too."""
+    """Every format: calibrated, near ties of a given scale, every rounding, kept scales, offsets; float64 values."""
     rng = np.random.default_rng(22)
     cases = []
     for name in dict.fromkeys((*formats.ELEMENTS, *formats.BLOCK_FORMATS, "nvfp4")):
