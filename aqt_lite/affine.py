@@ -236,14 +236,7 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
         fits = fits | ((scale > element.max) & (scale < beyond if beyond <= most else scale <= most))
     scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
     codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
-    return Coded(_nan_where(~fits, codes, element, b), None)
-
-
-def _nan_where(bad: Array, codes: Array, element: ElementType, b: Backend) -> Array:
-    """``codes``, that of NaN where ``bad``. As int32: torch's compiler selects no uint16."""
-    xp = b.xp
-    wide = xp.astype(codes, xp.int32)
-    return xp.astype(xp.where(bad, xp.full_like(wide, element.nan), wide), b.dtype(element.storage))
+    return Coded(xp.where(fits, codes, xp.full_like(codes, element.nan)), None)
 
 
 def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Coded:
@@ -283,7 +276,7 @@ def _marked(kept: Coded, bad: Array, spec: Spec, b: Backend) -> Coded:
     """Kept scales, NaN where ``bad``: by a code of their own, or through their own scale."""
     xp, inner = b.xp, spec.of_scales
     if not inner.format.scaled:
-        return kept._replace(codes=_nan_where(bad, kept.codes, inner.element, b))
+        return kept._replace(codes=xp.where(bad, xp.full_like(kept.codes, inner.element.nan), kept.codes))
     bad = reduced(xp.astype(bad, xp.float32), inner.block, xp.max, xp) > 0
     if isinstance(kept.scale, tuple):
         return kept._replace(scale=_marked(Coded(*kept.scale), bad, inner, b))

@@ -1,7 +1,7 @@
 """The number formats, written down once more: every number that a code stands for, as a fraction.
 
-Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml); no code is shared
-with the library.
+Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml); no code is
+shared with the library.
 """
 
 from __future__ import annotations
