@@ -88,8 +88,8 @@ def quantize(
     rounding : {"half_even", "half_away", "toward_zero", "stochastic"}
         Stochastic: away from zero with the probability of the part that is left, by noise made from ``key``.
     key : int, or array of two 32-bit integers
-        For stochastic rounding: the same key gives the same codes on every backend. An array holds the upper and the lower
-        half of the integer; of a key of ``jax.random`` give ``jax.random.key_data(key)``.
+        For stochastic rounding: the same key gives the same codes on every backend. An array holds the upper and the
+        lower half of the integer; of a key of ``jax.random`` give ``jax.random.key_data(key)``.
     dialect : str
         Whose conventions; "aqt_lite" are this library's own.
     nonfinite : {"raise", "ignore"}

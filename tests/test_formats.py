@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -264,8 +265,6 @@ def test_every_code_decodes_as_in_ml_dtypes(name):
 )
 def test_kept_scales_are_casts_of_ml_dtypes(name):
     """Half to even by the format's own rounding, which is nearest where a format says so."""
-    from dataclasses import replace
-
     form = replace(FORMATS["int8"], scale=SCALE_FORMATS[name], scale_rounding="half_even", name="int8")
     spec = aqt_lite.affine.Spec(form, aqt_lite.elements.FLOAT_TYPES["float32"], (1,))
     smallest = max(form.scale.element.smallest, 2.0**-124)
@@ -303,7 +302,7 @@ def test_nf4_and_bnb_fp4_go_to_the_nearer_number_and_at_a_midpoint_to_the_smalle
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MX)
 def test_mx_scales_follow_the_rules_by_name(name, mode):
-    """E of every block from its amax, by integer arithmetic on fractions; blocks near powers of two and near carries."""
+    """E of every block from its amax, by arithmetic on fractions; near powers of two and near carries."""
     element = written.BLOCK_FORMATS[name]
     top, m = max(written.ELEMENTS[element].values()), written.MANTISSA[element]
     starts = np.concatenate([2.0 ** np.arange(-90, 90, 9), 1.5 * 2.0 ** np.arange(-90, 90, 9)])

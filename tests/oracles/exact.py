@@ -340,7 +340,7 @@ def keep(scales, form, c, grid_shape, offset):
         assert not scale or min(filter(None, there.values())) <= scale <= down * max(there.values()), "no such scale"
         codes.append(float_code(scale, False, form_of(form.kept), form.scale_rounding, None, c))
         numbers.append(there[codes[-1]])
-    storage = "uint16" if form.kept in ("float16", "bfloat16") else "uint8"
+    storage = "int16" if form.kept in ("float16", "bfloat16") else "uint8"  # bit patterns
     codes = np.asarray(codes, dtype=storage).reshape(grid_shape)
     return Exact(codes, None, None, as_array(numbers, c, grid_shape), storage=codes), numbers
 

@@ -1,23 +1,22 @@
 """The number formats, written down once more: every number that a code stands for, as a fraction.
 
-Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml), and sharing no
-code with the library.
+Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml); no code is
+shared with the library.
 """
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
-
-POWER = {True: lambda e: Fraction(1 << e), False: lambda e: Fraction(1, 1 << -e)}
 
 
 def power(e):
     """2^e."""
-    return POWER[e >= 0](e)
+    return Fraction(1 << e) if e >= 0 else Fraction(1, 1 << -e)
 
 
 def floats(exponent, mantissa, bias, *, signed=True, negative_zero=True, finite=None, leading=False):
-    """``{code: number}`` of the finite numbers of a float; ``finite``: how many codes without the sign bit are finite."""
+    """``{code: number}`` of the finite numbers of a float; ``finite``: how many codes there are of one sign."""
     numbers = {}
     count = 1 << (exponent + mantissa)
     for code in range(count if finite is None else finite):
@@ -34,8 +33,6 @@ def floats(exponent, mantissa, bias, *, signed=True, negative_zero=True, finite=
 
 def single(value):
     """A decimal rounded to float32."""
-    import struct
-
     return Fraction(struct.unpack("f", struct.pack("f", value))[0])
 
 
