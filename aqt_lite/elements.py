@@ -363,6 +363,7 @@ class Codebook(ElementType):
         order = sorted(range(len(numbers)), key=lambda c: (numbers[c], c))
         kept = [c for i, c in enumerate(order) if i == 0 or numbers[c] != numbers[order[i - 1]]]
         object.__setattr__(self, "_order", tuple(kept))
+        object.__setattr__(self, "_nearest_zero", min(range(len(kept)), key=lambda i: abs(numbers[kept[i]])))
         ordered = np.asarray([numbers[c] for c in kept])
         object.__setattr__(self, "_cuts", {key: _cuts(ordered, *key) for key in _WAYS_TO_CUT})
         positive = [abs(n) for n in numbers if n != 0]
@@ -402,7 +403,11 @@ class Codebook(ElementType):
     def has_zero(self) -> bool:  # type: ignore[override]
         return 0.0 in self.numbers
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Codebook, (self.name, self.numbers)  # what is read from a file is checked, too
+
     _order: Any = field(init=False, repr=False, compare=False, default=())
+    _nearest_zero: int = field(init=False, repr=False, compare=False, default=0)
     _cuts: Any = field(init=False, repr=False, compare=False, default=None)
     smallest: float = field(init=False, repr=False, compare=False, default=0.0)
     unit: float | None = field(init=False, repr=False, compare=False, default=None)
@@ -423,8 +428,7 @@ class Codebook(ElementType):
         else:
             cuts = b.constant(self.cuts(dtype, rounding), dtype, like=v)
             position = xp.searchsorted(cuts, flat, side="left")
-        nearest_zero = min(range(len(self._order)), key=lambda i: abs(self.numbers[self._order[i]]))
-        position = xp.where(xp.isnan(flat), xp.full_like(position, nearest_zero), position)
+        position = xp.where(xp.isnan(flat), xp.full_like(position, self._nearest_zero), position)
         if self._order != tuple(range(len(self._order))):
             order = b.constant(self._order, "int32", like=v)
             position = xp.take(order, xp.astype(position, xp.int32), axis=0)

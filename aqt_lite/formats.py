@@ -181,8 +181,10 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     [1.0, -7.0, 0.25]
     """
     made = form if isinstance(form, Format) else Format(form.name, form)
-    with _lock:
-        known = FORMATS.setdefault(made.name, made)
+    known = FORMATS.get(made.name)
+    if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
+        with _lock:
+            known = FORMATS.setdefault(made.name, made)
     if known != made:
         raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
     return known
