@@ -21,7 +21,7 @@ import torch
 import aqt_lite
 from aqt_lite import Codebook, Float, PerBlock, PerChannel, PerGroup, PerTensor, QArray
 from aqt_lite._registry import get_backend
-from aqt_lite.formats import FORMATS
+from aqt_lite.formats import FORMATS, format_of
 from aqt_lite.testing import mismatches
 
 ROOT = Path(__file__).parent.parent
@@ -132,46 +132,40 @@ def on_every_form(function, arrays, forms=COLUMNS):
 
 # ---- every format
 
-IN_GROUPS = {"granularity": PerGroup(32)}
-
-
 def calls_of_formats():
     """``{row: [(dtype, options)]}``, by the names that the table of formats has."""
-    rows = {
-        "integers of 2 to 7 bits, ternary": [(n, IN_GROUPS) for n in (*(f"int{k}" for k in range(2, 8)), "ternary")],
-        "the same, unsigned, affine": [(f"uint{k}", {**IN_GROUPS, "scheme": "affine"}) for k in range(2, 8)],
-    }
-    for row, start in [("floats of 8 bits", "float8"), ("floats of 6 bits", "float6"), ("floats of 4 bits", "float4")]:
-        rows[row] = [(name, IN_GROUPS) for name in FORMATS if name.startswith(start)]
-    rows["codebooks"] = [(n, IN_GROUPS) for n, f in FORMATS.items() if isinstance(f.element, Codebook)]
-    rows["MX: " + ", ".join(n for n in FORMATS if n.startswith("mx"))] = [
-        (n, {}) for n in FORMATS if n.startswith("mx")
-    ]
-    rows["mxfp4, scales by ceil, even, rceil"] = [("mxfp4", {"scale_mode": m}) for m in ("ceil", "even", "rceil")]
-    rows["nvfp4"] = [("nvfp4", {})]
+    integers = [f"int{k}" for k in range(2, 8)]
+    mx = [name for name in FORMATS if name.startswith("mx")]
     kept = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
-    rows["int4, scales in " + ", ".join(kept)] = [("int4", {**IN_GROUPS, "scale_dtype": k}) for k in kept]
-    with_offset = {**IN_GROUPS, "scheme": "affine", "offset": "data"}
-    rows["offsets: int4, uint4, int8"] = [(n, with_offset) for n in ("int4", "uint4", "int8")]
-    for rounding, key in [("half_away", {}), ("toward_zero", {}), ("stochastic", {"key": 7})]:
-        names = ("int4", "float8_e4m3fn", "nf4", "mxfp4")
-        rows[f"rounded {rounding}: {', '.join(names)}"] = [
-            (n, {**({} if FORMATS[n].group else IN_GROUPS), "rounding": rounding, **key}) for n in names
-        ]
+    four = ("int4", "float8_e4m3fn", "nf4", "mxfp4")
     own = Codebook("seven", (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)), Float("float5_e2m2", 2, 2, bias=1, max=7.0)
-    rows["one's own: a codebook of 7, a float of 5 bits"] = [(element, IN_GROUPS) for element in own]
+    rows = {
+        "integers of 2 to 7 bits, ternary": [(n, {}) for n in (*integers, "ternary")],
+        "the same, unsigned, affine": [(f"u{n}", {"scheme": "affine"}) for n in integers],
+        "floats of 8 bits": [(n, {}) for n in FORMATS if n.startswith("float8")],
+        "floats of 4 and 6 bits": [(n, {}) for n in FORMATS if n.startswith(("float4", "float6"))],
+        "codebooks": [(n, {}) for n, form in FORMATS.items() if isinstance(form.element, Codebook)],
+        ", ".join(mx): [(n, {}) for n in mx],
+        "mxfp4, scales by ceil, even, rceil": [("mxfp4", {"scale_mode": m}) for m in ("ceil", "even", "rceil")],
+        "nvfp4": [("nvfp4", {})],
+        f"int4, scales in {', '.join(kept)}": [("int4", {"scale_dtype": k}) for k in kept],
+        "offsets: int4, uint4, int8": [(n, {"scheme": "affine", "offset": "data"}) for n in ("int4", "uint4", "int8")],
+        "one's own: a codebook of 7, a float of 5 bits": [(element, {}) for element in own],
+    }
+    for rounding, key in [("half_away", None), ("toward_zero", None), ("stochastic", 7)]:
+        rows[f"{rounding}: {', '.join(four)}"] = [(n, {"rounding": rounding, "key": key}) for n in four]
     return rows
 
 
 def own_ties(x, dtype, options, reach=2):
     """``x``, its values but the extremes of each block moved next to midpoints between two numbers of the format."""
     rng = np.random.default_rng(5)
-    q = aqt_lite.quantize(x, dtype, **options)
+    q = aqt_lite.quantize(x, dtype, granularity=PerGroup(format_of(dtype).group or 32), **options)
 
     def spread(a):
         return np.repeat(a, x.shape[1] // a.shape[1], axis=1).astype(np.float64)
 
-    levels = aqt_lite.formats.format_of(dtype).element.levels(get_backend("numpy"))
+    levels = format_of(dtype).element.levels(get_backend("numpy"))
     ties = rng.choice((levels[:-1] + levels[1:]) / 2, x.shape)
     if q.zero_point is not None:
         ties = ties - spread(q.zero_point)
@@ -188,19 +182,6 @@ def own_ties(x, dtype, options, reach=2):
     return np.where(keep | ~(ties > least) | ~(ties < most), x, ties)
 
 
-def bits_of(x, dtype, options):
-    """Codes, scales as they are kept, zero points, offsets and values."""
-
-    def parts(q):
-        found = [q.qvalue]
-        for leaf in (q.scale, q.zero_point, q.offset):
-            found += parts(leaf) if isinstance(leaf, QArray) else [] if leaf is None else [leaf]
-        return found
-
-    q = aqt_lite.quantize(x, dtype, **options)
-    return [*parts(q), q.dequantize()]
-
-
 def data_for(dtype, options):
     """Normal numbers, numbers of many magnitudes (where scales can be of any), and near ties of the format's own."""
     normal = np.random.default_rng(6).normal(size=(200, 64)).astype("float32")
@@ -209,30 +190,21 @@ def data_for(dtype, options):
     return np.concatenate([*starts, *(own_ties(x, dtype, options) for x in starts)])
 
 
-def counted(results):
-    """The cells of a row: how many numbers, and how many of them differ from the first result's."""
-    reference, *others = results
-    total = f"{sum(a.size for a in reference):,}"
-    return [total, *(f"{sum(map(mismatches, found, reference)):,}" for found in others)]
-
-
 def format_rows():
     """For every kind of format, the row's cells."""
     for name, calls in calls_of_formats().items():
-
-        def all_of(*xs, calls=calls):
-            return [part for x, call in zip(xs, calls, strict=True) for part in bits_of(x, *call)]
-
-        yield name, counted(on_every_form(all_of, [data_for(*call) for call in calls]))
+        problems = [Problem(data_for(dtype, options), call_of(dtype, options)) for dtype, options in calls]
+        yield name, row_of(problems)
     few = ("int4", "float8_e4m3fn", "float6_e2m3fn", "float4_e2m1fn", "nf4", "mxfp4", "nvfp4")
     for narrow in NARROW:
+        x = every_finite(narrow)
+        yield f"all finite {narrow}: {', '.join(few)}", row_of([Problem(x, call_of(n, {})) for n in few])
 
-        def all_of(x):
-            return [p for n in few for p in bits_of(x, n, {} if FORMATS[n].group else {"granularity": ROWS})]
 
-        forms = [form for form in COLUMNS if form != STRICT]
-        total, *cells = counted(on_every_form(all_of, [every_finite(narrow)], forms))
-        yield f"all finite {narrow}: {', '.join(few)}", [total, "no such dtype", *cells]
+def call_of(dtype, options):
+    """In groups of 32, or those that the format says."""
+    form = format_of(dtype)
+    return Call(dtype, **{"granularity": PerGroup(form.group or 32), **options})
 
 
 # ---- the code one would write
@@ -338,7 +310,7 @@ def naive_format_rows():
     for kind in ("float8_e4m3fn", "nf4", "nf4, times the reciprocal", "mxfp4", "nvfp4"):
         dtype = kind.partition(",")[0]
         x = np.random.default_rng(7).normal(size=(6400, 32)).astype("float32")
-        x = np.concatenate([x, own_ties(x, dtype, {} if FORMATS[dtype].group else IN_GROUPS)])
+        x = np.concatenate([x, own_ties(x, dtype, {})])
         rest = np.ldexp(x[:200] / 16, np.arange(-100, 100)[:, None] // 4).astype("float32")
         rest[:, 0] = np.nextafter(np.float32(1), np.float32(0)) * np.ldexp(np.float32(1), np.arange(-100, 100) // 4)
         yield from naive_rows([(np.concatenate([x, rest]), None)], 0, (kind,), naive_forms(naive_format))
