@@ -14,7 +14,7 @@ import pytest
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine, packing
 from aqt_lite._registry import get_backend
-from aqt_lite.affine import Coded, QParams, Recipe, Spec
+from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.backends.cpu import packed, quantize
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS, scale_format_of
@@ -77,8 +77,8 @@ def schemes(form):
 @pytest.mark.parametrize("form", EVERY, ids=title)
 def test_tiles_have_the_bits_of_the_whole(form, small_tiles):
     rng, served = np.random.default_rng(0), 0
-    problems = itertools.product(SHAPES, BLOCKS, schemes(form))
-    for number, (shape, block, recipe) in enumerate(problems):
+    problems = list(itertools.product(SHAPES, BLOCKS, schemes(form)))
+    for number, (shape, block, recipe) in enumerate(problems[form.element.bits % 7 :: 7]):
         name = ("float32", "float32", "float16", "bfloat16", "float64")[number % 5]
         block = tuple(block[:1] + (1,) * (len(shape) - 2) + block[1:])
         x = rng.standard_normal(shape) * np.exp2(rng.integers(-8, 8, shape))
