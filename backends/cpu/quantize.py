@@ -240,19 +240,19 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
         parts = _tiles(grid, (1,) * len(grid))
     else:
         parts = [Tile(tuple(slice(0, n) for n in grid), (), 0)]
-    found = None
+    found: Any = None
     for part in parts:
-        own = runtime.on_each(lambda a, at=part.at: (a if a.size == 1 else a[at])[None], given)
+        own = runtime.on_each(lambda a: a[None], tuple(_cut(g, Tile((), part.at, 0)) for g in given))
         with np.errstate(all="ignore"):
-            chosen = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
+            chosen: Any = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
         chosen = runtime.on_each(lambda a: a[0], chosen)
         if len(parts) == 1:
-            return chosen
+            return QParams(*chosen)
         if found is None:
             found = runtime.on_each(lambda a: np.empty(grid, a.dtype), chosen)
         for all_of, some in zip(runtime.arrays_in(found), runtime.arrays_in(chosen), strict=True):
             all_of[part.at] = some
-    return found
+    return QParams(*found)
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:

@@ -100,9 +100,9 @@ def _bits(x: Any) -> np.int32:
 def _table(element: Float | Codebook) -> Array:
     """The numbers of all codes of a byte; of a codebook: of those that it has."""
     codes = np.arange(element.codes[1] + 1).astype(element.storage)
-    plain = super(_Float, element) if isinstance(element, _Float) else super(_Codebook, element)  # type: ignore[misc]
+    plain = Float if isinstance(element, Float) else Codebook
     with np.errstate(all="ignore"):
-        found = plain.decode(codes, get_backend("numpy"))
+        found: Array = plain.decode(element, codes, get_backend("numpy"))  # type: ignore[arg-type]
     found.flags.writeable = False
     return found
 
