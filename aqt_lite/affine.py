@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqt_lite._blocks import reduced, spread
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
@@ -228,7 +229,7 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
         return scale
     inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding)
     if form.scaled:
-        return quantize(scale, spec=inner, recipe=recipe, b=b)
+        return Coded(*run(b, quantize, scale, spec=inner, recipe=recipe))
     element, beyond = form.element, spec.first_too_large_scale
     fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
     if beyond > element.max:  # what is rounded down to the largest number

@@ -132,6 +132,7 @@ def on_every_form(function, arrays, forms=COLUMNS):
 
 # ---- every format
 
+
 def calls_of_formats():
     """``{row: [(dtype, options)]}``, by the names that the table of formats has."""
     integers = [f"int{k}" for k in range(2, 8)]

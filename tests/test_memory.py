@@ -14,7 +14,7 @@ import pytest
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine, packing
 from aqt_lite._registry import get_backend
-from aqt_lite.affine import Coded, QParams, Recipe, Spec
+from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.backends.cpu import packed, quantize
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS, scale_format_of
@@ -23,7 +23,8 @@ from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
 
 numpy = get_backend("numpy")
-SHARED = ("numpy", "torch", "jax")  # adapters whose kernels work on NumPy's memory
+SHARED = ("numpy", "torch", "jax")
+"""Adapters whose kernels work on NumPy's memory."""
 KEPT = [("int8", "bfloat16"), ("nf4", "int8"), ("int4", "float8_e8m0fnu"), ("uint8", "float16"), ("int8", "nf4")]
 EVERY = [*FORMATS.values(), *(replace(FORMATS[name], scale=scale_format_of(kept)) for name, kept in KEPT)]
 KEY = np.asarray([1, 20, 300, 4000], np.int32)
@@ -77,8 +78,8 @@ def schemes(form):
 @pytest.mark.parametrize("form", EVERY, ids=title)
 def test_tiles_have_the_bits_of_the_whole(form, small_tiles):
     rng, served = np.random.default_rng(0), 0
-    problems = itertools.product(SHAPES, BLOCKS, schemes(form))
-    for number, (shape, block, recipe) in enumerate(problems):
+    problems = list(itertools.product(SHAPES, BLOCKS, schemes(form)))
+    for number, (shape, block, recipe) in enumerate(problems[form.element.bits % 7 :: 7]):
         name = ("float32", "float32", "float16", "bfloat16", "float64")[number % 5]
         block = tuple(block[:1] + (1,) * (len(shape) - 2) + block[1:])
         x = rng.standard_normal(shape) * np.exp2(rng.integers(-8, 8, shape))
@@ -134,11 +135,11 @@ def test_codes_are_packed_by_words_as_by_columns(bits, monkeypatch):
                 assert_same_bits(back, np.ascontiguousarray(c))
 
 
+@pytest.mark.parametrize("library", SHARED)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=title)
-def test_large_arrays_of_every_format_have_the_bits_of_the_plain_operations(form, backend):
+def test_large_arrays_of_every_format_have_the_bits_of_the_plain_operations(form, library):
     """Codes of all formats lie in the same few dtypes, of which a kernel for integers must not take the others."""
-    if backend.name not in SHARED:
-        pytest.skip("has no kernels")
+    backend = get_backend(library)
     rng = np.random.default_rng(1)
     x = rng.standard_normal((300, 512)).astype(np.float32)
     a, bias = rng.standard_normal((3, 512)).astype(np.float32), rng.standard_normal(300).astype(np.float32)

@@ -168,13 +168,18 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     Every product that meets an addition is a product with a power of two, which is exact, so a fused multiply-add
     changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
+<<<<<<< HEAD
     (rows, k), n = x.shape, w.codes.shape[1 - contract]
+=======
+    scales: Any = w.scale
+    (rows, k), n = (int(length) for length in x.shape), int(w.codes.shape[1 - contract])
+>>>>>>> mem
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
-        for d, blocks in ((contract, w.scale.shape[0]), (1 - contract, w.scale.shape[1]))
+        for d, blocks in ((contract, scales.shape[0]), (1 - contract, scales.shape[1]))
     )
-    if outer not in (None, 1):  # columns share scales: one for each, so that any of them may go by themselves
-        w = w._replace(scale=_per_column(w.scale, n, outer, contract, b))
+    if outer is not None and outer != 1:  # columns share scales: one for each, so that any of them may go by themselves
+        w = w._replace(scale=_per_column(scales, n, outer, contract, b))
         if w.zero_point is not None:
             w = w._replace(zero_point=_per_column(w.zero_point, n, outer, contract, b))
     cuts = pieces(k, inner)
@@ -238,8 +243,14 @@ def _times_columns(x: _Left, w: Coded, bias: Array | None, inner: int | None, co
     """Steps 2 and 3, and the sum, for some columns of the weight."""
     xp = b.xp
     w = _signed(w if contract == 1 else _transposed(w, xp), b)
+<<<<<<< HEAD
     codes, scale, zero_point = w.codes, w.scale, w.zero_point
     k = codes.shape[1]
+=======
+    codes, zero_point = w.codes, w.zero_point
+    scale: Any = w.scale
+    k = int(codes.shape[1])
+>>>>>>> mem
     if _scales_belong_to_x(scale, inner):
         scale, inner = xp.ones_like(scale[:, :1]), None
         if zero_point is not None:
