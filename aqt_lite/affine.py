@@ -125,7 +125,7 @@ class Spec:
 
     @property
     def first_too_large_scale(self) -> float:
-        """The least scale that is not rounded to a number of its format any more, where that has no scale of its own."""
+        """The least scale that is not rounded to a number of its format any more, where those have no scale."""
         kept, rounding = self.format.scale, self.format.scale_rounding
         assert isinstance(kept, Format)
         part = {"up": 0.0, "toward_zero": 1.0}.get(rounding, 0.5) if isinstance(rounding, str) else rounding

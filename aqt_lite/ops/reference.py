@@ -168,12 +168,8 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     Every product that meets an addition is a product with a power of two, which is exact, so a fused multiply-add
     changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
-<<<<<<< HEAD
     (rows, k), n = x.shape, w.codes.shape[1 - contract]
-=======
-    scales: Any = w.scale
-    (rows, k), n = (int(length) for length in x.shape), int(w.codes.shape[1 - contract])
->>>>>>> mem
+    scales: Array = w.scale
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
         for d, blocks in ((contract, scales.shape[0]), (1 - contract, scales.shape[1]))
@@ -243,14 +239,8 @@ def _times_columns(x: _Left, w: Coded, bias: Array | None, inner: int | None, co
     """Steps 2 and 3, and the sum, for some columns of the weight."""
     xp = b.xp
     w = _signed(w if contract == 1 else _transposed(w, xp), b)
-<<<<<<< HEAD
     codes, scale, zero_point = w.codes, w.scale, w.zero_point
     k = codes.shape[1]
-=======
-    codes, zero_point = w.codes, w.zero_point
-    scale: Any = w.scale
-    k = int(codes.shape[1])
->>>>>>> mem
     if _scales_belong_to_x(scale, inner):
         scale, inner = xp.ones_like(scale[:, :1]), None
         if zero_point is not None:

@@ -242,35 +242,17 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
         parts = [Tile(tuple(slice(0, n) for n in grid), (), 0)]
     found: Any = None
     for part in parts:
-<<<<<<< HEAD
-
-        def of_part(a: Array, at: tuple[slice, ...] = part.at) -> Array:
-            return (a if a.size == 1 else a[at])[None]
-
-        own = runtime.on_each(of_part, given)
-=======
         own = runtime.on_each(lambda a: a[None], tuple(_cut(g, Tile((), part.at, 0)) for g in given))
->>>>>>> mem
         with np.errstate(all="ignore"):
             chosen: Any = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
         chosen = runtime.on_each(lambda a: a[0], chosen)
         if len(parts) == 1:
-<<<<<<< HEAD
-            found = chosen
-            break
-=======
             return QParams(*chosen)
->>>>>>> mem
         if found is None:
             found = runtime.on_each(lambda a: np.empty(grid, a.dtype), chosen)
         for all_of, some in zip(runtime.arrays_in(found), runtime.arrays_in(chosen), strict=True):
             all_of[part.at] = some
-<<<<<<< HEAD
-    qparams: QParams = found
-    return qparams
-=======
     return QParams(*found)
->>>>>>> mem
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:

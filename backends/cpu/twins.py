@@ -101,15 +101,9 @@ def _bits(x: Any) -> np.int32:
 def _table(element: Float | Codebook) -> Array:
     """The numbers of all codes of a byte; of a codebook: of those that it has."""
     codes = np.arange(element.codes[1] + 1).astype(element.storage)
-<<<<<<< HEAD
     kind = Float if isinstance(element, Float) else Codebook
     with np.errstate(all="ignore"):
         found: Array = kind.decode(element, codes, get_backend("numpy"))  # type: ignore[arg-type]
-=======
-    plain = Float if isinstance(element, Float) else Codebook
-    with np.errstate(all="ignore"):
-        found: Array = plain.decode(element, codes, get_backend("numpy"))  # type: ignore[arg-type]
->>>>>>> mem
     found.flags.writeable = False
     return found
 

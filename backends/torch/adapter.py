@@ -143,7 +143,8 @@ def _bitcast(x: Array, dtype: Any) -> Array:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise NotImplementedError(
             "torch.jit.trace cannot record this: it has no operator that reads a float's bits, which quantization and "
-            "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it can record"
+            "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it can "
+            "record"
         )
     return x.view(dtype)
 
