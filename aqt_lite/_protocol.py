@@ -157,8 +157,8 @@ class Backend(ExactArithmetic, ABC):
         """``compute(cut)`` for ``size_of_part()`` indices of ``length`` at a time, joined along ``axis``.
 
         ``cut(a, axis)`` is an array's part for these indices. Only to save memory: no part depends on another. So a
-        compiler that traces, and would unroll the loop, is given all at once, whatever the length, which it may not know;
-        override where it has loops.
+        compiler that traces, and would unroll the loop, is given all at once, whatever the length, which it may not
+        know; override where it has loops.
         """
         if not self.has_values(like) or (size := size_of_part()) >= length:
             return compute(lambda a, _: a)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqt_lite._blocks import reduced, spread
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
@@ -52,7 +53,7 @@ __all__ = [
 
 
 Kept = Any
-"""Numbers as they are kept: an array of them, or ``Coded`` where they are quantized themselves; None where there are none."""
+"""Numbers as they are kept: an array, or ``Coded`` where they are quantized themselves; None where there are none."""
 
 
 class Coded(NamedTuple):
@@ -78,7 +79,7 @@ class QParams(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What codes mean: everything about a quantized array that is not an array. Hashable, so compilers specialize on it."""
+    """What codes mean: all of a quantized array that is not an array. Hashable, so that compilers specialize on it."""
 
     format: Format
     """Element type, and how scales are kept."""
@@ -124,7 +125,7 @@ class Spec:
 
     @property
     def first_too_large_scale(self) -> float:
-        """Where scales that are kept without a scale of their own begin not to be rounded to a number of their format."""
+        """The least scale that is not rounded to a number of its format any more, where those have no scale."""
         kept, rounding = self.format.scale, self.format.scale_rounding
         assert isinstance(kept, Format)
         part = {"up": 0.0, "toward_zero": 1.0}.get(rounding, 0.5) if isinstance(rounding, str) else rounding
@@ -228,7 +229,7 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
         return scale
     inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding)
     if form.scaled:
-        return quantize(scale, spec=inner, recipe=recipe, b=b)
+        return Coded(*run(b, quantize, scale, spec=inner, recipe=recipe))
     element, beyond = form.element, spec.first_too_large_scale
     fits = (scale == 0) | ((scale >= element.smallest) & (scale <= element.max))
     if beyond > element.max:  # what is rounded down to the largest number
@@ -248,8 +249,8 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, 
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Given parameters as the format keeps them, the scale NaN in blocks where they cannot be used.
 
-    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a block
-    with a non-finite value.
+    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a
+    block with a non-finite value.
     """
     xp = b.xp
     scale, zero_point, offset = given

@@ -88,8 +88,8 @@ def quantize(
     rounding : {"half_even", "half_away", "toward_zero", "stochastic"}
         Stochastic: away from zero with the probability of the part that is left, by noise made from ``key``.
     key : int, or array of two 32-bit integers
-        For stochastic rounding: the same key gives the same codes on every backend. Of a key of ``jax.random`` give
-        ``jax.random.key_data(key)``.
+        For stochastic rounding: the same key gives the same codes on every backend. An array holds the upper and the
+        lower half of the integer; of a key of ``jax.random`` give ``jax.random.key_data(key)``.
     dialect : str
         Whose conventions; "aqt_lite" are this library's own.
     nonfinite : {"raise", "ignore"}
@@ -417,8 +417,9 @@ def _key_of(key: Any, rounding: str, x: Array, b: Backend) -> Array | None:
         raise TypeError(
             f"key is a {kind}: give an integer, or an array of two 32-bit integers (jax.random.key_data(key))"
         )
-    words = b.xp.astype(key, b.xp.int32)
-    return b.xp.concat([words & 0xFFFF, (words >> 16) & 0xFFFF])
+    halves = b.xp.astype(key, b.xp.int32)  # the upper one first, as jax.random.key_data has it
+    low, high = halves & 0xFFFF, (halves >> 16) & 0xFFFF
+    return b.xp.stack([low[1, ...], high[1, ...], low[0, ...], high[0, ...]])
 
 
 def _kept_scale(scale: QArray, spec: affine.Spec, grid: tuple[int, ...], b: Backend) -> affine.Coded:

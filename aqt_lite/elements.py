@@ -1,10 +1,10 @@
 """Element types: finite sets of numbers, each with a code. And the float types that values come in.
 
-Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the ``Backend``
-interface, as an argument's type alone.
+Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the
+``Backend`` interface, as an argument's type alone.
 
-Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's inverse
-on its numbers. Which element types there are, by name, is said in ``formats``.
+Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's
+inverse on its numbers. Which element types there are, by name, is said in ``formats``.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class ElementType(ABC):
     ) -> tuple[Array, Array]:
         """Codes of the numbers next to ``v``, ``zero`` codes further on, and where ``v`` lies inside their range.
 
-        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it is
-        rounded to a number of this type, or a compiler would fuse the two.
+        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it
+        is rounded to a number of this type, or a compiler would fuse the two.
         """
 
     @abstractmethod
     def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
-        """The numbers that codes stand for: integers of any width, or floats of dtype ``compute``; exact in either case.
+        """The numbers that codes stand for: integers of any width, or floats of dtype ``compute``; exact either way.
 
         A number that is subnormal there may be flushed to zero: bfloat16 and float8_e8m0fnu, whose smallest are below
         2^-126, are complete in float64 only.
@@ -329,8 +329,8 @@ class Codebook(ElementType):
 
     Notes
     -----
-    A number between two neighbours goes to the nearer one: above the midpoint (rounded to the dtype of the arithmetic) to
-    the larger, at it or below to the smaller, as bitsandbytes does.
+    A number between two neighbours goes to the nearer one: above the midpoint (rounded to the dtype of the arithmetic)
+    to the larger, at it or below to the smaller, as bitsandbytes does.
 
     Examples
     --------
@@ -363,7 +363,7 @@ class Codebook(ElementType):
         order = sorted(range(len(numbers)), key=lambda c: (numbers[c], c))
         kept = [c for i, c in enumerate(order) if i == 0 or numbers[c] != numbers[order[i - 1]]]
         object.__setattr__(self, "_order", tuple(kept))
-        object.__setattr__(self, "_zero", min(range(len(kept)), key=lambda i: abs(numbers[kept[i]])))
+        object.__setattr__(self, "_nearest_zero", min(range(len(kept)), key=lambda i: abs(numbers[kept[i]])))
         ordered = np.asarray([numbers[c] for c in kept])
         object.__setattr__(self, "_cuts", {key: _cuts(ordered, *key) for key in _WAYS_TO_CUT})
         positive = [abs(n) for n in numbers if n != 0]
@@ -393,7 +393,7 @@ class Codebook(ElementType):
         return max(self.numbers)
 
     def cuts(self, dtype: str, rounding: Rounding) -> tuple[float, ...]:
-        """For each gap between neighbours, the number above which the larger one is taken. Stochastic: for each noise."""
+        """For each gap between neighbours (stochastic: and each noise), above which number the larger one is taken."""
         found: tuple[float, ...] | None = self._cuts.get((dtype, rounding))
         if found is None:
             raise ValueError(f"rounding={rounding!r} is not possible for {self.name}, whose numbers have unequal steps")
@@ -403,9 +403,11 @@ class Codebook(ElementType):
     def has_zero(self) -> bool:  # type: ignore[override]
         return 0.0 in self.numbers
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Codebook, (self.name, self.numbers)  # what is read from a file is checked, too
+
     _order: Any = field(init=False, repr=False, compare=False, default=())
-    _zero: int = field(init=False, repr=False, compare=False, default=0)
-    """Position of the number next to 0."""
+    _nearest_zero: int = field(init=False, repr=False, compare=False, default=0)
     _cuts: Any = field(init=False, repr=False, compare=False, default=None)
     smallest: float = field(init=False, repr=False, compare=False, default=0.0)
     unit: float | None = field(init=False, repr=False, compare=False, default=None)
@@ -426,7 +428,7 @@ class Codebook(ElementType):
         else:
             cuts = b.constant(self.cuts(dtype, rounding), dtype, like=v)
             position = xp.searchsorted(cuts, flat, side="left")
-        position = xp.where(xp.isnan(flat), xp.full_like(position, self._zero), position)
+        position = xp.where(xp.isnan(flat), xp.full_like(position, self._nearest_zero), position)
         if self._order != tuple(range(len(self._order))):
             order = b.constant(self._order, "int32", like=v)
             position = xp.take(order, xp.astype(position, xp.int32), axis=0)
@@ -464,14 +466,15 @@ def _cuts(numbers: np.ndarray[Any, Any], dtype: str, rounding: Rounding) -> tupl
         cuts = np.where(outward, at_least(middle), middle)
     elif rounding == "toward_zero":
         cuts = np.where((low < 0) & (high > 0), middle, np.where(low >= 0, at_least(high), low))
-    elif rounding == "up":
-        cuts = np.where(low >= 0, low, at_least(high))
+    elif rounding == "up":  # between numbers on both sides of zero: to that on the same side
+        zero = np.where(outward, np.float64(0), at_least(np.zeros_like(low)))
+        cuts = np.where(low >= 0, low, np.where(high <= 0, at_least(high), zero))
     else:  # the part of the way to the farther number from which on that one is taken, as ``rounded`` has it
         part = 1 - np.arange(1 << _CODEBOOK_NOISE_BITS) * 2.0**-_CODEBOOK_NOISE_BITS
         low, high, outward = low[:, None], high[:, None], outward[:, None]
         cuts = np.where(outward | (low + high == 0), at_least(low + (high - low) * part), high - (high - low) * part)
     cuts, normal = cuts.astype(dtype), np.finfo(dtype).smallest_normal
-    # subnormal numbers count as 0, whether or not they are flushed: 0 lies above -normal, and not above what is below it
+    # subnormal numbers count as 0, flushed or not: 0 lies above -normal, and not above the number before normal
     cuts = np.where(
         np.abs(cuts) >= normal, cuts, np.where(cuts < 0, -normal, np.nextafter(normal, np.asarray(0, dtype)))
     )

@@ -2,8 +2,8 @@
 
 Owns: ``Format``, the table of formats, and their look-up by name. Imports: elements, granularity.
 
-A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else in
-the library asks for a format's name.
+A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else
+in the library asks for a format's name.
 """
 
 from __future__ import annotations
@@ -181,8 +181,10 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     [1.0, -7.0, 0.25]
     """
     made = form if isinstance(form, Format) else Format(form.name, form)
-    with _lock:
-        known = FORMATS.setdefault(made.name, made)
+    known = FORMATS.get(made.name)
+    if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
+        with _lock:
+            known = FORMATS.setdefault(made.name, made)
     if known != made:
         raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
     return known

@@ -63,8 +63,8 @@ def tables() -> dict[str, str]:
     x = normal_numbers()
     rows = {form.name: row(form, measured(form, x)) for form in BUILT_IN}
     head = [
-        "format", "bits", "numbers", "smallest > 0", "smallest, largest", "scales", "group", "bytes an element", "SQNR, dB",
-        "reproducible products",
+        "format", "bits", "numbers", "smallest > 0", "smallest, largest", "scales", "group", "bytes an element",
+        "SQNR, dB", "reproducible products",
     ]  # fmt: skip
     short = [0, 1, 2, 5, 6, 7, 8, 9]
     return {
@@ -207,8 +207,8 @@ def draw_sqnr(path: Path) -> None:
 
 
 LABELS = {
-    "int2": (6, -10), "int3": (6, -12), "int5": (-26, 4), "int6": (-26, 4), "int7": (-26, 4), "int8": (-26, 4), "int16": (-34, 2),
-    "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8), "float8_e5m2": (16, -10),
+    "int2": (6, -10), "int3": (6, -12), "int5": (-26, 4), "int6": (-26, 4), "int7": (-26, 4), "int8": (-26, 4),
+    "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8), "float8_e5m2": (16, -10),
     "mxint8": (10, -12),
 }  # fmt: skip
 LABELS_OF_FOUR = {

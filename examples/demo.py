@@ -197,7 +197,8 @@ def classify(frameworks: list[Framework], folder: Path) -> dict[str, list[int]]:
     seconds = time.perf_counter() - start
     print("64 inputs, 64 hidden units, 10 classes, trained in float32 with plain NumPy on")
     print(
-        f"{len(digits.train_labels)} images of handwritten digits in {seconds:.1f} s. Its weights then take 8 or 4 bits."
+        f"{len(digits.train_labels)} images of handwritten digits in {seconds:.1f} s. "
+        "Its weights then take 8 or 4 bits."
     )
     print(f"How it reads the {len(digits.test_labels)} images that it has never seen:\n")
 

@@ -11,7 +11,8 @@ from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, anything, plain_integers
 from aqt_lite._registry import get_backend, kernels_of
 from aqt_lite.backends.cpu import fixed_point, integers, runtime, serve
-from aqt_lite.elements import ELEMENT_TYPES, FLOAT_TYPES, ElementType, element_type, float_type
+from aqt_lite.elements import FLOAT_TYPES, float_type
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 
 loops, dots = pytest.importorskip("aqt_lite.backends.cpu.loops"), pytest.importorskip("aqt_lite.backends.cpu.dots")
@@ -64,29 +65,29 @@ def test_the_longest_sums_fit_the_lanes_that_add_them():
 # ---- what is served
 
 
-def spec_of(element):
-    return affine.Spec(element, float_type("float32"), True, (1, None))
+def spec_of(name):
+    return affine.Spec(FORMATS[name], float_type("float32"), (1, None))
 
 
-@pytest.mark.parametrize("name", ELEMENT_TYPES)
-def test_plain_integers_are_those_whose_codes_are_the_storage_s_own(name):
-    assert plain_integers({"spec": spec_of(element_type(name))})
+PLAIN = [f"{sign}int{n}" for sign in ("", "u") for n in (4, 5, 6, 7, 8, 16)]
 
 
-@pytest.mark.parametrize(
-    "element",
-    [ElementType("int4", 4, True, "int8"), ElementType("float8_e4m3fn", 8, False, "uint8")],
-    ids=lambda e: e.name,
-)
-def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(element, backend):
-    """Large enough for every kernel: none is offered them, whatever their arrays look like."""
-    assert not plain_integers({"spec": spec_of(element)})
-    offered = [
-        operation.__name__ for operation, kernel in kernels_of(backend.name).items() if kernel.serves is anything
-    ]
-    assert set(offered) <= {"integer_matmul", "fixed_point_matmul"}, "these have no codes"
+@pytest.mark.parametrize("name", FORMATS)
+def test_plain_integers_are_those_whose_codes_are_the_numbers(name):
+    """Of fewer than 4 bits the largest scales want headroom, which loops do not know."""
+    assert plain_integers({"spec": spec_of(name)}) == (name in PLAIN)
+    recipes = [affine.Recipe(rounding="half_away"), affine.Recipe(symmetric=False, offset=True)]
+    assert not any(plain_integers({"spec": spec_of(name), "recipe": recipe}) for recipe in recipes)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "nf4", "float6_e2m3fn", "int2"])
+def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(name, backend):
+    """Large enough for every kernel: no product is offered them, whatever their arrays look like."""
+    element = FORMATS[name].element
     codes = np.random.default_rng(0).integers(0, 8, (600, 700)).astype(element.storage)
-    w = affine.Coded(*(backend.asarray(a) for a in (codes, np.ones((600, 1), np.float32))))
+    zero = np.zeros((600, 1), np.int32) if element.storage == "uint8" else None
+    parts = (codes, np.ones((600, 1), np.float32), zero)
+    w = affine.Coded(*(None if a is None else backend.asarray(a) for a in parts))
     called = []
 
     def watched(*arrays, **static):
@@ -96,7 +97,7 @@ def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(el
     x = backend.asarray(np.ones((2, 700), np.float32))
     for operation, arguments, static in [
         (reference.matmul, (x, w, None), {"contract": 1}),
-        (affine.dequantize, (w.codes, w.scale, None), {"out": "float32"}),
+        (reference.matmul_reproducible, (x, w, None), {"contract": 1}),
     ]:
         kernel = kernels_of(backend.name).get(operation)
         if kernel is None:
@@ -104,9 +105,12 @@ def test_codes_that_are_kept_in_bytes_but_mean_something_else_reach_no_kernel(el
         table = {**kernels_of(backend.name), operation: Kernel(watched, kernel.serves)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(aqt_lite._registry._loaded_kernels, backend.name, table)
-            run(backend, operation, *arguments, spec=spec_of(element), **static)
+            if operation is reference.matmul:
+                run(backend, operation, *arguments, spec=spec_of(name), **static)
+            else:
+                assert not kernel.serves({"spec": spec_of(name), **static})
             assert not called
-            run(backend, operation, *arguments, spec=spec_of(element_type(element.storage)), **static)
+            run(backend, operation, *arguments, spec=spec_of(element.storage), **static)
             assert called, "and a plain integer is offered"
             called.clear()
 
@@ -142,11 +146,11 @@ def test_dots_serve_only_what_their_sums_hold(monkeypatch):
     monkeypatch.setattr(runtime, "integer_dots", lambda: dots)
     q = aqt_lite.quantize(np.ones((3, 64), np.float32), granularity=PerChannel(0))
     w, x = affine.Coded(q.qvalue, q.scale), np.ones((1, 64), np.float32)
-    spec = spec_of(element_type("int8"))
+    spec = spec_of("int8")
     assert serve.dots(x, "float32", w, spec, 1)
     assert not serve.dots(x, "float64", w, spec, 1)
     assert not serve.dots(x, "float32", w, spec, 0)
-    assert not serve.dots(x, "float32", w, spec_of(element_type("int16")), 1)
+    assert not serve.dots(x, "float32", w, spec_of("int16"), 1)
     long = affine.Coded(np.zeros((1, reference.LONGEST_PIECE + 1), np.int8), q.scale[:1])
     assert not serve.dots(np.ones(long.codes.shape, np.float32), "float32", long, spec, 1)
     monkeypatch.setattr(runtime, "integer_dots", lambda: None)

@@ -18,7 +18,8 @@ from aqt_lite import PerBlock, PerChannel, PerTensor, affine
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import fixed_point, integers, runtime
 from aqt_lite.backends.jax import products as jax_products
-from aqt_lite.elements import element_type, float_type
+from aqt_lite.elements import float_type
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
 
@@ -88,7 +89,7 @@ def hard_rows(rng, m, k):
 
 def by_the_reference(x, q, bias, contract=1):
     """The same product without any kernel."""
-    spec = affine.Spec(element_type(q.dtype), float_type(q.float_dtype), symmetric=False, block=q.block)
+    spec = affine.Spec(FORMATS[q.dtype], float_type(q.float_dtype), q.block)
     arguments = (x, q.qvalue, q.scale, q.zero_point, bias)
     b = get_backend("array_api_strict")
     x, *weight, bias = [None if a is None else b.asarray(np.ascontiguousarray(a)) for a in arguments]

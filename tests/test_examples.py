@@ -83,7 +83,7 @@ def test_demo_reads_digits(demo):
         accuracy, _, *layers, found, _ = table[name]
         assert abs(float(accuracy.rstrip("%")) - plain) < 2
         assert found == size
-        sqnr[name.split(",")[0]] = sqnr.get(name.split(",")[0], []) + [float(layers[0].split()[0])]
+        sqnr.setdefault(name.split(",")[0], []).append(float(layers[0].split()[0]))
     assert sqnr["mxfp4"][-1] < sqnr["int4"][-1] < sqnr["nf4"][-1]
     assert sqnr["int4"][0] < sqnr["int4"][1]
 

@@ -10,8 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forms import COMPILED, CONSTANT_QPARAMS, FORMS, JAX, Bits, Call, Problem, differing, disagreements
-from golden.generate import FILE, SCHEMA, decoded, encoded
+from forms import (
+    COMPILED,
+    CONSTANT,
+    CONSTANT_QPARAMS,
+    FORMS,
+    JAX,
+    JIT,
+    NUMPY,
+    STRICT,
+    TORCH,
+    Bits,
+    Call,
+    Problem,
+    differing,
+    disagreements,
+)
+from golden.generate import FILE, FORMATS_FILE, FORMATS_SCHEMA, SCHEMA, decoded, encoded
 from optional import jax, needs, torch
 from oracles import exact
 
@@ -19,6 +34,7 @@ import aqt_lite
 from aqt_lite import PerBlock, QArray
 from aqt_lite.testing import assert_same_bits
 
+BUILT_IN = frozenset(aqt_lite.formats.FORMATS)  # before a test registers more
 ROOT = Path(__file__).parent.parent
 VECTORS = json.loads(FILE.read_text())
 PRODUCTS = pytest.mark.parametrize("case", VECTORS["products"], ids=lambda case: case["name"])
@@ -54,9 +70,76 @@ def test_forms_that_compile_each_call_quantize_to_the_vectors(form, step):
 
 def test_exact_arithmetic_still_gives_the_vectors():
     for case in VECTORS["quantize"]:
-        (x, _, scale, zero_point), expected = problem_of(case)
+        (x, _, scale, zero_point, _), expected = problem_of(case)
         e = exact.quantize(x, case["element"], case["scheme"], tuple(case["block"]), scale, zero_point)
         assert differing(Bits(e.codes, e.scale, e.zero_point, e.values), expected) == 0, case["name"]
+
+
+# ---- every format
+
+FORMAT_CASES = json.loads(FORMATS_FILE.read_text())
+
+
+def kept_scale(field):
+    """Scales as ``Bits`` where they are kept in a format of their own."""
+    if field is None or "codes" not in field:
+        return decoded(field)
+    return Bits(decoded(field["codes"]), kept_scale(field["scale"]), None, decoded(field["values"]))
+
+
+def format_problem_of(case):
+    """The call that a case of v2.json asks for, and what it has to return."""
+    key = None if case["key"] is None else int(case["key"], 16)
+    zero_point, codes, values, offset, storage = (
+        decoded(case[k]) for k in ("zero_point", "codes", "values", "offset", "storage")
+    )
+    call = Call(
+        case["format"],
+        case["scheme"],
+        per_block(case["block"]),
+        offset="data" if case["offset_from_data"] else None,
+        **{name: case[name] for name in ("scale_dtype", "scale_mode", "rounding")},
+        key=key,
+    )
+    scale = kept_scale(case["scale"])
+    given = (scale, zero_point, offset) if case["given"] else ()
+    return Problem(decoded(case["x"]), call, *given), Bits(codes, scale, zero_point, values, offset, storage)
+
+
+def formats(which=slice(None)):
+    return map(list, zip(*map(format_problem_of, FORMAT_CASES["formats"][which]), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("form", "step"), [(NUMPY, 1), (STRICT, 1), (TORCH, 1), (JIT, 5), (CONSTANT, 19), (JAX, 23), (COMPILED, 29)]
+)
+def test_every_form_gives_the_vectors_of_formats(form, step):
+    """Compiling takes a second or so for each: some of them for what compiles."""
+    assert not disagreements(*formats(slice(3 % step, None, step)), [form])
+
+
+def test_exact_arithmetic_still_gives_the_vectors_of_formats():
+    exactly = [case for case in FORMAT_CASES["formats"] if case["made_by"] == "exact"]
+    assert len(exactly) >= len(FORMAT_CASES["formats"]) - len(FORMAT_CASES["codebooks"])
+    for case in exactly:
+        (x, call, scale, zero_point, offset), expected = format_problem_of(case)
+        how = {name: getattr(call, name) for name in ("scale_dtype", "scale_mode", "rounding", "key")}
+        offset = call.offset if offset is None else offset
+        e = exact.quantize(x, call.dtype, call.scheme, tuple(case["block"]), scale, zero_point, offset=offset, **how)
+        found = Bits(e.codes, e.scale, e.zero_point, e.values, e.offset, e.storage)
+        if isinstance(e.scale, exact.Exact):
+            found = found._replace(scale=Bits(e.scale.codes, e.scale.scale, None, e.scale.values))
+        assert differing(found, expected) == 0, case["name"]
+
+
+def test_the_second_file_covers_every_format_and_says_what_it_is():
+    assert FORMATS_FILE.stat().st_size < 1_000_000
+    assert FORMAT_CASES["header"]["version"] == 2
+    assert FORMAT_CASES["header"]["schema"] == FORMATS_SCHEMA
+    assert {frozenset(case) for case in FORMAT_CASES["formats"]} == {frozenset(FORMATS_SCHEMA["formats"])}
+    assert {case["format"] for case in FORMAT_CASES["formats"]} == BUILT_IN
+    for name, numbers in FORMAT_CASES["codebooks"].items():
+        assert aqt_lite.formats.FORMATS[name].element.numbers == tuple(decoded(numbers).tolist())
 
 
 def operands(case):

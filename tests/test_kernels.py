@@ -15,7 +15,8 @@ import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import quantize, runtime
-from aqt_lite.elements import element_type, float_type
+from aqt_lite.elements import float_type
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
 
@@ -45,12 +46,12 @@ def loops(request, monkeypatch):
 
 
 def reference_quantize(x, dtype, scheme, block):
-    spec = affine.Spec(element_type(dtype), float_type("float32"), scheme == "symmetric", block)
+    spec, recipe = affine.Spec(FORMATS[dtype], float_type("float32"), block), affine.Recipe(scheme == "symmetric")
     b = get_backend("numpy")
     with np.errstate(all="ignore"):
-        codes, scale, zero_point = affine.quantize(x, spec=spec, b=b)
-        values = affine.dequantize(codes, scale, zero_point, spec=spec, b=b)
-    return QArray(codes, scale, zero_point, dtype, block), values
+        w = affine.quantize(x, spec=spec, recipe=recipe, b=b)
+        values = affine.dequantize(w, spec=spec, b=b)
+    return QArray._of(w, spec), values
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -69,8 +70,10 @@ def test_numpy_quantization_kernels_have_the_bits_of_the_reference(shape, loops)
                 expected, values = reference_quantize(x, dtype, scheme, q.block)
                 assert_same_bits(q, expected)
                 assert_same_bits(q.dequantize(), values)
-                spec = affine.Spec(element_type(dtype), float_type("float32"), scheme == "symmetric", q.block)
-                served += quantize.quantize(x, spec=spec) is not NotImplemented
+                spec = affine.Spec(FORMATS[dtype], float_type("float32"), q.block)
+                served += (
+                    quantize.quantize(x, spec=spec, recipe=affine.Recipe(scheme == "symmetric")) is not NotImplemented
+                )
     assert served >= 6, "the kernels did not run"
 
 
@@ -256,11 +259,12 @@ def test_large_arrays_have_the_bits_of_the_reference_whatever_their_layout(backe
     for granularity, scheme in itertools.product(granularities, ["symmetric", "affine"]):
         moved = aqt_lite.quantize(backend.asarray(x), scheme=scheme, granularity=granularity)
         block = moved.block
-        spec = affine.Spec(element_type("int8"), float_type(dtype), scheme == "symmetric", block)
+        spec = affine.Spec(FORMATS["int8"], float_type(dtype), block)
+        recipe = affine.Recipe(scheme == "symmetric")
         with np.errstate(all="ignore"):
-            codes, scale, zero_point = affine.quantize(x, spec=spec, b=numpy)
-            values = affine.dequantize(codes, scale, zero_point, spec=spec, b=numpy)
-        assert_same_bits(moved, QArray(codes, scale, zero_point, "int8", block, dtype))
+            w = affine.quantize(x, spec=spec, recipe=recipe, b=numpy)
+            values = affine.dequantize(w, spec=spec, b=numpy)
+        assert_same_bits(moved, QArray._of(w, spec))
         assert_same_bits(moved.dequantize(), values)
         if backend.name in ("numpy", "torch") and not (backend.name == "torch" and dtype == "bfloat16"):
             turned = backend.asarray(np.ascontiguousarray(x.T)).T

@@ -445,7 +445,7 @@ def test_shapes(backend, dtype, how, layout):
     check(q[:, None], values[:, None])
     check(q[..., None], values[..., None])
     check(q.copy(), values)
-    check(q.to_device(q.device if backend.name != "jax" else list(q.device)[0]), values)
+    check(q.to_device(q.device if backend.name != "jax" else next(iter(q.device))), values)
     assert_same_bits(q.astype("float32"), values)
     with pytest.raises(ValueError, match="would tear blocks apart"):
         q.reshape(4, 60)
@@ -524,7 +524,7 @@ def test_parts_that_were_joined_or_converted_apart(backend):
     loose = q.unpacked()
     twice = {name: xp.concat([getattr(loose, name)] * 2, axis=-1) for name in ("storage", "scale")}
     with pytest.raises(
-        ValueError, match="groups of 4 along an axis of 10, the last one shorter.*use aqt_lite.concatenate"
+        ValueError, match=r"groups of 4 along an axis of 10, the last one shorter.*use aqt_lite.concatenate"
     ):
         dataclasses.replace(loose, **twice).dequantize()
     half = quantize(backend.asarray(X), granularity=PerChannel(0))

@@ -142,9 +142,8 @@ class _Ready(NamedTuple):
 def _state(w: QArray) -> tuple[Any, ...]:
     """What may change of arrays under one's hands (``t.data = ...``)."""
     codes, scale, zero = w.storage, w.scale, w.zero_point
-    return (
-        codes.dtype, codes.shape, scale.dtype, scale.shape, None if zero is None else (zero.dtype, zero.shape)
-    )  # fmt: skip
+    of_scale = None if scale is None else (scale.dtype, scale.shape)
+    return codes.dtype, codes.shape, of_scale, None if zero is None else (zero.dtype, zero.shape)
 
 
 def _ready(w: QArray, b: Backend) -> _Ready | None:
@@ -242,8 +241,8 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
     )
     if not integers and mode == "integer":
         raise ValueError(
-            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; it takes "
-            f"integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
+            f"mode='integer' is not possible: x is {x.dtype} with {x.granularity}, w {w.dtype} with {w.granularity}; "
+            f"it takes integers of up to 8 bits, one scale a row of x and one an output of w, and sums that int32 holds"
         )
     if not integers:
         return product_of_values(mode)

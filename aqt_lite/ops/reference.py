@@ -169,12 +169,13 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     changes nothing. Sums are multiples of 2^-114, so none is subnormal before the last step, and that flushes.
     """
     (rows, k), n = x.shape, w.codes.shape[1 - contract]
+    scales: Array = w.scale
     outer, inner = (
         spec.block[1 - d] if blocks > 1 else None
-        for d, blocks in ((contract, w.scale.shape[0]), (1 - contract, w.scale.shape[1]))
+        for d, blocks in ((contract, scales.shape[0]), (1 - contract, scales.shape[1]))
     )
-    if outer not in (None, 1):  # columns share scales: one for each, so that any of them may go by themselves
-        w = w._replace(scale=_per_column(w.scale, n, outer, contract, b))
+    if outer is not None and outer != 1:  # columns share scales: one for each, so that any of them may go by themselves
+        w = w._replace(scale=_per_column(scales, n, outer, contract, b))
         if w.zero_point is not None:
             w = w._replace(zero_point=_per_column(w.zero_point, n, outer, contract, b))
     cuts = pieces(k, inner)

@@ -24,7 +24,7 @@ TILE = BLOCK // 4
 
 WORD = np.dtype("<u8")
 
-_OF_HALF_WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_OF_HALF_WORDS: dict[int, Any] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 """The integer that a word's worth of the stream is, where there is one."""
 
 

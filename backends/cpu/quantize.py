@@ -129,6 +129,11 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
     return values
 
 
+def scales_of(kept: Coded, *, spec: Spec) -> Any:
+    """``affine.scales_of``: the scales dequantized."""
+    return dequantize(Coded(*kept), spec=spec.of_scales)
+
+
 # ---- tiles
 
 
@@ -210,18 +215,24 @@ def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Bloc
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
     grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
-    ends = np.empty((2, *grid), source)
-    ends[0], ends[1] = np.inf, -np.inf
+    magnitudes = recipe.symmetric or choose is affine.usable_qparams  # all that these look at
+    ends = np.zeros((1, *grid), source) if magnitudes else np.full((2, *grid), np.inf, source)
+    if not magnitudes:
+        ends[1] = -np.inf
     one_at_a_time = threading.Lock()  # tiles may be parts of one block
 
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
         if recipe.ignore_nonfinite:
             part = np.where(np.isfinite(part), part, source.type(0))
-        low, high = reduced(part, spec.block, np.min, np), reduced(part, spec.block, np.max, np)
+        if magnitudes:
+            np.abs(part, out=part)
+        low = None if magnitudes else reduced(part, spec.block, np.min, np)
+        high = reduced(part, spec.block, np.max, np)
         with one_at_a_time:
-            np.minimum(ends[0][tile.on_grid], low, out=ends[0][tile.on_grid])
-            np.maximum(ends[1][tile.on_grid], high, out=ends[1][tile.on_grid])
+            if low is not None:
+                np.minimum(ends[0][tile.on_grid], low, out=ends[0][tile.on_grid])
+            np.maximum(ends[-1][tile.on_grid], high, out=ends[-1][tile.on_grid])
 
     _for_tiles(extrema, x.shape, spec.block)
     kept, rows = spec.format.scale, replace(spec, block=(None, *((1,) * len(grid))))
@@ -229,19 +240,19 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
         parts = _tiles(grid, (1,) * len(grid))
     else:
         parts = [Tile(tuple(slice(0, n) for n in grid), (), 0)]
-    found = None
+    found: Any = None
     for part in parts:
-        own = runtime.on_each(lambda a, at=part.at: (a if a.size == 1 else a[at])[None], given)
+        own = runtime.on_each(lambda a: a[None], tuple(_cut(g, Tile((), part.at, 0)) for g in given))
         with np.errstate(all="ignore"):
-            chosen = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
+            chosen: Any = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
         chosen = runtime.on_each(lambda a: a[0], chosen)
         if len(parts) == 1:
-            return chosen
+            return QParams(*chosen)
         if found is None:
             found = runtime.on_each(lambda a: np.empty(grid, a.dtype), chosen)
         for all_of, some in zip(runtime.arrays_in(found), runtime.arrays_in(chosen), strict=True):
             all_of[part.at] = some
-    return found
+    return QParams(*found)
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
@@ -410,6 +421,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.clipped: clipped,
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
+    affine.scales_of: scales_of,
     **packed.FORMS,
 }
 """The forms, each under its operation: they know every format."""

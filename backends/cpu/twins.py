@@ -67,9 +67,8 @@ class _Float(Float):
         return code.astype(self.storage), inside
 
     def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
-        if compute != "float32" or self.bits > 8:
-            return super().decode(codes, b, compute)
-        return _looked_up(self, codes)
+        by_table = self.bits <= 8 and compute == "float32"
+        return _looked_up(self, codes) if by_table else super().decode(codes, b, compute)
 
 
 class _Codebook(Codebook):
@@ -102,9 +101,9 @@ def _bits(x: Any) -> np.int32:
 def _table(element: Float | Codebook) -> Array:
     """The numbers of all codes of a byte; of a codebook: of those that it has."""
     codes = np.arange(element.codes[1] + 1).astype(element.storage)
-    plain = super(_Float, element) if isinstance(element, _Float) else super(_Codebook, element)  # type: ignore[misc]
+    kind = Float if isinstance(element, Float) else Codebook
     with np.errstate(all="ignore"):
-        found = plain.decode(codes, get_backend("numpy"))
+        found: Array = kind.decode(element, codes, get_backend("numpy"))  # type: ignore[arg-type]
     found.flags.writeable = False
     return found
 

@@ -26,7 +26,7 @@ from aqt_lite.formats import element_type
 __all__ = ["combine", "partition", "register"]
 
 MARK = "mark"
-_KEPT = "_mark"  # where a container keeps its leaf, beside its fields
+_KEPT, _CHECKED = "_mark", "_mark_is_checked"  # where a container keeps its leaf, beside its fields
 
 
 def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
@@ -55,25 +55,37 @@ def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) ->
 
 
 def _leaf_of(q: Any) -> Any:
-    kept, storage = q.__dict__.get(_KEPT), q.storage
+    of_node, storage = q.__dict__, q.storage
+    kept = of_node.get(_KEPT)
     if not _holds_codes(storage):
         return _like(q) if kept is None and storage is not None else kept
     if kept is not None:
-        gone_alike = isinstance(kept, jax.Array) and kept.is_deleted() and storage.is_deleted()  # donated
-        if isinstance(kept, np.ndarray) or gone_alike or _may_be_of(q, kept):
+        gone = isinstance(kept, jax.Array) and kept.is_deleted()
+        if gone:
+            if storage.is_deleted():  # donated, like the others
+                return kept
+        elif of_node.get(_CHECKED):
             return kept
+        else:  # received before it was computed
+            is_own = _is_mark_of(q, kept)
+            if is_own is not False:
+                of_node[_CHECKED] = is_own
+                return kept
     mark = _made_for(q)
     if _is_of_one_kind(mark, storage):
-        q.__dict__[_KEPT] = mark
+        of_node[_KEPT], of_node[_CHECKED] = mark, True
     return mark
 
 
 def _receive(q: Any, mark: Any) -> None:
     """Keep a leaf with the container that was made of its tree, or raise where it is the mark of another structure."""
-    if _holds_codes(q.storage) and (isinstance(mark, jax.core.Tracer) or not _may_be_of(q, mark)):
-        return
-    if not _holds_codes(q.storage) or _is_of_one_kind(mark, q.storage):
-        q.__dict__[_KEPT] = mark
+    of_node = q.__dict__
+    if not _holds_codes(q.storage):
+        of_node[_KEPT] = mark
+    elif not isinstance(mark, jax.core.Tracer):
+        is_own = _is_mark_of(q, mark)
+        if is_own is not False and _is_of_one_kind(mark, q.storage):
+            of_node[_KEPT], of_node[_CHECKED] = mark, is_own
 
 
 def _is_of_one_kind(mark: Any, storage: Any) -> bool:
@@ -84,13 +96,16 @@ def _is_of_one_kind(mark: Any, storage: Any) -> bool:
     return isinstance(mark, jax.Array) == of_jax
 
 
-def _may_be_of(q: Any, leaf: Any) -> bool:
-    """Whether a leaf is the mark of ``q``, or is not computed yet. Raises where it is that of another structure."""
+def _is_mark_of(q: Any, leaf: Any) -> bool | None:
+    """Whether a leaf is the mark of ``q``; None where it is not computed yet.
+
+    Raises where it is the mark of another structure.
+    """
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() or not leaf.is_fully_addressable:
             return False
         if not leaf.is_ready():  # type: ignore[attr-defined]
-            return True
+            return None
     elif not isinstance(leaf, np.ndarray):
         return False
     if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:

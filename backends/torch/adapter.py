@@ -15,6 +15,8 @@ from torch._subclasses import FakeTensor
 from aqt_lite import _exact
 from aqt_lite._namespace import Array, wrapped_namespace
 from aqt_lite._protocol import Backend
+from aqt_lite.elements import Codebook, Float, Integer
+from aqt_lite.formats import Format
 
 
 class TorchBackend(Backend):
@@ -85,12 +87,12 @@ class TorchBackend(Backend):
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         # zero and NaN stay what they are
         integer, mantissa, bias = (torch.int32, 23, 127) if x.dtype == torch.float32 else (torch.int64, 52, 1023)
-        bits = x.view(integer)
-        fraction = ((bits & ((1 << mantissa) - 1)) | (bias << mantissa)).view(x.dtype)
+        bits = _bitcast(x, integer)
+        fraction = _bitcast((bits & ((1 << mantissa) - 1)) | (bias << mantissa), x.dtype)
         return torch.where(x > 0, fraction, x), ((bits >> mantissa) - bias).to(torch.int32)
 
     def power_of_two(self, e: Array) -> Array:
-        power = ((torch.clamp(e, -100, 127) + 127) << 23).view(torch.float32)
+        power = _bitcast((torch.clamp(e, -100, 127) + 127) << 23, torch.float32)
         return torch.where(e < -100, 0.0, power)
 
     def stop_gradient(self, x: Array) -> Array:
@@ -133,10 +135,17 @@ class TorchBackend(Backend):
             from_dumpable_context=_as_tuples,
             flatten_with_keys_fn=with_keys,
         )
-        torch.serialization.add_safe_globals([cls])  # torch.load(weights_only=True) trusts it: fields, and no code
+        # torch.load(weights_only=True) trusts them: fields, and no code
+        torch.serialization.add_safe_globals([cls, Format, Codebook, Float, Integer])
 
 
 def _bitcast(x: Array, dtype: Any) -> Array:
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise NotImplementedError(
+            "torch.jit.trace cannot record this: it has no operator that reads a float's bits, which quantization and "
+            "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it can "
+            "record"
+        )
     return x.view(dtype)
 
 
@@ -163,7 +172,8 @@ def has_its_memory(x: Array) -> bool:
 def without_memory(x: Array) -> str:
     """What is wrong with a tensor without its memory."""
     return (
-        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as FSDP "
+        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as "
+        "FSDP "
         f"does between uses): gather its values first"
     )
 

@@ -6,6 +6,7 @@ torch's kernels. Imports: the CPU library, the operations. docs/performance.md s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,16 +144,28 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
+    if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
+        numpys = functools.partial(reference.matmul_reproducible, b=get_backend("numpy"))
+        y = _on_numpy_memory(np.errstate(all="ignore")(numpys), x, w, bias, spec, contract)
     if y is not NotImplemented:
         return y
     return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("torch"))
 
 
 def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
-    """NumPy's form with the processor's int8 dot products, where it serves; bfloat16 goes there as float32."""
+    """NumPy's form with the processor's int8 dot products, where it serves."""
+    if runtime.integer_dots() is None:
+        return NotImplemented
+    return _on_numpy_memory(form, x, w, bias, spec, contract)
+
+
+def _on_numpy_memory(
+    form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
+) -> Any:
+    """A form of the product for NumPy arrays; bfloat16 goes there as float32."""
     x_dtype = x.dtype
     x, bias = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
-    if not _have_numpy_memory((x, *w, bias)) or runtime.integer_dots() is None:
+    if not _have_numpy_memory((x, *w, bias)):
         return NotImplemented
     y = _shared(form, x, w, bias, spec=spec, contract=contract)
     return y if y is NotImplemented else y.to(x_dtype)

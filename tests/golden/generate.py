@@ -1,8 +1,10 @@
-"""Writes v1.json, the golden vectors of the contract, from exact arithmetic alone: no part of the library takes part.
+"""Writes v2.json, golden vectors of every format, and says how v1.json was made.
 
     python tests/golden/generate.py
 
-A version of the contract is frozen with its vectors: run this only for a new version, or to add cases.
+All come from exact arithmetic, in which no part of the library takes part; but those whose "made_by" says "reference"
+(stochastic rounding to a codebook) come from the library itself, on NumPy. v1.json is frozen. A version of the contract
+is frozen with its vectors: run this only for a new version, or to add cases.
 """
 
 from __future__ import annotations
@@ -16,10 +18,36 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hard_inputs import calibrated_near_ties, dtype_of, ends, near_ties, random_magnitudes, random_scales
-from oracles import exact
+from hard_inputs import calibrated_near_ties, dtype_of, ends, near_ties, neighbours, random_magnitudes, random_scales
+from oracles import exact, formats
 
 FILE = Path(__file__).parent / "v1.json"
+FORMATS_FILE = Path(__file__).parent / "v2.json"
+
+FORMATS_SCHEMA = {
+    "array": "{dtype, shape, hex}: elements in C order, each the hexadecimal digits of its bits, highest first",
+    "formats": {
+        "name": "what the case is about",
+        "made_by": "exact: fractions and integers alone; reference: this library on NumPy",
+        "x": "array to quantize: float16, bfloat16, float32 or float64",
+        "format": "name of the format",
+        "scheme": "symmetric or affine",
+        "block": "length of a block along every axis, null for the whole axis; the last block may be shorter",
+        "given": "true: scale, zero_point and offset are inputs; false: they are results",
+        "offset_from_data": "true: an affine scheme whose blocks have a real offset, not a zero point",
+        "scale_dtype": "format of kept scales, null: the format's own, or float32 (float64 for float64 values)",
+        "scale_mode": "floor, ceil, even or rceil for scales that are powers of two, null: the format's own",
+        "rounding": "half_even, half_away, toward_zero or stochastic",
+        "key": "of stochastic rounding: 16 hexadecimal digits, or null",
+        "scale": "array on the grid of blocks; or {codes, scale, values} of kept scales, scale null if they have none",
+        "zero_point": "int32 array on the same grid, or null",
+        "offset": "array on the same grid, or null",
+        "codes": "result, one an item: integers, or bit patterns of floats, or places in a codebook",
+        "storage": "the same codes as stored: bytes of a stream of bits along the last axis for less than 8 bits",
+        "values": "result: codes dequantized, in the dtype of x",
+    },
+    "codebooks": "numbers of each codebook, by code",
+}
 
 SCHEMA = {
     "array": "{dtype, shape, hex}: elements in C order, each the hexadecimal digits of its bits, highest first",
@@ -208,22 +236,135 @@ def product_cases():
     ]
 
 
+def kept(e):
+    """Scales as the schema says."""
+    if not isinstance(e, exact.Exact):
+        return encoded(e)
+    return {"codes": encoded(e.codes), "scale": kept(e.scale), "values": encoded(e.values)}
+
+
+def case_of_format(
+    name,
+    x,
+    form,
+    scheme="symmetric",
+    block=None,
+    scale=None,
+    zero_point=None,
+    offset=None,
+    made_by=exact.quantize,
+    **how,
+):
+    """One case, computed."""
+    block = exact.own_block(form, x.shape) if block is None else block
+    how = {"scale_dtype": None, "scale_mode": None, "rounding": "half_even", "key": None} | how
+    e = made_by(x, form, scheme, block, scale, zero_point, offset=offset, **how)
+    key = how.pop("key")
+    return {
+        "name": name,
+        "made_by": "exact" if made_by is exact.quantize else "reference",
+        "x": encoded(x),
+        "format": form,
+        "scheme": scheme,
+        "block": list(block),
+        "given": scale is not None,
+        "offset_from_data": isinstance(offset, str),
+        **how,
+        "key": None if key is None else f"{key:016x}",
+        "scale": kept(e.scale),
+        "zero_point": encoded(e.zero_point),
+        "offset": encoded(e.offset),
+        "codes": encoded(e.codes),
+        "storage": encoded(e.storage),
+        "values": encoded(e.values),
+    }
+
+
+def by_the_library(x, form, scheme, block, scale, zero_point, *, offset, scale_dtype, scale_mode, rounding, key):
+    """What exact arithmetic has no rule for."""
+    import aqt_lite
+
+    granularity = aqt_lite.PerBlock(tuple(-1 if size is None else size for size in block))
+    q = aqt_lite.quantize(x, form, granularity=granularity, scale=scale, rounding=rounding, key=key)
+    return exact.Exact(q.qvalue, q.scale, q.zero_point, q.dequantize(), storage=q.storage)
+
+
+def format_cases():
+    """Every format: calibrated, near ties of a given scale, every rounding, kept scales, offsets; float64 values."""
+    rng = np.random.default_rng(22)
+    cases = []
+    for name in dict.fromkeys((*formats.ELEMENTS, *formats.BLOCK_FORMATS, "nvfp4")):
+        x = rng.normal(size=(3, 11)).astype("float32")
+        x[1, :6] *= 1e-6
+        x[2, 6:] = 0
+        x[0, 3] = -0.0
+        mild = np.where(x == 0, x, rng.normal(size=x.shape)).astype("float32")
+        if name in (*formats.BLOCK_FORMATS, "nvfp4"):
+            wide = rng.normal(size=(2, 39)).astype("float32")
+            modes = ("floor", "ceil", "even", "rceil") if name != "nvfp4" else (None,)
+            cases += [
+                case_of_format(f"{name}, {mode or 'its own groups'}", wide, name, scale_mode=mode) for mode in modes
+            ]
+            cases.append(case_of_format(f"{name}, groups of 4", x, name, block=(1, 4)))
+            cases.append(case_of_format(f"{name}, bfloat16", x.astype(dtype_of("bfloat16")), name, block=(2, 5)))
+            continue
+        numbers = np.unique([float(v) for v in formats.ELEMENTS[name].values()])
+        some = numbers[np.unique(np.linspace(0, numbers.size - 1, 9).astype(int))]
+        gaps = np.searchsorted(numbers, some[:-1])
+        ties = numbers[gaps] / 2 + numbers[gaps + 1] / 2
+        scale = random_scales(1, 5, -3, 3)
+        near = neighbours((np.concatenate([ties, some, [numbers[-1] * 1.5]]) * scale).astype("float32"), 1).reshape(
+            1, -1
+        )
+        column = scale[:, None]
+        zero = np.full((1, 1), 1 << (formats.BITS[name] - 1), "int32") if name.startswith("uint") else None
+        for how in ("half_even", "half_away", "toward_zero", "stochastic"):
+            own = by_the_library if how == "stochastic" and name in formats.CODEBOOKS else exact.quantize
+            key = 0x0123456789ABCDEF if how == "stochastic" else None
+            given = {"scale": column, "zero_point": zero, "rounding": how, "key": key, "block": (1, None)}
+            cases.append(case_of_format(f"{name}, near ties, {how}", near, name, made_by=own, **given))
+        cases.append(case_of_format(f"{name}, groups of 4", x, name, block=(1, 4)))
+        cases.append(case_of_format(f"{name}, float64", x.astype("float64"), name, block=(2, 5)))
+        cases.append(case_of_format(f"{name}, float16", x.astype("float16"), name, block=(None, 1)))
+        cases.append(case_of_format(f"{name}, offsets", x + 3, name, "affine", (1, 4), offset="data"))
+        if name in formats.INTEGERS:
+            cases.append(case_of_format(f"{name}, zero points", x, name, "affine", (1, 4)))
+        every = ("int8", "nf4", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn")
+        for kept_as in every if name == "int4" else every[:1]:
+            cases.append(case_of_format(f"{name}, scales as {kept_as}", mild, name, block=(1, 4), scale_dtype=kept_as))
+        if name == "int4":
+            cases.append(case_of_format(f"{name}, two axes", x, name, block=(2, 4)))
+    return cases
+
+
+def build_formats():
+    """The whole second file."""
+    header = {
+        "format": "aqt_lite golden vectors",
+        "version": 2,
+        "contract": "docs/numerics.md",
+        "schema": FORMATS_SCHEMA,
+    }
+    books = {n: encoded(np.asarray([float(v) for v in b.values()], "float32")) for n, b in formats.CODEBOOKS.items()}
+    return {"header": header, "codebooks": books, "formats": format_cases()}
+
+
 def build():
-    """The whole file."""
+    """The whole first file, as it was made."""
     header = {"format": "aqt_lite golden vectors", "version": 1, "contract": "docs/numerics.md", "schema": SCHEMA}
     return {"header": header, "quantize": quantize_cases(), "products": product_cases()}
 
 
-def main():
-    made = build()
-    parts = [f'"header": {json.dumps(made["header"], indent=1)}']
-    for key in ("quantize", "products"):
+def write(file, made, lists):
+    """One case a line."""
+    parts = [f'"{key}": {json.dumps(value, indent=1)}' for key, value in made.items() if key not in lists]
+    for key in lists:
         lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in made[key])
         parts.append(f'"{key}": [\n{lines}\n]')
-    FILE.write_text("{" + ",\n".join(parts) + "}\n")
-    counts = f"{len(made['quantize'])} quantizations, {len(made['products'])} products"
-    print(f"{FILE.name}: {counts}, {FILE.stat().st_size} bytes")
+    file.write_text("{" + ",\n".join(parts) + "}\n")
+    counts = ", ".join(f"{len(made[key])} {key}" for key in lists)
+    print(f"{file.name}: {counts}, {file.stat().st_size} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    write(FORMATS_FILE, build_formats(), ["formats"])

@@ -16,7 +16,6 @@ from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
-
 from oracles import formats
 
 PRECISION = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
@@ -276,6 +275,8 @@ def codebook_code(v, form, rounding, c):
             larger = v >= cut if low + high > 0 else v > cut
         elif rounding == "toward_zero" and not low < 0 < high:
             larger = v >= high if low >= 0 else v > low
+        elif rounding == "up":
+            larger = v > low if low >= 0 else v >= high if high <= 0 else v > 0
         else:
             larger = v > cut
         if larger:
@@ -327,15 +328,19 @@ def keep(scales, form, c, grid_shape, offset):
     floor = least_scale(form, c, offset=False)
     wide = as_array(scales, c, grid_shape)
     if form.own_scale:
-        kept = quantize(wide, form.kept, block=own_block(form.kept, grid_shape), rounding=form.scale_rounding, floor=floor)
+        kept = quantize(
+            wide, form.kept, block=own_block(form.kept, grid_shape), rounding=form.scale_rounding, floor=floor
+        )
         return kept, exactly(kept.values)
     codes, numbers, there = [], [], formats.SCALES[form.kept]
     for scale in scales:
-        down = 2 if form.scale_rounding == "toward_zero" else 1  # up to the number after the largest, had there been one
+        down = (
+            2 if form.scale_rounding == "toward_zero" else 1
+        )  # up to the number after the largest, had there been one
         assert not scale or min(filter(None, there.values())) <= scale <= down * max(there.values()), "no such scale"
         codes.append(float_code(scale, False, form_of(form.kept), form.scale_rounding, None, c))
         numbers.append(there[codes[-1]])
-    storage = "uint16" if form.kept in ("float16", "bfloat16") else "uint8"
+    storage = "int16" if form.kept in ("float16", "bfloat16") else "uint8"  # bit patterns
     codes = np.asarray(codes, dtype=storage).reshape(grid_shape)
     return Exact(codes, None, None, as_array(numbers, c, grid_shape), storage=codes), numbers
 

@@ -1,23 +1,22 @@
 """The number formats, written down once more: every number that a code stands for, as a fraction.
 
-Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml), and sharing no
-code with the library.
+Written from the definitions (OCP 8-bit floating point and MX 1.0; ml_dtypes' README; bitsandbytes; ggml); no code is
+shared with the library.
 """
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
-
-POWER = {True: lambda e: Fraction(1 << e), False: lambda e: Fraction(1, 1 << -e)}
 
 
 def power(e):
     """2^e."""
-    return POWER[e >= 0](e)
+    return Fraction(1 << e) if e >= 0 else Fraction(1, 1 << -e)
 
 
 def floats(exponent, mantissa, bias, *, signed=True, negative_zero=True, finite=None, leading=False):
-    """``{code: number}`` of the finite numbers of a float; ``finite``: how many codes without the sign bit are finite."""
+    """``{code: number}`` of the finite numbers of a float; ``finite``: how many codes there are of one sign."""
     numbers = {}
     count = 1 << (exponent + mantissa)
     for code in range(count if finite is None else finite):
@@ -34,8 +33,6 @@ def floats(exponent, mantissa, bias, *, signed=True, negative_zero=True, finite=
 
 def single(value):
     """A decimal rounded to float32."""
-    import struct
-
     return Fraction(struct.unpack("f", struct.pack("f", value))[0])
 
 
@@ -86,7 +83,14 @@ BLOCK_FORMATS = {
 }
 """``{MX format: element}``: blocks of 32, scales of type e8m0."""
 
-MANTISSA = {"float8_e4m3fn": 3, "float8_e5m2": 2, "float6_e2m3fn": 3, "float6_e3m2fn": 2, "float4_e2m1fn": 1, "mxint8": 6}
+MANTISSA = {
+    "float8_e4m3fn": 3,
+    "float8_e5m2": 2,
+    "float6_e2m3fn": 3,
+    "float6_e3m2fn": 2,
+    "float4_e2m1fn": 1,
+    "mxint8": 6,
+}
 
 SCALES = {
     "float16": floats(5, 10, 15, finite=0x7C00, signed=False),
@@ -108,7 +112,8 @@ SCALE_NAN = {
 
 BITS = {
     **{name: int(name.lstrip("uint")) for name in INTEGERS if name[-1].isdigit() and name != "mxint8"},
-    **{"ternary": 2, "mxint8": 8},
+    "ternary": 2,
+    "mxint8": 8,
     **{name: int(name[5]) for name in FLOATS},
     **dict.fromkeys(CODEBOOKS, 4),
 }

@@ -52,7 +52,7 @@ def _function(f: Any) -> Any:
     return call
 
 
-_BINARY = ("add", "sub", "mul", "truediv", "and", "or")
+_BINARY = ("add", "sub", "mul", "truediv", "and", "or", "xor")
 _OTHERS = ("lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne", "neg", "invert")
 for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS):
     setattr(Array, f"__{_name}__", _function(getattr(np.ndarray, f"__{_name}__")))
