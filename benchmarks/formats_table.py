@@ -220,8 +220,8 @@ def draw_sqnr(path: Path) -> None:
 
 LABELS = {
     "int2": (6, -10), "int3": (6, -12), "int5": (-26, 4), "int6": (-26, 4), "int7": (-26, 4), "int8": (-26, 4),
-    "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8), "float8_e5m2": (16, -10),
-    "mxint8": (10, -12),
+    "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8),
+    "float8_e5m2": (16, -10), "mxint8": (10, -12),
 }  # fmt: skip
 LABELS_OF_FOUR = {
     "nf4": (7, 0), "iq4_nl": (7, -5), "int4": (7, -5), "nvfp4": (-36, 3), "float4_e2m1fn": (7, -4), "bnb_fp4": (7, -4),
