@@ -208,7 +208,8 @@ def draw_sqnr(path: Path) -> None:
 
 LABELS = {
     "int2": (6, -10), "int3": (6, -12), "int5": (-26, 4), "int6": (-26, 4), "int7": (-26, 4), "int8": (-26, 4),
-    "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8), "float8_e5m2": (16, -10),
+    "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8),
+    "float8_e5m2": (16, -10),
     "mxint8": (10, -12),
 }  # fmt: skip
 LABELS_OF_FOUR = {
