@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons check bench bench-formats mismatches clean
+.PHONY: demo test exhaustive pythons check bench bench-formats formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -34,6 +34,9 @@ check: $(READY)  ## lint, format, types
 
 mismatches: $(READY)  ## the table of mismatching bits, backends across, cases down
 	$(BIN)/python benchmarks/mismatches.py
+
+formats: $(READY)  ## tables and pictures of the number formats, written into README.md and docs/
+	$(BIN)/python benchmarks/formats_table.py --write
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py

@@ -138,7 +138,7 @@ def calls_of_formats():
     integers = [f"int{k}" for k in range(2, 8)]
     mx = [name for name in FORMATS if name.startswith("mx")]
     kept = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
-    four = ("int4", "float8_e4m3fn", "nf4", "mxfp4")
+    four = ("int4", "float8_e4m3fn", "float4_e2m1fn", "nf4")
     own = Codebook("seven", (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)), Float("float5_e2m2", 2, 2, bias=1, max=7.0)
     rows = {
         "integers of 2 to 7 bits, ternary": [(n, {}) for n in (*integers, "ternary")],
@@ -147,7 +147,7 @@ def calls_of_formats():
         "floats of 4 and 6 bits": [(n, {}) for n in FORMATS if n.startswith(("float4", "float6"))],
         "codebooks": [(n, {}) for n, form in FORMATS.items() if isinstance(form.element, Codebook)],
         ", ".join(mx): [(n, {}) for n in mx],
-        "mxfp4, scales by ceil, even, rceil": [("mxfp4", {"scale_mode": m}) for m in ("ceil", "even", "rceil")],
+        "mxfp4, scales by even, rceil": [("mxfp4", {"scale_mode": m}) for m in ("even", "rceil")],
         "nvfp4": [("nvfp4", {})],
         f"int4, scales in {', '.join(kept)}": [("int4", {"scale_dtype": k}) for k in kept],
         "offsets: int4, uint4, int8": [(n, {"scheme": "affine", "offset": "data"}) for n in ("int4", "uint4", "int8")],
@@ -418,8 +418,10 @@ these, against exact arithmetic too.
 
 ## aqt_lite
 
-Codes, scales, zero points and dequantized values, in both schemes; for `linear`, outputs. `mode="fast"` is each
-library's own sum and makes no promise: it stands here to show what `mode="reproducible"` gives.
+Codes, scales, zero points and dequantized values, in both schemes; for `linear`, outputs. Of formats ([formats.md](formats.md)),
+in groups of 32 unless they have their own: normal numbers, numbers of many magnitudes, and near ties of their own grids; kept
+scales, offsets and packed bytes are compared, too. `mode="fast"` is each library's own sum and makes no promise: it
+stands here to show what `mode="reproducible"` gives.
 
 {ours}
 
@@ -434,6 +436,22 @@ q = clip(round(x / scale), -127, 127)  # symmetric
 scale = (max(x) - min(x)) / 255
 zero_point = round(-128 - min(x) / scale)
 q = clip(round(x / scale + zero_point), -128, 127)  # affine
+```
+
+And for formats, in groups of 32:
+
+```python
+scale = max(abs(x)) / 448
+q = clip(x / scale, -448, 448).astype(float8_e4m3fn)  # each library's own cast
+
+q = argmin(abs(x / max(abs(x)) - nf4_numbers))  # or x * (1 / max(abs(x)))
+
+scale = exp2(floor(log2(max(abs(x)))) - 2)
+q = argmin(abs(x / scale - e2m1_numbers))  # mxfp4
+
+one = max(abs(all x)) / (448 * 6)
+scale = (max(abs(x)) / 6 / one).astype(float8_e4m3fn) * one
+q = argmin(abs(x / scale - e2m1_numbers))  # nvfp4
 ```
 
 Codes (before the cast to integers), scales and zero points are compared, -0 equal to 0 and NaN to NaN.
