@@ -117,7 +117,7 @@ class ArrayShapes:
 
     def __len__(self: QArray) -> int:  # type: ignore[misc]
         if not self.shape:
-            raise TypeError("len() of a 0-dimensional QArray")
+            raise TypeError("len() of a 0-dimensional QArray; an array of its values is q.dequantize()")
         return self.shape[0]
 
     def __iter__(self: QArray) -> Iterator[QArray]:  # type: ignore[misc]

@@ -363,7 +363,8 @@ KINDS = [
     ("float8_e4m3fn", {"scale_dtype": "float8_e8m0fnu"}),
 ]
 KIND = pytest.mark.parametrize(("dtype", "how"), KINDS, ids=str)
-LAYOUT = pytest.mark.parametrize("layout", [lambda q: q, QArray.for_dense, QArray.unpacked], ids=str)
+LAYOUTS = {"packed": lambda q: q, "for dense": QArray.for_dense, "unpacked": QArray.unpacked}
+LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 def array_of(q):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -11,7 +13,18 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dequantize, fake_quantize, linear, quantize
+from aqt_lite import (
+    Codebook,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QArray,
+    dequantize,
+    fake_quantize,
+    linear,
+    quantize,
+)
 from aqt_lite.testing import assert_same_bits
 
 pytestmark = [
@@ -326,3 +339,285 @@ def test_meta_tensors_have_shapes_and_no_values():
     assert repr(q).endswith("torch, traced)")
     with pytest.raises(TypeError, match="inside a traced function"):
         q.to_backend("numpy")
+
+
+# ---- autocast
+
+
+AUTOCAST_FORMATS = [
+    {"granularity": PerChannel(0)},
+    {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(4)},
+    {"dtype": "nf4", "granularity": PerGroup(4)},
+]
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("how", AUTOCAST_FORMATS, ids=lambda how: how.get("dtype", "int8"))
+def test_products_under_autocast_compute_as_without_it(how, backend):
+    w = quantize(data(24, 40, seed=1), **how)
+
+    def results(enabled, inside):
+        x, scale = data(16, 40).requires_grad_(), w.scale.clone().requires_grad_()
+        q = dataclasses.replace(w, scale=scale, trainable=True)
+        f = linear if backend is None else whole(linear, backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = f(x, q)
+            if inside:
+                y.square().sum().backward()
+        if not inside:
+            y.square().sum().backward()
+        return y.detach(), x.grad, scale.grad
+
+    for inside in (False, True):
+        for got, expected in zip(results(True, inside), results(False, inside), strict=True):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+# ---- any number of rows
+
+
+FORMATS = {
+    "int8": {"granularity": PerChannel(0)},
+    "groups": {"granularity": PerGroup(8)},
+    "ragged": {"granularity": PerGroup(12)},
+    "uint8": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(8)},
+    "int4": {"dtype": "int4", "granularity": PerGroup(8)},
+    "uint4": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(8)},
+    "nf4": {"dtype": "nf4", "granularity": PerGroup(8)},
+    "fp8": {"dtype": "float8_e4m3fn", "granularity": PerChannel(0)},
+    "mxfp4": {"dtype": "mxfp4"},
+    "nvfp4": {"dtype": "nvfp4"},
+    "float16 scales": {"dtype": "int4", "granularity": PerGroup(8), "scale_dtype": "float16"},
+    "offset": {"dtype": "int4", "scheme": "affine", "offset": "data", "granularity": PerGroup(8)},
+    "codebook": {"dtype": Codebook("torch_test_7", (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)), "granularity": PerGroup(8)},
+}
+of_each_format = pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def modes_of(w):
+    for mode in ("fast", "reproducible"):
+        with contextlib.suppress(ValueError):  # reproducible products are not of every format
+            linear(torch.ones(1, w.shape[1]), w, mode=mode)
+            yield mode
+
+
+@of_each_format
+def test_one_exported_program_serves_any_number_of_rows(how):
+    w, x = quantize(data(24, 40, seed=1), **how), data(6, 40)
+    functions = [lambda x, mode=mode: linear(x, w, mode=mode) for mode in modes_of(w)]
+    functions.append(lambda x: quantize(x, **how).dequantize())
+    for f in functions:
+        n = torch.export.Dim("n", min=2, max=1 << 16)
+        run = torch.export.export(Calls(f), (x,), dynamic_shapes={"x": {0: n}}).module()
+        for rows in (2, 7, 9, 70):
+            torch.testing.assert_close(run(data(rows, 40)), f(data(rows, 40)), rtol=1e-5, atol=1e-4)
+
+
+def test_export_finds_out_by_itself_that_any_number_of_rows_will_do():
+    f = Calls(lambda x: linear(x, W, mode="reproducible") + linear(x, W) + quantize(x).dequantize()[:, :5])
+    auto = {"x": {0: torch.export.Dim.AUTO}}
+    (limits,) = torch.export.export(f, (X,), dynamic_shapes=auto).range_constraints.values()
+    assert limits.lower <= 2
+    assert limits.upper > 1 << 20
+
+
+def test_group_weights_of_two_shapes_in_one_compiled_function():
+    small, large = (quantize(data(n, 40, seed=n), granularity=PerGroup(12)) for n in (5, 9))
+    x = data(6, 40)
+    compiled = whole(lambda x, a, b: (linear(x, a), linear(x, b)))
+    for _ in range(2):  # the second time lengths are symbols
+        for got, expected in zip(compiled(x, small, large), (linear(x, small), linear(x, large)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        small, large = large, small
+
+
+# ---- formats
+
+
+@of_each_format
+def test_every_format_compiled(how):
+    x = data(24, 40, seed=1)
+    q = quantize(x, **how)
+    compiled = whole(lambda x: (quantize(x, **how), fake_quantize(x, **how)))(x)
+    assert_same_bits(compiled[0], q)
+    assert_same_bits(compiled[1], q.dequantize())
+    assert_same_bits(whole(dequantize)(q), q.dequantize())
+    for mode in modes_of(q):
+        y = whole(lambda x, mode=mode: linear(x, q, mode=mode))(data(6, 40))
+        torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
+
+
+@of_each_format
+def test_every_format_has_gradients(how):
+    w = quantize(data(24, 40, seed=1), **how)
+    for mode in modes_of(w):
+        x = data(6, 40).requires_grad_()
+        linear(x, w, mode=mode).sum().backward()
+        torch.testing.assert_close(x.grad, torch.ones(6, 24) @ w.dequantize(), rtol=1e-4, atol=1e-4)
+    v = data(24, 40, seed=1).requires_grad_()
+    fake_quantize(v, **how).sum().backward()
+    assert set(v.grad.unique().tolist()) <= {0.0, 1.0}
+    assert v.grad.mean() > 0.8
+
+
+@of_each_format
+def test_every_format_is_mapped_over_saved_and_taken_apart(how):
+    x = data(24, 40, seed=1)
+    q, xs = quantize(x, **how), torch.stack([x, x * 3])
+    stacked = torch.func.vmap(lambda v: quantize(v, **how))(xs)
+    assert_same_bits(stacked[1], quantize(xs[1], **how))
+    assert_same_bits(torch.func.vmap(dequantize)(stacked)[1], stacked[1].dequantize())
+    for weights_only in (True, False):
+        file = io.BytesIO()
+        torch.save({"w": q}, file)
+        file.seek(0)
+        assert_same_bits(torch.load(file, weights_only=weights_only)["w"], q)
+    assert_same_bits(copy.deepcopy(q), q)
+    leaves, structure = pytree.tree_flatten(q)
+    again = pytree.treespec_loads(pytree.treespec_dumps(structure))
+    assert again == structure
+    assert_same_bits(pytree.tree_unflatten(leaves, again), q)
+
+
+@of_each_format
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_leaves_that_were_converted_are_refused_by_name(how, dtype):
+    q = quantize(data(24, 40, seed=1), **how)
+    all_converted = pytree.tree_map(lambda t: t.to(dtype), q)
+    for use in (dequantize, lambda q: linear(data(6, 40), q)):
+        with pytest.raises(TypeError, match=r"dtype b?float16"):
+            use(all_converted)
+        if not isinstance(q.scale, QArray):
+            floats = pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, q)
+            with pytest.raises(TypeError, match=r"this QArray's scale has dtype b?float16, but it is kept as float32"):
+                use(floats)
+
+
+def test_a_weight_that_changes_after_its_first_product_is_looked_at_again():
+    q = quantize(data(5, 8), granularity=PerChannel(0))
+    linear(X, q)
+    q.scale.data = q.scale.half()
+    with pytest.raises(TypeError, match="this QArray's scale has dtype float16"):
+        linear(X, q)
+    q = quantize(data(5, 8), granularity=PerChannel(0))
+    linear(X, q)
+    q.scale.requires_grad_()
+    assert not linear(X, q).requires_grad  # scales are constants unless they are said to be trainable
+
+
+def test_what_torch_would_make_of_a_qarray_says_what_to_do_or_works():
+    q, module = quantize(data(8, 5), "int4", granularity=PerGroup(5)), torch.nn.Module()
+    torch.testing.assert_close(X @ q, X @ q.dequantize(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="not QArray"):
+        torch.matmul(X, q)
+    with pytest.raises(TypeError, match=r"cannot assign .*QArray"):
+        module.register_buffer("w", q)
+    with pytest.raises(AttributeError, match=r"q.storage, q.scale, q.zero_point are its parts"):
+        torch.nn.Parameter(q)
+    with pytest.raises((TypeError, ValueError), match="QArray"):
+        torch.as_tensor(q)
+    with pytest.raises(TypeError, match=r"write q.dequantize\(\)"):
+        X * q
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared, and a trace has one shape
+def test_a_trace_records_fast_products_and_refuses_what_reads_bits():
+    traced = torch.jit.trace(lambda x: linear(x, W), X)
+    torch.testing.assert_close(traced(X + 1), linear(X + 1, W), rtol=1e-5, atol=1e-5)
+    for f in (lambda x: linear(x, W, mode="reproducible"), lambda x: quantize(x).dequantize()):
+        with pytest.raises(NotImplementedError, match=r"torch.jit.trace cannot record this.* Use torch.export.export"):
+            torch.jit.trace(f, X)
+
+
+# ---- memory
+
+
+def freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut(t):
+    t = t.clone()
+    t.untyped_storage().resize_(t.nbytes // 2)
+    return t
+
+
+@pytest.mark.parametrize("take_away", [freed, cut])
+@pytest.mark.parametrize("shape", [(24, 40), (600, 512)], ids=str)
+def test_tensors_that_lost_their_storage_are_refused(shape, take_away):
+    w, x, bias = data(*shape), data(3, shape[1]), data(shape[0])
+    q = quantize(w, "uint8", scheme="affine", granularity=PerChannel(0))
+    for name in ("storage", "scale", "zero_point"):
+        bad = dataclasses.replace(q, **{name: take_away(getattr(q, name))})
+        for use in (dequantize, lambda q: linear(x, q), lambda q: linear(x, q, mode="reproducible"), lambda q: q[:8]):
+            with pytest.raises(TypeError, match=f"this QArray's {name} has shape .* its storage was freed or cut"):
+                use(bad)
+        assert "freed or cut" in repr(bad)
+    bad = dataclasses.replace(quantize(w, "int4"), storage=take_away(quantize(w, "int4").storage))
+    with pytest.raises(TypeError, match="freed or cut"):
+        bad.unpacked()
+    refused = [
+        lambda: quantize(take_away(w)),
+        lambda: fake_quantize(take_away(w)),
+        lambda: linear(take_away(x), q),
+        lambda: linear(x, q, take_away(bias)),
+        lambda: QArray.from_codes(take_away(q.qvalue.view(torch.int8)), 1.0),
+    ]
+    for f in refused:
+        with pytest.raises(TypeError, match="freed or cut"):
+            f()
+    with pytest.raises(ValueError, match="freed or cut"):
+        quantize(w, scale=freed(torch.full((1, 1), 0.5)))
+
+
+def test_storage_that_is_freed_after_a_first_product():
+    q = quantize(data(24, 40), granularity=PerChannel(0))
+    q = dataclasses.replace(q, storage=q.storage.clone())
+    linear(data(1, 40), q)
+    q.storage.data = freed(q.storage)
+    with pytest.raises(ValueError, match="freed or cut"):
+        linear(data(1, 40), q)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def misaligned(t):
+    raw = torch.empty(t.nbytes + 1, dtype=torch.uint8)
+    there = torch.frombuffer(memoryview(raw.numpy())[1:], dtype=t.dtype).reshape(t.shape)
+    return there.copy_(t)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (600, 512)], ids=str)
+@pytest.mark.parametrize(
+    "place",
+    [
+        misaligned,
+        lambda t: t.clone().share_memory_(),
+        lambda t: torch.nn.Parameter(t.clone(), requires_grad=False),
+        lambda t: t.T.contiguous().T,
+        lambda t: t.as_subclass(Subclass),
+    ],
+    ids=["misaligned", "shared", "parameter", "transposed", "subclass"],
+)
+def test_wherever_tensors_lie(place, shape):
+    w, x = data(*shape), data(3, shape[1])
+    q = quantize(w, "uint8", scheme="affine", granularity=PerChannel(0))
+    assert_same_bits(quantize(place(w), "uint8", scheme="affine", granularity=PerChannel(0)), q)
+    moved = q._with_each(place)
+    assert_same_bits(dequantize(moved), dequantize(q))
+    torch.testing.assert_close(linear(place(x), moved).as_subclass(torch.Tensor), linear(x, q), rtol=1e-5, atol=1e-3)
+    assert_same_bits(linear(place(x), moved, mode="reproducible"), linear(x, q, mode="reproducible"))

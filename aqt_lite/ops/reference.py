@@ -170,10 +170,7 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     """
     (rows, k), n = x.shape, w.codes.shape[1 - contract]
     scales: Array = w.scale
-    outer, inner = (
-        spec.block[1 - d] if blocks > 1 else None
-        for d, blocks in ((contract, scales.shape[0]), (1 - contract, scales.shape[1]))
-    )
+    outer, inner = (spec.block[d] if scales.shape[d] > 1 else None for d in (1 - contract, contract))
     if outer is not None and outer != 1:  # columns share scales: one for each, so that any of them may go by themselves
         w = w._replace(scale=_per_column(scales, n, outer, contract, b))
         if w.zero_point is not None:

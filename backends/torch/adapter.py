@@ -62,7 +62,8 @@ class TorchBackend(Backend):
         return bool(x.device == y.device)  # known even where values are not
 
     def is_traced(self, x: Array) -> bool:
-        return torch.compiler.is_compiling() or has_no_values(x)
+        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return recording or has_no_values(x)
 
     def why_unusable(self, x: Array) -> str | None:
         if x.layout != torch.strided:
@@ -143,8 +144,7 @@ def _bitcast(x: Array, dtype: Any) -> Array:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise NotImplementedError(
             "torch.jit.trace cannot record this: it has no operator that reads a float's bits, which quantization and "
-            "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it can "
-            "record"
+            "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it records"
         )
     return x.view(dtype)
 
@@ -173,8 +173,7 @@ def without_memory(x: Array) -> str:
     """What is wrong with a tensor without its memory."""
     return (
         f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as "
-        "FSDP "
-        f"does between uses): gather its values first"
+        f"FSDP does between uses): gather its values first"
     )
 
 
