@@ -237,8 +237,8 @@ class Float(ElementType):
     def __post_init__(self) -> None:
         if self.exponent < 1 or self.mantissa < 0 or not (2 <= self.bits <= 8 or self.bits == 16):
             raise ValueError(
-                f"Float({self.name!r}): exponent={self.exponent}, mantissa={self.mantissa}: give one bit of exponent or "
-                f"more, and with the sign 2 to 8 bits, or 16"
+                f"Float({self.name!r}): exponent={self.exponent}, mantissa={self.mantissa}: give one bit of exponent "
+                f"or more, and with the sign 2 to 8 bits, or 16"
             )
         fraction, e = math.frexp(self.max) if 0 < self.max < math.inf else (0.0, 0)
         whole = math.ldexp(fraction, self.mantissa + 1)
