@@ -198,7 +198,10 @@ def draw_sqnr(path: Path) -> None:
         every.plot(bits, db, "o-", markersize=3, **style)
         if form.element.bits == 4:
             four.plot(bits, db, "o-", markersize=5, **style)
-        for ax, labels, at in ((every, LABELS, len(bits) // 2), (four, LABELS_OF_FOUR, -1)):
+        for ax, labels, at in (
+            (every, LABELS, len(bits) // 2),
+            (four, LABELS_OF_FOUR, max(i for i, n in enumerate(bits) if n < 5.6)),
+        ):
             if form.name in labels:
                 ax.annotate(form.name, (bits[at], db[at]), labels[form.name], textcoords="offset points", fontsize=9)
     for ax in panels:
@@ -225,7 +228,7 @@ LABELS = {
 }  # fmt: skip
 LABELS_OF_FOUR = {
     "nf4": (7, 0), "iq4_nl": (7, -5), "int4": (7, -5), "nvfp4": (-36, 3), "float4_e2m1fn": (7, -4), "bnb_fp4": (7, -4),
-    "mxfp4": (8, -3), "uint4": (-138, -28),
+    "mxfp4": (8, -3), "uint4": (-10, 8),
 }  # fmt: skip
 """Where labels stand, in points from a point of the format."""
 
