@@ -200,7 +200,7 @@ def draw_sqnr(path: Path) -> None:
             four.plot(bits, db, "o-", markersize=5, **style)
         for ax, labels, at in (
             (every, LABELS, len(bits) // 2),
-            (four, LABELS_OF_FOUR, max(i for i, n in enumerate(bits) if n < 5.6)),
+            (four, LABELS_OF_FOUR, max(i for i, n in enumerate(bits) if n < 5.6 or i == 0)),
         ):
             if form.name in labels:
                 ax.annotate(form.name, (bits[at], db[at]), labels[form.name], textcoords="offset points", fontsize=9)
