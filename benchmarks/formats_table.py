@@ -18,7 +18,7 @@ import aqt_lite
 from aqt_lite import PerChannel, PerGroup
 from aqt_lite._registry import get_backend
 from aqt_lite.elements import Codebook, Float, Integer
-from aqt_lite.formats import FORMATS, Format
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "docs" / "formats.md")
@@ -69,6 +69,7 @@ def tables() -> dict[str, str]:
     short = [0, 1, 2, 5, 6, 7, 8, 9]
     return {
         "formats": markdown(head, list(rows.values())),
+        "floats": markdown(["", "exponent", "mantissa", "bias", "infinity", "NaN", "−0"], float_rows()),
         "some formats": markdown([head[i] for i in short], [[rows[name][i] for i in short] for name in SHOWN]),
         "names of formats": "\n".join(f"- {family}: {', '.join(names)}" for family, names in families().items()),
     }
@@ -96,6 +97,21 @@ def row(form: Format, cost: Measured) -> list[str]:
         f"{cost.sqnr_db:.1f}",
         "yes" if element.unit is not None and element.bits <= 8 else "no",
     ]
+
+
+def float_rows() -> list[list[str]]:
+    """What distinguishes the floats of few bits, and those that scales are kept in."""
+    forms = [*BUILT_IN, *SCALE_FORMATS.values()]
+    floats = {form.element.name: form.element for form in forms if isinstance(form.element, Float)}
+    return [
+        [f"`{e.name}`", str(e.exponent), str(e.mantissa), str(e.bias)]
+        + [code(e.infinity), code(e.nan), "yes" if e.signed and e.negative_zero else "no"]
+        for e in floats.values()
+    ]
+
+
+def code(value: int | None) -> str:
+    return "no" if value is None else f"{value:#x}"
 
 
 def number(value: float) -> str:
