@@ -95,7 +95,7 @@ def row(form: Format, cost: Measured) -> list[str]:
         "any" if form.group is None else str(form.group),
         f"{cost.bytes:.5f}".rstrip("0"),
         f"{cost.sqnr_db:.1f}",
-        "yes" if element.unit is not None and element.bits <= 8 else "no",
+        yes(element.unit is not None and element.bits <= 8),
     ]
 
 
@@ -104,10 +104,19 @@ def float_rows() -> list[list[str]]:
     forms = [*BUILT_IN, *SCALE_FORMATS.values()]
     floats = {form.element.name: form.element for form in forms if isinstance(form.element, Float)}
     return [
-        [f"`{e.name}`", str(e.exponent), str(e.mantissa), str(e.bias)]
-        + [code(e.infinity), code(e.nan), "yes" if e.signed and e.negative_zero else "no"]
+        [
+            f"`{e.name}`",
+            *map(str, (e.exponent, e.mantissa, e.bias)),
+            code(e.infinity),
+            code(e.nan),
+            yes(e.negative_zero and e.signed),
+        ]
         for e in floats.values()
     ]
+
+
+def yes(so: bool) -> str:
+    return "yes" if so else "no"
 
 
 def code(value: int | None) -> str:
