@@ -136,7 +136,8 @@ class _Ready(NamedTuple):
 
 def _state(w: QArray) -> tuple[Any, ...]:
     """What may change of arrays under one's hands (``t.data = ...``)."""
-    codes, scale, zero = w.storage, w.scale, w.zero_point
+    codes, zero = w.storage, w.zero_point
+    scale: Any = w.scale
     return (
         codes.dtype, codes.shape, scale.dtype, scale.shape, None if zero is None else (zero.dtype, zero.shape)
     )  # fmt: skip

@@ -196,5 +196,5 @@ def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
 def arrays_in(tree: Any) -> list[Array]:
     """The arrays of nested tuples."""
     found: list[Array] = []
-    on_each(found.append, tree)  # type: ignore[arg-type]
+    on_each(found.append, tree)
     return found
