@@ -285,7 +285,7 @@ def _without_derivatives(
 
 
 def _dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
-    """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for blocks that it has not."""
+    """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for other blocks."""
     scale: Any = w.scale
     zero = w.zero_point
     along = [axis for axis, n in enumerate(scale.shape) if n > 1]
