@@ -144,6 +144,12 @@ class Integer(ElementType):
     narrow: bool = False
     """Whether the smallest code of a signed type, which has no opposite, is left out."""
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"Integer({self.name!r}): bits={self.bits}: give 2 to 16")
+        if not (0 < self.step < math.inf and math.frexp(self.step)[0] == 0.5):
+            raise ValueError(f"Integer({self.name!r}): step={self.step}: give a power of two; a scale does the rest")
+
     @property
     def storage(self) -> str:  # type: ignore[override]
         return f"{'' if self.signed else 'u'}int{8 if self.bits <= 8 else 16}"
@@ -227,6 +233,20 @@ class Float(ElementType):
     """The code of infinity, where there is one. It is read, never made."""
     nan: int | None = None
     """A code of NaN. It is made where these numbers are scales, of blocks that cannot be used."""
+
+    def __post_init__(self) -> None:
+        if self.exponent < 1 or self.mantissa < 0 or not (2 <= self.bits <= 8 or self.bits == 16):
+            raise ValueError(
+                f"Float({self.name!r}): exponent={self.exponent}, mantissa={self.mantissa}: give one bit of exponent "
+                f"or more, and with the sign 2 to 8 bits, or 16"
+            )
+        fraction, e = math.frexp(self.max) if 0 < self.max < math.inf else (0.0, 0)
+        whole = math.ldexp(fraction, self.mantissa + 1)
+        if not fraction or whole != int(whole) or not self.lowest <= e - 1 < (1 << self.exponent) - self.bias:
+            raise ValueError(
+                f"Float({self.name!r}): max={self.max} is no number of {self.exponent} bits of exponent with bias "
+                f"{self.bias} and {self.mantissa} of mantissa: give its largest, (1 + fraction) * 2^exponent"
+            )
 
     @property
     def bits(self) -> int:  # type: ignore[override]

@@ -59,6 +59,14 @@ class Format:
     top: Top = "largest"
     scale_rounding: Rounding = "up"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.element, ElementType):
+            raise TypeError(f"Format({self.name!r}): element={self.element!r}: give an Integer, a Float or a Codebook")
+        if not (self.scale is None or isinstance(self.scale, Format)):
+            raise TypeError(f"Format({self.name!r}): scale={self.scale!r}: give a Format, or None for plain numbers")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"Format({self.name!r}): group={self.group}: give 1 or more, or None for all elements")
+
     @property
     def granularity(self) -> Granularity:
         """Which elements share a scale where nothing else is asked for."""

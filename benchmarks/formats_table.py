@@ -18,7 +18,7 @@ import aqt_lite
 from aqt_lite import PerChannel, PerGroup
 from aqt_lite._registry import get_backend
 from aqt_lite.elements import Codebook, Float, Integer
-from aqt_lite.formats import FORMATS, Format
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "docs" / "formats.md")
@@ -69,6 +69,7 @@ def tables() -> dict[str, str]:
     short = [0, 1, 2, 5, 6, 7, 8, 9]
     return {
         "formats": markdown(head, list(rows.values())),
+        "floats": markdown(["", "exponent", "mantissa", "bias", "infinity", "NaN", "−0"], float_rows()),
         "some formats": markdown([head[i] for i in short], [[rows[name][i] for i in short] for name in SHOWN]),
         "names of formats": "\n".join(f"- {family}: {', '.join(names)}" for family, names in families().items()),
     }
@@ -94,8 +95,32 @@ def row(form: Format, cost: Measured) -> list[str]:
         "any" if form.group is None else str(form.group),
         f"{cost.bytes:.5f}".rstrip("0"),
         f"{cost.sqnr_db:.1f}",
-        "yes" if element.unit is not None and element.bits <= 8 else "no",
+        yes(element.unit is not None and element.bits <= 8),
     ]
+
+
+def float_rows() -> list[list[str]]:
+    """What distinguishes the floats of few bits, and those that scales are kept in."""
+    forms = [*BUILT_IN, *SCALE_FORMATS.values()]
+    floats = {form.element.name: form.element for form in forms if isinstance(form.element, Float)}
+    return [
+        [
+            f"`{e.name}`",
+            *map(str, (e.exponent, e.mantissa, e.bias)),
+            code(e.infinity),
+            code(e.nan),
+            yes(e.negative_zero and e.signed),
+        ]
+        for e in floats.values()
+    ]
+
+
+def yes(so: bool) -> str:
+    return "yes" if so else "no"
+
+
+def code(value: int | None) -> str:
+    return "no" if value is None else f"{value:#x}"
 
 
 def number(value: float) -> str:
@@ -122,6 +147,18 @@ def filled(text: str, found: dict[str, str]) -> str:
             before, _, rest = text.partition(begin)
             text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def hold() -> None:
+    """AssertionError where a file has other tables, or lacks one or a format."""
+    found = tables()
+    for path in FILES:
+        text = path.read_text()
+        assert "| `nvfp4` |" in text, f"no table in {path.name}"
+        assert filled(text, found) == text, f"{path.name} is not what the records say: run make formats"
+    for form in BUILT_IN:
+        assert f"| `{form.name}` |" in found["formats"], form.name
+        assert f"`{form.name}`" in found["names of formats"], form.name
 
 
 # ---- pictures
@@ -186,7 +223,10 @@ def draw_sqnr(path: Path) -> None:
         every.plot(bits, db, "o-", markersize=3, **style)
         if form.element.bits == 4:
             four.plot(bits, db, "o-", markersize=5, **style)
-        for ax, labels, at in ((every, LABELS, len(bits) // 2), (four, LABELS_OF_FOUR, -1)):
+        for ax, labels, at in (
+            (every, LABELS, len(bits) // 2),
+            (four, LABELS_OF_FOUR, max(i for i, n in enumerate(bits) if n < 5.6 or i == 0)),
+        ):
             if form.name in labels:
                 ax.annotate(form.name, (bits[at], db[at]), labels[form.name], textcoords="offset points", fontsize=9)
     for ax in panels:
@@ -209,12 +249,11 @@ def draw_sqnr(path: Path) -> None:
 LABELS = {
     "int2": (6, -10), "int3": (6, -12), "int5": (-26, 4), "int6": (-26, 4), "int7": (-26, 4), "int8": (-26, 4),
     "int16": (-34, 2), "float6_e2m3fn": (16, -16), "float6_e3m2fn": (16, -16), "float8_e4m3fn": (16, -8),
-    "float8_e5m2": (16, -10),
-    "mxint8": (10, -12),
+    "float8_e5m2": (16, -10), "mxint8": (10, -12),
 }  # fmt: skip
 LABELS_OF_FOUR = {
     "nf4": (7, 0), "iq4_nl": (7, -5), "int4": (7, -5), "nvfp4": (-36, 3), "float4_e2m1fn": (7, -4), "bnb_fp4": (7, -4),
-    "mxfp4": (8, -3), "uint4": (-138, -28),
+    "mxfp4": (8, -3), "uint4": (-10, 8),
 }  # fmt: skip
 """Where labels stand, in points from a point of the format."""
 

@@ -420,8 +420,8 @@ these, against exact arithmetic too.
 
 Codes, scales, zero points and dequantized values, in both schemes; for `linear`, outputs. Of formats
 ([formats.md](formats.md)), in groups of 32 unless they have their own: normal numbers, numbers of many magnitudes, and
-near ties of their own grids; kept scales, offsets and packed bytes are compared, too. `mode="fast"` is each library's own
-sum and makes no promise: it stands here to show what `mode="reproducible"` gives.
+near ties of their own grids; kept scales, offsets and packed bytes are compared, too. `mode="fast"` is each library's
+own sum and makes no promise: it stands here to show what `mode="reproducible"` gives.
 
 {ours}
 

@@ -15,21 +15,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def script(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_tables_are_those_of_the_recorded_run(page):
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = script("tables")
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
     text = (ROOT / page).read_text()
     assert "x | " in text, "no table in the page"
     assert tables.filled(text, results) == text, "run python benchmarks/tables.py --write"
 
 
+def test_tables_of_formats_are_what_the_records_say():
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import formats_table as t; t.hold()"
+    run_in_a_fresh_interpreter(code)  # other tests register formats
+
+
 CHECKS = [
     "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
     "assert np.abs(field_again - field).max() <= q.scale.max() and 4 * q.nbytes < 1.1 * field.nbytes",
     "assert q.backend == 'torch' and y.shape == (4, 256)",
+    "assert q.nbytes / w.size == 0.5625 and y.shape == (4, 256) and seven.bits == 3",
 ]
 """What holds after each block of the README."""
 
@@ -49,6 +61,15 @@ def test_the_code_of_the_readme_runs_as_pasted():
     for part in parts:
         run_in_a_fresh_interpreter(part)
     assert "SQNR" in run_in_a_fresh_interpreter("".join(parts))
+
+
+def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
+    text = (ROOT / "docs" / "formats.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks))
+    assert "float16 4.5 " in printed
+    assert "['0xe1', '0x7'] [ 1 -2  7]" in printed
+    assert printed.split()[-4:] == ["seven", "float5_e2m2", "int12", "bfloat16"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

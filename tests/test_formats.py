@@ -468,3 +468,24 @@ def test_nothing_outside_the_table_asks_for_the_name_of_a_format():
 def test_formats_are_hashable_and_their_records_compare():
     assert len({*FORMATS.values()}) == len(FORMATS)
     assert all(isinstance(form, Format) for form in FORMATS.values())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: aqt_lite.Integer("int1", 1, True), "bits=1"),
+        (lambda: aqt_lite.Integer("int40", 40, True), "bits=40"),
+        (lambda: aqt_lite.Integer("thirds", 4, True, step=0.3), "step=0.3"),
+        (lambda: aqt_lite.Float("fixed", 0, 3, bias=1, max=1.0), "exponent=0"),
+        (lambda: aqt_lite.Float("wide", 5, 6, bias=15, max=1.0), "exponent=5, mantissa=6"),
+        (lambda: aqt_lite.Float("beyond", 2, 2, bias=1, max=100.0), "max=100.0"),
+        (lambda: aqt_lite.Float("between", 2, 2, bias=1, max=6.5), "max=6.5"),
+        (lambda: aqt_lite.Float("none", 2, 2, bias=1, max=0.0), "max=0.0"),
+        (lambda: aqt_lite.Format("nothing", "int4"), "element='int4'"),
+        (lambda: aqt_lite.Format("scales", FORMATS["int4"].element, scale="float16"), "scale='float16'"),
+        (lambda: aqt_lite.Format("groups", FORMATS["int4"].element, group=0), "group=0"),
+    ],
+)
+def test_records_that_are_no_formats_are_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
