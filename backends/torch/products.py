@@ -144,18 +144,21 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    b = get_backend("torch")
+    if torch.compiler.is_compiling():  # which follows none of what NumPy does
+        return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
     y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
     if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
         numpys = functools.partial(reference.matmul_reproducible, b=get_backend("numpy"))
         y = _on_numpy_memory(np.errstate(all="ignore")(numpys), x, w, bias, spec, contract)
     if y is not NotImplemented:
         return y
-    return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("torch"))
+    return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
 
 
 def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
     """NumPy's form with the processor's int8 dot products, where it serves."""
-    if runtime.integer_dots() is None:
+    if torch.compiler.is_compiling() or runtime.integer_dots() is None:
         return NotImplemented
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
