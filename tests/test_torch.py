@@ -621,3 +621,15 @@ def test_wherever_tensors_lie(place, shape):
     assert_same_bits(dequantize(moved), dequantize(q))
     torch.testing.assert_close(linear(place(x), moved).as_subclass(torch.Tensor), linear(x, q), rtol=1e-5, atol=1e-3)
     assert_same_bits(linear(place(x), moved, mode="reproducible"), linear(x, q, mode="reproducible"))
+
+
+def test_modules_forget_a_qarray_that_is_a_plain_attribute():
+    """What torch does, and what does keep it: its parts as buffers. ``Layer`` above shows the whole."""
+    module = torch.nn.Module()
+    module.w = W
+    assert module.state_dict() == {}  # torch knows tensors alone; no hook of the value's class is asked
+    assert [name for name, _ in Layer().named_buffers()] == ["codes", "scale", "zero_point"]
+    again = Layer()
+    again.codes.zero_()
+    again.load_state_dict(Layer().state_dict())
+    assert_same_bits(again.codes, W.qvalue)

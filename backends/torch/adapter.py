@@ -140,6 +140,14 @@ class TorchBackend(Backend):
         torch.serialization.add_safe_globals([cls, Format, Codebook, Float, Integer])
 
 
+HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+
+
+def makes_onnx() -> bool:
+    """Whether what is being traced is for ONNX."""
+    return HAS_IS_EXPORTING and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def _bitcast(x: Array, dtype: Any) -> Array:
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise NotImplementedError(

@@ -24,6 +24,7 @@ from aqt_lite.backends.torch.adapter import (
     has_its_memory,
     has_no_values,
     is_functorch,
+    makes_onnx,
     without_memory,
     wraps_tensors,
 )
@@ -143,18 +144,21 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    b = get_backend("torch")
+    if torch.compiler.is_compiling():  # which follows none of what NumPy does
+        return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
     y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
     if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
         numpys = functools.partial(reference.matmul_reproducible, b=get_backend("numpy"))
         y = _on_numpy_memory(np.errstate(all="ignore")(numpys), x, w, bias, spec, contract)
     if y is not NotImplemented:
         return y
-    return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("torch"))
+    return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
 
 
 def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
     """NumPy's form with the processor's int8 dot products, where it serves."""
-    if runtime.integer_dots() is None:
+    if torch.compiler.is_compiling() or runtime.integer_dots() is None:
         return NotImplemented
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
@@ -258,7 +262,7 @@ def _derivatives(ctx: Any, dy: Array) -> Any:
     if ctx.needs_input_grad[3]:
         dx = derivative.of_x(_product, dy, w, reproducible=ctx.reproducible, spec=spec, contract=contract)
     if ctx.needs_input_grad[4]:
-        dbias = derivative.of_bias(dy, w.scale.dtype, ctx.bias_dtype, b)
+        dbias = derivative.of_bias(dy, weight[1].dtype, ctx.bias_dtype, b)
     if ctx.needs_input_grad[6]:
         dscale = derivative.of_scale(x, dy, w, spec=spec, contract=contract, vjp=torch.func.vjp, b=b)
     return None, None, None, dx, dbias, *Coded(None, dscale)
@@ -285,11 +289,43 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
 def _without_derivatives(
     reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
 ) -> Array:
+    if makes_onnx():
+        values = _dequantized_in_onnx(w, spec)
+        if values is not None and not reproducible:
+            return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(x, w, spec, contract):
         group = -1 if spec.block[0] is None else spec.block[0]
         static = reproducible, spec.element.name, spec.source.name, group
         return _eager_product(*static, x, w.codes, w.scale, w.zero_point, bias)
     return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+
+
+def _dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
+    """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for other blocks."""
+    scale: Any = w.scale
+    zero = w.zero_point
+    along = [axis for axis, n in enumerate(scale.shape) if n > 1]
+    attributes: Any = {}
+    version = 13
+    if spec.element.bits != 8 or not hasattr(torch.onnx, "ops"):  # torch.onnx.ops: of torch 2.8
+        return None
+    if not along:
+        scale, zero = (None if a is None else a.reshape(()) for a in (scale, zero))
+    elif len(along) == 1 and spec.block[along[0]] == 1:
+        attributes["axis"] = along[0]
+        scale, zero = (None if a is None else a.reshape(-1) for a in (scale, zero))
+    elif spec.block.count(1) == 1 and None not in spec.block:
+        grouped = 1 - spec.block.index(1)
+        size, version = spec.block[grouped], 21
+        assert size is not None
+        attributes.update(axis=grouped, block_size=size)
+    else:
+        return None
+    inputs: Any = (w.codes, scale) if zero is None else (w.codes, scale, zero.to(w.codes.dtype))
+    values: Array = torch.onnx.ops.symbolic(
+        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=tuple(w.codes.shape), version=version
+    )
+    return values
 
 
 # ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does

@@ -1,0 +1,64 @@
+"""Arrays whose memory is not as a compiled loop would read it: what is computed from them is right all the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from aqt_lite import PerChannel, PerGroup, linear, quantize
+
+RNG = np.random.default_rng(0)
+
+
+def big_endian(a):
+    return a.astype(a.dtype.newbyteorder(">"))
+
+
+def misaligned(a):
+    there = np.ndarray(a.shape, a.dtype, np.empty(a.nbytes + 1, np.uint8)[1:].data)
+    there[...] = a
+    return there
+
+
+def reversed_in_memory(a):
+    return np.ascontiguousarray(a[::-1])[::-1]
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (600, 512)], ids=str)  # the latter reaches the loops for large arrays
+@pytest.mark.parametrize("place", [big_endian, misaligned, reversed_in_memory, np.asfortranarray, read_only])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"granularity": PerChannel(0)},
+        {"granularity": PerGroup(8)},
+        {"dtype": "uint8", "scheme": "affine", "granularity": PerChannel(0)},
+        {"dtype": "int4", "granularity": PerGroup(8), "scale_dtype": "float16"},
+    ],
+    ids=["int8", "groups", "uint8", "int4"],
+)
+def test_memory_of_every_kind(how, place, shape):
+    w, x = (RNG.standard_normal(s).astype(np.float32) for s in (shape, (3, shape[1])))
+    bias = RNG.standard_normal(shape[0]).astype(np.float32)
+    q = quantize(w, **how)
+    expected = {mode: linear(x, q, bias, mode=mode) for mode in ("fast", "reproducible")}  # loops are compiled by now
+    values = q.dequantize()
+    np.testing.assert_array_equal(quantize(place(w), **how).dequantize(), values)
+    odd = q._with_each(place)
+    np.testing.assert_array_equal(odd.dequantize(), values)
+    np.testing.assert_allclose(linear(place(x), odd, place(bias)), expected["fast"], rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(linear(place(x), odd, place(bias), mode="reproducible"), expected["reproducible"])
+
+
+def test_axes_without_steps():
+    row = RNG.standard_normal((1, 2048)).astype(np.float32)
+    w, x = np.broadcast_to(row, (300, 2048)), np.broadcast_to(np.float32(0.5), (3, 2048))
+    q, copied = (quantize(a, granularity=PerChannel(0)) for a in (w, w.copy()))
+    np.testing.assert_array_equal(q.qvalue, copied.qvalue)
+    for mode in ("fast", "reproducible"):
+        np.testing.assert_array_equal(linear(x, q, mode=mode), linear(x.copy(), copied, mode=mode))
