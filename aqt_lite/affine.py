@@ -19,7 +19,7 @@ applied to its scales, and nothing else.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,14 +165,20 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     xp, source = b.xp, spec.source
     x = _computable(x, spec, b)
     if recipe.ignore_nonfinite:
-        x = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
+        known = xp.isfinite(x)
+        x = xp.where(known, x, xp.zeros_like(x))
 
     if recipe.symmetric:
         amax = reduced(xp.abs(x), spec.block, b.largest, xp)
         statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
     else:
-        lo, hi = reduced(x, spec.block, xp.min, xp), reduced(x, spec.block, b.largest, xp)
+        low = high = x
+        if recipe.offset and recipe.ignore_nonfinite:  # 0 might lie far from the values that are there
+            low, high = (xp.where(known, x, xp.full_like(x, end)) for end in (math.inf, -math.inf))
+        lo, hi = reduced(low, spec.block, xp.min, xp), reduced(high, spec.block, b.largest, xp)
         if recipe.offset:
+            if recipe.ignore_nonfinite:
+                lo, hi = (xp.where(lo > hi, xp.zeros_like(end), end) for end in (lo, hi))
             lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
         else:  # zero belongs to every range: it is then represented exactly
             lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
@@ -184,7 +190,11 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     least = spec.least_with_offset if recipe.offset else spec.least
     if least > source.tiny:
         scale = xp.where(scale < least, xp.full_like(scale, least), scale)
-    scale = xp.where(zero_block, xp.full_like(scale, spec.zero_scale), scale)
+    of_zeros = spec.zero_scale
+    if not spec.element.has_zero:  # the number next to zero is to stand for as little as it can
+        smallest = 0.0 if spec.format.scale is None else spec.format.scale.element.smallest
+        of_zeros = min(of_zeros, max(least, smallest))
+    scale = xp.where(zero_block, xp.full_like(scale, of_zeros), scale)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
     kept = _keep(scale, spec, b)
 
@@ -219,7 +229,8 @@ def clipped(
     x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
 ) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    return ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    return outside & ~b.xp.isnan(x) if recipe.ignore_nonfinite else outside
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
@@ -270,7 +281,10 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
         usable = usable & xp.isfinite(reduced(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
     if isinstance(scale, tuple):
         return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
-    return QParams(_keep(xp.where(usable, scale, xp.full_like(scale, float("nan"))), spec, b), zero_point, offset)
+    scale = xp.where(usable, scale, xp.full_like(scale, float("nan")))
+    if spec.format.scale is not None and not spec.format.scale.scaled:  # so that what fits the scale still does
+        spec = replace(spec, format=replace(spec.format, scale_rounding="up"))
+    return QParams(_keep(scale, spec, b), zero_point, offset)
 
 
 def _marked(kept: Coded, bad: Array, spec: Spec, b: Backend) -> Coded:

@@ -223,11 +223,17 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
 
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
+        low = None
         if recipe.ignore_nonfinite:
-            part = np.where(np.isfinite(part), part, source.type(0))
+            known = np.isfinite(part)
+            fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
+            if not magnitudes:
+                low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)
+            part = np.where(known, part, source.type(fill[1]))
         if magnitudes:
             np.abs(part, out=part)
-        low = None if magnitudes else reduced(part, spec.block, np.min, np)
+        elif low is None:
+            low = reduced(part, spec.block, np.min, np)
         high = reduced(part, spec.block, np.max, np)
         with one_at_a_time:
             if low is not None:

@@ -11,7 +11,7 @@ import bisect
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import ml_dtypes
@@ -317,7 +317,11 @@ def calibrate(values, form, symmetric, offset, c, floor=Fraction(0)):
         signed = form.extremes[0] < 0
         scale = nearest(nearest(hi / 2 - lo / 2, c) * inverse(offset and signed), c)
         middle = without_tiny(nearest(hi / 2 + lo / 2, c), c) if signed else lo
-    scale = zero_scale(form) if scale < tiny else max(scale, least_scale(form, c, offset, floor))
+    least = least_scale(form, c, offset, floor)
+    of_zeros = zero_scale(form)
+    if 0 not in form.numbers.values():
+        of_zeros = min(of_zeros, max(least, form_of(form.kept).smallest if form.kept else 0))
+    scale = of_zeros if scale < tiny else max(scale, least)
     return scale, lo, (middle if offset else None)
 
 
@@ -401,7 +405,8 @@ def quantize(
         scales = [nearest(s, c) for s in exactly(scale)]
         if has_offset:
             offsets = [without_tiny(nearest(o, c), c) for o in exactly(offset)]
-    kept, scales = keep(scales, form, c, on_grid, has_offset)
+    up = scale is not None and form.kept is not None and not form.own_scale  # given scales are rounded up
+    kept, scales = keep(scales, replace(form, scale_rounding="up") if up else form, c, on_grid, has_offset)
     inverses = [nearest(1 / s, c) if s else Fraction(0) for s in scales]
 
     middle = form.middle
