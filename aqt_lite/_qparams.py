@@ -80,7 +80,8 @@ def check_codes(codes: np.ndarray[Any, Any], spec: Spec, b: Backend) -> None:
     low, high = spec.element.codes
     bad = (codes < low) | (codes > high)
     if not bad.any() and spec.element.nan is not None:
-        bad = ~np.isfinite(np.asarray(spec.element.decode(codes, b), dtype=np.float64))
+        with np.errstate(all="ignore"):
+            bad = ~np.isfinite(np.asarray(spec.element.decode(codes, b), dtype=np.float64))
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
         what = f"codes of {spec.format.name} are {low} to {high}"

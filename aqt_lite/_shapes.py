@@ -440,10 +440,12 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
 def _is_index_array(index: Any) -> bool:
     if isinstance(index, list):
         return bool(index) and all(_is_integer(i) for i in index)
-    if isinstance(index, tuple) or not getattr(index, "ndim", 0):
+    if isinstance(index, tuple | int) or not hasattr(index, "ndim"):
         return False
     b = backend_of(index)
-    return b is not None and b.dtype_name(index).lstrip("u").startswith("int")
+    if b is None or (not index.ndim and b.has_values(index)):  # one index that is known is an integer
+        return False
+    return b.dtype_name(index).lstrip("u").startswith("int")
 
 
 def _is_leading(q: QArray, axis: int) -> bool:

@@ -323,7 +323,8 @@ def _prepare(
     from_data = isinstance(offset, str)
     if from_data:
         one_of("offset", offset, ("data",))
-        if scheme != "affine" or scale is not None:
+        scheme = "affine"
+        if scale is not None:
             raise ValueError(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )

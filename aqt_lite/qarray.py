@@ -35,7 +35,15 @@ from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
-from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format, element_type, format_of, register_format
+from aqt_lite.formats import (
+    FORMATS,
+    SCALE_FORMATS,
+    Format,
+    element_type,
+    format_of,
+    register_format,
+    scale_format_of,
+)
 from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of, pack, unpack
 
@@ -120,6 +128,8 @@ class QArray(ArrayShapes):
         *,
         offset: Numbers | QArray | None = None,
         dtype: Any = None,
+        scale_dtype: Any = None,
+        packed_length: int | None = None,
         granularity: Granularity | None = None,
         float_dtype: Any = "float32",
     ) -> QArray:
@@ -141,6 +151,12 @@ class QArray(ArrayShapes):
         dtype : str, optional
             Name of the format. By default that of the integer type of ``qvalue``: say it where codes are of another
             format.
+        scale_dtype : str, optional
+            Format in which scales are kept, "float8_e8m0fnu" or "float16" for instance: ``scale`` is then an array of that
+            type, its bit patterns as integers, or numbers that it holds exactly. By default as the format has it;
+            float16 and bfloat16 numbers are widened where it says nothing.
+        packed_length : int, optional
+            Codes along the last axis, where ``qvalue`` holds the bytes of a packed ``storage`` instead of codes.
         granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
             By default the format's own.
 
@@ -158,6 +174,11 @@ class QArray(ArrayShapes):
         array([-63.5,   0. ,  32. ], dtype=float32)
         >>> aqt_lite.QArray.from_codes(np.asarray([0, 7, 15], "uint8"), 2.0, dtype="float4_e2m1fn").dequantize()
         array([  0.,  12., -12.], dtype=float32)
+        >>> stream, exponents = np.asarray([[0x21, 0x43]], "uint8"), np.asarray([[128]], "uint8")  # MXFP4 of a file
+        >>> aqt_lite.QArray.from_codes(
+        ...     stream, exponents, dtype="mxfp4", packed_length=4, scale_dtype="float8_e8m0fnu"
+        ... ).dequantize()
+        array([[1., 2., 3., 4.]], dtype=float32)
         """
         b = backend_of(qvalue)
         if b is None:
@@ -168,12 +189,22 @@ class QArray(ArrayShapes):
             raise TypeError(f"qvalue {problem}")
         source = float_type(float_dtype, "float_dtype")
         form = _stored_format(b.dtype_name(qvalue) if dtype is None else dtype)
+        if packed_length is not None:
+            qvalue = _unpacked(qvalue, form, packed_length, b)
         qvalue = _as_codes(qvalue, form, b, said=dtype is not None)
         granularity = form.granularity if granularity is None else granularity
         shape = tuple(qvalue.shape)
         block = block_of(granularity, len(shape))
         if scale is None and form.name not in SCALE_FORMATS:
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
+        plain = affine.Spec(replace(form, scale=None, scaled=True), source, block)
+        if scale is not None and not isinstance(scale, QArray):
+            kept = _format_of_scale(scale, form, scale_dtype)
+            if kept is not None:
+                place = partial(on_grid, "scale", x=qvalue, name_of_x="qvalue", shape=shape, granularity=granularity)
+                scale = _in_few_bits(
+                    scale, kept, grid_of(shape, block), partial(place, spec=plain, b=b), source.compute
+                )
         form = replace(form, scaled=scale is not None, scale=scale._format if isinstance(scale, QArray) else None)
         spec = affine.Spec(form, source, block)
         if zero_point is None and offset is None and form.element.middle:
@@ -188,7 +219,7 @@ class QArray(ArrayShapes):
             if value is None:
                 return None
             if isinstance(value, QArray):
-                return _nested(argument, value, grid_of(shape, block), b, check)
+                return _nested(argument, value, grid_of(shape, block), b)
             return on_grid(argument, value, qvalue, "qvalue", shape, granularity, spec, b, kept_as, check, exact=True)
 
         of_scales = partial(check_scale, spec=spec, with_offset=offset is not None)
@@ -381,8 +412,8 @@ class QArray(ArrayShapes):
         raise TypeError(
             f"a QArray ({self.dtype}, shape {self.shape}) does not become an array by itself, since its floats take "
             f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with "
-            "q.dequantize(), or for the codes with q.qvalue; to store it, store its parts (q.storage, q.scale, ...) "
-            "or pickle it"
+            "q.dequantize(), or for the codes with q.qvalue; to store it, pickle it, or store q.qvalue and the arrays "
+            "of q.scale and take QArray.from_codes"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -610,14 +641,78 @@ def _as_codes(qvalue: Array, form: Format, b: Backend, *, said: bool) -> Array:
     return b.xp.astype(qvalue, b.dtype(element.storage))
 
 
-def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend, check: Callable[..., None]) -> QArray:
+def _unpacked(stream: Array, form: Format, length: int, b: Backend) -> Array:
+    """The codes of a packed array's bytes."""
+    element, wanted = form.element, bytes_of(length, form.element.bits)
+    if b.dtype_name(stream) != "uint8" or element.bits >= 8 or not stream.ndim or stream.shape[-1] != wanted:
+        raise ValueError(
+            f"packed_length={length}: {length} codes of {form.name} take {wanted} bytes of uint8 along the last axis, but "
+            f"qvalue is {b.dtype_name(stream)} of shape {tuple(stream.shape)}"
+        )
+    signed = not element.storage.startswith("u")
+    codes: Array = run(b, unpack, stream, bits=element.bits, length=length, signed=signed)
+    return codes
+
+
+def _format_of_scale(scale: Any, form: Format, scale_dtype: Any) -> Format | None:
+    """The format of few bits that given scales are to be kept in; None where they stay numbers."""
+    b = backend_of(scale)
+    name = None if b is None else b.dtype_name(scale)
+    if scale_dtype is not None:
+        if scale_dtype in ("float32", "float64"):
+            return None
+        kept = scale_format_of(scale_dtype)
+        if kept.scaled:
+            raise ValueError(
+                f"scale_dtype={scale_dtype!r}: its numbers need a scale themselves; give scale as a QArray that has one"
+            )
+        return kept
+    typed = SCALE_FORMATS.get(name or "")
+    if typed is not None and typed.element.bits <= 8:
+        return typed
+    if form.scale is not None and name in INTEGER_TYPES:
+        raise TypeError(
+            f"scale has dtype {name}, but {form.name} keeps its scales as {form.scale.name}: if these are its bit patterns, "
+            f"say scale_dtype={form.scale.name!r}; else give floats"
+        )
+    return None if form.scale is None or form.scale.scaled else form.scale
+
+
+def _in_few_bits(scale: Any, kept: Format, grid: tuple[int, ...], place: Callable[..., Array], compute: str) -> QArray:
+    """Scales in a format that needs no scale itself, from its own type, its bit patterns, or numbers that it has."""
+    b = backend_of(scale)
+    name = None if b is None else b.dtype_name(scale)
+    if name in (kept.name, kept.element.storage) or (kept.element.storage == "int16" and name == "uint16"):
+        codes = b.xp.astype(scale, b.dtype("int16")) if name == "uint16" else scale  # type: ignore[union-attr]
+        found = QArray.from_codes(codes, None, dtype=kept.name)
+        return found if found.shape == grid or found.size != np.prod(grid) else found.reshape(grid)
+    numbers = place(scale, dtype=compute, check=lambda _: None)
+    b = backend_of(numbers)
+    assert b is not None
+    spec = affine.Spec(kept, float_type(compute), (None,) * len(grid))
+    codes = affine.encode(numbers, affine.QParams(None), spec=spec, recipe=affine.Recipe(rounding="up"), b=b)
+    found = QArray.from_codes(codes, None, dtype=kept.name, float_dtype=compute)
+    if b.has_values(numbers):
+        here, there = b.to_numpy(numbers), b.to_numpy(found.dequantize())
+        if not np.array_equal(here, there):
+            first = here[here != there].flat[0]
+            raise ValueError(f"scale={first:.9g} is no number of {kept.name}, in which scales are kept: round it first")
+    return found
+
+
+def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> QArray:
     """A quantized scale or offset that fits."""
     if value._backend is not b:
         raise TypeError(f"{argument} is a {value.backend} QArray but qvalue is {b.name}: move one with .to_backend()")
     if value.shape != grid:
         raise ValueError(f"{argument} has shape {value.shape}: with this granularity it must be {grid}")
-    if all(map(b.has_values, value._arrays())):
-        check(b.to_numpy(value.dequantize("float32")))
+    if all(map(b.has_values, value._arrays())):  # scales of others may be smaller than any that is chosen here
+        numbers = value.to_backend("numpy").dequantize()
+        bad = ~np.isfinite(numbers) | ((numbers < 0) if argument == "scale" else False)
+        if bad.any():
+            first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+            expected = "finite and not negative" if argument == "scale" else "finite"
+            raise ValueError(f"{argument} is {numbers[first]} at index {first}: every one must be {expected}")
     return value
 
 
