@@ -55,7 +55,7 @@ class ArrayShapes:
                 of_blocks.append(None)
                 continue
             length, size = q.shape[axis], q.block[axis]
-            if size is not None and size > 1 and size >= length:
+            if size is not None and size > 1 and size >= length > 0:
                 size = None
             if isinstance(item, slice):
                 items[at] = range(*item.indices(length))
@@ -96,7 +96,7 @@ class ArrayShapes:
             raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
         axis %= q.ndim
         length, size = q.shape[axis], q.block[axis]
-        if size is not None and 1 < size < length:
+        if size is not None and size > 1 and not size >= length > 0:
             raise IndexError(_has_groups(axis, size))
         shape, flat = _positions(indices, axis, length, q)
         xp = q._backend.xp
@@ -190,7 +190,7 @@ class ArrayShapes:
         lead, new_lead = q.ndim - tail, wanted[: len(wanted) - tail]
         pairs = list(zip(q.block[:lead], q.shape[:lead], strict=True))
         each = all(size == 1 or length == 1 for size, length in pairs)
-        together = all(size is None or size >= length for size, length in pairs)
+        together = all(size is None or size >= length > 0 for size, length in pairs)
         if not (each or together):
             raise ValueError(
                 f"reshape of {q.shape} in blocks {q.block} to {wanted} would tear blocks apart: dequantize first, or "
@@ -350,7 +350,13 @@ def stack(arrays: Any, axis: int = 0) -> QArray:
         if _kind(q) != _kind(first) or q.shape != first.shape:
             raise ValueError(f"stack of {_kind(first)}, {first.shape} and {_kind(q)}, {q.shape}: they must agree")
     each = [q[(slice(None),) * axis + (None,)] for q in qs]
-    return concatenate([replace(q, block=(*q.block[:axis], 1, *q.block[axis + 1 :])) for q in each], axis)
+    return concatenate([_with_an_entry_each(q, axis) for q in each], axis)
+
+
+def _with_an_entry_each(q: QArray, axis: int) -> QArray:
+    """The same, an axis of length 1 being one whose elements have scales of their own."""
+    nested = _on_blocks(q, lambda a: _with_an_entry_each(a, axis) if _is_quantized(a) else a)
+    return replace(q, **nested, block=(*q.block[:axis], 1, *q.block[axis + 1 :]))
 
 
 def _joined_scales(parts: list[Any], axis: int) -> Any:
@@ -359,6 +365,8 @@ def _joined_scales(parts: list[Any], axis: int) -> Any:
     if first.scale is None:
         parts = [replace(p, block=(1,) * p.ndim) for p in parts]
         return replace(concatenate(parts, axis), block=first.block)
+    if first.block[axis] == 1:
+        return concatenate(parts, axis)
     raise ValueError("concatenate of arrays whose scales share a scale themselves: join the values before quantizing")
 
 
@@ -470,7 +478,11 @@ def _cut(a: Array, items: list[Any], xp: Any) -> Array:
 
 def _as_index(items: list[Any]) -> tuple[Any, ...]:
     """The same as Python writes it."""
-    return tuple(slice(i.start, i.stop if i.stop >= 0 else None, i.step) if isinstance(i, range) else i for i in items)
+    return tuple(_as_slice(i) if isinstance(i, range) else i for i in items)
+
+
+def _as_slice(span: range) -> slice:
+    return slice(span.start, span.stop if span.stop >= 0 else None, span.step) if span else slice(0, 0)
 
 
 def _indexed(q: QArray, items: list[Any]) -> QArray:
@@ -545,8 +557,8 @@ def _position(item: Any, axis: int, length: int) -> int:
 def _span_of_blocks(span: range, axis: int, length: int, size: int | None) -> range:
     if size is None:
         return range(1)
-    if size == 1:
-        return span
+    if size == 1 or not span:
+        return span if size == 1 else range(0)
     start, stop, step = span.start, span.stop, span.step
     if step != 1 or start % size or (stop % size and stop != length):
         raise IndexError(

@@ -332,9 +332,8 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
         if w.offset is None:
             x = x * spread(scale, shape, spec.block, xp)
         else:  # in halves, which cannot overflow; the clip keeps the addition from being fused with the product
-            offset = w.offset if not isinstance(w.offset, tuple) else scales(w.offset, spec, b)
             x = xp.clip(x * spread(scale * 0.5, shape, spec.block, xp), -source.max, source.max)
-            x = _without_tiny(x + spread(offset * 0.5, shape, spec.block, xp), spec, xp) * 2.0
+            x = _without_tiny(x + spread(w.offset * 0.5, shape, spec.block, xp), spec, xp) * 2.0
     return xp.astype(xp.clip(x, -source.max, source.max), b.dtype(out or source.name))
 
 

@@ -248,6 +248,15 @@ class Float(ElementType):
                 f"{self.bias} and {self.mantissa} of mantissa: give its largest, (1 + fraction) * 2^exponent"
             )
 
+        for what, code in (("infinity", self.infinity), ("nan", self.nan)):
+            sign = 1 << (self.bits - 1)
+            alone = what == "nan" and self.signed and not self.negative_zero and code == sign  # where -0 would be
+            if code is not None and not alone and not self.largest_code < code < (sign if self.signed else 2 * sign):
+                raise ValueError(
+                    f"Float({self.name!r}): {what}={code:#x} is the code of a number, or has more than {self.bits} "
+                    f"bits: give one above that of max, {self.largest_code:#x}, without the sign"
+                )
+
     @property
     def bits(self) -> int:  # type: ignore[override]
         return self.signed + self.exponent + self.mantissa
@@ -297,7 +306,7 @@ class Float(ElementType):
         """
         xp, m, lowest = b.xp, self.mantissa, self.lowest
         normal = FLOAT_TYPES[b.dtype_name(v)].tiny / 2
-        size = xp.clip(xp.abs(v), 0.0, self.max)
+        size = xp.clip(xp.abs(v) if self.signed else v, 0.0, self.max)
         size = xp.where(size >= normal, size, xp.zeros_like(size))  # subnormal, or NaN, for which >= is False
         fraction, e = b.fraction_and_exponent(size)
         whole = fraction * 2.0**m
@@ -311,7 +320,7 @@ class Float(ElementType):
             if not self.negative_zero:
                 negative = negative & (code > 0)
             code = xp.where(negative, code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), code)
-        return xp.astype(code, b.dtype(self.storage)), xp.abs(v) <= self.max
+        return xp.astype(code, b.dtype(self.storage)), (xp.abs(v) <= self.max) & (v >= self.min)
 
     def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
         xp, m = b.xp, self.mantissa

@@ -14,12 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from aqt_lite.elements import Codebook, ElementType, Float, Integer, Rounding, dtype_name
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Codebook, ElementType, Float, Integer, Rounding, dtype_name
 from aqt_lite.granularity import Granularity, PerGroup, PerTensor
 
 __all__ = ["FORMATS", "SCALE_FORMATS", "SCALE_MODES", "Format", "format_of", "register_format", "scale_format_of"]
 
 Top = Literal["largest", "power of two"]
+
+_LEAST = 2.0**-100
+_LOPSIDED = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Format:
             raise TypeError(f"Format({self.name!r}): element={self.element!r}: give an Integer, a Float or a Codebook")
         if not (self.scale is None or isinstance(self.scale, Format)):
             raise TypeError(f"Format({self.name!r}): scale={self.scale!r}: give a Format, or None for plain numbers")
+        if not self.scaled and self.element.nan is None:
+            raise ValueError(
+                f"Format({self.name!r}): scaled=False with an element type without a code of NaN, which marks blocks "
+                "that cannot be used: give it one, or scaled=True"
+            )
         if self.group is not None and self.group < 1:
             raise ValueError(f"Format({self.name!r}): group={self.group}: give 1 or more, or None for all elements")
 
@@ -164,6 +172,7 @@ FORMATS = {
 }
 """Every format that ``dtype=`` may name."""
 
+_DTYPES = frozenset({"bool", "complex64", "complex128", *FLOAT_TYPES, *INTEGER_TYPES})
 _ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
 _lock = threading.Lock()
 
@@ -179,7 +188,7 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     Raises
     ------
     ValueError
-        Another format has that name.
+        Another format, or a library's dtype, has that name; or its scales' format cannot be registered.
 
     Examples
     --------
@@ -189,13 +198,43 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     [1.0, -7.0, 0.25]
     """
     made = form if isinstance(form, Format) else Format(form.name, form)
-    known = FORMATS.get(made.name)
+    table = FORMATS if made.scaled else SCALE_FORMATS
+    known = table.get(made.name)
     if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
+        _check_name(made)
+        if made.scaled:
+            _check_that_scales_can_serve(made)
+        if made.scale is not None:
+            register_format(made.scale)
         with _lock:
-            known = FORMATS.setdefault(made.name, made)
+            known = table.setdefault(made.name, made)
     if known != made:
         raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
     return known
+
+
+def _check_that_scales_can_serve(made: Format) -> None:
+    """Whether values of float32 divided by a scale reach all of the element type's numbers."""
+    e = made.element
+    most = max(e.max, -e.min)
+    if not (e.smallest >= _LEAST and most <= 1 / _LEAST):
+        raise ValueError(
+            f"format {made.name!r}: the magnitudes of its numbers, {e.smallest:g} to {most:g}, must lie between 2^-100 "
+            "and 2^100, so that scales for float32 exist: multiply all by a power of two"
+        )
+    if e.signed and most > _LOPSIDED * e.top:
+        raise ValueError(
+            f"format {made.name!r}: numbers from {e.min:g} to {e.max:g} reach more than {_LOPSIDED} times as far on "
+            "one side as on the other, where one scale serves both: add numbers on the shorter side"
+        )
+
+
+def _check_name(made: Format) -> None:
+    same = [f for f in (FORMATS.get(made.name), SCALE_FORMATS.get(made.name)) if f is not None]
+    if any(f.element != made.element for f in same):
+        raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
+    if made.name in _ALIASES or made.name in _DTYPES:
+        raise ValueError(f"{made.name!r} is the name of a dtype: choose another name")
 
 
 def format_of(dtype: Any) -> Format:
@@ -211,8 +250,11 @@ def format_of(dtype: Any) -> Format:
 
 def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
     """The format that scales are to be kept in: a float of few bits as it is, any other with a scale of its own."""
-    if isinstance(dtype, Format):
-        return dtype
+    if isinstance(dtype, Format | ElementType):
+        alone = SCALE_FORMATS.get(dtype.name)
+        if alone is not None and alone.element == dtype:
+            return alone
+        return register_format(dtype)  # type: ignore[arg-type]
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     found = SCALE_FORMATS.get(name) or FORMATS.get(name)
     if found is None:

@@ -152,9 +152,9 @@ class QArray(ArrayShapes):
             Name of the format. By default that of the integer type of ``qvalue``: say it where codes are of another
             format.
         scale_dtype : str, optional
-            Format in which scales are kept, "float8_e8m0fnu" or "float16" for instance: ``scale`` is then an array of that
-            type, its bit patterns as integers, or numbers that it holds exactly. By default as the format has it;
-            float16 and bfloat16 numbers are widened where it says nothing.
+            Format in which scales are kept, "float8_e8m0fnu" or "float16" for instance: ``scale`` is then an array of
+            that type, its bit patterns as integers, or numbers that it holds exactly. By default as the format has
+            it; float16 and bfloat16 numbers are widened where it says nothing.
         packed_length : int, optional
             Codes along the last axis, where ``qvalue`` holds the bytes of a packed ``storage`` instead of codes.
         granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
@@ -492,12 +492,12 @@ class QArray(ArrayShapes):
     def _format(self) -> Format:
         """What decoding needs to know of the format."""
         scale = self.scale
-        return Format(
-            self.dtype,
-            self._element,
-            scale=scale._format if isinstance(scale, QArray) else None,
-            scaled=scale is not None,
-        )
+        kept = scale._format if isinstance(scale, QArray) and not scale._has_groups else None
+        return Format(self.dtype, self._element, scale=kept, scaled=scale is not None)
+
+    @property
+    def _has_groups(self) -> bool:
+        return any(size is not None and size > 1 for size in self.block)
 
     @property
     def _spec(self) -> affine.Spec:
@@ -509,8 +509,11 @@ class QArray(ArrayShapes):
 
     def _qparams(self) -> affine.QParams:
         b, scale, offset = self._backend, self.scale, self.offset
-        scale = scale._checked()._coded() if isinstance(scale, QArray) else self._positive(scale, b)
-        offset = offset._checked()._coded() if isinstance(offset, QArray) else offset
+        if not isinstance(scale, QArray):
+            scale = self._positive(scale, b)
+        else:  # of scales in groups, a format knows only those along the last axis
+            scale = scale.dequantize() if scale._has_groups else scale._checked()._coded()
+        offset = offset.dequantize() if isinstance(offset, QArray) else offset
         if not self.trainable:
             scale, offset = (_constant(a, b) for a in (scale, offset))
         return affine.QParams(scale, self.zero_point, offset)
@@ -646,8 +649,8 @@ def _unpacked(stream: Array, form: Format, length: int, b: Backend) -> Array:
     element, wanted = form.element, bytes_of(length, form.element.bits)
     if b.dtype_name(stream) != "uint8" or element.bits >= 8 or not stream.ndim or stream.shape[-1] != wanted:
         raise ValueError(
-            f"packed_length={length}: {length} codes of {form.name} take {wanted} bytes of uint8 along the last axis, but "
-            f"qvalue is {b.dtype_name(stream)} of shape {tuple(stream.shape)}"
+            f"packed_length={length}: {length} codes of {form.name} take {wanted} bytes of uint8 along the last axis, "
+            f"but qvalue is {b.dtype_name(stream)} of shape {tuple(stream.shape)}"
         )
     signed = not element.storage.startswith("u")
     codes: Array = run(b, unpack, stream, bits=element.bits, length=length, signed=signed)
@@ -672,8 +675,8 @@ def _format_of_scale(scale: Any, form: Format, scale_dtype: Any) -> Format | Non
         return typed
     if form.scale is not None and name in INTEGER_TYPES:
         raise TypeError(
-            f"scale has dtype {name}, but {form.name} keeps its scales as {form.scale.name}: if these are its bit patterns, "
-            f"say scale_dtype={form.scale.name!r}; else give floats"
+            f"scale has dtype {name}, but {form.name} keeps its scales as {form.scale.name}: if these are its bit "
+            f"patterns, say scale_dtype={form.scale.name!r}; else give floats"
         )
     return None if form.scale is None or form.scale.scaled else form.scale
 

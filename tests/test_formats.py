@@ -484,8 +484,68 @@ def test_formats_are_hashable_and_their_records_compare():
         (lambda: aqt_lite.Format("nothing", "int4"), "element='int4'"),
         (lambda: aqt_lite.Format("scales", FORMATS["int4"].element, scale="float16"), "scale='float16'"),
         (lambda: aqt_lite.Format("groups", FORMATS["int4"].element, group=0), "group=0"),
+        (lambda: aqt_lite.Format("lone", FORMATS["float4_e2m1fn"].element, scaled=False), "without a code of NaN"),
+        (
+            lambda: aqt_lite.register_format(Format("tiny", SCALE_FORMATS["float8_e8m0fnu"].element)),
+            "between 2\\^-100 and 2\\^100",
+        ),
+        (lambda: aqt_lite.register_format(aqt_lite.Codebook("aside", (-0.01, 0.5, 1.0))), "more than 8 times as far"),
+        (lambda: aqt_lite.Float("nan", 4, 3, bias=7, max=448.0, nan=0x7E), "nan=0x7e is the code of a number"),
+        (lambda: aqt_lite.Float("inf", 2, 2, bias=1, max=7.0, infinity=0x80), "infinity=0x80"),
+        (lambda: aqt_lite.register_format(aqt_lite.Float("float16", 2, 2, bias=1, max=7.0)), "'float16' exists"),
+        (lambda: aqt_lite.register_format(aqt_lite.Float("float32", 2, 2, bias=1, max=7.0)), "name of a dtype"),
+        (lambda: aqt_lite.register_format(aqt_lite.Integer("float4_e2m1fn_x2", 4, True)), "name of a dtype"),
     ],
 )
 def test_records_that_are_no_formats_are_refused(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_the_format_of_scales_is_registered_with_its_own(new_formats):
+    """So that both are found in another process, and by the arrays that others hold."""
+    scale = Format(
+        "float6_e3m2_scales", aqt_lite.Float("float6_e3m2_scales", 3, 2, bias=3, max=24.0, nan=0x1F), scaled=False
+    )
+    form = Format("seven_in_fours", FORMATS["seven"].element, scale=scale, group=4)
+    try:
+        q = aqt_lite.quantize(np.asarray([[1.0, -2.0, 0.5, 3.0]], "float32"), form)
+        assert SCALE_FORMATS[scale.name] == scale
+        assert q.scale.dtype == scale.name
+        assert_same_bits(q.dequantize(), np.asarray([[0.6, -1.5, 0.6, 3.0]], "float32"))
+        assert aqt_lite.quantize([1.0, 2.0], "int4", scale_dtype=scale.element).scale.dtype == scale.name
+    finally:
+        FORMATS.pop(form.name, None)
+        SCALE_FORMATS.pop(scale.name, None)
+
+
+def test_floats_without_a_sign(backend):
+    """Numbers below zero lie outside; they are not read as their magnitudes."""
+    form = aqt_lite.register_format(aqt_lite.Float("ufloat5_e3m2", 3, 2, bias=3, max=28.0, signed=False))
+    try:
+        x = backend.asarray(np.asarray([-3.0, -0.0, 0.1, 2.0, 50.0], "float32"))
+        q = aqt_lite.quantize(x, form.name, scale=1.0)
+        assert backend.to_numpy(q.dequantize()).tolist() == [0.0, 0.0, 0.125, 2.0, 28.0]
+        with pytest.raises(ValueError, match=r"2 values of 5 beyond the numbers"):
+            aqt_lite.quantize(x, form.name, scale=1.0, on_clip="raise")
+        with pytest.raises(ValueError, match=r"ufloat5_e3m2 has no number below zero: give offset='data'"):
+            aqt_lite.quantize(x, form.name)
+        whole = aqt_lite.quantize(x, form.name, offset="data")
+        np.testing.assert_allclose(backend.to_numpy(whole.dequantize()), backend.to_numpy(x), atol=4)
+    finally:
+        del FORMATS[form.name]
+
+
+def test_given_scales_of_blocks_go_up_to_their_format(backend):
+    x = np.asarray([[0.6, -0.3, 0.1, 0.0]], "float32")
+    q = aqt_lite.quantize(backend.asarray(x), "mxfp4", scale=0.1)
+    assert backend.to_numpy(q.scales).tolist() == [[0.125]]
+    zeros = aqt_lite.quantize(backend.asarray(0 * x), "iq4_nl", granularity=PerGroup(2))
+    assert not np.any(np.abs(backend.to_numpy(zeros.dequantize())) > 1.1)
+
+
+def test_missing_values_beside_an_offset(backend):
+    x = np.asarray([[5.0, np.nan, 7.0, 6.0]], "float32")
+    q = aqt_lite.quantize(backend.asarray(x), "uint8", offset="data", nonfinite="ignore")
+    found = backend.to_numpy(q.dequantize())
+    np.testing.assert_allclose(found[0, [0, 2, 3]], [5, 7, 6], atol=2 / 255)

@@ -617,3 +617,96 @@ def test_exact_sums_of_codes(backend, dtypes):
         aqt_lite.linear(backend.asarray(sides[0]), w, mode="integer")
     with pytest.raises(ValueError, match="mode='integer' is not possible: x is int8 with PerGroup"):
         aqt_lite.linear(quantize(backend.asarray(sides[0]), granularity=PerGroup(8)), w, mode="integer")
+
+
+# ---- what others have stored
+
+
+def test_from_codes_reads_packed_codes_and_scales_of_few_bits(backend):
+    """A checkpoint's arrays as they are: a stream of codes, scales as bit patterns, as typed arrays, as numbers."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 64)).astype("float32")
+    q = quantize(backend.asarray(x), "mxfp4")
+    bits = backend.to_numpy(q.scale.storage)
+    scales = [backend.asarray(bits), backend.asarray(backend.to_numpy(q.scales))]
+    if backend.name in ("numpy", "jax"):
+        scales.append(backend.asarray(bits.view(ml_dtypes.float8_e8m0fnu)))
+    for scale in scales:
+        again = QArray.from_codes(q.storage, scale, dtype="mxfp4", packed_length=64, scale_dtype="float8_e8m0fnu")
+        assert_same_bits(again, q)
+        assert_same_bits(again.storage, q.storage)
+    with pytest.raises(TypeError, match="scale has dtype uint8, but mxfp4 keeps its scales as float8_e8m0fnu"):
+        QArray.from_codes(q.storage, scales[0], dtype="mxfp4", packed_length=64)
+    with pytest.raises(ValueError, match="is no number of float8_e8m0fnu"):
+        QArray.from_codes(q.qvalue, 0.3, dtype="mxfp4")
+    with pytest.raises(ValueError, match=r"packed_length=66: 66 codes of mxfp4 take 33 bytes"):
+        QArray.from_codes(q.storage, scales[0], dtype="mxfp4", packed_length=66, scale_dtype="float8_e8m0fnu")
+    least = backend.asarray(np.zeros((6, 2), "uint8"))  # 2^-127, below what is chosen here
+    small = QArray.from_codes(q.storage, least, dtype="mxfp4", packed_length=64, scale_dtype="float8_e8m0fnu")
+    assert np.all(np.abs(backend.to_numpy(small.dequantize())) < 2.0**-120)
+
+
+def test_scales_and_offsets_that_are_quantized_in_groups(backend):
+    """Double quantization: blocks of scales of their own, which every layout keeps."""
+    x = np.random.default_rng(4).normal(size=(4, 256)).astype("float32") + 3
+    q = quantize(backend.asarray(x), "uint4", scheme="affine", granularity=PerGroup(8), offset="data")
+    top = np.max(backend.to_numpy(q.scale).reshape(4, 8, 4), -1) / 255
+    scale = quantize(q.scale, "uint8", granularity=PerGroup(4), scale=backend.asarray(top), zero_point=0)
+    offset = quantize(q.offset, "int8", granularity=PerGroup(4), scale_dtype="bfloat16")
+    nested = QArray.from_codes(q.qvalue, scale, offset=offset, dtype="uint4", granularity=PerGroup(8))
+    codes, scales, offsets = (backend.to_numpy(a) for a in (q.qvalue, scale.dequantize(), offset.dequantize()))
+    values = codes.astype("float64").reshape(4, 32, 8) * scales[..., None] + offsets[..., None]
+    found = backend.to_numpy(nested.dequantize())
+    np.testing.assert_allclose(found, values.reshape(4, 256), rtol=1e-6)
+    for same in (nested.mT.mT, nested.T.T.copy(), aqt_lite.stack([nested, nested])[1], nested.to_backend("numpy")):
+        assert_same_bits(same.dequantize(), found)
+    assert_same_bits(nested.T.dequantize(), found.T)
+    assert_same_bits(nested[1:3, 64:].dequantize(), found[1:3, 64:])
+    assert_same_bits(nested.take([2, 0]).dequantize(), found[[2, 0]])
+    y = aqt_lite.linear(backend.asarray(x), nested)
+    np.testing.assert_allclose(backend.to_numpy(y), x.astype("float64") @ found.T.astype("float64"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "uint8", "nvfp4"])
+def test_products_with_scales_of_few_bits(backend, dtype):
+    x, w = (np.random.default_rng(6).normal(size=s).astype("float32") for s in ((3, 64), (8, 64)))
+    how = {} if dtype == "nvfp4" else {"granularity": PerChannel(0), "scale_dtype": "bfloat16"}
+    q = quantize(backend.asarray(w), dtype, **how)
+    y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q))
+    wanted = x.astype("float64") @ backend.to_numpy(q.dequantize()).astype("float64").T
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_arrays_with_two_scales_are_stacked(backend):
+    """nvfp4's outer scale becomes one for each array."""
+    xs = [np.random.default_rng(n).normal(size=(2, 32)).astype("float32") * 10**n for n in range(3)]
+    qs = [quantize(backend.asarray(x), "nvfp4") for x in xs]
+    stacked = aqt_lite.stack(qs)
+    assert stacked.scale.scale.shape == (3, 1, 1)
+    for n, q in enumerate(qs):
+        assert_same_bits(stacked[n].dequantize(), q.dequantize())
+    assert_same_bits(stacked.dequantize(), np.stack([backend.to_numpy(q.dequantize()) for q in qs]))
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,), (2, 0, 64)])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "nvfp4"])
+def test_arrays_without_elements_keep_their_shape(shape, dtype):
+    q = quantize(np.zeros(shape, "float32"), dtype, granularity=PerGroup(32))
+    for part in (q, q[..., 0:0], q[0:0], q[::-1], q[..., :]):
+        assert part.dequantize().shape == part.shape
+    if len(shape) == 1:
+        with pytest.raises(IndexError, match="has groups of 32"):
+            q.take([])
+    else:
+        assert q.take([]).shape == (0, *shape[1:])
+        assert q.mT.dequantize().shape == q.mT.shape
+        with pytest.raises(ValueError, match="would tear blocks apart"):
+            q.reshape(shape[::-1])
+
+
+def test_an_index_may_be_traced():
+    q = quantize(jnp.asarray(X[0]), granularity=PerChannel(0))
+    row = jax.jit(lambda q, i: q[i].dequantize())(q, jnp.asarray(2))
+    assert_same_bits(row, q[2].dequantize())

@@ -97,12 +97,11 @@ def matmul_of_values(x: Array, values: Array, bias: Array | None, *, contract: i
 
 
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
-    """A weight whose numbers are whole multiples of a power of two, as int8 codes and scales of those multiples."""
+    """A weight of integers, or of whole multiples of a power of two, as integer codes and scales of those multiples."""
     unit = spec.element.unit
-    assert unit is not None
     xp, scale = b.xp, affine.scales(w.scale, spec, b)
     numbers = spec.element.decode(w.codes, b)
-    if unit == 1 and b.dtype_name(numbers) in ("int8", "uint8"):
+    if unit is None or (unit == 1 and b.dtype_name(numbers) in ("int8", "uint8")):
         return Coded(numbers, scale, w.zero_point)
     steps = xp.astype(numbers, xp.float32) * (1 / unit)
     return Coded(xp.astype(steps, xp.int8), scale * unit, w.zero_point)

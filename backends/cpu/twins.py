@@ -43,6 +43,8 @@ class _Float(Float):
         bits, drop = v.view(np.int32), 23 - m
         u = bits & np.int32(0x7FFFFFFF)
         number = u <= INFINITY
+        if not self.signed:
+            number &= (bits >= 0) | (u == 0)
         np.multiply(u, number, out=u)
         inside = u <= _bits(self.max)
         np.minimum(u, _bits(self.max), out=u)
