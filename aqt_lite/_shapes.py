@@ -1,7 +1,7 @@
 """What a quantized array has in common with other arrays: indexing, iteration, transposes, reshaping, operators.
 
 Owns: how each of those keeps codes, blocks and layout true to each other, or is refused. Imports: packing, for the
-length of streams.
+length of streams, and the registry.
 """
 
 from __future__ import annotations

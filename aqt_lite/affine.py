@@ -1,7 +1,7 @@
 """The numeric contract: scale, zero point, codes, and back. docs/numerics.md says it in words.
 
 Owns: the arithmetic of linear quantization, and nothing else: no validation, no containers, no framework. Imports:
-formats, elements, granularity, blocks of arrays, and the ``Backend`` interface.
+formats, elements, granularity, blocks of arrays, noise, the marking of operations, and the ``Backend`` interface.
 
 Reading aid. Every function takes arrays of one backend ``b`` and static records, branches on no value, and so runs
 eagerly and under any tracing compiler. Bits are the same everywhere because of four rules kept throughout:

@@ -1,7 +1,8 @@
 """The container of a quantized array.
 
 Owns: ``QArray``, its invariants, and its moves between layouts and backends. Imports: formats, granularity, affine (to
-dequantize), packing, the registry. What it has in common with other arrays, indexing and the like, is in ``_shapes``.
+dequantize), packing, the registry, and the checks of parameters. What it has in common with other arrays, indexing and
+the like, is in ``_shapes``.
 
 Invariants, for ``q`` with ``n`` dimensions:
 
@@ -59,7 +60,8 @@ class QArray(ArrayShapes):
 
     Made by :func:`aqt_lite.quantize`, or by :meth:`from_codes` from codes that exist already. Frozen. A pytree in
     JAX and in torch: it passes through ``jit``, ``vmap``, ``scan``, ``torch.compile`` and the like, where ``storage``,
-    ``scale``, ``zero_point`` and ``offset`` are the leaves and the rest is static.
+    ``scale``, ``zero_point`` and ``offset`` are the leaves and the rest is static. In JAX one more leaf, ``mark``, says
+    beside them what the codes mean: 16 bytes (times the axes that are mapped over), which ``nbytes`` does not count.
 
     Parameters
     ----------
