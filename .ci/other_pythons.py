@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "build" / "pythons"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-CORE = ["affine", "golden", "granularity", "kernels", "laws", "qarray", "report", "backends.py::test_conformance"]
-LIBRARIES = ["jax", "dots", "plots"]  # tests that need JAX, numba or matplotlib
+CORE = ["golden", "granularity", "laws", "qarray", "report", "backends.py::test_conformance"]
+LIBRARIES = ["jax", "plots"]  # tests that need JAX or matplotlib
 MINUTES = 15  # for the tests of one environment: more means that something hangs
 
 TEST_TOOLS = ("array-api-strict", "hypothesis", "pytest", "pytest-xdist")

@@ -170,7 +170,7 @@ class _Mlx(GenericBackend):
 
 
 class _MlxNamespace:
-    """``mlx.core`` with the one argument that it lacks."""
+    """``mlx.core`` with what it lacks."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -181,6 +181,10 @@ class _MlxNamespace:
     def sum(self, x: Array, *, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> Array:
         """The sum over ``axis``, computed in ``dtype``."""
         return self._core.sum(x if dtype is None else x.astype(dtype), axis=axis, keepdims=keepdims)
+
+    def signbit(self, x: Array) -> Array:
+        """Where numbers are negative, or -0.0."""
+        return (x < 0) | ((x == 0) & (1 / x < 0))
 
 
 _ADAPTERS: dict[str, type[GenericBackend]] = {"dask": _Dask, "mlx": _Mlx, "ndonnx": _Ndonnx}

@@ -79,7 +79,9 @@ class Backend(ExactArithmetic, ABC):
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
         """int32 numbers from ``start`` to ``stop - 1``, on the device of ``like``."""
-        return self.xp.arange(start, stop, dtype=self.xp.int32, device=self.device(like))
+        device = self.device(like)
+        where = {} if device is None else {"device": device}  # a library of one device may know no such argument
+        return self.xp.arange(start, stop, dtype=self.xp.int32, **where)
 
     def bits_of(self, x: Array) -> Array:
         """The bit patterns of floats of 8 bits, as uint8, or of 16, as int16."""

@@ -394,6 +394,12 @@ def _as_numpy(tensors: Any) -> list[Any]:
     return [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
 
 
+def _from_numpy(a: Any) -> Array:
+    if a.dtype.name == "bfloat16":  # of which torch knows no NumPy type
+        return torch.from_numpy(a.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
 def _check_memory(tensors: Any) -> None:
     """The gate of torch: ValueError where a tensor has lost its storage, on which torch's own operators crash, too."""
     for t in tensors:
@@ -413,7 +419,7 @@ def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
         if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
         result = form(*runtime.on_each(lambda t: t.numpy(force=True), arrays), **static)
-        return result if result is NotImplemented else runtime.on_each(torch.from_numpy, result)
+        return result if result is NotImplemented else runtime.on_each(_from_numpy, result)
 
     return kernel
 
