@@ -330,6 +330,7 @@ def test_nothing_finite():
     assert (report.nonfinite, report.mse, report.max_abs_error, report.sqnr_db) == (6, 0.0, 0.0, math.inf)
 
 
+@needs("jax")
 def test_codes_that_stand_for_nan_are_an_error_that_shows():
     import jax
 
