@@ -24,7 +24,7 @@ HOME = ROOT / "build" / "pythons"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE = ["golden", "granularity", "laws", "qarray", "report", "backends.py::test_conformance"]
-LIBRARIES = ["jax", "plots"]  # tests that need JAX or matplotlib
+LIBRARIES = ["plots"]  # tests that need matplotlib
 MINUTES = 15  # for the tests of one environment: more means that something hangs
 
 TEST_TOOLS = ("array-api-strict", "hypothesis", "pytest", "pytest-xdist")

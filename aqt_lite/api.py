@@ -125,7 +125,7 @@ def quantize(
     >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70).qvalue[0]
     array([-15, -74, 127], dtype=int8)
     >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
-    array([  96.,  288., -184.], dtype=float32)
+    array([  96.,  288., -192.], dtype=float32)
     """
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
