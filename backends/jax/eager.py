@@ -7,13 +7,13 @@ anew for every shape. Imports: the CPU library.
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import get_opaque_trace_state
 
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
@@ -23,7 +23,10 @@ from aqt_lite.backends.cpu import runtime
 __all__ = ["in_memory", "is_tracing"]
 
 
-_state: Any = get_opaque_trace_state
+try:
+    _state: Any = importlib.import_module("jax.extend.core").get_opaque_trace_state
+except AttributeError:  # JAX 0.9
+    _state = importlib.import_module("jax.core").get_opaque_trace_state
 
 
 @functools.cache
