@@ -186,7 +186,7 @@ def test_formats_have_the_same_bits_in_compiled_torch(dtype):
 )
 @pytest.mark.parametrize("first", range(6))
 def test_every_format_has_the_same_bits_on_every_form(form, dtype, step, first):
-    """Values become float32 or float64 before anything else, so that few dtypes say all; for torch compiled, see above."""
+    """Values become float32 or float64 before anything else, so that few dtypes say all; torch compiled: see above."""
     problems = [p for name in BUILT_IN[first::6] for p in problems_of(name, dtype)][first % step :: step]
     assert not disagreements(problems, on_numpy(problems), [form])
 
