@@ -21,7 +21,7 @@ from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.elements import Integer, float_type, integer_type
+from aqt_lite.elements import float_type, integer_type
 from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
@@ -329,7 +329,7 @@ def _prepare(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )
     element = form.element
-    if not element.signed and not isinstance(element, Integer) and offset is None and scale is None:
+    if not element.signed and not element.middle and offset is None and scale is None:
         raise ValueError(f"{form.name} has no number below zero: give offset='data', or a scale for values above zero")
     if scheme == "affine" and offset is None and not element.zero_points:
         raise ValueError(
