@@ -34,11 +34,11 @@ def noise(shape: tuple[int, ...], key: Array, first: int, b: Backend) -> Array:
     for n in shape:
         size *= n
     position = b.arange(first, first + size, like=key)
-    high, _ = encipher(position >> 16 & WORD, position & WORD, [key[i, ...] for i in range(4)])
+    high, _ = encipher(position >> 16 & WORD, position & WORD, [key[i, ...] for i in range(4)], b)
     return xp.reshape(high, shape)
 
 
-def encipher(x: Array, y: Array, key: list[Array]) -> tuple[Array, Array]:
+def encipher(x: Array, y: Array, key: list[Array], b: Backend) -> tuple[Array, Array]:
     """One block of two words under a key of four (lowest first)."""
     k, rest = key[0], key[1:]
     for i in range(ROUNDS):
@@ -46,6 +46,7 @@ def encipher(x: Array, y: Array, key: list[Array]) -> tuple[Array, Array]:
         y = _left(y, 2) ^ x
         mixed = (k + _right(rest[0], 7) & WORD) ^ i
         k, rest = _left(k, 2) ^ mixed, [*rest[1:], mixed]
+        x, y, k = map(b.computed_once, (x, y, k))  # each is mentioned several times: 2^ROUNDS times in all
     return x, y
 
 

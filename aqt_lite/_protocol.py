@@ -196,6 +196,10 @@ class Backend(ExactArithmetic, ABC):
         """``y``, whose derivative with respect to ``x`` is 1 where ``inside`` and 0 elsewhere."""
         return y
 
+    def computed_once(self, x: Array) -> Array:
+        """``x``, for a compiler that would otherwise compute it anew at every mention."""
+        return x
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function(*arrays, static=...)`` in the form that is fast when called eagerly."""
         return function

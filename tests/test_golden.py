@@ -111,7 +111,7 @@ def formats(which=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("form", "step"), [(NUMPY, 1), (STRICT, 1), (TORCH, 1), (JIT, 5), (CONSTANT, 19), (JAX, 23), (COMPILED, 29)]
+    ("form", "step"), [(NUMPY, 1), (STRICT, 1), (TORCH, 1), (JIT, 5), (CONSTANT, 19), (JAX, 23), (COMPILED, 58)]
 )
 def test_every_form_gives_the_vectors_of_formats(form, step):
     """Compiling takes a second or so for each: some of them for what compiles."""

@@ -55,6 +55,7 @@ def _in_this_thread():
 # ---- Dask
 
 
+@pytest.mark.exhaustive  # a minute; the tests below ask the same of it in parts
 def test_dask_passes_the_conformance_suite():
     b = backend_of(da.zeros(1))
     with np.errstate(all="ignore"):  # what a task warns of is Dask's to decide

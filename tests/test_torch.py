@@ -457,6 +457,15 @@ def test_every_format_compiled(how):
         torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
 
 
+def test_stochastic_rounding_compiles():
+    """Inlined into one another, the rounds of its noise took the compiler hours."""
+    x = data(6, 40)
+    how = {"dtype": "int4", "scale": 0.1, "rounding": "stochastic"}
+    assert_same_bits(whole(lambda x: quantize(x, **how, key=7))(x), quantize(x, **how, key=7))
+    mapped = whole(lambda x: torch.func.vmap(lambda v: quantize(v, "mxfp4").dequantize())(x))
+    assert_same_bits(mapped(x), quantize(x, "mxfp4").dequantize())
+
+
 @of_each_format
 def test_every_format_has_gradients(how):
     w = quantize(data(24, 40, seed=1), **how)

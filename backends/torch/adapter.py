@@ -86,15 +86,27 @@ class TorchBackend(Backend):
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
+        x = self.computed_once(x)
         # zero and NaN stay what they are
         integer, mantissa, bias = (torch.int32, 23, 127) if x.dtype == torch.float32 else (torch.int64, 52, 1023)
         bits = _bitcast(x, integer)
         fraction = _bitcast((bits & ((1 << mantissa) - 1)) | (bias << mantissa), x.dtype)
-        return torch.where(x > 0, fraction, x), ((bits >> mantissa) - bias).to(torch.int32)
+        exponent = ((bits >> mantissa) - bias).to(torch.int32)
+        return self.computed_once(torch.where(x > 0, fraction, x)), self.computed_once(exponent)
 
     def power_of_two(self, e: Array) -> Array:
         power = _bitcast((torch.clamp(e, -100, 127) + 127) << 23, torch.float32)
         return torch.where(e < -100, 0.0, power)
+
+    def computed_once(self, x: Array) -> Array:
+        """Inductor copies expressions to where they are used, and walks every copy: a chain takes it exponential time.
+
+        What ``as_strided`` reads it puts into memory. A program for export is left as it is.
+        """
+        if not torch.compiler.is_compiling() or (HAS_IS_EXPORTING and torch.compiler.is_exporting()):
+            return x
+        x = x.contiguous()
+        return torch.as_strided(x, x.shape, x.stride(), 0)
 
     def stop_gradient(self, x: Array) -> Array:
         return x.detach()
