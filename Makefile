@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons check bench bench-formats formats mismatches clean
+.PHONY: demo test exhaustive pythons check bench bench-quick bench-formats formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -40,6 +40,11 @@ formats: $(READY)  ## tables and pictures of the number formats, written into RE
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/stored.py
+	$(BIN)/python benchmarks/tables.py --write
+
+bench-quick: $(READY)  ## the headline rows, in a minute
+	$(BIN)/python benchmarks/stored.py --quick
 
 bench-formats: $(READY)  ## speed of every kind of format on NumPy, beside int8
 	$(BIN)/python benchmarks/formats.py

@@ -1,7 +1,7 @@
 """Codes of fewer than 8 bits as a dense stream of bits.
 
 Owns: ``pack`` and ``unpack`` along the last axis. Imports: the ``Backend`` interface. Only the container knows that
-codes are packed: everything else sees one code an item.
+codes are packed, and products that read them so: everything else sees one code an item.
 
 Code ``i`` of a row takes the bits ``[i * bits, (i + 1) * bits)`` of the row's stream; bit ``j`` of the stream is bit
 ``j % 8`` of byte ``j // 8``, the least significant being bit 0. A row is filled up with zeros to whole bytes. So two

@@ -509,10 +509,11 @@ class QArray(ArrayShapes):
         """Its arrays as ``affine`` takes them, codes in the order of the axes."""
         return affine.Coded(self.qvalue, *self._qparams())
 
-    def _qparams(self) -> affine.QParams:
+    def _qparams(self, *, masked: bool = True) -> affine.QParams:
+        """Unless ``masked``, whoever takes traced scales sees to those that are not positive."""
         b, scale, offset = self._backend, self.scale, self.offset
         if not isinstance(scale, QArray):
-            scale = self._positive(scale, b)
+            scale = scale if scale is not None and not masked and not b.has_values(scale) else self._positive(scale, b)
         else:  # of scales in groups, a format knows only those along the last axis
             scale = scale.dequantize() if scale._has_groups else scale._checked()._coded()
         offset = offset.dequantize() if isinstance(offset, QArray) else offset

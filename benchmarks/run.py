@@ -235,14 +235,11 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
     for size in sizes:
         rng = np.random.default_rng(SEED)
         w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
-        weights = {
-            g: aqt_lite.quantize(w, granularity=k) for g, k in [("channel", PerChannel(0)), ("group", PerGroup(128))]
-        }
+        weights = {"channel": aqt_lite.quantize(w, granularity=PerChannel(0))}
         for m in rows_of_x:
             x = rng.standard_normal((m, size), dtype=np.float32)
             # the error is that of the product: against the values that the codes stand for, in float64
             exact = x.astype(np.float64) @ weights["channel"].dequantize().astype(np.float64).T
-            exact_group = x.astype(np.float64) @ weights["group"].dequantize().astype(np.float64).T
             for kind in kinds:
                 makers = {"numpy": on_numpy, "numpy alone": on_numpy_alone, "torch": on_torch, "jax": on_jax}
                 candidates = makers[kind](w, weights, x)
@@ -251,7 +248,7 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
                 errors = {}
                 for who, call in candidates.items():
                     if not who.startswith(("float32", "peer")):
-                        errors[who] = error(call(0), exact_group if "group" in who else exact)
+                        errors[who] = error(call(0), exact)
                         assert errors[who] <= 2 * own, f"{kind} {who} at M={m}: {errors[who]:.1e}, {own:.1e}"
                 found = take_turns(candidates)
                 base = found["float32"]["ms"]
@@ -279,14 +276,12 @@ def on_numpy(w, weights, x) -> dict[str, Candidate]:
     turned = rotating(lambda i: w.T.copy(), w.nbytes)
     channel = rotating(lambda i: copied(weights["channel"]), w.size)
     dense = rotating(lambda i: copied(aqt_lite.quantize(w.T, granularity=PerChannel(1))), w.size)
-    group = rotating(lambda i: copied(weights["group"]), w.size)
     return {
         "float32": lambda i: x @ floats[i % len(floats)].T,
         "float32, (in, out)": lambda i: x @ turned[i % len(turned)],
         "linear": lambda i: aqt_lite.linear(x, channel[i % len(channel)]),
         "linear, reproducible": lambda i: aqt_lite.linear(x, channel[i % len(channel)], mode="reproducible"),
         "dense": lambda i: aqt_lite.dense(x, dense[i % len(dense)]),
-        "linear, group 128": lambda i: aqt_lite.linear(x, group[i % len(group)]),
     }
 
 
@@ -320,14 +315,12 @@ def on_torch(w, weights, x) -> dict[str, Candidate]:
     dense = rotating(
         lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("torch").for_dense(), w.size
     )
-    group = rotating(lambda i: weights["group"].to_backend("torch"), w.size)
     found: dict[str, Candidate] = {
         "float32": lambda i: x @ floats[i % len(floats)].T,
         "float32, (in, out)": lambda i: x @ turned[i % len(turned)],
         "linear": lambda i: aqt_lite.linear(x, channel[i % len(channel)]),
         "linear, reproducible": lambda i: aqt_lite.linear(x, channel[i % len(channel)], mode="reproducible"),
         "dense, stored for it": lambda i: aqt_lite.dense(x, dense[i % len(dense)]),
-        "linear, group 128": lambda i: aqt_lite.linear(x, group[i % len(group)]),
     }
 
     def notebook(i: int):
@@ -372,7 +365,6 @@ def on_jax(w, weights, x) -> dict[str, Candidate]:
     channel = rotating(lambda i: weights["channel"].to_backend("jax"), w.size)
     dense = rotating(lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("jax").for_dense(), w.size)
     raw = rotating(lambda i: aqt_lite.quantize(w.T, granularity=PerChannel(1)).to_backend("jax"), w.size)
-    group = rotating(lambda i: weights["group"].to_backend("jax"), w.size)
     plain = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
     matmul = jax.jit(jnp.matmul)
     linear, dot = jax.jit(aqt_lite.linear), jax.jit(aqt_lite.dense)
@@ -387,7 +379,6 @@ def on_jax(w, weights, x) -> dict[str, Candidate]:
         "linear, reproducible": lambda i: wait(reproducible(x, channel[i % len(channel)])),
         "dense": lambda i: wait(dot(x, raw[i % len(raw)])),
         "dense, stored for it": lambda i: wait(dot(x, dense[i % len(dense)])),
-        "linear, group 128": lambda i: wait(linear(x, group[i % len(group)])),
         "peer: plain jax.jit": lambda i: wait(naive(x, channel[i % len(channel)])),
     }
     try:

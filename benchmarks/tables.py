@@ -40,7 +40,10 @@ def filled(text: str, results: dict) -> str:
 
 def tables(results: dict) -> dict[str, str]:
     """Every table, by the name of its marker."""
+    stored = json.loads((ROOT / "benchmarks" / "stored.json").read_text())
     return {
+        "stored": products_stored(stored),
+        "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
         "machine": machine(results),
         "products": products(results, ("linear", "linear, reproducible")),
         "all products": products(results, None),
@@ -49,13 +52,24 @@ def tables(results: dict) -> dict[str, str]:
     }
 
 
-def machine(results: dict) -> str:
+def machine(results: dict, copying: bool = True) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    return (
-        f"Measured on {m['cores']} cores ({m['processor']}), {m['memory_gib']} GiB, Python {m['python']}, {versions}; "
-        f"copying reads and writes {results['copy_gb_s']:.0f} GB/s."
-    )
+    told = f"Measured on {m['cores']} cores ({m['processor']}), {m['memory_gib']} GiB, Python {m['python']}, {versions}"
+    return f"{told}; copying reads and writes {results['copy_gb_s']:.0f} GB/s." if copying else f"{told}."
+
+
+def products_stored(results: dict) -> str:
+    """Times as fast as the backend's own best float32 product; for one row also the share of the speed of reading."""
+    found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in results["rows"]}
+    columns = sorted({(r["size"], r["m"]) for r in results["rows"]})
+    lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]
+    for backend in ("jax", "torch", "numpy"):
+        for who in dict.fromkeys(r["who"] for r in results["rows"]):
+            cells = [found[backend, who, *column] for column in columns]
+            shown = [f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 else "") for c in cells]
+            lines.append(f"| {backend}: {who} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def products(results: dict, who: tuple[str, ...] | None) -> str:

@@ -164,16 +164,20 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     return known
 
 
-def _as_stored(w: QArray) -> tuple[affine.Coded, affine.Spec]:
-    """A weight's arrays and their meaning, in the order in which codes are stored."""
-    scale, zero_point, offset = w._qparams()
+def _as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine.Spec]:
+    """A weight's arrays and their meaning, in the order in which codes are stored.
+
+    ``packed``: codes as they are kept, and traced scales unseen. Else codes are one an item, and scales that are not
+    positive NaN.
+    """
+    scale, zero_point, offset = w._qparams(masked=not packed)
     spec, b = w._spec, w._backend
     if w.transposed:
         scale, zero_point, offset = (
             _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
         )
         spec = replace(spec, block=spec.block[::-1])
-    return affine.Coded(w._stored_codes(), scale, zero_point, offset), spec
+    return affine.Coded(w.storage if packed else w._stored_codes(), scale, zero_point, offset), spec
 
 
 def _swapped(blocks: Any, b: Backend) -> Any:
@@ -197,6 +201,16 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     return run(w._backend, reference.in_integers, weight, spec=spec), plain
 
 
+def _stored_product(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> Any:
+    """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
+    static = {"contract": contract, "packed_length": w.packed_length}
+    kernel = kernel_for(b, reference.matmul_stored, static)
+    if kernel is None:
+        return NotImplemented
+    weight, spec = _as_stored(w, packed=True)
+    return kernel(x, weight, bias, spec=spec, **static)
+
+
 def _float_product(
     x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
 ) -> Array:
@@ -206,6 +220,14 @@ def _float_product(
     if ready is not None and mode == "fast":
         kernel = ready.kernels[stored]
         y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
+        if y is not NotImplemented:
+            return y
+    elif (
+        mode == "fast"
+        and w.scale is not None
+        and (w.packed_length is not None or (w.scale.ndim and w.scale.shape[contract] > 1))
+    ):
+        y = _stored_product(x, w, bias, stored, b)
         if y is not NotImplemented:
             return y
     found = _in_integers(w)

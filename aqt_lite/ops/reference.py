@@ -1,6 +1,7 @@
 """Matrix products with a quantized weight: the plain form, and the forms with the same bits on every backend.
 
-Owns: the arithmetic that every kernel is tested against. Imports: affine, granularity, the ``Backend`` interface.
+Owns: the arithmetic that every kernel is tested against. Imports: affine, granularity, packing, the
+``Backend`` interface.
 
 Throughout, ``x`` is (M, K), ``contract`` says which axis of the weight is summed over (0 for codes of shape (K, N), 1
 for (N, K)), and the result is (M, N).
@@ -20,6 +21,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block
+from aqt_lite.packing import unpack
 
 __all__ = [
     "LONGEST_PIECE",
@@ -30,10 +32,12 @@ __all__ = [
     "matmul",
     "matmul_integer",
     "matmul_reproducible",
+    "matmul_stored",
     "of_columns",
     "one_per_column",
     "pieces",
     "sums_of_codes",
+    "values_stored",
 ]
 
 LONGEST_PIECE = 1 << 16
@@ -94,6 +98,29 @@ def matmul_of_values(x: Array, values: Array, bias: Array | None, *, contract: i
     if bias is not None:
         y = y + xp.expand_dims(xp.astype(bias, compute), axis=0)
     return xp.astype(y, x.dtype)
+
+
+def matmul_stored(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None, b: Backend
+) -> Array:
+    """``matmul`` of a weight as it is stored, of any format: codes that may be packed, scales as they are kept.
+
+    NaN takes the place of scales that are plain numbers and not positive.
+    """
+    if w.scale is not None and not isinstance(w.scale, tuple):
+        w = w._replace(scale=b.xp.where(w.scale > 0, w.scale, b.xp.full_like(w.scale, float("nan"))))
+    values = values_stored(w, spec=spec, packed_length=packed_length, b=b)
+    return matmul_of_values(x, values, bias, contract=contract, b=b)
+
+
+def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
+    """The values of such a weight, as products use them."""
+    if packed_length is not None:
+        element = spec.element
+        signed = not element.storage.startswith("u")
+        codes = run(b, unpack, w.codes, bits=element.bits, length=packed_length, signed=signed)
+        w = w._replace(codes=codes)
+    return run(b, affine.dequantize, w, spec=unrounded(spec), out=spec.source.compute)
 
 
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:

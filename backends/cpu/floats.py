@@ -17,6 +17,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, map_ranges, tiles
+from aqt_lite.backends.cpu.stored import matmul_stored
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
@@ -42,6 +43,9 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         return NotImplemented
     if w.codes.size >= LARGE:
         y = matmul_by_dots(x, w, bias, spec=spec, contract=contract)
+        if y is not NotImplemented:
+            return y
+        y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
         if y is not NotImplemented:
             return y
     x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)

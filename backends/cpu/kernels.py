@@ -11,11 +11,13 @@ from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reprodu
 from aqt_lite.backends.cpu.floats import matmul
 from aqt_lite.backends.cpu.integers import integer_matmul
 from aqt_lite.backends.cpu.runtime import gated
+from aqt_lite.backends.cpu.stored import matmul_stored
 from aqt_lite.ops import reference
 
 KERNELS: Kernels = {
     **{operation: Kernel(gated(form), anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(gated(matmul)),
+    reference.matmul_stored: Kernel(gated(matmul_stored), anything),
     reference.matmul_reproducible: Kernel(gated(matmul_reproducible)),
     reference.integer_matmul: Kernel(gated(integer_matmul), anything),
     reference.fixed_point_matmul: Kernel(gated(fixed_point_matmul), anything),

@@ -147,6 +147,18 @@ def integer_dots() -> Any:
     return None if compiled_loops() is None else _loaded_dots()
 
 
+def decoding_loops() -> Any:
+    """The loops whose codes become numbers in registers, or None without numba or such a processor."""
+    return None if compiled_loops() is None else _loaded_decoding()
+
+
+@functools.cache
+def _loaded_decoding() -> Any:
+    from aqt_lite.backends.cpu import decoding
+
+    return decoding if decoding.AVAILABLE else None
+
+
 @functools.cache
 def _loaded_dots() -> Any:
     from aqt_lite.backends.cpu import dots

@@ -31,6 +31,9 @@ SHORTEST_ROW_TO_ENCODE = 64
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
+MANY_ROWS_FOR_LOOPS = 512
+"""Rows of x above which BLAS takes a small weight as floats."""
+
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
 
@@ -103,6 +106,25 @@ def dots(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
         and w.codes.shape[1] <= reference.LONGEST_PIECE
         and runtime.integer_dots() is not None
     )
+
+
+def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether the loops serve in which codes become numbers in registers: of 8 bits, or of 4 and packed.
+
+    Groups, where the contracted axis has some, are to be whole vectors; that axis lies last.
+    """
+    loops, element = runtime.decoding_loops(), spec.element
+    if loops is None or contract != 1 or w.scale is None or w.offset is not None:
+        return False
+    if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
+        return False
+    known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
+    return known and (spec.block[1] or 0) % (loops.LANES * (2 if packed else 1)) == 0
+
+
+def is_worth_floats(rows: int, codes: int) -> bool:
+    """Whether so many rows of x meet a weight so small that its floats stay in cache, where BLAS is faster."""
+    return rows > MANY_ROWS_FOR_LOOPS and codes < runtime.LARGE
 
 
 def exact_dots(w: Array) -> bool:

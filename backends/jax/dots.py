@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +36,7 @@ from aqt_lite.backends.cpu.dots import (
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
@@ -114,11 +113,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    try:
-        sources = [Path(str(module.__file__)) for module in (sys.modules[__name__], dots, ffi)]
-        version = zlib.crc32(b"".join(source.read_bytes() for source in sources))
-    except OSError:  # no sources, and then numba caches nothing
-        version = 0
+    version = version_of(sys.modules[__name__], dots, ffi)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
@@ -161,20 +156,12 @@ def _results(x: Any, w: Any, *_: Any) -> list[Any]:
 
 
 def _batch(arrays: Any, axes: Any) -> Any:
-    x, *weight = (a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True))
-    if axes[0] is not None and all(axis is None for axis in axes[1:]):  # more rows of one product
-        y, flags, *_ = _bind(x.reshape(-1, x.shape[-1]), *weight)
-        scratch = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], weight[0])[2:]]
-        results = [y.reshape(*x.shape[:2], y.shape[-1]), flags.reshape(x.shape[:2]), *scratch]
-    else:
-        every = (x, *weight)
-        mapped = tuple(a for a, axis in zip(every, axes, strict=True) if axis is not None)
-
-        def one(slices: Any) -> Any:  # what is not mapped over is not copied either
-            found = iter(slices)
-            return _bind(*(a if axis is None else next(found) for a, axis in zip(every, axes, strict=True)))
-
-        results = jax.lax.map(one, mapped)
+    if axes[0] is None or any(axis is not None for axis in axes[1:]):
+        return one_after_the_other(_bind, arrays, axes)
+    x = jnp.moveaxis(arrays[0], axes[0], 0)  # more rows of one product
+    y, flags, *_ = _bind(x.reshape(-1, x.shape[-1]), *arrays[1:])
+    scratch = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], arrays[1])[2:]]
+    results = [y.reshape(*x.shape[:2], y.shape[-1]), flags.reshape(x.shape[:2]), *scratch]
     return results, [0] * len(results)
 
 

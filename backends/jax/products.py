@@ -64,15 +64,23 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     dots = _dots_for(x, w, spec, contract)
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
-        return _unless(jnp.any(flags != 0), y, lambda: _blockwise(x, w, bias, spec, contract))
+        return _unless(jnp.any(flags != 0), y, lambda: _by_floats(x, w, bias, spec, contract))
     few = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
     if serve.one_scale_a_column(w, contract) and few:
         return lax.cond(
             reference.fits_fixed_point(x, b),
             lambda: reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b),
-            lambda: _blockwise(x, w, bias, spec, contract),
+            lambda: _by_floats(x, w, bias, spec, contract),
         )
-    return _blockwise(x, w, bias, spec, contract)
+    return _by_floats(x, w, bias, spec, contract)
+
+
+def _by_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    def blockwise() -> Array:
+        return _blockwise(x, w, bias, spec, contract)
+
+    y = _by_decoding(x, w, bias, spec, contract, None, blockwise)
+    return blockwise() if y is NotImplemented else y
 
 
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
@@ -167,6 +175,35 @@ def _unless(flag: Array, y: Array, otherwise: Callable[[], Array]) -> Array:
     return lax.cond(flag, lambda: otherwise().reshape(-1), lambda: y.reshape(-1)).reshape(y.shape)
 
 
+@functools.cache
+def decoding_loops() -> Any:
+    """The primitive whose codes become numbers in registers, or None where the loops are missing."""
+    if not _is_one_cpu() or runtime.decoding_loops() is None:
+        return None
+    from aqt_lite.backends.jax import decoding
+
+    return decoding
+
+
+def _by_decoding(
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    otherwise: Callable[[], Array],
+) -> Any:
+    """The product by those loops; ``otherwise`` where they find a scale that is not positive, or is huge."""
+    loops, packed = decoding_loops(), packed_length is not None
+    if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
+        return NotImplemented
+    if jax.sharding.get_abstract_mesh().manual_axes or not serve.decodes(x.dtype.name, w, spec, contract, packed):
+        return NotImplemented
+    y, large = loops.product(x, w, bias, spec, packed)
+    return _unless(large, y, otherwise)
+
+
 def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     """``integer_dots`` where they serve and the product is large enough to be worth the call; else None."""
     worth_a_call = w.codes.size >= SMALLEST_FOR_LOOPS and w.codes.shape[1] >= 64
@@ -208,6 +245,47 @@ def _backward(reproducible: bool, spec: Spec, contract: int, kept: Any, dy: Any)
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+# ---- weights as they are stored
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _stored_product(
+    spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
+) -> Array:
+    def otherwise() -> Array:
+        return _stored_reference(spec, contract, packed_length, x, w, bias)
+
+    y = _by_decoding(x, w, bias, spec, contract, packed_length, otherwise)
+    return otherwise() if y is NotImplemented else y
+
+
+def _stored_reference(
+    spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
+) -> Array:
+    b = get_backend("jax")
+    return reference.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
+
+
+def _stored_forward(spec: Spec, contract: int, packed_length: int | None, *operands: Any) -> Any:
+    return _stored_product(spec, contract, packed_length, *operands), operands
+
+
+def _stored_backward(spec: Spec, contract: int, packed_length: int | None, operands: Any, dy: Any) -> Any:
+    return jax.vjp(partial(_stored_reference, spec, contract, packed_length), *operands)[1](dy)
+
+
+_stored_product.defvjp(_stored_forward, _stored_backward)
+_jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1, 2))
+
+
+def _stored(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None) -> Any:
+    """``reference.matmul_stored`` where the loops serve."""
+    known = decoding_loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
+    if not known or not serve.decodes(x.dtype.name, w, spec, contract, packed_length is not None):
+        return NotImplemented
+    return _jitted_stored(spec, contract, packed_length, x, w, bias)
+
+
 # ---- the table
 
 
@@ -232,6 +310,7 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
 KERNELS: Kernels = {
     **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
+    reference.matmul_stored: Kernel(_stored, anything),
     reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
     reference.integer_matmul: Kernel(integer_matmul, anything),
 }

@@ -19,7 +19,7 @@ from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve
+from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve, stored
 from aqt_lite.backends.torch.adapter import (
     has_its_memory,
     has_no_values,
@@ -84,6 +84,10 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     y = _by_dots(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
     if y is not NotImplemented:
         return y
+    if w.codes.numel() >= runtime.LARGE:
+        y = _by_decoding(x, w, bias, spec=spec, contract=contract, packed_length=None)
+        if y is not NotImplemented:
+            return y
     if (
         _have_numpy_memory((x, *w, bias))
         and x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
@@ -163,13 +167,23 @@ def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, s
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
 
+def _by_decoding(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+) -> Any:
+    """NumPy's form whose codes become numbers in registers, where it serves."""
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    form = functools.partial(stored.matmul_stored, packed_length=packed_length)
+    return _on_numpy_memory(form, x, w, bias, spec, contract)
+
+
 def _on_numpy_memory(
     form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 ) -> Any:
     """A form of the product for NumPy arrays; bfloat16 goes there as float32."""
     x_dtype = x.dtype
     x, bias = (t.to(torch.float32) if t is not None and t.dtype == torch.bfloat16 else t for t in (x, bias))
-    if not _have_numpy_memory((x, *w, bias)):
+    if not _have_numpy_memory(runtime.arrays_in((x, *w, bias))):
         return NotImplemented
     y = _shared(form, x, w, bias, spec=spec, contract=contract)
     return y if y is NotImplemented else y.to(x_dtype)
@@ -380,6 +394,49 @@ def _(info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, gro
     return torch.stack([_eager_product(*static, *one(i)) for i in range(info.batch_size)]), 0
 
 
+# ---- weights as they are stored
+
+
+class _Stored(torch.autograd.Function):
+    """``reference.matmul_stored`` for plain tensors, with derivatives of x and of the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Coded, static: dict[str, Any], x: Array, bias: Array | None) -> Array:
+        ctx.w, ctx.static, ctx.bias_dtype = w, static, None if bias is None else bias.dtype
+        y = _by_decoding(x, w, bias, **static)
+        return reference.matmul_stored(x, w, bias, **static, b=get_backend("torch")) if y is NotImplemented else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Array) -> Any:
+        w, static, b = ctx.w, ctx.static, get_backend("torch")
+        dx = dbias = None
+        if ctx.needs_input_grad[2]:
+            turned = reference.values_stored(w, spec=static["spec"], packed_length=static["packed_length"], b=b)
+            turned = turned if static["contract"] == 1 else turned.T
+            dx = _Matmul.apply(dy.to(turned.dtype), turned).to(dy.dtype)  # type: ignore[no-untyped-call]
+        if ctx.needs_input_grad[3]:
+            dbias = derivative.of_bias(dy, torch.float32, ctx.bias_dtype, b)
+        return None, None, dx, dbias
+
+
+def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
+    """``reference.matmul_stored`` where NumPy's form serves; what is traced, and trained scales, go other ways."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return NotImplemented
+    packed = static["packed_length"] is not None
+    spec, contract = static["spec"], static["contract"]
+    tensors = runtime.arrays_in((x, *w, bias))
+    if any(has_no_values(t) or wraps_tensors(t) or is_functorch(t) or not t.is_cpu for t in tensors):
+        return NotImplemented
+    if not serve.decodes(get_backend("torch").dtype_name(x), w, spec, contract, packed) or not len(x):
+        return NotImplemented
+    if not get_backend("torch").differentiates(*tensors):
+        return _by_decoding(x, w, bias, **static)
+    if any(t.requires_grad for t in runtime.arrays_in(tuple(w))):
+        return NotImplemented
+    return _Stored.apply(w, static, x, bias)  # type: ignore[no-untyped-call]
+
+
 # ---- the CPU library's forms
 
 
@@ -391,7 +448,9 @@ def _shared(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, **
 
 
 def _as_numpy(tensors: Any) -> list[Any]:
-    return [None if t is None else t.numpy(force=True) for t in tensors]  # also where negation is still to be done
+    return [  # forced: also where negation is still to be done
+        t if t is None else Coded(*_as_numpy(t)) if isinstance(t, tuple) else t.numpy(force=True) for t in tensors
+    ]
 
 
 def _from_numpy(a: Any) -> Array:
@@ -470,6 +529,7 @@ def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: 
 KERNELS: Kernels = {
     **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
+    reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
     reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
     reference.matmul_of_values: Kernel(_of_values, anything),
     reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),

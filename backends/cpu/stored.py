@@ -1,0 +1,134 @@
+"""Products in float32 with a weight as it is stored: codes packed or not, scales in whatever format they are kept.
+
+Owns: the form of ``reference.matmul_stored`` for NumPy arrays, and the tables of numbers that its loops look codes up
+in. Imports: the operations, the runtime, ``serve``, which says what it is for. The loops are ``decoding``'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aqt_lite import affine
+from aqt_lite._blocks import spread
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
+from aqt_lite.elements import ElementType
+
+__all__ = ["Operands", "matmul_stored", "numbers_of_codes", "operands_of"]
+
+_NOTHING = np.empty(0, dtype=np.float32)
+
+
+class Operands(NamedTuple):
+    """What the loops read of a weight, beside its codes."""
+
+    halves: bool
+    """Whether two codes lie in a byte."""
+    flip: int
+    """What bytes differ by, bit by bit, from signed numbers."""
+    table: Array
+    """Numbers of codes of 4 bits."""
+    scale: Array
+    """For each row of the weight, or for all, and each group."""
+    codes_of_scales: Array
+    """The same, where scales are kept as codes."""
+    of_scales: Array
+    """The numbers of such codes."""
+    zero: Array
+    """Zero points likewise, int32; empty where all are 0."""
+    size: int
+    """Codes in a group: whole vectors."""
+
+
+@np.errstate(all="ignore")
+def matmul_stored(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+) -> Any:
+    """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
+    packed = packed_length is not None
+    if not (len(x) and serve.decodes(x.dtype.name, w, spec, contract, packed)):
+        return NotImplemented
+    if serve.is_worth_floats(len(x), w.codes.size):
+        return NotImplemented
+    loops, x_dtype = runtime.decoding_loops(), x.dtype
+    operands = operands_of(w, spec, x.shape[1], packed, get_backend("numpy"))
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    codes = np.ascontiguousarray(w.codes).view(np.uint8)
+    bias = np.full(len(codes), -0.0, np.float32) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+    y = np.empty((len(x), len(codes)), dtype=np.float32)
+    arranged = _arranged(x, operands.halves)
+
+    def columns(start: int, stop: int) -> Any:
+        return loops.multiply(codes[start:stop], arranged, x.shape[1], *operands, bias, start, y[:, start:stop])
+
+    small = all(map_ranges(columns, len(codes), loops.STRIP, codes.size, CHUNKS_PER_CORE))
+    return y.astype(x_dtype, copy=False) if small else NotImplemented
+
+
+def _arranged(x: Array, halves: bool) -> Array:
+    """Rows of x as the loops read them."""
+    loops = runtime.decoding_loops()
+    arranged = aligned_empty(loops.shape_of_arranged(*x.shape, halves), np.float32)
+
+    def some(start: int, stop: int) -> None:
+        loops.arrange(x[start:stop], halves, arranged[start : len(arranged) if stop == len(x) else stop])
+
+    map_ranges(some, len(x), 1, x.size)
+    return arranged
+
+
+def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend) -> Operands:
+    """The loops' operands of a weight (N, ``inner``), whose codes are packed two a byte or lie one a byte."""
+    loops, rows, xp = runtime.decoding_loops(), w.codes.shape[0], b.xp
+    vector = loops.LANES * (2 if halves else 1)
+    size = spec.block[1] or max(-(-inner // vector), 1) * vector
+    flip = 128 if not halves and b.dtype_name(w.codes) == "uint8" else 0
+    scale, codes_of_scales, of_scales = _plain_scales(w.scale, spec, b)
+    zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else w.zero_point
+
+    def of_rows(blocks: Array) -> Array:
+        shared = spec.block[0] or 1
+        if shared > 1 and blocks.shape[0] > 1:
+            blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), xp)
+        return b.contiguous(blocks)
+
+    table = numbers_of_codes(spec.element) if halves else _NOTHING
+    return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+
+
+def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
+    """Scales as numbers; or as codes, and the numbers of all codes. What is not needed is empty."""
+    xp = b.xp
+    no_codes = b.asarray(np.empty((0, 0), np.uint8))
+    if not isinstance(kept, tuple):
+        return xp.astype(kept, xp.float32), no_codes, b.asarray(_NOTHING)
+    kept = Coded(*kept)
+    codes, inner = kept.codes, kept.scale
+    several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
+    if several or b.dtype_name(codes) not in ("int8", "uint8") or codes.ndim != 2:
+        return xp.astype(affine.scales(kept, spec, b), xp.float32), no_codes, b.asarray(_NOTHING)
+    every = np.arange(256, dtype=np.uint8).view(b.dtype_name(codes)).reshape(1, -1)
+    numbers = affine.scales(kept._replace(codes=b.asarray(every, like=codes)), spec, b)
+    no_numbers = b.asarray(np.empty((0, 0), np.float32))
+    if b.dtype_name(codes) == "int8":
+        codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
+    return no_numbers, codes, xp.reshape(xp.astype(numbers, xp.float32), (-1,))
+
+
+@functools.lru_cache(maxsize=64)
+def numbers_of_codes(element: ElementType) -> Array:
+    """The 16 numbers of codes of 4 bits, by their bits; NaN for those that stand for none."""
+    bits = np.arange(16, dtype=np.uint8)
+    codes = bits if element.storage.startswith("u") else ((bits ^ 8).astype(np.int8) - np.int8(8))
+    least, most = element.codes
+    known = (codes >= least) & (codes <= most)
+    numbers = np.asarray(element.decode(np.where(known, codes, codes[:1]), get_backend("numpy")), dtype=np.float32)
+    return np.where(known, numbers, np.float32(np.nan))

@@ -1,0 +1,186 @@
+"""Products whose codes become numbers in registers, inside programs that XLA compiles, on a CPU with numba installed.
+
+Owns: the primitive ``decoding_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
+uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
+operations. Imports: the CPU library, ``ffi``, ``mapping``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from numba import njit
+
+from aqt_lite._log import announce_compilation
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import decoding, stored
+from aqt_lite.backends.cpu.decoding import STRIP, arrange, multiply, shape_of_arranged
+from aqt_lite.backends.jax import ffi
+from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
+
+__all__ = ["product"]
+
+TARGET = "aqt_lite_decoding_product"
+
+# ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
+# scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
+# halves, size. Results: y (M, N) float32, for each strip of columns 1 where a scale is too large; scratch: x arranged.
+
+
+@njit(nogil=True)
+def _of_x(frame: Any) -> Any:  # pragma: no cover - compiled
+    x, arranged = operand(frame, 0), result(frame, 2)
+    return (
+        array(x, (dim(x, 0), dim(x, 1)), np.float32),
+        array(arranged, (dim(arranged, 0), dim(arranged, 1)), np.float32),
+    )
+
+
+@njit(nogil=True)
+def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, arranged = _of_x(frame)
+    last = arranged.shape[0] if stop == x.shape[0] else stop
+    arrange(x[start:stop], attribute(frame, 1) != 0, arranged[start:last])
+
+
+@njit(nogil=True)
+def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, arranged = _of_x(frame)
+    codes, table, scale, kept = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
+    numbers, zero, bias = operand(frame, 5), operand(frame, 6), operand(frame, 7)
+    columns, flags = dim(codes, 0), result(frame, 1)
+    y = array(result(frame, 0), (x.shape[0], columns), np.float32)
+    small = multiply(
+        array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
+        arranged,
+        x.shape[1],
+        attribute(frame, 1) != 0,
+        attribute(frame, 0),
+        array(table, (dim(table, 0),), np.float32),
+        array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
+        array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8),
+        array(numbers, (dim(numbers, 0),), np.float32),
+        array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
+        attribute(frame, 2),
+        array(bias, (columns,), np.float32),
+        start,
+        y[:, start:stop],
+    )
+    array(flags, (dim(flags, 0),), np.int32)[start // STRIP] = 0 if small else 1
+
+
+_arrange_address, _multiply_address = address_of(_arrange, 3), address_of(_multiply, 3)
+
+
+def _handler(version: int) -> Any:
+    """What XLA calls. What numba caches of it is of this ``version`` of the sources."""
+
+    def handler(frame: Any) -> Any:  # pragma: no cover - compiled
+        if describe(frame) or version < 0:
+            return OK
+        error = parallel_for(frame, _arrange_address(), dim(operand(frame, 0), 0), 64)
+        return error if error != 0 else parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), STRIP)
+
+    return handler
+
+
+@functools.cache
+def is_registered() -> bool:
+    """Whether XLA has taken the loops, which are offered to it on the first call."""
+    version = version_of(sys.modules[__name__], decoding, ffi)
+    announce_compilation("the handler that XLA calls")
+    return ffi.register(TARGET, _handler(version))
+
+
+# ---- what JAX sees
+
+_primitive = core.Primitive(TARGET)
+_primitive.multiple_results = True
+_bind: Any = _primitive.bind
+
+
+def _plain(
+    x: Array, codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array, bias: Array,
+    *, flip: int, halves: bool, size: int,
+) -> list[Array]:  # fmt: skip
+    """The same in XLA's own operations."""
+    rows, inner = codes.shape[0], x.shape[1]
+
+    def spread(groups: Array) -> Array:
+        return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
+
+    if halves:
+        positions = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(rows, -1)
+        values = table[positions[:, :inner].astype(jnp.int32)]
+    else:
+        values = codes.astype(jnp.float32) - flip
+    if zero.size:
+        values = values - spread(zero - flip).astype(jnp.float32)
+    scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
+    y = x @ (values * spread(scale)).T + bias
+    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size)[1:]
+    small = jnp.all((scale < 2.0**100) & ((scale > 0) | (numbers.size > 0)))
+    return [y, jnp.full(flags.shape, ~small, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
+
+
+def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) -> list[Any]:
+    (rows, inner), columns = x.shape, codes.shape[0]
+    shapes = [
+        ((rows, columns), jnp.float32),
+        ((-(-columns // STRIP),), jnp.int32),
+        (shape_of_arranged(rows, inner, halves), jnp.float32),
+    ]
+    return [jax.core.ShapedArray(*shape) for shape in shapes]
+
+
+def _batch(arrays: Any, axes: Any, **static: Any) -> Any:
+    bind = functools.partial(_bind, **static)
+    if axes[0] is None or any(axis is not None for axis in axes[1:]):
+        return one_after_the_other(bind, arrays, axes)
+    x = jnp.moveaxis(arrays[0], axes[0], 0)  # more rows of one product
+    y, flags, _ = bind(x.reshape(-1, x.shape[-1]), *arrays[1:])
+    scratch = _results(x[0], arrays[1], **static)[2]
+    results = [
+        y.reshape(*x.shape[:2], y.shape[-1]),
+        jnp.broadcast_to(flags, (len(x), *flags.shape)),
+        jnp.zeros((len(x), *scratch.shape), scratch.dtype),
+    ]
+    return results, [0] * len(results)
+
+
+def _lower_on_cpu(context: Any, *operands: Any, flip: int, halves: bool, size: int) -> Any:
+    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
+    if exporting or not is_registered():
+        return _lower_plain(context, *operands, flip=flip, halves=halves, size=size)
+    return _lower_call(context, *operands, flip=np.int64(flip), halves=np.int64(halves), size=np.int64(size))
+
+
+_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
+_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
+batching.primitive_batchers[_primitive] = _batch
+_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
+_lower_call = jax.ffi.ffi_lowering(TARGET)
+mlir.register_lowering(_primitive, _lower_plain)
+mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+
+
+def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
+    """``reference.matmul_stored`` of a weight (N, K), and whether it has to be done otherwise.
+
+    So it is where a scale is not positive, or so large that values might have to be clipped.
+    """
+    halves, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"))
+    bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)
+    operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
+    y, flags, _ = _bind(*operands, flip=flip, halves=halves, size=size)
+    return y.astype(x.dtype), jnp.any(flags != 0)

@@ -1,0 +1,216 @@
+"""Products whose codes become numbers in registers: each value as dequantizing gives it, on every way to the loops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optional import jax, jnp, needs, torch
+
+from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, dense, linear, quantize
+from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu import runtime, stored
+from aqt_lite.formats import FORMATS
+from aqt_lite.ops import reference
+from aqt_lite.ops.matmul import _as_stored
+
+LOOPS = runtime.decoding_loops()
+needs_loops = pytest.mark.skipif(LOOPS is None, reason="the processor has no AVX2: other forms serve, tested there")
+
+NINE = Codebook("nine levels", (-1.0, -0.6, -0.3, -0.1, 0.0, 0.1, 0.3, 0.6, 1.0))
+FOUR_BITS = [{"dtype": form.name} for form in FORMATS.values() if form.element.bits == 4 and not form.group]
+KINDS = [
+    *FOUR_BITS,
+    {"dtype": NINE},
+    {"dtype": "uint4", "scheme": "affine"},
+    *(
+        {"dtype": "int4", "scale_dtype": kept}
+        for kept in ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
+    ),
+    {"dtype": "int8"},
+    {"dtype": "uint8", "scheme": "affine"},
+    {"dtype": "int8", "scale_dtype": "float16"},
+]
+GRANULARITIES = [PerGroup(32), PerGroup(128), PerChannel(0), PerTensor(), PerBlock((3, 64)), PerBlock((-1, 32))]
+
+
+def weight(rows, columns, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def name_of(how):
+    return " ".join(str(getattr(v, "name", v)) for v in how.values())
+
+
+of_each_kind = pytest.mark.parametrize("how", [*KINDS, {"dtype": "mxfp4"}], ids=name_of)
+
+
+def decoded_product(x, q, bias=None, contract=1):
+    """What the form itself answers."""
+    w, spec = _as_stored(q, packed=True)
+    return stored.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=q.packed_length)
+
+
+def assert_exact_to_float32(y, x, values, bias=0.0):
+    """Within what rounding each product and each sum in float32 may do."""
+    x, values = np.asarray(x, np.float64), np.asarray(values, np.float64)
+    bound = 2.0**-21 * (np.abs(x) @ np.abs(values.T) + np.abs(bias)) + 1e-30
+    assert (np.abs(np.asarray(y, np.float64) - (x @ values.T + bias)) <= bound).all()
+
+
+@needs_loops
+@of_each_kind
+def test_a_row_with_a_single_one_gives_the_values_of_dequantize(how):
+    """Each of the weight's values by itself: those beyond the last whole vector, and in the last group, too."""
+    kept = how.get("scale_dtype") == "int8"
+    for granularity in [None] if how["dtype"] == "mxfp4" else GRANULARITIES[: 3 if kept else None]:
+        for rows, columns in ((7, 203), (101, 128)):
+            q = quantize(weight(rows, columns), **how, **({} if granularity is None else {"granularity": granularity}))
+            ones, values = np.eye(columns, dtype=np.float32), np.asarray(q.dequantize()).T
+            np.testing.assert_array_equal(decoded_product(ones, q), values)  # many rows: by way of memory
+            for few in (1, 3):
+                for first in (0, columns - few):
+                    some = ones[first : first + few]
+                    np.testing.assert_array_equal(decoded_product(some, q), values[first : first + few])
+
+
+@needs_loops
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 15, 16, 21, 530])
+@pytest.mark.parametrize("how", [{"dtype": "nf4"}, {"dtype": "uint8", "scheme": "affine"}], ids=name_of)
+def test_sums_are_exact_to_float32(how, rows):
+    """Rows longer than what meets x at a time, groups longer than that, and more rows than there are sums at a time."""
+    rng, outputs = np.random.default_rng(rows), 99 if rows < 500 else 300  # BLAS takes small weights of many rows
+    for size, columns in ((32, 1100), (2048, 2500), (96, 8300 if rows == 1 else 1300)):
+        q = quantize(weight(outputs, columns), **how, granularity=PerGroup(size))
+        x, bias = rng.standard_normal((rows, columns)).astype(np.float32), weight(1, outputs)[0]
+        y = decoded_product(x, q, bias)
+        assert_exact_to_float32(y, x, q.dequantize(), bias)
+
+
+@of_each_kind
+def test_every_backend_multiplies_so(backend, how):
+    how = how if how["dtype"] == "mxfp4" else {**how, "granularity": PerGroup(64)}
+    q = quantize(weight(520, 330), **how).to_backend(backend.name)  # large enough for XLA's call
+    values, bias = np.asarray(backend.to_numpy(q.dequantize())), weight(1, 520)[0]
+    for rows in (1, 3, 18):
+        x = weight(rows, 330, seed=rows)
+        y = linear(backend.asarray(x), q, backend.asarray(bias))
+        assert_exact_to_float32(backend.to_numpy(y), x, values, bias)
+    turned = quantize(weight(330, 520), "nf4", granularity=PerGroup(32, axis=0)).to_backend(backend.name).for_dense()
+    values = np.asarray(backend.to_numpy(turned.dequantize())).T
+    assert_exact_to_float32(backend.to_numpy(dense(backend.asarray(x[:, :330]), turned)), x, values)
+
+
+def test_the_operation_itself_is_what_the_form_is_held_against():
+    b = get_backend("numpy")
+    for how in ({"dtype": "nf4"}, {"dtype": "mxfp4"}, {"dtype": "int8"}, {"dtype": "uint3"}):
+        q, x = quantize(weight(40, 70), **how), weight(5, 70, seed=1)
+        w, spec = _as_stored(q, packed=True)
+        y = reference.matmul_stored(x, w, None, spec=spec, contract=1, packed_length=q.packed_length, b=b)
+        assert_exact_to_float32(y, x, q.dequantize())
+
+
+@needs_loops
+def test_what_the_form_declines():
+    x = weight(2, 200)
+    for how in (
+        {"dtype": "int4", "granularity": PerGroup(40)},  # no whole vectors
+        {"dtype": "int6", "granularity": PerGroup(32)},  # packed, but not in halves of bytes
+        {"dtype": "float8_e4m3fn"},  # no integers
+        {"dtype": "int8", "offset": "data"},
+    ):
+        assert decoded_product(x, quantize(weight(50, 200), **how)) is NotImplemented
+    q = quantize(weight(50, 200), "int4", granularity=PerGroup(32))
+    assert decoded_product(x.astype(np.float64), q) is NotImplemented
+    assert decoded_product(x[:0], q) is NotImplemented
+    assert decoded_product(weight(600, 200), q) is NotImplemented  # BLAS is faster
+    assert decoded_product(weight(2, 50), q, contract=0) is NotImplemented
+
+
+def test_values_beyond_float32_are_clipped_as_dequantize_does(backend):
+    w = np.full((300, 512), 1.5 * 2.0**127, np.float32)
+    w[:, 0] = 1
+    q = quantize(w, "uint4", scheme="affine", granularity=PerGroup(32)).to_backend(backend.name)
+    x = np.zeros((1, 512), np.float32)
+    x[0, 1] = 1
+    expected = np.asarray(backend.to_numpy(q.dequantize()))[:, 1]
+    np.testing.assert_array_equal(np.asarray(backend.to_numpy(linear(backend.asarray(x), q)))[0], expected)
+
+
+@needs_loops
+def test_an_infinity_or_nan_stays_in_its_row(backend):
+    q = quantize(weight(520, 330), "int4", granularity=PerGroup(32)).to_backend(backend.name)
+    x = weight(4, 330, seed=2)
+    x[1, 3], x[2, 7] = np.inf, np.nan
+    y = np.asarray(backend.to_numpy(linear(backend.asarray(x), q)))
+    assert not np.isfinite(y[1:3]).any()
+    assert_exact_to_float32(y[[0, 3]], x[[0, 3]], backend.to_numpy(q.dequantize()))
+
+
+@needs("jax")
+def test_transformations_of_jax():
+    q = quantize(jnp.asarray(weight(520, 330)), "nf4", granularity=PerGroup(32))
+    x, bias, values = jnp.asarray(weight(6, 330, seed=3)), jnp.asarray(weight(1, 520)[0]), q.dequantize()
+    expected = x @ values.T + bias
+
+    def same(y, expected):
+        np.testing.assert_allclose(np.asarray(y), np.asarray(expected), rtol=1e-4, atol=2e-4)
+
+    same(jax.jit(linear)(x, q, bias), expected)
+    same(jax.vmap(lambda row: linear(row, q, bias))(x), expected)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), q)
+    same(jax.vmap(lambda w: linear(x, w, bias))(stacked)[1], expected)
+    same(jax.lax.scan(lambda c, w: (c, linear(x, w, bias)), 0, stacked)[1][0], expected)
+    with jax.disable_jit():
+        same(linear(x, q, bias), expected)
+    same(jax.export.export(jax.jit(lambda x: linear(x, q, bias)))(x).call(x), expected)
+    found = jax.grad(lambda x, bias: (linear(x, q, bias) ** 2).sum(), argnums=(0, 1))(x, bias)
+    for got, wanted in zip(found, (2 * expected @ values, 2 * expected.sum(0)), strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=1e-3, atol=2e-2)
+    of_scale = jax.grad(lambda s: linear(x, replace(q, scale=s, trainable=True)).sum())(q.scale)
+    wanted = jax.grad(lambda s: (x @ replace(q, scale=s, trainable=True).dequantize().T).sum())(q.scale)
+    np.testing.assert_allclose(np.asarray(of_scale), np.asarray(wanted), rtol=1e-3, atol=2e-2)
+
+
+@needs("jax")
+def test_scales_that_are_not_positive_give_nan_under_jit():
+    q = quantize(jnp.asarray(weight(520, 330)), "int4", granularity=PerGroup(32))
+    x = jnp.asarray(weight(3, 330, seed=4))
+    for bad in (-1.0, 0.0, -0.0, float("nan")):
+        y = jax.jit(lambda s: linear(x, replace(q, scale=s)))(q.scale.at[5, 2].set(bad))
+        assert np.isnan(np.asarray(y)[:, 5]).all()
+        assert np.isfinite(np.delete(np.asarray(y), 5, axis=1)).all()
+
+
+@needs("torch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivatives_of_torch(dtype):
+    q = quantize(torch.from_numpy(weight(300, 260)), "nf4", granularity=PerGroup(32))
+    x = torch.from_numpy(weight(5, 260, seed=5)).to(getattr(torch, dtype)).requires_grad_()
+    bias = torch.from_numpy(weight(1, 300)[0]).to(x.dtype).requires_grad_()
+    y = linear(x, q, bias)
+    y.backward(torch.ones_like(y))
+    assert y.dtype == x.grad.dtype == bias.grad.dtype == x.dtype
+    rough = {"rtol": 1e-2, "atol": 0.5} if dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(x.grad.float(), torch.ones(5, 300) @ q.dequantize(), **rough)
+    torch.testing.assert_close(bias.grad.float(), torch.full((300,), 5.0))
+
+
+@needs_loops
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+def test_processors_without_avx_512():
+    from numba.core.registry import cpu_target
+
+    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
+    without = ",".join("-" + f[1:] if f.startswith(("+avx512", "+avx10")) else f for f in features)
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": without}
+    code = "from aqt_lite.backends.cpu import runtime; assert runtime.decoding_loops().LANES == 8"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    tests = [f"{__file__}::{test.__name__}" for test in (test_a_row_with_a_single_one_gives_the_values_of_dequantize,)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
