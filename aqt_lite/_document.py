@@ -329,10 +329,12 @@ class Reader:
     def _know(self, words: Any) -> None:
         """Have the format that the file describes; ValueError where its name is another one's here."""
         name = words.get("dtype") if isinstance(words, dict) else None
-        record = self._formats.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str) or name not in self._formats:
+            raise ValueError(f"format {name!r:.80} is not among the formats of the document")
+        record = self._formats[name]
         if record is None:
             return  # the container refuses what is not known here
-        there, known = formats.rebuilt(record), formats.known_format(str(name))
+        there, known = formats.rebuilt(record), formats.known_format(name)
         if there.name != name:
             raise ValueError(f"format {name!r:.80} is described as {there.name!r:.80}")
         if known is None:

@@ -168,9 +168,13 @@ DOCUMENTS = {
     "contract": (qarray(version=3), "leaf 'w': this QArray follows version 3 of the contract.*upgrade aqt_lite"),
     "fields": (qarray(layout="tiled"), "leaf 'w': a QArray is described by .* upgrade"),
     "field": (qarray(transposed=1), "leaf 'w': a QArray has transposed=1"),
-    "format": (qarray(dtype="log4"), r"leaf 'w': dtype='log4' is not known here: register .* aqt_lite.register_format"),
+    "format": (qarray(dtype="log4"), "leaf 'w': format 'log4' is not among the formats of the document"),
+    "unknown format": (
+        tree(lambda t, d: (t["w"]["qarray"].update(dtype="log4"), d["formats"].update(log4=None))),
+        r"leaf 'w': dtype='log4' is not known here: register its format first, with aqt_lite.register_format",
+    ),
     "another format": (
-        qarray(dtype="int8"),
+        tree(lambda t, d: (t["w"]["qarray"].update(dtype="int8"), d["formats"].update(int8=None))),
         "leaf 'w': a QArray has packed_length=40, but codes of int8 take whole bytes",
     ),
     "block": (qarray(block=[1, 16]), r"leaf 'w': .* its scale should have shape \(6, 3\), not \(6, 5\)"),
