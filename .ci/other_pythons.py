@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "build" / "pythons"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-CORE = ["golden", "granularity", "laws", "qarray", "report", "backends.py::test_conformance"]
+CORE = ["golden", "granularity", "laws", "qarray", "report", "files", "broken_files", "backends.py::test_conformance"]
 LIBRARIES = ["plots"]  # tests that need matplotlib
 MINUTES = 15  # for the tests of one environment: more means that something hangs
 
-TEST_TOOLS = ("array-api-strict", "hypothesis", "pytest", "pytest-xdist")
+TEST_TOOLS = ("array-api-strict", "hypothesis", "pytest", "pytest-xdist", "safetensors")
 
 
 def names_of(requirements: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.elements import Codebook, Float, Integer
+from aqt_lite.files import load, save
 from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear
@@ -45,8 +46,10 @@ __all__ = [
     "fake_quantize",
     "int_limits",
     "linear",
+    "load",
     "quantize",
     "register_format",
+    "save",
     "stack",
 ]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ granularity.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,20 @@ import numpy as np
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite._registry import backend_of
+from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.affine import Spec
-from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES
+from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, ElementType
 from aqt_lite.granularity import Granularity, PerChannel, grid_of
 
-__all__ = ["check_codes", "check_offset", "check_scale", "check_zero_point", "on_grid"]
+__all__ = [
+    "check_codes",
+    "check_offset",
+    "check_scale",
+    "check_zero_point",
+    "every_pattern_is_a_code",
+    "on_grid",
+    "unusable_codes",
+]
 
 
 def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
@@ -75,13 +84,42 @@ def check_zero_point(zero_point: Any, spec: Spec) -> None:
         raise ValueError(f"zero_point={values[bad].flat[0]}: must be {codes}")
 
 
-def check_codes(codes: np.ndarray[Any, Any], spec: Spec, b: Backend) -> None:
+def every_pattern_is_a_code(element: ElementType, *, packed: bool) -> bool:
+    """Whether whatever bits an array holds, each code stands for a finite number."""
+    if packed:
+        signed, bits = not element.storage.startswith("u"), element.bits
+        low = -(1 << (bits - 1)) if signed else 0
+        most = low + (1 << bits) - 1
+    else:
+        limits = np.iinfo(element.storage)
+        low, most = int(limits.min), int(limits.max)
+    return element.codes == (low, most) and not _no_number(element).any()
+
+
+def unusable_codes(codes: np.ndarray[Any, Any], element: ElementType) -> np.ndarray[Any, Any]:
+    """Where a code, in NumPy's memory, stands for no finite number."""
+    low, high = element.codes
+    bad: np.ndarray[Any, Any] = (codes < low) | (codes > high)
+    table = _no_number(element)
+    if table.any() and not bad.any():
+        bad = table[codes.astype(np.intp) - low]
+    return bad
+
+
+@functools.lru_cache(maxsize=256)
+def _no_number(element: ElementType) -> np.ndarray[Any, Any]:
+    """For each code from the smallest on, whether it stands for no finite number."""
+    low, high = element.codes
+    with np.errstate(all="ignore"):
+        codes = np.arange(low, high + 1).astype(element.storage)
+        numbers = element.decode(codes, get_backend("numpy"), "float64")
+    return ~np.isfinite(np.asarray(numbers, dtype=np.float64))
+
+
+def check_codes(codes: np.ndarray[Any, Any], spec: Spec) -> None:
     """ValueError where a code stands for no finite number of the format."""
     low, high = spec.element.codes
-    bad = (codes < low) | (codes > high)
-    if not bad.any() and spec.element.nan is not None:
-        with np.errstate(all="ignore"):
-            bad = ~np.isfinite(np.asarray(spec.element.decode(codes, b), dtype=np.float64))
+    bad = unusable_codes(codes, spec.element)
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
         what = f"codes of {spec.format.name} are {low} to {high}"

@@ -301,8 +301,10 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
         raise ValueError(f"axis={axis} is out of range for {first.ndim} dimensions")
     axis %= first.ndim
     for q in qs[1:]:
-        if _kind(q) != _kind(first):
-            raise ValueError(f"concatenate of {_kind(first)} and {_kind(q)}: bring them to one format first")
+        if kind_in_words(q) != kind_in_words(first):
+            raise ValueError(
+                f"concatenate of {kind_in_words(first)} and {kind_in_words(q)}: bring them to one format first"
+            )
         if q.ndim != first.ndim or any(q.shape[d] != first.shape[d] for d in range(q.ndim) if d != axis):
             raise ValueError(
                 f"concatenate of shapes {first.shape} and {q.shape} along axis {axis}: the others must agree"
@@ -347,8 +349,10 @@ def stack(arrays: Any, axis: int = 0) -> QArray:
     if not 0 <= axis <= max(first.ndim - 2, 0):
         raise ValueError(f"axis={axis}: a new axis may stand before the last two, at 0 to {max(first.ndim - 2, 0)}")
     for q in qs[1:]:
-        if _kind(q) != _kind(first) or q.shape != first.shape:
-            raise ValueError(f"stack of {_kind(first)}, {first.shape} and {_kind(q)}, {q.shape}: they must agree")
+        if kind_in_words(q) != kind_in_words(first) or q.shape != first.shape:
+            raise ValueError(
+                f"stack of {kind_in_words(first)}, {first.shape} and {kind_in_words(q)}, {q.shape}: they must agree"
+            )
     each = [q[(slice(None),) * axis + (None,)] for q in qs]
     return concatenate([_with_an_entry_each(q, axis) for q in each], axis)
 
@@ -379,7 +383,8 @@ def _quantized(arrays: Any) -> list[Any]:
     return found
 
 
-def _kind(q: Any) -> str:
+def kind_in_words(q: Any) -> str:
+    """Format, blocks and parts of a QArray."""
     kept = q.scale.dtype if _is_quantized(q.scale) else "plain"
     block = ", ".join("whole axis" if n is None else str(n) for n in q.block)
     parts = [p for p in ("zero_point", "offset") if getattr(q, p) is not None]

@@ -1,6 +1,7 @@
 """The formats that users name: which element type, how its scales are kept, and how those are chosen.
 
-Owns: ``Format``, the table of formats, and their look-up by name. Imports: elements, granularity.
+Owns: ``Format``, the table of formats, their look-up by name, and their records in JSON's types. Imports: elements,
+granularity.
 
 A new format is one record in the tables below (or a call of ``register_format``) and its golden vectors. Nothing else
 in the library asks for a format's name.
@@ -11,13 +12,24 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Codebook, ElementType, Float, Integer, Rounding, dtype_name
 from aqt_lite.granularity import Granularity, PerGroup, PerTensor
 
-__all__ = ["FORMATS", "SCALE_FORMATS", "SCALE_MODES", "Format", "format_of", "register_format", "scale_format_of"]
+__all__ = [
+    "FORMATS",
+    "SCALE_FORMATS",
+    "SCALE_MODES",
+    "Format",
+    "described",
+    "format_of",
+    "known_format",
+    "rebuilt",
+    "register_format",
+    "scale_format_of",
+]
 
 Top = Literal["largest", "power of two"]
 
@@ -263,9 +275,71 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
     return found
 
 
+def known_format(dtype: str) -> Format | None:
+    """The format of a stored array, of those that users name or of scales; None where it is not known here."""
+    return FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
+
+
 def element_type(dtype: str) -> ElementType:
     """The element type of a stored array: of a format that users name, or of scales."""
-    found = FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
+    found = known_format(dtype)
     if found is None:
         raise ValueError(f"dtype={dtype!r} is not known here: register its format first, with aqt_lite.register_format")
     return found.element
+
+
+# ---- records in a file
+
+
+_KINDS: dict[str, type[Any]] = {"Integer": Integer, "Float": Float, "Codebook": Codebook}
+_TYPES: dict[str, tuple[type, ...]] = {  # of a field, by its annotation: what JSON gives
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (float, int),
+    "int | None": (int, type(None)),
+    "tuple[float, ...]": (list,),
+    "ElementType": (dict,),
+    "Format | None": (dict, type(None)),
+    "Top": (str,),
+    "Rounding": (str, float),
+}
+
+
+def described(form: Format) -> dict[str, Any] | None:
+    """The record in JSON's types; None where its element type is of a class that only the user's program knows."""
+    element, scale = form.element, None if form.scale is None else described(form.scale)
+    kind = type(element).__name__
+    if _KINDS.get(kind) is not type(element) or (scale is None) != (form.scale is None):
+        return None
+    said = {f.name: getattr(element, f.name) for f in fields(element) if f.init}  # type: ignore[arg-type]
+    rest = {f.name: getattr(form, f.name) for f in fields(form)}
+    return {**rest, "element": {"kind": kind, **said}, "scale": scale}
+
+
+def rebuilt(said: Any) -> Format:
+    """The inverse of ``described``, of what a file says; ValueError or TypeError where it is no record of a format."""
+    values = _fields_of(Format, said)
+    element = dict(values["element"])
+    kind = element.pop("kind", None)
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"a format's element type is of kind {kind!r}: known are {', '.join(_KINDS)}")
+    if values["top"] not in ("largest", "power of two") or not _is_rounding(values["scale_rounding"]):
+        raise ValueError(f"a format has top={values['top']!r} and scale_rounding={values['scale_rounding']!r}")
+    values["element"] = _KINDS[kind](**_fields_of(_KINDS[kind], element))
+    values["scale"] = None if values["scale"] is None else rebuilt(values["scale"])
+    return Format(**values)
+
+
+def _fields_of(cls: type[Any], said: Any) -> dict[str, Any]:
+    types = {f.name: _TYPES[str(f.type)] for f in fields(cls) if f.init}
+    if not isinstance(said, dict) or set(said) != set(types):
+        raise ValueError(f"a record of {cls.__name__} has other fields than {', '.join(types)}")
+    for name, value in said.items():
+        if type(value) not in types[name]:
+            raise TypeError(f"a record of {cls.__name__} has {name}={value!r:.60}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+
+
+def _is_rounding(said: Any) -> bool:
+    return said in ("half_even", "half_away", "toward_zero", "up") or (isinstance(said, float) and 0 < said < 1)

@@ -20,7 +20,7 @@ Invariants, for ``q`` with ``n`` dimensions:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, NoReturn
@@ -32,9 +32,17 @@ from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._protocol import Backend
-from aqt_lite._qparams import check_codes, check_offset, check_scale, check_zero_point, on_grid
+from aqt_lite._qparams import (
+    check_codes,
+    check_offset,
+    check_scale,
+    check_zero_point,
+    every_pattern_is_a_code,
+    on_grid,
+    unusable_codes,
+)
 from aqt_lite._registry import backend_of, get_backend, register_container
-from aqt_lite._shapes import ArrayShapes
+from aqt_lite._shapes import ArrayShapes, kind_in_words
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
     FORMATS,
@@ -42,13 +50,14 @@ from aqt_lite.formats import (
     Format,
     element_type,
     format_of,
+    known_format,
     register_format,
     scale_format_of,
 )
 from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of, pack, unpack
 
-__all__ = ["CONTRACT_VERSION", "QArray"]
+__all__ = ["CONTRACT_VERSION", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
 
 CONTRACT_VERSION = 2
 """Version of docs/numerics.md that this library follows. Version 2 decodes all that version 1 does, alike."""
@@ -229,9 +238,9 @@ class QArray(ArrayShapes):
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
         if b.has_values(qvalue):
-            check_codes(b.to_numpy(qvalue), spec, get_backend("numpy"))
+            check_codes(b.to_numpy(qvalue), spec)
         elif b.is_deferred(qvalue):
-            qvalue = b.check_when_computed(qvalue, lambda part, _: check_codes(part, spec, get_backend("numpy")))
+            qvalue = b.check_when_computed(qvalue, lambda part, _: check_codes(part, spec))
         return cls._of(affine.Coded(qvalue, scale, zero_point, offset), spec)
 
     @classmethod
@@ -414,8 +423,7 @@ class QArray(ArrayShapes):
         raise TypeError(
             f"a QArray ({self.dtype}, shape {self.shape}) does not become an array by itself, since its floats take "
             f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with "
-            "q.dequantize(), or for the codes with q.qvalue; to store it, pickle it, or store q.qvalue and the arrays "
-            "of q.scale and take QArray.from_codes"
+            "q.dequantize(), or for the codes with q.qvalue; to store it, take aqt_lite.save(path, q)"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -447,8 +455,9 @@ class QArray(ArrayShapes):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.dtype in FORMATS and FORMATS[self.dtype] not in _BUILT_IN:  # so that another process knows it, too
-            state["_format_record"] = FORMATS[self.dtype]
+        known = known_format(self.dtype)
+        if known is not None and known not in _BUILT_IN:  # so that another process knows it, too
+            state["_format_record"] = known
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -610,6 +619,43 @@ class QArray(ArrayShapes):
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
 
+    def _check_values(self) -> None:
+        """What ``from_codes`` asks of values, asked of NumPy's arrays that fit each other."""
+        b, scale, offset, element = self._backend, self.scale, self.offset, self._element
+        nested = scale._format if isinstance(scale, QArray) else None
+        form = replace(_stored_format(self.dtype), scaled=scale is not None, scale=nested)
+        spec = affine.Spec(form, float_type(self.float_dtype), self.block)
+        grid = grid_of(self.shape, self.block)
+        if isinstance(scale, QArray):
+            _nested("scale", scale, grid, b)
+        elif scale is not None:
+            check_scale(scale, spec, with_offset=offset is not None)
+        if isinstance(offset, QArray):
+            _nested("offset", offset, grid, b)
+        elif offset is not None:
+            check_offset(offset, spec)
+        if self.zero_point is not None:
+            check_zero_point(self.zero_point, spec)
+        if not every_pattern_is_a_code(element, packed=self.packed_length is not None):
+            for part in self._codes_in_parts():
+                if unusable_codes(part, element).any():
+                    check_codes(self.qvalue, spec)  # which says where
+
+    def _codes_in_parts(self) -> Iterator[Array]:
+        """The codes of NumPy's arrays, some at a time, in the order of the storage."""
+        storage = self.storage.reshape(-1, self.storage.shape[-1]) if self.storage.ndim else self.storage.reshape(1, 1)
+        whole = storage.shape[-1] if self.packed_length is None else self.packed_length
+        rows = max(1, _PART // max(whole, 1))
+        for start in range(0, storage.shape[0], rows):
+            for low in range(0, whole, _PART):
+                high = min(low + _PART, whole)
+                here = (low, high)
+                if self.packed_length is not None:
+                    here = (low * self.bits // 8, bytes_of(high, self.bits))
+                window = storage[start : start + rows, slice(*here)]
+                packed_length = None if self.packed_length is None else high - low
+                yield QArray(window, None, dtype=self.dtype, packed_length=packed_length)._stored_codes()
+
     def _check_usable(self, name: str, leaf: Array) -> None:
         problem = self._backend.why_unusable(leaf)
         if problem:
@@ -617,7 +663,8 @@ class QArray(ArrayShapes):
 
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
-_BUILT_IN = frozenset(FORMATS.values())
+_PART = 1 << 20  # codes that are looked at in one go; whole bytes of a stream
+_BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values()])
 
 
 def _stored_format(dtype: Any) -> Format:
@@ -643,7 +690,7 @@ def _as_codes(qvalue: Array, form: Format, b: Backend, *, said: bool) -> Array:
     if name not in INTEGER_TYPES or not said:
         raise TypeError(f"qvalue has dtype {name}: codes of {form.name} are kept as {element.storage}")
     if b.has_values(qvalue):
-        check_codes(b.to_numpy(qvalue), affine.Spec(form, float_type("float32"), ()), get_backend("numpy"))
+        check_codes(b.to_numpy(qvalue), affine.Spec(form, float_type("float32"), ()))
     return b.xp.astype(qvalue, b.dtype(element.storage))
 
 
@@ -742,6 +789,90 @@ def _briefly(leaf: Any) -> str:
         return repr(leaf) if problem is None else f"<{type(leaf).__name__} that {problem}>"
     except Exception as error:  # deleted or donated arrays
         return f"<{type(leaf).__name__}: {error}>"
+
+
+# ---- files
+
+
+def described(q: QArray) -> dict[str, Any]:
+    """All of ``q`` that is no array, in JSON's types but for tuples, which JSON has as lists."""
+    return {name: getattr(q, name) for name in _STATIC}
+
+
+def in_words(q: QArray) -> str:
+    """What a file or a template holds, for who has to tell it from another."""
+    words = f"{kind_in_words(q)}, shape {q.shape}"
+    if q.transposed:
+        words += ", stored as for_dense() does"
+    if q.packed_length is not None:
+        words += f", {q.packed_length} codes packed"
+    return words + (", trainable" if q.trainable else "")
+
+
+def rebuilt(said: Any, parts: dict[str, Any], *, check_values: bool = True) -> QArray:
+    """The inverse of ``described``, of what a file says, from arrays of NumPy and QArrays of such.
+
+    ValueError or TypeError where they do not fit each other, as ``checked_for_a_file`` has it.
+    """
+    if not isinstance(said, dict) or set(said) != set(_STATIC):
+        raise ValueError(f"a QArray is described by {', '.join(_STATIC)}: upgrade aqt_lite to read what says more")
+    for name, value in said.items():
+        if not _SAID_AS[name](value):
+            raise ValueError(f"a QArray has {name}={value!r:.60}")
+    element_type(said["dtype"])
+    float_type(said["float_dtype"], "float_dtype")
+    static: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    q = QArray(**{"scale": None, **parts}, **static)
+    checked_for_a_file(q, check_values=check_values)
+    return q
+
+
+def checked_for_a_file(q: QArray, *, check_values: bool = True) -> None:
+    """ValueError or TypeError where a QArray of NumPy's arrays is none that ``QArray.from_codes`` could have made.
+
+    With ``check_values``, scales, zero points and offsets are looked at, and codes where there are bits of no number.
+    """
+    element, storage = q._element, q.storage
+    if storage.ndim < (2 if q.transposed else 0 if q.packed_length is None else 1):
+        raise ValueError(f"a QArray's storage has shape {tuple(storage.shape)}: too few axes for how it is laid out")
+    if q.packed_length is not None and element.bits >= 8:
+        raise ValueError(f"a QArray has packed_length={q.packed_length}, but codes of {q.dtype} take whole bytes")
+    full = q._checked()
+    if full.ragged and full.ragged != full._ragged_axes():
+        raise ValueError(f"a QArray of shape {q.shape} in blocks {q.block} has ragged={q.ragged}")
+    if q.scale is None and q.dtype not in SCALE_FORMATS:
+        raise ValueError(f"a QArray has no scale, but codes of {q.dtype} need one")
+    if q.zero_point is not None and q.offset is not None:
+        raise ValueError("a QArray has zero_point and offset: a block has one of them")
+    if q.zero_point is None and q.offset is None and element.middle:
+        raise ValueError(f"a QArray of {q.dtype} has neither zero_point nor offset")
+    if isinstance(q.zero_point, QArray):
+        raise ValueError("a QArray has a quantized zero_point: give an array of int32")
+    for part in (q.scale, q.offset):
+        if isinstance(part, QArray):
+            checked_for_a_file(part, check_values=check_values)
+    if check_values:
+        full._check_values()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_lengths(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(n is None or (_is_count(n) and n) for n in value)
+
+
+_SAID_AS: dict[str, Callable[[Any], bool]] = {  # for each field that is no array, whether a value is one of its own
+    "dtype": lambda value: isinstance(value, str),
+    "block": _are_lengths,
+    "float_dtype": lambda value: isinstance(value, str),
+    "transposed": lambda value: isinstance(value, bool),
+    "packed_length": lambda value: value is None or _is_count(value),
+    "ragged": _are_lengths,
+    "trainable": lambda value: isinstance(value, bool),
+    "version": lambda value: _is_count(value) and value > 0,
+}
 
 
 # ---- trees

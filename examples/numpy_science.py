@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import aqt_lite
-from aqt_lite import PerGroup, QArray
+from aqt_lite import PerGroup
 from aqt_lite.testing import assert_same_bits
 
 
@@ -60,10 +60,10 @@ def main() -> None:
 
     print("3. To a file and back.\n")
     path = folder / "field.npz"
-    np.savez(path, qvalue=q.qvalue, scale=q.scale, mean=mean)
-    with np.load(path) as saved:
-        loaded = QArray.from_codes(saved["qvalue"], saved["scale"], granularity=PerGroup(256))
-        restored = saved["mean"] + loaded.dequantize()
+    aqt_lite.save(path, {"anomaly": q, "mean": mean})
+    saved = aqt_lite.load(path)
+    loaded = saved["anomaly"]
+    restored = saved["mean"] + loaded.dequantize()
     assert_same_bits(loaded, q)
     print(
         f"{path}: {path.stat().st_size} bytes, {field.nbytes / path.stat().st_size:.2f}x smaller, the same bits again."

@@ -41,26 +41,27 @@ CHECKS = [
     "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
     "assert np.abs(field_again - field).max() <= q.scale.max() and 4 * q.nbytes < 1.1 * field.nbytes",
     "assert q.backend == 'torch' and y.shape == (4, 256)",
+    "assert tree['layer']['w'].dtype == 'nvfp4' and tree['step'] == 7",
     "assert q.nbytes / w.size == 0.5625 and y.shape == (4, 256) and seven.bits == 3",
 ]
 """What holds after each block of the README."""
 
 
-def run_in_a_fresh_interpreter(code):
+def run_in_a_fresh_interpreter(code, folder=ROOT):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_code_of_the_readme_runs_as_pasted():
+def test_the_code_of_the_readme_runs_as_pasted(tmp_path):
     """Each block alone, since a reader pastes the one he needs, and all of them in order."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     parts = [block + check + "\n" for block, check in zip(blocks, CHECKS, strict=True)]
     for part in parts:
-        run_in_a_fresh_interpreter(part)
-    assert "SQNR" in run_in_a_fresh_interpreter("".join(parts))
+        run_in_a_fresh_interpreter(part, tmp_path)
+    assert "SQNR" in run_in_a_fresh_interpreter("".join(parts), tmp_path)
 
 
 def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
@@ -70,6 +71,17 @@ def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
     assert "float16 4.5 " in printed
     assert "['0xe1', '0x7'] [ 1 -2  7]" in printed
     assert printed.split()[-4:] == ["seven", "float5_e2m2", "int12", "bfloat16"]
+
+
+def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), flags=re.DOTALL)
+    first, second, third = run_in_a_fresh_interpreter("".join(blocks), tmp_path).splitlines()
+    assert first == "PerGroup(size=32, axis=-1) 1000"
+    assert second == "['layers.0.kernel', 'step']"
+    assert third.startswith(
+        "cannot load model.safetensors: leaf 'embed': the file holds nvfp4 of float32 in blocks of (1, 16)"
+    )
+    assert "and the template mxfp4 of float32" in third
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

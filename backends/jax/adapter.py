@@ -48,8 +48,8 @@ class JaxBackend(Backend):
             )
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
         device = None
-        if like is not None and not self.is_traced(like) and like.committed and len(like.devices()) == 1:
-            device = like.device
+        if isinstance(like, jax.Array) and not self.is_traced(like):  # a template of shapes is nowhere
+            device = like.device if like.committed and len(like.devices()) == 1 else None
         return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:

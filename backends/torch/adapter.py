@@ -28,12 +28,13 @@ class TorchBackend(Backend):
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         device = None if like is None else like.device
-        if values.dtype.name == "bfloat16":
-            bits = np.array(values, dtype=values.dtype.newbyteorder("="), order="C").view(np.int16)
-            return torch.from_numpy(bits).view(torch.bfloat16).to(device)
-        if not isinstance(getattr(torch, values.dtype.name, None), torch.dtype):
+        dtype = getattr(torch, values.dtype.name, None)
+        if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
-        return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C")).to(device)
+        native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
+        if _is_of_ml_dtypes(values.dtype):
+            return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype).to(device)
+        return torch.from_numpy(native).to(device)
 
     def constant(self, value: float | Sequence[float], dtype: str, like: Array) -> Array:
         return torch.tensor(value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
@@ -48,8 +49,10 @@ class TorchBackend(Backend):
         if not wraps_tensors(x) and not has_its_memory(x):
             raise ValueError(f"a tensor {without_memory(x)}")
         x = x.detach().cpu()
-        if x.dtype == torch.bfloat16:
-            return np.asarray(x.contiguous().view(torch.int16)).view(ml_dtypes.bfloat16)
+        own = getattr(ml_dtypes, self.dtype_name(x), None)
+        if own is not None:
+            bits = x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.uint8)
+            return np.asarray(bits).view(own)
         return np.asarray(x.resolve_neg())
 
     def contiguous(self, x: Array) -> Array:
@@ -150,6 +153,11 @@ class TorchBackend(Backend):
         )
         # torch.load(weights_only=True) trusts them: fields, and no code
         torch.serialization.add_safe_globals([cls, Format, Codebook, Float, Integer])
+
+
+def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:
+    """Whether NumPy knows the type through ml_dtypes, and torch's conversions do not."""
+    return hasattr(ml_dtypes, dtype.name)
 
 
 HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
