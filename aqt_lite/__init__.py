@@ -20,6 +20,7 @@ from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
+from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
     from aqt_lite import plots as plots
@@ -42,15 +43,20 @@ __all__ = [
     "concatenate",
     "dense",
     "dequantize",
+    "dequantize_tree",
     "error_report",
     "fake_quantize",
     "int_limits",
     "linear",
     "load",
+    "plan_tree",
     "quantize",
+    "quantize_tree",
     "register_format",
     "save",
     "stack",
+    "tree_nbytes",
+    "tree_report",
 ]
 __version__ = "0.1.0"
 

@@ -19,12 +19,12 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.qarray import QArray
 
-__all__ = ["as_float_array", "check_floats", "naming_the_argument", "one_of"]
+__all__ = ["SAID_ELSEWHERE", "as_float_array", "check_floats", "naming_the_argument", "one_of"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_SAID_ELSEWHERE = {
+SAID_ELSEWHERE = {
     "axis": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
     "dim": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
     "channel_axis": "granularity=PerChannel(axis)",
@@ -48,7 +48,7 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not known.issuperset(kwargs):
             name = next(k for k in kwargs if k not in known)
-            way = _SAID_ELSEWHERE.get(name)
+            way = SAID_ELSEWHERE.get(name)
             arguments = ", ".join(k for k in inspect.signature(function).parameters)
             raise TypeError(
                 f"{function.__name__}() has no argument {name!r}: " + (f"use {way}" if way else f"it has {arguments}")

@@ -1,7 +1,7 @@
 """What a backend is: the adapter that supplies what the Array API standard lacks.
 
-Owns: the ``Backend`` interface and ``IntLimits``. Imports: NumPy, for the one exchange format between backends; the
-arithmetic that every backend inherits; what a kernel is.
+Owns: the ``Backend`` interface, ``IntLimits`` and ``Node``. Imports: NumPy, for the one exchange format between
+backends; the arithmetic that every backend inherits; what a kernel is.
 
 An adapter must say five things (``name``, ``array_modules``, ``xp``, ``asarray``, ``to_numpy``). Everything else has
 a default that is right for an eager library on a CPU with IEEE arithmetic, and is overridden where that is not so.
@@ -10,9 +10,9 @@ a default that is right for an eager library on a CPU with IEEE arithmetic, and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from aqt_lite._arithmetic import ExactArithmetic
 from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits", "overflow_of"]
+__all__ = ["Backend", "IntLimits", "Node", "overflow_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class IntLimits:
     max: int
 
 
+class Node(NamedTuple):
+    """A container in a tree of arrays: what is in it, and how another is made of other children."""
+
+    names: tuple[str, ...]
+    children: tuple[Any, ...]
+    rebuilt: Callable[[Sequence[Any]], Any]
+
+
 def overflow_of(argument: str) -> ValueError:
     """The error of a dtype that is too narrow for a result."""
     return ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
@@ -52,6 +60,9 @@ class Backend(ExactArithmetic, ABC):
 
     array_modules: ClassVar[tuple[str, ...]]
     """Top-level modules that define the library's array types; how an array finds its adapter."""
+
+    weights_are: ClassVar[str | None] = None
+    """"linear" where the library's weights are (out, in), "dense" where (in, out); None where it has no say."""
 
     # ---- an adapter must define these
 
@@ -199,6 +210,14 @@ class Backend(ExactArithmetic, ABC):
     def computed_once(self, x: Array) -> Array:
         """``x``, for a compiler that would otherwise compute it anew at every mention."""
         return x
+
+    def memory_of(self, x: Array) -> Hashable:
+        """The same for arrays that are one: one object, or several of one memory where the library makes them."""
+        return id(x)
+
+    def opened(self, node: Any) -> Node | None:
+        """``node`` as a container of the library's trees; None where it is none."""
+        return None
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function(*arrays, static=...)`` in the form that is fast when called eagerly."""

@@ -27,9 +27,9 @@ from aqt_lite._foreign import refusal
 from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import Backend, Node
 
-__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "register_container"]
+__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "opened", "register_container"]
 
 ENTRY_POINT_GROUP = "aqt_lite.backends"
 
@@ -235,6 +235,12 @@ def available_backends() -> dict[str, str]:
 
 
 # ---- containers: a class that compilers must see as a tree of arrays
+
+
+def opened(node: Any) -> Node | None:
+    """``node`` as a container of the trees of a library in use; None where none knows it."""
+    return next((found for b in list(_instances.values()) if (found := b.opened(node)) is not None), None)
+
 
 _Container = tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any], tuple[str, ...]]
 _containers: list[_Container] = []

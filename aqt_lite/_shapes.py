@@ -103,6 +103,8 @@ class ArrayShapes:
 
         def taken(a: Any) -> Any:
             a = a.take(flat, axis) if _is_quantized(a) else xp.take(a, flat, axis=axis)
+            if len(shape) == 1:  # a compiler may not know how many, and a QArray asks before it reshapes
+                return a
             return _reshaped(a, (*a.shape[:axis], *shape, *a.shape[axis + 1 :]), xp)
 
         def shared(a: Any) -> Any:  # by the whole axis: one scale for each of its new axes

@@ -35,12 +35,13 @@ from aqt_lite.report import (
     part_of_array,
     touched,
 )
+from aqt_lite.trees import TreeReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_codes", "plot_error", "plot_matrix", "plot_quantization"]
+__all__ = ["plot_codes", "plot_error", "plot_matrix", "plot_quantization", "plot_report"]
 
 _Numbers = np.ndarray[Any, Any]
 
@@ -50,6 +51,8 @@ _MOST_CELLS = 256
 """Longer axes are drawn in blocks: a screen has no more pixels to give, and would pick cells at random."""
 _MOST_BARS = 256
 """Bars of a histogram of codes: one for each code of an 8-bit type."""
+_MOST_LEAVES = 64
+"""Leaves of a model that are drawn, the worst ones."""
 _WIDEST = 1e307
 """Colour scales end here: matplotlib subtracts their ends, which must not overflow."""
 _VALUES, _ERRORS = "viridis", "RdBu_r"
@@ -239,6 +242,64 @@ def plot_codes(q: QArray) -> Figure:
         ax.set_xticks(ticks, [scale.name(int(i)) for i in ticks], rotation=45 if len(ticks) > 9 else 0)
     ax.set_ylabel("how many")
     ax.set_title(f"codes of {q.shape} {q.dtype}, {q.granularity}")
+    return figure
+
+
+def plot_report(report: TreeReport) -> Figure:
+    """Draw the SQNR of each quantized leaf of a model, and its bytes before and after; the worst leaf is at the top.
+
+    Of more than 64 leaves the worst 64 are drawn, and the title says so. A leaf without any error, whose SQNR is
+    infinite, has the longest bar and its number; one of NaN has none.
+
+    Parameters
+    ----------
+    report : TreeReport
+        Of :func:`aqt_lite.tree_report`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ImportError
+        matplotlib is not installed.
+    TypeError
+        ``report`` is no TreeReport.
+    ValueError
+        It has no leaves.
+
+    Examples
+    --------
+    >>> import numpy as np, aqt_lite
+    >>> from aqt_lite.plots import plot_report
+    >>> params = {"weight": np.linspace(-1, 1, 2048, dtype="float32").reshape(32, 64)}
+    >>> figure = plot_report(aqt_lite.tree_report(params, aqt_lite.quantize_tree(params)))
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['54.5']
+    """
+    if not isinstance(report, TreeReport):
+        raise TypeError(f"report is a {type(report).__name__}: give what aqt_lite.tree_report returns")
+    if not report.leaves:
+        raise ValueError("report has no leaves: no QArray was in the tree")
+    leaves, places = report.leaves[:_MOST_LEAVES], range(len(report.leaves[:_MOST_LEAVES]))
+    figure = _new_figure(11.0, 1.4 + 0.22 * len(leaves))
+    quality, size = figure.subplots(1, 2, sharey=True)
+    found = np.asarray([leaf.error.sqnr_db for leaf in leaves])
+    longest = float(np.abs(found[np.isfinite(found)]).max(initial=1.0))
+    bars = quality.barh(places, np.nan_to_num(np.clip(found, -longest, longest)), color=_MIDDLE)
+    quality.bar_label(bars, [f"{number:.1f}" for number in found], padding=3, fontsize=8)
+    quality.margins(x=0.12)
+    quality.set_yticks(places, [leaf.path for leaf in leaves], fontsize=8)
+    quality.invert_yaxis()
+    quality.set_xlabel("SQNR, dB")
+    size.barh(places, [leaf.error.source_nbytes for leaf in leaves], color="lightgrey", label="before")
+    size.barh(places, [leaf.error.nbytes for leaf in leaves], color=_MIDDLE, label="after")
+    size.set_xlabel("bytes")
+    size.legend(loc="lower right")
+    ratio = f"{report.source_nbytes / max(report.nbytes, 1):.2f}x smaller"
+    count = f"{len(leaves)} worst of {len(report.leaves)} leaves" if len(report.leaves) > len(leaves) else "leaves"
+    figure.suptitle(f"quantized {count}: {report.source_nbytes} -> {report.nbytes} bytes ({ratio})")
     return figure
 
 

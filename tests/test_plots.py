@@ -13,7 +13,7 @@ import pytest
 
 import aqt_lite
 import aqt_lite.plots
-from aqt_lite.plots import plot_codes, plot_error, plot_matrix, plot_quantization
+from aqt_lite.plots import plot_codes, plot_error, plot_matrix, plot_quantization, plot_report
 
 X = np.asarray([[191.6, -13.5, 728.6], [92.14, 295.5, -184], [0, 684.6, 245.5]], "float32")
 
@@ -403,3 +403,30 @@ def test_no_codes():
         plot_codes(aqt_lite.quantize(np.zeros((0, 3), "float32")))
     with pytest.raises(TypeError, match="not a QArray"):
         plot_codes(X)
+
+
+# ---- whole models
+
+
+def test_a_report_of_a_model_is_drawn():
+    tree = {f"layer{i}": {"weight": np.random.default_rng(i).standard_normal((8, 8 + i), "float32")} for i in range(70)}
+    tree["exact"] = {"weight": np.zeros((4, 4), "float32")}
+    report = aqt_lite.tree_report(tree, aqt_lite.quantize_tree(tree))
+    figure = plot_report(report)
+    quality, size = figure.axes
+    assert len(quality.patches) == 64
+    assert [t.get_text() for t in quality.get_yticklabels()] == [leaf.path for leaf in report.leaves[:64]]
+    assert texts(quality) == [f"{leaf.error.sqnr_db:.1f}" for leaf in report.leaves[:64]]
+    assert [bar.get_width() for bar in size.patches[:64]] == [leaf.error.source_nbytes for leaf in report.leaves[:64]]
+    assert "64 worst of 71 leaves" in figure.get_suptitle()
+    assert np.ptp(rendered(figure)) > 0
+    exact = type(report)(report.leaves[-1:])
+    assert texts(plot_report(exact).axes[0]) == ["inf"]
+    assert np.ptp(rendered(plot_report(exact))) > 0
+
+
+def test_what_is_no_report_is_refused():
+    with pytest.raises(TypeError, match=r"report is a dict: give what aqt_lite.tree_report returns"):
+        plot_report({})
+    with pytest.raises(ValueError, match="no QArray"):
+        plot_report(aqt_lite.tree_report({"a": X}, {"a": X}))

@@ -13,7 +13,7 @@ import numpy as np
 
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import Backend, Node
 from aqt_lite.backends.jax import trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
@@ -139,6 +139,9 @@ class JaxBackend(Backend):
         if next(iter(x.devices())).platform == "cpu":  # in place: XLA would compile for every shape
             return bool(np.isnan(self.to_numpy(x)).any())
         return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
+
+    def opened(self, node: Any) -> Node | None:
+        return trees.opened(node)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         found = self._compiled.get(function)

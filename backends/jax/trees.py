@@ -19,11 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aqt_lite import _mark
+from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
 from aqt_lite.backends.jax.eager import is_tracing
 from aqt_lite.formats import element_type
 
-__all__ = ["combine", "partition", "register"]
+__all__ = ["combine", "opened", "partition", "register"]
 
 MARK = "mark"
 _KEPT, _CHECKED = "_mark", "_mark_is_checked"  # where a container keeps its leaf, beside its fields
@@ -207,6 +208,18 @@ def _register_serialization(cls: type, names: tuple[str, ...]) -> None:
     jax.export.register_pytree_node_serialization(
         cls, serialized_name=f"aqt_lite.{cls.__name__}", serialize_auxdata=serialize, deserialize_auxdata=deserialize
     )
+
+
+# ---- containers of others
+
+
+def opened(node: Any) -> Node | None:
+    """One level of a node that is registered with JAX: a module of Equinox, a state of NNX, a dataclass."""
+    if jax.tree_util.all_leaves([node]):
+        return None
+    pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda inside: inside is not node)
+    names = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs)
+    return Node(names, tuple(child for _, child in pairs), lambda children: jax.tree.unflatten(structure, children))
 
 
 # ---- training

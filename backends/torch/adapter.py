@@ -24,6 +24,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     array_modules = ("torch",)
+    weights_are = "linear"
     xp = wrapped_namespace("torch")
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
@@ -119,6 +120,11 @@ class TorchBackend(Backend):
         return torch.is_grad_enabled() and any(
             a is not None and (a.requires_grad or (known and is_functorch(a))) for a in arrays
         )
+
+    def memory_of(self, x: Array) -> Any:
+        if has_no_values(x) or wraps_tensors(x) or x.numel() == 0:
+            return id(x)
+        return x.data_ptr(), x.device, x.dtype, tuple(x.shape), x.stride()  # ``state_dict`` makes new tensors
 
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         if not (self.differentiates(x) or torch.compiler.is_compiling()):

@@ -1,0 +1,383 @@
+"""Rules: which leaves of a model are quantized, how, and what becomes of each.
+
+Owns: patterns, specs, layouts of weights, and the plan that follows from them. Imports: the container, ``quantize`` and
+its checks. It knows leaves by their paths; how they are found in a tree or a module is its callers' business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._arguments import SAID_ELSEWHERE, check_floats
+from aqt_lite._foreign import refusal
+from aqt_lite._registry import backend_of
+from aqt_lite.api import quantize
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import format_of
+from aqt_lite.granularity import PerChannel, PerGroup, block_of, granularity_of, grid_of
+from aqt_lite.packing import bytes_of
+from aqt_lite.qarray import QArray
+
+__all__ = ["LAYOUTS", "Leaf", "Planned", "Rules", "naming", "planned", "quantized"]
+
+Rules = Sequence[tuple["str | re.Pattern[str]", "dict[str, Any] | None"]]
+"""``(pattern, spec)`` pairs, of which the first that matches a path says what becomes of the leaf."""
+
+LAYOUTS = {"linear": (0, 1), "dense": (-1, -2)}
+"""Weights of products: the axis of their outputs, and the one that a product sums over.
+
+"linear" is (out, in), with the axes of a kernel after them, as torch and Equinox have it; "dense" is (in, out), with
+those axes before, as Flax and Keras have it.
+"""
+
+_UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array of a model, and what its place there says of it."""
+
+    path: str
+    array: Any
+    layout: str | None = None
+    """One of ``LAYOUTS``; None where the place does not tell."""
+    others: tuple[str, ...] = ()
+    """Further paths under which the same array stands: it is tied."""
+    why_not: str = ""
+    """Why it cannot be quantized where it stands."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.path, *self.others)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What becomes of a leaf."""
+
+    leaf: Leaf
+    arguments: dict[str, Any] | None
+    """Of ``quantize``; None where the leaf stays as it is."""
+    for_dense: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys of the spec that are not ``quantize``'s."""
+    example: QArray | None = None
+    """Zeros, one along each axis, quantized by these arguments on NumPy."""
+
+    @property
+    def becomes(self) -> str:
+        """In words."""
+        q = self.example
+        if q is None:
+            return "as it is"
+        kept = f", scales {q.scale.dtype}" if isinstance(q.scale, QArray) else ""
+        words = "".join(f", {key} {value}" for key, value in self.extra.items())
+        return f"{q.dtype}, {granularity_of(q.block)}{kept}{', for dense' if self.for_dense else ''}{words}"
+
+    def nbytes(self) -> int:
+        """Bytes of what it becomes."""
+        shape = tuple(self.leaf.array.shape)
+        if self.example is None:
+            return nbytes_of_array(self.leaf.array)
+        return _nbytes_as(self.example, shape, swapped=self.for_dense)
+
+
+def nbytes_of_array(x: Any) -> int:
+    """Bytes of an array of any library, also of one that has no values."""
+    b = backend_of(x)
+    known = getattr(x, "nbytes", None)
+    if isinstance(known, int):
+        return known
+    return 0 if b is None else int(math.prod(x.shape) * np.zeros(0).astype(b.dtype_name(x)).itemsize)
+
+
+def _nbytes_as(q: QArray, shape: tuple[int, ...], *, swapped: bool = False) -> int:
+    """Bytes of an array of that shape that is quantized as ``q`` is."""
+    stored = (*shape[:-2], shape[-1], shape[-2]) if swapped else shape
+    if q.bits < 8 and stored:
+        total = math.prod(stored[:-1]) * bytes_of(stored[-1], q.bits)
+    else:
+        total = math.prod(stored) * q.storage.dtype.itemsize
+    grid = grid_of(shape, q.block)
+    for part in (q.scale, q.zero_point, q.offset):
+        if part is not None:
+            total += _nbytes_as(part, grid) if isinstance(part, QArray) else math.prod(grid) * part.dtype.itemsize
+    return total
+
+
+# ---- rules as users write them
+
+_KEYWORDS = tuple(name for name in inspect.signature(quantize).parameters if name != "x")
+
+
+class _Rule:
+    """A rule that has been read."""
+
+    def __init__(self, number: int, pattern: Any, spec: Any, keys: tuple[str, ...]) -> None:
+        shown = pattern if isinstance(pattern, str) else getattr(pattern, "pattern", pattern)
+        self.title = f"rule {number} ({shown!r})"
+        if not isinstance(pattern, str | re.Pattern) or (isinstance(shown, bytes)):
+            raise TypeError(
+                f"rule {number}: the pattern is a {type(pattern).__name__}: give a glob or a compiled regex"
+            )
+        if spec is not None and not isinstance(spec, dict):
+            raise TypeError(
+                f"{self.title}: the spec is a {type(spec).__name__}: give a dict of quantize's keywords, for instance "
+                "dict(dtype='int4'), or None to leave what matches as it is"
+            )
+        matches = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
+        self.matches: Callable[[str], Any] = matches
+        self.pattern, self.spec = shown, spec
+        for key in spec or ():
+            if key not in keys:
+                raise TypeError(f"{self.title}: {_no_such_key(key, keys)}")
+        layout = (spec or {}).get("layout")
+        if layout is not None:
+            check_layout(f"{self.title}: layout", layout)
+
+    @property
+    def is_about_matrices(self) -> bool:
+        """Whether it is about weights of products, and so about no leaf of fewer than two dimensions."""
+        return self.spec is not None and self.spec.get("layout", _UNKNOWN) is not None
+
+    def says_what(self, other: _Rule | None) -> bool:
+        """Whether another rule says the same."""
+        mine, its = self.spec, None if other is None else other.spec
+        try:
+            return self is other or bool(mine == its)
+        except ValueError:  # arrays in them
+            return False
+
+
+def check_layout(argument: str, layout: Any) -> None:
+    """ValueError where it is none."""
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"{argument}={layout!r} is not known: use 'dense' for weights (in, out), 'linear' for (out, in), or None"
+        )
+
+
+def _no_such_key(key: Any, keys: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(key), keys, 1, 0.6)
+    if near:
+        return f"there is no {key!r}: did you mean {near[0]!r}?"
+    way = SAID_ELSEWHERE.get(str(key))
+    return f"there is no {key!r}: use {way}" if way else f"there is no {key!r}; a spec has {', '.join(keys)}"
+
+
+def _read(rules: Any, extra: tuple[str, ...]) -> list[_Rule]:
+    if isinstance(rules, dict):
+        raise TypeError(
+            "rules is a dict: give a list of (pattern, spec) pairs, list(rules.items()); their order counts"
+        )
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise TypeError(f"rules is a {type(rules).__name__}: give a list of (pattern, spec) pairs")
+    found = []
+    for number, rule in enumerate(rules, 1):
+        if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
+            raise TypeError(f"rule {number} is {rule!r}: give a pair (pattern, spec)")
+        pattern, spec = rule
+        found.append(_Rule(number, pattern, spec, (*_KEYWORDS, "layout", *extra)))
+    return found
+
+
+# ---- the plan
+
+
+def planned(
+    leaves: Sequence[Leaf],
+    rules: Rules | None,
+    *,
+    layout: str | None,
+    by_default: Callable[[Leaf], bool],
+    extra: tuple[str, ...] = (),
+) -> list[Planned]:
+    """What becomes of each leaf; raises where a rule, or what it says of a leaf, makes no sense.
+
+    Without rules, those that ``by_default`` names become int8 with a scale for each output.
+    """
+    if layout is not None:
+        check_layout("layout", layout)
+    chosen = [{} if by_default(leaf) else None for leaf in leaves] if rules is None else _chosen(leaves, rules, extra)
+    refused = [leaf for leaf, spec in zip(leaves, chosen, strict=True) if spec is not None and leaf.why_not]
+    if refused:
+        several = f" (and {len(refused) - 1} more: {', '.join(r.path for r in refused[1:4])})" if refused[1:] else ""
+        raise ValueError(
+            f"{refused[0].path} cannot be quantized{several}: {refused[0].why_not}; a rule ({refused[0].path!r}, None) "
+            "before the one that matches leaves it as it is"
+        )
+    return [_plan(leaf, spec, layout, extra) for leaf, spec in zip(leaves, chosen, strict=True)]
+
+
+def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[dict[str, Any] | None]:
+    read, used, passed = _read(rules, extra), set[_Rule](), dict[_Rule, str]()
+
+    def first(path: str, ndim: int) -> _Rule | None:
+        found = None
+        for rule in read:
+            if rule.matches(path):
+                if ndim < 2 and rule.is_about_matrices:
+                    passed.setdefault(rule, path)
+                    continue
+                used.add(rule)
+                found = found or rule
+        return found
+
+    chosen = []
+    for leaf in leaves:
+        of_paths = [first(path, len(leaf.array.shape)) for path in leaf.paths]
+        rule = of_paths[0]
+        for path, other in zip(leaf.others, of_paths[1:], strict=True):
+            if not (other.says_what(rule) if other else rule is None or rule.spec is None):
+                says = [
+                    f"{r.title} for {p}" if r else f"no rule for {p}" for p, r in ((leaf.path, rule), (path, other))
+                ]
+                raise ValueError(
+                    f"{leaf.path} and {path} are one array, but there is {says[0]} and {says[1]}: "
+                    "let rules say the same of both, or untie them first"
+                )
+        chosen.append(None if rule is None else rule.spec)
+    for rule in read:
+        if rule not in used:
+            raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
+    return chosen
+
+
+def _matches_nothing(rule: _Rule, passed: str | None, paths: list[str]) -> str:
+    if passed is not None:
+        return (
+            f"{rule.title} matches no leaf of two dimensions or more: it matches {passed}, and a rule is about "
+            "weights of products unless it says layout=None; say that to quantize it all the same"
+        )
+    near = difflib.get_close_matches(rule.pattern, paths, 3, 0.3) or paths[:3]
+    return f"{rule.title} matches no leaf: there are {', '.join(near) if near else 'none'}" + (
+        f", and {len(paths) - len(near)} others" if len(paths) > len(near) else ""
+    )
+
+
+def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tuple[str, ...]) -> Planned:
+    if spec is None:
+        return Planned(leaf, None)
+    with naming(leaf.path):
+        _check_quantizable(leaf.array)
+        asked = spec.get("layout", _UNKNOWN)
+        of_leaf = asked if asked != _UNKNOWN else layout or leaf.layout or _UNKNOWN
+        arguments = {key: value for key, value in spec.items() if key in _KEYWORDS}
+        shape = tuple(leaf.array.shape)
+        if asked == _UNKNOWN and len(shape) != 2 and leaf.layout is None:
+            of_leaf = _UNKNOWN  # what is said of all leaves is said of matrices
+        if of_leaf is not None and len(shape) >= 2:
+            arguments |= _granularity(shape, spec, of_leaf)
+        example = quantize(np.zeros((1,) * len(shape)).astype(_dtype_name(leaf.array)), **_without_values(arguments))
+    others = {key: spec[key] for key in extra if key in spec}
+    return Planned(leaf, arguments, of_leaf == "dense" and len(shape) == 2, others, example)
+
+
+def _granularity(shape: tuple[int, ...], spec: dict[str, Any], layout: str) -> dict[str, Any]:
+    """The granularity of a weight in that layout, where the spec does not say it; errors where it does not fit."""
+    ndim, given = len(shape), spec.get("granularity")
+    group = given.size if isinstance(given, PerGroup) and given.axis == -1 else None  # along inputs, wherever they are
+    if layout == _UNKNOWN:
+        if given is not None and group is None:
+            return {}
+        if ndim > 2 and given is None:
+            raise ValueError(
+                f"shape {shape}: give a granularity, for its {ndim} axes do not tell what a scale is for: a "
+                "convolution's, PerChannel(0) for (out, in, ...) or PerChannel(-1) for (..., in, out); that of a stack "
+                f"of matrices (n, in, out), PerBlock((1, -1, 1)); or layout='linear' or 'dense' for a convolution"
+            )
+        raise ValueError(
+            f"shape {shape}: its path does not tell (in, out) from (out, in): give layout='dense' if it is multiplied "
+            "as x @ w, layout='linear' if as x @ w.T (or looked up by rows), layout=None if neither"
+        )
+    out, inside = (axis % ndim for axis in LAYOUTS[layout])
+    if given is None:
+        group = format_of(spec.get("dtype", "int8")).group
+    if given is None and group is None:
+        return {"granularity": PerChannel(out)}
+    if group is not None:
+        return {"granularity": PerGroup(group, -1 if inside == ndim - 1 else inside)}
+    assert given is not None
+    if block_of(given, ndim)[inside] == 1 and shape[inside] > 1:
+        roles = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}[layout]
+        raise ValueError(
+            f"granularity={given} gives each input a scale of its own in layout={layout!r}, {roles} of shape {shape}: "
+            f"products cannot use that; PerChannel({out}) has one for each output and PerGroup(size, {inside}) for "
+            "groups of inputs. If the layout is another, say layout=; layout=None takes the granularity as it is"
+        )
+    return {}
+
+
+def _check_quantizable(x: Any) -> None:
+    if isinstance(x, QArray):
+        raise TypeError("it is a QArray already: let no rule match it, or dequantize it first")
+    b = backend_of(x)
+    if b is None:
+        raise TypeError(refusal(x, "it") or f"it is a {type(x).__name__}, not an array")
+    check_floats(x, "it", b)
+
+
+def _dtype_name(x: Any) -> str:
+    b = backend_of(x)
+    assert b is not None
+    return b.dtype_name(x)
+
+
+def _without_values(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same for an array of one element: numbers in the place of arrays that are given."""
+    some = {key: value for key, value in arguments.items() if key not in ("backend", "on_clip")}
+    if isinstance(some.get("scale"), QArray):
+        del some["scale"]
+        if some.pop("zero_point", None) is not None:
+            some["scheme"] = "affine"
+    for key, number in (("scale", 1.0), ("zero_point", 0), ("offset", 0.0), ("key", 0)):
+        if some.get(key) is not None and not isinstance(some[key], str):
+            some[key] = number
+    return some
+
+
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether it is quantized where no rules are given: floats of two dimensions, neither of length 1."""
+    x = leaf.array
+    if isinstance(x, QArray) or len(x.shape) != 2 or leaf.why_not:
+        return False
+    b = backend_of(x)
+    return b is not None and b.dtype_name(x) in FLOAT_TYPES and 1 not in x.shape
+
+
+def quantized(plan: Planned) -> QArray:
+    """The leaf, quantized as planned."""
+    assert plan.arguments is not None
+    with naming(plan.leaf.path):
+        q = quantize(plan.leaf.array, **plan.arguments)
+        return q.for_dense() if plan.for_dense else q
+
+
+class naming:  # noqa: N801 - a context manager that reads like a phrase
+    """Errors inside say which leaf they are about."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TypeError | ValueError):
+            of_kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise of_kind(f"{self.path or 'params'}: {error}") from error
+
+
+def named(plans: Iterable[Planned]) -> Iterator[Planned]:
+    """Those that are quantized."""
+    return (plan for plan in plans if plan.arguments is not None)

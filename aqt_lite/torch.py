@@ -1,0 +1,29 @@
+"""Quantized torch models: ``quantize_`` and the layers that it makes.
+
+Owns: nothing; it is the public name of ``aqt_lite.backends.torch.modules``. Imports: that, and so torch. Import it as
+``import aqt_lite.torch``: ``import aqt_lite`` alone imports no framework.
+"""
+
+from aqt_lite.backends.torch.modules import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    plan,
+    quantize_,
+    quantized_weights,
+)
+
+__all__ = [
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "plan",
+    "quantize_",
+    "quantized_weights",
+]

@@ -1,0 +1,417 @@
+"""torch models with quantized weights: layers that hold a QArray where they had a parameter.
+
+Owns: the modules, what of them is saved, loaded and moved, and the walk through a model. Imports: the rules, the public
+functions, the adapter. ``aqt_lite.torch`` is where users find it.
+
+A layer stays the object that it is: its class becomes one that computes with ``self.weight.qarray``, and its parameter
+``weight`` a module of that name, whose buffers are the arrays of the QArray. So hooks, biases, flags and other
+references to the layer stay, layers that share a weight share the module, and ``state_dict`` has ``weight.storage``,
+``weight.scale`` and so on. ``weight.mark`` says what the codes mean: what is loaded is held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from aqt_lite import _mark
+from aqt_lite._registry import get_backend
+from aqt_lite._rules import Leaf, Planned, Rules, naming, planned, quantized
+from aqt_lite.api import fake_quantize, quantize
+from aqt_lite.granularity import PerGroup
+from aqt_lite.ops import linear
+from aqt_lite.qarray import QArray
+from aqt_lite.trees import Progress, TreePlan, with_progress
+
+__all__ = [
+    "QuantizedConv1d",
+    "QuantizedConv2d",
+    "QuantizedConv3d",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "plan",
+    "quantize_",
+    "quantized_weights",
+]
+
+_PARTS = ("storage", "scale", "zero_point", "offset")
+_FIELDS = ("dtype", "block", "float_dtype", "transposed", "packed_length", "ragged", "version")
+
+
+class _Structure(NamedTuple):
+    """What a QArray is beside its arrays."""
+
+    fields: dict[str, Any]
+    inner: dict[str, _Structure]
+    """Of those of its parts that are QArrays themselves: quantized scales and offsets."""
+
+    @classmethod
+    def of(cls, q: QArray) -> _Structure:
+        parts = {name: getattr(q, name) for name in _PARTS}
+        inner = {name: cls.of(part) for name, part in parts.items() if isinstance(part, QArray)}
+        return cls({name: getattr(q, name) for name in _FIELDS}, inner)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """What its arrays are called as buffers, where it has all of them."""
+        found = []
+        for name in _PARTS:
+            inner = self.inner.get(name)
+            found += [prefix + name] if inner is None else inner.names(f"{prefix}{name}_")
+        return found
+
+    def made(self, array: Callable[[str], Any], prefix: str = "") -> QArray:
+        """The QArray of ``array(name)``."""
+        parts: dict[str, Any] = {
+            name: self.inner[name].made(array, f"{prefix}{name}_") if name in self.inner else array(prefix + name)
+            for name in _PARTS
+        }
+        return QArray(**parts, **self.fields)
+
+    def mark(self) -> bytes:
+        """It in bytes, its parts' after its own."""
+        f = self.fields
+        own = _mark.encoded(f["dtype"], f["block"], f["float_dtype"], f["transposed"], f["packed_length"], f["version"])
+        return own + b"".join(inner.mark() for inner in self.inner.values())
+
+
+def _in_words(mark: bytes) -> str:
+    pieces = (mark[start : start + _mark.LENGTH] for start in range(0, len(mark), _mark.LENGTH))
+    return "; scales as ".join(_mark.in_words(piece) or "something unknown" for piece in pieces)
+
+
+class QuantizedWeight(nn.Module):
+    """The arrays of a :class:`~aqt_lite.QArray` as buffers.
+
+    Conversions (``.half()``, ``.to(dtype)``) leave them as they are: they move between devices only. A state dict with
+    codes of another format, block, layout or dtype is refused by ``load_state_dict``.
+    """
+
+    like: torch.Tensor
+
+    def __init__(self, q: QArray) -> None:
+        super().__init__()
+        self.structure = _Structure.of(q)
+        for name, array in zip(self.structure.names(), _arrays_of(q), strict=True):
+            self.register_buffer(name, array)
+        mark = torch.from_numpy(np.frombuffer(self.structure.mark(), np.uint8).copy())
+        self.register_buffer("mark", mark.to(q.storage.device))
+        # takes part in conversions in the place of the values: what is looked up has its dtype
+        like = torch.empty(0, dtype=getattr(torch, q.float_dtype), device=q.storage.device)
+        self.register_buffer("like", like, persistent=False)
+
+    @property
+    def qarray(self) -> QArray:
+        """The weight. Its arrays are the buffers, which are not to be written to."""
+        if torch.compiler.is_compiling():
+            return self.structure.made(self._buffers.__getitem__)
+        known: QArray | None = self.__dict__.get("known")  # which remembers what its products have checked
+        if known is None or any(
+            self._buffers[name] is not array
+            for name, array in zip(self.structure.names(), _arrays_of(known), strict=True)
+        ):
+            known = self.__dict__["known"] = self.structure.made(self._buffers.__getitem__)
+        return known
+
+    def extra_repr(self) -> str:
+        return _in_words(self.structure.mark())
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        def moved(tensor: Any) -> Any:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        like = fn(self.like)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["like"] = like
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        problem = self._why_not(state_dict, prefix)
+        if problem:
+            errors.append(problem)
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self.__dict__.pop("known", None)  # what was checked are the numbers that were there
+
+    def _why_not(self, state_dict: Any, prefix: str) -> str | None:
+        """Why what is saved under ``prefix`` is not of this structure."""
+        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not found:  # load_state_dict itself says what is missing
+            return None
+        own, mark = self.structure.mark(), found.pop("mark", None)
+        if mark is None:
+            return f"{prefix}mark is missing, which says what the codes mean; the model's are {_in_words(own)}"
+        saved = mark.detach().cpu().numpy().tobytes()
+        if saved != own:
+            return f"{prefix[:-1]} was saved as {_in_words(saved)}, and the model's is {_in_words(own)}"
+        arrays = {name: array for name in self.structure.names() if (array := self._buffers[name]) is not None}
+        if set(found) != set(arrays):
+            return f"{prefix[:-1]} was saved with {', '.join(found)}, and the model's has {', '.join(arrays)}"
+        for name, array in arrays.items():
+            for what in ("dtype", "shape"):
+                its, own_one = getattr(found[name], what), getattr(array, what)
+                if its != own_one:
+                    return f"{prefix}{name} was saved with {what} {its}, and the model's has {own_one}"
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": self.qarray}  # it knows formats that are not built in
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch calls where it is given this in the place of a tensor; fused layers then take their other path."""
+        raise TypeError(
+            f"{getattr(function, '__name__', function)} is given a quantized weight: use weight.qarray with "
+            "aqt_lite.linear, or weight.qarray.dequantize()"
+        )
+
+
+def _arrays_of(q: QArray) -> list[Any]:
+    """Its arrays in the order of ``_Structure.names``."""
+    parts = (getattr(q, name) for name in _PARTS)
+    return [array for part in parts for array in (_arrays_of(part) if isinstance(part, QArray) else [part])]
+
+
+# ---- layers
+
+
+class QuantizedLinear(nn.Linear):
+    """``nn.Linear`` with a quantized weight (out, in); :func:`aqt_lite.linear` says what it computes.
+
+    With ``activations``, a format, each row of the input is quantized, too: with int8 the sums are of integers.
+    """
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+    activations: str | None = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        w, bias = self.weight.qarray, self.bias
+        if self.activations is None:
+            y: torch.Tensor = linear(input, w, bias)
+            return y
+        per_row: Any = {"dtype": self.activations, "granularity": PerGroup(self.in_features)}
+        y = linear(quantize(input, **per_row), w, bias)
+        if torch.is_grad_enabled() and input.requires_grad:  # straight through, as if the values were multiplied
+            values = linear(fake_quantize(input, **per_row), w, bias)
+            y = get_backend("torch").straight_through(values, y.detach(), torch.isfinite(values))
+        return y
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """``nn.Embedding`` with a quantized table, of which only the rows that are looked up are dequantized."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.weight.qarray.take(input.reshape(-1)).dequantize()
+        return rows.reshape(*input.shape, self.embedding_dim).to(dtype=self.weight.like.dtype)
+
+
+class QuantizedConv1d(nn.Conv1d):
+    """``nn.Conv1d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(input, _values(self.weight, input), self.bias)
+        return y
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(input, _values(self.weight, input), self.bias)
+        return y
+
+
+class QuantizedConv3d(nn.Conv3d):
+    """``nn.Conv3d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._conv_forward(input, _values(self.weight, input), self.bias)
+        return y
+
+
+def _values(weight: QuantizedWeight, like: torch.Tensor) -> torch.Tensor:
+    values: torch.Tensor = weight.qarray.dequantize()
+    return values.to(dtype=like.dtype)
+
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+}
+
+
+# ---- models
+
+
+def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progress = None) -> nn.Module:
+    """Quantize the weights of a model in place: those of Linear, Embedding and Conv layers that rules choose.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    rules : list of (pattern, spec), optional
+        As for :func:`aqt_lite.quantize_tree`; paths are the names of parameters, ``"encoder.layers.*.weight"``. The
+        spec of a Linear layer may have ``activations="int8"``: then each row of its input is quantized, too. Without
+        rules, the weight of every Linear, Embedding and Conv layer becomes int8 with a scale for each output.
+    progress : bool or function, optional
+        As for :func:`aqt_lite.quantize_tree`.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``model`` itself. Layers that shared a weight share the quantized one.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`aqt_lite.quantize_tree`; a rule for a parameter that is no weight of these layers. The model is then
+        as it was.
+
+    Notes
+    -----
+    Quantized before anything is exchanged: beside the model, memory is needed for the codes and for one weight.
+    Subclasses of these layers (``nn.MultiheadAttention`` has one) may use their weights in other ways, and stay.
+
+    Examples
+    --------
+    >>> import torch, aqt_lite.torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    >>> model = aqt_lite.torch.quantize_(model, [("0.weight", dict(dtype="int4", granularity=aqt_lite.PerGroup(32)))])
+    >>> model(torch.ones(2, 64)).shape, list(model.state_dict())[:4]
+    (torch.Size([2, 10]), ['0.bias', '0.weight.storage', '0.weight.scale', '0.weight.mark'])
+    """
+    slots = _slots(model)
+    chosen = [found for found in _plans(slots, rules) if found.arguments is not None]
+    made = []
+    for found in with_progress(chosen, progress, lambda found: found.leaf.path):
+        made.append(QuantizedWeight(quantized(found)))
+    for found, weight in zip(chosen, made, strict=True):  # nothing here can fail
+        for layer in slots[id(found.leaf.array)][1]:
+            weight.train(layer.training)
+            del layer.weight
+            layer.weight = weight
+            layer.__class__ = _QUANTIZED[type(layer)]
+            if found.extra.get("activations") is not None:
+                layer.activations = found.extra["activations"]
+    return model
+
+
+def plan(model: nn.Module, rules: Rules | None = None) -> TreePlan:
+    """What :func:`quantize_` would do, as a table of the model's parameters; see :func:`aqt_lite.plan_tree`.
+
+    Examples
+    --------
+    >>> import torch, aqt_lite.torch
+    >>> print(aqt_lite.torch.plan(torch.nn.Linear(64, 32)))
+    leaf    shape     of       becomes                   bytes  after
+    weight  (32, 64)  float32  int8, PerChannel(axis=0)   8192   2176
+    bias    (32,)     float32  as it is                    128    128
+    2 leaves                                              8320   2304  (3.61x smaller)
+    """
+    return TreePlan(tuple(_plans(_slots(model), rules)))
+
+
+def quantized_weights(model: nn.Module) -> dict[str, QArray]:
+    """The quantized weights of a model by the names that the parameters had, tied ones under each of their names.
+
+    Examples
+    --------
+    >>> import torch, aqt_lite.torch
+    >>> model = torch.nn.Linear(64, 32)
+    >>> before = model.state_dict()
+    >>> after = aqt_lite.torch.quantized_weights(aqt_lite.torch.quantize_(model))
+    >>> report = aqt_lite.tree_report({name: before[name] for name in after}, after)
+    >>> report.leaves[0].path
+    'weight'
+    """
+    named = model.named_modules(remove_duplicate=False)
+    return {path: module.qarray for path, module in named if isinstance(module, QuantizedWeight)}
+
+
+_Slots = dict[int, tuple[list[str], list[nn.Module], torch.Tensor, str]]
+"""For each parameter, by identity: its names, the layers whose weight it is, itself, and why it cannot be quantized."""
+
+
+def _slots(model: nn.Module) -> _Slots:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module: for arrays, aqt_lite.quantize_tree")
+    found: _Slots = {}
+    for prefix, layer in model.named_modules(remove_duplicate=False):
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                continue
+            path = f"{prefix}.{name}" if prefix else name
+            if nn.parameter.is_lazy(parameter):
+                raise ValueError(f"{path} has no shape yet: call the model once before it is quantized")
+            paths, layers, _, why = found.get(id(parameter), ([], [], parameter, ""))
+            if path in paths:
+                continue
+            paths.append(path)
+            if not any(layer is known for known in layers):
+                layers.append(layer)
+            found[id(parameter)] = (paths, layers, parameter, why or _why_not(layer, name))
+    return found
+
+
+def _why_not(layer: nn.Module, name: str) -> str:
+    """Why a parameter of a layer cannot be quantized; empty where it can."""
+    kind = type(layer)
+    if kind not in _QUANTIZED or name != "weight":
+        known = ", ".join(layer.__name__ for layer in _QUANTIZED)
+        return f"it is the {name} of a {kind.__name__}, and quantized are weights of {known}, not of their subclasses"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "its Embedding has max_norm, with which looking up writes to the table"
+    return ""
+
+
+def _plans(slots: _Slots, rules: Rules | None) -> list[Planned]:
+    leaves = [
+        Leaf(paths[0], parameter, None if why else "linear", tuple(paths[1:]), why)
+        for paths, _, parameter, why in slots.values()
+    ]
+    plans = planned(leaves, rules, layout=None, by_default=lambda leaf: not leaf.why_not, extra=("activations",))
+    for found in plans:
+        _check_extra(found, slots[id(found.leaf.array)][1])
+    return plans
+
+
+def _check_extra(found: Planned, layers: list[nn.Module]) -> None:
+    arguments, activations = found.arguments or {}, found.extra.get("activations")
+    with naming(found.leaf.path):
+        if arguments.get("backend", "torch") != "torch":
+            raise ValueError(f"backend={arguments['backend']!r}: a torch model holds torch's arrays")
+        if found.for_dense:
+            raise ValueError("layout='dense': the weights of these layers are (out, in), layout='linear'")
+        if activations is None:
+            return
+        others = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.Linear)]
+        if others:
+            raise ValueError(f"activations={activations!r} is for Linear layers, and this is the weight of {others[0]}")
+        if not isinstance(activations, str):
+            raise TypeError(f"activations={activations!r}: give the name of a format, such as 'int8'")
+        quantize([[0.0]], activations, granularity=PerGroup(1))
