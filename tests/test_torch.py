@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from aqt_lite import (
     Codebook,
@@ -464,6 +465,27 @@ def test_stochastic_rounding_compiles():
     assert_same_bits(whole(lambda x: quantize(x, **how, key=7))(x), quantize(x, **how, key=7))
     mapped = whole(lambda x: torch.func.vmap(lambda v: quantize(v, "mxfp4").dequantize())(x))
     assert_same_bits(mapped(x), quantize(x, "mxfp4").dequantize())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"dtype": "uint8", "scheme": "affine"},
+        pytest.param({"dtype": "int4", "granularity": PerGroup(32)}, marks=pytest.mark.exhaustive),
+        pytest.param({"dtype": "nf4", "granularity": PerChannel(0)}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_one_compiled_program_quantizes_any_shape(how):
+    """And at most one or two more, for lengths that its guards exclude."""
+    counted = CompileCounterWithBackend("inductor")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: quantize(x, **how), fullgraph=True, dynamic=True, backend=counted)
+    for shape in ((5, 64), (9, 96), (17, 128), (3, 33)):
+        x = data(*shape)
+        assert_same_bits(compiled(x), quantize(x, **how))
+    assert counted.frame_count <= (3 if "granularity" in how else 2)
 
 
 @of_each_format
