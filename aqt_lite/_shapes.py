@@ -21,14 +21,14 @@ from aqt_lite.packing import bytes_of
 if TYPE_CHECKING:
     from aqt_lite.qarray import QArray
 
-__all__ = ["ArrayShapes", "concatenate", "register_product", "stack"]
+__all__ = ["ArrayShapes", "concatenate", "register_products", "stack"]
 
 _product: list[Callable[..., Array]] = []
 
 
-def register_product(dense: Callable[..., Array]) -> None:
-    """What ``x @ q`` means: the products build on the container, and not the other way round."""
-    _product[:] = [dense]
+def register_products(of_right: Callable[..., Array], of_left: Callable[..., Array]) -> None:
+    """What ``x @ q`` and ``q @ x`` mean: the products build on the container, and not the other way round."""
+    _product[:] = [of_right, of_left]
 
 
 class ArrayShapes:
@@ -232,13 +232,8 @@ class ArrayShapes:
         return _product[0](x, self)
 
     def __matmul__(self: QArray, other: Any) -> Any:  # type: ignore[misc]
-        """``q @ w`` of two QArrays is ``aqt_lite.dense(q, w)``."""
-        if _is_quantized(other):
-            return _product[0](self, other)
-        raise TypeError(
-            "q @ x with a quantized left side: write aqt_lite.linear(x.T, q).T, or q.dequantize() @ x for the "
-            "product of floats"
-        )
+        """``q @ w`` of two QArrays is ``aqt_lite.dense(q, w)``; ``q @ x`` is ``aqt_lite.linear(x.T, q).T``."""
+        return _product[0](self, other) if _is_quantized(other) else _product[1](self, other)
 
     def __eq__(self, other: object) -> Any:
         if self is other:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from optional import needs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,7 @@ def test_tables_of_formats_are_what_the_records_say():
 
 
 CHECKS = [
+    "assert quantized['layer0']['kernel'] is params['layer0']['kernel'] and quantized['layer1']['kernel'].bits == 4",
     "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
     "assert np.abs(field_again - field).max() <= q.scale.max() and 4 * q.nbytes < 1.1 * field.nbytes",
     "assert q.backend == 'torch' and y.shape == (4, 256)",
@@ -71,6 +73,16 @@ def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
     assert "float16 4.5 " in printed
     assert "['0xe1', '0x7'] [ 1 -2  7]" in printed
     assert printed.split()[-4:] == ["seven", "float5_e2m2", "int12", "bfloat16"]
+
+
+@needs("jax", "torch")
+def test_the_code_of_the_page_of_models_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    checks = "assert y.shape == (3, 10) and logits.shape == (5, 10) and scores.shape == (7, 10)\n"
+    checks += "assert isinstance(small.layers[0].weight, aqt_lite.QArray) and quantized['out'] == params['out']\n"
+    printed = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path)
+    assert "hidden/kernel" in printed
+    assert "SQNR, dB" in printed
 
 
 def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from optional import jax, jnp
 
 import aqt_lite
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, dequantize, quantize
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, dequantize, linear, quantize
 from aqt_lite.granularity import grid_of
 from aqt_lite.testing import assert_same_bits
 
@@ -173,8 +173,12 @@ def test_the_matrix_product_stays_quantized(backend):
     if backend.name != "array_api_strict":  # whose operators ask no other type
         assert_same_bits(x @ w, dense(x, w))
     assert_same_bits(w.T @ w, dense(w.T, w))
-    with pytest.raises(TypeError, match=r"quantized left side: write aqt_lite.linear\(x.T, q\).T"):
-        w @ x
+    assert_same_bits(w.T @ x[0, ...], linear(x[0, ...], w.T))
+    assert_same_bits(w.T @ backend.xp.permute_dims(x, (1, 0)), backend.xp.permute_dims(linear(x, w.T), (1, 0)))
+    square = quantize(backend.asarray(np.eye(4, dtype=np.float32) * 3), granularity=PerChannel(1)).for_dense()
+    assert backend.to_numpy(square @ backend.xp.ones_like(x[0, :4])).tolist() == [3.0] * 4  # no warning: @ says it all
+    with pytest.raises(ValueError, match=r"x has shape \(1, \d+, \d+\): give a vector or a matrix"):
+        w @ x[None, ...]
 
 
 def test_what_it_has_not_says_what_it_is():

@@ -18,7 +18,7 @@ from aqt_lite._dispatch import kernel_for, run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
-from aqt_lite._shapes import register_product
+from aqt_lite._shapes import register_products
 from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
@@ -90,7 +90,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
     if ready is None:
         w = w._checked()
     w_shape = w.shape if ready is None else ready.shape
-    if w.transposed and contract == 1 and w_shape[0] == w_shape[-1]:
+    if w.transposed and name == "linear" and w_shape[0] == w_shape[-1]:
         warnings.warn(
             f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
             "whether that is meant: dense(x, w) reads it as (in, out)",
@@ -331,4 +331,17 @@ def _as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     return value
 
 
-register_product(dense)
+def _left_product(w: QArray, x: Any) -> Array:
+    """``w @ x`` of a vector or a matrix: ``linear``, whatever way the codes are stored."""
+    b = w._backend
+    x = _as_operand(x, "x", w, b)
+    if x.ndim not in (1, 2):
+        raise ValueError(
+            f"q @ x of a quantized matrix: x has shape {tuple(x.shape)}: give a vector or a matrix, or map (vmap)"
+        )
+    if x.ndim == 1:
+        return _product("q @ x", x, w, None, "fast", contract=1)
+    return b.xp.permute_dims(_product("q @ x", b.xp.permute_dims(x, (1, 0)), w, None, "fast", contract=1), (1, 0))
+
+
+register_products(dense, _left_product)
