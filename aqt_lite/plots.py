@@ -276,7 +276,7 @@ def plot_report(report: TreeReport) -> Figure:
     >>> params = {"weight": np.linspace(-1, 1, 2048, dtype="float32").reshape(32, 64)}
     >>> figure = plot_report(aqt_lite.tree_report(params, aqt_lite.quantize_tree(params)))
     >>> [text.get_text() for text in figure.axes[0].texts]
-    ['54.5']
+    ['52.5']
     """
     if not isinstance(report, TreeReport):
         raise TypeError(f"report is a {type(report).__name__}: give what aqt_lite.tree_report returns")
