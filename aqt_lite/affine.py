@@ -367,6 +367,8 @@ def _encoded(
     xp, shape = b.xp, tuple(x.shape)
     scale, zero, offset = qparams
     v = _computable(x, spec, b)
+    if recipe.rounding == "stochastic":  # any other rounds what is subnormal to 0, flushed or not
+        v = xp.where(xp.abs(v) < float_type(spec.source.compute).tiny / 2, v * 0.0, v)
     if scale is not None:
         scale = scales(scale, spec, b)
         if offset is not None:  # in halves, as in dequantize

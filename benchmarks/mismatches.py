@@ -198,7 +198,7 @@ def format_rows():
     """For every kind of format, the row's cells."""
     for name, calls in calls_of_formats().items():
         problems = [Problem(data_for(dtype, options), call_of(dtype, options)) for dtype, options in calls]
-        yield name, row_of(problems, (COMPILED,) if name.startswith("stochastic") else ())
+        yield name, row_of(problems)
     few = ("int4", "float8_e4m3fn", "float6_e2m3fn", "float4_e2m1fn", "nf4", "mxfp4", "nvfp4")
     for narrow in NARROW:
         x = every_finite(narrow)
@@ -424,8 +424,7 @@ these, against exact arithmetic too.
 Codes, scales, zero points and dequantized values, in both schemes; for `linear`, outputs. Of formats
 ([formats.md](formats.md)), in groups of 32 unless they have their own: normal numbers, numbers of many magnitudes, and
 near ties of their own grids; kept scales, offsets and packed bytes are compared, too. `mode="fast"` is each library's
-own sum and makes no promise: it stands here to show what `mode="reproducible"` gives. Left out: torch.compile takes
-minutes over the noise of stochastic rounding.
+own sum and makes no promise: it stands here to show what `mode="reproducible"` gives.
 
 {ours}
 

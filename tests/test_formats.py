@@ -376,6 +376,28 @@ def test_the_cipher_has_its_published_test_vector():
     assert exact.speck(0x6574, 0x694C, [0x0100, 0x0908, 0x1110, 0x1918]) == (0xA868, 0x42F2)
 
 
+def test_noise_moves_nothing_subnormal():
+    """XLA would flush it first."""
+    tiny = np.float32(2.0**-126)
+    rows = np.asarray([tiny, -tiny, 1.5 * tiny, *(tiny * np.linspace(-0.99, 0.99, 60))], np.float32)
+    largest = {"int4": 32, "uint4": 32, "float8_e4m3fn": 2.0**19, "float4_e2m1fn": 64, "nf4": 32}  # steps of some tiny
+    problems = [
+        Problem(
+            np.concatenate([[[most * tiny]], np.tile(rows, 5)[None]], axis=1).astype(np.float32),
+            Call(name, rounding="stochastic", key=11),
+        )
+        for name, most in largest.items()
+    ]
+    expected = on_numpy(problems)
+    for name, (x, *_), bits in zip(largest, problems, expected, strict=True):
+        assert (bits.values[np.abs(x) < tiny] == 0).all(), name
+        assert len(np.unique(bits.values)) > 2, f"{name}: normal numbers it does move"
+        if name != "nf4":  # the oracle has no noise for codebooks
+            e = exact.quantize(x, name, rounding="stochastic", key=11)
+            assert differing(bits, Bits(e.codes, e.scale, e.zero_point, e.values, e.offset, e.storage)) == 0
+    assert not disagreements(problems, expected, [STRICT, TORCH, JAX, JIT])
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "float8_e4m3fn", "float4_e2m1fn", "nf4"])
 def test_stochastic_rounding_is_unbiased(name):
     n = 1 << 16

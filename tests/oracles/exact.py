@@ -425,6 +425,8 @@ def quantize(
     for position, (value, n) in enumerate(zip(values, numbers, strict=True)):
         minus, inverse = negative[position], inverses[n]
         v = value
+        if rounding == "stochastic" and isinstance(v, Fraction) and abs(v) < power(EXPONENTS[c][0]):
+            v = Fraction(0)  # subnormal
         if offsets[n] is not None and isinstance(v, Fraction):
             v = without_tiny(nearest(without_tiny(v, c) / 2 - offsets[n] / 2, c), c) * 2
             minus = v < 0
