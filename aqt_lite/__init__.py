@@ -25,6 +25,7 @@ from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbyte
 if TYPE_CHECKING:
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
+    from aqt_lite import torch as torch
 
 __all__ = [
     "Codebook",
@@ -61,12 +62,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_ON_FIRST_USE = ("plots", "testing")  # most programs need neither
+_ON_FIRST_USE = ("plots", "testing", "torch")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing`` and ``aqt_lite.plots`` on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.plots`` and ``aqt_lite.torch`` on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -75,4 +76,4 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE})
+    return sorted({*globals(), *_ON_FIRST_USE} - {"torch"})  # what looks at every name should not have to import it
