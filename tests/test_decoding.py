@@ -141,6 +141,35 @@ def test_values_beyond_float32_are_clipped_as_dequantize_does(backend):
     np.testing.assert_array_equal(np.asarray(backend.to_numpy(linear(backend.asarray(x), q)))[0], expected)
 
 
+@pytest.mark.parametrize("how", [{"dtype": NINE}, {"dtype": "int4"}], ids=name_of)
+def test_what_pads_the_last_byte_meets_nothing(backend, how):
+    """Whoever packed the codes: with an odd number of them, the upper half of a row's last byte is nobody's."""
+    q = quantize(weight(520, 333), **how, granularity=PerGroup(32))
+    dirty = np.asarray(q.storage).copy()
+    dirty[:, -1] |= 0xF0
+    q, x = replace(q, storage=dirty).to_backend(backend.name), weight(5, 333, seed=6)
+    for rows in (1, 5):
+        y = backend.to_numpy(linear(backend.asarray(x[:rows]), q))
+        assert_exact_to_float32(y, x[:rows], backend.to_numpy(q.dequantize()))
+
+
+@pytest.mark.parametrize("largest", [4000.0, 5000.0, 1e30])
+def test_numbers_of_any_size(backend, largest):
+    """Far from 1 they may leave float32 when they are scaled: dequantizing clips them there."""
+    far = Codebook(f"to {largest}", (-largest, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, largest))
+    w = weight(300, 512) * np.float32(2.0**120)
+    q = quantize(w, far, granularity=PerGroup(32), scale=np.full((300, 16), 2.0**99, np.float32)).to_backend(
+        backend.name
+    )
+    values = np.asarray(backend.to_numpy(q.dequantize()))
+    assert np.isfinite(values).all()
+    for rows in (1, 5):
+        x = np.zeros((rows, 512), np.float32)
+        x[:, 1] = 1
+        y = np.asarray(backend.to_numpy(linear(backend.asarray(x), q)))
+        np.testing.assert_array_equal(y, np.broadcast_to(values[:, 1], y.shape))
+
+
 @needs_loops
 def test_an_infinity_or_nan_stays_in_its_row(backend):
     q = quantize(weight(520, 330), "int4", granularity=PerGroup(32)).to_backend(backend.name)

@@ -118,6 +118,7 @@ def test_structures_are_exact(suffix, tmp_path):
         same(load(path), np.asarray(alone) if isinstance(alone, np.generic) else alone)
 
 
+@needs("jax")
 def test_a_tree_of_jax_has_its_structure_again(tmp_path):
     tree = {"w": KINDS["for_dense"]().to_backend("jax"), "n": [quantize(jax.numpy.asarray(X), "nvfp4")]}
     mapped = jax.tree.map(lambda *a: jax.numpy.stack(a), tree, tree)

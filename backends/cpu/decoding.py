@@ -372,6 +372,8 @@ def _add_tiles(
     for n in range(here if whole < inner else 0):
         for i in range(whole * bits // 8, w.shape[1]):
             rest[n, i - whole * bits // 8] = w[n, i]
+        if halves and inner % 2:  # the last upper half pads: whatever it says, no number of it is to meet x
+            rest[n, (inner - whole) // 2] &= 15
     sums[:] = 0
     k = 0
     while k < inner:

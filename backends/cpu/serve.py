@@ -43,6 +43,9 @@ MOST_ROWS_ON_THE_RIGHT = 64
 LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
+LARGEST_NUMBER = 2.0**12
+"""Magnitude below which numbers of codes lie whose products with scales below 2^100 are finite, as the loops rely on."""
+
 _FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
 
@@ -119,7 +122,8 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
     if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
         return False
     known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
-    return known and (spec.block[1] or 0) % (loops.LANES * (2 if packed else 1)) == 0
+    small = max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
+    return known and small and (spec.block[1] or 0) % (loops.LANES * (2 if packed else 1)) == 0
 
 
 def is_worth_floats(rows: int, codes: int) -> bool:

@@ -214,12 +214,38 @@ def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     return integer_dots()
 
 
+# ---- what is mapped over
+
+
+@functools.cache
+def _mapping(reproducible: bool, spec: Spec, contract: int) -> Callable[..., Array]:
+    """The product, of which ``vmap`` over x alone makes one of more rows: a layer of Equinox takes one vector.
+
+    Mapped as it is written, each row would have a condition of its own, and so both branches.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(x: Array, w: Coded, bias: Array | None) -> Array:
+        return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+
+    @product.def_vmap
+    def of_rows(size: int, batched: Any, x: Array, w: Coded, bias: Array | None) -> tuple[Array, bool]:
+        if batched[0] and not any(jax.tree.leaves(batched[1:])):
+            y = product(x.reshape(-1, x.shape[-1]), w, bias)
+            return y.reshape(*x.shape[:2], y.shape[-1]), True
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
+        plain = partial(_reproducible if reproducible else _fast, spec=spec, contract=contract)
+        return jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(x, w, bias), True
+
+    return product
+
+
 # ---- the derivative
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
-    return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+    return _mapping(reproducible, spec, contract)(x, w, bias)
 
 
 def _forward(reproducible: bool, spec: Spec, contract: int, *primals: Any) -> Any:
