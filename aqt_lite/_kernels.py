@@ -18,7 +18,7 @@ def plain_integers(static: Mapping[str, Any]) -> bool:
     """
     spec, recipe = static["spec"], static.get("recipe")
     plain: bool = spec.element.zero_points and spec.format.scale is None and spec.headroom == 1
-    return plain and (recipe is None or (recipe.rounding == "half_even" and not recipe.offset))
+    return plain and (recipe is None or recipe.plain)
 
 
 def anything(static: Mapping[str, Any]) -> bool:

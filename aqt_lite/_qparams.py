@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 
-def check_scale(scale: Any, spec: Spec, *, with_offset: bool = False) -> None:
-    """ValueError where a scale is none that ``quantize`` could have chosen."""
-    least, greatest = spec.least_with_offset if with_offset else spec.least, spec.greatest
+def check_scale(scale: Any, spec: Spec, least: float) -> None:
+    """ValueError where a scale is none that ``quantize`` could have chosen: ``least`` is the least of those."""
+    greatest = spec.greatest
     if _is_number(scale) and (least <= scale <= greatest or (scale == 0 and spec.zero_scale == 0)):
         return
     expected = f"positive and finite, between {least:.3g} and {greatest:.3g} for {spec.source.name} values"

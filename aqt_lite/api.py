@@ -21,6 +21,7 @@ from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
 from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
 from aqt_lite.granularity import Granularity, block_of, grid_of
@@ -34,7 +35,6 @@ RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
 ScaleMode = Literal["floor", "ceil", "even", "rceil"]
 OnClip = Literal["saturate", "raise"]
 
-DIALECTS = ("aqt_lite",)
 ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
 
 
@@ -52,7 +52,7 @@ def quantize(
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
     key: int | AnyArray | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     on_clip: OnClip = "saturate",
     backend: str | None = None,
@@ -154,7 +154,7 @@ def choose_qparams(
     offset: Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> tuple[Array | QArray, Array | None]:
@@ -230,7 +230,7 @@ def fake_quantize(
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
     key: int | AnyArray | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> Array:
@@ -302,7 +302,7 @@ def _prepare(
     dtype: Any,
     scheme: str,
     granularity: Granularity | None,
-    dialect: str,
+    dialect: str | Dialect,
     nonfinite: str,
     backend: str | None,
     scale: Any = None,
@@ -318,7 +318,7 @@ def _prepare(
     form = _format_asked_for(dtype, scale_dtype, scale_mode)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
-    one_of("dialect", dialect, DIALECTS)
+    rules = dialect_of(dialect)
     one_of("rounding", rounding, ROUNDINGS)
     from_data = isinstance(offset, str)
     if from_data:
@@ -351,7 +351,10 @@ def _prepare(
         offset=has_offset,
         rounding=rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
+        dialect=rules.for_element(element),
     )
+    if rules is not AQT_LITE:
+        _check_dialect(rules, form, recipe, scale_dtype, scale is not None)
     made_of = _key_of(key, rounding, x, b)
     if scale is None:
         for name, value in (("zero_point", zero_point), ("offset", None if from_data else offset)):
@@ -370,12 +373,29 @@ def _prepare(
     if isinstance(scale, QArray):
         scale = _kept_scale(scale, spec, grid_of(tuple(x.shape), spec.block), b)
     else:
-        scale = placed("scale", scale, source.compute, partial(check_scale, spec=spec, with_offset=has_offset))
+        scale = placed(
+            "scale", scale, source.compute, partial(check_scale, spec=spec, least=affine.least_scale(spec, recipe))
+        )
     if zero_point is not None:
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
     if has_offset:
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
+
+
+def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
+    """ValueError where the original has no such thing."""
+    if recipe.offset:
+        raise ValueError(f"dialect={rules.name!r} has zero points, and no offsets: leave offset out")
+    if scale_dtype is not None:
+        raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
+    scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
+    known = rules.formats(scheme)
+    if known is not None and form.name not in known:
+        what = "scales for" if given else scheme
+        raise ValueError(
+            f"dialect={rules.name!r} has no {what} {form.name}: it has {', '.join(known) or 'none'}; 'aqt_lite' has all"
+        )
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
@@ -463,6 +483,12 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
             f"scale_dtype={form.name!r} cannot hold {count} of the scales: without a scale of their own they must lie "
             f"between {form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or "
             "'float8_e8m0fnu'"
+        )
+    rules = call.recipe.dialect
+    if rules is not AQT_LITE and not call.recipe.ignore_nonfinite:
+        raise ValueError(
+            f"dialect={rules.name!r}: the range of a block overflows {spec.source.compute}, as in the original: "
+            "divide x by a power of two, or use dialect='aqt_lite', which has no such limit"
         )
 
 

@@ -233,7 +233,7 @@ class QArray(ArrayShapes):
                 return _nested(argument, value, grid_of(shape, block), b)
             return on_grid(argument, value, qvalue, "qvalue", shape, granularity, spec, b, kept_as, check, exact=True)
 
-        of_scales = partial(check_scale, spec=spec, with_offset=offset is not None)
+        of_scales = partial(check_scale, spec=spec, least=spec.least_to_keep(offset is not None))
         scale = placed("scale", scale, source.compute, of_scales)
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
@@ -629,7 +629,7 @@ class QArray(ArrayShapes):
         if isinstance(scale, QArray):
             _nested("scale", scale, grid, b)
         elif scale is not None:
-            check_scale(scale, spec, with_offset=offset is not None)
+            check_scale(scale, spec, spec.least_to_keep(offset is not None))
         if isinstance(offset, QArray):
             _nested("offset", offset, grid, b)
         elif offset is not None:

@@ -35,6 +35,7 @@ class Call:
     scale_mode: str | None = None
     rounding: str = "half_even"
     key: int | None = None
+    dialect: str = "aqt_lite"
 
     def __call__(self, x, scale=None, zero_point=None, offset=None):
         """Codes, scale, zero point, dequantized values, offset, and how the codes are kept."""

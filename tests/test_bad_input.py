@@ -197,7 +197,7 @@ def test_lists_beyond_float32():
         (ValueError, "int64.*is not a quantized type", {"dtype": np.int64}),
         (ValueError, "scheme='asymmetric' is not known: use 'symmetric' or 'affine'", {"scheme": "asymmetric"}),
         (ValueError, r"scheme=\['affine'\] is not known", {"scheme": ["affine"]}),
-        (ValueError, "dialect='qwix' is not known: use 'aqt_lite'", {"dialect": "qwix"}),
+        (ValueError, "dialect='qwik' is not known: use one of 'aqt_lite', ", {"dialect": "qwik"}),
         (ValueError, "nonfinite='skip' is not known: use 'raise' or 'ignore'", {"nonfinite": "skip"}),
         (ValueError, "backend='mxnet' is not known", {"backend": "mxnet"}),
         (TypeError, "backend=1: give the backend's name", {"backend": 1}),

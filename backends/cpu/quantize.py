@@ -215,7 +215,7 @@ def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Bloc
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
     grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
-    magnitudes = recipe.symmetric or choose is affine.usable_qparams  # all that these look at
+    magnitudes = recipe.of_magnitudes or choose is affine.usable_qparams  # all that these look at
     ends = np.zeros((1, *grid), source) if magnitudes else np.full((2, *grid), np.inf, source)
     if not magnitudes:
         ends[1] = -np.inf

@@ -44,7 +44,7 @@ LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
 LARGEST_NUMBER = 2.0**12
-"""Magnitude below which numbers of codes lie whose products with scales below 2^100 are finite, as the loops rely on."""
+"""Magnitude of numbers of codes below which their products with scales below 2^100 are finite."""
 
 _FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
 

@@ -81,6 +81,11 @@ class JaxBackend(Backend):
         bitcast = jax.lax.bitcast_convert_type
         return _exact.reciprocal(x, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
 
+    def quotient(self, x: Array, y: Array) -> Array:
+        integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
+        bitcast = jax.lax.bitcast_convert_type
+        return _exact.quotient(x, y, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
+
     def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
         # The maximum over the devices of a sharded axis forgets NaN (XLA's all-reduce on CPU, jax 0.10), not infinity.
         return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)

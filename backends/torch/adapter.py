@@ -89,6 +89,11 @@ class TorchBackend(Backend):
             return 1.0 / x  # correctly rounded on every device; only float32 division is approximated
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
+    def quotient(self, x: Array, y: Array) -> Array:
+        if x.dtype == torch.float64 or x.device.type == "cpu":
+            return x / y
+        return _exact.quotient(x, y, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
+
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         x = self.computed_once(x)
         # zero and NaN stay what they are
