@@ -221,10 +221,13 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         else:  # halved first: cannot overflow
             scale = _over(hi * 0.5 - lo * 0.5, largest_of(spec, recipe), recipe, spec, b)
 
-    finite = xp.isfinite(scale)
+    finite, of_nothing = xp.isfinite(scale), scale == 0
     scale = _usable_scale(scale, spec, recipe, b)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
     kept = _keep(scale, spec, b)
+    if rules.kept_of_zeros is not None and isinstance(kept, Coded) and kept.scale is None:
+        code = xp.full_like(kept.codes, rules.kept_of_zeros)
+        kept = kept._replace(codes=xp.where(of_nothing, code, kept.codes))
 
     if recipe.offset:
         offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact

@@ -315,10 +315,10 @@ def _prepare(
     *,
     may_detach: bool = True,
 ) -> _Call:
-    form = _format_asked_for(dtype, scale_dtype, scale_mode)
+    rules = dialect_of(dialect)
+    form = _format_asked_for(dtype, scale_dtype, scale_mode, rules)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
-    rules = dialect_of(dialect)
     one_of("rounding", rounding, ROUNDINGS)
     from_data = isinstance(offset, str)
     if from_data:
@@ -351,7 +351,7 @@ def _prepare(
         offset=has_offset,
         rounding=rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
-        dialect=rules.for_element(element),
+        dialect=rules.for_format(form),
     )
     if rules is not AQT_LITE:
         _check_dialect(rules, form, recipe, scale_dtype, scale is not None)
@@ -398,8 +398,11 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
         )
 
 
-def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
+def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
     form = format_of(dtype)
+    part = rules.for_format(form).power_rounding
+    if part is not None and scale_mode is None and form.top == "power of two":
+        form = replace(form, scale_rounding=part)
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))

@@ -1,6 +1,6 @@
 """Dialects: how other libraries choose scales, zero points and codes.
 
-Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements, as a field's type alone.
+Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements and formats, as types of arguments alone.
 
 A dialect is one record below, or one that a user writes and hands to ``dialect=``; ``affine`` reads its fields, and
 nothing in the library asks for its name. Each is held against its original (tests/test_dialects.py); docs/dialects.md
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aqt_lite.elements import ElementType
+from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
@@ -59,8 +60,13 @@ class Dialect:
         scale 1, and no number that matters is subnormal.
     instead : float, optional
         By default ``least_scale``.
-    of_floats : Dialect, optional
-        Rules for element types that are floats, where they are others.
+    of_floats, of_blocks : Dialect, optional
+        Rules for element types that are floats, and for block formats, where they are others.
+    power_rounding : float, optional
+        Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
+        the format or ``scale_mode=`` says.
+    kept_of_zeros : int, optional
+        The code of the scale of a block of zeros, where scales are kept in a format without 0.
     source : str
         Package and version that it was held against, and the functions.
 
@@ -91,6 +97,9 @@ class Dialect:
     least_scale: float | None = None
     instead: float | None = None
     of_floats: Dialect | None = None
+    of_blocks: Dialect | None = None
+    power_rounding: float | None = None
+    kept_of_zeros: int | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -106,9 +115,11 @@ class Dialect:
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
 
-    def for_element(self, element: ElementType) -> Dialect:
-        """The rules for an element type."""
-        return self if self.of_floats is None or element.zero_points else self.of_floats
+    def for_format(self, form: Format) -> Dialect:
+        """The rules for a format."""
+        if form.scale is not None:
+            return self.of_blocks or self
+        return self if form.element.zero_points else self.of_floats or self
 
     def formats(self, scheme: str) -> tuple[str, ...] | None:
         """Those of "symmetric", "affine" or "given" scales; None: all."""
@@ -180,14 +191,15 @@ DIALECTS = {
         ),
         Dialect(
             "torchao",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8, "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8),
             reach="half range",
             narrow_from=None,
             divides_range=True,
             least_scale=_NORMAL,
             of_floats=Dialect("torchao", divides_range=True, divides=True),
-            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8",
+            of_blocks=Dialect("torchao", kept_of_zeros=0),
+            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8; MX: to_mx",
         ),
         Dialect(
             "torchao_no_clipping",
@@ -213,7 +225,7 @@ DIALECTS = {
         ),
         Dialect(
             "compressed-tensors",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn"),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn", "mxfp8_e4m3", "mxfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
             reach="half range",
             narrow_from=None,
@@ -223,6 +235,7 @@ DIALECTS = {
             zero_of_zeros=0,
             least_scale=_NORMAL,
             instead=_EPS,
+            of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
             source="compressed-tensors 0.20.0: calculate_qparams, quantize",
         ),
         Dialect(
@@ -233,6 +246,12 @@ DIALECTS = {
             divides_range=True,
             divides=True,
             source="optimum-quanto 0.2.7: AbsmaxOptimizer, quantize_symmetric",
+        ),
+        Dialect(
+            "bitsandbytes",
+            symmetric=("nf4",),
+            affine=(),
+            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit, whole blocks",
         ),
         Dialect(
             "tflite",

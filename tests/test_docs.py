@@ -75,6 +75,13 @@ def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
     assert printed.split()[-4:] == ["seven", "float5_e2m2", "int12", "bfloat16"]
 
 
+def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
+    text = (ROOT / "docs" / "dialects.md").read_text()
+    assert script("dialects_table").filled(text) == text, "run python benchmarks/dialects_table.py --write"
+    printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
+    assert printed.split() == ["True", "-127", "-128", "uint8", "(4,", "2)"]
+
+
 @needs("jax", "torch")
 def test_the_code_of_the_page_of_models_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
