@@ -1,8 +1,8 @@
 """Holds dialects against the libraries that they are named after, and records golden vectors of them.
 
-    make test-oracles                                      the first, in an environment that has the originals
-    python tests/oracles/dialects.py [--seeds N] [name ...]    fresh random data through the originals, and forms of ours
-    python tests/oracles/dialects.py --write               write tests/golden/dialects.npz anew
+    make test-oracles                                     the first, in an environment that has the originals
+    python tests/oracles/dialects.py [--seeds N] [name ...]   fresh random data through the originals and ours
+    python tests/oracles/dialects.py --write              write tests/golden/dialects.npz anew
 
 Prints a table; ends with 1 where a number differs.
 """
