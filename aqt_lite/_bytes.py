@@ -67,8 +67,8 @@ class ArrayBytes:
         return found.packed(_leaves_of(q, found))
 
     @classmethod
-    def from_bytes(
-        cls: type[QArray],  # type: ignore[misc]
+    def from_bytes(  # type: ignore[misc]
+        cls: type[QArray],
         data: bytes | bytearray | memoryview | AnyArray,
         layout: str | Layout | Family,
         shape: tuple[int, ...],
@@ -127,11 +127,11 @@ class ArrayBytes:
         signed = not form.element.storage.startswith("u")
         codes = found.unpacked(data, shape, signed=signed)
         target = get_backend(backend) if backend is not None else b or get_backend("numpy")
-        given = {"scale": scale, "zero_point": zero_point, "offset": offset, "scale_dtype": scale_dtype}
-        given["granularity"] = granularity
+        given: dict[str, Any] = {"scale": scale, "zero_point": zero_point, "offset": offset}
+        given.update(scale_dtype=scale_dtype, granularity=granularity)
         if len(found.leaves) == 1:
             stored = target.asarray(codes["codes"].astype(form.element.storage))
-            return cls.from_codes(stored, dtype=form.name, float_dtype=float_dtype, **given)  # type: ignore[arg-type]
+            return cls.from_codes(stored, dtype=form.name, float_dtype=float_dtype, **given)
         superfluous = [name for name, value in given.items() if value is not None]
         if superfluous:
             raise ValueError(f"{superfluous[0]} is given, but the bytes of layout {found.name!r} say it themselves")
@@ -169,10 +169,10 @@ def _check(leaf: Leaf, codes: np.ndarray[Any, Any], dtype: str, layout: Layout) 
     at = tuple(int(i) for i in np.argwhere(bad)[0])
     assert leaf.length is not None
     block = (*at[:-1], at[-1] // leaf.length)
+    pattern = int(codes[at] + leaf.add) & ((1 << leaf.bits) - 1)
     raise ValueError(
-        f"data has {int(bad.sum())} codes of {leaf.name} that stand for no finite number of {dtype}, the first in block "
-        f"{block} of layout {layout.name!r}: {int(codes[at]) & ((1 << leaf.bits) - 1):#x}; these bytes are damaged or "
-        "of another type"
+        f"data has {int(bad.sum())} codes of {leaf.name} that stand for no finite number of {dtype}, the first in "
+        f"block {block} of layout {layout.name!r}, stored as {pattern:#x}: it is damaged, or of another type"
     )
 
 
@@ -197,7 +197,8 @@ def _built(
     """The array, or scales or offsets, of the codes of a leaf and of those that are its scale and offset."""
     storage = element_type(dtype).storage
     stored: Array = b.asarray(codes[path].astype(storage))
-    mine, parts, granularity = _leaf(path, layout), {}, None
+    mine, granularity = _leaf(path, layout), None
+    parts: dict[str, Any] = {}
     for name, child in _children(path, layout).items():
         of_child = _leaf(child, layout)
         assert mine.length is not None

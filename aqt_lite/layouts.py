@@ -3,10 +3,10 @@
 Owns: ``Layout`` and its parts, the table of layouts, packing and unpacking codes by them. Imports: packing, for dense
 streams, the registry, and formats, for what a pattern of bits stands for.
 
-A layout says where every bit of a block goes. A block is a run of elements along one axis and what is kept beside them:
-the codes of its scales, of their scales, of offsets, each a *leaf*. It is stored as *fields*, one after the other. A
-field is a run of little-endian words without gaps; each of its words takes bits from the same places. So the table below
-is all that is known of a library's order, and nothing asks for a layout's name.
+A layout says where every bit of a block goes. A block is a run of elements along one axis and what is kept beside
+them: the codes of its scales, of their scales, of offsets, each a *leaf*. It is stored as *fields*, one after the
+other. A field is a run of little-endian words without gaps; each of its words takes bits from the same places. So the
+table below is all that is known of a library's order, and nothing asks for a layout's name.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every bit of an array's blocks goes.
+    r"""Where every bit of an array's blocks goes.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class Layout:
     ...     leaves=(Leaf("codes", length=2, bits=4),),
     ...     fields=(Field(1, (Part("codes", run=1, bits=4), Part("codes", run=0, bits=4))),),
     ... )
-    >>> q = aqt_lite.QArray.from_bytes(b"\\x12\\x3f", mine, (4,), dtype="uint4", scale=1.0, zero_point=0)
+    >>> q = aqt_lite.QArray.from_bytes(b"\x12\x3f", mine, (4,), dtype="uint4", scale=1.0, zero_point=0)
     >>> q.dequantize().tolist()
     [1.0, 2.0, 3.0, 15.0]
     >>> q.to_bytes(mine).tobytes().hex()
@@ -259,8 +259,8 @@ class Layout:
         unit = self._runs("codes") if self.block is None else self.block
         if length % unit and not self.pads:
             raise ValueError(
-                f"layout {self.name!r} takes {unit} elements at a time, which axis {self.axis} of length {length} is no "
-                f"multiple of: choose an array whose axis is, or fill it up"
+                f"layout {self.name!r} takes {unit} elements at a time, and axis {self.axis} of length {length} is no "
+                f"multiple of {unit}: fill it up, or choose another layout"
             )
         units = -(-length // unit)
         return (units, units * unit) if self.block is not None else (1, units * unit)
@@ -475,20 +475,31 @@ def layout_of(layout: Any, dtype: str, bits: int) -> Layout:
 # ---- kinds of layouts
 
 
-def dense(name: str, bits: int, word: str = "uint8", axis: int = -1, *, pads: bool = True, **leaf: int) -> Layout:
+def dense(
+    name: str,
+    bits: int,
+    word: str = "uint8",
+    axis: int = -1,
+    *,
+    pads: bool = True,
+    low: int | None = None,
+    add: int = 0,
+) -> Layout:
     """A little-endian stream of bits: code ``i`` in bits ``[i * bits, (i + 1) * bits)``, across bytes and words."""
     count = math.lcm(bits, np.dtype(word).itemsize * 8) // bits
     field = Field(count, (Part("codes", 0, bits),))
-    return Layout(name, (Leaf("codes", count, bits, **leaf),), (field,), axis, word, pads=pads)
+    return Layout(name, (Leaf("codes", count, bits, low, add),), (field,), axis, word, pads=pads)
 
 
-def in_words(name: str, bits: int, axis: int = -1, word: str = "int32", **leaf: int) -> Layout:
+def in_words(
+    name: str, bits: int, word: str = "int32", axis: int = -1, *, low: int | None = None, add: int = 0
+) -> Layout:
     """As many codes in each word as fit, the first in its lowest bits; none crosses into the next."""
     width = np.dtype(word).itemsize * 8
     count = width // bits
     parts = tuple(Part("codes", i, bits) for i in range(count))
     parts += (Part("", 0, width - count * bits),) if width % bits else ()
-    return Layout(name, (Leaf("codes", count, bits, **leaf),), (Field(1, parts),), axis, word, pads=True)
+    return Layout(name, (Leaf("codes", count, bits, low, add),), (Field(1, parts),), axis, word, pads=True)
 
 
 def strided(name: str, bits: int, *, highest_first: bool, word: str = "uint8", axis: int = 0, add: int = 0) -> Layout:
@@ -530,9 +541,9 @@ def _whole(leaf: str, count: int, bits: int, shift: int = 0) -> Field:
     return Field(count, (Part(leaf, 0, bits, shift),))
 
 
-def _half_floats(leaf: str, **how: int) -> tuple[Leaf, Field]:
+def _half_floats(leaf: str, add: int = 0) -> tuple[Leaf, Field]:
     """A leaf of one float16, as its pattern of bits in int16, and its field."""
-    return Leaf(leaf, 1, 16, low=-(1 << 15), dtype="float16", **how), _whole(leaf, 1, 16)
+    return Leaf(leaf, 1, 16, -(1 << 15), add, "float16"), _whole(leaf, 1, 16)
 
 
 _D, _F_D = _half_floats("scale")
@@ -620,41 +631,35 @@ def _each(name: str, bits: tuple[int, ...], made: Any) -> Family:
     return Family(name, tuple(made(f"{name}{n}", n) for n in bits))
 
 
-def _halfway(n: int) -> dict[str, int]:
-    """Codes of a signed type, stored from 0 up."""
-    return {"low": -(1 << (n - 1)), "add": 1 << (n - 1)}
-
-
 _FEW, _ALL = (2, 3, 4, 8), (2, 3, 4, 5, 6, 7, 8)
 
-LAYOUTS: dict[str, Layout | Family] = {
-    a.name: a
-    for a in [
-        _each("dense", (*_ALL, 16), dense),
-        _each("dense_int32", _ALL, lambda name, n: dense(name, n, "int32", pads=False)),
-        _in_order("low_nibble_first", (0, 1), 4, "uint8", pads=True),
-        _in_order("high_nibble_first", (1, 0), 4, "uint8", pads=True),
-        _in_order("bitsandbytes", (1, 0), 4, "uint8", pads=True, flat=True),
-        _in_order("awq", (0, 2, 4, 6, 1, 3, 5, 7), 4, "int32"),
-        _each("gptq", _FEW, lambda name, n: dense(name, n, "int32", axis=0, pads=False)),
-        _each("gptq_p", _ALL, lambda name, n: planes(name, n, _PLANES[n])),
-        _each("gptq_zeros", _FEW, lambda name, n: dense(name, n, "int32", pads=False, low=0, add=-1)),
-        _each("compressed_tensors", _ALL, lambda name, n: dense(name, n, "int32", **_halfway(n))),
-        _each("compressed_tensors_0.16", _ALL, lambda name, n: in_words(name, n, **_halfway(n))),
-        Family(
-            "hqq",
-            (
-                strided("hqq4", 4, highest_first=True),
-                strided("hqq3", 3, highest_first=True, word="int32"),
-                strided("hqq2", 2, highest_first=True),
-                *(in_words(f"hqq{n}", n, axis=0, word="uint8") for n in (5, 6, 8)),
-            ),
+_TABLE: list[Layout | Family] = [
+    _each("dense", (*_ALL, 16), dense),
+    _each("dense_int32", _ALL, lambda name, n: dense(name, n, "int32", pads=False)),
+    _in_order("low_nibble_first", (0, 1), 4, "uint8", pads=True),
+    _in_order("high_nibble_first", (1, 0), 4, "uint8", pads=True),
+    _in_order("bitsandbytes", (1, 0), 4, "uint8", pads=True, flat=True),
+    _in_order("awq", (0, 2, 4, 6, 1, 3, 5, 7), 4, "int32"),
+    _each("gptq", _FEW, lambda name, n: dense(name, n, "int32", axis=0, pads=False)),
+    _each("gptq_p", _ALL, lambda name, n: planes(name, n, _PLANES[n])),
+    _each("gptq_zeros", _FEW, lambda name, n: dense(name, n, "int32", pads=False, low=0, add=-1)),
+    _each("compressed_tensors", _ALL, lambda name, n: dense(name, n, "int32", low=-(1 << n - 1), add=1 << n - 1)),
+    _each("compressed_tensors_0.16", _ALL, lambda name, n: in_words(name, n, low=-(1 << n - 1), add=1 << n - 1)),
+    Family(
+        "hqq",
+        (
+            strided("hqq4", 4, highest_first=True),
+            strided("hqq3", 3, highest_first=True, word="int32"),
+            strided("hqq2", 2, highest_first=True),
+            *(in_words(f"hqq{n}", n, "uint8", axis=0) for n in (5, 6, 8)),
         ),
-        _each("quanto", (2, 4), lambda name, n: strided(name, n, highest_first=False)),
-        strided("bitnet", 2, highest_first=False, add=1),
-        _each("keras", (2, 4), lambda name, n: dense(name, n, axis=0)),
-        *_GGUF,
-        Family("gguf", _GGUF),
-    ]
-}
+    ),
+    _each("quanto", (2, 4), lambda name, n: strided(name, n, highest_first=False)),
+    strided("bitnet", 2, highest_first=False, add=1),
+    _each("keras", (2, 4), lambda name, n: dense(name, n, axis=0)),
+    *_GGUF,
+    Family("gguf", _GGUF),
+]
+
+LAYOUTS = {layout.name: layout for layout in _TABLE}
 """Every layout that ``to_bytes`` and ``from_bytes`` know by name."""

@@ -11,8 +11,8 @@ Invariants, for ``q`` with ``n`` dimensions:
   that is not None.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
 - ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources;
-  or a QArray of that shape, where scales are kept in a format of fewer bits (and may be negative, as ggml's are); or None,
-  where the numbers need no scale.
+  or a QArray of that shape, where scales are kept in a format of fewer bits (and may be negative, as ggml's are); or
+  None, where the numbers need no scale.
 - ``q.zero_point`` is None (all zeros) or an int32 array of the same shape, ``q.offset`` None or numbers like
   ``q.scale``.
 - the values are ``(number of the code - zero_point) * scale + offset``, each scale serving its block.
