@@ -19,6 +19,7 @@ from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Codebook, ElementType,
 from aqt_lite.granularity import Granularity, PerGroup, PerTensor
 
 __all__ = [
+    "BLOCK_TYPES",
     "FORMATS",
     "SCALE_FORMATS",
     "SCALE_MODES",
@@ -184,6 +185,32 @@ FORMATS = {
 }
 """Every format that ``dtype=`` may name."""
 
+
+def _blocks_of(name: str, element: str, group: int, kept: str | None = None, groups: int | None = None) -> Format:
+    """Scales in float16, or in ``groups`` of codes that have such a scale themselves."""
+    scale = SCALE_FORMATS["float16"]
+    if kept is not None:
+        scale = Format(kept, FORMATS[kept].element, scale, groups)
+    return Format(name, FORMATS[element].element, scale, group)
+
+
+BLOCK_TYPES = {
+    f.name: f
+    for f in [
+        *(_blocks_of(n, e, 32) for n, e in [("q4_0", "int4"), ("q4_1", "uint4"), ("q5_0", "int5"), ("q5_1", "uint5")]),
+        _blocks_of("q8_0", "int8", 32),
+        _blocks_of("tq1_0", "ternary", 256),
+        _blocks_of("tq2_0", "ternary", 256),
+        _blocks_of("q2_k", "uint2", 16, "int5", 16),
+        _blocks_of("q3_k", "int3", 16, "int6", 16),
+        _blocks_of("q4_k", "uint4", 32, "int7", 8),
+        _blocks_of("q5_k", "uint5", 32, "int7", 8),
+        _blocks_of("q6_k", "int6", 16, "int8", 16),
+        _blocks_of("iq4_xs", "iq4_nl", 32, "int6", 8),
+    ]
+}
+"""ggml's block types, formats made of those above under the names that they have there; ``dtype=`` takes them, too."""
+
 _DTYPES = frozenset({"bool", "complex64", "complex128", *FLOAT_TYPES, *INTEGER_TYPES})
 _ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
 _lock = threading.Lock()
@@ -211,7 +238,7 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     """
     made = form if isinstance(form, Format) else Format(form.name, form)
     table = FORMATS if made.scaled else SCALE_FORMATS
-    known = table.get(made.name)
+    known = table.get(made.name) or BLOCK_TYPES.get(made.name)
     if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
         _check_name(made)
         if made.scaled:
@@ -254,9 +281,10 @@ def format_of(dtype: Any) -> Format:
     if isinstance(dtype, Format | ElementType):
         return register_format(dtype)  # type: ignore[arg-type]
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
-    found = FORMATS.get(_ALIASES.get(name, name))
+    found = FORMATS.get(_ALIASES.get(name, name)) or BLOCK_TYPES.get(name)
     if found is None:
-        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {', '.join(FORMATS)}")
+        known = ", ".join([*FORMATS, *BLOCK_TYPES])
+        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {known}")
     return found
 
 
@@ -277,7 +305,7 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
 
 def known_format(dtype: str) -> Format | None:
     """The format of a stored array, of those that users name or of scales; None where it is not known here."""
-    return FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
+    return FORMATS.get(dtype) or SCALE_FORMATS.get(dtype) or BLOCK_TYPES.get(dtype)
 
 
 def element_type(dtype: str) -> ElementType:
