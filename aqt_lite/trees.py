@@ -325,7 +325,8 @@ def _leaves(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
     return list(_walk(tree, "", ()))
 
 
-def _layout_of(paths: list[str], array: Any) -> str | None:
+def layout_of(paths: list[str], array: Any) -> str | None:
+    """One of ``LAYOUTS``, where the library or the last part of a matrix's paths tells."""
     if len(getattr(array, "shape", ())) != 2:
         return None
     b = backend_of(array)
@@ -342,7 +343,7 @@ def _plans(leaves: list[tuple[str, Any]], rules: Rules | None, layout: str | Non
     for path, leaf in leaves:
         if _is_array(leaf):
             places.setdefault(_key_of(leaf), (leaf, []))[1].append(path)
-    found = [Leaf(paths[0], array, _layout_of(paths, array), tuple(paths[1:])) for array, paths in places.values()]
+    found = [Leaf(paths[0], array, layout_of(paths, array), tuple(paths[1:])) for array, paths in places.values()]
     return planned(found, rules, layout=layout, by_default=is_matrix)
 
 

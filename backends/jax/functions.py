@@ -57,7 +57,7 @@ def dot_general(
         return lax.dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding=out_sharding
         )
-    _check_no_sharding("dot_general", out_sharding)
+    check_no_sharding("dot_general", out_sharding)
     if not isinstance(lhs, QArray):
         y = ops.dot_general(lhs, rhs, dimension_numbers, mode=mode, activations=activations)
         return _as_asked(y, preferred_element_type)
@@ -94,7 +94,7 @@ def einsum(
         plain: Any = jnp.einsum  # whose overloads tell apart what is passed on here
         y: Array = plain(subscripts, *operands, out_sharding=out_sharding, **settings)
         return y
-    _check_no_sharding("einsum", out_sharding)
+    check_no_sharding("einsum", out_sharding)
     if others:
         raise TypeError(f"einsum with a QArray has no argument {next(iter(others))!r}")
     if len(operands) != 2:
@@ -193,7 +193,7 @@ def conv_general_dilated(
         raise TypeError("conv_general_dilated: lhs is a QArray; the kernel, rhs, may be one: pass lhs.dequantize()")
     if not isinstance(rhs, QArray):
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, out_sharding=out_sharding, **settings)
-    _check_no_sharding("conv_general_dilated", out_sharding)
+    check_no_sharding("conv_general_dilated", out_sharding)
     ones = (1,) * (rhs.ndim - 2)
     plain = feature_group_count == batch_group_count == 1
     if plain and tuple(lhs_dilation or ones) == ones and tuple(rhs_dilation or ones) == ones:
@@ -233,7 +233,8 @@ def _as_asked(y: Array, dtype: Any) -> Array:
     return y if dtype is None else y.astype(dtype)
 
 
-def _check_no_sharding(name: str, out_sharding: Any) -> None:
+def check_no_sharding(name: str, out_sharding: Any) -> None:
+    """ValueError where it is given to what has no such argument for a quantized array."""
     if out_sharding is not None:
         raise ValueError(
             f"{name} with a QArray has no out_sharding: use jax.lax.with_sharding_constraint, or jax.reshard, of the "
