@@ -27,7 +27,18 @@ from aqt_lite.granularity import PerGroup, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of
 from aqt_lite.qarray import QArray
 
-__all__ = ["LAYOUTS", "Axes", "Leaf", "Planned", "Rules", "check_activations", "naming", "planned", "quantized"]
+__all__ = [
+    "LAYOUTS",
+    "Axes",
+    "Leaf",
+    "Planned",
+    "Rules",
+    "check_activations",
+    "naming",
+    "planned",
+    "quantized",
+    "specs",
+]
 
 Rules = Sequence[tuple["str | re.Pattern[str]", "dict[str, Any] | None"]]
 """``(pattern, spec)`` pairs, of which the first that matches a path says what becomes of the leaf."""
@@ -273,6 +284,12 @@ def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[
         if rule not in used:
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
     return chosen
+
+
+def specs(rules: Rules, extra: tuple[str, ...]) -> Callable[[str], dict[str, Any] | None]:
+    """The spec of the first rule that matches a path, as a function of it; errors where a rule cannot be read."""
+    read = _read(rules, extra)
+    return lambda path: next((rule.spec for rule in read if rule.matches(path)), None)
 
 
 def _matches_nothing(rule: _Rule, passed: str | None, paths: list[str]) -> str:

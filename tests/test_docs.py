@@ -82,6 +82,7 @@ def test_the_code_of_the_page_of_models_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     checks = "assert y.shape == (3, 10) and logits.shape == (5, 10) and scores.shape == (7, 10)\n"
     checks += "assert isinstance(small.layers[0].weight, aqt_lite.QArray) and quantized['out'] == params['out']\n"
+    checks += "assert found.shape == (2, 7, 10)\n"
     checks += "assert classes.shape == (2, 7, 10) and len(jax.tree.leaves(trained)) == 6\n"
     printed = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path)
     assert "hidden/kernel" in printed
