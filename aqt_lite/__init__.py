@@ -18,12 +18,15 @@ from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
 from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
-from aqt_lite.ops import dense, linear
+from aqt_lite.ops import dense, einsum, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import jax as jax
+    from aqt_lite import linen as linen
+    from aqt_lite import nnx as nnx
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
@@ -47,6 +50,7 @@ __all__ = [
     "dense",
     "dequantize",
     "dequantize_tree",
+    "einsum",
     "error_report",
     "fake_quantize",
     "int_limits",
@@ -64,12 +68,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_ON_FIRST_USE = ("plots", "testing", "torch")  # most programs need none of them
+_OF_FRAMEWORKS = ("jax", "linen", "nnx", "torch")
+_ON_FIRST_USE = (*_OF_FRAMEWORKS, "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing``, ``aqt_lite.plots`` and ``aqt_lite.torch`` on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.plots``, ``aqt_lite.torch`` and the like on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -78,4 +83,6 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE} - {"torch"})  # what looks at every name should not have to import it
+    return sorted(
+        {*globals(), *_ON_FIRST_USE} - {*_OF_FRAMEWORKS}
+    )  # what looks at every name should not have to import it

@@ -84,11 +84,16 @@ def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
 
 @needs("jax", "torch")
 def test_the_code_of_the_page_of_models_runs(tmp_path):
+    for framework in ("equinox", "flax"):
+        pytest.importorskip(framework, reason=f"{framework} is not installed: requirements-dev.txt has it")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     checks = "assert y.shape == (3, 10) and logits.shape == (5, 10) and scores.shape == (7, 10)\n"
     checks += "assert isinstance(small.layers[0].weight, aqt_lite.QArray) and quantized['out'] == params['out']\n"
+    checks += "assert found.shape == (2, 7, 10)\n"
+    checks += "assert classes.shape == (2, 7, 10) and len(jax.tree.leaves(trained)) == 6\n"
     printed = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path)
     assert "hidden/kernel" in printed
+    assert "attention/query/kernel" in printed
     assert "SQNR, dB" in printed
 
 
