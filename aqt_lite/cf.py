@@ -26,7 +26,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite.qarray import QArray
 from aqt_lite.report import boxes, memory_order
 
-__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing"]
+__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "limits_of"]
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 """Types of codes, the widest last. Files of netCDF before version 4 have no unsigned ones."""
@@ -115,7 +115,7 @@ class Packing:
         x = _filled(x)
         _refuse_infinities(x, (0,) * x.ndim)
         codes = _rounded(x, self.scale_factor, self.add_offset, in_place=True)
-        least, most = _limits(self.dtype)
+        least, most = limits_of(self.dtype)
         outside = (codes < least) | (codes > most)
         if outside.any():
             first = _index(outside)
@@ -245,7 +245,7 @@ def _rounded(x: _Numbers, scale: Any, offset: Any, *, in_place: bool) -> _Number
         return np.asarray(np.rint(v))
 
 
-def _limits(dtype: np.dtype[Any]) -> tuple[int, int]:
+def limits_of(dtype: np.dtype[Any]) -> tuple[int, int]:
     """The least and the largest code of a number. The one beyond is that of missing values."""
     info = np.iinfo(dtype)
     return (int(info.min) + 1, int(info.max)) if info.min else (0, int(info.max) - 1)
@@ -289,7 +289,7 @@ def _grid(
     The writer's difference and quotient are each off by half a unit in the last place, so a value is no further from
     what its code stands for than ``step / 2 + 2 u |x - offset|``: decoding adds nothing.
     """
-    least, most = _limits(dtype)
+    least, most = limits_of(dtype)
     first_value, last_value, error = Fraction(low), Fraction(high), Fraction(bound)
     reach = (last_value - first_value) / (2 if least < 0 else 1) + 2 * error
     unit = Fraction(float(np.finfo(source).eps)) / 2
@@ -368,7 +368,7 @@ def _range(x: _Numbers, start: tuple[int, ...]) -> _Range:
 
 def _broken(x: _Numbers, start: tuple[int, ...], packing: Packing, bound: float) -> str | None:
     """What is wrong where one element, written and read again, is further away than ``bound``."""
-    least, most = _limits(packing.dtype)
+    least, most = limits_of(packing.dtype)
     wide, missing = x.astype(np.float64), np.isnan(x)
     for in_place in (True, False):
         codes = _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place)
