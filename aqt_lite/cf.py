@@ -26,7 +26,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite.qarray import QArray
 from aqt_lite.report import boxes, memory_order
 
-__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "limits_of"]
+__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "difference_beyond", "limits_of"]
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 """Types of codes, the widest last. Files of netCDF before version 4 have no unsigned ones."""
@@ -369,21 +369,32 @@ def _range(x: _Numbers, start: tuple[int, ...]) -> _Range:
 def _broken(x: _Numbers, start: tuple[int, ...], packing: Packing, bound: float) -> str | None:
     """What is wrong where one element, written and read again, is further away than ``bound``."""
     least, most = limits_of(packing.dtype)
-    wide, missing = x.astype(np.float64), np.isnan(x)
+    missing = np.isnan(x)
     for in_place in (True, False):
-        codes = _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place)
-        valid = np.where(missing, 0, codes)
-        far = (valid < least) | (valid > most)
-        values = packing.unpack(np.where(far, 0, valid).astype(packing.dtype)).astype(np.float64)
-        far |= ~missing & _further(wide, values, bound)
-        if far.any():
-            at = _index(far)
-            place = tuple(i + j for i, j in zip(at, start, strict=True))
-            return (
-                f"x has {int(far.sum())} values further than max_abs_err={bound!r} from what is read again, the first "
-                f"at index {place}: {x[at]!r} becomes {values[at]!r}. Did x change while it was read?"
-            )
+        codes = np.where(missing, 0, _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place))
+        inside = np.clip(codes, least, most)  # what is not there becomes some other value, which is noticed
+        written = np.where(missing, packing.fill_value, inside).astype(packing.dtype)
+        broken = difference_beyond(x, packing.unpack(written), bound, start)
+        if broken is not None:
+            return f"{broken}. Did x change while it was read?"
     return None
+
+
+def difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...]) -> str | None:
+    """What is wrong where a value of ``read`` is further than ``bound`` from that of ``x``, or missing unlike it.
+
+    ``start`` is the index that the first element has in the whole array.
+    """
+    wide, values = x.astype(np.float64), read.astype(np.float64)
+    far = _further(wide, values, bound) | (np.isnan(wide) != np.isnan(values))
+    if not far.any():
+        return None
+    at = _index(far)
+    place = tuple(i + j for i, j in zip(at, start, strict=True))
+    return (
+        f"{int(far.sum())} values of {far.size} are further than {bound!r} from what is read again, the first at index "
+        f"{place}: {float(wide[at])!r} becomes {float(values[at])!r}"
+    )
 
 
 def _further(a: _Numbers, b: _Numbers, bound: float) -> _Numbers:

@@ -44,7 +44,8 @@ ATTRIBUTE = "aqt_lite"
 BOUND = "max_abs_error"
 """Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
 
-_OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+_LIMITS = ("valid_min", "valid_max", "valid_range")
+_OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
 
 
@@ -395,13 +396,16 @@ def open_dataset(path: Any, **kwargs: Any) -> xr.Dataset:
     return ds
 
 
-def _packed(
-    obj: xr.DataArray | xr.Dataset, max_abs_err: Any, dtype: Any, encoding: Mapping[Hashable, Any] | None
+def packed(
+    obj: xr.DataArray | xr.Dataset, max_abs_err: Any, dtype: Any, encoding: Mapping[Hashable, Any] | None = None
 ) -> tuple[xr.Dataset, dict[Hashable, Any]]:
     """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it."""
     ds = _as_dataset(obj)
     bounds = _bounds(ds, max_abs_err)
-    bare = ds.assign({name: _without_attributes(ds[name]) for name in bounds})
+    bare = ds.assign({name: without_packing(ds[name]) for name in bounds})
+    for name in bounds:
+        for limit in _LIMITS:
+            bare[name].attrs.pop(limit, None)
     found = cf_encoding(bare, max_abs_err=bounds, dtype=dtype)
     for name, bound in bounds.items():
         packing = cf.Packing.from_attributes(found[name], found[name]["dtype"])
@@ -420,32 +424,46 @@ def _as_dataset(obj: xr.DataArray | xr.Dataset) -> xr.Dataset:
     return obj.to_dataset(name="values" if obj.name is None else obj.name)
 
 
-def _without_attributes(da: xr.DataArray) -> xr.DataArray:
-    """Without what would speak of codes; xarray has applied the packing of the file that it came from."""
+def without_packing(da: xr.DataArray) -> xr.DataArray:
+    """Without what speaks of codes in the file that it came from; its valid limits in units of the values."""
     bare = da.copy(deep=False)
-    bare.attrs = {key: value for key, value in da.attrs.items() if key not in _OF_PACKED}
+    kept = {key: value for key, value in da.attrs.items() if key not in _OF_PACKED}
+    bare.attrs = {**kept, **{name: limits.astype(da.dtype) for name, limits in _valid_limits(da).items()}}
     bare.encoding = {key: value for key, value in da.encoding.items() if key not in (*_OF_PACKED, "dtype")}
     return bare
 
 
-def _limits_in_codes(da: xr.DataArray, packing: cf.Packing) -> dict[str, Any]:
-    """``valid_min`` and the like, which CF has in codes. Rounding is monotone: what was inside them stays inside."""
+def _valid_limits(da: xr.DataArray) -> dict[str, Any]:
+    """``valid_min`` and the like in units of the values. CF has them in codes, where they are integers."""
+    scale, offset = da.encoding.get("scale_factor", 1.0), da.encoding.get("add_offset", 0.0)
     found = {}
-    least, most = cf.limits_of(packing.dtype)
-    for name in ("valid_min", "valid_max", "valid_range"):
+    for name in _LIMITS:
         if name in da.attrs:
-            steps = (np.asarray(da.attrs[name], np.float64) - packing.add_offset) / packing.scale_factor
-            found[name] = np.clip(np.rint(steps), least, most).astype(packing.dtype)
+            limits = np.asarray(da.attrs[name])
+            coded = limits.dtype.kind in "iu"
+            found[name] = limits.astype(np.float64) * scale + offset if coded else limits.astype(np.float64)
     return found
 
 
-def _written(path: Any, write: Callable[[str], Any]) -> None:
+def _limits_in_codes(da: xr.DataArray, packing: cf.Packing) -> dict[str, Any]:
+    """As CF has them. Rounding is monotone: what was inside them stays inside."""
+    least, most = cf.limits_of(packing.dtype)
+    return {
+        name: np.clip(np.rint((limits - packing.add_offset) / packing.scale_factor), least, most).astype(packing.dtype)
+        for name, limits in _valid_limits(da).items()
+    }
+
+
+def written(path: Any, write: Callable[[str], Any]) -> None:
     """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole."""
     final = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(final)
     beside = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")  # the end of a name says how it is written
     try:
         write(beside)
+        if os.path.isfile(beside):
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
         if os.path.isdir(final) and not os.path.islink(final):
             shutil.rmtree(final)
         os.replace(beside, final)
@@ -454,6 +472,28 @@ def _written(path: Any, write: Callable[[str], Any]) -> None:
             shutil.rmtree(beside)
         elif os.path.exists(beside):
             os.unlink(beside)
+
+
+def check_within(
+    x: xr.DataArray, y: xr.DataArray, bound: float, progress: Callable[[int, int], None] = lambda done, of: None
+) -> None:
+    """ValueError where a value of ``y`` is further than ``bound`` from that of ``x``, or missing where it is not.
+
+    Both are read chunk by chunk as ``x`` is cut; ``progress`` hears how many elements are done, and of how many.
+    """
+    if x.dims != y.dims or x.shape != y.shape:
+        raise ValueError(f"{_called(x)} is read again as {dict(y.sizes)}, and was {dict(x.sizes)}")
+    ends = [np.cumsum(sizes) for sizes in x.chunks] if x.chunks else [np.asarray([n]) for n in x.shape]
+    done = 0
+    for index in np.ndindex(*map(len, ends)):
+        starts = tuple(int(end[i - 1]) if i else 0 for end, i in zip(ends, index, strict=True))
+        box = tuple(slice(s, int(end[i])) for s, end, i in zip(starts, ends, index, strict=True))
+        here = np.asarray(x.variable[box].values)
+        broken = cf.difference_beyond(here, np.asarray(y.variable[box].values), bound, starts)
+        if broken is not None:
+            raise ValueError(f"{_called(x)}: {broken}")
+        done += here.size
+        progress(done, x.size)
 
 
 def to_netcdf(
@@ -481,8 +521,8 @@ def to_netcdf(
     **kwargs
         Of xarray's ``to_netcdf``.
     """
-    ds, chosen = _packed(obj, max_abs_err, dtype, encoding)
-    _written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs))
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs))
 
 
 def to_zarr(
@@ -501,8 +541,8 @@ def to_zarr(
     """
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
-    ds, chosen = _packed(obj, max_abs_err, dtype, encoding)
-    _written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
 
 
 # ---- the accessor
