@@ -166,7 +166,7 @@ class Packing:
         )
 
 
-def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto") -> Packing:
+def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto", powers_of_two: bool = False) -> Packing:
     """The packing of an array that keeps every value within ``max_abs_err``, with the largest step that does.
 
     The bound is on what readers make of the codes, their rounding included, and is checked on every element: ``x`` is
@@ -181,6 +181,8 @@ def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto") -> Packin
         The largest error allowed, in units of ``x``.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
+    powers_of_two : bool
+        Take a step that is a power of two, whose reciprocal is exact, too.
 
     Returns
     -------
@@ -212,7 +214,7 @@ def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto") -> Packin
     ranges = _each(x, _range)
     low = min((r.low for r in ranges if r.low is not None), default=0.0)
     high = max((r.high for r in ranges if r.high is not None), default=0.0)
-    found = _chosen(low, high, bound, dtype, source)
+    found = _chosen(low, high, bound, dtype, source, 1 if powers_of_two else None)
     for broken in _each(x, partial(_broken, packing=found, bound=bound)):
         if broken is not None:
             raise ValueError(broken)
@@ -259,37 +261,45 @@ def _fill_of(dtype: np.dtype[Any]) -> Any:
 # ---- the choice
 
 
-def _chosen(low: float, high: float, bound: float, dtype: Any, source: np.dtype[Any]) -> Packing:
+def _chosen(low: float, high: float, bound: float, dtype: Any, source: np.dtype[Any], most_bits: int | None) -> Packing:
     names = _BY_ITSELF if isinstance(dtype, str) and dtype == "auto" else (_type_of_codes(dtype).name,)
     for name in names:
-        found = _fitted(low, high, bound, np.dtype(name), source)
+        found = _fitted(low, high, bound, np.dtype(name), source, most_bits)
         if found is not None:
             return found
-    least = _least_bound(low, high, bound, np.dtype(names[-1]), source)
+    least = _least_bound(low, high, bound, np.dtype(names[-1]), source, most_bits)
     way = f"the smallest is {least!r}" if least else "it keeps none, so wide is the range"
     wider = "" if names[-1] == DTYPES[-1] else "; or take a wider dtype"
     raise ValueError(f"{names[-1]} cannot keep max_abs_err={bound!r} over [{low!r}, {high!r}]: {way}{wider}")
 
 
-def _fitted(low: float, high: float, bound: float, dtype: np.dtype[Any], source: np.dtype[Any]) -> Packing | None:
+def _fitted(
+    low: float, high: float, bound: float, dtype: np.dtype[Any], source: np.dtype[Any], most_bits: int | None
+) -> Packing | None:
     """The packing with the largest step, of float32 attributes if those will do, or None."""
     narrow = source == np.float32 and dtype.itemsize <= 2  # readers decode codes of 32 bits in float64 in any case
     for kind in (np.float32, np.float64) if narrow else (np.float64,):
-        found = _grid(low, high, bound, dtype, source, np.dtype(kind))
+        found = _grid(low, high, bound, limits_of(dtype), source, np.dtype(kind), most_bits)
         if found is not None:
-            return found
+            return Packing(dtype, *found, _fill_of(dtype))
     return None
 
 
 def _grid(
-    low: float, high: float, bound: float, dtype: np.dtype[Any], source: np.dtype[Any], kind: np.dtype[Any]
-) -> Packing | None:
-    """A step ``m * 2^k`` and an offset of whole steps with which ``kind`` decodes every code exactly.
+    low: float,
+    high: float,
+    bound: float,
+    limits: tuple[int, int],
+    source: np.dtype[Any],
+    kind: np.dtype[Any],
+    most_bits: int | None = None,
+) -> tuple[Any, Any] | None:
+    """A step ``m * 2^k`` and an offset of whole steps with which ``kind`` decodes every code within limits exactly.
 
     The writer's difference and quotient are each off by half a unit in the last place, so a value is no further from
     what its code stands for than ``step / 2 + 2 u |x - offset|``: decoding adds nothing.
     """
-    least, most = limits_of(dtype)
+    least, most = limits
     first_value, last_value, error = Fraction(low), Fraction(high), Fraction(bound)
     reach = (last_value - first_value) / (2 if least < 0 else 1) + 2 * error
     unit = Fraction(float(np.finfo(source).eps)) / 2
@@ -297,7 +307,7 @@ def _grid(
     if room <= 0:
         return None
     info = np.finfo(kind)
-    for bits in range(info.nmant + 1, 0, -1):
+    for bits in range(most_bits or info.nmant + 1, 0, -1):
         exponent = _floor_log2(room) - bits + 1
         significand = math.floor(room / Fraction(2) ** exponent)
         step = significand * Fraction(2) ** exponent
@@ -315,15 +325,17 @@ def _grid(
             ends = np.asarray([low, high], source)
             codes = [_rounded(ends, scale, offset, in_place=how) for how in (True, False)]
             if all((c >= least).all() and (c <= most).all() for c in codes):
-                return Packing(dtype, scale, offset, _fill_of(dtype))
+                return scale, offset
     return None
 
 
-def _least_bound(low: float, high: float, bound: float, dtype: np.dtype[Any], source: np.dtype[Any]) -> float | None:
+def _least_bound(
+    low: float, high: float, bound: float, dtype: np.dtype[Any], source: np.dtype[Any], most_bits: int | None
+) -> float | None:
     """The smallest bound that is kept, of six digits."""
 
     def kept(e: float) -> bool:
-        return math.isfinite(e) and _fitted(low, high, e, dtype, source) is not None
+        return math.isfinite(e) and _fitted(low, high, e, dtype, source, most_bits) is not None
 
     above = max(high - low, abs(low), abs(high), 2 * bound)
     if not kept(above):
@@ -340,6 +352,43 @@ def _least_bound(low: float, high: float, bound: float, dtype: np.dtype[Any], so
         if kept(candidate):
             return candidate
     return None
+
+
+class Codes(NamedTuple):
+    """Unsigned codes of a part of an array, of as few bits as its range asks for: ``value = code * step + offset``."""
+
+    codes: _Numbers
+    bits: int
+    missing: bool
+    """Whether the largest code of so many bits stands for NaN."""
+    step: float
+    offset: float
+
+
+def codes_within(x: _Numbers, bound: float) -> Codes | None:
+    """Codes that stand for every value of ``x`` within ``bound``; None where there are none of up to 32 bits.
+
+    The values are exact in the type of ``x``, as those of a :class:`Packing` are.
+    """
+    x = x.astype(_source_of(x), copy=False)
+    if np.isinf(x).any():
+        return None
+    missing = np.isnan(x)
+    low, high = _range(x, (0,) * x.ndim)
+    wide = np.dtype(np.float64)  # in which the codes are computed; the values are exact in the type of x
+    grid = _grid(low or 0.0, high or 0.0, bound, (0, (1 << 32) - 2), wide, x.dtype)
+    if grid is None:
+        return None
+    step, offset = grid
+    rounded = np.where(missing, 0.0, _rounded(x.astype(wide), step, offset, in_place=False))
+    values = (rounded * float(step) + float(offset)).astype(x.dtype)
+    if difference_beyond(np.where(missing, 0, x), np.where(missing, 0, values), bound, (0,) * x.ndim) is not None:
+        return None
+    bits = (int(rounded.max(initial=0)) + bool(missing.any())).bit_length()
+    fill = (1 << bits) - 1
+    return Codes(
+        np.where(missing, fill, rounded).astype(np.uint32), bits, bool(missing.any()), float(step), float(offset)
+    )
 
 
 def _floor_log2(value: Fraction) -> int:

@@ -32,7 +32,9 @@ def source(tmp_path):
         {"title": "fields"},
     )
     path = tmp_path / "in.nc"
-    ds.to_netcdf(path, encoding={"t": {"chunksizes": (1, 20, 50)}}, unlimited_dims=["time"])
+    ds.to_netcdf(
+        path, encoding={"t": {"chunksizes": (1, 20, 50)}, "lat": {"_FillValue": None}}, unlimited_dims=["time"]
+    )
     return path
 
 
