@@ -21,6 +21,7 @@ from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.elements import float_type, integer_type
 from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
 from aqt_lite.granularity import Granularity, block_of, grid_of
@@ -55,6 +56,8 @@ def quantize(
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     on_clip: OnClip = "saturate",
+    max_abs_err: float | None = None,
+    max_rel_err: float | None = None,
     backend: str | None = None,
 ) -> QArray:
     """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
@@ -69,7 +72,7 @@ def quantize(
     dtype : str, or a dtype or format object
         A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
         and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
-        docs/formats.md.
+        docs/formats.md. With ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -99,6 +102,10 @@ def quantize(
     on_clip : {"saturate", "raise"}
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them, or a ValueError that counts them.
+    max_abs_err, max_rel_err : float, optional
+        A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
+        exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -110,9 +117,10 @@ def quantize(
     Raises
     ------
     TypeError
-        ``x`` is no floating-point array; arguments from different backends.
+        ``x`` is no floating-point array; arguments from different backends; a bound where values are not known.
     ValueError
-        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend.
+        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend; a bound that the
+        dtype cannot keep, with the least that it can.
 
     Examples
     --------
@@ -126,7 +134,21 @@ def quantize(
     array([-15, -74, 127], dtype=int8)
     >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
     array([  96.,  288., -192.], dtype=float32)
+    >>> kelvin = np.linspace(270, 305, 1000, dtype="float32")
+    >>> q = aqt_lite.quantize(kelvin, "auto", max_abs_err=0.1)
+    >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
+    ('uint8', True)
     """
+    bound = bound_of(max_abs_err, max_rel_err)
+    if bound is not None:
+        _check_free(bound, scale, zero_point, offset)
+        rest = {
+            "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
+            "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip,
+        }  # fmt: skip
+        return _within(bound, x, dtype, backend, scheme, offset, rest)
+    if isinstance(dtype, str) and dtype == AUTO:
+        raise ValueError("dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too")
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key,
@@ -376,6 +398,35 @@ def _prepare(
     if has_offset:
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
+
+
+_HOW_TO_KNOW = {
+    True: "quantize outside the compiled function",
+    False: "compute them first, for instance with x.compute()",
+}
+
+
+def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
+    """ValueError where something is given that a bound is to choose."""
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
+        if value is not None and not (name == "offset" and isinstance(value, str)):
+            raise ValueError(
+                f"{name} and {bound.argument} are both given: the bound chooses it; to check one of your own, "
+                "see the largest error of error_report(x, q)"
+            )
+
+
+def _within(
+    bound: Bound, x: Any, dtype: Any, backend: str | None, scheme: str, offset: Any, rest: dict[str, Any]
+) -> QArray:
+    x, b = as_float_array(x, "x", backend)
+    if not b.has_values(x):
+        way = _HOW_TO_KNOW[b.is_traced(x)]
+        raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
+    asked: Way = {}  # where the default may be replaced
+    if offset is not None or scheme != "symmetric":
+        asked = {"scheme": scheme, "offset": offset}
+    return quantize_within(x, b, dtype, bound, asked, lambda form, way: quantize(x, form, **way, **rest))
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:

@@ -19,22 +19,13 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
+from aqt_lite._parts import Box, boxes, dequantized, memory_order, part_of_array, touched
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Integer
 from aqt_lite.formats import element_type
 from aqt_lite.granularity import grid_of
 from aqt_lite.qarray import QArray
-from aqt_lite.report import (
-    MOST_ELEMENTS,
-    Box,
-    boxes,
-    by_block,
-    dequantized,
-    error_report,
-    memory_order,
-    part_of_array,
-    touched,
-)
+from aqt_lite.report import MOST_ELEMENTS, by_block, error_report
 from aqt_lite.trees import TreeReport
 
 if TYPE_CHECKING:

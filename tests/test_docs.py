@@ -96,6 +96,15 @@ def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
     assert "and the template mxfp4 of float32" in third
 
 
+def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "science.md").read_text(), flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path).splitlines()
+    assert printed[0].startswith("uint8 3.99")
+    assert printed[0].endswith("True")
+    assert "int8 cannot keep max_abs_err=1e-09: it keeps max_abs_err=0.06" in printed[1]
+    assert [line.split()[-2] for line in printed[2:4]] == ["uint16", "uint8"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
