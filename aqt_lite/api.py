@@ -6,7 +6,7 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._missing import marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
@@ -23,7 +24,7 @@ from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_gr
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
+from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -55,6 +56,9 @@ def quantize(
     key: int | AnyArray | None = None,
     dialect: str = "aqt_lite",
     nonfinite: Nonfinite = "raise",
+    mask: AnyArray | None = None,
+    fill_value: float | Sequence[float] | None = None,
+    missing: Literal["nan"] | None = None,
     on_clip: OnClip = "saturate",
     max_abs_err: float | None = None,
     max_rel_err: float | None = None,
@@ -99,6 +103,14 @@ def quantize(
         NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
         with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as zero, and infinities
         saturating.
+    mask : array of bools, optional
+        True where a value is missing; its shape is that of ``x``, or broadcasts to it. A NumPy masked array says so
+        itself. What is missing has a code of its own, is left out of all statistics, and reads back as NaN: the format
+        is then "int8_nan" for "int8", and so on.
+    fill_value : number or list of numbers, optional
+        Values equal to it are missing. ``q.dequantize(fill_value=...)`` puts it back.
+    missing : {"nan"}, optional
+        NaN are missing values.
     on_clip : {"saturate", "raise"}
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them, or a ValueError that counts them.
@@ -140,19 +152,29 @@ def quantize(
     ('uint8', True)
     """
     bound = bound_of(max_abs_err, max_rel_err)
+    x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
+    rest = {
+        "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
+        "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip, "backend": backend,
+    }  # fmt: skip
     if bound is not None:
         _check_free(bound, scale, zero_point, offset)
-        rest = {
-            "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
-            "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip,
-        }  # fmt: skip
-        return _within(bound, x, dtype, backend, scheme, offset, rest)
-    if isinstance(dtype, str) and dtype == AUTO:
-        raise ValueError("dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too")
-    call = _prepare(
-        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
-        rounding, key,
-    )  # fmt: skip
+        q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
+    else:
+        if isinstance(dtype, str) and dtype == AUTO:
+            raise ValueError(
+                "dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too"
+            )
+        if may_miss:
+            dtype = with_missing(format_of(dtype))
+        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
+    if scale is None:
+        warn_of_fill_values(x, q, stacklevel=4)
+    return q
+
+
+def _quantized(x: Any, dtype: Any, *, on_clip: str, **how: Any) -> QArray:
+    call = _prepare(x, dtype, **how)
     one_of("on_clip", on_clip, ("saturate", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
@@ -212,7 +234,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
-def dequantize(q: QArray, dtype: Any = None) -> Array:
+def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
@@ -221,6 +243,8 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     dtype : str, optional
         Floating-point type of the result; by default the type that was quantized. A wider type shows the product before
         it was rounded to a narrower source type.
+    fill_value : float, optional
+        What missing values become, instead of NaN; rounded to the type of the result.
 
     Raises
     ------
@@ -235,7 +259,7 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
-    return q.dequantize(dtype)
+    return q.dequantize(dtype, fill_value=fill_value)
 
 
 @naming_the_argument
@@ -322,11 +346,11 @@ class _Call:
 def _prepare(
     x: Any,
     dtype: Any,
-    scheme: str,
-    granularity: Granularity | None,
-    dialect: str,
-    nonfinite: str,
-    backend: str | None,
+    scheme: str = "symmetric",
+    granularity: Granularity | None = None,
+    dialect: str = "aqt_lite",
+    nonfinite: str = "raise",
+    backend: str | None = None,
     scale: Any = None,
     zero_point: Any = None,
     offset: Any = None,
@@ -351,6 +375,10 @@ def _prepare(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )
     element = form.element
+    if from_data and element.missing == 0:
+        raise ValueError(
+            f"offset='data' is where code 0 lies, but of {form.name} that is what is missing: use int{element.bits}"
+        )
     if not element.signed and not element.middle and offset is None and scale is None:
         raise ValueError(f"{form.name} has no number below zero: give offset='data', or a scale for values above zero")
     if scheme == "affine" and offset is None and not element.zero_points:
@@ -360,7 +388,7 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
-        x = b.check_when_computed(x, _check_chunk)
+        x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
     if x.ndim == 0 and form.group is not None and granularity == form.granularity:
         raise ValueError(
@@ -416,17 +444,19 @@ def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
             )
 
 
-def _within(
-    bound: Bound, x: Any, dtype: Any, backend: str | None, scheme: str, offset: Any, rest: dict[str, Any]
-) -> QArray:
-    x, b = as_float_array(x, "x", backend)
+def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
+    x, b = as_float_array(x, "x", rest["backend"])
     if not b.has_values(x):
         way = _HOW_TO_KNOW[b.is_traced(x)]
         raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
     asked: Way = {}  # where the default may be replaced
     if offset is not None or scheme != "symmetric":
         asked = {"scheme": scheme, "offset": offset}
-    return quantize_within(x, b, dtype, bound, asked, lambda form, way: quantize(x, form, **way, **rest))
+
+    def make(form: Format, way: Way) -> QArray:
+        return _quantized(x, form, **way, **rest)
+
+    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss)
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
@@ -506,7 +536,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
-        _check_chunk(b.to_numpy(x))
+        _check_chunk(b.to_numpy(x), may_miss=spec.element.missing is not None)
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
@@ -517,18 +547,24 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         )
 
 
-def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> None:
-    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite."""
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
+    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite.
+
+    Where values ``may_miss``, NaN says that they do.
+    """
     with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        bad = ~np.isfinite(values)
+        bad = np.isinf(values) if may_miss else ~np.isfinite(values)
     if not bad.any():
         return
     where = "" if start is None else f" in the chunk at {start}"
     offsets = start or (0,) * bad.ndim
     first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    if may_miss:
+        kind = "values that are infinite, or NaN and not said to be missing,"
+        way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"
     raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
-        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+        f"x has {int(bad.sum())} {kind} of {bad.size}{where}, the first at index {first}: mend them, or {way}"
     )
 
 

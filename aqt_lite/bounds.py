@@ -20,7 +20,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._parts import boxes, memory_order, part_of, part_of_array
 from aqt_lite._protocol import Backend
 from aqt_lite.elements import Float, float_type
-from aqt_lite.formats import FORMATS, Format, format_of
+from aqt_lite.formats import FORMATS, Format, format_of, with_missing
 from aqt_lite.qarray import QArray
 
 __all__ = ["AUTO", "Bound", "bound_of", "largest_error", "quantize_within"]
@@ -81,14 +81,21 @@ Make = Callable[[Format, Way], QArray]
 """Quantizes into a format, in a way."""
 
 
-def quantize_within(x: Array, b: Backend, dtype: Any, bound: Bound, asked: Way, make: Make) -> QArray:
+def quantize_within(
+    x: Array, b: Backend, dtype: Any, bound: Bound, asked: Way, make: Make, *, missing: bool = False
+) -> QArray:
     """What ``make`` gives of ``dtype``, or of the narrowest type, so that every finite value keeps the bound.
 
-    ``asked`` is the way that the caller insists on; empty where any will do. ValueError, with what can be kept, where
-    the bound cannot.
+    ``asked`` is the way that the caller insists on; empty where any will do. ``missing``: whether values may miss.
+    ValueError, with what can be kept, where the bound cannot.
     """
     auto = isinstance(dtype, str) and dtype == AUTO
-    tried = candidates(bound) if auto else [format_of(dtype)]
+    asked_for = None if auto else format_of(dtype)
+    if asked_for is not None:
+        missing = missing or asked_for.element.missing is not None
+        asked_for = with_missing(asked_for) if missing else asked_for
+    known = candidates(bound, missing)
+    tried = known if asked_for is None else [asked_for]
     for form in tried:
         found = _try(x, b, form, bound, asked, make)
         if found is not None:
@@ -102,19 +109,28 @@ def quantize_within(x: Array, b: Backend, dtype: Any, bound: Bound, asked: Way, 
     smaller = "use smaller blocks (granularity=), or keep x as it is"
     if auto:
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
-    wider = [f for f in candidates(bound) if f.element.bits > tried[0].element.bits and _serves(f, asked)]
+    wider = [f for f in known if f.element.bits > tried[0].element.bits and _serves(f, asked)]
     better = next((f for f in wider if _try(x, b, f, bound, asked, make) is not None), None)
     way = smaller if better is None else f"dtype={better.name!r} does, and dtype={AUTO!r} finds the narrowest"
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
 
 
-def candidates(bound: Bound) -> list[Format]:
-    """Types from the narrowest on: integers, and for relative errors the floats of 8 bits before the integers of 8."""
-    integers = [FORMATS[f"uint{bits}"] for bits in (2, 3, 4, 5, 6, 7, 8, 16)]
-    if not bound.relative:
-        return integers
-    floats = [form for form in FORMATS.values() if isinstance(form.element, Float) and form.scale is None]
-    return sorted([*floats, *integers], key=lambda form: form.element.bits)
+_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+_UNSIGNED, _SIGNED = ([FORMATS[f"{sign}int{bits}"] for bits in _SIZES] for sign in ("u", ""))
+_FLOATS = [form for form in FORMATS.values() if type(form.element) is Float and form.scale is None]
+
+
+def candidates(bound: Bound, missing: bool = False) -> list[Format]:
+    """Types from the narrowest on: integers, and for relative errors the floats of 8 bits before the integers of 8.
+
+    Unsigned ones use every code. Where values may be ``missing``, signed ones do, but for the code of those.
+    """
+    found = sorted([*(_FLOATS if bound.relative else ()), *(_SIGNED if missing else _UNSIGNED)], key=_bits)
+    return [with_missing(f) for f in found if f.element.bits >= 8 or f in _SIGNED] if missing else found
+
+
+def _bits(form: Format) -> int:
+    return form.element.bits
 
 
 def ways_of(form: Format, bound: Bound) -> list[Way]:
@@ -126,7 +142,9 @@ def ways_of(form: Format, bound: Bound) -> list[Way]:
             with_zero.append({})
         if element.zero_points:
             with_zero.append({"scheme": "affine"})
-    return [*with_zero, {"offset": "data"}]
+    return (
+        with_zero if element.missing == 0 else [*with_zero, {"offset": "data"}]
+    )  # where an offset's code is no number
 
 
 def _try(x: Array, b: Backend, form: Format, bound: Bound, asked: Way, make: Make) -> QArray | None:

@@ -70,6 +70,8 @@ class ErrorReport:
     """Blocks with the largest mean squared error, worst first."""
     nonfinite: int = 0
     """Values of ``x`` that are NaN or infinite: no other number but ``clipped`` counts them."""
+    missing: int = 0
+    """Values that are missing in ``q``: no other number counts them."""
 
     def __str__(self) -> str:
         ratio = f" ({self.source_nbytes / self.nbytes:.2f}x smaller)" if self.nbytes else ""
@@ -83,6 +85,8 @@ class ErrorReport:
         ]
         if self.nonfinite:
             rows.append(("non-finite values", f"{self.nonfinite}"))
+        if self.missing:
+            rows.append(("missing values", f"{self.missing}"))
         rows += [
             (
                 f"worst block {i}",
@@ -102,13 +106,14 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     values may change their last digits.
 
     Values of ``x`` that are NaN or infinite are counted and left out of every other number, except that infinities lie
-    outside the range of the codes and so are among the clipped ones. Where ``q`` itself stands for NaN and ``x`` does
-    not, the errors are NaN, and such blocks come first among the worst.
+    outside the range of the codes and so are among the clipped ones. Values that ``q`` says are missing are counted and
+    left out, too, whatever ``x`` has in their places. Where ``q`` stands for NaN otherwise and ``x`` does not, errors
+    are NaN, and such blocks come first among the worst.
 
     Parameters
     ----------
     x : array of any backend, or list
-        The original, of the shape of ``q``. It may live on another backend than ``q``.
+        The original, of the shape of ``q``. It may live on another backend than ``q``. Of a masked array the values.
     q : QArray
     worst : int
         How many blocks to name.
@@ -133,7 +138,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray")
-    array, b = as_float_array(x, "x")
+    array, b = as_float_array(x.data if isinstance(x, np.ma.MaskedArray) else x, "x")
     if b.is_traced(array) or q._backend.is_traced(q.storage):
         raise TypeError("error_report needs values, but x or q is being traced: call it outside the compiled function")
     if tuple(array.shape) != q.shape:
@@ -170,6 +175,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
         source_nbytes=q.size * bits // 8,
         worst_blocks=tuple(worst_blocks.named()),
         nonfinite=total.nonfinite,
+        missing=total.missing,
     )
 
 
@@ -218,8 +224,10 @@ class _Cost(NamedTuple):
     """Sum of squared values, divided by ``2^signal_power``."""
     signal_power: int
     clipped: int
-    missing: _Numbers | None
-    """How many values are not finite; None where all are."""
+    left_out: _Numbers | None
+    """How many values are missing or not finite; None where none are."""
+    missing: int
+    """How many are missing."""
     size: int
 
 
@@ -243,20 +251,23 @@ def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
     values = room[0].float64(given)
     everything = (None,) * values.ndim
     signal, signal_power = _squares(values, everything)
-    kept, missing = values, None
-    if not np.isfinite(signal).all():
+    kept, left_out, mask = values, None, q.mask
+    missing = 0 if mask is None else int(np.count_nonzero(mask))
+    if mask is not None and missing:
+        values = np.where(mask, np.nan, values)
+    if missing or not np.isfinite(signal).all():
         finite = np.isfinite(values)
-        missing = by_block(np.add, (~finite).astype(np.int64), block)
+        left_out = by_block(np.add, (~finite).astype(np.int64), block)
         kept = np.where(finite, values, 0.0)
         signal, signal_power = _squares(kept, everything)
     error = room[1].float64(np.asarray(q.dequantize()))
     np.subtract(kept, error, out=error)
-    if missing is not None:
+    if left_out is not None:
         error = np.where(finite, error, 0.0)
     square, power = _squares(error, block)
     largest = by_block(np.maximum, np.abs(error, out=error), block)
-    clipped = _clipped(values, q, None if missing is not None else largest)
-    return _Cost(square, power, largest, _scales(q), signal, signal_power, clipped, missing, values.size)
+    clipped = _clipped(values, q, None if left_out is not None else largest)
+    return _Cost(square, power, largest, _scales(q), signal, signal_power, clipped, left_out, missing, values.size)
 
 
 def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
@@ -332,7 +343,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.signal, self.noise, self.largest = _Sum(), _Sum(), 0.0
-        self.clipped = self.nonfinite = self.size = 0
+        self.clipped = self.nonfinite = self.missing = self.size = 0
 
     def add(self, cost: _Cost) -> None:
         self.signal.add(cost.signal.sum(), cost.signal_power)
@@ -340,12 +351,15 @@ class _Totals:
         self.largest = float(np.maximum(self.largest, cost.largest.max()))
         self.clipped += cost.clipped
         self.size += cost.size
-        if cost.missing is not None:
-            self.nonfinite += int(cost.missing.sum())
+        self.missing += cost.missing
+        if cost.left_out is not None:
+            self.nonfinite += int(cost.left_out.sum()) - cost.missing
 
     def mse(self) -> float:
         with np.errstate(over="ignore", under="ignore"):
-            return float(np.ldexp(self.noise.value / max(self.size - self.nonfinite, 1), self.noise.power))
+            return float(
+                np.ldexp(self.noise.value / max(self.size - self.nonfinite - self.missing, 1), self.noise.power)
+            )
 
 
 class _Blocks:
@@ -364,8 +378,8 @@ class _Blocks:
         self.square.add(cost.square, cost.power, at)
         self.largest[at] = np.maximum(self.largest[at], cost.largest)
         self.scale[at] = cost.scale
-        if cost.missing is not None:
-            self.count[at] -= cost.missing
+        if cost.left_out is not None:
+            self.count[at] -= cost.left_out
 
     def mse(self) -> _Numbers:
         mean = self.square.value / np.maximum(self.count, 1)
