@@ -9,6 +9,7 @@ array([[   0., -127.],
 
 from typing import TYPE_CHECKING
 
+from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
@@ -44,6 +45,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "QArray",
+    "SuspectValueWarning",
     "available_backends",
     "choose_qparams",
     "concatenate",

@@ -6,7 +6,7 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,14 +16,16 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._missing import marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
+from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -54,7 +56,12 @@ def quantize(
     key: int | AnyArray | None = None,
     dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
+    mask: AnyArray | None = None,
+    fill_value: float | Sequence[float] | None = None,
+    missing: Literal["nan"] | None = None,
     on_clip: OnClip = "saturate",
+    max_abs_err: float | None = None,
+    max_rel_err: float | None = None,
     backend: str | None = None,
 ) -> QArray:
     """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
@@ -69,7 +76,7 @@ def quantize(
     dtype : str, or a dtype or format object
         A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
         and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
-        docs/formats.md.
+        docs/formats.md. With ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -96,9 +103,21 @@ def quantize(
         NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
         with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as zero, and infinities
         saturating.
+    mask : array of bools, optional
+        True where a value is missing; its shape is that of ``x``, or broadcasts to it. A NumPy masked array says so
+        itself. What is missing has a code of its own, is left out of all statistics, and reads back as NaN: the format
+        is then "int8_nan" for "int8", and so on.
+    fill_value : number or list of numbers, optional
+        Values equal to it are missing. ``q.dequantize(fill_value=...)`` puts it back.
+    missing : {"nan"}, optional
+        NaN are missing values.
     on_clip : {"saturate", "raise"}
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them, or a ValueError that counts them.
+    max_abs_err, max_rel_err : float, optional
+        A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
+        exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -110,9 +129,10 @@ def quantize(
     Raises
     ------
     TypeError
-        ``x`` is no floating-point array; arguments from different backends.
+        ``x`` is no floating-point array; arguments from different backends; a bound where values are not known.
     ValueError
-        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend.
+        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend; a bound that the
+        dtype cannot keep, with the least that it can.
 
     Examples
     --------
@@ -126,11 +146,35 @@ def quantize(
     array([-15, -74, 127], dtype=int8)
     >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
     array([  96.,  288., -192.], dtype=float32)
+    >>> kelvin = np.linspace(270, 305, 1000, dtype="float32")
+    >>> q = aqt_lite.quantize(kelvin, "auto", max_abs_err=0.1)
+    >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
+    ('uint8', True)
     """
-    call = _prepare(
-        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
-        rounding, key,
-    )  # fmt: skip
+    bound = bound_of(max_abs_err, max_rel_err)
+    x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
+    rest = {
+        "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
+        "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip, "backend": backend,
+    }  # fmt: skip
+    if bound is not None:
+        _check_free(bound, scale, zero_point, offset)
+        q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
+    else:
+        if isinstance(dtype, str) and dtype == AUTO:
+            raise ValueError(
+                "dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too"
+            )
+        if may_miss:
+            dtype = with_missing(format_of(dtype))
+        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
+    if scale is None:
+        warn_of_fill_values(x, q, stacklevel=4)
+    return q
+
+
+def _quantized(x: Any, dtype: Any, *, on_clip: str, **how: Any) -> QArray:
+    call = _prepare(x, dtype, **how)
     one_of("on_clip", on_clip, ("saturate", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
@@ -190,7 +234,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
-def dequantize(q: QArray, dtype: Any = None) -> Array:
+def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
@@ -199,6 +243,8 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     dtype : str, optional
         Floating-point type of the result; by default the type that was quantized. A wider type shows the product before
         it was rounded to a narrower source type.
+    fill_value : float, optional
+        What missing values become, instead of NaN; rounded to the type of the result.
 
     Raises
     ------
@@ -213,7 +259,7 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
-    return q.dequantize(dtype)
+    return q.dequantize(dtype, fill_value=fill_value)
 
 
 @naming_the_argument
@@ -300,11 +346,11 @@ class _Call:
 def _prepare(
     x: Any,
     dtype: Any,
-    scheme: str,
-    granularity: Granularity | None,
-    dialect: str | Dialect,
-    nonfinite: str,
-    backend: str | None,
+    scheme: str = "symmetric",
+    granularity: Granularity | None = None,
+    dialect: str | Dialect = "aqt_lite",
+    nonfinite: str = "raise",
+    backend: str | None = None,
     scale: Any = None,
     zero_point: Any = None,
     offset: Any = None,
@@ -329,6 +375,10 @@ def _prepare(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )
     element = form.element
+    if from_data and element.missing == 0:
+        raise ValueError(
+            f"offset='data' is where code 0 lies, but of {form.name} that is what is missing: use int{element.bits}"
+        )
     if not element.signed and not element.middle and offset is None and scale is None:
         raise ValueError(f"{form.name} has no number below zero: give offset='data', or a scale for values above zero")
     if scheme == "affine" and offset is None and not element.zero_points:
@@ -338,7 +388,7 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
-        x = b.check_when_computed(x, _check_chunk)
+        x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
     if x.ndim == 0 and form.group is not None and granularity == form.granularity:
         raise ValueError(
@@ -396,6 +446,37 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
         raise ValueError(
             f"dialect={rules.name!r} has no {what} {form.name}: it has {', '.join(known) or 'none'}; 'aqt_lite' has all"
         )
+
+
+_HOW_TO_KNOW = {
+    True: "quantize outside the compiled function",
+    False: "compute them first, for instance with x.compute()",
+}
+
+
+def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
+    """ValueError where something is given that a bound is to choose."""
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
+        if value is not None and not (name == "offset" and isinstance(value, str)):
+            raise ValueError(
+                f"{name} and {bound.argument} are both given: the bound chooses it; to check one of your own, "
+                "see the largest error of error_report(x, q)"
+            )
+
+
+def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
+    x, b = as_float_array(x, "x", rest["backend"])
+    if not b.has_values(x):
+        way = _HOW_TO_KNOW[b.is_traced(x)]
+        raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
+    asked: Way = {}  # where the default may be replaced
+    if offset is not None or scheme != "symmetric":
+        asked = {"scheme": scheme, "offset": offset}
+
+    def make(form: Format, way: Way) -> QArray:
+        return _quantized(x, form, **way, **rest)
+
+    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss)
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
@@ -478,7 +559,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
-        _check_chunk(b.to_numpy(x))
+        _check_chunk(b.to_numpy(x), may_miss=spec.element.missing is not None)
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
@@ -495,18 +576,24 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         )
 
 
-def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> None:
-    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite."""
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
+    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite.
+
+    Where values ``may_miss``, NaN says that they do.
+    """
     with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        bad = ~np.isfinite(values)
+        bad = np.isinf(values) if may_miss else ~np.isfinite(values)
     if not bad.any():
         return
     where = "" if start is None else f" in the chunk at {start}"
     offsets = start or (0,) * bad.ndim
     first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    if may_miss:
+        kind = "values that are infinite, or NaN and not said to be missing,"
+        way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"
     raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
-        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+        f"x has {int(bad.sum())} {kind} of {bad.size}{where}, the first at index {first}: mend them, or {way}"
     )
 
 

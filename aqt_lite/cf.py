@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._parts import boxes, memory_order
 from aqt_lite.qarray import QArray
-from aqt_lite.report import boxes, memory_order
 
 __all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "difference_beyond", "limits_of"]
 

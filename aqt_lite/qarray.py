@@ -40,6 +40,7 @@ from aqt_lite._qparams import (
     check_scale,
     check_zero_point,
     every_pattern_is_a_code,
+    number_of_type,
     on_grid,
     unusable_codes,
 )
@@ -47,7 +48,7 @@ from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes, kind_in_words
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
-    BLOCK_TYPES,
+    DERIVED,
     FORMATS,
     SCALE_FORMATS,
     Format,
@@ -312,7 +313,20 @@ class QArray(ArrayShapes, ArrayBytes):
         """The device that holds it, in the library's own words."""
         return self._backend.device(self.storage)
 
-    def dequantize(self, dtype: Any = None) -> Array:
+    @property
+    def mask(self) -> Array | None:
+        """Where values are missing, an array of bools; None where the format has no code for that.
+
+        Examples
+        --------
+        >>> import aqt_lite
+        >>> aqt_lite.quantize([1.0, -9999.0, 3.0], fill_value=-9999).mask
+        array([False,  True, False])
+        """
+        missing = self._element.missing
+        return None if missing is None else self.qvalue == missing
+
+    def dequantize(self, dtype: Any = None, *, fill_value: float | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.
 
         Examples
@@ -327,6 +341,9 @@ class QArray(ArrayShapes, ArrayBytes):
         values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
         if out.max < source.max and not b.is_traced(values):
             values = b.check_no_overflow(values, out.name)
+        if fill_value is not None and (mask := q.mask) is not None:
+            fill = b.constant(number_of_type("fill_value", fill_value, out.name), out.name, like=values)
+            values = b.xp.where(mask, fill, values)
         return values
 
     # ---- what can be done with it
@@ -667,7 +684,7 @@ class QArray(ArrayShapes, ArrayBytes):
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
 _PART = 1 << 20  # codes that are looked at in one go; whole bytes of a stream
-_BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values(), *BLOCK_TYPES.values()])
+_BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values(), *DERIVED.values()])
 
 
 def _stored_format(dtype: Any) -> Format:

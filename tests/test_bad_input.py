@@ -149,7 +149,6 @@ def test_what_is_no_float_is_refused(backend, case):
         (np.ones(2, [("a", "f4")]), "x has dtype void"),
         (np.ones(3, ml_dtypes.float8_e4m3fn), "x has dtype float8_e4m3fn"),
         (np.ones(3, np.longdouble), "x has dtype"),
-        (np.ma.masked_array([1.0, 2.0], mask=[False, True]), "x is a masked array.*filled"),
         (np.eye(2).view(np.matrix), r"x is a numpy.matrix, .*: use np.asarray\(x\)"),
         (torch.ones(3).to_sparse(), "x is a tensor of layout torch.sparse_coo: make it dense first"),
         (torch.ones(3, dtype=torch.float8_e5m2), "x has dtype float8_e5m2"),

@@ -306,6 +306,8 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
     element = element_type(w.dtype)
     if element.bits > 8:
         why = f"w has {w.dtype} codes: sums of products with more than 8 bits do not fit 32-bit integers"
+    elif element.missing is not None:
+        why = f"w has {w.dtype} codes, one of which is a missing value: sums of integers have no NaN"
     elif element.unit is None:
         why = f"w has {w.dtype} codes, whose numbers are no whole multiples, of 8 bits, of a power of two"
     elif w.offset is not None or w.scale is None:

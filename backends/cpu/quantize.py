@@ -224,8 +224,8 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
         low = None
-        if recipe.ignore_nonfinite:
-            known = np.isfinite(part)
+        known = affine.counted(part, spec, recipe, np)
+        if known is not None:
             fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
             if not magnitudes:
                 low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)
