@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._missing import marked, warn_of_fill_values
@@ -151,6 +151,14 @@ def quantize(
     >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
     ('uint8', True)
     """
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite, mask=mask,
+            fill_value=fill_value, missing=missing, on_clip=on_clip, max_abs_err=max_abs_err, max_rel_err=max_rel_err,
+        )  # fmt: skip
+        return _whole(rules, x, dtype, backend)
     bound = bound_of(max_abs_err, max_rel_err)
     x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
     rest = {
@@ -221,6 +229,14 @@ def choose_qparams(
     """
     if offset not in (None, "data"):
         raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, offset=offset, scale_dtype=scale_dtype,
+            scale_mode=scale_mode, nonfinite=nonfinite,
+        )  # fmt: skip
+        q = _whole(rules, x, dtype, backend)
+        return q.scale, q.zero_point if q.offset is None else q.offset
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend,
         offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,
@@ -292,6 +308,15 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite,
+        )  # fmt: skip
+        x, b = as_float_array(x, "x", backend, may_detach=False)
+        values = _whole(rules, b.stop_gradient(x), dtype, None).dequantize()
+        return b.straight_through(x, values, b.xp.ones_like(x, dtype=b.xp.bool))
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key, may_detach=False,
@@ -431,6 +456,25 @@ def _prepare(
     if has_offset:
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
+
+
+_UNSAID = {"scheme": "symmetric", "rounding": "half_even", "nonfinite": "raise", "on_clip": "saturate"}
+
+
+def _check_nothing_else(rules: Dialect, **options: Any) -> None:
+    """ValueError where something is chosen that the dialect chooses itself."""
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value == _UNSAID.get(name)):
+            raise ValueError(
+                f"{name} is given, but dialect={rules.name!r} chooses all but the dtype itself: leave it out"
+            )
+
+
+def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
+    assert rules.whole is not None
+    name = dtype if isinstance(dtype, str) else format_of(dtype).name
+    made: QArray = rules.whole(x, name, backend=backend)
+    return made
 
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:

@@ -9,6 +9,7 @@ is made from the table. All compute in float32 (in float64 for float64 values), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,9 @@ class Dialect:
         the format or ``scale_mode=`` says.
     kept_of_zeros : int, optional
         The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    whole : callable, optional
+        ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
+        Nothing but the dtype can then be chosen.
     source : str
         Package and version that it was held against, and the functions.
 
@@ -100,6 +104,7 @@ class Dialect:
     of_blocks: Dialect | None = None
     power_rounding: float | None = None
     kept_of_zeros: int | None = None
+    whole: Callable[..., Any] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -276,7 +281,7 @@ DIALECTS = {
         ),
     ]
 }
-"""Every dialect that ``dialect=`` may name."""
+"""Every dialect that ``dialect=`` may name. Modules that own rules of a library's own, such as ``ggml``, add theirs."""
 
 
 def dialect_of(dialect: Any) -> Dialect:

@@ -1,7 +1,7 @@
 """How ggml chooses the codes of its block types: its reference encoders, with the same bits on every backend.
 
-Owns: those rules, as functions of arrays in blocks, and ``quantize_blocks``. Imports: formats, the container, the
-registry, checks of arguments. Which bytes codes become is said in ``layouts``.
+Owns: those rules, as functions of arrays in blocks, ``quantize_blocks``, and the dialect ``gguf``. Imports: formats,
+dialects, the container, the registry, checks of arguments. Which bytes codes become is said in ``layouts``.
 
 The rules are those of ggml's ``quantize_row_*_ref`` (ggml-org/ggml, src/ggml-quants.c), all in float32:
 
@@ -34,6 +34,7 @@ from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
+from aqt_lite.dialects import DIALECTS, Dialect
 from aqt_lite.elements import rounded
 from aqt_lite.formats import BLOCK_TYPES, FORMATS, SCALE_FORMATS, Format
 from aqt_lite.granularity import PerGroup
@@ -421,3 +422,11 @@ ENCODERS = {
     "nvfp4": Encoder(_sixth, 16, 64, SCALE_FORMATS["float8_e4m3fn"]),
 }
 """The block types that have an encoder."""
+
+DIALECTS["gguf"] = Dialect(
+    "gguf",
+    symmetric=tuple(ENCODERS),
+    affine=(),
+    whole=quantize_blocks,
+    source="libgguf 0.2.2: ggml's reference encoders",
+)

@@ -14,6 +14,7 @@ import re
 from itertools import groupby
 from pathlib import Path
 
+import aqt_lite.api  # noqa: F401 - knows every dialect
 from aqt_lite.dialects import DIALECTS, Dialect
 from aqt_lite.formats import FORMATS
 
@@ -84,7 +85,7 @@ def _power(value: float) -> str:
 
 def table() -> str:
     """In Markdown."""
-    lines = [HEAD, ["---"] * len(HEAD), *(row(d) for d in DIALECTS.values())]
+    lines = [HEAD, ["---"] * len(HEAD), *(row(d) for d in DIALECTS.values() if d.whole is None)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
