@@ -13,7 +13,6 @@ import pytest
 from forms import (
     COMPILED,
     CONSTANT,
-    CONSTANT_QPARAMS,
     FORMS,
     JAX,
     JIT,
