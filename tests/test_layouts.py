@@ -83,7 +83,7 @@ def test_values_of_constants_under_jit():
         assert mismatches(np.asarray(value), stored(name)[1]) == 0, name
 
 
-@pytest.mark.exhaustive  # the test of encoders below has one of them
+@pytest.mark.exhaustive  # half a minute
 def test_values_under_torch_compile():
     data = [read(name, "torch") for name in TYPES]
     found = compiled_by_torch(lambda qs: [q.dequantize() for q in qs], data)
@@ -145,11 +145,9 @@ def test_encoders_under_jit():
     "names", [("q4_0", "q4_1", "q8_0", "mxfp4"), pytest.param(("iq4_nl",), marks=pytest.mark.exhaustive)]
 )
 def test_encoders_under_torch_compile(names):
-    x, q6 = torch.from_numpy(X), read("q6_k", "torch")
-    found, values = compiled_by_torch(lambda x, q: ([quantize_blocks(x, n) for n in names], q.dequantize()), x, q6)
+    found = compiled_by_torch(lambda x: [quantize_blocks(x, name) for name in names], torch.from_numpy(X))
     for name, q in zip(names, found, strict=True):
         np.testing.assert_array_equal(q.to_bytes("gguf"), quantize_blocks(X, name).to_bytes("gguf"), err_msg=name)
-    assert mismatches(values.numpy(), stored("q6_k")[1]) == 0
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
