@@ -195,6 +195,13 @@ class Layout:
             raise ValueError(f"Layout({self.name!r}): leaves begin with 'codes', and axis is -1 or 0")
         if self.word not in ("uint8", "int32"):
             raise ValueError(f"Layout({self.name!r}): word={self.word!r}: give 'uint8' or 'int32'")
+        if len(self.leaves) > 1:
+            complete = self.axis == -1 and not (self.pads or self.flat) and self.dtype is not None
+            if not complete or any(leaf.dtype is None or leaf.length is None for leaf in self.leaves[1:]):
+                raise ValueError(
+                    f"Layout({self.name!r}): complete blocks, of several leaves, run along the last axis, are not "
+                    "filled up, and say dtype= of the array and of each of the other leaves"
+                )
         lengths = {leaf.name: leaf.length or self._runs(leaf.name) for leaf in self.leaves}
         stored = {leaf.name: np.zeros((lengths[leaf.name], leaf.bits), np.int64) for leaf in self.leaves}
         for field in self.fields:
@@ -206,8 +213,14 @@ class Layout:
                         f"Layout({self.name!r}): no leaf is called {part.leaf!r}, of which a field has bits"
                     )
                 if part.leaf:
-                    bits = slice(part.shift, part.shift + part.bits)
-                    stored[part.leaf][part.run * count : (part.run + 1) * count, bits] += 1
+                    first, bits = part.run * count, slice(part.shift, part.shift + part.bits)
+                    length, width = stored[part.leaf].shape
+                    if first < 0 or first + count > length or part.shift < 0 or bits.stop > width:
+                        raise ValueError(
+                            f"Layout({self.name!r}): {part} of a field of {field.count} words lies outside of the "
+                            f"leaf, which has {length} codes of {width} bits"
+                        )
+                    stored[part.leaf][first : first + count, bits] += 1
         for name, times in stored.items():
             if (times != 1).any():
                 at, bit = np.argwhere(times != 1)[0]
@@ -217,7 +230,7 @@ class Layout:
 
     def _check(self, field: Field) -> None:
         width = field.width
-        whole = field.count is None or field.count * width % 8 == 0
+        whole = field.count is None or (field.count > 0 and field.count * width % 8 == 0)
         trits = field.base == 3 and 0 < len(field.parts) <= _TRITS and all(part.bits == 2 for part in field.parts)
         if not (trits or (field.base == 2 and 0 < width <= 32)) or not whole or (width > 8 and width % 8):
             raise ValueError(

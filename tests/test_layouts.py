@@ -312,6 +312,28 @@ def test_a_block_type_is_its_element_type_with_scales_of_its_own():
     assert not {*BLOCK_TYPES} & {*FORMATS}
 
 
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_values_of_narrow_floats_are_rounded_once(kind):
+    """Scales of scales are not: a product of two of them would lose bits."""
+    for name in TYPES:
+        data, values = stored(name)
+        q = QArray.from_bytes(data, name, values.shape, float_dtype=kind, backend="torch")
+        largest = torch.finfo(getattr(torch, kind)).max
+        wanted = torch.from_numpy(values).clamp(-largest, largest).to(getattr(torch, kind))
+        assert q.float_dtype == kind
+        assert bool((q.dequantize() == wanted).all()), name
+
+
+def test_reports_and_maps_and_products_of_two_with_negative_scales():
+    q = read("q6_k")
+    assert aqt_lite.error_report(stored("q6_k")[1], q).max_abs_error == 0
+    by_row = jax.vmap(lambda x: quantize_blocks(x, "q5_1").dequantize())(X)
+    assert mismatches(np.asarray(by_row), quantize_blocks(X, "q5_1").dequantize()) == 0
+    x = aqt_lite.quantize(np.eye(32, dtype="float32")[:3], granularity=aqt_lite.PerChannel(0))
+    small = quantize_blocks(X[:, :32], "q4_0")  # one scale a row: a product of integers
+    np.testing.assert_allclose(aqt_lite.linear(x, small), x.dequantize() @ small.dequantize().T, rtol=1e-6)
+
+
 # ---- orders of codes, held against the libraries' own functions
 
 
@@ -559,7 +581,7 @@ def q4(x=None, **how):
         (lambda: aqt_lite.quantize(np.ones(32, "float32"), "int4").to_bytes("gguf"), "'gguf' has no place for int4"),
         (
             lambda: aqt_lite.quantize(np.ones(32, "float32"), "q4_1").to_bytes("gguf"),
-            "has no zero_point, and this array has a one",
+            "has no zero_point there, and this array has one",
         ),
         (
             lambda: aqt_lite.quantize(np.ones(32, "float32"), "q4_1", offset="data").to_bytes("gguf"),
@@ -595,7 +617,13 @@ def test_traced_arrays_have_no_bytes():
         (lambda c, f: Layout("bad", (c,), (*f, *f)), r"bit 0 of codes\[0\] is stored 2 times"),
         (lambda c, f: Layout("bad", (c,), f[:0]), r"bit 0 of codes\[0\] is stored 0 times"),
         (lambda c, f: Layout("bad", (c,), (Field(1, (Part("codes", 0, 4),)),)), "a field of 1 words of 4 bits"),
-        (lambda c, f: Layout("bad", (c,), (Field(2, (Part("codes", 0, 4, 2),)),)), "is stored"),
+        (
+            lambda c, f: Layout("bad", (c,), (Field(2, (Part("codes", 0, 4, 2),)),)),
+            "lies outside of the leaf, which has 2",
+        ),
+        (lambda c, f: Layout("bad", (c,), (Field(2, (Part("codes", 1, 4),)),)), "lies outside of the leaf"),
+        (lambda c, f: Layout("bad", (c,), (Field(0, (Part("codes", 0, 8),)),)), "a field of 0 words"),
+        (lambda c, f: Layout("bad", (c, Leaf("scale", 1, 8)), f), "complete blocks, of several leaves"),
         (lambda c, f: Layout("bad", (c,), (Field(2, (Part("codes", 0, 4), Part("", 0, 8))),)), "words of 12 bits"),
         (lambda c, f: Layout("bad", (c,), (Field(2, (Part("codes", 0, 4),), base=3),)), "in base 3 up to five parts"),
         (lambda c, f: Layout("bad", (c,), (Field(2, (Part("scale", 0, 4),)),)), "no leaf is called 'scale'"),
