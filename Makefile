@@ -41,6 +41,7 @@ mismatches: $(READY)  ## the table of mismatching bits, backends across, cases d
 formats: $(READY)  ## tables and pictures of number formats and dialects, written into README.md and docs/
 	$(BIN)/python benchmarks/formats_table.py --write
 	$(BIN)/python benchmarks/dialects_table.py --write
+	$(BIN)/python benchmarks/layouts_table.py --write
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py

@@ -13,6 +13,7 @@ import numpy as np
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._qparams import unusable_codes
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.elements import float_type
 from aqt_lite.formats import element_type, format_of
 from aqt_lite.granularity import Granularity, PerGroup
 from aqt_lite.layouts import LAYOUTS, Family, Layout, Leaf, layout_of
@@ -40,8 +41,8 @@ class ArrayBytes:
         -------
         numpy.ndarray
             uint8, or int32 where the library stores words. The axes are the array's own, the one along which the layout
-            runs as long as it is stored: (N, K) elements are (N, K / 32 * 18) bytes of q4_0. ``tobytes()`` makes a byte
-            string of it, words being little-endian there on every machine that NumPy runs on today.
+            runs as long as it is stored: (N, K) elements are (N, K / 32 * 18) bytes of q4_0. Files have words in
+            little-endian order: ``astype("<i4").tobytes()``.
 
         Raises
         ------
@@ -204,7 +205,7 @@ def _built(
         assert mine.length is not None
         assert of_child.length is not None
         assert of_child.dtype is not None
-        parts[name] = _built(cls, child, layout, codes, of_child.dtype, float_dtype, b)
+        parts[name] = _built(cls, child, layout, codes, of_child.dtype, float_type(float_dtype).compute, b)
         granularity = PerGroup(mine.length // of_child.length)
     scale = parts.pop("scale", None)
     return cls.from_codes(stored, scale, dtype=dtype, granularity=granularity, float_dtype=float_dtype, **parts)
@@ -231,9 +232,9 @@ def _collect(path: str, q: QArray, layout: Layout, found: dict[str, np.ndarray[A
     for name in ("scale", "zero_point", "offset"):
         kept, child = getattr(q, name), children.get(name)
         if (kept is None) != (child is None):
-            has = "has no" if kept is None else "has a"
+            wanted, there = ("no", "has one") if child is None else ("a", "has none")
             raise ValueError(
-                f"layout {layout.name!r} has {'no' if child is None else 'a'} {name}, and {what} {has} one"
+                f"layout {layout.name!r} has {wanted} {name} there, and {what} {there}: quantize otherwise"
             )
         if child is None:
             continue

@@ -101,7 +101,7 @@ def quantize_blocks(x: Numbers, dtype: str, *, backend: str | None = None) -> QA
     >>> q.scales.tolist(), q.qvalue[:5].tolist()
     ([0.25], [-8, -8, -7, -7, -6])
     >>> q.to_bytes("gguf").tobytes().hex()[:8]
-    '00348080'
+    '00346070'
     """
     one_of("dtype", dtype, tuple(ENCODERS))
     array, b = as_float_array(x, "x", backend)

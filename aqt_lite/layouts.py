@@ -195,15 +195,32 @@ class Layout:
             raise ValueError(f"Layout({self.name!r}): leaves begin with 'codes', and axis is -1 or 0")
         if self.word not in ("uint8", "int32"):
             raise ValueError(f"Layout({self.name!r}): word={self.word!r}: give 'uint8' or 'int32'")
+        if len(self.leaves) > 1:
+            complete = self.axis == -1 and not (self.pads or self.flat) and self.dtype is not None
+            if not complete or any(leaf.dtype is None or leaf.length is None for leaf in self.leaves[1:]):
+                raise ValueError(
+                    f"Layout({self.name!r}): complete blocks, of several leaves, run along the last axis, are not "
+                    "filled up, and say dtype= of the array and of each of the other leaves"
+                )
         lengths = {leaf.name: leaf.length or self._runs(leaf.name) for leaf in self.leaves}
         stored = {leaf.name: np.zeros((lengths[leaf.name], leaf.bits), np.int64) for leaf in self.leaves}
         for field in self.fields:
             self._check(field)
             for part in field.parts:
                 count = field.count or 1
+                if part.leaf and part.leaf not in stored:
+                    raise ValueError(
+                        f"Layout({self.name!r}): no leaf is called {part.leaf!r}, of which a field has bits"
+                    )
                 if part.leaf:
-                    bits = slice(part.shift, part.shift + part.bits)
-                    stored[part.leaf][part.run * count : (part.run + 1) * count, bits] += 1
+                    first, bits = part.run * count, slice(part.shift, part.shift + part.bits)
+                    length, width = stored[part.leaf].shape
+                    if first < 0 or first + count > length or part.shift < 0 or bits.stop > width:
+                        raise ValueError(
+                            f"Layout({self.name!r}): {part} of a field of {field.count} words lies outside of the "
+                            f"leaf, which has {length} codes of {width} bits"
+                        )
+                    stored[part.leaf][first : first + count, bits] += 1
         for name, times in stored.items():
             if (times != 1).any():
                 at, bit = np.argwhere(times != 1)[0]
@@ -213,7 +230,7 @@ class Layout:
 
     def _check(self, field: Field) -> None:
         width = field.width
-        whole = field.count is None or field.count * width % 8 == 0
+        whole = field.count is None or (field.count > 0 and field.count * width % 8 == 0)
         trits = field.base == 3 and 0 < len(field.parts) <= _TRITS and all(part.bits == 2 for part in field.parts)
         if not (trits or (field.base == 2 and 0 < width <= 32)) or not whole or (width > 8 and width % 8):
             raise ValueError(
@@ -288,13 +305,13 @@ class Layout:
         for leaf in self.leaves:
             u = leaf.patterns(np.asarray(leaves[leaf.name]))
             u = u.reshape(1, -1) if self.flat else np.moveaxis(u, self.axis, -1)
-            u = u.reshape(-1, u.shape[-1]) if u.size else u.reshape(0, u.shape[-1])
+            u = u.reshape(math.prod(u.shape[:-1]), u.shape[-1])
             if leaf.name == "codes" and filled > length:
                 u = np.concatenate([u, np.zeros((len(u), filled - length), np.uint32)], axis=-1)
-            patterns[leaf.name] = u.reshape(len(u), blocks, -1) if u.size else u.reshape(len(u), blocks, 0)
+            patterns[leaf.name] = u.reshape(len(u), blocks, leaf.length or filled)
         fields = [_stored_field(field, patterns) for field in self.fields]
         whole = np.concatenate(fields, axis=-1)
-        whole = whole.reshape(whole.shape[0], -1)
+        whole = whole.reshape(whole.shape[0], blocks * whole.shape[2])
         words = stored[self.axis]
         size = words * np.dtype(self.word).itemsize
         if whole.shape[1] < size:
@@ -341,7 +358,7 @@ class Layout:
             whole = np.concatenate([whole, np.zeros((rows, size - whole.shape[1]), np.uint8)], axis=-1)
         if whole[:, size:].any():
             raise ValueError(f"data has bits beyond the last code of layout {self.name!r} that are not 0")
-        bytes_of_blocks = whole[:, :size].reshape(rows, blocks, size // max(blocks, 1))
+        bytes_of_blocks = whole[:, :size].reshape(rows, blocks, self._bytes_of(length))
         lengths = {leaf.name: leaf.length or filled for leaf in self.leaves}
         patterns = {name: np.zeros((rows, blocks, n), np.uint32) for name, n in lengths.items()}
         start = 0
@@ -388,7 +405,7 @@ def _stored_field(field: Field, patterns: Mapping[str, _Codes]) -> _Codes:
         stream: _Codes = run(get_backend("numpy"), pack, word, bits=field.width)
         return stream
     of_word = np.ascontiguousarray(word.astype("<u4")).view(np.uint8).reshape(*word.shape, 4)
-    return of_word[..., : field.width // 8].reshape(*word.shape[:2], -1) if word.size else word.astype(np.uint8)
+    return of_word[..., : field.width // 8].reshape(*word.shape[:2], count * field.width // 8)
 
 
 def _read_field(field: Field, stored: _Codes, count: int, patterns: Mapping[str, _Codes]) -> bool:
@@ -502,15 +519,20 @@ def in_words(
     return Layout(name, (Leaf("codes", count, bits, low, add),), (Field(1, parts),), axis, word, pads=True)
 
 
-def strided(name: str, bits: int, *, highest_first: bool, word: str = "uint8", axis: int = 0, add: int = 0) -> Layout:
-    """The axis in equal parts, one in each place of a word: code ``i`` of part ``p`` in place ``p`` of word ``i``."""
+def strided(
+    name: str, bits: int, *, highest_first: bool, word: str = "uint8", add: int = 0, pads: bool = False
+) -> Layout:
+    """The first axis in equal parts: word ``i`` has code ``i`` of each, in a place for each part.
+
+    With ``pads`` the last part may be shorter.
+    """
     width = np.dtype(word).itemsize * 8
     runs = range(width // bits)
     parts = tuple(Part("codes", run, bits) for run in (reversed(runs) if highest_first else runs))
     unused = width - len(parts) * bits
     parts += (Part("", 0, unused),) if unused else ()
     leaf = Leaf("codes", None, bits, low=-add if add else None, add=add)
-    return Layout(name, (leaf,), (Field(None, parts),), axis, word, pads=bool(unused))
+    return Layout(name, (leaf,), (Field(None, parts),), 0, word, pads=pads)
 
 
 def planes(name: str, bits: int, of_planes: tuple[int, ...], count: int = 32, axis: int = 0) -> Layout:
@@ -649,13 +671,13 @@ _TABLE: list[Layout | Family] = [
         "hqq",
         (
             strided("hqq4", 4, highest_first=True),
-            strided("hqq3", 3, highest_first=True, word="int32"),
+            strided("hqq3", 3, highest_first=True, word="int32", pads=True),
             strided("hqq2", 2, highest_first=True),
             *(in_words(f"hqq{n}", n, "uint8", axis=0) for n in (5, 6, 8)),
         ),
     ),
-    _each("quanto", (2, 4), lambda name, n: strided(name, n, highest_first=False)),
-    strided("bitnet", 2, highest_first=False, add=1),
+    _each("quanto", (2, 4), lambda name, n: strided(name, n, highest_first=False, pads=True)),
+    strided("bitnet", 2, highest_first=False, add=1, pads=True),
     _each("keras", (2, 4), lambda name, n: dense(name, n, axis=0)),
     *_GGUF,
     Family("gguf", _GGUF),

@@ -158,7 +158,8 @@ class QArray(ArrayShapes, ArrayBytes):
         scale : number, list, array or QArray; None for formats of scales
             With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
             array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are
-            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one.
+            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one; its numbers
+            only have to be finite, since other libraries have negative ones.
         zero_point : integer, list or array, optional
             Codes of the value 0.0. Unsigned integers need them, or an ``offset``.
         offset : number, list, array or QArray, optional

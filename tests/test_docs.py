@@ -38,6 +38,20 @@ def test_tables_of_formats_are_what_the_records_say():
     run_in_a_fresh_interpreter(code)  # other tests register formats
 
 
+def test_tables_of_layouts_are_what_the_records_say():
+    script("layouts_table").hold()
+
+
+def test_the_code_of_the_page_of_layouts_runs_and_prints_what_it_says():
+    text = (ROOT / "docs" / "layouts.md").read_text()
+    printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
+    assert printed.splitlines() == [
+        "(8, 288) q4_0 float16 True",
+        "int32 (8, 1) 0x77777777",
+        "(4, 8) 0x19",
+    ]
+
+
 CHECKS = [
     "assert quantized['layer0']['kernel'] is params['layer0']['kernel'] and quantized['layer1']['kernel'].bits == 4",
     "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
