@@ -54,7 +54,12 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+QUICK = ("Linear", "Embedding", "Conv2d", "Conv2d of patches", "LSTMCell")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.exhaustive) for name in LAYERS]
+)
 def test_layers_compute_with_the_values_of_their_weights(name):
     layer, x, kind = LAYERS[name]
     small = quantize(layer)
@@ -115,9 +120,7 @@ def test_a_model_in_three_lines():
     assert isinstance(small.norm.weight, jax.Array)
     assert small.mlp.layers[0].weight.granularity == PerGroup(8)
     assert small.own.transposed
-    y = mapped(small, IDS)
-    assert_close(y, mapped(dequantize_tree(small), IDS))
-    assert_close(mapped(eqx.filter_checkpoint(small), IDS), y)
+    assert_close(mapped(eqx.filter_checkpoint(small), IDS), mapped(dequantize_tree(small), IDS))
     assert isinstance(quantize(model).own, jax.Array)
 
 
@@ -150,11 +153,10 @@ def test_layers_of_a_scan():
         dynamic, static = eqx.partition(blocks, eqx.is_array)
         return jax.lax.scan(lambda x, d: (jnp.tanh(jax.vmap(eqx.combine(d, static))(x)), None), x, dynamic)[0]
 
-    for rules in (None, [("*", INT4)]):
-        small = quantize(blocks, rules)
-        assert small.weight.shape == (3, 16, 16)
-        assert small.bias is blocks.bias
-        assert_close(run(small, X), run(dequantize_tree(small), X))
+    small = quantize(blocks, [("*", INT4)])
+    assert small.weight.shape == (3, 16, 16)
+    assert small.bias is blocks.bias
+    assert_close(run(small, X), run(dequantize_tree(small), X))
     assert quantize(blocks).weight.granularity == PerBlock((1, 1, -1))
 
 
