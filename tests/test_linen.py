@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("flax", reason="flax is not installed: requirements-dev.txt has it")
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -326,6 +327,13 @@ def test_layers_along_another_axis():
     model = Stack()
     with pytest.raises(ValueError, match=r"has shape \(16, 3, 16\), and its Dense uses \(16, 16\)"):
         quantize(model, made(model, X), X, rules=[("*kernel", {})])
+
+
+def test_frozen_variables_stay_frozen():
+    frozen = flax.core.freeze(made(nn.Dense(6), X))
+    small = quantize(nn.Dense(6), frozen, X)
+    assert type(small) is type(frozen)
+    check(nn.Dense(6), small, X)
 
 
 def test_what_makes_no_sense():
