@@ -25,6 +25,7 @@ from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import equinox as equinox
     from aqt_lite import jax as jax
     from aqt_lite import linen as linen
     from aqt_lite import nnx as nnx
@@ -70,7 +71,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_OF_FRAMEWORKS = ("jax", "linen", "nnx", "torch")
+_OF_FRAMEWORKS = ("equinox", "jax", "linen", "nnx", "torch")
 _ON_FIRST_USE = (*_OF_FRAMEWORKS, "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
