@@ -95,7 +95,8 @@ def test_bad_values_are_named_by_their_chunk(how):
 @pytest.mark.exhaustive  # two processes are started
 @pytest.mark.filterwarnings("ignore")  # theirs are for distributed to say
 def test_a_cluster_of_two_processes():
-    distributed = pytest.importorskip("distributed", reason="distributed is in requirements-dev.txt, not in every run")
+    import distributed  # takes a second, which the other tests need not wait for
+
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
