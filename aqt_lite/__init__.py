@@ -23,9 +23,12 @@ from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import cf as cf
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
+    from aqt_lite import xarray as xarray
+    from aqt_lite import zarr as zarr
 
 __all__ = [
     "Codebook",
@@ -62,12 +65,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_ON_FIRST_USE = ("plots", "testing", "torch")  # most programs need none of them
+_OF_A_LIBRARY = ("torch", "xarray", "zarr")  # what looks at every name should not have to import these
+_ON_FIRST_USE = ("cf", "plots", "testing", *_OF_A_LIBRARY)  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing``, ``aqt_lite.plots`` and ``aqt_lite.torch`` on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.xarray`` and the like on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -76,4 +80,4 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE} - {"torch"})  # what looks at every name should not have to import it
+    return sorted({*globals(), *_ON_FIRST_USE} - set(_OF_A_LIBRARY))

@@ -493,6 +493,8 @@ def _each(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list[_R]:
 
 def _each_chunk(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list[_R]:
     dask: Any = importlib.import_module("dask")
+    if any(n != n for n in x.shape):
+        raise TypeError(f"x has chunks of unknown size (shape {tuple(x.shape)}): call x.compute_chunk_sizes() first")
     starts = [np.cumsum((0, *sizes[:-1])) for sizes in x.chunks]
     chunks = x.to_delayed()
     tasks = [
@@ -515,10 +517,15 @@ def _filled(x: Any) -> _Numbers:
 def _source_of(x: Any) -> np.dtype[Any]:
     """The type of a float array, in the machine's byte order."""
     dtype = getattr(x, "dtype", None)
+    if not hasattr(x, "chunks"):  # which arrays on disks and of Dask have: they are read here, part by part
+        why = refusal(x, "x")
+        if why is not None:
+            raise TypeError(why)
     if not isinstance(dtype, np.dtype) or dtype.name not in ("float32", "float64"):
-        what = f"x is a {type(x).__name__}" if dtype is None else f"x has dtype {dtype}"
-        why = refusal(x, "x") if dtype is None else None
-        raise TypeError(why or f"{what}: an array of float32 or float64 is packed; convert it first")
+        what = f"x is a {type(x).__name__}" + (f" of {dtype}" if isinstance(dtype, np.dtype) else "")
+        raise TypeError(
+            f"{what}: an array of float32 or float64 is packed; pass np.asarray(x, 'float32'), for instance"
+        )
     found: np.dtype[Any] = np.dtype(dtype.name)
     return found
 

@@ -464,9 +464,10 @@ def written(path: Any, write: Callable[[str], Any]) -> None:
         if os.path.isfile(beside):
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
-        if os.path.isdir(final) and not os.path.islink(final):
-            shutil.rmtree(final)
+        if os.path.isdir(final):  # which cannot be replaced at once: it is whole under one name or the other
+            os.rename(final, f"{beside}.old")
         os.replace(beside, final)
+        shutil.rmtree(f"{beside}.old", ignore_errors=True)
     finally:
         if os.path.isdir(beside):
             shutil.rmtree(beside)

@@ -7,12 +7,13 @@ from fractions import Fraction
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from aqt_lite import cf, dequantize
+from aqt_lite import cf, dequantize, quantize
 from aqt_lite.cf import Packing, choose_packing
 from aqt_lite.testing import assert_same_bits
 
@@ -186,9 +187,14 @@ def test_what_is_refused():
         choose_packing(X, max_abs_err="0.1 K")
     with pytest.raises(ValueError, match="dtype='int4': codes are int8, uint8, int16"):
         choose_packing(X, max_abs_err=1, dtype="int4")
-    for x in (X.astype("float16"), np.arange(3), [1.0, 2.0], X.astype("complex64")):
+    for x in (X.astype("float16"), np.arange(3), [1.0, 2.0], X.astype("complex64"), quantize(X), "x"):
         with pytest.raises(TypeError, match="an array of float32 or float64 is packed"):
             choose_packing(x, max_abs_err=1)
+    with pytest.raises(TypeError, match=r"x is of type pandas.Series, and its labels would be lost"):
+        choose_packing(pd.Series(X[0, 0]), max_abs_err=1)
+    unknown = da.from_array(X, chunks=1)
+    with pytest.raises(TypeError, match=r"call x.compute_chunk_sizes\(\) first"):
+        choose_packing(unknown[unknown[:, 0, 0] > 0], max_abs_err=1)
     packing = choose_packing(X, max_abs_err=1)
     with pytest.raises(
         ValueError, match=r"x has 1 values of 2 beyond the codes of this packing, the first at .*\(1,\)"
