@@ -26,7 +26,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite.qarray import QArray
 from aqt_lite.report import boxes, memory_order
 
-__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "difference_beyond", "limits_of"]
+__all__ = ["DTYPES", "Packing", "check_bound", "check_within", "choose_packing", "limits_of"]
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 """Types of codes, the widest last. Files of netCDF before version 4 have no unsigned ones."""
@@ -382,7 +382,7 @@ def codes_within(x: _Numbers, bound: float) -> Codes | None:
     step, offset = grid
     rounded = np.where(missing, 0.0, _rounded(x.astype(wide), step, offset, in_place=False))
     values = (rounded * float(step) + float(offset)).astype(x.dtype)
-    if difference_beyond(np.where(missing, 0, x), np.where(missing, 0, values), bound, (0,) * x.ndim) is not None:
+    if _difference_beyond(np.where(missing, 0, x), np.where(missing, 0, values), bound, (0,) * x.ndim) is not None:
         return None
     bits = (int(rounded.max(initial=0)) + bool(missing.any())).bit_length()
     fill = (1 << bits) - 1
@@ -423,13 +423,13 @@ def _broken(x: _Numbers, start: tuple[int, ...], packing: Packing, bound: float)
         codes = np.where(missing, 0, _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place))
         inside = np.clip(codes, least, most)  # what is not there becomes some other value, which is noticed
         written = np.where(missing, packing.fill_value, inside).astype(packing.dtype)
-        broken = difference_beyond(x, packing.unpack(written), bound, start)
+        broken = _difference_beyond(x, packing.unpack(written), bound, start)
         if broken is not None:
             return f"{broken}. Did x change while it was read?"
     return None
 
 
-def difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...]) -> str | None:
+def _difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...]) -> str | None:
     """What is wrong where a value of ``read`` is further than ``bound`` from that of ``x``, or missing unlike it.
 
     ``start`` is the index that the first element has in the whole array.
@@ -478,16 +478,18 @@ def _index(mask: _Numbers) -> tuple[int, ...]:
 
 def _each(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list[_R]:
     """What ``look`` says of each part of ``x`` and the index of its first element; Dask's chunks where they are."""
-    if hasattr(x, "__dask_graph__"):
-        return _each_chunk(x, look)
+    return _each_chunk(x, look) if hasattr(x, "__dask_graph__") else _each_part(x, look, (0,) * x.ndim)
+
+
+def _each_part(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R], start: tuple[int, ...]) -> list[_R]:
     shape = tuple(x.shape)
     if 0 in shape:
         return []
     found = []
     stored = getattr(x, "chunks", None)  # of HDF5 and zarr: each is read once
     for box in boxes(shape, _MOST_ELEMENTS, memory_order(x), stored):
-        part = x[tuple(slice(start, stop) for start, stop in box)]
-        found.append(look(_filled(part), tuple(start for start, _ in box)))
+        part = x[tuple(slice(*limits) for limits in box)]
+        found.append(look(_filled(part), tuple(s + first for s, (first, _) in zip(start, box, strict=True))))
     return found
 
 
@@ -498,14 +500,25 @@ def _each_chunk(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list
     starts = [np.cumsum((0, *sizes[:-1])) for sizes in x.chunks]
     chunks = x.to_delayed()
     tasks = [
-        dask.delayed(_look_at)(chunks[index], look, tuple(int(s[i]) for s, i in zip(starts, index, strict=True)))
+        dask.delayed(_each_part)(chunks[index], look, tuple(int(s[i]) for s, i in zip(starts, index, strict=True)))
         for index in np.ndindex(chunks.shape)
     ]
-    return list(dask.compute(*tasks))
+    return [result for results in dask.compute(*tasks) for result in results]
 
 
-def _look_at(chunk: Any, look: Callable[[_Numbers, tuple[int, ...]], _R], start: tuple[int, ...]) -> _R:
-    return look(_filled(chunk), start)
+def check_within(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...] = ()) -> None:
+    """ValueError where a value of ``read`` is further than ``bound`` from that of ``x``, or missing unlike it.
+
+    ``start`` is the index of the first element in an array of which these are a part. It takes little memory beside.
+    """
+
+    def look(part: _Numbers, first: tuple[int, ...]) -> str | None:
+        there = read[tuple(slice(i, i + n) for i, n in zip(first, part.shape, strict=True))]
+        return _difference_beyond(part, there, bound, tuple(map(sum, zip(start or (0,) * x.ndim, first, strict=True))))
+
+    for broken in _each_part(x, look, (0,) * x.ndim):
+        if broken is not None:
+            raise ValueError(broken)
 
 
 def _filled(x: Any) -> _Numbers:
@@ -522,9 +535,9 @@ def _source_of(x: Any) -> np.dtype[Any]:
         if why is not None:
             raise TypeError(why)
     if not isinstance(dtype, np.dtype) or dtype.name not in ("float32", "float64"):
-        what = f"x is a {type(x).__name__}" + (f" of {dtype}" if isinstance(dtype, np.dtype) else "")
+        what = f"x has dtype {dtype}" if isinstance(dtype, np.dtype) else f"x is a {type(x).__name__}"
         raise TypeError(
-            f"{what}: an array of float32 or float64 is packed; pass np.asarray(x, 'float32'), for instance"
+            f"{what}: arrays of NumPy of float32 or float64 are packed; convert it, to float32 for instance"
         )
     found: np.dtype[Any] = np.dtype(dtype.name)
     return found

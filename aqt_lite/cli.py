@@ -20,6 +20,8 @@ import aqt_lite
 __all__ = ["main"]
 
 _ZARR = ".zarr"
+_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
+"""Encoding that only stores of the same version take; the target has what zarr chooses."""
 
 _EPILOG = """examples:
   aqt-lite pack in.nc out.nc --max-abs-err 0.05             every floating-point variable within 0.05
@@ -145,11 +147,13 @@ def _opened(path: str, *, values: bool = False) -> Any:
     groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
-    with dask.config.set({"array.chunk-size": "32MiB"}):
+    with dask.config.set({"array.chunk-size": "8MiB"}):
         opened = fields.open_dataset if values else xr.open_dataset
         ds = opened(path, chunks="auto", decode_times=False, **how)
-    for variable in ds.variables.values():  # or xarray would write one where there was none
-        variable.encoding.setdefault("_FillValue", None)
+    for variable in ds.variables.values():
+        variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
+        for name in _OF_ZARR:
+            variable.encoding.pop(name, None)
     return ds
 
 

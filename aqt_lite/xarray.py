@@ -489,10 +489,11 @@ def check_within(
     for index in np.ndindex(*map(len, ends)):
         starts = tuple(int(end[i - 1]) if i else 0 for end, i in zip(ends, index, strict=True))
         box = tuple(slice(s, int(end[i])) for s, end, i in zip(starts, ends, index, strict=True))
-        here = np.asarray(x.variable[box].values)
-        broken = cf.difference_beyond(here, np.asarray(y.variable[box].values), bound, starts)
-        if broken is not None:
-            raise ValueError(f"{_called(x)}: {broken}")
+        here = x.variable[box].values
+        try:
+            cf.check_within(here, y.variable[box].values, bound, starts)
+        except ValueError as error:
+            raise ValueError(f"{_called(x)}: {error}") from None
         done += here.size
         progress(done, x.size)
 

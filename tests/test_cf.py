@@ -188,7 +188,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="dtype='int4': codes are int8, uint8, int16"):
         choose_packing(X, max_abs_err=1, dtype="int4")
     for x in (X.astype("float16"), np.arange(3), [1.0, 2.0], X.astype("complex64"), quantize(X), "x"):
-        with pytest.raises(TypeError, match="an array of float32 or float64 is packed"):
+        with pytest.raises(TypeError, match="arrays of NumPy of float32 or float64 are packed"):
             choose_packing(x, max_abs_err=1)
     with pytest.raises(TypeError, match=r"x is of type pandas.Series, and its labels would be lost"):
         choose_packing(pd.Series(X[0, 0]), max_abs_err=1)

@@ -100,6 +100,16 @@ def test_stores_of_zarr(source, tmp_path, capsys):
     assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
+    with xr.open_dataset(source) as ds:
+        encoding = {"t": {"chunks": (2, 20, 25)}}
+        ds.load().to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
+    for target in ("out.zarr", "out.nc"):
+        status, _, errors = run(capsys, "pack", tmp_path / "in.zarr", tmp_path / target, "--max-abs-err", "t=0.05")
+        assert (status, errors) == (0, "")
+
+
 def test_quantized_files_are_unpacked_too(tmp_path, capsys):
     t = xr.DataArray(np.nan_to_num(X, nan=280), dims=("time", "lat", "lon"), name="t", attrs={"units": "K"})
     q = t.aqt.quantize("int4", granularity={"time": 1})
@@ -178,6 +188,7 @@ def test_the_command_needs_nothing_for_help_and_says_what_is_missing(tmp_path):
         "import sys; sys.modules['xarray'] = None; sys.modules['dask'] = None; sys.argv[0] = 'aqt-lite'\n"
         "from aqt_lite.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
+    (tmp_path / "x.nc").touch()
     for arguments, status, said in (
         (["--help"], 0, "aqt-lite pack in.nc out.nc --max-abs-err 0.05"),
         (["--version"], 0, aqt_lite.__version__),
