@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons check bench bench-quick bench-formats formats mismatches clean
+.PHONY: demo test exhaustive pythons test-oracles check bench bench-quick bench-formats formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -27,6 +27,9 @@ exhaustive: $(READY)  ## the others: every value or combination there is
 pythons: $(READY)  ## core tests on other Pythons, on the lowest declared versions, and with NumPy alone
 	$(BIN)/python .ci/other_pythons.py
 
+test-oracles: $(READY)  ## dialects against the libraries that they are named after, live, on fresh random data
+	$(BIN)/python .ci/oracles.py
+
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,8 +38,9 @@ check: $(READY)  ## lint, format, types
 mismatches: $(READY)  ## the table of mismatching bits, backends across, cases down
 	$(BIN)/python benchmarks/mismatches.py
 
-formats: $(READY)  ## tables and pictures of the number formats, written into README.md and docs/
+formats: $(READY)  ## tables and pictures of number formats and dialects, written into README.md and docs/
 	$(BIN)/python benchmarks/formats_table.py --write
+	$(BIN)/python benchmarks/dialects_table.py --write
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py

@@ -9,21 +9,26 @@ array([[   0., -127.],
 
 from typing import TYPE_CHECKING
 
+from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
 from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
-from aqt_lite.ops import dense, linear
+from aqt_lite.ops import dense, einsum, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
     from aqt_lite import cf as cf
+    from aqt_lite import jax as jax
+    from aqt_lite import linen as linen
+    from aqt_lite import nnx as nnx
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Codebook",
+    "Dialect",
     "ErrorReport",
     "Float",
     "Format",
@@ -42,12 +48,14 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "QArray",
+    "SuspectValueWarning",
     "available_backends",
     "choose_qparams",
     "concatenate",
     "dense",
     "dequantize",
     "dequantize_tree",
+    "einsum",
     "error_report",
     "fake_quantize",
     "int_limits",
@@ -65,8 +73,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_OF_A_LIBRARY = ("torch", "xarray", "zarr")  # what looks at every name should not have to import these
-_ON_FIRST_USE = ("cf", "plots", "testing", *_OF_A_LIBRARY)  # most programs need none of them
+_OF_A_LIBRARY = ("jax", "linen", "nnx", "torch", "xarray", "zarr")
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
@@ -80,4 +88,6 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE} - set(_OF_A_LIBRARY))
+    return sorted(
+        {*globals(), *_ON_FIRST_USE} - {*_OF_A_LIBRARY}
+    )  # what looks at every name should not have to import it

@@ -32,6 +32,15 @@ class ExactArithmetic(ABC):
         """
         return self.xp.ones_like(x) / x
 
+    def quotient(self, x: Array, y: Array) -> Array:
+        """``x/y``, correctly rounded, for normal positive ``y`` of the shape of ``x``.
+
+        What is subnormal may count as 0.
+
+        Trusts division as ``reciprocal`` does; to be overridden likewise.
+        """
+        return x / y
+
     def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
         """Largest values along ``axis``, of floats; where there is a NaN, that or infinity, never a finite number."""
         return self.xp.max(x, axis=axis, keepdims=keepdims)

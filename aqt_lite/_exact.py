@@ -1,6 +1,6 @@
 """Arithmetic that is exact on hardware whose division is not.
 
-Owns: the correctly rounded reciprocal. Imports: nothing of this package.
+Owns: the correctly rounded reciprocal and quotient. Imports: nothing of this package.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from aqt_lite._namespace import Array
 
-__all__ = ["reciprocal"]
+__all__ = ["quotient", "reciprocal"]
 
 
 def reciprocal(
@@ -70,3 +70,62 @@ def reciprocal(
     mantissa_of_inverse = xp.astype(guess + k, x.dtype) * (0.5**p)  # at most 2^p: exact
     power = bitcast((2 * exponent_bias - exponent) << fraction, x.dtype)  # 2^-e, a normal number
     return xp.where(xp.isnan(x), x, mantissa_of_inverse * power)
+
+
+def quotient(
+    x: Array,
+    y: Array,
+    *,
+    xp: Any,
+    bitcast: Callable[[Array, Any], Array],
+    integer: Any,
+    bits: Any,
+) -> Array:
+    """``x/y`` rounded to nearest, from an approximation that may be two units in the last place off.
+
+    The same as ``reciprocal``, for any dividend: with ``x = mx * 2^i``, ``y = my * 2^j`` and the integers
+    ``Mx = mx * 2^(p-1)``, ``My = my * 2^(p-1)``, the wanted mantissa is the integer nearest to ``Mx * 2^k / My``, where
+    k is p - 1, or p where ``mx < my``, so that it has p bits. The residual ``R = Mx * 2^k - My * C`` of a guess C is
+    small, and so exact in modular arithmetic. No tie exists: a quotient of two numbers of p bits never lies halfway
+    between two such numbers. What follows is products with powers of two, which nothing can be fused to wrongly.
+
+    Parameters
+    ----------
+    x : array
+        float32 or float64. What is subnormal counts as 0. NaN and infinities give what IEEE division gives.
+    y : array
+        Of the same shape and dtype: positive and normal, or NaN, which gives NaN.
+    integer, bits : dtype
+        As in ``reciprocal``.
+    """
+    width = xp.finfo(x.dtype).bits
+    p, bias, most = (24, 127, 250) if width == 32 else (53, 1023, 2040)
+    fraction = p - 1
+
+    def taken_apart(v: Array) -> tuple[Array, Array, Array]:
+        pattern = bitcast(v, bits)
+        low = pattern & ((1 << fraction) - 1)
+        whole = xp.astype(low | (1 << fraction), integer)
+        return whole, bitcast(low | (bias << fraction), v.dtype), (pattern >> fraction) & (2 * bias + 1)
+
+    big_x, m_x, i = taken_apart(x)
+    big_y, m_y, j = taken_apart(y)
+    less = big_x < big_y
+    guess = xp.minimum(m_x / m_y, xp.where(less, xp.ones_like(m_x), xp.full_like(m_x, 2.0)))
+    shift = xp.where(less, xp.full_like(big_x, 1 << p), xp.full_like(big_x, 1 << (p - 1)))
+    guess = xp.astype(guess * xp.astype(shift, x.dtype), integer)  # may be cut off by less than 1
+    residual = big_x * shift - big_y * guess  # modulo 2^width; itself below 2^(p+2)
+    twice = 2 * residual
+
+    def count(condition: Array) -> Array:
+        return xp.astype(condition, integer)
+
+    k = sum(count(twice > n * big_y) - count(twice < -n * big_y) for n in (1, 3, 5))
+    mantissa = xp.astype(guess + k, x.dtype)  # at most 2^p: exact
+    exponent = xp.clip(i - j - xp.astype(xp.where(less, p, p - 1), i.dtype), -most, most)
+    half = exponent >> 1  # in two steps: beyond the range of exponents lies 0, or infinity
+    for e in (half, exponent - half):
+        mantissa = mantissa * bitcast((e + bias) << fraction, x.dtype)
+    size = xp.where(i == 0, xp.zeros_like(mantissa), mantissa)
+    size = xp.where(xp.isfinite(x), size, xp.abs(x))
+    return xp.where(xp.isnan(y), y, xp.where(x < 0, -size, size))

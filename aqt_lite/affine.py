@@ -1,13 +1,14 @@
 """The numeric contract: scale, zero point, codes, and back. docs/numerics.md says it in words.
 
 Owns: the arithmetic of linear quantization, and nothing else: no validation, no containers, no framework. Imports:
-formats, elements, granularity, blocks of arrays, noise, the marking of operations, and the ``Backend`` interface.
+formats, elements, dialects, granularity, blocks of arrays, noise, the marking of operations, the ``Backend`` interface.
 
 Reading aid. Every function takes arrays of one backend ``b`` and static records, branches on no value, and so runs
 eagerly and under any tracing compiler. Bits are the same everywhere because of four rules kept throughout:
 
 - maxima and minima are exact in any order; no sum is ever taken;
-- constants are multiplied by, never divided by; the one division is ``b.reciprocal``, correctly rounded;
+- constants are multiplied by, never divided by; the one division is ``b.reciprocal``, correctly rounded, or
+  ``b.quotient``, likewise, in dialects that divide;
 - a product is rounded to a number of the format (or clipped, or is the result) before anything is added to it, so no
   fused multiply-add can form and skip a rounding;
 - nothing that matters is ever subnormal, so flushing subnormals to zero changes nothing.
@@ -29,6 +30,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
+from aqt_lite.dialects import AQT_LITE, Dialect
 from aqt_lite.elements import ElementType, FloatType, Rounding, float_type
 from aqt_lite.formats import Format
 from aqt_lite.granularity import Block, block_of
@@ -40,10 +42,12 @@ __all__ = [
     "Spec",
     "choose_qparams",
     "clipped",
+    "counted",
     "dequantize",
     "encode",
     "fake_quantize",
     "inverse_of_largest",
+    "least_scale",
     "quantize",
     "quantize_with",
     "scales",
@@ -112,6 +116,15 @@ class Spec:
         """The same where an offset is added: what is lost of subnormal numbers is then less than 2^-24 of a step."""
         return max(self.least, self.source.tiny * 2.0**25)
 
+    def least_to_choose(self, with_offset: bool) -> float:
+        """The least scale that is chosen, or may be given."""
+        return self.least_with_offset if with_offset else self.least
+
+    def least_to_keep(self, with_offset: bool) -> float:
+        """The least scale that may come with codes: other libraries go down to the smallest normal number."""
+        kept = max(self.source.tiny / 2 / min(self.element.smallest, 1.0), self.floor / self.element.smallest)
+        return self.least_with_offset if with_offset else min(self.least, kept)
+
     @property
     def greatest(self) -> float:
         """Largest scale whose reciprocal is normal."""
@@ -154,49 +167,68 @@ class Recipe:
     """How values are rounded to numbers."""
     ignore_nonfinite: bool = False
     """Take statistics over finite values only, instead of marking a block that has others with a NaN scale."""
+    dialect: Dialect = AQT_LITE
+    """Whose rules."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rules are the plain ones, which compiled loops know."""
+        return self.rounding == "half_even" and not self.offset and self.dialect == AQT_LITE
+
+    @property
+    def of_magnitudes(self) -> bool:
+        """Whether scales are chosen from magnitudes alone."""
+        return self.symmetric and self.dialect.reach != "each side"
 
     def centred(self, spec: Spec) -> bool:
         """Whether numbers reach as far below zero (or the offset) as above it."""
         return self.symmetric or (self.offset and spec.element.signed)
 
+    def narrow(self, spec: Spec) -> bool:
+        """Whether codes leave out what has no opposite."""
+        return self.centred(spec) and self.dialect.narrow(spec.element)
+
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Scale, and zero point or offset, of every block: arrays of the grid's shape."""
-    xp, source = b.xp, spec.source
+    xp, source, rules = b.xp, spec.source, recipe.dialect
     x = _computable(x, spec, b)
-    if recipe.ignore_nonfinite:
-        known = xp.isfinite(x)
+    known = counted(x, spec, recipe, xp)
+    if known is not None:
         x = xp.where(known, x, xp.zeros_like(x))
 
-    if recipe.symmetric:
+    if recipe.of_magnitudes:
         amax = reduced(xp.abs(x), spec.block, b.largest, xp)
         statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
+        scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
     else:
         low = high = x
-        if recipe.offset and recipe.ignore_nonfinite:  # 0 might lie far from the values that are there
+        if recipe.offset and known is not None:  # 0 might lie far from the values that are there
             low, high = (xp.where(known, x, xp.full_like(x, end)) for end in (math.inf, -math.inf))
         lo, hi = reduced(low, spec.block, xp.min, xp), reduced(high, spec.block, b.largest, xp)
         if recipe.offset:
-            if recipe.ignore_nonfinite:
+            if known is not None:
                 lo, hi = (xp.where(lo > hi, xp.zeros_like(end), end) for end in (lo, hi))
             lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
         else:  # zero belongs to every range: it is then represented exactly
             lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
             hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
-        statistic = hi * 0.5 - lo * 0.5  # halved first: cannot overflow
-    scale = statistic * inverse_of_largest(spec, recipe)
+        if recipe.symmetric:
+            low, most = spec.element.range_of(recipe.narrow(spec))
+            below, above = _over(-lo, -low, recipe, spec, b), _over(hi, most, recipe, spec, b)
+            scale = xp.where(below > above, below, above)
+        elif rules.divides_range:
+            scale = _over(hi - lo, 2 * largest_of(spec, recipe), recipe, spec, b)
+        else:  # halved first: cannot overflow
+            scale = _over(hi * 0.5 - lo * 0.5, largest_of(spec, recipe), recipe, spec, b)
 
-    finite, zero_block = xp.isfinite(scale), scale < source.tiny
-    least = spec.least_with_offset if recipe.offset else spec.least
-    if least > source.tiny:
-        scale = xp.where(scale < least, xp.full_like(scale, least), scale)
-    of_zeros = spec.zero_scale
-    if not spec.element.has_zero:  # the number next to zero is to stand for as little as it can
-        smallest = 0.0 if spec.format.scale is None else spec.format.scale.element.smallest
-        of_zeros = min(of_zeros, max(least, smallest))
-    scale = xp.where(zero_block, xp.full_like(scale, of_zeros), scale)
+    finite, of_nothing = xp.isfinite(scale), scale == 0
+    scale = _usable_scale(scale, spec, recipe, b)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
     kept = _keep(scale, spec, b)
+    if rules.kept_of_zeros is not None and isinstance(kept, Coded) and kept.scale is None:
+        code = xp.full_like(kept.codes, rules.kept_of_zeros)
+        kept = kept._replace(codes=xp.where(of_nothing, code, kept.codes))
 
     if recipe.offset:
         offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
@@ -204,15 +236,73 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     if recipe.symmetric:
         middle = spec.element.middle
         return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None)
-    qmin, qmax = spec.element.codes
-    steps = _in_steps(lo, scales(kept, spec, b), (1,) * lo.ndim, spec, b)
-    shift = xp.clip(qmin - xp.round(steps), float(qmin), float(qmax))
+    qmin, qmax = spec.element.zero_codes
+    divides = rules.divides_range if rules.divides_zero is None else rules.divides_zero
+    steps = _in_steps(lo, scales(kept, spec, b), (1,) * lo.ndim, spec, divides, b)
+    if rules.zero_first:  # the clip keeps a product from being fused with the subtraction
+        shift = xp.clip(xp.round(qmin - xp.clip(steps, -_FAR, _FAR)), float(qmin), float(qmax))
+    else:
+        shift = xp.clip(qmin - xp.round(steps), float(qmin), float(qmax))
+    if rules.zero_of_zeros is not None:
+        shift = xp.where((lo == 0) & (hi == 0), xp.full_like(shift, rules.zero_of_zeros), shift)
     return QParams(kept, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32))
+
+
+def largest_of(spec: Spec, recipe: Recipe) -> float:
+    """What the largest magnitude of a block becomes, or half its range."""
+    of_dialect = recipe.dialect.largest(spec.element) if recipe.symmetric else None
+    return spec.format.largest(recipe.centred(spec)) if of_dialect is None else of_dialect
+
+
+def counted(x: Array, spec: Spec, recipe: Recipe, xp: Any) -> Array | None:
+    """Where values count for statistics: those that are not passed over, nor missing. None where all do."""
+    if recipe.ignore_nonfinite:
+        return xp.isfinite(x)
+    return None if spec.element.missing is None else ~xp.isnan(x)
 
 
 def inverse_of_largest(spec: Spec, recipe: Recipe) -> float:
     """What a statistic is multiplied by to give the scale: rounded to the compute dtype here, not by a compiler."""
-    return float(np.dtype(spec.source.compute).type(1 / spec.format.largest(recipe.centred(spec))))
+    return _inverse(largest_of(spec, recipe), spec)
+
+
+def least_scale(spec: Spec, recipe: Recipe) -> float:
+    """The least scale that is used: a dialect may go a little farther down."""
+    least = spec.least_to_choose(recipe.offset)
+    return min(least, recipe.dialect.least_scale or least)
+
+
+def _inverse(number: float, spec: Spec) -> float:
+    return float(np.dtype(spec.source.compute).type(1 / number))
+
+
+def _over(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backend) -> Array:
+    """The scale at which a statistic becomes that number."""
+    rules, xp = recipe.dialect, b.xp
+    if rules.least_range:
+        least = float(np.dtype(spec.source.compute).type(rules.least_range))
+        instead = least if rules.range_instead is None else rules.range_instead
+        statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
+    if rules.divides_range:
+        return b.quotient(statistic, xp.full_like(statistic, number))
+    return statistic * _inverse(number, spec)
+
+
+def _usable_scale(scale: Array, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+    """Scales, none of them too small."""
+    xp, rules = b.xp, recipe.dialect
+    if rules.least_scale is not None:
+        instead = rules.least_scale if rules.instead is None else rules.instead
+        return xp.where(scale < rules.least_scale, xp.full_like(scale, instead), scale)
+    zero_block = scale < spec.source.tiny
+    least = spec.least_to_choose(recipe.offset)
+    if least > spec.source.tiny:
+        scale = xp.where(scale < least, xp.full_like(scale, least), scale)
+    of_zeros = spec.zero_scale
+    if not spec.element.has_zero:  # the number next to zero is to stand for as little as it can
+        smallest = 0.0 if spec.format.scale is None else spec.format.scale.element.smallest
+        of_zeros = min(of_zeros, max(least, smallest))
+    return xp.where(zero_block, xp.full_like(scale, of_zeros), scale)
 
 
 def scales(kept: Kept, spec: Spec, b: Backend) -> Array:
@@ -230,7 +320,8 @@ def clipped(
 ) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
     outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
-    return outside & ~b.xp.isnan(x) if recipe.ignore_nonfinite else outside
+    passes = recipe.ignore_nonfinite or spec.element.missing is not None
+    return outside & ~b.xp.isnan(x) if passes else outside
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
@@ -238,7 +329,7 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     xp, form = b.xp, spec.format.scale
     if form is None:
         return scale
-    inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding)
+    inner, recipe = spec.of_scales, Recipe(rounding=spec.format.scale_rounding, dialect=AQT_LITE)
     if form.scaled:
         return Coded(*run(b, quantize, scale, spec=inner, recipe=recipe))
     element, beyond = form.element, spec.first_too_large_scale
@@ -266,19 +357,22 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     xp = b.xp
     scale, zero_point, offset = given
     numbers = scales(scale, spec, b) if isinstance(scale, tuple) else scale
-    least = spec.least if offset is None else spec.least_with_offset
+    least = least_scale(spec, recipe)
     usable = (numbers >= least) & (numbers <= spec.greatest)
     if spec.zero_scale == 0:
         usable = usable | (numbers == 0)
     if zero_point is not None:
-        low, high = spec.element.codes
+        low, high = spec.element.zero_codes
         usable = usable & (zero_point >= low) & (zero_point <= high)
         zero_point = xp.clip(zero_point, low, high)
     if offset is not None:
         usable = usable & xp.isfinite(offset)
         offset = xp.where(xp.isfinite(offset), _without_tiny(offset, spec, xp), xp.zeros_like(offset))
     if not recipe.ignore_nonfinite:
-        usable = usable & xp.isfinite(reduced(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
+        size = xp.abs(_computable(x, spec, b))
+        known = counted(size, spec, recipe, xp)
+        size = size if known is None else xp.where(known, size, xp.zeros_like(size))
+        usable = usable & xp.isfinite(reduced(size, spec.block, b.largest, xp))
     if isinstance(scale, tuple):
         return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
     scale = xp.where(usable, scale, xp.full_like(scale, float("nan")))
@@ -325,7 +419,11 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
     xp, source, shape = b.xp, spec.source, tuple(w.codes.shape)
     steps = spec.element.decode(w.codes, b, source.compute)
     if w.zero_point is not None:  # as integers: exact, and the codes' own type would overflow
-        steps = xp.astype(steps, xp.int32) - spread(w.zero_point, shape, spec.block, xp)
+        zero = spread(w.zero_point, shape, spec.block, xp)
+        if spec.element.missing is None:
+            steps = xp.astype(steps, xp.int32) - zero
+        else:  # floats have NaN, and are as exact
+            steps = steps - xp.astype(zero, steps.dtype)
     x = xp.astype(steps, b.dtype(source.compute))
     if w.scale is not None:
         scale = scales(w.scale, spec, b)
@@ -374,27 +472,38 @@ def _encoded(
         if offset is not None:  # in halves, as in dequantize
             v = _without_tiny(v, spec, xp) * 0.5 - spread(offset * 0.5, shape, spec.block, xp)
             v, scale = _without_tiny(v, spec, xp), scale * 0.5
-        v = _in_steps(v, scale, spec.block, spec, b)
+        v = _in_steps(v, scale, spec.block, spec, recipe.dialect.divides, b)
     if spec.floor:  # a scale that is not 0 is not kept as 0
         v = xp.where((x > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
     if zero is not None:
         zero = spread(xp.astype(zero, v.dtype), shape, spec.block, xp)
+        if recipe.dialect.zero_first:  # clipped far off, so that a product is not fused with the addition
+            v = xp.where(xp.isnan(v), zero, xp.clip(v, -_FAR, _FAR) + zero)
+            zero = xp.zeros_like(zero)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
-    return spec.element.encode(v, zero, recipe.centred(spec), recipe.rounding, drawn, b)
+    return spec.element.encode(v, zero, recipe.narrow(spec), recipe.rounding, drawn, b)
 
 
-def _in_steps(x: Array, scale: Array, block: Block, spec: Spec, b: Backend) -> Array:
+_FAR = 2.0**22
+"""Farther from zero than any code, and near enough for what is added to be exact."""
+
+
+def _in_steps(x: Array, scale: Array, block: Block, spec: Spec, divides: bool, b: Backend) -> Array:
     """``x / scale``; 0 where the scale was kept as 0."""
     xp, headroom = b.xp, spec.headroom
     may_be_zero = spec.zero_scale == 0
     zero = scale == 0
     if may_be_zero:
         scale = xp.where(zero, xp.ones_like(scale), scale)
-    inverse = b.reciprocal(scale if headroom == 1 else scale * headroom)
+    if divides:
+        v = b.quotient(x, spread(scale, tuple(x.shape), block, xp))
+        return xp.where(spread(zero, tuple(x.shape), block, xp), xp.zeros_like(v), v) if may_be_zero else v
+    room = 1.0 if headroom == 1 else xp.where(scale > 1, xp.full_like(scale, headroom), xp.ones_like(scale))
+    inverse = b.reciprocal(scale if headroom == 1 else scale * room)
     if may_be_zero:
         inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
     v = x * spread(inverse, tuple(x.shape), block, xp)
-    return v if headroom == 1 else v * headroom
+    return v if headroom == 1 else v * spread(room, tuple(x.shape), block, xp)
 
 
 def _without_tiny(x: Array, spec: Spec, xp: Any) -> Array:

@@ -6,23 +6,26 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._missing import marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
+from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
+from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -34,7 +37,6 @@ RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
 ScaleMode = Literal["floor", "ceil", "even", "rceil"]
 OnClip = Literal["saturate", "raise"]
 
-DIALECTS = ("aqt_lite",)
 ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
 
 
@@ -52,9 +54,14 @@ def quantize(
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
     key: int | AnyArray | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
+    mask: AnyArray | None = None,
+    fill_value: float | Sequence[float] | None = None,
+    missing: Literal["nan"] | None = None,
     on_clip: OnClip = "saturate",
+    max_abs_err: float | None = None,
+    max_rel_err: float | None = None,
     backend: str | None = None,
 ) -> QArray:
     """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
@@ -69,7 +76,7 @@ def quantize(
     dtype : str, or a dtype or format object
         A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
         and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
-        docs/formats.md.
+        docs/formats.md. With ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -96,9 +103,21 @@ def quantize(
         NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
         with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as zero, and infinities
         saturating.
+    mask : array of bools, optional
+        True where a value is missing; its shape is that of ``x``, or broadcasts to it. A NumPy masked array says so
+        itself. What is missing has a code of its own, is left out of all statistics, and reads back as NaN: the format
+        is then "int8_nan" for "int8", and so on.
+    fill_value : number or list of numbers, optional
+        Values equal to it are missing. ``q.dequantize(fill_value=...)`` puts it back.
+    missing : {"nan"}, optional
+        NaN are missing values.
     on_clip : {"saturate", "raise"}
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them, or a ValueError that counts them.
+    max_abs_err, max_rel_err : float, optional
+        A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
+        exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -110,9 +129,10 @@ def quantize(
     Raises
     ------
     TypeError
-        ``x`` is no floating-point array; arguments from different backends.
+        ``x`` is no floating-point array; arguments from different backends; a bound where values are not known.
     ValueError
-        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend.
+        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend; a bound that the
+        dtype cannot keep, with the least that it can.
 
     Examples
     --------
@@ -126,11 +146,43 @@ def quantize(
     array([-15, -74, 127], dtype=int8)
     >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
     array([  96.,  288., -192.], dtype=float32)
+    >>> kelvin = np.linspace(270, 305, 1000, dtype="float32")
+    >>> q = aqt_lite.quantize(kelvin, "auto", max_abs_err=0.1)
+    >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
+    ('uint8', True)
     """
-    call = _prepare(
-        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
-        rounding, key,
-    )  # fmt: skip
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite, mask=mask,
+            fill_value=fill_value, missing=missing, on_clip=on_clip, max_abs_err=max_abs_err, max_rel_err=max_rel_err,
+        )  # fmt: skip
+        return _whole(rules, x, dtype, backend)
+    bound = bound_of(max_abs_err, max_rel_err)
+    x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
+    rest = {
+        "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
+        "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip, "backend": backend,
+    }  # fmt: skip
+    if bound is not None:
+        _check_free(bound, scale, zero_point, offset)
+        q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
+    else:
+        if isinstance(dtype, str) and dtype == AUTO:
+            raise ValueError(
+                "dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too"
+            )
+        if may_miss:
+            dtype = with_missing(format_of(dtype))
+        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
+    if scale is None:
+        warn_of_fill_values(x, q, stacklevel=4)
+    return q
+
+
+def _quantized(x: Any, dtype: Any, *, on_clip: str, **how: Any) -> QArray:
+    call = _prepare(x, dtype, **how)
     one_of("on_clip", on_clip, ("saturate", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
@@ -154,7 +206,7 @@ def choose_qparams(
     offset: Literal["data"] | None = None,
     scale_dtype: Any = None,
     scale_mode: ScaleMode | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> tuple[Array | QArray, Array | None]:
@@ -177,6 +229,14 @@ def choose_qparams(
     """
     if offset not in (None, "data"):
         raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, offset=offset, scale_dtype=scale_dtype,
+            scale_mode=scale_mode, nonfinite=nonfinite,
+        )  # fmt: skip
+        q = _whole(rules, x, dtype, backend)
+        return q.scale, q.zero_point if q.offset is None else q.offset
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend,
         offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,
@@ -190,7 +250,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
-def dequantize(q: QArray, dtype: Any = None) -> Array:
+def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
@@ -199,6 +259,8 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     dtype : str, optional
         Floating-point type of the result; by default the type that was quantized. A wider type shows the product before
         it was rounded to a narrower source type.
+    fill_value : float, optional
+        What missing values become, instead of NaN; rounded to the type of the result.
 
     Raises
     ------
@@ -213,7 +275,7 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
-    return q.dequantize(dtype)
+    return q.dequantize(dtype, fill_value=fill_value)
 
 
 @naming_the_argument
@@ -230,7 +292,7 @@ def fake_quantize(
     scale_mode: ScaleMode | None = None,
     rounding: RoundingMode = "half_even",
     key: int | AnyArray | None = None,
-    dialect: str = "aqt_lite",
+    dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> Array:
@@ -246,6 +308,15 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite,
+        )  # fmt: skip
+        x, b = as_float_array(x, "x", backend, may_detach=False)
+        values = _whole(rules, b.stop_gradient(x), dtype, None).dequantize()
+        return b.straight_through(x, values, b.xp.ones_like(x, dtype=b.xp.bool))
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key, may_detach=False,
@@ -300,11 +371,11 @@ class _Call:
 def _prepare(
     x: Any,
     dtype: Any,
-    scheme: str,
-    granularity: Granularity | None,
-    dialect: str,
-    nonfinite: str,
-    backend: str | None,
+    scheme: str = "symmetric",
+    granularity: Granularity | None = None,
+    dialect: str | Dialect = "aqt_lite",
+    nonfinite: str = "raise",
+    backend: str | None = None,
     scale: Any = None,
     zero_point: Any = None,
     offset: Any = None,
@@ -315,10 +386,10 @@ def _prepare(
     *,
     may_detach: bool = True,
 ) -> _Call:
-    form = _format_asked_for(dtype, scale_dtype, scale_mode)
+    rules = dialect_of(dialect)
+    form = _format_asked_for(dtype, scale_dtype, scale_mode, rules)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
-    one_of("dialect", dialect, DIALECTS)
     one_of("rounding", rounding, ROUNDINGS)
     from_data = isinstance(offset, str)
     if from_data:
@@ -329,6 +400,10 @@ def _prepare(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )
     element = form.element
+    if from_data and element.missing == 0:
+        raise ValueError(
+            f"offset='data' is where code 0 lies, but of {form.name} that is what is missing: use int{element.bits}"
+        )
     if not element.signed and not element.middle and offset is None and scale is None:
         raise ValueError(f"{form.name} has no number below zero: give offset='data', or a scale for values above zero")
     if scheme == "affine" and offset is None and not element.zero_points:
@@ -338,7 +413,7 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
-        x = b.check_when_computed(x, _check_chunk)
+        x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
     if x.ndim == 0 and form.group is not None and granularity == form.granularity:
         raise ValueError(
@@ -351,7 +426,10 @@ def _prepare(
         offset=has_offset,
         rounding=rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
+        dialect=rules.for_format(form),
     )
+    if rules is not AQT_LITE:
+        _check_dialect(rules, form, recipe, scale_dtype, scale is not None)
     made_of = _key_of(key, rounding, x, b)
     if scale is None:
         for name, value in (("zero_point", zero_point), ("offset", None if from_data else offset)):
@@ -370,7 +448,9 @@ def _prepare(
     if isinstance(scale, QArray):
         scale = _kept_scale(scale, spec, grid_of(tuple(x.shape), spec.block), b)
     else:
-        scale = placed("scale", scale, source.compute, partial(check_scale, spec=spec, with_offset=has_offset))
+        scale = placed(
+            "scale", scale, source.compute, partial(check_scale, spec=spec, least=affine.least_scale(spec, recipe))
+        )
     if zero_point is not None:
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
     if has_offset:
@@ -378,8 +458,76 @@ def _prepare(
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
 
 
-def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
+_UNSAID = {"scheme": "symmetric", "rounding": "half_even", "nonfinite": "raise", "on_clip": "saturate"}
+
+
+def _check_nothing_else(rules: Dialect, **options: Any) -> None:
+    """ValueError where something is chosen that the dialect chooses itself."""
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value == _UNSAID.get(name)):
+            raise ValueError(
+                f"{name} is given, but dialect={rules.name!r} chooses all but the dtype itself: leave it out"
+            )
+
+
+def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
+    assert rules.whole is not None
+    name = dtype if isinstance(dtype, str) else format_of(dtype).name
+    made: QArray = rules.whole(x, name, backend=backend)
+    return made
+
+
+def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
+    """ValueError where the original has no such thing."""
+    if recipe.offset:
+        raise ValueError(f"dialect={rules.name!r} has zero points, and no offsets: leave offset out")
+    if scale_dtype is not None:
+        raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
+    scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
+    known = rules.formats(scheme)
+    if known is not None and form.name not in known:
+        what = "scales for" if given else scheme
+        raise ValueError(
+            f"dialect={rules.name!r} has no {what} {form.name}: it has {', '.join(known) or 'none'}; 'aqt_lite' has all"
+        )
+
+
+_HOW_TO_KNOW = {
+    True: "quantize outside the compiled function",
+    False: "compute them first, for instance with x.compute()",
+}
+
+
+def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
+    """ValueError where something is given that a bound is to choose."""
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
+        if value is not None and not (name == "offset" and isinstance(value, str)):
+            raise ValueError(
+                f"{name} and {bound.argument} are both given: the bound chooses it; to check one of your own, "
+                "see the largest error of error_report(x, q)"
+            )
+
+
+def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
+    x, b = as_float_array(x, "x", rest["backend"])
+    if not b.has_values(x):
+        way = _HOW_TO_KNOW[b.is_traced(x)]
+        raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
+    asked: Way = {}  # where the default may be replaced
+    if offset is not None or scheme != "symmetric":
+        asked = {"scheme": scheme, "offset": offset}
+
+    def make(form: Format, way: Way) -> QArray:
+        return _quantized(x, form, **way, **rest)
+
+    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss)
+
+
+def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
     form = format_of(dtype)
+    part = rules.for_format(form).power_rounding
+    if part is not None and scale_mode is None and form.top == "power of two":
+        form = replace(form, scale_rounding=part)
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))
@@ -455,7 +603,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
-        _check_chunk(b.to_numpy(x))
+        _check_chunk(b.to_numpy(x), may_miss=spec.element.missing is not None)
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
@@ -464,20 +612,32 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
             f"between {form.element.smallest:.3g} and {form.element.max:.3g}; use 'bfloat16', 'float32' or "
             "'float8_e8m0fnu'"
         )
+    rules = call.recipe.dialect
+    if rules is not AQT_LITE and not call.recipe.ignore_nonfinite:
+        raise ValueError(
+            f"dialect={rules.name!r}: the range of a block overflows {spec.source.compute}, as in the original: "
+            "divide x by a power of two, or use dialect='aqt_lite', which has no such limit"
+        )
 
 
-def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> None:
-    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite."""
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
+    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite.
+
+    Where values ``may_miss``, NaN says that they do.
+    """
     with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        bad = ~np.isfinite(values)
+        bad = np.isinf(values) if may_miss else ~np.isfinite(values)
     if not bad.any():
         return
     where = "" if start is None else f" in the chunk at {start}"
     offsets = start or (0,) * bad.ndim
     first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    if may_miss:
+        kind = "values that are infinite, or NaN and not said to be missing,"
+        way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"
     raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
-        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+        f"x has {int(bad.sum())} {kind} of {bad.size}{where}, the first at index {first}: mend them, or {way}"
     )
 
 

@@ -1,7 +1,7 @@
 """Packed data as the CF conventions have it: integers with ``scale_factor``, ``add_offset`` and ``_FillValue``.
 
 Owns: the choice of a packing that keeps a bound, the arithmetic of the readers and writers that everybody has (xarray,
-netCDF4), and the proof, element by element. Imports: walking through arrays (``report``), the container. It needs NumPy
+netCDF4), and the proof, element by element. Imports: walking through arrays (``_parts``), the container. It needs NumPy
 alone; :mod:`aqt_lite.xarray` has it for labelled arrays.
 
 A reader computes ``code * scale_factor + add_offset``, rounding twice, in float32 or float64, fused or not, as its
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._parts import boxes, memory_order
 from aqt_lite.qarray import QArray
-from aqt_lite.report import boxes, memory_order
 
 __all__ = ["DTYPES", "Packing", "check_bound", "check_within", "choose_packing", "limits_of"]
 

@@ -249,6 +249,21 @@ def _check_reciprocal(b: Backend, floats: tuple[str, ...]) -> _Pairs:
         yield b.compiled(_reciprocal)(b.asarray(np.asarray([np.nan], compute)), b=b), np.asarray([np.nan], compute)
 
 
+def _check_quotient(b: Backend, floats: tuple[str, ...]) -> _Pairs:
+    rng = np.random.default_rng(6)
+    for compute in sorted({FLOAT_TYPES[name].compute for name in floats}):
+        width = np.finfo(compute).maxexp / 2 - 2
+        y = (2.0 ** rng.uniform(-width, width, 20000)).astype(compute)
+        x = (rng.standard_normal(20000) * 2.0 ** rng.uniform(-width, width, 20000)).astype(compute)
+        whole = rng.integers(1, 1 << 11, (2, 2000)).astype(compute)  # quotients near the middle between two numbers
+        odd = (
+            np.asarray([0.0, np.inf, -np.inf, np.nan, 1.0], compute),
+            np.asarray([3.0, 3.0, 3.0, 3.0, np.nan], compute),
+        )
+        for above, below in ((x, y), (whole[0], whole[1]), odd):
+            yield b.compiled(_quotient)(b.asarray(above), b.asarray(below), b=b), above / below
+
+
 def _check_powers(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     for compute in sorted({FLOAT_TYPES[name].compute for name in floats}):
         low, high = (-126, 128) if compute == "float32" else (-1022, 1024)
@@ -280,6 +295,10 @@ def _check_integer_matmul(b: Backend, floats: tuple[str, ...]) -> _Pairs:
 
 def _reciprocal(x: Any, *, b: Backend) -> Any:
     return b.reciprocal(x)
+
+
+def _quotient(x: Any, y: Any, *, b: Backend) -> Any:
+    return b.quotient(x, y)
 
 
 def _fraction_and_exponent(x: Any, *, b: Backend) -> Any:
@@ -421,6 +440,7 @@ _CHECKS: dict[str, Callable[[Backend, tuple[str, ...]], _Pairs]] = {
     "asarray and to_numpy": _check_transport,
     "int_limits": _check_int_limits,
     "reciprocal": _check_reciprocal,
+    "quotient": _check_quotient,
     "powers of two": _check_powers,
     "integer_matmul": _check_integer_matmul,
     "quantize and dequantize": _check_quantize,

@@ -110,3 +110,31 @@ def every_finite(dtype):
     with np.errstate(invalid="ignore"):  # signalling NaN
         x = x[np.isfinite(x)]
     return x.reshape(-1, 1024 if dtype == "float16" else 128)
+
+
+def rows_for_dialects(bits, seed, columns=64):
+    """Rows whose calibration puts values next to ties under one of several conventions, and blocks of every kind."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.standard_normal(columns) * 10.0 ** rng.uniform(-3, 3) for _ in range(4)]
+    rows += [np.abs(rows[0]), -np.abs(rows[1]), np.zeros(columns), np.full(columns, 3.7), np.full(columns, -0.02)]
+    rows += [rng.standard_normal(columns) * 1e-28, rng.standard_normal(columns) * 1e34]
+    half = 2.0 ** (bits - 1)
+    for steps in (half - 1, half - 0.5, half) * 2:  # what the largest magnitude becomes
+        top = float(np.float32(rng.uniform(0.5, 40)))
+        ties = (rng.integers(-half, half, columns) + 0.5) * (top / steps)
+        row = np.clip(_moved_a_little(ties, rng), -top, top)
+        row[rng.integers(columns)] = top * rng.choice([-1, 1])
+        rows.append(row)
+    for _ in range(6):  # zero points of every parity
+        low, high = (float(np.float32(sign * rng.uniform(0.1, 9))) for sign in (-1, 1))
+        scale = (high - low) / (2 * half - 1)
+        ties = (rng.integers(0, 2 * half, columns) - np.round(-low / scale) + 0.5) * scale
+        row = np.clip(_moved_a_little(ties, rng), low, high)
+        row[:2] = low, high
+        rows.append(row)
+    return np.stack(rows).astype(np.float32)
+
+
+def _moved_a_little(x, rng):
+    near = x.astype(np.float32)
+    return near + np.spacing(near) * rng.integers(-2, 3, len(near)).astype(np.float32)

@@ -41,7 +41,7 @@ def test_tables_of_formats_are_what_the_records_say():
 CHECKS = [
     "assert quantized['layer0']['kernel'] is params['layer0']['kernel'] and quantized['layer1']['kernel'].bits == 4",
     "assert y.shape == (4, 256) and isinstance(w, aqt_lite.QArray) and w.backend == 'jax'",
-    "assert np.abs(field_again - field).max() <= q.scale.max() and 4 * q.nbytes < 1.1 * field.nbytes",
+    "assert np.nanmax(np.abs(field_again - field)) <= 0.05 and 4 * q.nbytes < field.nbytes and q.mask.any()",
     "assert q.backend == 'torch' and y.shape == (4, 256)",
     "assert tree['layer']['w'].dtype == 'nvfp4' and tree['step'] == 7",
     "assert q.nbytes / w.size == 0.5625 and y.shape == (4, 256) and seven.bits == 3",
@@ -75,13 +75,25 @@ def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():
     assert printed.split()[-4:] == ["seven", "float5_e2m2", "int12", "bfloat16"]
 
 
+def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
+    text = (ROOT / "docs" / "dialects.md").read_text()
+    assert script("dialects_table").filled(text) == text, "run python benchmarks/dialects_table.py --write"
+    printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
+    assert printed.split() == ["True", "-127", "-128", "uint8", "(4,", "2)"]
+
+
 @needs("jax", "torch")
 def test_the_code_of_the_page_of_models_runs(tmp_path):
+    for framework in ("equinox", "flax"):
+        pytest.importorskip(framework, reason=f"{framework} is not installed: requirements-dev.txt has it")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     checks = "assert y.shape == (3, 10) and logits.shape == (5, 10) and scores.shape == (7, 10)\n"
     checks += "assert isinstance(small.layers[0].weight, aqt_lite.QArray) and quantized['out'] == params['out']\n"
+    checks += "assert found.shape == (2, 7, 10)\n"
+    checks += "assert classes.shape == (2, 7, 10) and len(jax.tree.leaves(trained)) == 6\n"
     printed = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path)
     assert "hidden/kernel" in printed
+    assert "attention/query/kernel" in printed
     assert "SQNR, dB" in printed
 
 
@@ -94,6 +106,17 @@ def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
         "cannot load model.safetensors: leaf 'embed': the file holds nvfp4 of float32 in blocks of (1, 16)"
     )
     assert "and the template mxfp4 of float32" in third
+
+
+def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "science.md").read_text(), flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path).splitlines()
+    assert printed[0].startswith("uint8 3.99")
+    assert printed[0].endswith("True")
+    assert "int8 cannot keep max_abs_err=1e-09: it keeps max_abs_err=0.06" in printed[1]
+    assert [line.split()[-2] for line in printed[2:4]] == ["uint16", "uint8"]
+    assert printed[4:6] == ["int8_nan True True", "True"]
+    assert printed[-1].startswith("missing values")
 
 
 def blocks_of_fields():

@@ -589,6 +589,7 @@ def test_an_executable_of_another_process(tmp_path):
     assert in_another_process(common + write, tmp_path / "f") == in_another_process(common + read, tmp_path / "f")
 
 
+@pytest.mark.exhaustive  # half a minute in a process of its own
 def test_without_compiled_loops():
     program = """
         import numpy as np, aqt_lite

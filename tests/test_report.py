@@ -13,8 +13,9 @@ from optional import needs
 
 import aqt_lite.report
 from aqt_lite import ErrorReport, PerBlock, PerChannel, PerGroup, PerTensor, QArray, error_report, quantize
+from aqt_lite._parts import boxes
 from aqt_lite._registry import get_backend
-from aqt_lite.report import boxes, representable_range
+from aqt_lite.report import representable_range
 
 X = (np.random.default_rng(0).standard_normal((6, 10)) * 5).astype("float32")
 

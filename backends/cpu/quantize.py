@@ -215,7 +215,7 @@ def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Bloc
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
     grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
-    magnitudes = recipe.symmetric or choose is affine.usable_qparams  # all that these look at
+    magnitudes = recipe.of_magnitudes or choose is affine.usable_qparams  # all that these look at
     ends = np.zeros((1, *grid), source) if magnitudes else np.full((2, *grid), np.inf, source)
     if not magnitudes:
         ends[1] = -np.inf
@@ -224,8 +224,8 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
         low = None
-        if recipe.ignore_nonfinite:
-            known = np.isfinite(part)
+        known = affine.counted(part, spec, recipe, np)
+        if known is not None:
             fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
             if not magnitudes:
                 low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)

@@ -44,7 +44,7 @@ LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
 LARGEST_NUMBER = 2.0**12
-"""Magnitude below which numbers of codes lie whose products with scales below 2^100 are finite, as the loops rely on."""
+"""Magnitude of numbers of codes below which their products with scales below 2^100 are finite."""
 
 _FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
@@ -117,7 +117,7 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
     Groups, where the contracted axis has some, are to be whole vectors; that axis lies last.
     """
     loops, element = runtime.decoding_loops(), spec.element
-    if loops is None or contract != 1 or w.scale is None or w.offset is not None:
+    if loops is None or contract != 1 or w.scale is None or w.offset is not None or element.missing is not None:
         return False
     if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
         return False

@@ -81,6 +81,11 @@ class JaxBackend(Backend):
         bitcast = jax.lax.bitcast_convert_type
         return _exact.reciprocal(x, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
 
+    def quotient(self, x: Array, y: Array) -> Array:
+        integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
+        bitcast = jax.lax.bitcast_convert_type
+        return _exact.quotient(x, y, xp=jnp, bitcast=bitcast, integer=integer, bits=integer)
+
     def largest(self, x: Array, *, axis: Any, keepdims: bool) -> Array:
         # The maximum over the devices of a sharded axis forgets NaN (XLA's all-reduce on CPU, jax 0.10), not infinity.
         return jnp.max(jnp.where(jnp.isnan(x), jnp.inf, x), axis=axis, keepdims=keepdims)
@@ -122,6 +127,12 @@ class JaxBackend(Backend):
         form = jax.eval_shape(lambda: part(0)[1])
         shape = (*form.shape[:axis], length, *form.shape[axis + 1 :])
         return jax.lax.fori_loop(0, -(-length // size), step, jnp.zeros(shape, form.dtype))
+
+    def mapped(self, function: Callable[[Any, Any], Array], x: Array, stack: Any, length: int) -> Array:
+        # one after the other on a CPU: mapped over (vmap), a condition becomes both of its branches
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda each: function(*each), (x, stack))
+        return jax.vmap(function)(x, stack)
 
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])

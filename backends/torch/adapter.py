@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from aqt_lite import _exact
 from aqt_lite._namespace import Array, wrapped_namespace
 from aqt_lite._protocol import Backend
-from aqt_lite.elements import Codebook, Float, Integer
+from aqt_lite.elements import Codebook, Float, FloatOrMissing, Integer, IntegerOrMissing
 from aqt_lite.formats import Format
 
 
@@ -89,6 +89,11 @@ class TorchBackend(Backend):
             return 1.0 / x  # correctly rounded on every device; only float32 division is approximated
         return _exact.reciprocal(x, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
 
+    def quotient(self, x: Array, y: Array) -> Array:
+        if x.dtype == torch.float64 or x.device.type == "cpu":
+            return x / y
+        return _exact.quotient(x, y, xp=self.xp, bitcast=_bitcast, integer=torch.int64, bits=torch.int32)
+
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         x = self.computed_once(x)
         # zero and NaN stay what they are
@@ -158,7 +163,8 @@ class TorchBackend(Backend):
             flatten_with_keys_fn=with_keys,
         )
         # torch.load(weights_only=True) trusts them: fields, and no code
-        torch.serialization.add_safe_globals([cls, Format, Codebook, Float, Integer])
+        kinds = Codebook, Float, Integer, FloatOrMissing, IntegerOrMissing
+        torch.serialization.add_safe_globals([cls, Format, *kinds])
 
 
 def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:

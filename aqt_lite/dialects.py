@@ -1,0 +1,296 @@
+"""Dialects: how other libraries choose scales, zero points and codes.
+
+Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements and formats, as types of arguments alone.
+
+A dialect is one record below, or one that a user writes and hands to ``dialect=``; ``affine`` reads its fields, and
+nothing in the library asks for its name. Each is held against its original (tests/test_dialects.py); docs/dialects.md
+is made from the table. All compute in float32 (in float64 for float64 values), whatever the type of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aqt_lite.elements import ElementType
+from aqt_lite.formats import Format
+
+__all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
+
+Reach = Literal["top", "half range", "each side"]
+
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Rules by which a library chooses scales, zero points and codes. The defaults are this library's own.
+
+    Parameters
+    ----------
+    name : str
+        What ``dialect=`` names.
+    symmetric, affine : tuple of str, optional
+        Formats whose scales the original chooses in either scheme; None: all.
+    given : tuple of str, optional
+        Formats that it has with given scales; None: the same.
+    reach : {"top", "half range", "each side"}
+        What the largest magnitude of a block becomes, where the scheme is symmetric: the largest number that has an
+        opposite (127 of int8); half the range of the numbers (127.5); or that on its own side, whichever side asks for
+        the larger scale (-128 or 127).
+    reaches : tuple of (str, float)
+        What it becomes in formats that are exceptions.
+    narrow_from : int, optional
+        Bits of a code from which on symmetric codes leave out the lowest of signed types (-128 of int8), which has no
+        opposite; None: they never do.
+    divides_range : bool
+        Whether a statistic is divided by what it becomes; else it is multiplied by the rounded reciprocal of that.
+    divides : bool
+        Whether values are divided by the scale; else they are multiplied by its rounded reciprocal.
+    zero_first : bool
+        Whether the zero point is added before rounding. At ties an odd zero point then tells the two apart.
+    divides_zero : bool, optional
+        Whether the zero point is found by dividing by the scale; None: as ``divides_range``.
+    zero_of_zeros : int, optional
+        The zero point of blocks of zeros, where the rules give it no value.
+    least_range : float
+        Statistics below it count as ``range_instead``, by default as this.
+    least_scale : float, optional
+        A scale below it is replaced by ``instead``; None: by this library's rules, under which blocks of zeros have
+        scale 1, and no number that matters is subnormal.
+    instead : float, optional
+        By default ``least_scale``.
+    of_floats, of_blocks : Dialect, optional
+        Rules for element types that are floats, and for block formats, where they are others.
+    power_rounding : float, optional
+        Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
+        the format or ``scale_mode=`` says.
+    kept_of_zeros : int, optional
+        The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    whole : callable, optional
+        ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
+        Nothing but the dtype can then be chosen.
+    source : str
+        Package and version that it was held against, and the functions.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> aqt_lite.quantize([1.0, -2.0, 0.5], "int8", dialect="torch")
+    QArray(qvalue=array([  64, -128,   32], dtype=int8), scale=array([0.01568628], dtype=float32), dtype='int8')
+    >>> mine = aqt_lite.Dialect("mine", reach="half range", narrow_from=8, divides=True)
+    >>> aqt_lite.quantize([1.0, -2.0, 0.5], "int8", dialect=mine).qvalue.tolist()
+    [64, -127, 32]
+    """
+
+    name: str
+    symmetric: tuple[str, ...] | None = None
+    affine: tuple[str, ...] | None = None
+    given: tuple[str, ...] | None = None
+    reach: Reach = "top"
+    reaches: tuple[tuple[str, float], ...] = ()
+    narrow_from: int | None = 2
+    divides_range: bool = False
+    divides: bool = False
+    zero_first: bool = False
+    divides_zero: bool | None = None
+    zero_of_zeros: int | None = None
+    least_range: float = 0.0
+    range_instead: float | None = None
+    least_scale: float | None = None
+    instead: float | None = None
+    of_floats: Dialect | None = None
+    of_blocks: Dialect | None = None
+    power_rounding: float | None = None
+    kept_of_zeros: int | None = None
+    whole: Callable[..., Any] | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reach not in ("top", "half range", "each side"):
+            raise ValueError(f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range' or 'each side'")
+        for field, value in (
+            ("least_range", self.least_range),
+            ("least_scale", self.least_scale),
+            ("instead", self.instead),
+        ):
+            if value is not None and not (value == 0 or 2.0**-126 <= value <= 2.0**126):
+                raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
+        if self.instead is not None and self.least_scale is None:
+            raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
+
+    def for_format(self, form: Format) -> Dialect:
+        """The rules for a format."""
+        if form.scale is not None:
+            return self.of_blocks or self
+        return self if form.element.zero_points else self.of_floats or self
+
+    def formats(self, scheme: str) -> tuple[str, ...] | None:
+        """Those of "symmetric", "affine" or "given" scales; None: all."""
+        chosen: tuple[str, ...] | None = getattr(self, scheme)
+        if chosen is not None or scheme != "given" or self.symmetric is None or self.affine is None:
+            return chosen
+        return tuple(dict.fromkeys(self.symmetric + self.affine))
+
+    def narrow(self, element: ElementType) -> bool:
+        """Whether symmetric codes reach no farther below zero than above it."""
+        return self.narrow_from is not None and element.bits >= self.narrow_from
+
+    def largest(self, element: ElementType) -> float | None:
+        """What the largest magnitude of a block becomes; None: what the format says."""
+        for name, number in self.reaches:
+            if name == element.name:
+                return number
+        return (element.max - element.min) / 2 if self.reach == "half range" else None
+
+
+AQT_LITE = Dialect("aqt_lite", source="this library: docs/numerics.md")
+
+_EPS, _NORMAL = 2.0**-23, 2.0**-126  # of float32
+
+
+def _of_bits(*bits: int, unsigned: bool = True) -> tuple[str, ...]:
+    return tuple(f"{sign}int{n}" for sign in ("", "u")[: 1 + unsigned] for n in bits)
+
+
+DIALECTS = {
+    d.name: d
+    for d in [
+        AQT_LITE,
+        Dialect(
+            "onnx",
+            symmetric=("int4", "int8", "int16"),
+            affine=("uint8",),
+            given=(*_of_bits(2, 4, 8, 16), *_FLOAT8, "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn"),
+            reach="half range",
+            reaches=(("int8", 127.0), ("int16", 32767.0)),
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            least_scale=_NORMAL,
+            instead=1.0,
+            source="onnxruntime 1.32.0: QuantizeLinear, DynamicQuantizeLinear; symmetric: quantization.quantize_data",
+        ),
+        Dialect(
+            "torch",
+            symmetric=("int8", "uint8"),
+            affine=("int8", "uint8"),
+            given=_of_bits(8, 16),
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            least_scale=_EPS,
+            source="torch 2.13.0: MinMaxObserver; quantized_decomposed.quantize_per_tensor; fake_quantize",
+        ),
+        Dialect(
+            "torch_per_channel",
+            symmetric=("int8", "uint8"),
+            affine=("int8", "uint8"),
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            zero_first=True,
+            least_scale=_EPS,
+            source="torch 2.13.0: PerChannelMinMaxObserver, quantize_per_channel (quantized tensors)",
+        ),
+        Dialect(
+            "torchao",
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8, "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"),
+            affine=_of_bits(2, 3, 4, 5, 6, 7, 8),
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            least_scale=_NORMAL,
+            of_floats=Dialect("torchao", divides_range=True, divides=True),
+            of_blocks=Dialect("torchao", kept_of_zeros=0),
+            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8; MX: to_mx",
+        ),
+        Dialect(
+            "torchao_no_clipping",
+            symmetric=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+            affine=(),
+            reach="each side",
+            narrow_from=None,
+            divides_range=True,
+            least_scale=_NORMAL,
+            source="torchao 0.18.0: choose_qparams_affine with SYMMETRIC_NO_CLIPPING_ERR, quantize_affine",
+        ),
+        Dialect(
+            "qwix",
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), *_FLOAT8),
+            affine=_of_bits(4, 8, unsigned=False),
+            reach="half range",
+            narrow_from=None,
+            zero_first=True,
+            divides_zero=True,
+            least_scale=2.0**-63,
+            instead=1.0,
+            source="qwix 0.1.8 with jax 0.10.2 on a CPU: quantize with absmax or minmax",
+        ),
+        Dialect(
+            "compressed-tensors",
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn", "mxfp8_e4m3", "mxfp4"),
+            affine=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            zero_first=True,
+            zero_of_zeros=0,
+            least_scale=_NORMAL,
+            instead=_EPS,
+            of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
+            source="compressed-tensors 0.20.0: calculate_qparams, quantize",
+        ),
+        Dialect(
+            "quanto",
+            symmetric=("int8", *_FLOAT8),
+            affine=(),
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            source="optimum-quanto 0.2.7: AbsmaxOptimizer, quantize_symmetric",
+        ),
+        Dialect(
+            "bitsandbytes",
+            symmetric=("nf4",),
+            affine=(),
+            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit, whole blocks",
+        ),
+        Dialect(
+            "tflite",
+            symmetric=_of_bits(2, 4, 8, 16, unsigned=False),
+            affine=_of_bits(4, 8, 16, unsigned=False),
+            narrow_from=8,
+            divides_range=True,
+            divides=True,
+            zero_first=True,
+            least_range=1e-9,
+            least_scale=0.0,
+            source="ai-edge-quantizer 0.10.0: tensor_zp_scale_from_min_max, uniform_quantize",
+        ),
+        Dialect(
+            "aqt",
+            symmetric=_of_bits(4, 8, unsigned=False),
+            affine=(),
+            reach="half range",
+            least_range=_NORMAL,
+            range_instead=1.0,
+            source="aqtp 0.9.0 with jax 0.10.2 on a CPU: quantizer_make",
+        ),
+    ]
+}
+"""Every dialect that ``dialect=`` may name. Modules that own rules of a library's own, such as ``ggml``, add theirs."""
+
+
+def dialect_of(dialect: Any) -> Dialect:
+    """The dialect that users mean: by name, or the record itself."""
+    if isinstance(dialect, Dialect):
+        return dialect
+    if not isinstance(dialect, str):
+        raise TypeError(f"dialect is a {type(dialect).__name__}: give a name, or an aqt_lite.Dialect")
+    found = DIALECTS.get(dialect)
+    if found is None:
+        raise ValueError(f"dialect={dialect!r} is not known: use one of {', '.join(map(repr, DIALECTS))}, or a Dialect")
+    return found

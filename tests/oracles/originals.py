@@ -1,0 +1,276 @@
+"""The libraries whose dialects this one speaks, each as one function: float32 rows in, codes, scales, zero points out.
+
+Owns: which functions of which version are meant, in one place. Each package is imported where it is used, so that the
+golden vectors can be made where their pins fight. Rows are blocks: an original that knows no groups is given them so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
+"""Codes of (rows, columns); float32 scales and int32 zero points, one a row; of block formats the codes of scales."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A library, and what it makes of rows that each share a scale."""
+
+    packages: tuple[str, ...]
+    quantize: Callable[[np.ndarray, str, str], Found]
+    """(x, dtype, scheme): a scale for each row."""
+
+    def versions(self) -> dict[str, str]:
+        """Raises PackageNotFoundError where one is not installed."""
+        return {name: importlib.metadata.version(name).partition("+")[0] for name in self.packages}
+
+
+def _bits(dtype: str) -> tuple[bool, int]:
+    return not dtype.startswith("u"), int(dtype.lstrip("uint"))
+
+
+# ---- torch
+
+
+def _decomposed(rows: Any, scale: Any, zero: Any, kind: Any) -> np.ndarray:
+    """What exports hold; fake_quantize gives the same codes, as values."""
+    import torch
+    import torch.ao.quantization.fx._decomposed  # registers the operators
+
+    low, high, plain = (-128, 127, torch.int8) if kind == torch.qint8 else (0, 255, torch.uint8)
+    codes = torch.ops.quantized_decomposed.quantize_per_channel(rows, scale, zero, 0, low, high, plain)
+    faked = torch.fake_quantize_per_channel_affine(rows, scale, zero.int(), 0, low, high)
+    assert torch.equal(faked, (codes.float() - zero[:, None]) * scale[:, None])
+    return codes.numpy()
+
+
+def _quantized_tensor(rows: Any, scale: Any, zero: Any, kind: Any) -> np.ndarray:
+    import torch
+
+    return torch.quantize_per_channel(rows, scale, zero, 0, kind).int_repr().numpy()
+
+
+def _torch(x: np.ndarray, dtype: str, scheme: str, encode: Callable[..., np.ndarray] = _decomposed) -> Found:
+    import torch
+    from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
+    how = torch.per_channel_symmetric if scheme == "symmetric" else torch.per_channel_affine
+    kind = getattr(torch, f"q{dtype}")
+    observer = PerChannelMinMaxObserver(ch_axis=0, dtype=kind, qscheme=how)
+    rows = torch.from_numpy(x)
+    observer(rows)
+    scale, zero = observer.calculate_qparams()
+    codes = encode(rows, scale, zero, kind)
+    return codes, scale.numpy(), zero.numpy().astype(np.int32)
+
+
+# ---- ONNX
+
+
+@functools.cache
+def _dynamic_quantize_linear() -> Any:
+    import onnx
+    import onnxruntime
+
+    graph = onnx.parser.parse_graph(
+        "g (float[n] x) => (uint8[n] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }"
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def _onnx(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from onnxruntime.quantization import quant_utils
+
+    if scheme == "affine":
+        found = [_dynamic_quantize_linear().run(None, {"x": row}) for row in x]
+        codes, scale, zero = (np.stack([f[i] for f in found]) for i in range(3))
+        return codes, scale.reshape(-1), zero.reshape(-1).astype(np.int32)
+    import onnx
+
+    kind = getattr(onnx.TensorProto, dtype.upper())
+    found = [quant_utils.quantize_data(row, kind, symmetric=True) for row in x]
+    zero, scale, codes = (np.stack([np.asarray(f[i]) for f in found]) for i in range(3))
+    return codes, scale.astype(np.float32), zero.astype(np.int32)
+
+
+# ---- torchao
+
+
+def _nibbles(packed: np.ndarray, low_first: bool) -> np.ndarray:
+    """Codes of 4 bits along the last axis."""
+    parts = (packed & 15, packed >> 4) if low_first else (packed >> 4, packed & 15)
+    return np.stack(parts, -1).reshape(*packed.shape[:-1], -1)
+
+
+def _torchao_mx(x: np.ndarray, dtype: str) -> Found:
+    import torch
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+    kinds = {"mxfp8_e4m3": "float8_e4m3fn", "mxfp8_e5m2": "float8_e5m2", "mxfp4": "float4_e2m1fn_x2"}
+    scale, codes = to_mx(torch.from_numpy(x), getattr(torch, kinds[dtype]), 32)
+    codes = codes.view(torch.uint8).numpy()
+    return _nibbles(codes, low_first=True) if dtype == "mxfp4" else codes, scale.view(torch.uint8).numpy(), None
+
+
+def _torchao(x: np.ndarray, dtype: str, scheme: str, mapping: str | None = None) -> Found:
+    if dtype.startswith("mx"):
+        return _torchao_mx(x, dtype)
+    import torch
+    from torchao.quantization import quant_primitives as ao
+
+    rows = torch.from_numpy(x)
+    block = (1, x.shape[1])
+    if dtype.startswith("float8"):
+        scale = ao._choose_scale_float8(rows, block, getattr(torch, dtype))
+        codes = ao._quantize_affine_float8(rows, scale, getattr(torch, dtype))
+        return codes.view(torch.uint8).numpy(), scale.numpy().reshape(-1), None
+    signed, bits = _bits(dtype)
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    kind = torch.int8 if signed else torch.uint8
+    how = getattr(ao.MappingType, mapping or ("SYMMETRIC" if scheme == "symmetric" else "ASYMMETRIC"))
+    scale, zero = ao.choose_qparams_affine(rows, how, block, kind, low, high)
+    codes = ao.quantize_affine(rows, block, scale, zero, kind, low, high)
+    return codes.numpy(), scale.numpy().reshape(-1), zero.numpy().reshape(-1).astype(np.int32)
+
+
+# ---- qwix
+
+
+def _qwix(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import jax.numpy as jnp
+    import qwix
+
+    method = "absmax" if scheme == "symmetric" else "minmax"
+    kind = dtype if dtype in ("int2", "int3", "int5", "int6", "int7", "nf4") else getattr(jnp, dtype)
+    found = qwix.quantize(jnp.asarray(x), kind, channelwise_axes=(0,), calibration_method=method)
+    codes = np.asarray(found.qvalue)
+    codes = codes.view(np.uint8) if codes.dtype.name.startswith("float8") else codes.astype(np.int16)
+    zero = None if found.zero_point is None else np.asarray(found.zero_point).astype(np.int32).reshape(-1)
+    return codes, np.asarray(found.scale).reshape(-1), zero
+
+
+# ---- compressed-tensors
+
+
+def _compressed_mx(rows: Any, dtype: str) -> Found:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    bits = 4 if dtype == "mxfp4" else 8
+    args = QuantizationArgs(
+        num_bits=bits, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8,
+        zp_dtype=torch.uint8,
+    )  # fmt: skip
+    groups = rows.reshape(len(rows), -1, 32)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    values = quantize(rows, scale, None, args)
+    if bits == 8:
+        codes = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    else:
+        import ml_dtypes
+
+        codes = values.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+    return codes, (np.log2(scale.numpy().astype(np.float64)) + 127).astype(np.uint8), None
+
+
+def _compressed_tensors(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    rows = torch.from_numpy(x)
+    if dtype.startswith("mx"):
+        return _compressed_mx(rows, dtype)
+    is_float = dtype.startswith("float8")
+    bits = 8 if is_float else _bits(dtype)[1]
+    args = QuantizationArgs(
+        num_bits=bits, type="float" if is_float else "int", symmetric=scheme == "symmetric", strategy="channel"
+    )
+    scale, zero = calculate_qparams(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), args)
+    kind = torch.float8_e4m3fn if is_float else torch.int8
+    codes = quantize(rows, scale, zero, args, dtype=kind)
+    codes = codes.view(torch.uint8).numpy() if is_float else codes.numpy()
+    return codes, scale.numpy().reshape(-1), None if is_float else zero.numpy().reshape(-1).astype(np.int32)
+
+
+# ---- quanto
+
+
+def _quanto(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from optimum.quanto import AbsmaxOptimizer, qfloat8_e4m3fn, qfloat8_e5m2, qint8
+
+    rows = torch.from_numpy(x)
+    kind = {"int8": qint8, "float8_e4m3fn": qfloat8_e4m3fn, "float8_e5m2": qfloat8_e5m2}[dtype]
+    scale = AbsmaxOptimizer()(rows, kind, axis=0)
+    codes = torch.ops.quanto.quantize_symmetric(rows, kind.dtype, 0, scale)
+    codes = codes.numpy() if dtype == "int8" else codes.view(torch.uint8).numpy()
+    return codes, scale.numpy().reshape(-1), None
+
+
+# ---- bitsandbytes
+
+
+def _bitsandbytes(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(torch.from_numpy(x), blocksize=x.shape[1], quant_type=dtype)
+    codes = _nibbles(packed.numpy().reshape(len(x), -1), low_first=False)
+    return codes, state.absmax.numpy(), None
+
+
+# ---- TFLite
+
+
+def _tflite(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as u
+
+    bits, symmetric = _bits(dtype)[1], scheme == "symmetric"
+    low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    zero, scale = u.tensor_zp_scale_from_min_max(low, high, bits, symmetric, qtyping.QuantGranularity.CHANNELWISE)
+    made = qtyping.UniformQuantParams(
+        scale=scale, zero_point=zero, num_bits=bits, symmetric=symmetric, quantized_dimension=0
+    )
+    codes = u.uniform_quantize(x, made)
+    return codes, scale.reshape(-1), zero.reshape(-1).astype(np.int32)
+
+
+# ---- AQT
+
+
+def _aqt(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import jax.numpy as jnp
+    from aqt.jax.v2 import aqt_quantizer
+
+    quantizer = aqt_quantizer.quantizer_make(_bits(dtype)[1], initialize_calibration=True)
+    found, _ = quantizer.quant(jnp.asarray(x), calibration_axes=(1,))
+    return np.asarray(found.qvalue).astype(np.int16), np.asarray(found.scale[0]).reshape(-1), None
+
+
+ORIGINALS: dict[str, Original] = {
+    "torch": Original(("torch",), _torch),
+    "torch_per_channel": Original(("torch",), functools.partial(_torch, encode=_quantized_tensor)),
+    "onnx": Original(("onnxruntime", "onnx"), _onnx),
+    "torchao": Original(("torchao", "torch"), _torchao),
+    "torchao_no_clipping": Original(
+        ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
+    ),
+    "qwix": Original(("qwix", "jax"), _qwix),
+    "compressed-tensors": Original(("compressed-tensors", "torch"), _compressed_tensors),
+    "quanto": Original(("optimum-quanto", "torch"), _quanto),
+    "bitsandbytes": Original(("bitsandbytes", "torch"), _bitsandbytes),
+    "tflite": Original(("ai-edge-quantizer", "numpy"), _tflite),
+    "aqt": Original(("aqtp", "jax"), _aqt),
+}

@@ -1,0 +1,232 @@
+"""Dialects give the numbers of the libraries that they are named after: golden vectors that those made."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from forms import COMPILED, CONSTANT, JAX, JIT, NUMPY, STRICT, TORCH, Bits, Call, Problem, bits_of, disagreements
+from optional import jax, jnp, needs, torch
+from oracles import dialects as golden
+
+import aqt_lite
+from aqt_lite import Dialect, PerChannel, PerGroup, PerTensor, choose_qparams, dequantize, fake_quantize, quantize
+from aqt_lite.dialects import DIALECTS
+from aqt_lite.testing import assert_same_bits
+
+VECTORS = np.load(golden.FILE)
+NAMES = sorted({key.split("/")[0] for key in VECTORS} - {"x", "made_by"})
+
+
+def recorded(name, dtype, scheme):
+    """x, and the original's codes, scales and zero points."""
+    x = VECTORS[f"x/{aqt_lite.formats.FORMATS[dtype].element.bits}"]
+    return x, tuple(VECTORS[f"{name}/{dtype}/{scheme}/{part}"] for part in ("codes", "scale", "zero_point"))
+
+
+def held(name, forms, every=1):
+    """What the forms give for the golden vectors of a dialect, against those."""
+    problems, wanted = [], []
+    for case in golden.cases(name)[::every]:
+        x, found = recorded(name, *case)
+        problems.append(golden.problem(name, *case, x))
+        q = quantize(x, case[0], scheme=case[1], granularity=golden.granularity_of(case[0]), dialect=name)
+        wanted.append(golden.as_bits(found, bits_of(q), case[0]))
+    return disagreements(problems, wanted, forms)
+
+
+def test_every_dialect_is_held_against_its_original():
+    by_rules = {name for name, d in DIALECTS.items() if d.whole is None}  # others have tests of their own
+    assert set(NAMES) == by_rules - {"aqt_lite"} == set(golden.ORIGINALS)
+    versions = json.loads(str(VECTORS["made_by"]))
+    for name in NAMES:
+        assert golden.cases(name)
+        package = golden.ORIGINALS[name].packages[0]
+        assert f"{package} {versions[name][package]}" in DIALECTS[name].source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_scales_and_zero_points_are_the_originals(name):
+    assert held(name, (NUMPY, TORCH)) == {}
+    assert held(name, (STRICT, JIT), every=4) == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_forms_give_the_originals_numbers(name):
+    assert held(name, (STRICT, JAX, JIT)) == {}
+    assert held(name, (CONSTANT, COMPILED), every=4) == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rule_knows_no_granularity(name):
+    """Groups, tensors and channels along another axis are the same blocks."""
+    cases = [case for case in golden.cases(name) if golden.granularity_of(case[0])]
+    for dtype, scheme in cases[:: max(len(cases) // 3, 1)]:
+        x, _ = recorded(name, dtype, scheme)
+        how = {"dtype": dtype, "scheme": scheme, "dialect": name}
+        rows = quantize(x, granularity=PerChannel(0), **how)
+        groups = quantize(x.reshape(-1), granularity=PerGroup(x.shape[1]), **how)
+        columns = quantize(x.T, granularity=PerChannel(1), **how)
+        np.testing.assert_array_equal(groups.qvalue.reshape(x.shape), rows.qvalue)
+        np.testing.assert_array_equal(columns.qvalue.T, rows.qvalue)
+        for i in (0, 6, len(x) - 1):
+            alone = quantize(x[i], granularity=PerTensor(), **how)
+            np.testing.assert_array_equal(alone.qvalue, rows.qvalue[i])
+            np.testing.assert_array_equal(alone.scale, rows.scale[i])
+            np.testing.assert_array_equal(groups.scale[i], rows.scale[i, 0])
+        assert_same_bits(fake_quantize(x, granularity=PerChannel(0), **how), dequantize(rows))
+        scale, zero_point = choose_qparams(x, granularity=PerChannel(0), **how)
+        assert_same_bits(scale, rows.scale)
+        if zero_point is not None:
+            assert_same_bits(zero_point, rows.zero_point)
+            if dtype in (DIALECTS[name].formats("given") or ()):
+                given = quantize(x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point)
+                assert_same_bits(given.zero_point, rows.zero_point)
+
+
+def test_ragged_groups_and_blocks_of_two_axes():
+    x = np.random.default_rng(0).standard_normal((6, 70)).astype(np.float32)
+    q = quantize(x, granularity=PerGroup(32), dialect="torchao")
+    np.testing.assert_array_equal(
+        q.qvalue[:, 64:], quantize(x[:, 64:], granularity=PerChannel(0), dialect="torchao").qvalue
+    )
+    b = quantize(x, "uint8", scheme="affine", granularity=aqt_lite.PerBlock((3, 35)), dialect="onnx")
+    alone = quantize(x[3:, 35:], "uint8", scheme="affine", granularity=PerTensor(), dialect="onnx")
+    np.testing.assert_array_equal(b.qvalue[3:, 35:], alone.qvalue)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint4", "int4", "float8_e4m3fn", "float8_e5m2"])
+def test_the_operator_of_onnx_with_given_scales(dtype):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: requirements-dev.txt has what needs it")
+    from onnx.reference import ReferenceEvaluator
+
+    x = golden.rows(dtype, 3)
+    x = x[np.abs(x).max(1) < 1e6]
+    scale = np.random.default_rng(1).uniform(0.01, 0.2, (len(x), 1)).astype(np.float32)
+    given = zero_of(dtype, len(x))
+    q = quantize(x, dtype, scale=scale, granularity=PerChannel(0), dialect="onnx", **given)
+    kind = getattr(onnx.TensorProto, dtype.upper().replace("_", ""))
+    zero = given.get("zero_point", np.zeros((len(x), 1))).astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+    graph = onnx.parser.parse_graph(
+        f"g (float[n, k] x, float[n] s, {onnx.TensorProto.DataType.Name(kind).lower()}[n] z) => (float[n, k] y) "
+        "{ y = QuantizeLinear<axis = 0>(x, s, z) }"
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    (wanted,) = ReferenceEvaluator(model).run(None, {"x": x, "s": scale.reshape(-1), "z": zero.reshape(-1)})
+    wanted = wanted.view(np.uint8) if dtype.startswith("float8") else wanted.astype(q.qvalue.dtype)
+    np.testing.assert_array_equal(q.qvalue, wanted)
+
+
+def zero_of(dtype, rows):
+    """Zero points of every parity, where the type has them."""
+    element = aqt_lite.formats.FORMATS[dtype].element
+    if not element.zero_points:
+        return {}
+    low, high = element.codes
+    return {"zero_point": np.random.default_rng(2).integers(low, high + 1, (rows, 1)).astype(np.int32)}
+
+
+@needs("jax", "torch")
+def test_derivatives_go_straight_through():
+    x = np.asarray([[0.3, -1.0, 0.9]], np.float32)
+    of_jax = jax.grad(lambda v: fake_quantize(v, dialect="torch").sum())(jnp.asarray(x))
+    leaf = torch.tensor(x, requires_grad=True)
+    fake_quantize(leaf, dialect="torch").sum().backward()
+    np.testing.assert_array_equal(of_jax, np.ones_like(x))
+    np.testing.assert_array_equal(leaf.grad.numpy(), np.ones_like(x))
+
+
+def test_a_dialect_of_ones_own(backend):
+    """A record is all there is to write: here ModelOpt's range with TFLite's order, dividing."""
+    mine = Dialect("mine", narrow_from=None, divides_range=True, divides=True, zero_first=True, affine=("uint8",))
+    x = golden.rows("int8", 5)[:4]
+    q = quantize(backend.asarray(x), granularity=PerChannel(0), dialect=mine)
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(backend.to_numpy(q.scale), scale)
+    np.testing.assert_array_equal(backend.to_numpy(q.qvalue), np.clip(np.rint(x / scale), -128, 127))
+    with pytest.raises(ValueError, match="dialect='mine' has no affine int8: it has uint8; 'aqt_lite' has all"):
+        quantize(x, scheme="affine", dialect=mine)
+
+
+def test_the_smallest_scales_of_others_are_kept(tmp_path):
+    """torchao goes down to the smallest normal number, a binary step below what this library chooses."""
+    for dtype in ("int2", "int8", "uint8"):
+        q = quantize(np.zeros((2, 8), np.float32), dtype, scheme="affine", dialect="torchao")
+        assert q.scale.min() == np.finfo(np.float32).smallest_normal
+        aqt_lite.save(tmp_path / "q.npz", q)
+        assert_same_bits(aqt_lite.load(tmp_path / "q.npz"), q)
+        again = aqt_lite.QArray.from_codes(q.qvalue, q.scale, q.zero_point, dtype=dtype, granularity=PerTensor())
+        assert_same_bits(again, q)
+
+
+def test_values_of_sixteen_bits_and_of_float64(backend):
+    """The rules are those of float32, which holds float16 exactly; float64 has its own."""
+    x = golden.rows("int8", 1)[:4]
+    for name in ("torch", "tflite"):
+        wide = quantize(x.astype(np.float64), dialect=name)
+        assert wide.scale.dtype == np.float64
+    if backend.name != "array_api_strict":
+        half = x.astype(np.float16)
+        q = quantize(backend.asarray(half), granularity=PerChannel(0), dialect="onnx")
+        same = quantize(half.astype(np.float32), granularity=PerChannel(0), dialect="onnx")
+        np.testing.assert_array_equal(backend.to_numpy(q.qvalue), same.qvalue)
+
+
+def test_what_a_dialect_has_not():
+    x = [1.0, -2.0]
+    for words, how in [
+        (r"dialect='onnx' has no symmetric nf4: it has int4, int8, int16; 'aqt_lite' has all", {"dtype": "nf4"}),
+        (r"dialect='quanto' has no affine int8: it has none", {"dialect": "quanto", "scheme": "affine"}),
+        (r"dialect='onnx' has zero points, and no offsets: leave offset out", {"offset": "data"}),
+        (r"keeps scales in the dtype of its arithmetic: leave scale_dtype out", {"scale_dtype": "float16"}),
+        (r"dialect='torchy' is not known: use one of 'aqt_lite', 'onnx', .* or a Dialect", {"dialect": "torchy"}),
+        (r"dialect='quanto' has no scales for int4", {"dialect": "quanto", "dtype": "int4", "scale": 0.1}),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            quantize(x, **{"dialect": "onnx", **how})
+    with pytest.raises(TypeError, match=r"dialect is a int: give a name, or an aqt_lite\.Dialect"):
+        quantize(x, dialect=3)
+    for words, how in [
+        ("reach='max': use 'top', 'half range' or 'each side'", {"reach": "max"}),
+        ("least_scale=-1.0: give a normal float32", {"least_scale": -1.0}),
+        ("instead=1.0 without least_scale", {"instead": 1.0}),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Dialect("wrong", **how)
+
+
+def test_bad_values_are_refused_in_every_dialect(backend):
+    for name in NAMES:
+        dtype, scheme = golden.cases(name)[0]
+        for bad in (np.nan, np.inf):
+            x = backend.asarray(np.asarray([1.0, bad, -2.0], np.float32))
+            with pytest.raises(ValueError, match="x has 1 non-finite values of 3, the first at index"):
+                quantize(x, dtype, scheme=scheme, dialect=name)
+    with pytest.raises(
+        ValueError, match="the range of a block overflows float32"
+    ):  # the range of these overflows where it is not halved first
+        quantize(backend.asarray(np.asarray([3e38, -3e38], np.float32)), scheme="affine", dialect="torch")
+
+
+def test_a_dialect_that_makes_whole_arrays(backend):
+    x = np.random.default_rng(3).standard_normal((3, 64)).astype(np.float32)
+    there = backend.asarray(x)
+    q = quantize(there, "q4_0", dialect="gguf")
+    assert q.dtype == "q4_0"
+    assert bytes(q.to_bytes("gguf")) == bytes(quantize(x, "q4_0", dialect="gguf").to_bytes("gguf"))
+    assert_same_bits(choose_qparams(there, "q4_0", dialect="gguf")[0], q.scale)
+    assert_same_bits(fake_quantize(there, "q4_0", dialect="gguf"), q.dequantize())
+    for name, value in (("granularity", PerGroup(32)), ("scale", 1.0), ("missing", "nan"), ("rounding", "half_away")):
+        with pytest.raises(ValueError, match=f"{name} is given, but dialect='gguf' chooses all but the dtype itself"):
+            quantize(there, "q4_0", dialect="gguf", **{name: value})
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        quantize(there, "int8", dialect="gguf")
+
+
+def test_problems_of_forms_know_dialects():
+    x = golden.rows("int8", 2)
+    problem = Problem(x, Call("int8", "symmetric", PerChannel(0), dialect="onnx"))
+    q = quantize(x, granularity=PerChannel(0))  # other numbers
+    assert disagreements([problem], [Bits(q.qvalue, q.scale, None, q.dequantize())], (NUMPY,))
