@@ -140,29 +140,35 @@ class Packing:
     def to_qarray(self, codes: Any) -> QArray:
         """``codes`` as a :class:`aqt_lite.QArray`, whose values are those of :meth:`unpack`.
 
+        Where values are missing, of a format that has a code for that, "int8_nan" or "int16_nan".
+
         Raises
         ------
         ValueError
-            Missing values, for which a QArray has no code; codes of 32 bits.
+            Codes of 32 bits; missing values of unsigned types, whose formats keep another code for them.
 
         Examples
         --------
         >>> import numpy as np
         >>> from aqt_lite import cf
-        >>> x = np.asarray([273.15, 280.0, 291.3], "float32")
+        >>> x = np.asarray([273.15, 280.0, np.nan], "float32")
         >>> packing = cf.choose_packing(x, max_abs_err=0.05)
         >>> codes = packing.pack(x)
-        >>> bool((packing.to_qarray(codes).dequantize() == packing.unpack(codes)).all())
+        >>> np.array_equal(packing.to_qarray(codes).dequantize(), packing.unpack(codes), equal_nan=True)
         True
         """
-        codes = np.asarray(codes)
+        codes, form = np.asarray(codes), self.dtype.name
         count = int((codes == self.fill_value).sum())
-        if count:
+        if count and self.dtype.kind == "u":
             raise ValueError(
-                f"{count} of {codes.size} values are missing, and a QArray has no code for that: unpack them"
+                f"{count} of {codes.size} values are missing, and {form} keeps code 0 for that: pack as a signed type"
             )
         return QArray.from_codes(
-            codes, self.scale_factor, offset=self.add_offset, float_dtype=self.scale_factor.dtype.name
+            codes,
+            self.scale_factor,
+            offset=self.add_offset,
+            dtype=f"{form}_nan" if count else form,
+            float_dtype=self.scale_factor.dtype.name,
         )
 
 
