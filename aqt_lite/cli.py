@@ -125,7 +125,9 @@ def _unpack(options: argparse.Namespace) -> None:
     with _opened(options.source, values=True) as ds:
         names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
         bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
-        encoding: dict[Any, Any] = {name: {"_FillValue": bare[name].dtype.type("nan")} for name in names}
+        encoding: dict[Any, Any] = {
+            name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
+        }
         _write(bare, encoding, options.target, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
@@ -151,7 +153,8 @@ def _opened(path: str, *, values: bool = False) -> Any:
     groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
-    ds = xr.open_dataset(path, decode_times=False, cache=False, **how)
+    # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
+    ds = xr.open_dataset(path, decode_times=False, decode_coords="all", cache=False, **how)
     for variable in ds.variables.values():
         variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
         for name in _OF_ZARR:

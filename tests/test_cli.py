@@ -100,6 +100,40 @@ def test_stores_of_zarr(source, tmp_path, capsys):
     assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
 
 
+def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
+    """Bounds of cells, a grid mapping without values, times, text, and a variable without elements."""
+    ds = xr.Dataset(
+        {
+            "t": (("time", "lat"), X[:, :, 0], {"grid_mapping": "crs", "cell_methods": "time: mean"}),
+            "crs": ((), np.int32(0), {"grid_mapping_name": "latitude_longitude", "semi_major_axis": 6378137.0}),
+            "time_bnds": (("time", "nv"), np.asarray([[0.0, 1.1], [1.1, 2.3], [2.3, 3.7]])),
+            "lat_bnds": (("lat", "nv"), np.linspace(-90, 90, 80).reshape(40, 2)),
+            "start": ("time", np.asarray([0.1, 0.2, 0.3]), {"units": "days since 2000-01-01"}),
+            "name": ("time", ["a", "bc", "d"]),
+            "none": (("empty",), np.zeros(0, "float32")),
+        },
+        {
+            "time": ("time", [0.5, 1.7, 3.0], {"units": "days since 2000-01-01", "bounds": "time_bnds"}),
+            "lat": ("lat", np.linspace(-90, 90, 40), {"bounds": "lat_bnds"}),
+        },
+    )
+    ds.to_netcdf(tmp_path / "in.nc")
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.5")
+    assert (status, errors) == (0, "")
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
+        assert set(a.variables) == set(b.variables)
+        for name in set(a.variables) - {"t", "none"}:
+            assert a[name].dtype == b[name].dtype
+            assert np.array_equal(a[name][...], b[name][...])
+        assert a["crs"].__dict__ == b["crs"].__dict__
+        assert (b["t"].grid_mapping, b["time"].bounds, b["lat"].bounds) == ("crs", "time_bnds", "lat_bnds")
+        assert "add_offset" in b["t"].ncattrs()
+    assert run(capsys, "unpack", tmp_path / "out.nc", tmp_path / "back.nc")[0] == 0
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "back.nc") as b:
+        assert set(b["t"].ncattrs()) == {*a["t"].ncattrs(), "max_abs_error"}
+        assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
     with xr.open_dataset(source) as ds:
