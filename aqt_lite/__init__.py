@@ -25,6 +25,7 @@ from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import cf as cf
     from aqt_lite import equinox as equinox
     from aqt_lite import jax as jax
     from aqt_lite import linen as linen
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
+    from aqt_lite import xarray as xarray
+    from aqt_lite import zarr as zarr
 
 __all__ = [
     "Codebook",
@@ -71,13 +74,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_OF_FRAMEWORKS = ("equinox", "jax", "linen", "nnx", "torch")
-_ON_FIRST_USE = (*_OF_FRAMEWORKS, "plots", "testing")  # most programs need none of them
+_OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing``, ``aqt_lite.plots``, ``aqt_lite.torch`` and the like on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.xarray`` and the like on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -87,5 +90,5 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 def __dir__() -> list[str]:
     return sorted(
-        {*globals(), *_ON_FIRST_USE} - {*_OF_FRAMEWORKS}
+        {*globals(), *_ON_FIRST_USE} - {*_OF_A_LIBRARY}
     )  # what looks at every name should not have to import it

@@ -133,6 +133,28 @@ def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
     assert printed[-1].startswith("missing values")
 
 
+def blocks_of_fields():
+    """The code of docs/fields.md: what make test can run, and what needs pyarrow."""
+    text = (ROOT / "docs" / "fields.md").read_text()
+    parts = text.split("<!-- needs pyarrow -->")
+    return ["".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)) for part in parts]
+
+
+def test_the_code_of_the_page_of_fields_runs_and_prints_what_it_says(tmp_path):
+    code, _ = blocks_of_fields()
+    checks = "assert later.sizes['time'] == 2 and codes.dtype == 'int8' and z.nbytes > 3 * z.nbytes_stored()\n"
+    printed = run_in_a_fresh_interpreter(code + checks, tmp_path).splitlines()
+    assert re.fullmatch(r"0\.0\d+ <= 0\.05, int16", printed[0])
+    assert printed[1].startswith("{'scale_factor': np.float32(0.0999")
+
+
+def test_the_code_of_tables_runs(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow takes 170 MB, too much for the development set-up")
+    _, of_tables = blocks_of_fields()
+    values = "import aqt_lite, numpy as np\nvalues = np.random.default_rng(0).random((4, 90, 180), 'float32')\n"
+    run_in_a_fresh_interpreter(values + of_tables, tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

@@ -133,6 +133,17 @@ def test_numpy_science(tmp_path):
     assert (tmp_path / "field.npz").stat().st_size < 512 * 1024 * 4 / 3.9
 
 
+@pytest.mark.exhaustive  # compresses the field 40 times
+def test_fields(tmp_path):
+    output = run(EXAMPLES / "fields.py", tmp_path)
+    assert re.search(r"field_packed\.nc: \d+ bytes, int16, [5-9]\.\dx smaller", output)
+    assert "bound 0.05 K: kept" in output
+    found = [line.split() for line in output.splitlines() if line.startswith(("CF", "aqt_lite.bound"))]
+    assert len(found) == 3 + 7 + 7  # int8 is refused the smaller bounds
+    assert all(float(bits) < 9 and float(error) <= 1 for *_, error, bits in found)
+    assert (tmp_path / "fields.png").stat().st_size > 50_000
+
+
 @pytest.mark.exhaustive
 def test_cross_framework_test():
     root = EXAMPLES.parent
