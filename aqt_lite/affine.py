@@ -47,6 +47,7 @@ __all__ = [
     "inverse_of_largest",
     "quantize",
     "quantize_with",
+    "reaches_an_end",
     "scales",
     "scales_of",
     "usable_qparams",
@@ -240,6 +241,12 @@ def clipped(
     outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
     passes = recipe.ignore_nonfinite or spec.element.missing is not None
     return outside & ~b.xp.isnan(x) if passes else outside
+
+
+def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+    """Whether a code is that of the smallest or the largest number: without one, nothing was clipped."""
+    ends = spec.element.end_codes(recipe.centred(spec))
+    return b.xp.any(codes == codes if ends is None else (codes == ends[0]) | (codes == ends[1]))
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
