@@ -38,6 +38,7 @@ __all__ = [
     "QParams",
     "Recipe",
     "Spec",
+    "beyond",
     "choose_qparams",
     "clipped",
     "counted",
@@ -247,6 +248,13 @@ def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> A
     """Whether a code is that of the smallest or the largest number: without one, nothing was clipped."""
     ends = spec.element.end_codes(recipe.centred(spec))
     return b.xp.any(codes == codes if ends is None else (codes == ends[0]) | (codes == ends[1]))
+
+
+def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Array:
+    """Where ``x`` is finite and outside the range of its block."""
+    xp, v, shape = b.xp, _computable(x, spec, b), tuple(x.shape)
+    outside = (v < spread(low, shape, spec.block, xp)) | (v > spread(high, shape, spec.block, xp))
+    return outside & xp.isfinite(v)
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:

@@ -16,7 +16,6 @@ import numpy as np
 
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
-from aqt_lite._blocks import spread
 from aqt_lite._dispatch import run
 from aqt_lite._missing import marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
@@ -206,9 +205,10 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray
     else:
         w = run(b, affine.quantize_with, constant, call.given, call.key, **static)
     _check_finite(x, w.scale, call)
+    q = QArray._of(w, call.spec)
     if on_clip != "saturate":
-        _check_clipped(constant, w, call, on_clip)
-    return QArray._of(w, call.spec)
+        _check_clipped(constant, w, q, call, on_clip)
+    return q
 
 
 @naming_the_argument
@@ -591,8 +591,11 @@ def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = N
     )
 
 
-def _check_clipped(x: Array, w: affine.Coded, call: _Call, on_clip: str) -> None:
-    """Warn or raise where values were clipped."""
+def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> None:
+    """Warn or raise where values were clipped.
+
+    A warning counts those that lost more than rounding takes: half of the step at the end.
+    """
     b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
     if not b.has_values(x) or not b.has_values(w.codes):
         if on_clip == "warn":
@@ -600,9 +603,15 @@ def _check_clipped(x: Array, w: affine.Coded, call: _Call, on_clip: str) -> None
         raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
     if not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
         return
-    outside = b.to_numpy(run(b, affine.clipped, x, affine.QParams(*w[1:]), call.key, **static))
-    if on_clip == "warn":
-        outside = _beyond_rounding(b.to_numpy(x), outside, w, call)
+    if on_clip == "raise":
+        outside = run(b, affine.clipped, x, affine.QParams(*w[1:]), call.key, **static)
+    else:
+        compute = call.spec.source.compute
+        ends = with_margin(*representable_range(q, slack=True), compute)
+        with np.errstate(over="ignore"):
+            low, high = (b.asarray(end.astype(compute), like=x) for end in ends)
+        outside = run(b, affine.beyond, x, low, high, spec=call.spec)
+    outside = b.to_numpy(outside)
     count = int(outside.sum())
     if not count:
         return
@@ -618,21 +627,3 @@ def _check_clipped(x: Array, w: affine.Coded, call: _Call, on_clip: str) -> None
         ClippingWarning,
         stacklevel=5,
     )
-
-
-def _beyond_rounding(x: Any, outside: Any, w: affine.Coded, call: _Call) -> Any:
-    """Of the places ``outside`` those whose values lost more than rounding takes: half of the step at the end.
-
-    Infinities are none: they saturate because ``nonfinite`` says so.
-    """
-    if not outside.any():
-        return outside
-    q, source = QArray._of(w, call.spec), call.spec.source
-    values = x[outside].astype(np.float64)
-    low, high = (
-        np.broadcast_to(spread(limit, x.shape, call.spec.block, np), x.shape)[outside]
-        for limit in with_margin(*representable_range(q, slack=True), source.compute)
-    )
-    found = np.zeros_like(outside)
-    found[outside] = ((values < low) | (values > high)) & np.isfinite(values)
-    return found
