@@ -24,7 +24,9 @@ from aqt_lite import (
     PerTensor,
     choose_qparams,
     error_report,
+    plan_tree,
     quantize,
+    quantize_tree,
 )
 from aqt_lite._registry import get_backend
 from aqt_lite.bounds import bound_of, candidates, largest_error
@@ -267,6 +269,23 @@ def test_nor_where_torch_has_none():
 def test_nor_where_they_are_not_computed_yet():
     with pytest.raises(TypeError, match=r"x\.compute\(\)"):
         quantize(da.from_array(KELVIN), "auto", max_abs_err=0.1)
+
+
+def test_models_by_rules():
+    tree = {"sst": KELVIN, "rain": np.abs(KELVIN - 290)}
+    whole = {"granularity": PerTensor()}
+    rules = [
+        ("sst", {"dtype": "uint8", "max_abs_err": 0.1, **whole}),
+        ("rain", {"max_abs_err": 0.1, "mask": KELVIN > 300, **whole}),
+    ]
+    assert "uint8" in str(plan_tree(tree, rules))
+    quantized = quantize_tree(tree, rules)
+    assert (quantized["sst"].dtype, quantized["rain"].dtype) == ("uint8", "int8_nan")
+    assert max(errors(KELVIN, quantized["sst"])) <= Fraction(0.1)
+    with pytest.raises(ValueError, match="sst: dtype='auto' depends on values, at which no plan looks"):
+        plan_tree(tree, [("sst", {"dtype": "auto", "max_abs_err": 0.1, **whole}), ("*", None)])
+    with pytest.raises(ValueError, match=r"sst: int4 cannot keep max_abs_err=0\.1"):
+        quantize_tree(tree, [("sst", {"dtype": "int4", "max_abs_err": 0.1, **whole}), ("*", None)])
 
 
 # ---- clipping
