@@ -13,7 +13,7 @@ from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
-from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aqt_lite import zarr as zarr
 
 __all__ = [
+    "ClippingWarning",
     "Codebook",
     "Dialect",
     "ErrorReport",

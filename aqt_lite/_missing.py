@@ -49,8 +49,8 @@ class SuspectValueWarning(UserWarning):
     ...     q = aqt_lite.quantize(kelvin)
     >>> found[0].category.__name__
     'SuspectValueWarning'
-    >>> aqt_lite.quantize(kelvin, fill_value=1e20).dequantize().round(0)
-    array([279.,  nan, 281., 290.], dtype=float32)
+    >>> aqt_lite.quantize(kelvin, fill_value=1e20).mask
+    array([False,  True, False, False])
     """
 
 

@@ -47,7 +47,7 @@ def test_demo_compares_the_bits_of_every_framework(demo):
 def test_demo_shows_the_walk(demo):
     output, _ = demo
     for line in [
-        "aqt_lite.quantize(x, scale=3.5, zero_point=-70)",
+        "aqt_lite.quantize(x, scale=3.5, zero_point=-70, on_clip='saturate')",
         "-15   -74   127      192.50   -14.00   689.50     -0.90    0.50   39.10",
         "scale 3.5788, zero point -77; mean squared error 1.573, SQNR 49.4 dB",
         "scale 5.7370; mean squared error 2.509, SQNR 47.3 dB",
