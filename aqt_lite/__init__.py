@@ -13,6 +13,7 @@ from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.comparison import Comparison, compare
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Codebook",
+    "Comparison",
     "Dialect",
     "ErrorReport",
     "Float",
@@ -43,6 +45,7 @@ __all__ = [
     "QArray",
     "available_backends",
     "choose_qparams",
+    "compare",
     "concatenate",
     "dense",
     "dequantize",
