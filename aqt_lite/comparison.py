@@ -141,7 +141,7 @@ class Comparison:
         if self.explanation is not None:
             rows.append(("explanation", self.explanation.name))
             if self.explanation.also:
-                rows.append(("and as well", ", ".join(self.explanation.also)))
+                rows.append(("or as well", ", ".join(self.explanation.also)))
         rows += [(f"nearest {i}", f"{e.name}; left: {e.leaves}") for i, e in enumerate(self.nearest, 1)]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -384,7 +384,7 @@ def _compared_with_floats(side: Side, x: _Numbers, progress: Progress) -> Compar
     reference = _made(next(named_rules()), side, x) if side.shape == x.shape else None
     found = _Found(None if reference is None else differences(side, reference))
     if found.base is None or not found.base.none:
-        _search_origin(side, x, "a", found, progress)
+        _search_origin(side, x, ("a", "b"), found, progress)
     floats = f"floats, {x.dtype.name}, shape {x.shape}"
     if reference is None:
         return _comparison(side, None, x, found, floats)
@@ -395,7 +395,7 @@ def _explain_by_origins(a: Side, b: Side, x: _Numbers, found: _Found, progress: 
     """How each side may have been made of floats; both together explain why they differ."""
     for name, side in (("a", a), ("b", b)):
         own = _Found(None)
-        _search_origin(side, x, name, own, progress)
+        _search_origin(side, x, (name, "x"), own, progress)
         if own.complete is not None:
             missing = f"how {'b' if name == 'a' else 'a'} was made"
             found.of_one_side.append(replace(own.complete, leaves=missing, complete=False))
@@ -411,9 +411,9 @@ def _explain_by_origins(a: Side, b: Side, x: _Numbers, found: _Found, progress: 
         found.complete = replace(explained[0], name=names, says=says, leaves="nothing", complete=True, also=also)
 
 
-def _search_origin(side: Side, x: _Numbers, name: str, found: _Found, progress: Progress) -> None:
+def _search_origin(side: Side, x: _Numbers, called: tuple[str, str], found: _Found, progress: Progress) -> None:
     """Rules that may have made a side of floats; then the same with codes reordered or moved."""
-    weights, readings = [], list(_readings(side, x.shape, name))
+    weights, readings = [], list(_readings(side, x.shape, called))
     for state in readings:
         weights.append(_try_rules(named_rules(), state, x, found, progress, every=True))
         if found.complete is not None:
@@ -427,16 +427,16 @@ def _search_origin(side: Side, x: _Numbers, name: str, found: _Found, progress: 
             _try_rules(given_rules(), state, x, found, progress)
 
 
-def _readings(side: Side, shape: tuple[int, ...], name: str) -> Iterator[_State]:
+def _readings(side: Side, shape: tuple[int, ...], called: tuple[str, str]) -> Iterator[_State]:
     """The side, and what it is with its axes or its blocks in another order, where it has the shape of the floats."""
-    start = _State(side, side, (name, "the floats"))
+    start = _State(side, side, called)
     if side.shape == shape:
         yield start
     for h in HYPOTHESES:
         for template in _with_other_axes(side) if h.opens else ():
             made = h.apply(side, template)
             if made is not None and made.shape == shape:
-                words = h.in_words(*start.called, side, template)
+                words = h.in_words(*called, side, template)
                 yield start._replace(a=made, applied=(h,), says=(words,))
 
 
@@ -474,7 +474,7 @@ def _try_rules(
         if left is None:
             continue
         name = " and ".join((*(h.name for h in state.applied), rule.name))
-        says = "; and ".join((*state.says, rule.says.format(one=state.called[0])))
+        says = "; and ".join((*state.says, rule.says.format(one=state.called[0], x=state.called[1])))
         candidate = _Candidate(name, says, left, partial(_left_of_all, rule, side, x), rule.missing)
         least = min(least, candidate.weight)
         if found.add(candidate) and not every:
@@ -496,7 +496,7 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
         if made is not None and left is not None:
             likely = sorted([*likely, (left.scales, i, rule, made)], key=lambda entry: entry[:2])[:_FEW]
     for _, _, rule, made in likely:
-        start = state._replace(b=made, called=(state.called[0], f"what {rule.name} makes of x"))
+        start = state._replace(b=made, called=(state.called[0], f"what {rule.name} makes of {state.called[1]}"))
         for further in with_progress(list(_after_one(start)), progress, lambda s: s.name):
             left = differences(further.a, further.b, sample=True)
             if left is None:

@@ -543,7 +543,7 @@ class Rule:
     name : str
         A few words.
     says : str
-        A clause with ``{one}``: how it was made.
+        A clause with ``{one}`` and ``{x}``, the floats: how it was made.
     made : callable
         ``made(x, side)``: what the rule makes of ``x`` in the format and blocks of ``side``. ValueError where the
         rule has no such thing.
@@ -601,21 +601,21 @@ def _with_given(x: _Numbers, side: Side, *, dialect: Dialect, rounding: str) -> 
 def named_rules() -> Iterator[Rule]:
     """The dialects of the table, and rules for scales of few bits."""
     for d in DIALECTS.values():
-        yield Rule(d.name, f"{{one}} is what dialect {d.name!r} makes of x", partial(_by_dialect, dialect=d))
+        yield Rule(d.name, f"{{one}} is what dialect {d.name!r} makes of {{x}}", partial(_by_dialect, dialect=d))
     for mode in SCALE_MODES:
         yield Rule(
             f"scale_mode {mode}",
-            f"{{one}} is x with scales chosen by scale_mode={mode!r}",
+            f"{{one}} is {{x}} with scales chosen by scale_mode={mode!r}",
             partial(_with_mode, mode=mode),
         )
-    yield Rule("offset of the data", "{one} is x with offset='data'", _with_offset)
+    yield Rule("offset of the data", "{one} is {x} with offset='data'", _with_offset)
     for name, kind in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
         for d in DIALECTS.values():
             for first in (True, False):
                 when = "before codes are made" if first else "after codes were made"
                 yield Rule(
                     f"{d.name}, scales in {name} {when}",
-                    f"{{one}} is what dialect {d.name!r} makes of x, its scales rounded to {name} {when}",
+                    f"{{one}} is what dialect {d.name!r} makes of {{x}}, its scales rounded to {name} {when}",
                     partial(_in_sixteen_bits, dialect=d, dtype=kind, first=first),
                 )
 
@@ -660,7 +660,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,
-        f"{{one}} is what dialect {d.name!r} with {words} makes of x",
+        f"{{one}} is what dialect {d.name!r} with {words} makes of {{x}}",
         partial(_by_dialect, dialect=dialect, **how),
     )
 
@@ -675,7 +675,7 @@ def given_rules() -> Iterator[Rule]:
                 words += ", the zero point added first" if first else ""
                 yield Rule(
                     f"codes of given scales: {words}",
-                    f"codes of {{one}} are those of x with its own scales ({words})",
+                    f"codes of {{one}} are those of {{x}} with its own scales ({words})",
                     partial(_with_given, dialect=own, rounding=rounding),
                     missing="which rule chose the scales",
                 )

@@ -590,7 +590,7 @@ def test_assert_same_says_why():
     a, b = quantize(X, granularity=ROWS), quantize(X, granularity=ROWS, dialect="torch")
     assert_same(a, a.to_backend("array_api_strict"))
     assert_same(a, X)
-    with pytest.raises(AssertionError, match="this explains all of it: a is what dialect 'torch' makes of x"):
+    with pytest.raises(AssertionError, match="this explains all of it: a is what dialect 'torch' makes of b"):
         assert_same(b, X)
     with pytest.raises(AssertionError, match=r"codes +\d+ of 6144 differ, by up to 1"):
         assert_same(a, b)

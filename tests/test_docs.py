@@ -96,6 +96,18 @@ def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
     assert "and the template mxfp4 of float32" in third
 
 
+def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_path):
+    text = (ROOT / "docs" / "compare.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path)
+    shown = re.findall(r"```\n(They .*?)```", text, flags=re.DOTALL)[0]
+    assert printed.startswith(shown)
+    first, counts, fields = printed.removeprefix(shown).splitlines()
+    assert first == "torch ('torch_per_channel', 'torchao')"
+    assert 0 < int(counts.split()[1]) <= int(counts.split()[0])
+    assert fields == "aqt_lite, divides=True"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
