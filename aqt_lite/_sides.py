@@ -9,6 +9,7 @@ box, and a box of changed codes is made when it is asked for. So a hypothesis ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,8 +37,8 @@ __all__ = [
 ]
 
 _Numbers = np.ndarray[Any, Any]
-_CodeMap = tuple[Callable[[_Numbers, int], _Numbers], int]
-"""A function of codes and of an axis, and the axis, all of which it has to be given."""
+_CodeMap = tuple[Callable[[_Numbers, int], _Numbers], int, int]
+"""A function of codes and of an axis, the axis, and the length along it of which the function is given multiples."""
 
 _FEW_ELEMENTS = 1 << 17
 """Elements that rules are tried on before all of them."""
@@ -97,26 +98,25 @@ class Side:
         made: dict[str, Any] = {name: function(getattr(self, name)) for name in ("scale", "zero_point", "offset")}
         return replace(self, block=self.block if block is None else block, **made)
 
-    def with_codes(self, function: Callable[[_Numbers, int], _Numbers], axis: int = -1, *, whole: bool = True) -> Side:
-        """The same, its codes changed when they are looked at; ``whole`` where all of an axis is needed at once."""
-        at = axis % len(self.shape) if whole else -1
-        return replace(self, maps=(*self.maps, (function, at)))
+    def with_codes(self, function: Callable[[_Numbers, int], _Numbers], axis: int = 0, unit: int = 1) -> Side:
+        """The same, its codes changed when they are looked at, in multiples of ``unit`` along an axis."""
+        return replace(self, maps=(*self.maps, (function, axis % max(len(self.shape), 1), unit)))
 
     def with_axes(self, order: Sequence[int], *, codes: bool = True, grids: bool = True) -> Side:
         """The same, its axes in another order."""
         at = {old: new for new, old in enumerate(order)}
         made = self
         if codes:
-            maps = tuple((f, axis if axis < 0 else at[axis]) for f, axis in self.maps)
+            maps = tuple((f, at.get(axis, axis), unit) for f, axis, unit in self.maps)
             made = replace(made, codes=np.transpose(made.codes, order), maps=maps)
         if grids:
             made = made.with_grids(lambda g: np.transpose(g, order), tuple(self.block[i] for i in order))
         return made
 
     def codes_in(self, box: Box) -> _Numbers:
-        """The codes of a box that has all of the axes that ``maps`` name."""
+        """The codes of a box that is cut at multiples of the units that ``maps`` have."""
         codes = np.asarray(self.codes[tuple(slice(*limits) for limits in box)])
-        for function, axis in self.maps:
+        for function, axis, _ in self.maps:
             codes = function(codes, axis)
         return codes
 
@@ -216,7 +216,7 @@ def _on_grid(numbers: Any, grid: tuple[int, ...], dtype: Any) -> _Numbers:
 
 
 def _of_parts(codes: _Numbers, scale: _Numbers, zero: _Numbers | None, argument: str, like: Side | None) -> Side:
-    form = _format_of_codes(codes, zero, argument, like)
+    form = _format_of_codes(codes, argument, like)
     if codes.dtype.name in FORMATS and codes.dtype.name not in INTEGER_TYPES:  # float8, int4: types of one code an item
         is_float = not codes.dtype.name.lstrip("u").startswith("int")
         codes = codes.view("uint8") if is_float else codes.astype(form.element.storage)
@@ -248,7 +248,7 @@ def _placed(numbers: _Numbers, grid: tuple[int, ...]) -> _Numbers:
     return np.broadcast_to(numbers.reshape(()), grid) if numbers.size == 1 else numbers.reshape(grid)
 
 
-def _format_of_codes(codes: _Numbers, zero: _Numbers | None, argument: str, like: Side | None) -> Format:
+def _format_of_codes(codes: _Numbers, argument: str, like: Side | None) -> Format:
     """What codes without a name are of: the other side's format, if they can be; else of the integers they fit."""
     name = codes.dtype.name
     if name in FORMATS and name not in INTEGER_TYPES:
@@ -256,31 +256,19 @@ def _format_of_codes(codes: _Numbers, zero: _Numbers | None, argument: str, like
     if name not in INTEGER_TYPES:
         raise TypeError(f"{argument}[0] has dtype {name}: give integer codes")
     low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
-
-    def fits(form: Format) -> bool:
-        return form.element.codes[0] <= low and high <= form.element.codes[1]
-
-    said = FORMATS.get(name)  # int8, uint8, int16, uint16
+    likely = [FORMATS[name]] if name in FORMATS else [FORMATS[n] for n in ("int8", "int16", "uint16")]
     if like is not None:
-        wide = (
-            np.dtype(like.element.storage).name not in ("int8", "uint8") and said is not None and said.element.bits == 8
-        )
-        if name == like.element.storage and fits(like.format):
-            return like.format
-        signs = [f for f in FORMATS.values() if f.element.zero_points and f.element.bits == like.element.bits]
-        signs.sort(key=lambda f: f.element.signed == name.startswith("u"))  # the sign of the array first
-        for form in () if wide else signs:
-            if fits(form) and like.element.zero_points:
-                return form
-        if fits(like.format) and not like.element.zero_points:
-            return like.format
-    if said is not None:
-        return said
-    names = [f"{'u' if low >= 0 and name.startswith('u') else ''}int{bits}" for bits in (8, 16)]
-    found = next((FORMATS[n] for n in names if fits(FORMATS[n])), None)
-    if found is None:
-        raise ValueError(f"{argument}[0] has codes {low} to {high}: more than 16 bits")
-    return found
+        e = like.element
+        other = [f for f in FORMATS.values() if f.element.zero_points and e.zero_points and f.element.bits == e.bits]
+        other = [f for f in other if f.element.signed != e.signed]
+        same_sign = name in FORMATS and name.startswith("u") == e.storage.startswith("u")
+        likely = [like.format, *other, *likely] if same_sign or name not in FORMATS else [*other, like.format, *likely]
+        if name in FORMATS and not (e.zero_points or name == e.storage):
+            likely = [FORMATS[name], like.format]
+    for form in likely:
+        if form.element.codes[0] <= low and high <= form.element.codes[1]:
+            return form
+    raise ValueError(f"{argument}[0] has codes {low} to {high}: more than 16 bits")
 
 
 def _block_of(shape: tuple[int, ...], scales: tuple[int, ...], argument: str, like: Side | None) -> Block:
@@ -338,10 +326,15 @@ class Differences(NamedTuple):
         return not any(self[:6])
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """The part that differs of codes, scales, zero points, offsets, formats and block sizes."""
+        of = (self.all_codes, *(self.all_scales,) * 3, 1, 1)
+        return tuple(count / max(all_, 1) for count, all_ in zip(self[:6], of, strict=True))
+
+    @property
     def weight(self) -> float:
-        """The larger, the more is different: shares of codes, scales, zero points and offsets, summed."""
-        scales = (self.scales + self.zero_points + self.offsets) / max(self.all_scales, 1)
-        return self.codes / max(self.all_codes, 1) + scales + 0.01 * (self.formats + self.blocks)
+        """The larger, the more is different."""
+        return sum(self.shares[:4]) + 0.01 * sum(self.shares[4:])
 
 
 def differences(a: Side, b: Side, *, sample: bool = False) -> Differences | None:
@@ -358,13 +351,13 @@ def differences(a: Side, b: Side, *, sample: bool = False) -> Differences | None
             codes += count
             apart = first[differ].astype(np.int64) - second[differ].astype(np.int64)
             largest = max(largest, int(np.abs(apart).max()))
-    of_grids = _differences_of_grids(a, b)
+    of_grids = _differences_of_grids(a, b, sample)
     return Differences(
         codes=codes,
         scales=of_grids["scale"][0],
         zero_points=of_grids["zero_point"][0],
         offsets=of_grids["offset"][0],
-        formats=a.element.codes != b.element.codes or a.element != b.element,
+        formats=a.element != b.element,
         blocks=a.sizes != b.sizes,
         all_codes=seen,
         all_scales=of_grids["scale"][2],
@@ -375,16 +368,18 @@ def differences(a: Side, b: Side, *, sample: bool = False) -> Differences | None
     )
 
 
-def _differences_of_grids(a: Side, b: Side) -> dict[str, tuple[int, float, int]]:
+def _differences_of_grids(a: Side, b: Side, sample: bool) -> dict[str, tuple[int, float, int]]:
     """For everything that blocks have: how many differ, by how much at most, of how many."""
     sizes = tuple(int(np.gcd(i, j)) for i, j in zip(a.sizes, b.sizes, strict=True))
     grid = tuple(-(-n // size) for n, size in zip(a.shape, sizes, strict=True))
     if 0 in a.shape and a.grid == b.grid:
         grid = a.grid  # scales of blocks that have no elements
+    every = boxes(grid, MOST_ELEMENTS, range(len(grid))) if 0 not in grid else iter(())
+    walked = list(_a_few(every) if sample and 0 not in grid else every)
     found = {}
     for name in ("scale", "zero_point", "offset"):
         count, largest, seen = 0, 0.0, 0
-        for box in boxes(grid, MOST_ELEMENTS, range(len(grid))) if 0 not in grid else ():
+        for box in walked:
             first, second = a.cells(name, box, sizes), b.cells(name, box, sizes)
             differ = (first != second) & ~((first != first) & (second != second))
             seen += first.size
@@ -445,16 +440,22 @@ def some_blocks(side: Side, x: _Numbers) -> tuple[Side, _Numbers]:
 
 
 def _boxes(a: Side, b: Side, sample: bool) -> Iterator[Box]:
-    """Boxes that have all of the axes that functions of codes need."""
+    """Boxes that are cut where functions of codes may be."""
     if not a.size:
         return iter(())
-    needed = {axis for side in (a, b) for _, axis in side.maps if axis >= 0}
-    shape, ndim = a.shape, len(a.shape)
-    order = [axis for axis in range(ndim) if axis not in needed] + sorted(needed)
-    block = tuple(shape[axis] if axis in needed else 1 for axis in range(ndim))
-    least = int(np.prod([shape[axis] for axis in needed], dtype=np.int64)) if needed else 1
+    shape, block = a.shape, [1] * len(a.shape)
+    for side in (a, b):
+        for _, axis, unit in side.maps:
+            if unit > 1:
+                block[axis] = min(math.lcm(block[axis], unit), shape[axis])
+    order = sorted(range(len(shape)), key=lambda axis: block[axis])
+    least = math.prod(block)
     if not sample:
-        return boxes(shape, max(MOST_ELEMENTS, least), order, block)
-    every = list(boxes(shape, max(MOST_ELEMENTS // _SAMPLE, least), order, block))
-    chosen = np.unique(np.linspace(0, len(every) - 1, _SAMPLE).astype(int))
-    return iter([every[i] for i in chosen])
+        return boxes(shape, max(MOST_ELEMENTS, least), order, tuple(block))
+    return _a_few(boxes(shape, max(MOST_ELEMENTS // _SAMPLE, least), order, tuple(block)))
+
+
+def _a_few(every: Iterator[Box]) -> Iterator[Box]:
+    """Evenly spaced."""
+    known = list(every)
+    return iter([known[i] for i in np.unique(np.linspace(0, len(known) - 1, _SAMPLE).astype(int))])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import lt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -372,8 +373,9 @@ def _after_one(state: _State) -> Iterator[_State]:
 
 
 def _helps(left: Differences, base: Differences) -> bool:
-    fewer_codes = left.codes < base.codes and left.codes <= _GOOD_PART * base.codes
-    return fewer_codes or any(after < before for after, before in zip(left[1:6], base[1:6], strict=True))
+    """Whether a good part of the codes, or any of the rest, is explained."""
+    after, before = left.shares, base.shares
+    return (after[0] < before[0] and after[0] <= _GOOD_PART * before[0]) or any(map(lt, after[1:], before[1:]))
 
 
 # ---- how codes and scales may have been chosen
@@ -489,13 +491,17 @@ def _left_of_all(rule: Rule, side: Side, x: _Numbers) -> Differences | None:
 
 def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -> None:
     """Try whether what a named rule makes of the floats was reordered, or moved, to give the side."""
-    likely: list[tuple[int, int, Rule, Side]] = []
+    part, some = some_blocks(state.a, x)
+    likely: list[tuple[float, int, Rule]] = []
     for i, rule in enumerate(named_rules()):
+        made = _made(rule, part, some)
+        left = None if made is None else differences(part, made)
+        if left is not None:
+            likely.append((left.shares[1], i, rule))
+    for _, _, rule in sorted(likely, key=lambda entry: entry[:2])[:_FEW]:
         made = _made(rule, state.a, x)
-        left = None if made is None else differences(state.a, made, sample=True)
-        if made is not None and left is not None:
-            likely = sorted([*likely, (left.scales, i, rule, made)], key=lambda entry: entry[:2])[:_FEW]
-    for _, _, rule, made in likely:
+        if made is None:
+            continue
         start = state._replace(b=made, called=(state.called[0], f"what {rule.name} makes of {state.called[1]}"))
         for further in with_progress(list(_after_one(start)), progress, lambda s: s.name):
             left = differences(further.a, further.b, sample=True)

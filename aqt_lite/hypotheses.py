@@ -22,7 +22,7 @@ from aqt_lite._sides import Side
 from aqt_lite.api import ROUNDINGS, quantize
 from aqt_lite.dialects import DIALECTS, Dialect
 from aqt_lite.elements import Integer, float_type
-from aqt_lite.formats import SCALE_MODES
+from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES
 from aqt_lite.granularity import granularity_of
 from aqt_lite.packing import pack, unpack
 from aqt_lite.qarray import QArray
@@ -122,7 +122,7 @@ def _reordered(
     period = order(side.element.bits, length)
     if period is None or length % len(period) or period == tuple(range(len(period))):
         return None
-    made = side.with_codes(lambda codes, at: _permuted(codes, period, at), axis)
+    made = side.with_codes(lambda codes, at: _permuted(codes, period, at), axis, len(period))
     if of and side.grid[axis] != length:
         return None
     at = axis % len(side.shape)
@@ -166,7 +166,7 @@ def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Nu
             found = (found ^ (1 << (bits - 1))) - (1 << (bits - 1))
         return np.moveaxis(found, -1, at)
 
-    return side.with_codes(read_again, axis)
+    return side.with_codes(read_again, axis, side.shape[axis])
 
 
 def _in_words_read_as_stream(rows: _Numbers, bits: int) -> _Numbers:
@@ -214,14 +214,14 @@ def _in_other_sign(side: Side, other: Side, *, zero: bool, bits_only: bool = Fal
         wide = wide & mask
         return np.where(wide >= _half(side), wide - mask - 1, wide) if its.signed else wide
 
-    made = replace(side.with_codes(moved, whole=False), format=other.format)
+    made = replace(side.with_codes(moved), format=other.format)
     return replace(made, zero_point=side.zero_point + shift) if zero else made
 
 
 def _negated(side: Side, other: Side, *, scale: bool) -> Side | None:
     if not side.element.signed or not isinstance(side.element, Integer):
         return None
-    made = side.with_codes(lambda codes, axis: -codes.astype(np.int64), whole=False)
+    made = side.with_codes(lambda codes, axis: -codes.astype(np.int64))
     made = replace(made, zero_point=-side.zero_point)
     return replace(made, scale=-side.scale) if scale else made
 
@@ -241,7 +241,7 @@ def _zeros_moved(side: Side, other: Side, *, codes: bool) -> Side | None:
     if not step or not side.element.zero_points:
         return None
     made = replace(side, zero_point=side.zero_point + step)
-    return made.with_codes(lambda c, axis: c.astype(np.int64) + step, whole=False) if codes else made
+    return made.with_codes(lambda c, axis: c.astype(np.int64) + step) if codes else made
 
 
 def _step_in_words(side: Side, other: Side) -> str:
@@ -250,7 +250,7 @@ def _step_in_words(side: Side, other: Side) -> str:
 
 
 def _codes_moved(side: Side, other: Side, *, step: int) -> Side | None:
-    return side.with_codes(lambda c, axis: c.astype(np.int64) + step, whole=False) if side.element.zero_points else None
+    return side.with_codes(lambda c, axis: c.astype(np.int64) + step) if side.element.zero_points else None
 
 
 def _offset_for_zero(side: Side, other: Side) -> Side | None:
@@ -302,11 +302,11 @@ def _factor(side: Side, other: Side) -> float | None:
 
 
 def _reach_of_dialects(side: Side) -> dict[float, str]:
-    """Ratios of scales that differ in what the largest magnitude becomes, and the two numbers."""
+    """Ratios of scales that differ in what the largest magnitude becomes, and what that is in the dividend."""
     numbers = {side.element.top, *(n for d in DIALECTS.values() if (n := d.largest(side.element)))}
     if side.element.signed:
         numbers.add(-side.element.min)
-    return {i / j: f"{i:g} instead of {j:g}" for i in sorted(numbers) for j in sorted(numbers) if i != j}
+    return {i / j: f"{j:g} instead of {i:g}" for i in sorted(numbers) for j in sorted(numbers) if i != j}
 
 
 def _factors(side: Side, other: Side) -> Iterator[tuple[float, str]]:
@@ -586,6 +586,10 @@ def _with_mode(x: _Numbers, side: Side, *, mode: str) -> QArray:
     return _quantized(x, side, scale_mode=mode, **own)
 
 
+def _kept_in(x: _Numbers, side: Side, *, kept: str) -> QArray:
+    return _quantized(x, side, scheme=_scheme(side), scale_dtype=kept)
+
+
 def _with_offset(x: _Numbers, side: Side) -> QArray:
     return _quantized(x, side, offset="data")
 
@@ -609,6 +613,9 @@ def named_rules() -> Iterator[Rule]:
             partial(_with_mode, mode=mode),
         )
     yield Rule("offset of the data", "{one} is {x} with offset='data'", _with_offset)
+    for kept in SCALE_FORMATS:
+        says = f"{{one}} is {{x}} with scale_dtype={kept!r}"
+        yield Rule(f"scale_dtype {kept}", says, partial(_kept_in, kept=kept))
     for name, kind in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
         for d in DIALECTS.values():
             for first in (True, False):

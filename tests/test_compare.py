@@ -311,6 +311,13 @@ def test_a_mode_of_scales_is_recognized(mode, dtype):
     assert f"scale_mode {mode}" in (found.explanation.name, *found.explanation.also), str(found)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e8m0fnu"])
+def test_scales_that_this_library_keeps_in_few_bits_are_recognized(dtype):
+    q = quantize(X, granularity=PerGroup(32), scale_dtype=dtype)
+    assert compare(q, X).equal
+    assert compare((q.qvalue, q.scales), X).explanation.name == f"scale_dtype {dtype}"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("first", [True, False])
 def test_scales_of_sixteen_bits_are_recognized(dtype, first):
@@ -384,7 +391,7 @@ def test_equal_arrays_are_equal(dtype, backend):
     assert compare(q.for_dense().unpacked(), q).equal  # layouts in memory do not count
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_random_pairs_are_not_explained(seed):
     rng = np.random.default_rng(seed)
     a = of_codes(codes(64, 96, seed=seed), granularity=PerGroup(32))
@@ -419,6 +426,15 @@ def test_what_is_nearly_explained_is_named_with_what_is_left():
     assert found.nearest[0].name == "order of AWQ, codes, along the last axis"
     assert found.nearest[0].codes_that_differ == 5
     assert "what is left: 5 codes." in str(found)
+
+
+def test_a_range_is_named_where_floats_are_not_known():
+    ours, theirs = quantize(X, granularity=ROWS), quantize(X, granularity=ROWS, dialect="torch")
+    found = compare(ours, theirs)
+    assert found.explanation is None
+    assert found.nearest[0].name == "factor of scales"
+    assert found.nearest[0].says == "scales of a are those of b for a range to 127 instead of 127.5"
+    assert found.nearest[0].leaves == f"{found.codes_that_differ} codes"
 
 
 def test_numbers_are_counted():
@@ -563,19 +579,26 @@ def test_arrays_that_are_read_only_or_no_views_of_memory():
 
 def test_large_arrays_are_looked_at_in_parts():
     """A sample finds the convention, and all of the array confirms it, or does not."""
-    c = codes(2048, 1024, seed=3)
+    c = codes(512, 1024, seed=3)
     q = of_codes(c, granularity=PerGroup(64))
     wrong = read_as(q, awq_read(c))
     assert compare(q, wrong).explanation.name == "order of AWQ, codes, along the last axis"
     last = np.array(awq_read(c))
-    last[1500, 500] ^= 1  # in no sample
+    last[100, 500] ^= 1  # in no sample
     found = compare(q, read_as(q, last))
     assert found.explanation is None
     assert found.nearest[0].codes_that_differ == 1
-    x = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((400, 512)).astype(np.float32)
     assert compare(quantize(x, granularity=ROWS, dialect="torch"), x).explanation.name == "torch"
-    tensor = np.random.default_rng(0).standard_normal(300_000).astype(np.float32)
+    tensor = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     assert compare(quantize(tensor, dialect="torch"), tensor).explanation.name == "torch"
+
+
+def test_codes_of_a_long_axis_are_looked_at_in_parts():
+    c = codes(1 << 18, seed=3)
+    q = of_codes(c, granularity=PerGroup(64))
+    assert compare(q, read_as(q, awq_read(c))).explanation.name == "order of AWQ, codes, along the last axis"
+    assert compare(q, read_as(q, halves_read(c))).explanation.name == "halves of blocks of 32, along the last axis"
 
 
 def test_progress_is_said_where_it_is_asked_for(capsys):
