@@ -14,6 +14,7 @@ from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.comparison import Comparison, compare
+from aqt_lite.conversion import convert
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -47,6 +48,7 @@ __all__ = [
     "choose_qparams",
     "compare",
     "concatenate",
+    "convert",
     "dense",
     "dequantize",
     "dequantize_tree",
