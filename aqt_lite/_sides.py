@@ -42,6 +42,8 @@ _CodeMap = tuple[Callable[[_Numbers, int], _Numbers], int, int]
 
 _FEW_ELEMENTS = 1 << 17
 """Elements that rules are tried on before all of them."""
+_ENOUGH = 64
+"""Codes that together show how many bits they have."""
 _SAMPLE = 4
 """Boxes that a sample consists of."""
 
@@ -257,6 +259,9 @@ def _format_of_codes(codes: _Numbers, argument: str, like: Side | None) -> Forma
         raise TypeError(f"{argument}[0] has dtype {name}: give integer codes")
     low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
     likely = [FORMATS[name]] if name in FORMATS else [FORMATS[n] for n in ("int8", "int16", "uint16")]
+    if like is None and codes.size >= _ENOUGH:  # arrays of bytes that hold codes of fewer bits
+        sign = "u" if name.startswith("u") else ""
+        likely = [*(FORMATS[f"{sign}int{bits}"] for bits in (2, 3, 4)), *likely]
     if like is not None:
         e = like.element
         other = [f for f in FORMATS.values() if f.element.zero_points and e.zero_points and f.element.bits == e.bits]
@@ -427,9 +432,19 @@ def differences_at_ties(a: Side, b: Side, x: _Numbers) -> int | None:
 
 
 def some_blocks(side: Side, x: _Numbers) -> tuple[Side, _Numbers]:
-    """Of a large array whole blocks, evenly spaced along the axis that has most of them; of a small one all."""
+    """Of a large array whole blocks, evenly spaced along the axis that has most of them; of a small one all.
+
+    Of one block alone some elements, those among them that its scale is chosen from.
+    """
     if side.size <= _FEW_ELEMENTS:
         return side, x
+    if side.scale.size == 1:
+        flat = np.reshape(x, -1)
+        finite = np.isfinite(flat)
+        ends = (np.argmin(np.where(finite, flat, np.inf)), np.argmax(np.where(finite, flat, -np.inf)))
+        chosen = np.unique([*np.linspace(0, side.size - 1, _FEW_ELEMENTS).astype(np.int64), *ends])
+        alone = side.with_grids(lambda g: g.reshape(1), (None,))
+        return replace(alone, codes=np.reshape(side.codes, -1)[chosen]), flat[chosen]
     axis = int(np.argmax(side.grid))
     number, size = side.grid[axis], side.sizes[axis]
     chosen = np.unique(np.linspace(0, number - 1, max(number * _FEW_ELEMENTS // side.size, 1)).astype(np.int64))

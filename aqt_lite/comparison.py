@@ -171,7 +171,8 @@ def compare(
     a : QArray, or tuple (codes, scale) or (codes, scale, zero_point)
         Arrays of a tuple may be of any library, codes one an item. The shape of ``scale`` says which elements share
         one: as many dimensions as the codes, one of its own for every block; or one number; or a 1-dimensional array
-        with one for each index of an axis. Codes are taken to be of the format of the other side if they can be.
+        with one for each index of an axis. Codes are taken to be of the format of the other side if they can be. Where
+        neither says it, they are integers of 2 to 4 bits if none of at least 64 codes needs more, else of their type.
     b : the same, or an array of floats
         On any library. An array of floats is what ``a`` should stand for: it is then compared with what
         :func:`aqt_lite.quantize` makes of it in the format and blocks of ``a``.
@@ -479,7 +480,7 @@ def _try_rules(
         says = "; and ".join((*state.says, rule.says.format(one=state.called[0], x=state.called[1])))
         candidate = _Candidate(name, says, left, partial(_left_of_all, rule, side, x), rule.missing)
         least = min(least, candidate.weight)
-        if found.add(candidate) and not every:
+        if (found.add(candidate) or left.none) and not every:
             break
     return least
 

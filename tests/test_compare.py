@@ -473,6 +473,24 @@ def test_codes_and_scales_of_any_library(backend):
     assert compare((*parts, None), q).equal
 
 
+def test_formats_of_codes_without_a_name():
+    c = codes(64, 96)
+    found = compare((c, 0.5), (awq_read(c), 0.5))
+    assert found.explanation.name == "order of AWQ, codes, along the last axis"
+    assert found.a.startswith("uint4, ")
+    assert compare((c.astype(np.int64), 0.5), (c, 0.5)).equal
+    for dtype, name in ((np.int8, "int8"), (np.uint16, "uint16"), (np.int64, "int16")):
+        assert compare((np.full((9, 9), 100 if dtype != np.int64 else 500, dtype), 1), (c[:9, :9], 1)).a.startswith(
+            name
+        )
+    q = quantize(X, "float8_e4m3fn")
+    assert compare((q.qvalue.view(ml_dtypes.float8_e4m3fn), q.scale), q).equal
+    four = quantize(X, "int4", granularity=ROWS)
+    assert compare((four.qvalue.astype(ml_dtypes.int4), four.scale), four).equal
+    nf4 = quantize(X, "nf4", granularity=ROWS)
+    assert compare((nf4.qvalue, nf4.scale), nf4).equal
+
+
 def test_granularity_is_read_from_the_shape_of_scales():
     for granularity in (PerTensor(), ROWS, PerChannel(1), PerGroup(32), PerGroup(16, 0)):
         q = quantize(X, "int4", granularity=granularity)
