@@ -14,6 +14,8 @@ from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.comparison import Comparison, compare
+from aqt_lite.conversion import convert
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ClippingWarning",
     "Codebook",
+    "Comparison",
     "Dialect",
     "ErrorReport",
     "Float",
@@ -53,7 +56,9 @@ __all__ = [
     "SuspectValueWarning",
     "available_backends",
     "choose_qparams",
+    "compare",
     "concatenate",
+    "convert",
     "dense",
     "dequantize",
     "dequantize_tree",

@@ -156,6 +156,20 @@ def test_the_code_of_tables_runs(tmp_path):
     run_in_a_fresh_interpreter(values + of_tables, tmp_path)
 
 
+def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_path):
+    text = (ROOT / "docs" / "compare.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path)
+    shown = re.findall(r"```\n(They .*?)```", text, flags=re.DOTALL)[0]
+    assert printed.startswith(shown)
+    first, counts, fields, converted, refused = printed.removeprefix(shown).splitlines()
+    assert first == "torch ('torch_per_channel', 'torchao')"
+    assert 0 < int(counts.split()[1]) <= int(counts.split()[0])
+    assert fields == "aqt_lite, divides=True"
+    assert converted == "-8 (64, 8) uint8"
+    assert re.fullmatch(r"scale_dtype='float16': scale=\S+ is no number of float16, .*: round it first", refused)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

