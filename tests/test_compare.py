@@ -479,7 +479,7 @@ def test_formats_of_codes_without_a_name():
     assert found.explanation.name == "order of AWQ, codes, along the last axis"
     assert found.a.startswith("uint4, ")
     assert compare((c.astype(np.int64), 0.5), (c, 0.5)).equal
-    for dtype, name in ((np.int8, "int8"), (np.uint16, "uint16"), (np.int64, "int16")):
+    for dtype, name in ((np.int8, "int8"), (np.uint16, "uint16"), (np.int64, "uint16")):
         assert compare((np.full((9, 9), 100 if dtype != np.int64 else 500, dtype), 1), (c[:9, :9], 1)).a.startswith(
             name
         )
