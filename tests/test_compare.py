@@ -595,6 +595,25 @@ def test_arrays_that_are_read_only_or_no_views_of_memory():
     assert compare(quantize(leaf, granularity=ROWS), leaf).equal
 
 
+def test_arrays_that_are_computed_when_they_are_asked_for():
+    da = pytest.importorskip("dask.array", reason="dask is not installed: requirements-dev.txt has it")
+    x = da.from_array(X, chunks=(32, 96))
+    q = quantize(x, granularity=ROWS, dialect="torch")
+    assert compare(q, x).explanation.name == "torch"
+    assert compare((q.qvalue, q.scale), quantize(X, granularity=ROWS, dialect="torch")).equal
+
+
+def test_the_tensor_scale_is_named():
+    nv = quantize(X, "nvfp4")
+    numbers = nv.scale.qvalue.view(ml_dtypes.float8_e4m3fn)
+    tensor = float(nv.scale.scale.reshape(()))
+    says = compare(nv, (nv.qvalue, numbers)).explanation.says
+    assert says == f"scales of a are those of b times the tensor scale, {tensor:.6g}"
+    divided = numbers.astype(np.float32) / nv.scale.scale
+    says = compare((nv.qvalue, divided), nv).explanation.says
+    assert says == f"scales of a are those of b divided by the tensor scale instead of multiplied, {tensor:.6g}"
+
+
 def test_large_arrays_are_looked_at_in_parts():
     """A sample finds the convention, and all of the array confirms it, or does not."""
     c = codes(512, 1024, seed=3)
