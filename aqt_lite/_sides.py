@@ -233,7 +233,7 @@ def _of_parts(codes: _Numbers, scale: _Numbers, zero: _Numbers | None, argument:
         raise TypeError(f"{argument}[2] has dtype {zero.dtype.name}: zero points are integers, codes of 0.0")
     block = _block_of(codes.shape, scale.shape, f"{argument}[1]", like)
     grid = grid_of(codes.shape, block)
-    if zero is not None and zero.size not in (1, scale.size):
+    if zero is not None and zero.size != 1 and zero.shape not in (scale.shape, (scale.size,)):
         raise ValueError(
             f"{argument}[2] has shape {zero.shape}: give a zero point for each scale, {scale.shape}, or one"
         )
@@ -241,7 +241,7 @@ def _of_parts(codes: _Numbers, scale: _Numbers, zero: _Numbers | None, argument:
         codes=codes,
         scale=_placed(scale, grid).astype(np.float64),
         zero_point=_placed(np.zeros((), np.int64) if zero is None else zero, grid).astype(np.int64),
-        offset=np.zeros(grid),
+        offset=np.broadcast_to(np.zeros(()), grid),
         block=block,
         format=form,
     )

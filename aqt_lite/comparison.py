@@ -172,7 +172,8 @@ def compare(
         Arrays of a tuple may be of any library, codes one an item. The shape of ``scale`` says which elements share
         one: as many dimensions as the codes, one of its own for every block; or one number; or a 1-dimensional array
         with one for each index of an axis. Codes are taken to be of the format of the other side if they can be. Where
-        neither says it, they are integers of 2 to 4 bits if none of at least 64 codes needs more, else of their type.
+        neither says it, they are integers of 2 to 4 bits if none of at least 64 codes needs more, else of their type:
+        codes of floats and codebooks are said with ``QArray.from_codes(dtype=)``.
     b : the same, or an array of floats
         On any library. An array of floats is what ``a`` should stand for: it is then compared with what
         :func:`aqt_lite.quantize` makes of it in the format and blocks of ``a``.
@@ -323,54 +324,68 @@ class _Found:
 # ---- what may have been done to codes and scales
 
 
+_Step = tuple[Hypothesis, bool]
+"""A hypothesis, and whether it is about b."""
+_STEPS = tuple((h, about_b) for h in HYPOTHESES for about_b in ((True, False) if h.both_ways else (True,)))
+
+
 class _State(NamedTuple):
-    """Two sides after hypotheses were applied, and which."""
+    """Two sides after hypotheses were applied, and what these say."""
 
     a: Side
     b: Side
     called: tuple[str, str] = ("a", "b")
     """What words call them."""
-    applied: tuple[Hypothesis, ...] = ()
+    steps: tuple[_Step, ...] = ()
     says: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """Names of the hypotheses."""
-        return " and ".join(h.name for h in self.applied)
+    def after(self, step: _Step) -> _State | None:
+        """The state after one more; None where it does not apply."""
+        h, about_b = step
+        one, other = (self.b, self.a) if about_b else (self.a, self.b)
+        made = None if any(h is before for before, _ in self.steps) else h.apply(one, other)
+        if made is None:
+            return None
+        words = h.in_words(*(self.called[::-1] if about_b else self.called), one, other)
+        a, b = (self.a, made) if about_b else (made, self.b)
+        return _State(a, b, self.called, (*self.steps, step), (*self.says, words))
 
-    def candidate(self, left: Differences) -> _Candidate:
-        """The state as an explanation."""
-        return _Candidate(self.name, "; and ".join(self.says), left, lambda: differences(self.a, self.b))
+    def candidate(self, left: Differences, start: _State) -> _Candidate:
+        """The state as an explanation, which holds none of its arrays but those of the start."""
+        steps = self.steps[len(start.steps) :]
+        return _Candidate(_name(self.steps), "; and ".join(self.says), left, partial(_left_after, start, steps))
+
+
+def _name(steps: tuple[_Step, ...]) -> str:
+    return " and ".join(h.name for h, _ in steps)
+
+
+def _left_after(start: _State, steps: tuple[_Step, ...]) -> Differences | None:
+    state: _State | None = start
+    for step in steps:
+        state = None if state is None else state.after(step)
+    return None if state is None else differences(state.a, state.b)
 
 
 def _search(start: _State, found: _Found, progress: Progress) -> None:
     """Try every hypothesis, then pairs that begin with one that helps."""
     base, helpful = differences(start.a, start.b, sample=True), []
-    for state in with_progress(list(_after_one(start)), progress, lambda s: s.name):
-        left = differences(state.a, state.b, sample=True)
-        if left is None:
+    for step in with_progress(_STEPS, progress, lambda step: step[0].name):
+        state = start.after(step)
+        left = None if state is None else differences(state.a, state.b, sample=True)
+        if state is None or left is None:
             continue
-        if found.add(state.candidate(left)):
+        if found.add(state.candidate(left, start)):
             return
-        if base is None or state.applied[-1].opens or _helps(left, base):
-            helpful.append(state)
-    for state in with_progress(helpful, progress, lambda s: s.name):
-        for further in _after_one(state):
-            left = differences(further.a, further.b, sample=True)
-            if left is not None and found.add(further.candidate(left)):
+        if base is None or step[0].opens or _helps(left, base):
+            helpful.append(step)
+    for first in with_progress(helpful, progress, lambda step: step[0].name):
+        once = start.after(first)
+        for step in _STEPS if once is not None else ():
+            state = once.after(step)  # type: ignore[union-attr]
+            left = None if state is None else differences(state.a, state.b, sample=True)
+            if state is not None and left is not None and found.add(state.candidate(left, start)):
                 return
-
-
-def _after_one(state: _State) -> Iterator[_State]:
-    """The state after each hypothesis, about b and, where that is another thing, about a."""
-    for h in HYPOTHESES:
-        for b_is_one in () if h in state.applied else (True, False) if h.both_ways else (True,):
-            one, other = (state.b, state.a) if b_is_one else (state.a, state.b)
-            made = h.apply(one, other)
-            if made is not None:
-                words = h.in_words(*(state.called[::-1] if b_is_one else state.called), one, other)
-                a, b = (state.a, made) if b_is_one else (made, state.b)
-                yield _State(a, b, state.called, (*state.applied, h), (*state.says, words))
 
 
 def _helps(left: Differences, base: Differences) -> bool:
@@ -396,22 +411,21 @@ def _compared_with_floats(side: Side, x: _Numbers, progress: Progress) -> Compar
 
 def _explain_by_origins(a: Side, b: Side, x: _Numbers, found: _Found, progress: Progress) -> None:
     """How each side may have been made of floats; both together explain why they differ."""
-    for name, side in (("a", a), ("b", b)):
-        own = _Found(None)
+    both = [_Found(None), _Found(None)]
+    for own, side, name in zip(both, (a, b), "ab", strict=True):
         _search_origin(side, x, (name, "x"), own, progress)
+    first, second = (own.complete for own in both)
+    if first is not None and second is not None:
+        name = " and ".join(dict.fromkeys((first.name, second.name)))
+        says = f"{first.says}; {second.says}" + (", each in blocks of its own" if a.sizes != b.sizes else "")
+        also = (*(f"a: {other}" for other in first.also), *(f"b: {other}" for other in second.also))
+        found.complete = replace(first, name=name, says=says, also=also)
+        return
+    for own, left in zip(both, "ba", strict=True):
         if own.complete is not None:
-            missing = f"how {'b' if name == 'a' else 'a'} was made"
-            found.of_one_side.append(replace(own.complete, leaves=missing, complete=False))
+            found.of_one_side.append(replace(own.complete, leaves=f"how {left} was made", complete=False))
         else:
             found.of_one_side += own.nearest()[:1]
-    explained = [e for e in found.of_one_side if e.leaves.startswith("how ")]
-    if len(explained) == 2:
-        names = " and ".join(dict.fromkeys(e.name for e in explained))
-        says = "; ".join(e.says for e in explained)
-        if a.sizes != b.sizes:
-            says += ", each in blocks of its own"
-        also = tuple(f"{one}: {name}" for one, e in zip("ab", explained, strict=True) for name in e.also)
-        found.complete = replace(explained[0], name=names, says=says, leaves="nothing", complete=True, also=also)
 
 
 def _search_origin(side: Side, x: _Numbers, called: tuple[str, str], found: _Found, progress: Progress) -> None:
@@ -440,7 +454,7 @@ def _readings(side: Side, shape: tuple[int, ...], called: tuple[str, str]) -> It
             made = h.apply(side, template)
             if made is not None and made.shape == shape:
                 words = h.in_words(*called, side, template)
-                yield start._replace(a=made, applied=(h,), says=(words,))
+                yield start._replace(a=made, steps=((h, False),), says=(words,))
 
 
 def _with_other_axes(side: Side) -> Iterator[Side]:
@@ -476,7 +490,7 @@ def _try_rules(
         left = None if made is None else differences(part, made)
         if left is None:
             continue
-        name = " and ".join((*(h.name for h in state.applied), rule.name))
+        name = " and ".join(filter(None, (_name(state.steps), rule.name)))
         says = "; and ".join((*state.says, rule.says.format(one=state.called[0], x=state.called[1])))
         candidate = _Candidate(name, says, left, partial(_left_of_all, rule, side, x), rule.missing)
         least = min(least, candidate.weight)
@@ -504,11 +518,12 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
         if made is None:
             continue
         start = state._replace(b=made, called=(state.called[0], f"what {rule.name} makes of {state.called[1]}"))
-        for further in with_progress(list(_after_one(start)), progress, lambda s: s.name):
-            left = differences(further.a, further.b, sample=True)
-            if left is None:
+        for step in with_progress(_STEPS, progress, lambda step: step[0].name):
+            further = start.after(step)
+            left = None if further is None else differences(further.a, further.b, sample=True)
+            if further is None or left is None:
                 continue
-            candidate = further.candidate(left)
+            candidate = further.candidate(left, start)
             if found.add(candidate._replace(name=f"{rule.name} and {candidate.name}")):
                 return
 

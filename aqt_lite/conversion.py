@@ -212,12 +212,12 @@ def _table(side: Side, form: Format) -> tuple[_Numbers, float]:
     every = np.arange(low, high + 1)
     if old == new:
         return every, 1.0
+    if side.offset.any() and (new.middle if not _moves(side, form) else new.middle - old.middle):
+        raise ValueError(f"dtype={new.name!r}: {old.name} has offsets here, and would need zero points as well")
     used = np.zeros(every.size, bool)
     used[np.unique(side.codes).astype(np.int64) - low] = True
     if _moves(side, form):
         step = new.middle - old.middle
-        if step and side.offset.any():
-            raise ValueError(f"dtype={new.name!r}: {old.name} has offsets here, and would need zero points as well")
         zero = side.zero_point + step
         fits = (zero >= least) & (zero <= most)
         _all_fit(fits, side.zero_point, f"dtype={new.name!r}", "zero points have no code in it")

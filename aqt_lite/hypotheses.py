@@ -311,12 +311,12 @@ def _reach_of_dialects(side: Side) -> dict[float, str]:
 
 def _factors(side: Side, other: Side) -> Iterator[tuple[float, str]]:
     """Ratios that are known to occur, and what each says of ``other``'s scales."""
-    for whose, outer in (("the tensor scale", side.outer), ("the tensor scale", other.outer)):
+    for outer in (side.outer, other.outer):
         if outer and outer != 1.0:
-            yield outer, f"times {whose}, {outer:.6g}"
-            yield 1 / outer, f"without {whose}, {outer:.6g}"
-            yield 1 / outer**2, f"divided by {whose} instead of multiplied, {outer:.6g}"
-            yield outer**2, f"multiplied by {whose} instead of divided, {outer:.6g}"
+            yield outer, f"times the tensor scale, {outer:.6g}"
+            yield 1 / outer, f"without the tensor scale, {outer:.6g}"
+            yield 1 / outer**2, f"divided by the tensor scale instead of multiplied, {outer:.6g}"
+            yield outer**2, f"multiplied by the tensor scale instead of divided, {outer:.6g}"
     for ratio, words in _reach_of_dialects(side).items():
         yield ratio, f"for a range to {words}"
     for power in range(1, 17):

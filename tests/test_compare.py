@@ -479,7 +479,7 @@ def test_formats_of_codes_without_a_name():
     assert found.explanation.name == "order of AWQ, codes, along the last axis"
     assert found.a.startswith("uint4, ")
     assert compare((c.astype(np.int64), 0.5), (c, 0.5)).equal
-    for dtype, name in ((np.int8, "int8"), (np.uint16, "uint16"), (np.int64, "int16")):
+    for dtype, name in ((np.int8, "int8"), (np.uint16, "uint16"), (np.int64, "uint16")):
         assert compare((np.full((9, 9), 100 if dtype != np.int64 else 500, dtype), 1), (c[:9, :9], 1)).a.startswith(
             name
         )
@@ -593,6 +593,25 @@ def test_arrays_that_are_read_only_or_no_views_of_memory():
     assert compare((strided[:, ::2], frozen), q).equal
     leaf = torch.tensor(X, requires_grad=True)
     assert compare(quantize(leaf, granularity=ROWS), leaf).equal
+
+
+def test_arrays_that_are_computed_when_they_are_asked_for():
+    da = pytest.importorskip("dask.array", reason="dask is not installed: requirements-dev.txt has it")
+    x = da.from_array(X, chunks=(32, 96))
+    q = quantize(x, granularity=ROWS, dialect="torch")
+    assert compare(q, x).explanation.name == "torch"
+    assert compare((q.qvalue, q.scale), quantize(X, granularity=ROWS, dialect="torch")).equal
+
+
+def test_the_tensor_scale_is_named():
+    nv = quantize(X, "nvfp4")
+    numbers = nv.scale.qvalue.view(ml_dtypes.float8_e4m3fn)
+    tensor = float(nv.scale.scale.reshape(()))
+    says = compare(nv, (nv.qvalue, numbers)).explanation.says
+    assert says == f"scales of a are those of b times the tensor scale, {tensor:.6g}"
+    divided = numbers.astype(np.float32) / nv.scale.scale
+    says = compare((nv.qvalue, divided), nv).explanation.says
+    assert says == f"scales of a are those of b divided by the tensor scale instead of multiplied, {tensor:.6g}"
 
 
 def test_large_arrays_are_looked_at_in_parts():

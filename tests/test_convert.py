@@ -144,6 +144,10 @@ def test_offsets_and_zero_points(backend):
     assert_same_bits(convert(made, offset=False), q)
     with pytest.raises(ValueError, match="dtype='int4': uint4 has offsets here, and would need zero points as well"):
         convert(made, "int4")
+    four = quantize(backend.asarray(X), "float4_e2m1fn", offset="data", granularity=ROWS)
+    held(convert(four, "int8"), four)
+    with pytest.raises(ValueError, match="float4_e2m1fn has offsets here, and would need zero points as well"):
+        convert(four, "uint8")
     data = quantize(backend.asarray(X), "uint4", offset="data", granularity=ROWS)
     with pytest.raises(ValueError, match="offset=False: 16 of 16 offsets are no code of uint4 times their scale"):
         convert(data, offset=False)
