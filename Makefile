@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons test-oracles check bench bench-quick bench-formats formats mismatches clean
+.PHONY: demo demo-models test exhaustive pythons test-oracles check bench bench-quick bench-formats formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -17,6 +17,9 @@ $(READY): requirements-dev.txt pyproject.toml
 
 demo: $(READY)  ## the main job on real data: pictures and tables under out/
 	$(BIN)/python examples/demo.py
+
+demo-models: $(READY)  ## a sentence encoder of 22.7 million weights in four frameworks; downloads 84 MB once
+	$(BIN)/python examples/models.py
 
 test: $(READY)  ## tests and doctests, without the exhaustive ones
 	$(BIN)/python -m pytest -n 2 -m "not exhaustive" --doctest-modules tests aqt_lite

@@ -13,7 +13,9 @@ from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
-from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.comparison import Comparison, compare
+from aqt_lite.conversion import convert
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -25,15 +27,21 @@ from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import cf as cf
+    from aqt_lite import equinox as equinox
     from aqt_lite import jax as jax
     from aqt_lite import linen as linen
     from aqt_lite import nnx as nnx
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
+    from aqt_lite import xarray as xarray
+    from aqt_lite import zarr as zarr
 
 __all__ = [
+    "ClippingWarning",
     "Codebook",
+    "Comparison",
     "Dialect",
     "ErrorReport",
     "Float",
@@ -48,7 +56,9 @@ __all__ = [
     "SuspectValueWarning",
     "available_backends",
     "choose_qparams",
+    "compare",
     "concatenate",
+    "convert",
     "dense",
     "dequantize",
     "dequantize_tree",
@@ -70,13 +80,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_OF_FRAMEWORKS = ("jax", "linen", "nnx", "torch")
-_ON_FIRST_USE = (*_OF_FRAMEWORKS, "plots", "testing")  # most programs need none of them
+_OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing``, ``aqt_lite.plots``, ``aqt_lite.torch`` and the like on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.xarray`` and the like on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -86,5 +96,5 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 def __dir__() -> list[str]:
     return sorted(
-        {*globals(), *_ON_FIRST_USE} - {*_OF_FRAMEWORKS}
+        {*globals(), *_ON_FIRST_USE} - {*_OF_A_LIBRARY}
     )  # what looks at every name should not have to import it

@@ -33,6 +33,9 @@ _ALONE = 1e6
 _EXTREME = 1e9
 """Largest magnitude of an array up to which nobody looks for such values."""
 
+_FEWEST = 100
+"""Values of an array from which on one may stand apart."""
+
 _SAMPLE = 1 << 16
 """Values that the median is taken of."""
 
@@ -43,14 +46,15 @@ class SuspectValueWarning(UserWarning):
     Examples
     --------
     >>> import numpy as np, warnings, aqt_lite
-    >>> kelvin = np.asarray([280.0, 1e20, 281.0, 290.0], "float32")
+    >>> kelvin = np.linspace(270, 305, 200, dtype="float32")
+    >>> kelvin[7] = 1e20
     >>> with warnings.catch_warnings(record=True) as found:
     ...     warnings.simplefilter("always")
     ...     q = aqt_lite.quantize(kelvin)
     >>> found[0].category.__name__
     'SuspectValueWarning'
-    >>> aqt_lite.quantize(kelvin, fill_value=1e20).dequantize().round(0)
-    array([279.,  nan, 281., 290.], dtype=float32)
+    >>> np.flatnonzero(aqt_lite.quantize(kelvin, fill_value=1e20).mask)
+    array([7])
     """
 
 
@@ -135,7 +139,7 @@ def _suspect(values: np.ndarray[Any, Any]) -> str | None:
     with np.errstate(all="ignore"):
         size = np.abs(values).ravel()
         size = size[np.isfinite(size) & (size != 0)]
-        if not size.size:
+        if size.size < _FEWEST:
             return None
         largest = size.max()
         median = float(np.median(size[:: -(-size.size // _SAMPLE)].astype(np.float64)))

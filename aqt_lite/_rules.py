@@ -21,6 +21,7 @@ from aqt_lite._arguments import SAID_ELSEWHERE, check_floats
 from aqt_lite._foreign import refusal
 from aqt_lite._registry import backend_of
 from aqt_lite.api import quantize
+from aqt_lite.bounds import AUTO
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import format_of
 from aqt_lite.granularity import PerGroup, block_of, granularity_of, grid_of
@@ -314,6 +315,8 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
             raise ValueError(f"layout={asked!r}: its layer says what its axes are for; leave layout out")
         of_leaf = asked if asked != _UNKNOWN else layout or leaf.layout or _UNKNOWN
         arguments = {key: value for key, value in spec.items() if key in _KEYWORDS}
+        if isinstance(arguments.get("dtype"), str) and arguments["dtype"] == AUTO:
+            raise ValueError("dtype='auto' depends on values, at which no plan looks: name the dtype beside the bound")
         shape = tuple(leaf.array.shape)
         if asked == _UNKNOWN and len(shape) != 2 and leaf.layout is None:
             of_leaf = _UNKNOWN  # what is said of all leaves is said of matrices
@@ -434,7 +437,7 @@ def _without_values(arguments: dict[str, Any]) -> dict[str, Any]:
         del some["scale"]
         if some.pop("zero_point", None) is not None:
             some["scheme"] = "affine"
-    for key, number in (("scale", 1.0), ("zero_point", 0), ("offset", 0.0), ("key", 0)):
+    for key, number in (("scale", 1.0), ("zero_point", 0), ("offset", 0.0), ("key", 0), ("mask", False)):
         if some.get(key) is not None and not isinstance(some[key], str):
             some[key] = number
     return some

@@ -40,6 +40,7 @@ __all__ = [
     "QParams",
     "Recipe",
     "Spec",
+    "beyond",
     "choose_qparams",
     "clipped",
     "counted",
@@ -50,6 +51,7 @@ __all__ = [
     "least_scale",
     "quantize",
     "quantize_with",
+    "reaches_an_end",
     "scales",
     "scales_of",
     "usable_qparams",
@@ -322,6 +324,19 @@ def clipped(
     outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
     passes = recipe.ignore_nonfinite or spec.element.missing is not None
     return outside & ~b.xp.isnan(x) if passes else outside
+
+
+def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+    """Whether a code is that of the smallest or the largest number: without one, nothing was clipped."""
+    ends = spec.element.end_codes(recipe.centred(spec))
+    return b.xp.any(codes == codes if ends is None else (codes == ends[0]) | (codes == ends[1]))
+
+
+def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Array:
+    """Where ``x`` is finite and outside the range of its block."""
+    xp, v, shape = b.xp, _computable(x, spec, b), tuple(x.shape)
+    outside = (v < spread(low, shape, spec.block, xp)) | (v > spread(high, shape, spec.block, xp))
+    return outside & xp.isfinite(v)
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:

@@ -6,6 +6,7 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
+from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
@@ -29,15 +31,31 @@ from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, wi
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
-__all__ = ["choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
+__all__ = ["ClippingWarning", "choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
 
 Scheme = Literal["symmetric", "affine"]
 Nonfinite = Literal["raise", "ignore"]
 RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
 ScaleMode = Literal["floor", "ceil", "even", "rceil"]
-OnClip = Literal["saturate", "raise"]
+OnClip = Literal["saturate", "warn", "raise"]
 
 ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
+
+
+class ClippingWarning(UserWarning):
+    """Values lie beyond the numbers that a format has at a given scale, and became the number next to them.
+
+    Examples
+    --------
+    >>> import warnings, aqt_lite
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", aqt_lite.ClippingWarning)
+    ...     try:
+    ...         aqt_lite.quantize([270.0, 305.0], scale=0.1)
+    ...     except aqt_lite.ClippingWarning as warning:
+    ...         print(str(warning).partition(",")[0])
+    x has 2 values of 2 beyond the numbers that int8 has at this scale
+    """
 
 
 @naming_the_argument
@@ -59,7 +77,7 @@ def quantize(
     mask: AnyArray | None = None,
     fill_value: float | Sequence[float] | None = None,
     missing: Literal["nan"] | None = None,
-    on_clip: OnClip = "saturate",
+    on_clip: OnClip | None = None,
     max_abs_err: float | None = None,
     max_rel_err: float | None = None,
     backend: str | None = None,
@@ -111,9 +129,11 @@ def quantize(
         Values equal to it are missing. ``q.dequantize(fill_value=...)`` puts it back.
     missing : {"nan"}, optional
         NaN are missing values.
-    on_clip : {"saturate", "raise"}
+    on_clip : {"saturate", "warn", "raise"}, optional
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
-        them: the number next to them, or a ValueError that counts them.
+        them: the number next to them; the same, and a :class:`ClippingWarning` that counts them, which is the default
+        where a scale is given; or a ValueError that counts them. Where values are not known, as under a compiler,
+        nothing warns.
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
@@ -142,9 +162,9 @@ def quantize(
     array([[ 33,  -2, 127],
            [ 40, 127, -79],
            [  0, 127,  46]], dtype=int8)
-    >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70).qvalue[0]
+    >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70, on_clip="saturate").qvalue[0]
     array([-15, -74, 127], dtype=int8)
-    >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
+    >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0, on_clip="saturate").dequantize()[1]  # the saturating cast
     array([  96.,  288., -192.], dtype=float32)
     >>> kelvin = np.linspace(270, 305, 1000, dtype="float32")
     >>> q = aqt_lite.quantize(kelvin, "auto", max_abs_err=0.1)
@@ -181,9 +201,11 @@ def quantize(
     return q
 
 
-def _quantized(x: Any, dtype: Any, *, on_clip: str, **how: Any) -> QArray:
+def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray:
     call = _prepare(x, dtype, **how)
-    one_of("on_clip", on_clip, ("saturate", "raise"))
+    if on_clip is None:
+        on_clip = "saturate" if call.given is None else "warn"
+    one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
     if call.given is None:
@@ -191,9 +213,10 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str, **how: Any) -> QArray:
     else:
         w = run(b, affine.quantize_with, constant, call.given, call.key, **static)
     _check_finite(x, w.scale, call)
-    if on_clip == "raise":
-        _check_clipped(constant, affine.QParams(*w[1:]), call)
-    return QArray._of(w, call.spec)
+    q = QArray._of(w, call.spec)
+    if on_clip != "saturate":
+        _check_clipped(constant, w, q, call, on_clip)
+    return q
 
 
 @naming_the_argument
@@ -641,15 +664,39 @@ def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = N
     )
 
 
-def _check_clipped(x: Array, qparams: affine.QParams, call: _Call) -> None:
-    b = call.b
-    if not b.has_values(x):
+def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> None:
+    """Warn or raise where values were clipped.
+
+    A warning counts those that lost more than rounding takes: half of the step at the end.
+    """
+    b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
+    if not b.has_values(x) or not b.has_values(w.codes):
+        if on_clip == "warn":
+            return
         raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
-    outside = b.to_numpy(run(b, affine.clipped, x, qparams, call.key, spec=call.spec, recipe=call.recipe))
+    if not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
+        return
+    if on_clip == "raise":
+        outside = run(b, affine.clipped, x, affine.QParams(*w[1:]), call.key, **static)
+    else:
+        compute = call.spec.source.compute
+        ends = with_margin(*representable_range(q, slack=True), compute)
+        with np.errstate(over="ignore"):
+            low, high = (b.asarray(end.astype(compute), like=x) for end in ends)
+        outside = run(b, affine.beyond, x, low, high, spec=call.spec)
+    outside = b.to_numpy(outside)
     count = int(outside.sum())
-    if count:
-        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
-        raise ValueError(
-            f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this "
-            f"scale, the first at index {first}: {b.to_numpy(x)[first]}; use a larger scale, or on_clip='saturate'"
-        )
+    if not count:
+        return
+    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
+    words = (
+        f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this scale, "
+        f"the first at index {first}: {b.to_numpy(x)[first]}"
+    )
+    if on_clip == "raise":
+        raise ValueError(f"{words}; use a larger scale, or on_clip='saturate'")
+    warnings.warn(
+        f"{words}; they became the number next to them: use a larger scale, or on_clip='saturate' where that is meant",
+        ClippingWarning,
+        stacklevel=5,
+    )

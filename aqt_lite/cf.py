@@ -1,7 +1,7 @@
 """Packed data as the CF conventions have it: integers with ``scale_factor``, ``add_offset`` and ``_FillValue``.
 
 Owns: the choice of a packing that keeps a bound, the arithmetic of the readers and writers that everybody has (xarray,
-netCDF4), and the proof, element by element. Imports: walking through arrays (``report``), the container. It needs NumPy
+netCDF4), and the proof, element by element. Imports: walking through arrays (``_parts``), the container. It needs NumPy
 alone; :mod:`aqt_lite.xarray` has it for labelled arrays.
 
 A reader computes ``code * scale_factor + add_offset``, rounding twice, in float32 or float64, fused or not, as its
@@ -26,7 +26,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite._parts import boxes, memory_order
 from aqt_lite.qarray import QArray
 
-__all__ = ["DTYPES", "Packing", "check_bound", "choose_packing", "difference_beyond", "limits_of"]
+__all__ = ["DTYPES", "Packing", "check_bound", "check_within", "choose_packing", "limits_of"]
 
 DTYPES = ("int8", "uint8", "int16", "uint16", "int32")
 """Types of codes, the widest last. Files of netCDF before version 4 have no unsigned ones."""
@@ -140,29 +140,35 @@ class Packing:
     def to_qarray(self, codes: Any) -> QArray:
         """``codes`` as a :class:`aqt_lite.QArray`, whose values are those of :meth:`unpack`.
 
+        Where values are missing, of a format that has a code for that, "int8_nan" or "int16_nan".
+
         Raises
         ------
         ValueError
-            Missing values, for which a QArray has no code; codes of 32 bits.
+            Codes of 32 bits; missing values of unsigned types, whose formats keep another code for them.
 
         Examples
         --------
         >>> import numpy as np
         >>> from aqt_lite import cf
-        >>> x = np.asarray([273.15, 280.0, 291.3], "float32")
+        >>> x = np.asarray([273.15, 280.0, np.nan], "float32")
         >>> packing = cf.choose_packing(x, max_abs_err=0.05)
         >>> codes = packing.pack(x)
-        >>> bool((packing.to_qarray(codes).dequantize() == packing.unpack(codes)).all())
+        >>> np.array_equal(packing.to_qarray(codes).dequantize(), packing.unpack(codes), equal_nan=True)
         True
         """
-        codes = np.asarray(codes)
+        codes, form = np.asarray(codes), self.dtype.name
         count = int((codes == self.fill_value).sum())
-        if count:
+        if count and self.dtype.kind == "u":
             raise ValueError(
-                f"{count} of {codes.size} values are missing, and a QArray has no code for that: unpack them"
+                f"{count} of {codes.size} values are missing, and {form} keeps code 0 for that: pack as a signed type"
             )
         return QArray.from_codes(
-            codes, self.scale_factor, offset=self.add_offset, float_dtype=self.scale_factor.dtype.name
+            codes,
+            self.scale_factor,
+            offset=self.add_offset,
+            dtype=f"{form}_nan" if count else form,
+            float_dtype=self.scale_factor.dtype.name,
         )
 
 
@@ -382,7 +388,7 @@ def codes_within(x: _Numbers, bound: float) -> Codes | None:
     step, offset = grid
     rounded = np.where(missing, 0.0, _rounded(x.astype(wide), step, offset, in_place=False))
     values = (rounded * float(step) + float(offset)).astype(x.dtype)
-    if difference_beyond(np.where(missing, 0, x), np.where(missing, 0, values), bound, (0,) * x.ndim) is not None:
+    if _difference_beyond(np.where(missing, 0, x), np.where(missing, 0, values), bound, (0,) * x.ndim) is not None:
         return None
     bits = (int(rounded.max(initial=0)) + bool(missing.any())).bit_length()
     fill = (1 << bits) - 1
@@ -423,13 +429,13 @@ def _broken(x: _Numbers, start: tuple[int, ...], packing: Packing, bound: float)
         codes = np.where(missing, 0, _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place))
         inside = np.clip(codes, least, most)  # what is not there becomes some other value, which is noticed
         written = np.where(missing, packing.fill_value, inside).astype(packing.dtype)
-        broken = difference_beyond(x, packing.unpack(written), bound, start)
+        broken = _difference_beyond(x, packing.unpack(written), bound, start)
         if broken is not None:
             return f"{broken}. Did x change while it was read?"
     return None
 
 
-def difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...]) -> str | None:
+def _difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...]) -> str | None:
     """What is wrong where a value of ``read`` is further than ``bound`` from that of ``x``, or missing unlike it.
 
     ``start`` is the index that the first element has in the whole array.
@@ -478,32 +484,47 @@ def _index(mask: _Numbers) -> tuple[int, ...]:
 
 def _each(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list[_R]:
     """What ``look`` says of each part of ``x`` and the index of its first element; Dask's chunks where they are."""
-    if hasattr(x, "__dask_graph__"):
-        return _each_chunk(x, look)
+    return _each_chunk(x, look) if hasattr(x, "__dask_graph__") else _each_part(x, look, (0,) * x.ndim)
+
+
+def _each_part(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R], start: tuple[int, ...]) -> list[_R]:
     shape = tuple(x.shape)
     if 0 in shape:
         return []
     found = []
     stored = getattr(x, "chunks", None)  # of HDF5 and zarr: each is read once
     for box in boxes(shape, _MOST_ELEMENTS, memory_order(x), stored):
-        part = x[tuple(slice(start, stop) for start, stop in box)]
-        found.append(look(_filled(part), tuple(start for start, _ in box)))
+        part = x[tuple(slice(*limits) for limits in box)]
+        found.append(look(_filled(part), tuple(s + first for s, (first, _) in zip(start, box, strict=True))))
     return found
 
 
 def _each_chunk(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list[_R]:
     dask: Any = importlib.import_module("dask")
+    if any(n != n for n in x.shape):
+        raise TypeError(f"x has chunks of unknown size (shape {tuple(x.shape)}): call x.compute_chunk_sizes() first")
     starts = [np.cumsum((0, *sizes[:-1])) for sizes in x.chunks]
     chunks = x.to_delayed()
     tasks = [
-        dask.delayed(_look_at)(chunks[index], look, tuple(int(s[i]) for s, i in zip(starts, index, strict=True)))
+        dask.delayed(_each_part)(chunks[index], look, tuple(int(s[i]) for s, i in zip(starts, index, strict=True)))
         for index in np.ndindex(chunks.shape)
     ]
-    return list(dask.compute(*tasks))
+    return [result for results in dask.compute(*tasks) for result in results]
 
 
-def _look_at(chunk: Any, look: Callable[[_Numbers, tuple[int, ...]], _R], start: tuple[int, ...]) -> _R:
-    return look(_filled(chunk), start)
+def check_within(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...] = ()) -> None:
+    """ValueError where a value of ``read`` is further than ``bound`` from that of ``x``, or missing unlike it.
+
+    ``start`` is the index of the first element in an array of which these are a part. It takes little memory beside.
+    """
+
+    def look(part: _Numbers, first: tuple[int, ...]) -> str | None:
+        there = read[tuple(slice(i, i + n) for i, n in zip(first, part.shape, strict=True))]
+        return _difference_beyond(part, there, bound, tuple(map(sum, zip(start or (0,) * x.ndim, first, strict=True))))
+
+    for broken in _each_part(x, look, (0,) * x.ndim):
+        if broken is not None:
+            raise ValueError(broken)
 
 
 def _filled(x: Any) -> _Numbers:
@@ -515,10 +536,15 @@ def _filled(x: Any) -> _Numbers:
 def _source_of(x: Any) -> np.dtype[Any]:
     """The type of a float array, in the machine's byte order."""
     dtype = getattr(x, "dtype", None)
+    if not hasattr(x, "chunks"):  # which arrays on disks and of Dask have: they are read here, part by part
+        why = refusal(x, "x")
+        if why is not None:
+            raise TypeError(why)
     if not isinstance(dtype, np.dtype) or dtype.name not in ("float32", "float64"):
-        what = f"x is a {type(x).__name__}" if dtype is None else f"x has dtype {dtype}"
-        why = refusal(x, "x") if dtype is None else None
-        raise TypeError(why or f"{what}: an array of float32 or float64 is packed; convert it first")
+        what = f"x has dtype {dtype}" if isinstance(dtype, np.dtype) else f"x is a {type(x).__name__}"
+        raise TypeError(
+            f"{what}: arrays of NumPy of float32 or float64 are packed; convert it, to float32 for instance"
+        )
     found: np.dtype[Any] = np.dtype(dtype.name)
     return found
 

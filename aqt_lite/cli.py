@@ -10,6 +10,7 @@ that was asked for is whole and within its bound.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,11 @@ import aqt_lite
 __all__ = ["main"]
 
 _ZARR = ".zarr"
+_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
+"""Encoding that only stores of the same version take; the target has what zarr chooses."""
+
+_MOST_ELEMENTS = 1 << 21
+"""Elements that are read together: 8 MB of float32."""
 
 _EPILOG = """examples:
   aqt-lite pack in.nc out.nc --max-abs-err 0.05             every floating-point variable within 0.05
@@ -119,7 +125,9 @@ def _unpack(options: argparse.Namespace) -> None:
     with _opened(options.source, values=True) as ds:
         names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
         bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
-        encoding: dict[Any, Any] = {name: {"_FillValue": bare[name].dtype.type("nan")} for name in names}
+        encoding: dict[Any, Any] = {
+            name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
+        }
         _write(bare, encoding, options.target, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
@@ -136,7 +144,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _opened(path: str, *, values: bool = False) -> Any:
     """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too."""
-    import dask
+    import dask  # noqa: F401  # said to be missing before anything is done
     import xarray as xr
 
     from aqt_lite import xarray as fields
@@ -145,12 +153,25 @@ def _opened(path: str, *, values: bool = False) -> Any:
     groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
-    with dask.config.set({"array.chunk-size": "32MiB"}):
-        opened = fields.open_dataset if values else xr.open_dataset
-        ds = opened(path, chunks="auto", decode_times=False, **how)
-    for variable in ds.variables.values():  # or xarray would write one where there was none
-        variable.encoding.setdefault("_FillValue", None)
-    return ds
+    # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
+    ds = xr.open_dataset(path, decode_times=False, decode_coords="all", cache=False, **how)
+    for variable in ds.variables.values():
+        variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
+        for name in _OF_ZARR:
+            variable.encoding.pop(name, None)
+    ds = ds.assign({name: variable.chunk(_chunks_of(variable)) for name, variable in ds.data_vars.items()})
+    quantized = any(fields.ATTRIBUTE in variable.attrs for variable in ds.data_vars.values())
+    return fields.dequantize(ds) if values and quantized else ds
+
+
+def _chunks_of(variable: Any) -> dict[Any, int]:
+    """Lengths along the dimensions: whole chunks of the file, or whole rows, that are a few MB."""
+    stored = variable.encoding.get("chunksizes") or variable.encoding.get("chunks")
+    taken = list(stored) if stored and len(stored) == variable.ndim else [1] * variable.ndim
+    for axis in reversed(range(variable.ndim)):
+        fit = max(1, _MOST_ELEMENTS // max(1, math.prod(taken)))
+        taken[axis] = min(variable.shape[axis], taken[axis] * fit)
+    return dict(zip(variable.dims, taken, strict=True))
 
 
 def _write(ds: Any, encoding: dict[Any, Any], target: str, check: Callable[[str], None]) -> None:

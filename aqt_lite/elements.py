@@ -78,6 +78,13 @@ class ElementType(ABC):
     codes: tuple[int, int]
     """Smallest and largest code."""
 
+    def end_codes(self, symmetric: bool) -> tuple[int, int] | None:
+        """The codes of the smallest and the largest number that quantization gives, those of all that is clipped.
+
+        None where they are not known.
+        """
+        return None
+
     @property
     def zero_codes(self) -> tuple[int, int]:
         """Smallest and largest code that a zero point may be."""
@@ -207,6 +214,9 @@ class Integer(ElementType):
         low, high = self.code_range(symmetric)
         return low * self.step, high * self.step
 
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        return self.code_range(symmetric)
+
     def encode(
         self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
     ) -> tuple[Array, Array]:
@@ -305,6 +315,11 @@ class Float(ElementType):
         fraction, exponent = math.frexp(self.max)
         hidden = 0 if self.subnormal else 1 << self.mantissa
         return ((exponent - 1 - self.lowest) << self.mantissa) + int(math.ldexp(fraction, self.mantissa + 1)) - hidden
+
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        if not self.signed:
+            return 0, self.largest_code
+        return self.largest_code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), self.largest_code
 
     def encode(
         self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
@@ -440,6 +455,9 @@ class Codebook(ElementType):
     @property
     def has_zero(self) -> bool:  # type: ignore[override]
         return 0.0 in self.numbers
+
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        return self._order[0], self._order[-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Codebook, (self.name, self.numbers)  # what is read from a file is checked, too

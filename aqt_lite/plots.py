@@ -197,7 +197,7 @@ def plot_codes(q: QArray) -> Figure:
     --------
     >>> import aqt_lite
     >>> from aqt_lite.plots import plot_codes
-    >>> figure = plot_codes(aqt_lite.quantize([-90.0, -2.0, 0.0, 1.0, 90.0, 90.0], scale=0.5))
+    >>> figure = plot_codes(aqt_lite.quantize([-90.0, -2.0, 0.0, 1.0, 90.0, 90.0], scale=0.5, on_clip="saturate"))
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['codes in between: 3 (50.0 %)', 'at the ends: 1 at -127, 2 at 127 (50.0 %)']
     """

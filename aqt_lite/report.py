@@ -1,7 +1,7 @@
 """Numbers that say what quantization cost.
 
-Owns: ``ErrorReport``, and the range that codes can represent. Imports: the container, granularity, parts and blocks of
-arrays. Everything is computed in float64 on NumPy.
+Owns: ``ErrorReport``. Imports: the container, granularity, parts and blocks of arrays, the range of codes. Everything
+is computed in float64 on NumPy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
 from aqt_lite._namespace import Numbers
 from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
-from aqt_lite._registry import get_backend
+from aqt_lite._range import representable_range, scales_of_blocks, with_margin
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
 from aqt_lite.qarray import QArray
@@ -179,35 +179,6 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     )
 
 
-def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _Numbers]:
-    """Values of the smallest and the largest code of every block, on the grid of blocks, in float64.
-
-    With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
-    between rounds to the outermost code, and what lies beyond is clipped to it.
-    """
-    numbers = q._element.levels(get_backend("numpy"))
-    low, after_low, before_high, high = numbers[0], numbers[1], numbers[-2], numbers[-1]
-    zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), _scales(q)
-    offset = 0.0 if q.offset is None else _numbers(q.offset, q)
-    with np.errstate(over="ignore"):
-        bottom, top = (low - zero) * scale + offset, (high - zero) * scale + offset
-        if slack:
-            bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
-    return bottom, top
-
-
-def _scales(q: QArray) -> _Numbers:
-    """A number for every block, in float64."""
-    if q.scale is None:
-        return np.ones(grid_of(q.shape, q._checked().block))
-    return _numbers(q.scale, q)
-
-
-def _numbers(kept: Any, q: QArray) -> _Numbers:
-    values = kept.dequantize() if isinstance(kept, QArray) else kept
-    return np.asarray(q._backend.to_numpy(values)).astype(np.float64)
-
-
 # ---- one part
 
 
@@ -267,7 +238,9 @@ def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
     square, power = _squares(error, block)
     largest = by_block(np.maximum, np.abs(error, out=error), block)
     clipped = _clipped(values, q, None if left_out is not None else largest)
-    return _Cost(square, power, largest, _scales(q), signal, signal_power, clipped, left_out, missing, values.size)
+    return _Cost(
+        square, power, largest, scales_of_blocks(q), signal, signal_power, clipped, left_out, missing, values.size
+    )
 
 
 def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
@@ -279,9 +252,7 @@ def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
     comparable = largest is not None and source.name == source.compute
     if comparable and (largest <= np.minimum(bottom - low, high - top)).all():
         return 0
-    # The scale's reciprocal and two products round: a value this close to the limit may have rounded to the end.
-    margin = 4 * float(np.finfo(source.compute).eps) * np.maximum(np.abs(low), np.abs(high))
-    low, high = (spread(limit, values.shape, block, np) for limit in (low - margin, high + margin))
+    low, high = (spread(limit, values.shape, block, np) for limit in with_margin(low, high, source.compute))
     return int(np.count_nonzero(values < low) + np.count_nonzero(values > high))
 
 

@@ -1,8 +1,8 @@
 """Bit-exact comparison, and what an adapter must pass.
 
-Owns: ``mismatches``, ``assert_same_bits`` and the conformance suite ``check_backend``. Imports: the public package.
-Whoever writes an adapter subclasses ``Backend``, registers it under the entry-point group ``aqt_lite.backends``, and
-runs ``check_backend(name)``.
+Owns: ``mismatches``, ``assert_same_bits``, ``assert_same`` and the conformance suite ``check_backend``. Imports: the
+public package. Whoever writes an adapter subclasses ``Backend``, registers it under the entry-point group
+``aqt_lite.backends``, and runs ``check_backend(name)``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,23 @@ from aqt_lite._kernels import Kernel
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.comparison import compare
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear, reference
 from aqt_lite.qarray import QArray
 
-__all__ = ["Backend", "Conformance", "IntLimits", "Kernel", "assert_same_bits", "check_backend", "mismatches"]
+__all__ = [
+    "Backend",
+    "Conformance",
+    "IntLimits",
+    "Kernel",
+    "assert_same",
+    "assert_same_bits",
+    "check_backend",
+    "mismatches",
+]
 
 
 def mismatches(actual: Any, expected: Any) -> int:
@@ -86,6 +96,35 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
                 f"{name}: {int(differ.sum())} of {differ.size} elements differ, "
                 f"the first at {at}: {first[at]!r}, not {second[at]!r}"
             )
+
+
+def assert_same(a: Any, b: Any, *, x: Any = None) -> None:
+    """AssertionError with what :func:`aqt_lite.compare` found, unless ``a`` and ``b`` are equal.
+
+    Where :func:`assert_same_bits` says at which element two arrays differ first, this says why.
+
+    Parameters
+    ----------
+    a, b, x
+        As of :func:`aqt_lite.compare`.
+
+    Examples
+    --------
+    >>> import numpy as np, aqt_lite
+    >>> from aqt_lite.testing import assert_same
+    >>> x = np.random.default_rng(0).standard_normal((4, 32)).astype("float32")
+    >>> q = aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0))
+    >>> assert_same((q.qvalue, q.scale), q)
+    >>> theirs = aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0), dialect="torch")
+    >>> assert_same(theirs, q, x=x)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    AssertionError: They differ, and this explains all of it: a is what dialect 'torch' makes of x; b is what dialect
+    'aqt_lite' makes of x.
+    ...
+    """
+    found = compare(a, b, x=x, progress=False)
+    if not found.equal:
+        raise AssertionError(str(found))
 
 
 def _differing(a: np.ndarray[Any, Any], e: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -332,7 +371,7 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     for name, form in list(FORMATS.items()):
         settings: list[dict[str, Any]] = [{"granularity": PerGroup(8)}]
         if form.scale is None and not form.element.middle:
-            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1})
+            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1, "on_clip": "saturate"})
         for how in settings:
             q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
             yield q, wanted
@@ -345,7 +384,7 @@ def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:
         for x in _awkward(name):
             for scale in (0.5, 0.0123, 2.0**-100, 1e30):
                 for zero_point in (None, 7):
-                    how: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+                    how: dict[str, Any] = {"scale": scale, "zero_point": zero_point, "on_clip": "saturate"}
                     q, wanted = quantize(b.asarray(x), **how), quantize(x, **how)
                     yield q, wanted
                     yield dequantize(q), dequantize(wanted)

@@ -44,6 +44,12 @@ ATTRIBUTE = "aqt_lite"
 BOUND = "max_abs_error"
 """Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
 
+_RELATED = (
+    *("bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "geometry", "grid_mapping"),
+    *("interior_ring", "node_coordinates", "node_count", "part_node_count"),
+)
+"""What xarray keeps in ``encoding`` of other variables that belong to one, and would lose with another ``encoding``."""
+
 _LIMITS = ("valid_min", "valid_max", "valid_range")
 _OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
@@ -63,8 +69,8 @@ def cf_encoding(
     obj : DataArray or Dataset
         float32 or float64; arrays of Dask are computed twice, for the range and for the check, and never held whole.
     max_abs_err : float, or mapping of names of variables to floats
-        The largest error allowed, in units of the data. One number serves all floating-point variables of a Dataset;
-        a mapping says which are packed.
+        The largest error allowed, in units of the data. One number serves all floating-point variables of a Dataset
+        (but for coordinates, and times since a date); a mapping says which are packed.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
 
@@ -103,9 +109,15 @@ def cf_encoding(
             "codes: take it out of attrs first"
         )
     try:
-        return cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype).encoding
+        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{_called(obj)}: {error}") from None
+    return {**packing.encoding, **related(obj)}
+
+
+def related(da: xr.DataArray) -> dict[str, Any]:
+    """What the encoding of a variable says of others, its grid mapping for instance."""
+    return {name: da.encoding[name] for name in _RELATED if name in da.encoding}
 
 
 def _called(obj: xr.DataArray) -> str:
@@ -120,10 +132,15 @@ def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
             raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
         return dict(max_abs_err)
     cf.check_bound(max_abs_err)
-    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not _is_time(variable)]
     if not found:
         raise ValueError("the Dataset has no floating-point variable to pack")
     return dict.fromkeys(found, max_abs_err)
+
+
+def _is_time(da: xr.DataArray) -> bool:
+    """Whether it is days or seconds since a date, in units that a bound for all others does not speak of."""
+    return " since " in str(da.attrs.get("units", ""))
 
 
 class _Lazy:
@@ -162,7 +179,8 @@ def quantize(
     Parameters
     ----------
     obj : DataArray or Dataset
-        Of NumPy, Dask or any other array that :func:`aqt_lite.quantize` takes. Dask's stay lazy.
+        Of NumPy, Dask or any other array that :func:`aqt_lite.quantize` takes. Dask's stay lazy; what is still in a
+        file that was opened without ``chunks=`` is loaded.
     dtype : str or format
         As for :func:`aqt_lite.quantize`.
     granularity : mapping, PerTensor, PerChannel, PerGroup or PerBlock, optional
@@ -464,9 +482,10 @@ def written(path: Any, write: Callable[[str], Any]) -> None:
         if os.path.isfile(beside):
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
-        if os.path.isdir(final) and not os.path.islink(final):
-            shutil.rmtree(final)
+        if os.path.isdir(final):  # which cannot be replaced at once: it is whole under one name or the other
+            os.rename(final, f"{beside}.old")
         os.replace(beside, final)
+        shutil.rmtree(f"{beside}.old", ignore_errors=True)
     finally:
         if os.path.isdir(beside):
             shutil.rmtree(beside)
@@ -488,10 +507,11 @@ def check_within(
     for index in np.ndindex(*map(len, ends)):
         starts = tuple(int(end[i - 1]) if i else 0 for end, i in zip(ends, index, strict=True))
         box = tuple(slice(s, int(end[i])) for s, end, i in zip(starts, ends, index, strict=True))
-        here = np.asarray(x.variable[box].values)
-        broken = cf.difference_beyond(here, np.asarray(y.variable[box].values), bound, starts)
-        if broken is not None:
-            raise ValueError(f"{_called(x)}: {broken}")
+        here = x.variable[box].values
+        try:
+            cf.check_within(here, y.variable[box].values, bound, starts)
+        except ValueError as error:
+            raise ValueError(f"{_called(x)}: {error}") from None
         done += here.size
         progress(done, x.size)
 

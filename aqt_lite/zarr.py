@@ -283,7 +283,7 @@ class QuantizeCodec(_Codec):
 
         stored = arrays(at)
         q = template._with_each(lambda _: next(stored))
-        values = np.array(q.dequantize())
+        values = np.array(q.dequantize(), dtype)
         if missing is not None:
             values[missing.reshape(shape).astype(bool)] = np.nan
         return values

@@ -42,7 +42,7 @@ class Call:
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         if offset is not None:
             arguments["offset"] = offset
-        return bits_of(aqt_lite.quantize(x, scale=scale, zero_point=zero_point, **arguments))
+        return bits_of(aqt_lite.quantize(x, scale=scale, zero_point=zero_point, on_clip="saturate", **arguments))
 
 
 class Problem(NamedTuple):

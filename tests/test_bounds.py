@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from fractions import Fraction
 
 import dask.array as da
@@ -15,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import jax, jnp, needs, torch
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, error_report, quantize
+from aqt_lite import (
+    ClippingWarning,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    choose_qparams,
+    error_report,
+    plan_tree,
+    quantize,
+    quantize_tree,
+)
 from aqt_lite._registry import get_backend
 from aqt_lite.bounds import bound_of, candidates, largest_error
 from aqt_lite.formats import FORMATS
@@ -257,3 +269,108 @@ def test_nor_where_torch_has_none():
 def test_nor_where_they_are_not_computed_yet():
     with pytest.raises(TypeError, match=r"x\.compute\(\)"):
         quantize(da.from_array(KELVIN), "auto", max_abs_err=0.1)
+
+
+def test_models_by_rules():
+    tree = {"sst": KELVIN, "rain": np.abs(KELVIN - 290)}
+    whole = {"granularity": PerTensor()}
+    rules = [
+        ("sst", {"dtype": "uint8", "max_abs_err": 0.1, **whole}),
+        ("rain", {"max_abs_err": 0.1, "mask": KELVIN > 300, **whole}),
+    ]
+    assert "uint8" in str(plan_tree(tree, rules))
+    quantized = quantize_tree(tree, rules)
+    assert (quantized["sst"].dtype, quantized["rain"].dtype) == ("uint8", "int8_nan")
+    assert max(errors(KELVIN, quantized["sst"])) <= Fraction(0.1)
+    with pytest.raises(ValueError, match="sst: dtype='auto' depends on values, at which no plan looks"):
+        plan_tree(tree, [("sst", {"dtype": "auto", "max_abs_err": 0.1, **whole}), ("*", None)])
+    with pytest.raises(ValueError, match=r"sst: int4 cannot keep max_abs_err=0\.1"):
+        quantize_tree(tree, [("sst", {"dtype": "int4", "max_abs_err": 0.1, **whole}), ("*", None)])
+
+
+# ---- clipping
+
+
+def test_clipping_is_reported_where_a_scale_is_given(backend):
+    x = backend.asarray(KELVIN)
+    count = int((KELVIN > 283).sum())
+    first = tuple(int(i) for i in np.argwhere(KELVIN > 283)[0])
+    with pytest.warns(
+        ClippingWarning, match=rf"x has {count} values of 6000 .* int8 .*first at index \({first[0]}, .*"
+    ) as w:
+        q = quantize(x, scale=2.0, offset=28.0)
+    assert len(w) == 1
+    assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_bits(quantize(x, scale=2.0, offset=28.0, on_clip="saturate"), q)
+        quantize(x, scale=2.0, offset=52.0)  # reaches 306
+    with pytest.raises(ValueError, match="beyond the numbers"):
+        quantize(x, scale=2.0, offset=28.0, on_clip="raise")
+    with pytest.warns(ClippingWarning, match="3 values of 3"):
+        quantize(backend.asarray(np.asarray([7.0, -9.0, 6.6], "float32")), "float4_e2m1fn", scale=0.5, on_clip="warn")
+    with pytest.raises(ValueError, match="on_clip='ignore' is not known"):
+        quantize(x, on_clip="ignore")
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int3", "int8_nan", "float8_e4m3fn", "float6_e3m2fn", "nf4", "mxfp4"]
+)
+def test_a_scale_of_the_array_itself_clips_nothing(backend, dtype):
+    """Though the largest number may come out a little beyond the end, as products round."""
+    x = np.random.default_rng(4).standard_normal((40, 70)).astype("float32")
+    how = {"granularity": PerChannel(0)}
+    if FORMATS.get(dtype) is not None and FORMATS[dtype].element.middle:
+        how["scheme"] = "affine"
+    if dtype == "mxfp4":
+        how["scale_mode"] = "ceil"  # whose scales cover every value
+    for _ in range(3):
+        scale, zero_point = choose_qparams(backend.asarray(x), dtype, **how)
+        how.pop("scheme", None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            q = quantize(backend.asarray(x), dtype, scale=scale, zero_point=zero_point, **how)
+        assert_same_bits(q.scale, scale)
+        x = x * np.float32(1.37)
+        how = {**how, "scheme": "affine"} if zero_point is not None else how
+
+
+def test_nobody_is_warned_of_what_was_asked_for():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(np.asarray([np.inf, np.nan, 3.0], "float32"), scale=1.0, nonfinite="ignore")
+        quantize(
+            np.asarray([1.0, 1.9, 7.9], "float32"), "mxfp4", granularity=PerTensor()
+        )  # which clips by its own rule
+        quantize(da.from_array(KELVIN), scale=0.1)  # whose values nobody knows
+        quantize(np.zeros((0, 3), "float32"), scale=1.0)
+    with pytest.warns(ClippingWarning, match="x has 1 values of 3"):
+        quantize(np.asarray([np.inf, 200.0, 3.0], "float32"), scale=1.0, nonfinite="ignore")
+
+
+@needs("jax")
+def test_a_compiler_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda x: quantize(x, scale=0.1).dequantize())(jnp.asarray(KELVIN))
+
+
+@pytest.mark.parametrize("dtype", list(FORMATS))
+def test_clipped_values_have_the_codes_of_the_ends(dtype):
+    """So that arrays without one need no second look."""
+    element = FORMATS[dtype].element
+    for symmetric in (True, False):
+        low, high = element.range_of(symmetric)
+        levels = element.levels(get_backend("numpy"))
+        codes = np.arange(element.codes[0], element.codes[1] + 1).astype(element.storage)
+        numbers = np.asarray(element.decode(codes, get_backend("numpy"), "float64"), dtype="float64")
+        ends = [float(numbers[codes == code][0]) for code in element.end_codes(symmetric)]
+        assert ends == [low, high]
+        assert low >= levels[0]
+
+
+def test_a_large_array_is_looked_at_once():
+    x = np.zeros((1000, 700), "float32")
+    x[999, 699] = 400
+    with pytest.warns(ClippingWarning, match=r"x has 1 values of 700000 .*\(999, 699\): 400\.0"):
+        quantize(x, scale=2.0, granularity=PerChannel(0))

@@ -100,6 +100,50 @@ def test_stores_of_zarr(source, tmp_path, capsys):
     assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
 
 
+def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
+    """Bounds of cells, a grid mapping without values, times, text, and a variable without elements."""
+    ds = xr.Dataset(
+        {
+            "t": (("time", "lat"), X[:, :, 0], {"grid_mapping": "crs", "cell_methods": "time: mean"}),
+            "crs": ((), np.int32(0), {"grid_mapping_name": "latitude_longitude", "semi_major_axis": 6378137.0}),
+            "time_bnds": (("time", "nv"), np.asarray([[0.0, 1.1], [1.1, 2.3], [2.3, 3.7]])),
+            "lat_bnds": (("lat", "nv"), np.linspace(-90, 90, 80).reshape(40, 2)),
+            "start": ("time", np.asarray([0.1, 0.2, 0.3]), {"units": "days since 2000-01-01"}),
+            "name": ("time", ["a", "bc", "d"]),
+            "none": (("empty",), np.zeros(0, "float32")),
+        },
+        {
+            "time": ("time", [0.5, 1.7, 3.0], {"units": "days since 2000-01-01", "bounds": "time_bnds"}),
+            "lat": ("lat", np.linspace(-90, 90, 40), {"bounds": "lat_bnds"}),
+        },
+    )
+    ds.to_netcdf(tmp_path / "in.nc")
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.5")
+    assert (status, errors) == (0, "")
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
+        assert set(a.variables) == set(b.variables)
+        for name in set(a.variables) - {"t", "none"}:
+            assert a[name].dtype == b[name].dtype
+            assert np.array_equal(a[name][...], b[name][...])
+        assert a["crs"].__dict__ == b["crs"].__dict__
+        assert (b["t"].grid_mapping, b["time"].bounds, b["lat"].bounds) == ("crs", "time_bnds", "lat_bnds")
+        assert "add_offset" in b["t"].ncattrs()
+    assert run(capsys, "unpack", tmp_path / "out.nc", tmp_path / "back.nc")[0] == 0
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "back.nc") as b:
+        assert set(b["t"].ncattrs()) == {*a["t"].ncattrs(), "max_abs_error"}
+        assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
+    with xr.open_dataset(source) as ds:
+        encoding = {"t": {"chunks": (2, 20, 25)}}
+        ds.load().to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
+    for target in ("out.zarr", "out.nc"):
+        status, _, errors = run(capsys, "pack", tmp_path / "in.zarr", tmp_path / target, "--max-abs-err", "t=0.05")
+        assert (status, errors) == (0, "")
+
+
 def test_quantized_files_are_unpacked_too(tmp_path, capsys):
     t = xr.DataArray(np.nan_to_num(X, nan=280), dims=("time", "lat", "lon"), name="t", attrs={"units": "K"})
     q = t.aqt.quantize("int4", granularity={"time": 1})
@@ -173,20 +217,25 @@ def test_progress_is_shown_on_a_terminal_only(source, tmp_path, capsys, monkeypa
     assert "checking t: 100%\n" in errors
 
 
-def test_the_command_needs_nothing_for_help_and_says_what_is_missing(tmp_path):
-    code = (
-        "import sys; sys.modules['xarray'] = None; sys.modules['dask'] = None; sys.argv[0] = 'aqt-lite'\n"
-        "from aqt_lite.cli import main\nsys.exit(main(sys.argv[1:]))"
-    )
+def test_the_command_needs_nothing_for_help_and_says_what_is_missing(tmp_path, capsys):
     for arguments, status, said in (
         (["--help"], 0, "aqt-lite pack in.nc out.nc --max-abs-err 0.05"),
         (["--version"], 0, aqt_lite.__version__),
-        (["info", "x.nc"], 1, "pip install 'aqt_lite[science]'"),
         (["pack", "a", "b", "--max-abs-err", "t"], 2, "'t' is neither a number nor NAME=NUMBER"),
         (["pack", "a", "b", "--max-abs-err", "t=1,t=2"], 2, "must name each variable once"),
         ([], 2, "required: command"),
     ):
-        command = [sys.executable, "-c", code, *arguments]
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == status
+        assert said in "".join(capsys.readouterr())
+    (tmp_path / "x.nc").touch()
+    hidden = "import sys; sys.modules['xarray'] = None; sys.modules['dask'] = None\nfrom aqt_lite.cli import main\n"
+    for code, status, said in (
+        ("sys.exit(main(['info', 'x.nc']))", 1, "pip install 'aqt_lite[science]'"),
+        ("main(['--help'])", 0, "unpack"),
+    ):
+        command = [sys.executable, "-c", hidden + code]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == status
         assert said in done.stdout + done.stderr

@@ -52,6 +52,9 @@ PRODUCTS = {
     "outer": ("b,io->bio", (3,), (4, 5), [PerTensor(), PerChannel(0)]),
     "all of it": ("io,io->", (8, 5), (8, 5), [PerTensor(), PerChannel(1)]),
     "a sum of x alone": ("bzi,io->bo", (3, 2, 16), (16, 5), [PerChannel(1)]),
+    "dots on both sides": ("...ti,...io->...to", (3, 2, 16), (3, 16, 5), [PerBlock((1, -1, 1))]),
+    "dots of the weight alone": ("ti,...io->...to", (2, 16), (3, 16, 5), [PerBlock((1, -1, 1)), PerTensor()]),
+    "no axes": (",io->io", (), (4, 5), [PerTensor()]),
     "implicit": ("bi,io", (3, 16), (16, 5), [PerChannel(1)]),
 }
 
@@ -60,7 +63,7 @@ PRODUCTS = {
 def test_einsum_is_the_product_with_the_values(backend, name):
     subscripts, of_x, of_w, granularities = PRODUCTS[name]
     x, w = data(*of_x), data(*of_w, seed=1)
-    for granularity in granularities:
+    for granularity in granularities if backend.name == "numpy" else granularities[:2]:
         q = quantize(w, granularity=granularity)
         y = einsum(subscripts, backend.asarray(x), q.to_backend(backend.name))
         expected = of_values(subscripts, x, q)

@@ -130,7 +130,44 @@ def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
     assert "int8 cannot keep max_abs_err=1e-09: it keeps max_abs_err=0.06" in printed[1]
     assert [line.split()[-2] for line in printed[2:4]] == ["uint16", "uint8"]
     assert printed[4:6] == ["int8_nan True True", "True"]
-    assert printed[-1].startswith("missing values")
+    assert printed[-2].startswith("missing values")
+    assert printed[-1].startswith("x has 1555200 values of 1555200 beyond the numbers that int8 has at this scale")
+
+
+def blocks_of_fields():
+    """The code of docs/fields.md: what make test can run, and what needs pyarrow."""
+    text = (ROOT / "docs" / "fields.md").read_text()
+    parts = text.split("<!-- needs pyarrow -->")
+    return ["".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)) for part in parts]
+
+
+def test_the_code_of_the_page_of_fields_runs_and_prints_what_it_says(tmp_path):
+    code, _ = blocks_of_fields()
+    checks = "assert later.sizes['time'] == 2 and codes.dtype == 'int8' and z.nbytes > 3 * z.nbytes_stored()\n"
+    printed = run_in_a_fresh_interpreter(code + checks, tmp_path).splitlines()
+    assert re.fullmatch(r"0\.0\d+ <= 0\.05, int16", printed[0])
+    assert printed[1].startswith("{'scale_factor': np.float32(0.0999")
+
+
+def test_the_code_of_tables_runs(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow takes 170 MB, too much for the development set-up")
+    _, of_tables = blocks_of_fields()
+    values = "import aqt_lite, numpy as np\nvalues = np.random.default_rng(0).random((4, 90, 180), 'float32')\n"
+    run_in_a_fresh_interpreter(values + of_tables, tmp_path)
+
+
+def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_path):
+    text = (ROOT / "docs" / "compare.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path)
+    shown = re.findall(r"```\n(They .*?)```", text, flags=re.DOTALL)[0]
+    assert printed.startswith(shown)
+    first, counts, fields, converted, refused = printed.removeprefix(shown).splitlines()
+    assert first == "torch ('torch_per_channel', 'torchao')"
+    assert 0 < int(counts.split()[1]) <= int(counts.split()[0])
+    assert fields == "aqt_lite, divides=True"
+    assert converted == "-8 (64, 8) uint8"
+    assert re.fullmatch(r"scale_dtype='float16': scale=\S+ is no number of float16, .*: round it first", refused)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

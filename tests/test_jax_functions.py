@@ -54,6 +54,18 @@ def test_einsum_and_its_options():
         aqt_lite.jax.einsum("bi,ihd->bhd", x, w, out_sharding=jax.sharding.PartitionSpec("x"))
 
 
+def test_arrays_of_numpy_are_taken_as_jax_takes_them():
+    x, w = data(4, 6), quantize(data(6, 8), granularity=PerChannel(1))
+    dims = (((1,), (0,)), ((), ()))
+    assert_same_bits(aqt_lite.jax.dot_general(np.asarray(x), w, dims), aqt_lite.jax.dot_general(x, w, dims))
+    assert_same_bits(aqt_lite.jax.einsum("bi,io->bo", np.asarray(x), w), aqt_lite.dense(x, w))
+    assert_same_bits(aqt_lite.jax.dot_general(w, np.asarray(x), (((0,), (1,)), ((), ()))), aqt_lite.dense(x, w).T)
+    kernel = quantize(data(8, 6, 2), granularity=PerChannel(0))
+    images = data(3, 6, 4)
+    y = aqt_lite.jax.conv_general_dilated(np.asarray(images), kernel, (2,), "VALID")
+    assert_same_bits(y, aqt_lite.jax.conv_general_dilated(images, kernel, (2,), "VALID"))
+
+
 def test_two_quantized_sides_are_refused():
     q = quantize(data(4, 4))
     with pytest.raises(TypeError, match="dot_general of two QArrays"):

@@ -19,6 +19,8 @@ from aqt_lite._registry import get_backend
 from aqt_lite.formats import FORMATS
 from aqt_lite.packing import pack, unpack
 
+pytestmark = pytest.mark.filterwarnings("ignore::aqt_lite.SuspectValueWarning")  # any values are fine here
+
 INTEGERS = ("int8", "uint8", "int16", "uint16")
 """Formats with zero points whose scales, for a 16-bit code, are not far from the rounding of the product itself."""
 

@@ -283,7 +283,7 @@ def _arguments(p):
     }
     if p.call.offset is not None:
         call["offset"] = p.call.offset
-    return {**call, "scale": p.scale, "zero_point": p.zero_point}
+    return {**call, "scale": p.scale, "zero_point": p.zero_point, "on_clip": "saturate"}
 
 
 @pytest.mark.parametrize(
@@ -555,8 +555,10 @@ def test_values_that_belong_to_the_data_are_none():
         quantize(SEA * np.float32(1e30))
         quantize(np.geomspace(1e-30, 1e30, 500).astype("float32"))
         quantize(np.asarray([1e30, -1e30, 1.0, 2.0, 3.0, 4.0], "float32"))
-        quantize(np.asarray([0, 0, 0, 1e30], "float32"))
-        quantize(np.where(LAND, np.float32(1e20), SEA), scale=1.0)
+        quantize(np.asarray([0] * 200 + [1e30], "float32"))
+        quantize(np.asarray([1.0, 2.0, 3.0, 1e30], "float32"))  # too few to tell
+        quantize(np.asarray([1e30, -1e30] + [1.0] * 200, "float32"))
+        quantize(np.where(LAND, np.float32(1e20), SEA), scale=1.0, on_clip="saturate")
 
 
 @needs("jax")

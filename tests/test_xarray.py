@@ -211,6 +211,20 @@ def test_codes_can_be_selected_where_blocks_stay_whole():
         double.isel(time=1).aqt.dequantize()
 
 
+@pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
+def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
+    t = field() if chunks is None else field().chunk(chunks)
+    q = t.aqt.quantize("int8", missing="nan", granularity={"time": 1})
+    wanted = dequantize(quantize(X, "int8", missing="nan", granularity=PerChannel(0)))
+    q.to_netcdf(tmp_path / "q.nc")
+    with aqt_lite.xarray.open_dataset(tmp_path / "q.nc") as found:
+        assert found.identical(field().copy(data=wanted).to_dataset())
+    if chunks is None:  # a bound depends on values
+        bounded = t.aqt.quantize("auto", max_abs_err=0.5, missing="nan").aqt.dequantize().t
+        assert np.nanmax(np.abs(bounded - X)) <= 0.5
+        assert np.array_equal(np.isnan(bounded), np.isnan(X))
+
+
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
     q = full().aqt.quantize("int8")
     with pytest.raises(ValueError, match="variable 't' has lost 't_scale'"):

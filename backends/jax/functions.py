@@ -59,11 +59,11 @@ def dot_general(
         )
     check_no_sharding("dot_general", out_sharding)
     if not isinstance(lhs, QArray):
-        y = ops.dot_general(lhs, rhs, dimension_numbers, mode=mode, activations=activations)
+        y = ops.dot_general(jnp.asarray(lhs), rhs, dimension_numbers, mode=mode, activations=activations)
         return _as_asked(y, preferred_element_type)
     _check_one("dot_general", lhs, rhs)
     turned: Any = tuple(tuple(reversed(pair)) for pair in dimension_numbers)
-    y = ops.dot_general(rhs, lhs, turned, mode=mode, activations=activations)
+    y = ops.dot_general(jnp.asarray(rhs), lhs, turned, mode=mode, activations=activations)
     batch, free = len(turned[1][0]), jnp.ndim(rhs) - sum(len(axes[0]) for axes in turned)
     y = jnp.moveaxis(y, range(batch, batch + free), range(y.ndim - free, y.ndim))  # those of the left side come first
     return _as_asked(y, preferred_element_type)
@@ -99,6 +99,7 @@ def einsum(
         raise TypeError(f"einsum with a QArray has no argument {next(iter(others))!r}")
     if len(operands) != 2:
         raise TypeError(f"einsum with a QArray takes two operands, not {len(operands)}: multiply the others before")
+    operands = tuple(a if isinstance(a, QArray) else jnp.asarray(a) for a in operands)
     return _as_asked(ops.einsum(subscripts, *operands, mode=mode, activations=activations), preferred_element_type)
 
 
@@ -194,6 +195,7 @@ def conv_general_dilated(
     if not isinstance(rhs, QArray):
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, out_sharding=out_sharding, **settings)
     check_no_sharding("conv_general_dilated", out_sharding)
+    lhs = jnp.asarray(lhs)
     ones = (1,) * (rhs.ndim - 2)
     plain = feature_group_count == batch_group_count == 1
     if plain and tuple(lhs_dilation or ones) == ones and tuple(rhs_dilation or ones) == ones:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import copy
 from flax.linen import dtypes
 
 from aqt_lite._namespace import Array
@@ -83,7 +84,7 @@ def quantize(
     """
     params = _params_of(variables)
     made = quantized_as_planned(params, _plans(model, variables, params, args, kwargs, rules), progress)
-    return {**variables, "params": made}
+    return copy(variables, {"params": made})
 
 
 def plan(model: Any, variables: Any, *args: Any, rules: Rules | None = None, **kwargs: Any) -> TreePlan:

@@ -274,6 +274,8 @@ def plan(model: Any, rules: Rules | None = None) -> TreePlan:
 def quantized_weights(model: Any) -> dict[str, QArray]:
     """The quantized weights of a model by the paths of their variables, shared ones under each of their paths.
 
+    Those of a module that stands in several places are under the first of them.
+
     Examples
     --------
     >>> import aqt_lite.nnx
