@@ -119,7 +119,7 @@ def test_memory_is_little_more_than_the_bytes(name):
 @pytest.mark.parametrize("name", [case["type"] for case in GOLDEN["ggml"]["encoders"]])
 def test_encoders_write_the_bytes_of_ggml(backend, name):
     wanted = next(decoded(case["bytes"]) for case in GOLDEN["ggml"]["encoders"] if case["type"] == name)
-    q = quantize_blocks(backend.asarray(X), name)
+    q = aqt_lite.quantize(backend.asarray(X), name, dialect="gguf")
     found = q.to_bytes("gguf")
     if name == "iq4_nl":  # below 2^-20 all scales are 0, and codes mean nothing
         blocks = np.abs(X.reshape(-1, 32)).max(axis=1) >= 2.0**-20
