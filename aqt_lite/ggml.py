@@ -346,32 +346,11 @@ def _inverse(d: Array, b: Backend) -> Array:
 
 
 def _quotient(x: Array, by: Array, b: Backend) -> Array:
-    """``x / by``, correctly rounded, for finite ``x`` and positive ``by``: compilers replace divisions.
-
-    Long division of the two significands in integers: seven bits at a time, which int32 holds, to 28 bits and what is
-    left; then rounded to 24, halves to even.
-    """
+    """``x / by``; ``x`` itself where that is not finite, or ``by`` not positive and finite."""
     xp = b.xp
     known = xp.isfinite(x) & xp.isfinite(by) & (by > 0)
-    fraction, e = b.fraction_and_exponent(xp.where(known, xp.abs(x), xp.zeros_like(x)))
-    of_divisor, e_of_divisor = b.fraction_and_exponent(xp.where(known, by, xp.ones_like(by)))
-    rest, divisor = (xp.astype(f * 2.0**23, xp.int32) for f in (fraction, of_divisor))
-    digits = rest // divisor
-    rest = rest - digits * divisor
-    for _ in range(4):
-        rest = rest << 7
-        digit = rest // divisor
-        digits, rest = (digits << 7) + digit, rest - digit * divisor
-        digits, rest = b.computed_once(digits), b.computed_once(rest)
-    surplus = xp.where(digits >= 1 << 28, xp.full_like(digits, 5), xp.full_like(digits, 4))
-    whole = digits >> surplus
-    twice = (digits - (whole << surplus)) << 1
-    half = xp.ones_like(digits) << surplus
-    up = (twice > half) | ((twice == half) & ((rest > 0) | (whole & 1 > 0)))
-    whole, e = whole + xp.astype(up, xp.int32), e - e_of_divisor + surplus - 28
-    low = e >> 1
-    found = xp.astype(whole, xp.float32) * b.power_of_two(low) * b.power_of_two(e - low)
-    return xp.where(known, xp.where(x < 0, -found, found), x)
+    found = b.quotient(xp.where(known, x, xp.zeros_like(x)), xp.where(known, by, xp.ones_like(by)))
+    return xp.where(known, found, x)
 
 
 def _in_float16(d: Array, b: Backend) -> Array:
