@@ -655,7 +655,11 @@ def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = N
     where = "" if start is None else f" in the chunk at {start}"
     offsets = start or (0,) * bad.ndim
     first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
-    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN is coded as zero, infinities as the largest)"
+    with np.errstate(invalid="ignore"):
+        all_nan = not np.isinf(values).any()
+    if all_nan and not may_miss:
+        way = f"pass missing='nan' to quantize where NaN stands for missing values, or {way.removeprefix('pass ')}"
     if may_miss:
         kind = "values that are infinite, or NaN and not said to be missing,"
         way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"

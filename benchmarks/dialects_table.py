@@ -91,9 +91,15 @@ def table() -> str:
 
 def filled(text: str) -> str:
     """The page with the table between its markers."""
-    return re.sub(
-        r"(<!-- dialects -->\n).*?(\n<!-- end dialects -->)", lambda m: m[1] + table() + m[2], text, flags=re.S
+    found, count = re.subn(
+        r"(<!-- dialects -->\n).*?(<!-- end dialects -->)",
+        lambda m: f"{m[1]}{table()}\n{m[2]}",
+        text,
+        flags=re.DOTALL,
     )
+    if count != 1:
+        raise ValueError(f"{PAGE} has {count} places for the table of dialects: it needs one pair of markers")
+    return found
 
 
 if __name__ == "__main__":
