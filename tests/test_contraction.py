@@ -59,6 +59,7 @@ PRODUCTS = {
 }
 
 
+@pytest.mark.exhaustive_where(backend="jax")  # compiled below
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_einsum_is_the_product_with_the_values(backend, name):
     subscripts, of_x, of_w, granularities = PRODUCTS[name]
@@ -109,6 +110,7 @@ def test_the_quantized_side_may_come_first(backend):
     assert_close(backend.to_numpy(y), of_values("ihd,bi->hbd", q.to_backend("numpy"), x))
 
 
+@pytest.mark.exhaustive_where(backend="jax")  # tests/test_same_model.py has such products, compiled
 def test_products_with_merged_axes_are_those_of_the_matrix(backend):
     """In bits: codes of a kernel in heads are those of the flat one, and so are its products."""
     w, x = data(64, 4, 6, seed=1), backend.asarray(data(2, 3, 64))

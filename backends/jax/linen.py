@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import copy
+from flax.core import FrozenDict, freeze
 from flax.linen import dtypes
 
 from aqt_lite._namespace import Array
@@ -84,7 +84,8 @@ def quantize(
     """
     params = _params_of(variables)
     made = quantized_as_planned(params, _plans(model, variables, params, args, kwargs, rules), progress)
-    return copy(variables, {"params": made})
+    found = {**variables, "params": made}
+    return freeze(found) if isinstance(variables, FrozenDict) else found
 
 
 def plan(model: Any, variables: Any, *args: Any, rules: Rules | None = None, **kwargs: Any) -> TreePlan:

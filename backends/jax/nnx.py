@@ -401,7 +401,7 @@ def _exchange(slot: _Slot, q: QArray, activations: str | None) -> None:
         object.__setattr__(variable, "__class__", QuantizedParam)
     for layer, kind in slot.users:
         for attribute, (_, ours) in kind.hooks.items():
-            is_product = attribute == kind.of_products and activations is not None
-            setattr(layer, attribute, layers.Hook(ours, activations) if is_product and activations else ours)
+            quantizes = activations is not None and attribute == kind.of_products
+            setattr(layer, attribute, layers.Hook(ours, str(activations)) if quantizes else ours)
         if kind.becomes is not None:
             object.__setattr__(layer, "__class__", kind.becomes)
