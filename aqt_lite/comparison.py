@@ -252,8 +252,9 @@ def _read(a: Any, b: Any, x: Any) -> tuple[Side, Side | None, _Numbers | None]:
     if x is None:
         return first, second, None
     values = read_floats(x, "x")
-    if first.shape == second.shape != values.shape:
-        raise ValueError(f"x has shape {values.shape}, a and b {first.shape}: give the array that was quantized")
+    if sorted(values.shape) not in (sorted(first.shape), sorted(second.shape)):
+        shapes = " and ".join(dict.fromkeys(map(str, (first.shape, second.shape))))
+        raise ValueError(f"x has shape {values.shape}, a and b {shapes}: give the array that was quantized")
     return first, second, values
 
 
@@ -271,8 +272,8 @@ class _Candidate(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """How much is left."""
-        return self.left.weight + 0.5 * bool(self.missing)
+        """How much is left; what a candidate leaves open in any case counts less where it explains all codes."""
+        return self.left.weight + (0.5 if not self.left.codes else 1.0) * bool(self.missing)
 
     def explanation(self) -> Explanation | None:
         """After looking at all numbers."""
@@ -416,7 +417,7 @@ def _explain_by_origins(a: Side, b: Side, x: _Numbers, found: _Found, progress: 
         _search_origin(side, x, (name, "x"), own, progress)
     first, second = (own.complete for own in both)
     if first is not None and second is not None:
-        name = " and ".join(dict.fromkeys((first.name, second.name)))
+        name = first.name if first.name == second.name else f"a: {first.name}, b: {second.name}"
         says = f"{first.says}; {second.says}" + (", each in blocks of its own" if a.sizes != b.sizes else "")
         also = (*(f"a: {other}" for other in first.also), *(f"b: {other}" for other in second.also))
         found.complete = replace(first, name=name, says=says, also=also)

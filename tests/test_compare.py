@@ -333,7 +333,7 @@ def test_both_arrays_are_explained_by_the_floats():
     a, b = (quantize(X, granularity=ROWS, dialect=d) for d in ("torch", "onnx"))
     assert compare(a, b).explanation is None
     found = compare(a, b, x=X)
-    assert found.explanation.name == "torch and onnx", str(found)
+    assert found.explanation.name == "a: torch, b: onnx", str(found)
     assert "a is what dialect 'torch' makes of x; b is what dialect 'onnx' makes of x" in str(found)
     assert "b: quanto" in found.explanation.also
     blocks = compare(quantize(X, granularity=PerGroup(32)), quantize(X, granularity=PerGroup(48)), x=X)
@@ -352,6 +352,9 @@ def test_floats_of_another_layout():
     found = compare((q.qvalue, q.scale), x)
     assert found.explanation.name == "transposed and torch", str(found)
     assert found.codes_that_differ is None
+    torch_like = quantize(x.T.copy(), granularity=PerChannel(1), dialect="onnx")
+    both = compare(q, torch_like, x=x)  # neither of its shape
+    assert both.explanation.name == "a: transposed and torch, b: transposed and onnx", str(both)
     square = quantize(SQUARE.T.copy(), granularity=PerChannel(1), dialect="tflite")
     assert compare(square, SQUARE).explanation.name.startswith("transposed and "), str(compare(square, SQUARE))
     off = QArray.from_codes(square.qvalue, square.scale.reshape(64, 1), granularity=ROWS)
@@ -521,6 +524,9 @@ def test_values_that_are_not_finite():
     nan = replace(q, scale=np.full_like(q.scale, np.nan))
     assert compare(nan, nan).equal
     assert not compare(nan, q).equal
+    nothing = compare(q, np.full_like(x, np.nan))
+    assert nothing.explanation is None
+    assert nothing.nearest == ()
     assert compare(nan, q).explanation is None
 
 
