@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test exhaustive pythons check bench bench-quick bench-formats formats mismatches clean
+.PHONY: demo demo-models test exhaustive pythons test-oracles check bench bench-quick bench-formats formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -18,6 +18,9 @@ $(READY): requirements-dev.txt pyproject.toml
 demo: $(READY)  ## the main job on real data: pictures and tables under out/
 	$(BIN)/python examples/demo.py
 
+demo-models: $(READY)  ## a sentence encoder of 22.7 million weights in four frameworks; downloads 84 MB once
+	$(BIN)/python examples/models.py
+
 test: $(READY)  ## tests and doctests, without the exhaustive ones
 	$(BIN)/python -m pytest -n 2 -m "not exhaustive" --doctest-modules tests aqt_lite
 
@@ -27,6 +30,9 @@ exhaustive: $(READY)  ## the others: every value or combination there is
 pythons: $(READY)  ## core tests on other Pythons, on the lowest declared versions, and with NumPy alone
 	$(BIN)/python .ci/other_pythons.py
 
+test-oracles: $(READY)  ## dialects against the libraries that they are named after, live, on fresh random data
+	$(BIN)/python .ci/oracles.py
+
 check: $(READY)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,8 +41,10 @@ check: $(READY)  ## lint, format, types
 mismatches: $(READY)  ## the table of mismatching bits, backends across, cases down
 	$(BIN)/python benchmarks/mismatches.py
 
-formats: $(READY)  ## tables and pictures of the number formats, written into README.md and docs/
+formats: $(READY)  ## tables and pictures of number formats and dialects, written into README.md and docs/
 	$(BIN)/python benchmarks/formats_table.py --write
+	$(BIN)/python benchmarks/dialects_table.py --write
+	$(BIN)/python benchmarks/layouts_table.py --write
 
 bench: $(READY)  ## speed against the plain product and the plain code, in one run
 	$(BIN)/python benchmarks/run.py

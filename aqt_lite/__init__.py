@@ -9,10 +9,11 @@ array([[   0., -127.],
 
 from typing import TYPE_CHECKING
 
+from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
-from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
+from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.comparison import Comparison, compare
 from aqt_lite.conversion import convert
 from aqt_lite.dialects import Dialect
@@ -20,17 +21,25 @@ from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
 from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
-from aqt_lite.ops import dense, linear
+from aqt_lite.ops import dense, einsum, linear
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbytes, tree_report
 
 if TYPE_CHECKING:
+    from aqt_lite import cf as cf
+    from aqt_lite import equinox as equinox
+    from aqt_lite import jax as jax
+    from aqt_lite import linen as linen
+    from aqt_lite import nnx as nnx
     from aqt_lite import plots as plots
     from aqt_lite import testing as testing
     from aqt_lite import torch as torch
+    from aqt_lite import xarray as xarray
+    from aqt_lite import zarr as zarr
 
 __all__ = [
+    "ClippingWarning",
     "Codebook",
     "Comparison",
     "Dialect",
@@ -44,6 +53,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "QArray",
+    "SuspectValueWarning",
     "available_backends",
     "choose_qparams",
     "compare",
@@ -52,6 +62,7 @@ __all__ = [
     "dense",
     "dequantize",
     "dequantize_tree",
+    "einsum",
     "error_report",
     "fake_quantize",
     "int_limits",
@@ -69,12 +80,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-_ON_FIRST_USE = ("plots", "testing", "torch")  # most programs need none of them
+_OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
-        """Import ``aqt_lite.testing``, ``aqt_lite.plots`` and ``aqt_lite.torch`` on first use."""
+        """Import ``aqt_lite.testing``, ``aqt_lite.xarray`` and the like on first use."""
         if name in _ON_FIRST_USE:
             import importlib
 
@@ -83,4 +95,6 @@ if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have ev
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_FIRST_USE} - {"torch"})  # what looks at every name should not have to import it
+    return sorted(
+        {*globals(), *_ON_FIRST_USE} - {*_OF_A_LIBRARY}
+    )  # what looks at every name should not have to import it

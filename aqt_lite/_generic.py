@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._kernels import Kernel, Kernels
 from aqt_lite._namespace import Array, array_namespace, device_of, is_lazy
 from aqt_lite._protocol import Backend, IntLimits, overflow_of
 
@@ -114,6 +115,10 @@ class _Dask(GenericBackend):
 
     def computed(self, *arrays: Array | None) -> tuple[Array | None, ...]:
         return tuple(importlib.import_module("dask").persist(*arrays))
+
+    def kernel(self, operation: Callable[..., Any]) -> Kernel | None:
+        kernels: Kernels = importlib.import_module("aqt_lite.backends.dask").KERNELS
+        return kernels.get(operation)
 
     def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
         return x.map_blocks(_checked, check=check, dtype=x.dtype, meta=x._meta)

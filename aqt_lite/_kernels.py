@@ -17,7 +17,8 @@ def plain_integers(static: Mapping[str, Any]) -> bool:
     A dtype does not tell: codes of other formats are kept in the same arrays, and mean other numbers.
     """
     spec, recipe = static["spec"], static.get("recipe")
-    plain: bool = spec.element.zero_points and spec.format.scale is None and spec.headroom == 1
+    element = spec.element
+    plain: bool = element.zero_points and element.missing is None and spec.format.scale is None and spec.headroom == 1
     return plain and (recipe is None or recipe.plain)
 
 

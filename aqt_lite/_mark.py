@@ -16,7 +16,7 @@ import numpy as np
 
 from aqt_lite._namespace import Array
 from aqt_lite.elements import FLOAT_TYPES
-from aqt_lite.formats import FORMATS, SCALE_FORMATS
+from aqt_lite.formats import DERIVED, FORMATS, SCALE_FORMATS
 from aqt_lite.granularity import Block
 
 __all__ = ["LENGTH", "encoded", "in_words", "repeated", "shape_of"]
@@ -48,7 +48,7 @@ def in_words(mark: bytes) -> str | None:
     """The structure that a mark says; None where these bytes are no mark."""
     if len(mark) != LENGTH or _checksum(mark[2:]) != mark[:2]:
         return None
-    known = {_name_as_bytes(name): name for name in (*SCALE_FORMATS, *FORMATS)}
+    known = {_name_as_bytes(name): name for name in (*SCALE_FORMATS, *FORMATS, *DERIVED)}
     name, flags = known.get(mark[2:5], "an unknown format"), mark[5]
     packed, *lengths = (int.from_bytes(mark[i : i + 2], "little") for i in range(6, LENGTH, 2))
     while len(lengths) > 1 and lengths[0] == _WHOLE_AXIS:

@@ -181,6 +181,13 @@ class Backend(ExactArithmetic, ABC):
             parts.append(compute(lambda a, axis, here=here: a[(slice(None),) * axis + (here, ...)]))  # type: ignore[misc]
         return self.xp.concat(parts, axis=axis)
 
+    def mapped(self, function: Callable[[Any, Any], Array], x: Array, stack: Any, length: int) -> Array:
+        """``function`` of each of ``length`` slices of ``x`` and of ``stack``, an array or QArray, results stacked.
+
+        Override where a compiler has loops.
+        """
+        return self.xp.stack([function(x[i, ...], stack[i, ...]) for i in range(length)])
+
     def contiguous(self, x: Array) -> Array:
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x

@@ -7,6 +7,7 @@ granularity.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "check_scale",
     "check_zero_point",
     "every_pattern_is_a_code",
+    "number_of_type",
     "on_grid",
     "unusable_codes",
 ]
@@ -66,7 +68,7 @@ def check_offset(offset: Any, spec: Spec) -> None:
 
 def check_zero_point(zero_point: Any, spec: Spec) -> None:
     """ValueError where a zero point is no code."""
-    low, high = spec.element.codes
+    low, high = spec.element.zero_codes
     codes = f"a code of {spec.element.name}, {low} to {high}"
     if not spec.element.zero_points:
         raise ValueError(
@@ -82,6 +84,18 @@ def check_zero_point(zero_point: Any, spec: Spec) -> None:
     bad = (values < low) | (values > high)
     if bad.any():
         raise ValueError(f"zero_point={values[bad].flat[0]}: must be {codes}")
+
+
+def number_of_type(argument: str, value: Any, dtype: str) -> float:
+    """A number as an array of float type ``dtype`` holds it: rounded; TypeError or ValueError where it cannot."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{argument} is a {type(value).__name__}: give a number")
+    wide, source = float(value), FLOAT_TYPES[dtype]
+    with np.errstate(over="ignore"):
+        narrow = float(np.asarray(wide).astype(get_backend("numpy").dtype(dtype)))
+    if math.isinf(narrow) and not math.isinf(wide):
+        raise ValueError(f"{argument}={value} is beyond {dtype}, whose largest number is {source.max:.6g}")
+    return narrow
 
 
 def every_pattern_is_a_code(element: ElementType, *, packed: bool) -> bool:
@@ -108,12 +122,13 @@ def unusable_codes(codes: np.ndarray[Any, Any], element: ElementType) -> np.ndar
 
 @functools.lru_cache(maxsize=256)
 def _no_number(element: ElementType) -> np.ndarray[Any, Any]:
-    """For each code from the smallest on, whether it stands for no finite number."""
+    """For each code from the smallest on, whether it stands for no finite number, nor for one that is missing."""
     low, high = element.codes
     with np.errstate(all="ignore"):
         codes = np.arange(low, high + 1).astype(element.storage)
         numbers = element.decode(codes, get_backend("numpy"), "float64")
-    return ~np.isfinite(np.asarray(numbers, dtype=np.float64))
+    known = np.isfinite(np.asarray(numbers, dtype=np.float64))
+    return ~known if element.missing is None else ~(known | (codes == element.missing))
 
 
 def check_codes(codes: np.ndarray[Any, Any], spec: Spec) -> None:

@@ -21,13 +21,25 @@ from aqt_lite._arguments import SAID_ELSEWHERE, check_floats
 from aqt_lite._foreign import refusal
 from aqt_lite._registry import backend_of
 from aqt_lite.api import quantize
+from aqt_lite.bounds import AUTO
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import format_of
-from aqt_lite.granularity import PerChannel, PerGroup, block_of, granularity_of, grid_of
+from aqt_lite.granularity import PerGroup, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of
 from aqt_lite.qarray import QArray
 
-__all__ = ["LAYOUTS", "Leaf", "Planned", "Rules", "naming", "planned", "quantized"]
+__all__ = [
+    "LAYOUTS",
+    "Axes",
+    "Leaf",
+    "Planned",
+    "Rules",
+    "check_activations",
+    "naming",
+    "planned",
+    "quantized",
+    "specs",
+]
 
 Rules = Sequence[tuple["str | re.Pattern[str]", "dict[str, Any] | None"]]
 """``(pattern, spec)`` pairs, of which the first that matches a path says what becomes of the leaf."""
@@ -43,6 +55,23 @@ _UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
+class Axes:
+    """What the axes of a weight are for. Those that are not named are the places of a kernel."""
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    """What a product sums over, in the order in which groups run through them."""
+    each: tuple[int, ...] = ()
+    """Along which there is one weight after the other: layers of a scan, experts."""
+
+    @property
+    def are_for_dense(self) -> bool:
+        """Whether each weight is a matrix (in, out)."""
+        n = len(self.each)
+        return (self.each, self.inputs, self.outputs) == (tuple(range(n)), (n,), (n + 1,))
+
+
+@dataclass(frozen=True)
 class Leaf:
     """An array of a model, and what its place there says of it."""
 
@@ -54,6 +83,10 @@ class Leaf:
     """Further paths under which the same array stands: it is tied."""
     why_not: str = ""
     """Why it cannot be quantized where it stands."""
+    axes: Axes | None = None
+    """Where more is known than a layout: what each axis is for."""
+    is_added: bool = False
+    """Whether it is known to be a bias or the like: rules about weights pass it by, whatever its shape."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -222,11 +255,11 @@ def planned(
 def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[dict[str, Any] | None]:
     read, used, passed = _read(rules, extra), set[_Rule](), dict[_Rule, str]()
 
-    def first(path: str, ndim: int) -> _Rule | None:
+    def first(path: str, passes_by: bool) -> _Rule | None:
         found = None
         for rule in read:
             if rule.matches(path):
-                if ndim < 2 and rule.is_about_matrices:
+                if passes_by and rule.is_about_matrices:
                     passed.setdefault(rule, path)
                     continue
                 used.add(rule)
@@ -235,7 +268,8 @@ def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[
 
     chosen = []
     for leaf in leaves:
-        of_paths = [first(path, len(leaf.array.shape)) for path in leaf.paths]
+        passes_by = leaf.is_added or len(leaf.array.shape) < 2
+        of_paths = [first(path, passes_by) for path in leaf.paths]
         rule = of_paths[0]
         for path, other in zip(leaf.others, of_paths[1:], strict=True):
             if not (other.says_what(rule) if other else rule is None or rule.spec is None):
@@ -251,6 +285,12 @@ def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[
         if rule not in used:
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
     return chosen
+
+
+def specs(rules: Rules, extra: tuple[str, ...]) -> Callable[[str], dict[str, Any] | None]:
+    """The spec of the first rule that matches a path, as a function of it; errors where a rule cannot be read."""
+    read = _read(rules, extra)
+    return lambda path: next((rule.spec for rule in read if rule.matches(path)), None)
 
 
 def _matches_nothing(rule: _Rule, passed: str | None, paths: list[str]) -> str:
@@ -271,23 +311,38 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
     with naming(leaf.path):
         _check_quantizable(leaf.array)
         asked = spec.get("layout", _UNKNOWN)
+        if leaf.axes is not None and asked is not None and asked != _UNKNOWN:
+            raise ValueError(f"layout={asked!r}: its layer says what its axes are for; leave layout out")
         of_leaf = asked if asked != _UNKNOWN else layout or leaf.layout or _UNKNOWN
         arguments = {key: value for key, value in spec.items() if key in _KEYWORDS}
+        if isinstance(arguments.get("dtype"), str) and arguments["dtype"] == AUTO:
+            raise ValueError("dtype='auto' depends on values, at which no plan looks: name the dtype beside the bound")
         shape = tuple(leaf.array.shape)
         if asked == _UNKNOWN and len(shape) != 2 and leaf.layout is None:
             of_leaf = _UNKNOWN  # what is said of all leaves is said of matrices
+        axes = None
         if of_leaf is not None and len(shape) >= 2:
-            arguments |= _granularity(shape, spec, of_leaf)
+            axes = leaf.axes or (None if of_leaf == _UNKNOWN else _axes_of(of_leaf, len(shape)))
+            words = f"layout={of_leaf!r}, {_ROLES[of_leaf]}" if leaf.axes is None and axes else "its layer"
+            arguments |= _granularity(shape, spec, axes, words)
         example = quantize(np.zeros((1,) * len(shape)).astype(_dtype_name(leaf.array)), **_without_values(arguments))
     others = {key: spec[key] for key in extra if key in spec}
-    return Planned(leaf, arguments, of_leaf == "dense" and len(shape) == 2, others, example)
+    return Planned(leaf, arguments, axes is not None and axes.are_for_dense, others, example)
 
 
-def _granularity(shape: tuple[int, ...], spec: dict[str, Any], layout: str) -> dict[str, Any]:
-    """The granularity of a weight in that layout, where the spec does not say it; errors where it does not fit."""
+_ROLES = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}
+
+
+def _axes_of(layout: str, ndim: int) -> Axes:
+    out, inside = (axis % ndim for axis in LAYOUTS[layout])
+    return Axes((out,), (inside,))
+
+
+def _granularity(shape: tuple[int, ...], spec: dict[str, Any], axes: Axes | None, words: str) -> dict[str, Any]:
+    """The granularity of a weight with those axes, where the spec does not say it; errors where it does not fit."""
     ndim, given = len(shape), spec.get("granularity")
     group = given.size if isinstance(given, PerGroup) and given.axis == -1 else None  # along inputs, wherever they are
-    if layout == _UNKNOWN:
+    if axes is None:
         if given is not None and group is None:
             return {}
         if ndim > 2 and given is None:
@@ -300,22 +355,64 @@ def _granularity(shape: tuple[int, ...], spec: dict[str, Any], layout: str) -> d
             f"shape {shape}: its path does not tell (in, out) from (out, in): give layout='dense' if it is multiplied "
             "as x @ w, layout='linear' if as x @ w.T (or looked up by rows), layout=None if neither"
         )
-    out, inside = (axis % ndim for axis in LAYOUTS[layout])
     if given is None:
         group = format_of(spec.get("dtype", "int8")).group
-    if given is None and group is None:
-        return {"granularity": PerChannel(out)}
     if group is not None:
-        return {"granularity": PerGroup(group, -1 if inside == ndim - 1 else inside)}
-    assert given is not None
-    if block_of(given, ndim)[inside] == 1 and shape[inside] > 1:
-        roles = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}[layout]
+        return {"granularity": granularity_of(_block_of_group(shape, group, axes.inputs))}
+    for_each = {*axes.outputs, *axes.each}
+    of_outputs = granularity_of(tuple(1 if a in for_each else None for a in range(ndim)))
+    if given is None:
+        return {"granularity": of_outputs}
+    block = block_of(given, ndim)
+    if all(block[a] == 1 for a in axes.inputs) and math.prod(shape[a] for a in axes.inputs) > 1:
         raise ValueError(
-            f"granularity={given} gives each input a scale of its own in layout={layout!r}, {roles} of shape {shape}: "
-            f"products cannot use that; PerChannel({out}) has one for each output and PerGroup(size, {inside}) for "
-            "groups of inputs. If the layout is another, say layout=; layout=None takes the granularity as it is"
+            f"granularity={given} gives each input a scale of its own in {words} of shape {shape}: products cannot use "
+            f"that; {of_outputs} has one for each output and {_group_in_words(axes)} for groups of "
+            "inputs. If the layout is another, say layout=; layout=None takes the granularity as it is"
+        )
+    shared = [a for a in axes.each if block[a] != 1 and shape[a] > 1]
+    if shared:
+        raise ValueError(
+            f"granularity={given} shares scales along axis {shared[0]} of shape {shape}, along which there is one "
+            f"weight after the other: give {of_outputs}, or PerGroup(size)"
         )
     return {}
+
+
+def _group_in_words(axes: Axes) -> str:
+    return f"PerGroup(size, {axes.inputs[0]})" if len(axes.inputs) == 1 else "PerGroup(size)"
+
+
+def _block_of_group(shape: tuple[int, ...], group: int, inputs: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Blocks of ``group`` neighbours along the inputs, which follow each other as if they were one axis."""
+    block: list[int | None] = [1] * len(shape)
+    left = group
+    for at, axis in reversed(list(enumerate(inputs))):
+        length = shape[axis]
+        if at and length and left % length == 0:
+            block[axis], left = None, left // length
+        elif length % left == 0 or math.prod(shape[a] for a in inputs[:at]) == 1:
+            block[axis], left = left, 1
+        else:
+            lengths = " x ".join(str(shape[a]) for a in inputs)
+            raise ValueError(
+                f"groups of {group} along inputs of {lengths} would begin inside a row of {length}: give a size that "
+                f"divides {length}, or a multiple of it"
+            )
+    return tuple(block)
+
+
+def check_activations(found: Planned, others: list[str]) -> None:
+    """Errors where a spec's ``activations`` makes no sense; ``others`` are layers that have none of their own."""
+    activations = found.extra.get("activations")
+    if activations is None:
+        return
+    with naming(found.leaf.path):
+        if others:
+            raise ValueError(f"activations={activations!r} is for Linear layers, and this is the weight of {others[0]}")
+        if not isinstance(activations, str):
+            raise TypeError(f"activations={activations!r}: give the name of a format, such as 'int8'")
+        quantize([[0.0]], activations, granularity=PerGroup(1))
 
 
 def _check_quantizable(x: Any) -> None:
@@ -340,7 +437,7 @@ def _without_values(arguments: dict[str, Any]) -> dict[str, Any]:
         del some["scale"]
         if some.pop("zero_point", None) is not None:
             some["scheme"] = "affine"
-    for key, number in (("scale", 1.0), ("zero_point", 0), ("offset", 0.0), ("key", 0)):
+    for key, number in (("scale", 1.0), ("zero_point", 0), ("offset", 0.0), ("key", 0), ("mask", False)):
         if some.get(key) is not None and not isinstance(some[key], str):
             some[key] = number
     return some

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._parts import Box, boxes
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, ElementType, Integer
 from aqt_lite.formats import FORMATS, Format, element_type, known_format
 from aqt_lite.granularity import Block, granularity_of, grid_of
 from aqt_lite.qarray import QArray
-from aqt_lite.report import MOST_ELEMENTS, Box, boxes
+from aqt_lite.report import MOST_ELEMENTS
 
 __all__ = [
     "Differences",

@@ -40,8 +40,10 @@ __all__ = [
     "QParams",
     "Recipe",
     "Spec",
+    "beyond",
     "choose_qparams",
     "clipped",
+    "counted",
     "dequantize",
     "encode",
     "fake_quantize",
@@ -49,6 +51,7 @@ __all__ = [
     "least_scale",
     "quantize",
     "quantize_with",
+    "reaches_an_end",
     "scales",
     "scales_of",
     "usable_qparams",
@@ -192,8 +195,8 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     """Scale, and zero point or offset, of every block: arrays of the grid's shape."""
     xp, source, rules = b.xp, spec.source, recipe.dialect
     x = _computable(x, spec, b)
-    if recipe.ignore_nonfinite:
-        known = xp.isfinite(x)
+    known = counted(x, spec, recipe, xp)
+    if known is not None:
         x = xp.where(known, x, xp.zeros_like(x))
 
     if recipe.of_magnitudes:
@@ -202,11 +205,11 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
     else:
         low = high = x
-        if recipe.offset and recipe.ignore_nonfinite:  # 0 might lie far from the values that are there
+        if recipe.offset and known is not None:  # 0 might lie far from the values that are there
             low, high = (xp.where(known, x, xp.full_like(x, end)) for end in (math.inf, -math.inf))
         lo, hi = reduced(low, spec.block, xp.min, xp), reduced(high, spec.block, b.largest, xp)
         if recipe.offset:
-            if recipe.ignore_nonfinite:
+            if known is not None:
                 lo, hi = (xp.where(lo > hi, xp.zeros_like(end), end) for end in (lo, hi))
             lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
         else:  # zero belongs to every range: it is then represented exactly
@@ -221,10 +224,13 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         else:  # halved first: cannot overflow
             scale = _over(hi * 0.5 - lo * 0.5, largest_of(spec, recipe), recipe, spec, b)
 
-    finite = xp.isfinite(scale)
+    finite, of_nothing = xp.isfinite(scale), scale == 0
     scale = _usable_scale(scale, spec, recipe, b)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
     kept = _keep(scale, spec, b)
+    if rules.kept_of_zeros is not None and isinstance(kept, Coded) and kept.scale is None:
+        code = xp.full_like(kept.codes, rules.kept_of_zeros)
+        kept = kept._replace(codes=xp.where(of_nothing, code, kept.codes))
 
     if recipe.offset:
         offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
@@ -232,7 +238,7 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     if recipe.symmetric:
         middle = spec.element.middle
         return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None)
-    qmin, qmax = spec.element.codes
+    qmin, qmax = spec.element.zero_codes
     divides = rules.divides_range if rules.divides_zero is None else rules.divides_zero
     steps = _in_steps(lo, scales(kept, spec, b), (1,) * lo.ndim, spec, divides, b)
     if rules.zero_first:  # the clip keeps a product from being fused with the subtraction
@@ -248,6 +254,13 @@ def largest_of(spec: Spec, recipe: Recipe) -> float:
     """What the largest magnitude of a block becomes, or half its range."""
     of_dialect = recipe.dialect.largest(spec.element) if recipe.symmetric else None
     return spec.format.largest(recipe.centred(spec)) if of_dialect is None else of_dialect
+
+
+def counted(x: Array, spec: Spec, recipe: Recipe, xp: Any) -> Array | None:
+    """Where values count for statistics: those that are not passed over, nor missing. None where all do."""
+    if recipe.ignore_nonfinite:
+        return xp.isfinite(x)
+    return None if spec.element.missing is None else ~xp.isnan(x)
 
 
 def inverse_of_largest(spec: Spec, recipe: Recipe) -> float:
@@ -309,7 +322,21 @@ def clipped(
 ) -> Array:
     """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
     outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
-    return outside & ~b.xp.isnan(x) if recipe.ignore_nonfinite else outside
+    passes = recipe.ignore_nonfinite or spec.element.missing is not None
+    return outside & ~b.xp.isnan(x) if passes else outside
+
+
+def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array:
+    """Whether a code is that of the smallest or the largest number: without one, nothing was clipped."""
+    ends = spec.element.end_codes(recipe.centred(spec))
+    return b.xp.any(codes == codes if ends is None else (codes == ends[0]) | (codes == ends[1]))
+
+
+def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Array:
+    """Where ``x`` is finite and outside the range of its block."""
+    xp, v, shape = b.xp, _computable(x, spec, b), tuple(x.shape)
+    outside = (v < spread(low, shape, spec.block, xp)) | (v > spread(high, shape, spec.block, xp))
+    return outside & xp.isfinite(v)
 
 
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
@@ -350,14 +377,17 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     if spec.zero_scale == 0:
         usable = usable | (numbers == 0)
     if zero_point is not None:
-        low, high = spec.element.codes
+        low, high = spec.element.zero_codes
         usable = usable & (zero_point >= low) & (zero_point <= high)
         zero_point = xp.clip(zero_point, low, high)
     if offset is not None:
         usable = usable & xp.isfinite(offset)
         offset = xp.where(xp.isfinite(offset), _without_tiny(offset, spec, xp), xp.zeros_like(offset))
     if not recipe.ignore_nonfinite:
-        usable = usable & xp.isfinite(reduced(xp.abs(_computable(x, spec, b)), spec.block, b.largest, xp))
+        size = xp.abs(_computable(x, spec, b))
+        known = counted(size, spec, recipe, xp)
+        size = size if known is None else xp.where(known, size, xp.zeros_like(size))
+        usable = usable & xp.isfinite(reduced(size, spec.block, b.largest, xp))
     if isinstance(scale, tuple):
         return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
     scale = xp.where(usable, scale, xp.full_like(scale, float("nan")))
@@ -404,7 +434,11 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
     xp, source, shape = b.xp, spec.source, tuple(w.codes.shape)
     steps = spec.element.decode(w.codes, b, source.compute)
     if w.zero_point is not None:  # as integers: exact, and the codes' own type would overflow
-        steps = xp.astype(steps, xp.int32) - spread(w.zero_point, shape, spec.block, xp)
+        zero = spread(w.zero_point, shape, spec.block, xp)
+        if spec.element.missing is None:
+            steps = xp.astype(steps, xp.int32) - zero
+        else:  # floats have NaN, and are as exact
+            steps = steps - xp.astype(zero, steps.dtype)
     x = xp.astype(steps, b.dtype(source.compute))
     if w.scale is not None:
         scale = scales(w.scale, spec, b)

@@ -6,36 +6,56 @@ Owns: validation and the error messages. Imports: everything below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._missing import marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
+from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of
+from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
-__all__ = ["choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
+__all__ = ["ClippingWarning", "choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
 
 Scheme = Literal["symmetric", "affine"]
 Nonfinite = Literal["raise", "ignore"]
 RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
 ScaleMode = Literal["floor", "ceil", "even", "rceil"]
-OnClip = Literal["saturate", "raise"]
+OnClip = Literal["saturate", "warn", "raise"]
 
 ROUNDINGS = ("half_even", "half_away", "toward_zero", "stochastic")
+
+
+class ClippingWarning(UserWarning):
+    """Values lie beyond the numbers that a format has at a given scale, and became the number next to them.
+
+    Examples
+    --------
+    >>> import warnings, aqt_lite
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", aqt_lite.ClippingWarning)
+    ...     try:
+    ...         aqt_lite.quantize([270.0, 305.0], scale=0.1)
+    ...     except aqt_lite.ClippingWarning as warning:
+    ...         print(str(warning).partition(",")[0])
+    x has 2 values of 2 beyond the numbers that int8 has at this scale
+    """
 
 
 @naming_the_argument
@@ -54,7 +74,12 @@ def quantize(
     key: int | AnyArray | None = None,
     dialect: str | Dialect = "aqt_lite",
     nonfinite: Nonfinite = "raise",
-    on_clip: OnClip = "saturate",
+    mask: AnyArray | None = None,
+    fill_value: float | Sequence[float] | None = None,
+    missing: Literal["nan"] | None = None,
+    on_clip: OnClip | None = None,
+    max_abs_err: float | None = None,
+    max_rel_err: float | None = None,
     backend: str | None = None,
 ) -> QArray:
     """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
@@ -69,7 +94,7 @@ def quantize(
     dtype : str, or a dtype or format object
         A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
         and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
-        docs/formats.md.
+        docs/formats.md. With ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -96,9 +121,23 @@ def quantize(
         NaN and infinities in ``x``: an error (under a tracing compiler, which cannot raise: NaN for the whole block;
         with Dask: when the chunk is computed), or statistics over the finite values, NaN coded as zero, and infinities
         saturating.
-    on_clip : {"saturate", "raise"}
+    mask : array of bools, optional
+        True where a value is missing; its shape is that of ``x``, or broadcasts to it. A NumPy masked array says so
+        itself. What is missing has a code of its own, is left out of all statistics, and reads back as NaN: the format
+        is then "int8_nan" for "int8", and so on.
+    fill_value : number or list of numbers, optional
+        Values equal to it are missing. ``q.dequantize(fill_value=...)`` puts it back.
+    missing : {"nan"}, optional
+        NaN are missing values.
+    on_clip : {"saturate", "warn", "raise"}, optional
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
-        them: the number next to them, or a ValueError that counts them.
+        them: the number next to them; the same, and a :class:`ClippingWarning` that counts them, which is the default
+        where a scale is given; or a ValueError that counts them. Where values are not known, as under a compiler,
+        nothing warns.
+    max_abs_err, max_rel_err : float, optional
+        A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
+        exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -110,9 +149,10 @@ def quantize(
     Raises
     ------
     TypeError
-        ``x`` is no floating-point array; arguments from different backends.
+        ``x`` is no floating-point array; arguments from different backends; a bound where values are not known.
     ValueError
-        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend.
+        Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend; a bound that the
+        dtype cannot keep, with the least that it can.
 
     Examples
     --------
@@ -122,16 +162,50 @@ def quantize(
     array([[ 33,  -2, 127],
            [ 40, 127, -79],
            [  0, 127,  46]], dtype=int8)
-    >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70).qvalue[0]
+    >>> aqt_lite.quantize(x, scale=3.5, zero_point=-70, on_clip="saturate").qvalue[0]
     array([-15, -74, 127], dtype=int8)
-    >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0).dequantize()[1]  # the saturating cast
+    >>> aqt_lite.quantize(x, "float8_e4m3fn", scale=1.0, on_clip="saturate").dequantize()[1]  # the saturating cast
     array([  96.,  288., -192.], dtype=float32)
+    >>> kelvin = np.linspace(270, 305, 1000, dtype="float32")
+    >>> q = aqt_lite.quantize(kelvin, "auto", max_abs_err=0.1)
+    >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
+    ('uint8', True)
     """
-    call = _prepare(
-        x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
-        rounding, key,
-    )  # fmt: skip
-    one_of("on_clip", on_clip, ("saturate", "raise"))
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite, mask=mask,
+            fill_value=fill_value, missing=missing, on_clip=on_clip, max_abs_err=max_abs_err, max_rel_err=max_rel_err,
+        )  # fmt: skip
+        return _whole(rules, x, dtype, backend)
+    bound = bound_of(max_abs_err, max_rel_err)
+    x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
+    rest = {
+        "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
+        "key": key, "dialect": dialect, "nonfinite": nonfinite, "on_clip": on_clip, "backend": backend,
+    }  # fmt: skip
+    if bound is not None:
+        _check_free(bound, scale, zero_point, offset)
+        q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
+    else:
+        if isinstance(dtype, str) and dtype == AUTO:
+            raise ValueError(
+                "dtype='auto' is the narrowest type that keeps a bound: give max_abs_err or max_rel_err, too"
+            )
+        if may_miss:
+            dtype = with_missing(format_of(dtype))
+        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
+    if scale is None:
+        warn_of_fill_values(x, q, stacklevel=4)
+    return q
+
+
+def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray:
+    call = _prepare(x, dtype, **how)
+    if on_clip is None:
+        on_clip = "saturate" if call.given is None else "warn"
+    one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
     if call.given is None:
@@ -139,9 +213,10 @@ def quantize(
     else:
         w = run(b, affine.quantize_with, constant, call.given, call.key, **static)
     _check_finite(x, w.scale, call)
-    if on_clip == "raise":
-        _check_clipped(constant, affine.QParams(*w[1:]), call)
-    return QArray._of(w, call.spec)
+    q = QArray._of(w, call.spec)
+    if on_clip != "saturate":
+        _check_clipped(constant, w, q, call, on_clip)
+    return q
 
 
 @naming_the_argument
@@ -177,6 +252,14 @@ def choose_qparams(
     """
     if offset not in (None, "data"):
         raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, offset=offset, scale_dtype=scale_dtype,
+            scale_mode=scale_mode, nonfinite=nonfinite,
+        )  # fmt: skip
+        q = _whole(rules, x, dtype, backend)
+        return q.scale, q.zero_point if q.offset is None else q.offset
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend,
         offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,
@@ -190,7 +273,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
-def dequantize(q: QArray, dtype: Any = None) -> Array:
+def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
@@ -199,6 +282,8 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     dtype : str, optional
         Floating-point type of the result; by default the type that was quantized. A wider type shows the product before
         it was rounded to a narrower source type.
+    fill_value : float, optional
+        What missing values become, instead of NaN; rounded to the type of the result.
 
     Raises
     ------
@@ -213,7 +298,7 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
-    return q.dequantize(dtype)
+    return q.dequantize(dtype, fill_value=fill_value)
 
 
 @naming_the_argument
@@ -246,6 +331,15 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
+    rules = dialect_of(dialect)
+    if rules.whole is not None:
+        _check_nothing_else(
+            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
+            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite,
+        )  # fmt: skip
+        x, b = as_float_array(x, "x", backend, may_detach=False)
+        values = _whole(rules, b.stop_gradient(x), dtype, None).dequantize()
+        return b.straight_through(x, values, b.xp.ones_like(x, dtype=b.xp.bool))
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key, may_detach=False,
@@ -300,11 +394,11 @@ class _Call:
 def _prepare(
     x: Any,
     dtype: Any,
-    scheme: str,
-    granularity: Granularity | None,
-    dialect: str | Dialect,
-    nonfinite: str,
-    backend: str | None,
+    scheme: str = "symmetric",
+    granularity: Granularity | None = None,
+    dialect: str | Dialect = "aqt_lite",
+    nonfinite: str = "raise",
+    backend: str | None = None,
     scale: Any = None,
     zero_point: Any = None,
     offset: Any = None,
@@ -315,10 +409,10 @@ def _prepare(
     *,
     may_detach: bool = True,
 ) -> _Call:
-    form = _format_asked_for(dtype, scale_dtype, scale_mode)
+    rules = dialect_of(dialect)
+    form = _format_asked_for(dtype, scale_dtype, scale_mode, rules)
     one_of("scheme", scheme, ("symmetric", "affine"))
     one_of("nonfinite", nonfinite, ("raise", "ignore"))
-    rules = dialect_of(dialect)
     one_of("rounding", rounding, ROUNDINGS)
     from_data = isinstance(offset, str)
     if from_data:
@@ -329,6 +423,10 @@ def _prepare(
                 "offset='data' chooses the offset together with the scale: it needs scheme='affine' and no scale"
             )
     element = form.element
+    if from_data and element.missing == 0:
+        raise ValueError(
+            f"offset='data' is where code 0 lies, but of {form.name} that is what is missing: use int{element.bits}"
+        )
     if not element.signed and not element.middle and offset is None and scale is None:
         raise ValueError(f"{form.name} has no number below zero: give offset='data', or a scale for values above zero")
     if scheme == "affine" and offset is None and not element.zero_points:
@@ -338,7 +436,7 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
     if nonfinite == "raise" and b.is_deferred(x):
-        x = b.check_when_computed(x, _check_chunk)
+        x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
     if x.ndim == 0 and form.group is not None and granularity == form.granularity:
         raise ValueError(
@@ -351,7 +449,7 @@ def _prepare(
         offset=has_offset,
         rounding=rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
-        dialect=rules.for_element(element),
+        dialect=rules.for_format(form),
     )
     if rules is not AQT_LITE:
         _check_dialect(rules, form, recipe, scale_dtype, scale is not None)
@@ -383,6 +481,25 @@ def _prepare(
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
 
 
+_UNSAID = {"scheme": "symmetric", "rounding": "half_even", "nonfinite": "raise", "on_clip": "saturate"}
+
+
+def _check_nothing_else(rules: Dialect, **options: Any) -> None:
+    """ValueError where something is chosen that the dialect chooses itself."""
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, str) and value == _UNSAID.get(name)):
+            raise ValueError(
+                f"{name} is given, but dialect={rules.name!r} chooses all but the dtype itself: leave it out"
+            )
+
+
+def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
+    assert rules.whole is not None
+    name = dtype if isinstance(dtype, str) else format_of(dtype).name
+    made: QArray = rules.whole(x, name, backend=backend)
+    return made
+
+
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
     """ValueError where the original has no such thing."""
     if recipe.offset:
@@ -398,8 +515,42 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
         )
 
 
-def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None) -> Format:
+_HOW_TO_KNOW = {
+    True: "quantize outside the compiled function",
+    False: "compute them first, for instance with x.compute()",
+}
+
+
+def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
+    """ValueError where something is given that a bound is to choose."""
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
+        if value is not None and not (name == "offset" and isinstance(value, str)):
+            raise ValueError(
+                f"{name} and {bound.argument} are both given: the bound chooses it; to check one of your own, "
+                "see the largest error of error_report(x, q)"
+            )
+
+
+def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
+    x, b = as_float_array(x, "x", rest["backend"])
+    if not b.has_values(x):
+        way = _HOW_TO_KNOW[b.is_traced(x)]
+        raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
+    asked: Way = {}  # where the default may be replaced
+    if offset is not None or scheme != "symmetric":
+        asked = {"scheme": scheme, "offset": offset}
+
+    def make(form: Format, way: Way) -> QArray:
+        return _quantized(x, form, **way, **rest)
+
+    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss)
+
+
+def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
     form = format_of(dtype)
+    part = rules.for_format(form).power_rounding
+    if part is not None and scale_mode is None and form.top == "power of two":
+        form = replace(form, scale_rounding=part)
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))
@@ -475,7 +626,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
-        _check_chunk(b.to_numpy(x))
+        _check_chunk(b.to_numpy(x), may_miss=spec.element.missing is not None)
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
@@ -492,30 +643,60 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         )
 
 
-def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None) -> None:
-    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite."""
+def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
+    """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite.
+
+    Where values ``may_miss``, NaN says that they do.
+    """
     with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        bad = ~np.isfinite(values)
+        bad = np.isinf(values) if may_miss else ~np.isfinite(values)
     if not bad.any():
         return
     where = "" if start is None else f" in the chunk at {start}"
     offsets = start or (0,) * bad.ndim
     first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    kind, way = "non-finite values", "pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+    if may_miss:
+        kind = "values that are infinite, or NaN and not said to be missing,"
+        way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"
     raise ValueError(
-        f"x has {int(bad.sum())} non-finite values of {bad.size}{where}, the first at index {first}: "
-        f"mend them, or pass nonfinite='ignore' (NaN becomes 0, infinities the largest code)"
+        f"x has {int(bad.sum())} {kind} of {bad.size}{where}, the first at index {first}: mend them, or {way}"
     )
 
 
-def _check_clipped(x: Array, qparams: affine.QParams, call: _Call) -> None:
-    b = call.b
-    if not b.has_values(x):
+def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> None:
+    """Warn or raise where values were clipped.
+
+    A warning counts those that lost more than rounding takes: half of the step at the end.
+    """
+    b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
+    if not b.has_values(x) or not b.has_values(w.codes):
+        if on_clip == "warn":
+            return
         raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
-    outside = b.to_numpy(run(b, affine.clipped, x, qparams, call.key, spec=call.spec, recipe=call.recipe))
+    if not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
+        return
+    if on_clip == "raise":
+        outside = run(b, affine.clipped, x, affine.QParams(*w[1:]), call.key, **static)
+    else:
+        compute = call.spec.source.compute
+        ends = with_margin(*representable_range(q, slack=True), compute)
+        with np.errstate(over="ignore"):
+            low, high = (b.asarray(end.astype(compute), like=x) for end in ends)
+        outside = run(b, affine.beyond, x, low, high, spec=call.spec)
+    outside = b.to_numpy(outside)
     count = int(outside.sum())
-    if count:
-        first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
-        raise ValueError(
-            f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this "
-            f"scale, the first at index {first}: {b.to_numpy(x)[first]}; use a larger scale, or on_clip='saturate'"
-        )
+    if not count:
+        return
+    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
+    words = (
+        f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this scale, "
+        f"the first at index {first}: {b.to_numpy(x)[first]}"
+    )
+    if on_clip == "raise":
+        raise ValueError(f"{words}; use a larger scale, or on_clip='saturate'")
+    warnings.warn(
+        f"{words}; they became the number next to them: use a larger scale, or on_clip='saturate' where that is meant",
+        ClippingWarning,
+        stacklevel=5,
+    )

@@ -1,6 +1,6 @@
 """Dialects: how other libraries choose scales, zero points and codes.
 
-Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements, as a field's type alone.
+Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements and formats, as types of arguments alone.
 
 A dialect is one record below, or one that a user writes and hands to ``dialect=``; ``affine`` reads its fields, and
 nothing in the library asks for its name. Each is held against its original (tests/test_dialects.py); docs/dialects.md
@@ -9,10 +9,12 @@ is made from the table. All compute in float32 (in float64 for float64 values), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from aqt_lite.elements import ElementType
+from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
@@ -59,8 +61,16 @@ class Dialect:
         scale 1, and no number that matters is subnormal.
     instead : float, optional
         By default ``least_scale``.
-    of_floats : Dialect, optional
-        Rules for element types that are floats, where they are others.
+    of_floats, of_blocks : Dialect, optional
+        Rules for element types that are floats, and for block formats, where they are others.
+    power_rounding : float, optional
+        Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
+        the format or ``scale_mode=`` says.
+    kept_of_zeros : int, optional
+        The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    whole : callable, optional
+        ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
+        Nothing but the dtype can then be chosen.
     source : str
         Package and version that it was held against, and the functions.
 
@@ -91,6 +101,10 @@ class Dialect:
     least_scale: float | None = None
     instead: float | None = None
     of_floats: Dialect | None = None
+    of_blocks: Dialect | None = None
+    power_rounding: float | None = None
+    kept_of_zeros: int | None = None
+    whole: Callable[..., Any] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -106,9 +120,11 @@ class Dialect:
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
 
-    def for_element(self, element: ElementType) -> Dialect:
-        """The rules for an element type."""
-        return self if self.of_floats is None or element.zero_points else self.of_floats
+    def for_format(self, form: Format) -> Dialect:
+        """The rules for a format."""
+        if form.scale is not None:
+            return self.of_blocks or self
+        return self if form.element.zero_points else self.of_floats or self
 
     def formats(self, scheme: str) -> tuple[str, ...] | None:
         """Those of "symmetric", "affine" or "given" scales; None: all."""
@@ -180,14 +196,15 @@ DIALECTS = {
         ),
         Dialect(
             "torchao",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8, "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8),
             reach="half range",
             narrow_from=None,
             divides_range=True,
             least_scale=_NORMAL,
             of_floats=Dialect("torchao", divides_range=True, divides=True),
-            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8",
+            of_blocks=Dialect("torchao", kept_of_zeros=0),
+            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8; MX: to_mx",
         ),
         Dialect(
             "torchao_no_clipping",
@@ -213,7 +230,7 @@ DIALECTS = {
         ),
         Dialect(
             "compressed-tensors",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn"),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn", "mxfp8_e4m3", "mxfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
             reach="half range",
             narrow_from=None,
@@ -223,6 +240,7 @@ DIALECTS = {
             zero_of_zeros=0,
             least_scale=_NORMAL,
             instead=_EPS,
+            of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
             source="compressed-tensors 0.20.0: calculate_qparams, quantize",
         ),
         Dialect(
@@ -233,6 +251,12 @@ DIALECTS = {
             divides_range=True,
             divides=True,
             source="optimum-quanto 0.2.7: AbsmaxOptimizer, quantize_symmetric",
+        ),
+        Dialect(
+            "bitsandbytes",
+            symmetric=("nf4",),
+            affine=(),
+            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit, whole blocks",
         ),
         Dialect(
             "tflite",
@@ -257,7 +281,7 @@ DIALECTS = {
         ),
     ]
 }
-"""Every dialect that ``dialect=`` may name."""
+"""Every dialect that ``dialect=`` may name. Modules that own rules of a library's own, such as ``ggml``, add theirs."""
 
 
 def dialect_of(dialect: Any) -> Dialect:

@@ -1,7 +1,7 @@
 """Element types: finite sets of numbers, each with a code. And the float types that values come in.
 
-Owns: ``Integer``, ``Float`` and ``Codebook``, how numbers are rounded to each, and ``FloatType``. Imports: the
-``Backend`` interface, as an argument's type alone.
+Owns: ``Integer``, ``Float`` and ``Codebook``, those with a code of values that are missing, how numbers are rounded to
+each, and ``FloatType``. Imports: the ``Backend`` interface, as an argument's type alone.
 
 Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's
 inverse on its numbers. Which element types there are, by name, is said in ``formats``.
@@ -26,8 +26,10 @@ __all__ = [
     "Codebook",
     "ElementType",
     "Float",
+    "FloatOrMissing",
     "FloatType",
     "Integer",
+    "IntegerOrMissing",
     "Rounding",
     "dtype_name",
     "float_type",
@@ -67,12 +69,26 @@ class ElementType(ABC):
     """Whether 0 is one of the numbers."""
     nan: int | None = None
     """A code of NaN, where there is one."""
+    missing: int | None = None
+    """The code of values that are missing, where there is one: NaN is given it, and it reads back as NaN."""
     middle: int = 0
     """The code that a symmetric scheme gives to zero, where a zero point has to say so."""
     zero_points: bool = False
     """Whether a zero point may be added to codes."""
     codes: tuple[int, int]
     """Smallest and largest code."""
+
+    def end_codes(self, symmetric: bool) -> tuple[int, int] | None:
+        """The codes of the smallest and the largest number that quantization gives, those of all that is clipped.
+
+        None where they are not known.
+        """
+        return None
+
+    @property
+    def zero_codes(self) -> tuple[int, int]:
+        """Smallest and largest code that a zero point may be."""
+        return self.codes
 
     @property
     def top(self) -> float:
@@ -89,8 +105,8 @@ class ElementType(ABC):
     ) -> tuple[Array, Array]:
         """Codes of the numbers next to ``v``, ``zero`` codes further on, and where ``v`` lies inside their range.
 
-        NaN gets the code of zero. ``v`` is a product that has been rounded once: nothing may be added to it before it
-        is rounded to a number of this type, or a compiler would fuse the two.
+        NaN gets the code of zero, or that of missing values. ``v`` is a product that has been rounded once: nothing may
+        be added to it before it is rounded to a number of this type, or a compiler would fuse the two.
         """
 
     @abstractmethod
@@ -198,6 +214,9 @@ class Integer(ElementType):
         low, high = self.code_range(symmetric)
         return low * self.step, high * self.step
 
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        return self.code_range(symmetric)
+
     def encode(
         self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
     ) -> tuple[Array, Array]:
@@ -296,6 +315,11 @@ class Float(ElementType):
         fraction, exponent = math.frexp(self.max)
         hidden = 0 if self.subnormal else 1 << self.mantissa
         return ((exponent - 1 - self.lowest) << self.mantissa) + int(math.ldexp(fraction, self.mantissa + 1)) - hidden
+
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        if not self.signed:
+            return 0, self.largest_code
+        return self.largest_code + (1 << (self.bits - 1)) - (1 << 16 if self.bits == 16 else 0), self.largest_code
 
     def encode(
         self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
@@ -432,6 +456,9 @@ class Codebook(ElementType):
     def has_zero(self) -> bool:  # type: ignore[override]
         return 0.0 in self.numbers
 
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        return self._order[0], self._order[-1]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Codebook, (self.name, self.numbers)  # what is read from a file is checked, too
 
@@ -469,6 +496,78 @@ class Codebook(ElementType):
         table = b.constant(self.numbers, compute, like=codes)
         flat = xp.reshape(xp.astype(codes, xp.int32), (-1,))
         return xp.reshape(xp.take(table, flat, axis=0), tuple(codes.shape))
+
+
+@dataclass(frozen=True)
+class IntegerOrMissing(Integer):
+    """Integers, whose lowest code is no number but stands for a value that is missing.
+
+    Two's complement has no opposite of that code, so that a symmetric scheme goes without it as it is.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.narrow:
+            raise ValueError(f"IntegerOrMissing({self.name!r}): narrow=True leaves out the code of what is missing")
+
+    @property
+    def missing(self) -> int:  # type: ignore[override]
+        return self.codes[0]
+
+    @property
+    def nan(self) -> int:  # type: ignore[override]
+        return self.missing
+
+    @property
+    def zero_codes(self) -> tuple[int, int]:
+        return self.code_range(False)
+
+    @property
+    def min(self) -> float:  # type: ignore[override]
+        return self.zero_codes[0] * self.step
+
+    @property
+    def unit(self) -> float | None:  # type: ignore[override]
+        return None  # no sum of integers has a NaN
+
+    def code_range(self, symmetric: bool) -> tuple[int, int]:
+        low, high = super().code_range(symmetric)
+        return max(low, self.codes[0] + 1), high
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        codes, inside = super().encode(v, zero, symmetric, rounding, noise, b)
+        return _with_missing(codes, v, self.missing, b), inside
+
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        numbers = b.xp.astype(codes, b.dtype(compute)) * self.step
+        return b.xp.where(codes == self.missing, b.xp.full_like(numbers, float("nan")), numbers)
+
+
+@dataclass(frozen=True)
+class FloatOrMissing(Float):
+    """Floats, whose code of NaN stands for a value that is missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nan is None:
+            raise ValueError(f"FloatOrMissing({self.name!r}): nan=None: give a code of NaN")
+
+    @property
+    def missing(self) -> int | None:  # type: ignore[override]
+        return self.nan
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        codes, inside = super().encode(v, zero, symmetric, rounding, noise, b)
+        assert self.nan is not None
+        return _with_missing(codes, v, self.nan, b), inside
+
+
+def _with_missing(codes: Array, v: Array, missing: int, b: Backend) -> Array:
+    return b.xp.where(b.xp.isnan(v), b.xp.full_like(codes, missing), codes)
 
 
 _CODEBOOK_NOISE_BITS = 8

@@ -1,6 +1,7 @@
 """Trees of arrays and quantized arrays in files, and back, without losing a bit. docs/files.md describes the files.
 
-Owns: ``save`` and ``load``: which layout a path means, some leaves of many, and templates. Imports: the layouts, the
+Owns: ``save`` and ``load``: which layout a path means, some leaves of many, and templates; ``to_arrays`` and
+``from_arrays``, for files that others write. Imports: the layouts, the
 document of a file, the replacing of files, the container's words, the registry.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,10 @@ from aqt_lite._atomic import replacing
 from aqt_lite._document import PARTS, Branch, Leaf, Reader, Writer, about, joined, kind_of, said, unique
 from aqt_lite._namespace import Array
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite._stored import DOCUMENT, Contents, Memory, bits_of, memory_of
+from aqt_lite._stored import DOCUMENT, Contents, Memory, Stored, bits_of, memory_of
 from aqt_lite.qarray import QArray, in_words
 
-__all__ = ["load", "save"]
+__all__ = ["from_arrays", "load", "save", "to_arrays"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,66 @@ def load(
 
         if only is not None:
             return {key: made(leaf) for key, leaf in _chosen(reader.tree, only).items()}
+        return _with_leaves(reader.tree, made)
+
+
+def to_arrays(tree: Any, *, check_values: bool = True) -> tuple[dict[str, np.ndarray[Any, Any]], str]:
+    """A tree as arrays of NumPy by name, and a text that says what they are: for HDF5 and other containers.
+
+    Parameters
+    ----------
+    tree, check_values
+        As for :func:`save`.
+
+    Returns
+    -------
+    arrays : dict
+        Of types that NumPy has itself: float8 and bfloat16 are bit patterns, as in ``.npz``.
+    document : str
+        JSON, which :func:`from_arrays` reads.
+
+    Examples
+    --------
+    >>> import aqt_lite, numpy as np
+    >>> from aqt_lite.files import from_arrays, to_arrays
+    >>> arrays, document = to_arrays({"w": aqt_lite.quantize(np.ones((2, 64), "float32"), "mxfp4")})
+    >>> {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    {'w.storage': ('uint8', (2, 32)), 'w.scale.storage': ('uint8', (2, 2))}
+    >>> from_arrays(arrays, document)["w"].dtype
+    'mxfp4'
+    """
+    with about("cannot take the tree apart"):
+        writer = Writer(tree, bits_of, check_values=check_values)
+        return {entry.name: entry.values() for entry in writer.entries}, writer.document
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], document: str, *, check_values: bool = True) -> Any:
+    """The tree that :func:`to_arrays` took apart; its arrays are those given, or views of them.
+
+    Parameters
+    ----------
+    arrays : mapping of names to arrays
+        All of them, and no others.
+    document : str
+    check_values : bool
+        As for :func:`load`.
+
+    Raises
+    ------
+    ValueError
+        Arrays that are missing, too many, or not what the document says.
+    """
+    stored = {
+        str(name): Stored(np.asarray(array).dtype.name, tuple(array.shape), partial(np.asarray, array))
+        for name, array in arrays.items()
+    }
+    with about("cannot put the tree together"):
+        reader = Reader(Contents(stored, {DOCUMENT: document}), check_values=check_values)
+
+        def made(leaf: Leaf) -> Any:
+            with about(said(leaf.keys)):
+                return reader.built(leaf.words)
+
         return _with_leaves(reader.tree, made)
 
 

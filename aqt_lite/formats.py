@@ -15,13 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Codebook, ElementType, Float, Integer, Rounding, dtype_name
+from aqt_lite.elements import (
+    FLOAT_TYPES,
+    INTEGER_TYPES,
+    Codebook,
+    ElementType,
+    Float,
+    FloatOrMissing,
+    Integer,
+    IntegerOrMissing,
+    Rounding,
+    dtype_name,
+)
 from aqt_lite.granularity import Granularity, PerGroup, PerTensor
 
 __all__ = [
+    "BLOCK_TYPES",
+    "DERIVED",
     "FORMATS",
     "SCALE_FORMATS",
     "SCALE_MODES",
+    "WITH_MISSING",
     "Format",
     "described",
     "format_of",
@@ -29,6 +43,7 @@ __all__ = [
     "rebuilt",
     "register_format",
     "scale_format_of",
+    "with_missing",
 ]
 
 Top = Literal["largest", "power of two"]
@@ -184,6 +199,55 @@ FORMATS = {
 }
 """Every format that ``dtype=`` may name."""
 
+
+def _blocks_of(name: str, element: str, group: int, kept: str | None = None, groups: int | None = None) -> Format:
+    """Scales in float16, or in ``groups`` of codes that have such a scale themselves."""
+    scale = SCALE_FORMATS["float16"]
+    if kept is not None:
+        scale = Format(kept, FORMATS[kept].element, scale, groups)
+    return Format(name, FORMATS[element].element, scale, group)
+
+
+BLOCK_TYPES = {
+    f.name: f
+    for f in [
+        *(_blocks_of(n, e, 32) for n, e in [("q4_0", "int4"), ("q4_1", "uint4"), ("q5_0", "int5"), ("q5_1", "uint5")]),
+        _blocks_of("q8_0", "int8", 32),
+        _blocks_of("tq1_0", "ternary", 256),
+        _blocks_of("tq2_0", "ternary", 256),
+        _blocks_of("q2_k", "uint2", 16, "int5", 16),
+        _blocks_of("q3_k", "int3", 16, "int6", 16),
+        _blocks_of("q4_k", "uint4", 32, "int7", 8),
+        _blocks_of("q5_k", "uint5", 32, "int7", 8),
+        _blocks_of("q6_k", "int6", 16, "int8", 16),
+        _blocks_of("iq4_xs", "iq4_nl", 32, "int6", 8),
+    ]
+}
+"""ggml's block types, formats made of those above under the names that they have there; ``dtype=`` takes them, too."""
+
+
+MISSING = "_nan"
+"""What the name of a format ends with that has a code of missing values."""
+
+
+def _with_missing(form: Format) -> Format | None:
+    """The format with a code of missing values beside its numbers; None where every code is a number."""
+    e, name = form.element, f"{form.element.name}{MISSING}"
+    element: ElementType | None = None
+    if type(e) is Integer:
+        element = IntegerOrMissing(name, e.bits, e.signed, e.step)
+    elif type(e) is Float and e.nan is not None:
+        said = {f.name: getattr(e, f.name) for f in fields(e)}
+        element = FloatOrMissing(**{**said, "name": name})
+    return None if element is None else replace(form, name=f"{form.name}{MISSING}", element=element)
+
+
+WITH_MISSING = {made.name: made for form in FORMATS.values() if (made := _with_missing(form)) is not None}
+"""The formats of the table that have a code to spare, with it: the lowest of integers, NaN of floats."""
+
+DERIVED = {**BLOCK_TYPES, **WITH_MISSING}
+"""Formats that are made of those of the table; ``dtype=`` takes their names, too."""
+
 _DTYPES = frozenset({"bool", "complex64", "complex128", *FLOAT_TYPES, *INTEGER_TYPES})
 _ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
 _lock = threading.Lock()
@@ -211,7 +275,7 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     """
     made = form if isinstance(form, Format) else Format(form.name, form)
     table = FORMATS if made.scaled else SCALE_FORMATS
-    known = table.get(made.name)
+    known = table.get(made.name) or (DERIVED.get(made.name) if made.scaled else None)
     if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
         _check_name(made)
         if made.scaled:
@@ -242,7 +306,7 @@ def _check_that_scales_can_serve(made: Format) -> None:
 
 
 def _check_name(made: Format) -> None:
-    same = [f for f in (FORMATS.get(made.name), SCALE_FORMATS.get(made.name)) if f is not None]
+    same = [f for table in (FORMATS, SCALE_FORMATS, WITH_MISSING) if (f := table.get(made.name)) is not None]
     if any(f.element != made.element for f in same):
         raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
     if made.name in _ALIASES or made.name in _DTYPES:
@@ -254,10 +318,26 @@ def format_of(dtype: Any) -> Format:
     if isinstance(dtype, Format | ElementType):
         return register_format(dtype)  # type: ignore[arg-type]
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
-    found = FORMATS.get(_ALIASES.get(name, name))
+    found = FORMATS.get(_ALIASES.get(name, name)) or DERIVED.get(name)
     if found is None:
-        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {', '.join(FORMATS)}")
+        known = ", ".join([*FORMATS, *BLOCK_TYPES])
+        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {known}")
     return found
+
+
+def with_missing(form: Format) -> Format:
+    """The format with a code of missing values beside its numbers, known by its name; ValueError where it has none."""
+    if form.element.missing is not None:
+        return form
+    made = WITH_MISSING.get(f"{form.name}{MISSING}") or FORMATS.get(f"{form.name}{MISSING}")
+    if made is None:
+        made = _with_missing(form)
+        if made is None:
+            raise ValueError(
+                f"{form.name} has no code to spare for values that are missing: use an integer type, or float8_e4m3fn"
+            )
+        register_format(made)
+    return replace(form, name=made.name, element=made.element)
 
 
 def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
@@ -277,7 +357,7 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
 
 def known_format(dtype: str) -> Format | None:
     """The format of a stored array, of those that users name or of scales; None where it is not known here."""
-    return FORMATS.get(dtype) or SCALE_FORMATS.get(dtype)
+    return FORMATS.get(dtype) or SCALE_FORMATS.get(dtype) or DERIVED.get(dtype)
 
 
 def element_type(dtype: str) -> ElementType:
@@ -291,7 +371,9 @@ def element_type(dtype: str) -> ElementType:
 # ---- records in a file
 
 
-_KINDS: dict[str, type[Any]] = {"Integer": Integer, "Float": Float, "Codebook": Codebook}
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Integer, Float, Codebook, IntegerOrMissing, FloatOrMissing)
+}
 _TYPES: dict[str, tuple[type, ...]] = {  # of a field, by its annotation: what JSON gives
     "str": (str,),
     "int": (int,),

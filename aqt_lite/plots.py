@@ -19,22 +19,13 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
+from aqt_lite._parts import Box, boxes, dequantized, memory_order, part_of_array, touched
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Integer
 from aqt_lite.formats import element_type
 from aqt_lite.granularity import grid_of
 from aqt_lite.qarray import QArray
-from aqt_lite.report import (
-    MOST_ELEMENTS,
-    Box,
-    boxes,
-    by_block,
-    dequantized,
-    error_report,
-    memory_order,
-    part_of_array,
-    touched,
-)
+from aqt_lite.report import MOST_ELEMENTS, by_block, error_report
 from aqt_lite.trees import TreeReport
 
 if TYPE_CHECKING:
@@ -109,7 +100,7 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
 
     Original and dequantized share one colour scale, the codes' spans every code of the type, and the error's is
     centred on zero. The heading has the error numbers of :func:`aqt_lite.error_report`, and how many values were
-    clipped or not finite where some were.
+    clipped, not finite or missing where some were. What is missing in ``q`` is left white.
 
     Parameters
     ----------
@@ -146,10 +137,10 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
     shared = _limits(np.stack([before.numbers, after.numbers]))
     figure, axes = _panels(before.shape, 4)
     _heat_map(axes[0], before, "original", limits=shared)
-    _heat_map(axes[1], _pooled(_matrix(q.qvalue, "q")), f"codes ({q.dtype})", limits=element.codes)
+    _heat_map(axes[1], _pooled(_known(_matrix(q.qvalue, "q"), q)), f"codes ({q.dtype})", limits=element.codes)
     _heat_map(axes[2], after, "dequantized", limits=shared)
     _error_map(axes[3], original, values)
-    counts = [("clipped", report.clipped), ("not finite", report.nonfinite)]
+    counts = [("clipped", report.clipped), ("not finite", report.nonfinite), ("missing", report.missing)]
     figure.suptitle(
         f"{q.dtype}, {q.granularity}: SQNR {report.sqnr_db:.2f} dB, largest error {report.max_abs_error:.4g}, "
         f"{report.source_nbytes} -> {report.nbytes} bytes" + "".join(f", {n} {name}" for name, n in counts if n)
@@ -181,7 +172,8 @@ def plot_codes(q: QArray) -> Figure:
     """Draw how often each code occurs, over the type's whole range, with the two ends of the range marked.
 
     The ends hold the largest values and everything that was clipped to them. A range that is used in its middle only,
-    or that piles up at the ends, shows a scale that is too large or too small.
+    or that piles up at the ends, shows a scale that is too large or too small. Missing values are left out, and
+    counted in the title.
 
     Parameters
     ----------
@@ -205,7 +197,7 @@ def plot_codes(q: QArray) -> Figure:
     --------
     >>> import aqt_lite
     >>> from aqt_lite.plots import plot_codes
-    >>> figure = plot_codes(aqt_lite.quantize([-90.0, -2.0, 0.0, 1.0, 90.0, 90.0], scale=0.5))
+    >>> figure = plot_codes(aqt_lite.quantize([-90.0, -2.0, 0.0, 1.0, 90.0, 90.0], scale=0.5, on_clip="saturate"))
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     ['codes in between: 3 (50.0 %)', 'at the ends: 1 at -127, 2 at 127 (50.0 %)']
     """
@@ -217,7 +209,8 @@ def plot_codes(q: QArray) -> Figure:
     at = scale.position(codes)
     low, high = scale.ends
     at_lowest, at_highest = int(counts[at <= low].sum()), int(counts[at >= high].sum())
-    between = q.size - at_lowest - at_highest
+    known = int(counts.sum())
+    between = known - at_lowest - at_highest
 
     figure = _new_figure(8.0, 3.5)
     ax = figure.add_subplot()
@@ -227,21 +220,22 @@ def plot_codes(q: QArray) -> Figure:
     bars = ax.bar(edges[:-1] + scale.first, heights, width=width, align="edge", color=_MIDDLE)
     for end in (low, high):
         bars[end // width].set_color(_END)
-    shares = (between / q.size, (at_lowest + at_highest) / q.size)
+    shares = (between / max(known, 1), (at_lowest + at_highest) / max(known, 1))
     first, last = scale.name(low), scale.name(high)
     labels = [
         f"codes in between: {between} ({shares[0]:.1%})".replace("%", " %"),
         f"at the ends: {at_lowest} at {first}, {at_highest} at {last} ({shares[1]:.1%})".replace("%", " %"),
     ]
     ax.legend([bars[len(bars) // 2], bars[high // width]], labels, loc="upper center")
-    ax.set_ylim(0, 1.35 * float(heights.max()))  # room for the legend
+    ax.set_ylim(0, 1.35 * float(heights.max(initial=1)))  # room for the legend
     ax.set_xlim(float(edges[0]) + scale.first, float(edges[-1]) + scale.first)
     ax.set_xlabel(scale.label if width == 1 else f"{scale.label}, in bins of {width}")
     if not scale.is_even:
         ticks = np.unique(np.linspace(0, len(scale) - 1, min(len(scale), 17)).round().astype(int))
         ax.set_xticks(ticks, [scale.name(int(i)) for i in ticks], rotation=45 if len(ticks) > 9 else 0)
     ax.set_ylabel("how many")
-    ax.set_title(f"codes of {q.shape} {q.dtype}, {q.granularity}")
+    missing = f", {q.size - known} missing" if q.size > known else ""
+    ax.set_title(f"codes of {q.shape} {q.dtype}, {q.granularity}{missing}")
     return figure
 
 
@@ -484,7 +478,19 @@ def _pair(x: Any, q: QArray) -> tuple[_Matrix, _Matrix]:
     given = tuple(np.shape(x)) if backend_of(x) is None else tuple(x.shape)
     if given != q.shape:
         raise ValueError(f"x has shape {given} but q {q.shape}: give the array that was quantized")
-    return original, _matrix(q, "q")
+    return _known(original, q), _matrix(q, "q")
+
+
+def _known(matrix: _Matrix, q: QArray) -> _Matrix:
+    """``matrix`` with NaN where ``q`` says that a value is missing."""
+    if q.mask is None:
+        return matrix
+    mask = _matrix(q.mask, "q")
+
+    def read(box: Box) -> _Numbers:
+        return np.where(mask.read(box) != 0, np.nan, matrix.read(box))
+
+    return _Matrix(matrix.shape, read, matrix.order)
 
 
 def _limits(values: _Numbers) -> tuple[float, float]:
@@ -534,7 +540,9 @@ def _counted(q: QArray) -> tuple[_Numbers, _Numbers]:
         more = np.bincount(part.ravel() - first, minlength=counts.size)
         more[: counts.size] += counts
         counts = more
-    there = np.flatnonzero(counts)
+    there, missing = np.flatnonzero(counts), element_type(q.dtype).missing
+    if missing is not None:
+        there = there[there != missing - first]
     return there + first, counts[there]
 
 
@@ -573,5 +581,5 @@ class _CodeScale:
         lowest, highest = element.code_range(symmetric=True)
         zero = np.zeros(1) if q.zero_point is None else q._backend.to_numpy(q.zero_point)
         if q.offset is not None or not ((zero == element.middle).all() and (codes >= lowest).all()):
-            lowest = element.codes[0]
+            lowest = element.zero_codes[0]
         return lowest - self.first, highest - self.first

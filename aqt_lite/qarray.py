@@ -2,7 +2,7 @@
 
 Owns: ``QArray``, its invariants, and its moves between layouts and backends. Imports: formats, granularity, affine (to
 dequantize), packing, the registry, and the checks of parameters. What it has in common with other arrays, indexing and
-the like, is in ``_shapes``.
+the like, is in ``_shapes``, and its bytes in other libraries' order in ``_bytes``.
 
 Invariants, for ``q`` with ``n`` dimensions:
 
@@ -11,7 +11,8 @@ Invariants, for ``q`` with ``n`` dimensions:
   that is not None.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
 - ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources;
-  or a QArray of that shape, where scales are kept in a format of fewer bits; or None, where the numbers need no scale.
+  or a QArray of that shape, where scales are kept in a format of fewer bits (and may be negative, as ggml's are); or
+  None, where the numbers need no scale.
 - ``q.zero_point`` is None (all zeros) or an int32 array of the same shape, ``q.offset`` None or numbers like
   ``q.scale``.
 - the values are ``(number of the code - zero_point) * scale + offset``, each scale serving its block.
@@ -28,6 +29,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from aqt_lite import affine
+from aqt_lite._bytes import ArrayBytes
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import AnyArray, Array, Numbers
@@ -38,6 +40,7 @@ from aqt_lite._qparams import (
     check_scale,
     check_zero_point,
     every_pattern_is_a_code,
+    number_of_type,
     on_grid,
     unusable_codes,
 )
@@ -45,6 +48,7 @@ from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes, kind_in_words
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
+    DERIVED,
     FORMATS,
     SCALE_FORMATS,
     Format,
@@ -64,7 +68,7 @@ CONTRACT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QArray(ArrayShapes):
+class QArray(ArrayShapes, ArrayBytes):
     """A quantized array: codes, a scale for each block of them, and perhaps a zero point or an offset.
 
     Made by :func:`aqt_lite.quantize`, or by :meth:`from_codes` from codes that exist already. Frozen. A pytree in
@@ -154,7 +158,8 @@ class QArray(ArrayShapes):
         scale : number, list, array or QArray; None for formats of scales
             With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
             array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are
-            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one.
+            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one; its numbers
+            only have to be finite, since other libraries have negative ones.
         zero_point : integer, list or array, optional
             Codes of the value 0.0. Unsigned integers need them, or an ``offset``.
         offset : number, list, array or QArray, optional
@@ -309,7 +314,20 @@ class QArray(ArrayShapes):
         """The device that holds it, in the library's own words."""
         return self._backend.device(self.storage)
 
-    def dequantize(self, dtype: Any = None) -> Array:
+    @property
+    def mask(self) -> Array | None:
+        """Where values are missing, an array of bools; None where the format has no code for that.
+
+        Examples
+        --------
+        >>> import aqt_lite
+        >>> aqt_lite.quantize([1.0, -9999.0, 3.0], fill_value=-9999).mask
+        array([False,  True, False])
+        """
+        missing = self._element.missing
+        return None if missing is None else self.qvalue == missing
+
+    def dequantize(self, dtype: Any = None, *, fill_value: float | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.
 
         Examples
@@ -324,6 +342,9 @@ class QArray(ArrayShapes):
         values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
         if out.max < source.max and not b.is_traced(values):
             values = b.check_no_overflow(values, out.name)
+        if fill_value is not None and (mask := q.mask) is not None:
+            fill = b.constant(number_of_type("fill_value", fill_value, out.name), out.name, like=values)
+            values = b.xp.where(mask, fill, values)
         return values
 
     # ---- what can be done with it
@@ -664,7 +685,7 @@ class QArray(ArrayShapes):
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
 _PART = 1 << 20  # codes that are looked at in one go; whole bytes of a stream
-_BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values()])
+_BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values(), *DERIVED.values()])
 
 
 def _stored_format(dtype: Any) -> Format:
@@ -761,11 +782,10 @@ def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> 
         raise ValueError(f"{argument} has shape {value.shape}: with this granularity it must be {grid}")
     if all(map(b.has_values, value._arrays())):  # scales of others may be smaller than any that is chosen here
         numbers = value.to_backend("numpy").dequantize()
-        bad = ~np.isfinite(numbers) | ((numbers < 0) if argument == "scale" else False)
+        bad = ~np.isfinite(numbers)
         if bad.any():
             first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
-            expected = "finite and not negative" if argument == "scale" else "finite"
-            raise ValueError(f"{argument} is {numbers[first]} at index {first}: every one must be {expected}")
+            raise ValueError(f"{argument} is {numbers[first]} at index {first}: every one must be finite")
     return value
 
 

@@ -1,14 +1,13 @@
 """Numbers that say what quantization cost.
 
-Owns: ``ErrorReport``, the range that codes can represent, and walking through large arrays part by part. Imports: the
-container, granularity, blocks of arrays. Everything is computed in float64 on NumPy.
+Owns: ``ErrorReport``. Imports: the container, granularity, parts and blocks of arrays, the range of codes. Everything
+is computed in float64 on NumPy.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +15,9 @@ import numpy as np
 
 from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
-from aqt_lite._namespace import Array, Numbers
-from aqt_lite._registry import get_backend
+from aqt_lite._namespace import Numbers
+from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
+from aqt_lite._range import representable_range, scales_of_blocks, with_margin
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
 from aqt_lite.qarray import QArray
@@ -29,9 +29,6 @@ MOST_ELEMENTS = 1 << 16
 
 _MOST_BLOCKS = 1 << 17
 """Blocks whose sums are kept together, where they span several parts: 6 MB."""
-
-Box = tuple[tuple[int, int], ...]
-"""Start and stop along each axis."""
 
 _Numbers = np.ndarray[Any, Any]
 
@@ -73,6 +70,8 @@ class ErrorReport:
     """Blocks with the largest mean squared error, worst first."""
     nonfinite: int = 0
     """Values of ``x`` that are NaN or infinite: no other number but ``clipped`` counts them."""
+    missing: int = 0
+    """Values that are missing in ``q``: no other number counts them."""
 
     def __str__(self) -> str:
         ratio = f" ({self.source_nbytes / self.nbytes:.2f}x smaller)" if self.nbytes else ""
@@ -86,6 +85,8 @@ class ErrorReport:
         ]
         if self.nonfinite:
             rows.append(("non-finite values", f"{self.nonfinite}"))
+        if self.missing:
+            rows.append(("missing values", f"{self.missing}"))
         rows += [
             (
                 f"worst block {i}",
@@ -105,13 +106,14 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     values may change their last digits.
 
     Values of ``x`` that are NaN or infinite are counted and left out of every other number, except that infinities lie
-    outside the range of the codes and so are among the clipped ones. Where ``q`` itself stands for NaN and ``x`` does
-    not, the errors are NaN, and such blocks come first among the worst.
+    outside the range of the codes and so are among the clipped ones. Values that ``q`` says are missing are counted and
+    left out, too, whatever ``x`` has in their places. Where ``q`` stands for NaN otherwise and ``x`` does not, errors
+    are NaN, and such blocks come first among the worst.
 
     Parameters
     ----------
     x : array of any backend, or list
-        The original, of the shape of ``q``. It may live on another backend than ``q``.
+        The original, of the shape of ``q``. It may live on another backend than ``q``. Of a masked array the values.
     q : QArray
     worst : int
         How many blocks to name.
@@ -136,7 +138,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray")
-    array, b = as_float_array(x, "x")
+    array, b = as_float_array(x.data if isinstance(x, np.ma.MaskedArray) else x, "x")
     if b.is_traced(array) or q._backend.is_traced(q.storage):
         raise TypeError("error_report needs values, but x or q is being traced: call it outside the compiled function")
     if tuple(array.shape) != q.shape:
@@ -173,36 +175,8 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
         source_nbytes=q.size * bits // 8,
         worst_blocks=tuple(worst_blocks.named()),
         nonfinite=total.nonfinite,
+        missing=total.missing,
     )
-
-
-def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _Numbers]:
-    """Values of the smallest and the largest code of every block, on the grid of blocks, in float64.
-
-    With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
-    between rounds to the outermost code, and what lies beyond is clipped to it.
-    """
-    numbers = q._element.levels(get_backend("numpy"))
-    low, after_low, before_high, high = numbers[0], numbers[1], numbers[-2], numbers[-1]
-    zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), _scales(q)
-    offset = 0.0 if q.offset is None else _numbers(q.offset, q)
-    with np.errstate(over="ignore"):
-        bottom, top = (low - zero) * scale + offset, (high - zero) * scale + offset
-        if slack:
-            bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
-    return bottom, top
-
-
-def _scales(q: QArray) -> _Numbers:
-    """A number for every block, in float64."""
-    if q.scale is None:
-        return np.ones(grid_of(q.shape, q._checked().block))
-    return _numbers(q.scale, q)
-
-
-def _numbers(kept: Any, q: QArray) -> _Numbers:
-    values = kept.dequantize() if isinstance(kept, QArray) else kept
-    return np.asarray(q._backend.to_numpy(values)).astype(np.float64)
 
 
 # ---- one part
@@ -221,8 +195,10 @@ class _Cost(NamedTuple):
     """Sum of squared values, divided by ``2^signal_power``."""
     signal_power: int
     clipped: int
-    missing: _Numbers | None
-    """How many values are not finite; None where all are."""
+    left_out: _Numbers | None
+    """How many values are missing or not finite; None where none are."""
+    missing: int
+    """How many are missing."""
     size: int
 
 
@@ -246,20 +222,25 @@ def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
     values = room[0].float64(given)
     everything = (None,) * values.ndim
     signal, signal_power = _squares(values, everything)
-    kept, missing = values, None
-    if not np.isfinite(signal).all():
+    kept, left_out, mask = values, None, q.mask
+    missing = 0 if mask is None else int(np.count_nonzero(mask))
+    if mask is not None and missing:
+        values = np.where(mask, np.nan, values)
+    if missing or not np.isfinite(signal).all():
         finite = np.isfinite(values)
-        missing = by_block(np.add, (~finite).astype(np.int64), block)
+        left_out = by_block(np.add, (~finite).astype(np.int64), block)
         kept = np.where(finite, values, 0.0)
         signal, signal_power = _squares(kept, everything)
     error = room[1].float64(np.asarray(q.dequantize()))
     np.subtract(kept, error, out=error)
-    if missing is not None:
+    if left_out is not None:
         error = np.where(finite, error, 0.0)
     square, power = _squares(error, block)
     largest = by_block(np.maximum, np.abs(error, out=error), block)
-    clipped = _clipped(values, q, None if missing is not None else largest)
-    return _Cost(square, power, largest, _scales(q), signal, signal_power, clipped, missing, values.size)
+    clipped = _clipped(values, q, None if left_out is not None else largest)
+    return _Cost(
+        square, power, largest, scales_of_blocks(q), signal, signal_power, clipped, left_out, missing, values.size
+    )
 
 
 def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
@@ -271,9 +252,7 @@ def _clipped(values: _Numbers, q: QArray, largest: _Numbers | None) -> int:
     comparable = largest is not None and source.name == source.compute
     if comparable and (largest <= np.minimum(bottom - low, high - top)).all():
         return 0
-    # The scale's reciprocal and two products round: a value this close to the limit may have rounded to the end.
-    margin = 4 * float(np.finfo(source.compute).eps) * np.maximum(np.abs(low), np.abs(high))
-    low, high = (spread(limit, values.shape, block, np) for limit in (low - margin, high + margin))
+    low, high = (spread(limit, values.shape, block, np) for limit in with_margin(low, high, source.compute))
     return int(np.count_nonzero(values < low) + np.count_nonzero(values > high))
 
 
@@ -335,7 +314,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.signal, self.noise, self.largest = _Sum(), _Sum(), 0.0
-        self.clipped = self.nonfinite = self.size = 0
+        self.clipped = self.nonfinite = self.missing = self.size = 0
 
     def add(self, cost: _Cost) -> None:
         self.signal.add(cost.signal.sum(), cost.signal_power)
@@ -343,12 +322,15 @@ class _Totals:
         self.largest = float(np.maximum(self.largest, cost.largest.max()))
         self.clipped += cost.clipped
         self.size += cost.size
-        if cost.missing is not None:
-            self.nonfinite += int(cost.missing.sum())
+        self.missing += cost.missing
+        if cost.left_out is not None:
+            self.nonfinite += int(cost.left_out.sum()) - cost.missing
 
     def mse(self) -> float:
         with np.errstate(over="ignore", under="ignore"):
-            return float(np.ldexp(self.noise.value / max(self.size - self.nonfinite, 1), self.noise.power))
+            return float(
+                np.ldexp(self.noise.value / max(self.size - self.nonfinite - self.missing, 1), self.noise.power)
+            )
 
 
 class _Blocks:
@@ -367,8 +349,8 @@ class _Blocks:
         self.square.add(cost.square, cost.power, at)
         self.largest[at] = np.maximum(self.largest[at], cost.largest)
         self.scale[at] = cost.scale
-        if cost.missing is not None:
-            self.count[at] -= cost.missing
+        if cost.left_out is not None:
+            self.count[at] -= cost.left_out
 
     def mse(self) -> _Numbers:
         mean = self.square.value / np.maximum(self.count, 1)
@@ -401,46 +383,6 @@ class _Worst:
         return (block for _, _, block in self.found)
 
 
-# ---- walking through an array
-
-
-def memory_order(array: Array) -> list[int]:
-    """Axes from the one with the longest steps in memory to the one with the shortest; as they are where unknown."""
-    strides = array.strides if isinstance(array, np.ndarray) else ()
-    return sorted(range(array.ndim), key=lambda axis: (-abs(strides[axis]) if strides else 0, axis))
-
-
-def boxes(shape: tuple[int, ...], most: int, order: Sequence[int], block: Block | None = None) -> Iterator[Box]:
-    """Boxes of about ``most`` elements that together are the whole array, along the last axes of ``order`` first.
-
-    They cut blocks that are larger than themselves, and then each lies in one row of blocks along the axis it cuts.
-    """
-    cuts: dict[int, list[tuple[int, int]]] = {}
-    for axis in reversed(order):
-        length, size = shape[axis], (block[axis] if block else None) or 1
-        whole = length if size >= length or size == 1 else size  # what may be cut anywhere
-        if whole == size <= most:
-            taken, whole = _even(length, most, size), length
-        else:
-            taken = _even(whole, most, 1)
-        starts = range(0, length, whole)
-        cuts[axis] = [
-            (start, min(start + taken, at + whole, length))
-            for at in starts
-            for start in range(at, min(at + whole, length), taken)
-        ]
-        most = max(most // taken, 1)
-    for chosen in itertools.product(*(cuts[axis] for axis in order)):
-        of_axis = dict(zip(order, chosen, strict=True))
-        yield tuple(of_axis[axis] for axis in range(len(shape)))
-
-
-def _even(length: int, most: int, multiple: int) -> int:
-    """Length of equal pieces, in whole multiples, of which ``most`` holds one."""
-    units, fit = -(-length // multiple), most // multiple
-    return -(-units // -(-units // fit)) * multiple
-
-
 def by_block(ufunc: np.ufunc, values: _Numbers, block: Block) -> _Numbers:
     """``ufunc`` over each block: an array of the grid's shape."""
     values = np.asarray(values)
@@ -451,50 +393,3 @@ def by_block(ufunc: np.ufunc, values: _Numbers, block: Block) -> _Numbers:
         elif size > 1:
             values = ufunc.reduceat(values, np.arange(0, length, size), axis=axis)
     return values
-
-
-def touched(box: Box, sizes: tuple[int, ...]) -> tuple[slice, ...]:
-    """The blocks of the given lengths that a box has a share in."""
-    return tuple(slice(start // size, -(-stop // size)) for (start, stop), size in zip(box, sizes, strict=True))
-
-
-def part_of_array(array: Array, box: Box) -> Array:
-    """A box of an array of any backend."""
-    return array if _is_whole(box, tuple(array.shape)) else array[_slices(box)]
-
-
-def part_of(q: QArray, box: Box) -> QArray:
-    """A box of a quantized array, which may cut blocks if along each axis where it does it lies in one."""
-    if _is_whole(box, q.shape):
-        return q
-    around, inside = [], []
-    for (start, stop), size, length in zip(box, q._checked().block, q.shape, strict=True):
-        size = size or length
-        first = start // size * size
-        around.append((first, min(-(-stop // size) * size, length)))
-        inside.append((start - first, stop - first))
-    q = q[_slices(around)]
-    return q if _is_whole(inside, q.shape) else q[_slices(inside)]
-
-
-def dequantized(q: QArray, box: Box) -> _Numbers:
-    """The values of any box of a quantized array, on NumPy."""
-    around = []
-    for axis, ((start, stop), size, length) in enumerate(zip(box, q._checked().block, q.shape, strict=True)):
-        size = size or length
-        cuts = start // size != (stop - 1) // size
-        if cuts and size > stop - start:  # a block may be far larger than the box
-            middle = stop // size * size
-            halves = ((*box[:axis], half, *box[axis + 1 :]) for half in ((start, middle), (middle, stop)))
-            return np.concatenate([dequantized(q, half) for half in halves], axis=axis)
-        around.append((start // size * size, min(-(-stop // size) * size, length)) if cuts else (start, stop))
-    values = np.asarray(q._backend.to_numpy(part_of(q, tuple(around)).dequantize()))
-    return values[tuple(slice(i - first, j - first) for (i, j), (first, _) in zip(box, around, strict=True))]
-
-
-def _is_whole(box: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> bool:
-    return all(limits == (0, length) for limits, length in zip(box, shape, strict=True))
-
-
-def _slices(box: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in box)

@@ -371,7 +371,7 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     for name, form in list(FORMATS.items()):
         settings: list[dict[str, Any]] = [{"granularity": PerGroup(8)}]
         if form.scale is None and not form.element.middle:
-            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1})
+            settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1, "on_clip": "saturate"})
         for how in settings:
             q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
             yield q, wanted
@@ -384,7 +384,7 @@ def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:
         for x in _awkward(name):
             for scale in (0.5, 0.0123, 2.0**-100, 1e30):
                 for zero_point in (None, 7):
-                    how: dict[str, Any] = {"scale": scale, "zero_point": zero_point}
+                    how: dict[str, Any] = {"scale": scale, "zero_point": zero_point, "on_clip": "saturate"}
                     q, wanted = quantize(b.asarray(x), **how), quantize(x, **how)
                     yield q, wanted
                     yield dequantize(q), dequantize(wanted)

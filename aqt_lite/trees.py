@@ -21,7 +21,7 @@ from aqt_lite import _registry
 from aqt_lite._foreign import refusal
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
-from aqt_lite._rules import Leaf, Planned, Rules, is_matrix, naming, nbytes_of_array, planned, quantized
+from aqt_lite._rules import Leaf, Planned, Rules, is_matrix, named, naming, nbytes_of_array, planned, quantized
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 
@@ -106,12 +106,7 @@ def quantize_tree(
     >>> q["layer"]["kernel"].granularity, aqt_lite.dense(np.ones(64, "float32"), **{"w": q["layer"]["kernel"]}).shape
     (PerGroup(size=32, axis=0), (32,))
     """
-    leaves = _leaves(params)
-    work = [plan for plan in _plans(leaves, rules, layout) if plan.arguments is not None]
-    made: dict[Hashable, QArray] = {}
-    for plan in with_progress(work, progress, lambda plan: plan.leaf.path):
-        made[_key_of(plan.leaf.array)] = quantized(plan)
-    return _rebuilt(params, [made.get(_key_of(leaf), leaf) for _, leaf in leaves])
+    return quantized_as_planned(params, _plans(leaves_of(params), rules, layout), progress)
 
 
 def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = None) -> TreePlan:
@@ -130,7 +125,7 @@ def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = N
     bias    (32,)     float32  as it is                                       128    128
     2 leaves                                                                 8320   1408  (5.91x smaller)
     """
-    return TreePlan(tuple(_plans(_leaves(params), rules, layout)))
+    return TreePlan(tuple(_plans(leaves_of(params), rules, layout)))
 
 
 def dequantize_tree(tree: Any, dtype: Any = None) -> Any:
@@ -150,7 +145,7 @@ def dequantize_tree(tree: Any, dtype: Any = None) -> Any:
     dtype('float32')
     """
     made: dict[int, Any] = {}
-    leaves = _leaves(tree, "tree")
+    leaves = leaves_of(tree, "tree")
     for path, leaf in leaves:
         if isinstance(leaf, QArray) and id(leaf) not in made:
             with naming(path):
@@ -168,7 +163,7 @@ def tree_nbytes(tree: Any) -> int:
     >>> aqt_lite.tree_nbytes(params), aqt_lite.tree_nbytes(aqt_lite.quantize_tree(params))
     (8192, 2304)
     """
-    once = {_key_of(leaf): leaf for _, leaf in _leaves(tree, "tree") if _is_array(leaf)}
+    once = {_key_of(leaf): leaf for _, leaf in leaves_of(tree, "tree") if _is_array(leaf)}
     return sum(nbytes_of_array(leaf) for leaf in once.values())
 
 
@@ -203,7 +198,7 @@ def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> Tr
     kernel  (64, 32)  int8, PerChannel(axis=1)     48.80     0.00393128   8192   2176
     1 leaf                                                                 8192   2176  (3.76x smaller)
     """
-    before, after = _leaves(params), _leaves(quantized, "quantized")
+    before, after = leaves_of(params), leaves_of(quantized, "quantized")
     for (path, _), (other, _) in itertools.zip_longest(before, after, fillvalue=(None, None)):
         if path != other:
             raise ValueError(
@@ -315,7 +310,15 @@ def _table(rows: list[tuple[str, ...]], right: int) -> str:
 # ---- leaves and plans
 
 
-def _leaves(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
+def quantized_as_planned(params: Any, plans: Sequence[Planned], progress: Progress) -> Any:
+    """The tree that those plans of its leaves make."""
+    made: dict[Hashable, QArray] = {}
+    for plan in with_progress(list(named(plans)), progress, lambda plan: plan.leaf.path):
+        made[_key_of(plan.leaf.array)] = quantized(plan)
+    return _rebuilt(params, [made.get(_key_of(leaf), leaf) for _, leaf in leaves_of(params)])
+
+
+def leaves_of(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
     """All leaves with their paths, in order."""
     if _opened(tree) is None and not _is_array(tree):
         raise TypeError(
@@ -325,7 +328,8 @@ def _leaves(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
     return list(_walk(tree, "", ()))
 
 
-def _layout_of(paths: list[str], array: Any) -> str | None:
+def layout_of(paths: list[str], array: Any) -> str | None:
+    """One of ``LAYOUTS``, where the library or the last part of a matrix's paths tells."""
     if len(getattr(array, "shape", ())) != 2:
         return None
     b = backend_of(array)
@@ -338,12 +342,17 @@ def _layout_of(paths: list[str], array: Any) -> str | None:
 
 def _plans(leaves: list[tuple[str, Any]], rules: Rules | None, layout: str | None) -> list[Planned]:
     """What becomes of the arrays of a tree, each once, with the paths of all the places where it stands."""
-    places: dict[Hashable, tuple[Any, list[str]]] = {}
+    found = [Leaf(paths[0], a, layout_of(paths, a), tuple(paths[1:])) for paths, a in places_of(leaves)]
+    return planned(found, rules, layout=layout, by_default=is_matrix)
+
+
+def places_of(leaves: list[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
+    """The arrays among leaves, each once, with all of its paths."""
+    places: dict[Hashable, tuple[list[str], Any]] = {}
     for path, leaf in leaves:
         if _is_array(leaf):
-            places.setdefault(_key_of(leaf), (leaf, []))[1].append(path)
-    found = [Leaf(paths[0], array, _layout_of(paths, array), tuple(paths[1:])) for array, paths in places.values()]
-    return planned(found, rules, layout=layout, by_default=is_matrix)
+            places.setdefault(_key_of(leaf), ([], leaf))[0].append(path)
+    return list(places.values())
 
 
 # ---- walking

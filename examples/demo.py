@@ -78,7 +78,7 @@ INPUTS = np.asarray([1, 2, 3], np.float32)
 WALK: list[tuple[str, dict[str, Any], str]] = [
     (
         "scale 3.5 and zero point -70, given",
-        {"scale": 3.5, "zero_point": -70},
+        {"scale": 3.5, "zero_point": -70, "on_clip": "saturate"},
         "The largest code stands for 689.5, so 728.6 is clipped.",
     ),
     ("affine", {"scheme": "affine"}, "Scale and zero point from the range of the values: nothing is clipped."),

@@ -149,7 +149,6 @@ def test_what_is_no_float_is_refused(backend, case):
         (np.ones(2, [("a", "f4")]), "x has dtype void"),
         (np.ones(3, ml_dtypes.float8_e4m3fn), "x has dtype float8_e4m3fn"),
         (np.ones(3, np.longdouble), "x has dtype"),
-        (np.ma.masked_array([1.0, 2.0], mask=[False, True]), "x is a masked array.*filled"),
         (np.eye(2).view(np.matrix), r"x is a numpy.matrix, .*: use np.asarray\(x\)"),
         (torch.ones(3).to_sparse(), "x is a tensor of layout torch.sparse_coo: make it dense first"),
         (torch.ones(3, dtype=torch.float8_e5m2), "x has dtype float8_e5m2"),
@@ -269,7 +268,8 @@ def test_wrong_scale_arrays_of_the_backend(backend):
         quantize(x, scale=0.1, zero_point=backend.asarray(np.ones((1, 1), "float32")))
     with pytest.raises(ValueError, match="zero_point=-129"):
         quantize(x, scale=0.1, zero_point=backend.asarray(np.full((1, 1), -129, "int32")))
-    ends = quantize(x, scale=[2.0**-125, 2.0**126, 1.0], granularity=PerChannel(0))  # the last that are good
+    last = {"scale": [2.0**-125, 2.0**126, 1.0], "granularity": PerChannel(0)}  # that are good
+    ends = quantize(x, **last, on_clip="saturate")
     assert np.isfinite(backend.to_numpy(ends.dequantize())).all()
 
 
@@ -442,7 +442,7 @@ def test_float64_never_narrows_silently():
         q.to_backend("jax")
     with pytest.raises(ValueError, match="scale=1e-40"):
         quantize(x.astype("float32"), scale=1e-40)
-    assert quantize(x, scale=1e-40).scale.dtype == np.float64
+    assert quantize(x, scale=1e-40, on_clip="saturate").scale.dtype == np.float64
     with pytest.raises(ValueError, match="array_api_strict has no dtype float16"):
         quantize(x.astype("float16"), backend="array_api_strict")
 

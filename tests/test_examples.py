@@ -47,7 +47,7 @@ def test_demo_compares_the_bits_of_every_framework(demo):
 def test_demo_shows_the_walk(demo):
     output, _ = demo
     for line in [
-        "aqt_lite.quantize(x, scale=3.5, zero_point=-70)",
+        "aqt_lite.quantize(x, scale=3.5, zero_point=-70, on_clip='saturate')",
         "-15   -74   127      192.50   -14.00   689.50     -0.90    0.50   39.10",
         "scale 3.5788, zero point -77; mean squared error 1.573, SQNR 49.4 dB",
         "scale 5.7370; mean squared error 2.509, SQNR 47.3 dB",
@@ -131,6 +131,17 @@ def test_numpy_science(tmp_path):
     assert table["clipped values"] == ["0"]
     assert "Frameworks imported: none." in output
     assert (tmp_path / "field.npz").stat().st_size < 512 * 1024 * 4 / 3.9
+
+
+@pytest.mark.exhaustive  # compresses the field 40 times
+def test_fields(tmp_path):
+    output = run(EXAMPLES / "fields.py", tmp_path)
+    assert re.search(r"field_packed\.nc: \d+ bytes, int16, [5-9]\.\dx smaller", output)
+    assert "bound 0.05 K: kept" in output
+    found = [line.split() for line in output.splitlines() if line.startswith(("CF", "aqt_lite.bound"))]
+    assert len(found) == 3 + 7 + 7  # int8 is refused the smaller bounds
+    assert all(float(bits) < 9 and float(error) <= 1 for *_, error, bits in found)
+    assert (tmp_path / "fields.png").stat().st_size > 50_000
 
 
 def test_whose_int8_without_the_network(tmp_path, monkeypatch):

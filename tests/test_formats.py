@@ -161,14 +161,14 @@ def some_of(step, dtype, first=0):
 
 @pytest.mark.parametrize(
     ("form", "step", "dtype"),
-    [(JIT, 16, "float32"), (JIT, 40, "float64"), (CONSTANT, 40, "float32"), (CONSTANT_QPARAMS, 40, "bfloat16")],
+    [(JIT, 32, "float32"), (JIT, 40, "float64"), (CONSTANT, 40, "float32"), (CONSTANT_QPARAMS, 40, "bfloat16")],
 )
 def test_every_format_has_the_same_bits_jitted(form, step, dtype):
-    problems = some_of(step, dtype)[:: 1 if step == 16 else 3]
+    problems = some_of(step, dtype)[:: 1 if step == 32 else 3]
     assert not disagreements(problems, on_numpy(problems), [form])
 
 
-@pytest.mark.exhaustive_where(dtype="float64")  # compiling takes seconds for each
+@pytest.mark.exhaustive  # compiling takes half a minute; test_golden has some of them
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_formats_have_the_same_bits_in_compiled_torch(dtype):
     problems = some_of(40, dtype)[::9]
@@ -233,7 +233,7 @@ def test_a_scale_of_1_is_the_saturating_cast_of_ml_dtypes(name):
     assert len(CASTS) >= 11
     middle = FORMATS[name].element.middle
     for x in sixteen_bit_and_near_ties(name):
-        q = aqt_lite.quantize(x, name, scale=1.0, zero_point=0 if middle else None)
+        q = aqt_lite.quantize(x, name, scale=1.0, zero_point=0 if middle else None, on_clip="saturate")
         wanted = cast(x, name, kind)
         if name.startswith("int"):  # a symmetric scheme leaves the smallest integer out
             wanted = np.maximum(wanted.astype(np.int8), -FORMATS[name].element.codes[1]).astype(kind)
@@ -295,7 +295,7 @@ def test_float8_codes_are_those_of_torch(name):
     x = near_ties_of(name, [1.0], "float32", most=300).ravel()
     largest = FORMATS[name].element.max
     wanted = torch.from_numpy(np.clip(x, -largest, largest)).to(getattr(torch, name)).view(torch.uint8).numpy()
-    assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0).qvalue, wanted)
+    assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0, on_clip="saturate").qvalue, wanted)
 
 
 def test_nf4_and_bnb_fp4_go_to_the_nearer_number_and_at_a_midpoint_to_the_smaller():
@@ -305,7 +305,7 @@ def test_nf4_and_bnb_fp4_go_to_the_nearer_number_and_at_a_midpoint_to_the_smalle
         cuts = (order[1:].astype(np.float64) / 2 + order[:-1].astype(np.float64) / 2).astype(np.float32)
         x = neighbours(cuts, 3).ravel()
         wanted = order[np.sum(x[:, None] > cuts, axis=1)]
-        assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0).dequantize(), wanted)
+        assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0, on_clip="saturate").dequantize(), wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -362,7 +362,7 @@ def test_codes_are_those_of_gfloat(name):
         wide = np.where(np.abs(wide) < 2.0**-126, 0 * wide, wide)
         rounded = gfloat.round_ndarray(info, wide, sat=True)
         codes = gfloat.encode_ndarray(info, rounded)
-        assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0).qvalue, codes)
+        assert np.array_equal(aqt_lite.quantize(x, name, scale=1.0, on_clip="saturate").qvalue, codes)
 
 
 # ---- stochastic rounding
@@ -405,7 +405,7 @@ def test_stochastic_rounding_is_unbiased(name):
     low, high = (numbers[i] for i in (numbers.size // 2 + 1, numbers.size // 2 + 2))
     for part in (0.125, 0.5, 0.8125):
         x = np.full(n, low + part * (high - low), np.float32)
-        values = aqt_lite.quantize(x, name, scale=1.0, rounding="stochastic", key=7).dequantize()
+        values = aqt_lite.quantize(x, name, scale=1.0, rounding="stochastic", key=7, on_clip="saturate").dequantize()
         assert set(np.unique(values)) == {np.float32(low), np.float32(high)}
         up = np.mean(values == np.float32(high))
         exactly = (float(x[0]) - low) / (high - low)
@@ -555,7 +555,7 @@ def test_floats_without_a_sign(backend):
     form = aqt_lite.register_format(aqt_lite.Float("ufloat5_e3m2", 3, 2, bias=3, max=28.0, signed=False))
     try:
         x = backend.asarray(np.asarray([-3.0, -0.0, 0.1, 2.0, 50.0], "float32"))
-        q = aqt_lite.quantize(x, form.name, scale=1.0)
+        q = aqt_lite.quantize(x, form.name, scale=1.0, on_clip="saturate")
         assert backend.to_numpy(q.dequantize()).tolist() == [0.0, 0.0, 0.125, 2.0, 28.0]
         with pytest.raises(ValueError, match=r"2 values of 5 beyond the numbers"):
             aqt_lite.quantize(x, form.name, scale=1.0, on_clip="raise")

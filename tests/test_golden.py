@@ -13,7 +13,6 @@ import pytest
 from forms import (
     COMPILED,
     CONSTANT,
-    CONSTANT_QPARAMS,
     FORMS,
     JAX,
     JIT,
@@ -57,14 +56,15 @@ def quantizations(which=slice(None)):
     return map(list, zip(*map(problem_of, VECTORS["quantize"][which]), strict=True))
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in (JAX, COMPILED, CONSTANT_QPARAMS)])
+@pytest.mark.parametrize("form", [form for form in FORMS if form in (NUMPY, STRICT, TORCH)])
 def test_every_form_quantizes_to_the_vectors(form):
     assert not disagreements(*quantizations(), [form])
 
 
-@pytest.mark.parametrize(("form", "step"), [(JAX, 3), (COMPILED, 16)])
-def test_forms_that_compile_each_call_quantize_to_the_vectors(form, step):
-    """Some of them: eager JAX runs what jitted JAX does, and one graph of torch takes seconds to compile."""
+@pytest.mark.exhaustive_where(step=1)
+@pytest.mark.parametrize(("form", "step"), [(JIT, 1), (CONSTANT, 1), (JIT, 4), (CONSTANT, 8), (JAX, 5), (COMPILED, 16)])
+def test_forms_that_compile_quantize_to_the_vectors(form, step):
+    """Some of them: a graph of all takes a minute to compile."""
     assert not disagreements(*quantizations(slice(None, None, step)), [form])
 
 

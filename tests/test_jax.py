@@ -79,7 +79,8 @@ def test_jit_gives_the_bits_of_the_eager_call(granularity, dtype, scheme):
 
 
 def test_a_given_scale_may_be_traced():
-    eager = quantize(X, scale=jnp.full((6, 1), 0.25), zero_point=jnp.full((6, 1), 3), granularity=PerChannel(0))
+    given = {"scale": jnp.full((6, 1), 0.25), "zero_point": jnp.full((6, 1), 3), "granularity": PerChannel(0)}
+    eager = quantize(X, **given, on_clip="saturate")
     jitted = jax.jit(lambda x, s, z: quantize(x, scale=s, zero_point=z, granularity=PerChannel(0)))
     assert_same_bits(jitted(X, jnp.full((6, 1), 0.25), jnp.full((6, 1), 3)), eager)
     assert_same_bits(jitted(X, jnp.full((6,), 0.25), jnp.full((6,), 3)), eager)
@@ -589,6 +590,7 @@ def test_an_executable_of_another_process(tmp_path):
     assert in_another_process(common + write, tmp_path / "f") == in_another_process(common + read, tmp_path / "f")
 
 
+@pytest.mark.exhaustive  # half a minute in a process of its own
 def test_without_compiled_loops():
     program = """
         import numpy as np, aqt_lite

@@ -239,7 +239,7 @@ def test_rows_are_counted_in_whole_numbers():
 
 def test_an_infinite_error_can_be_read():
     x = np.asarray([[np.inf, np.nan, 1.0, -300.0]], "float32")
-    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0, nonfinite="ignore")))
+    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0, nonfinite="ignore", on_clip="saturate")))
     assert texts(ax)[:2] == ["inf", "nan"]
     assert [text.get_color() for text in ax.texts[:2]] == ["white", "black"]  # on dark red, on an empty cell
 
@@ -316,7 +316,7 @@ def test_heading_has_the_error_numbers():
 
 def test_heading_counts_what_was_clipped_or_is_not_finite():
     x = X.copy()
-    q = aqt_lite.quantize(x, scale=2.0)
+    q = aqt_lite.quantize(x, scale=2.0, on_clip="saturate")
     assert plot_quantization(x, q).get_suptitle().endswith(" bytes, 3 clipped")
     x[0, 0] = np.nan
     figure = plot_quantization(x, q)
@@ -334,7 +334,7 @@ def test_error_without_error():
 def test_errors_of_a_large_matrix_keep_the_outlier():
     x = np.zeros((512, 4), "float32")
     x[100, 2] = -1000
-    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0)))
+    (ax,) = panels(plot_error(x, aqt_lite.quantize(x, scale=1.0, on_clip="saturate")))
     assert shown(ax)[50, 2] == -873
     assert np.count_nonzero(shown(ax)) == 1
     assert ax.get_xlabel() == "each cell: largest magnitude of 2 x 1 values"
@@ -362,7 +362,7 @@ def test_arguments_are_checked(plot):
 
 
 def test_bars_count_the_codes(backend):
-    q = aqt_lite.quantize(backend.asarray(X), scale=3.5, zero_point=-70)
+    q = aqt_lite.quantize(backend.asarray(X), scale=3.5, zero_point=-70, on_clip="saturate")
     figure = plot_codes(q)
     (ax,) = panels(figure)
     heights = [bar.get_height() for bar in ax.patches]

@@ -23,7 +23,7 @@ from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
 
-__all__ = ["dense", "linear"]
+__all__ = ["Mode", "as_operand", "dense", "linear", "product"]
 
 Mode = Literal["fast", "reproducible", "integer"]
 
@@ -65,7 +65,7 @@ def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: 
     >>> aqt_lite.dense([1.0, 2.0, 3.0], w).shape
     (2,)
     """
-    return _product("dense", x, w, bias, mode, contract=0)
+    return product("dense", x, w, bias, mode, contract=0)
 
 
 def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
@@ -78,10 +78,11 @@ def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode:
     >>> aqt_lite.linear([1, 2, 3], w).round(4)
     array([-2.9965,  3.8768,  9.3957], dtype=float32)
     """
-    return _product("linear", x, w, bias, mode, contract=1)
+    return product("linear", x, w, bias, mode, contract=1)
 
 
-def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
+def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
+    """``dense`` or ``linear``, by the axis of ``w`` that is summed over; ``name`` is who asks."""
     one_of("mode", mode, ("fast", "reproducible", "integer"))
     if not isinstance(w, QArray):
         raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
@@ -104,7 +105,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         what = "x is an array of floats" if bias is None else "a bias is added to scaled sums"
         raise ValueError(f"mode='integer' is the product of the codes of two QArrays, without a bias: {what}")
     if not isinstance(x, QArray):
-        x = _as_operand(x, "x", w, b)
+        x = as_operand(x, "x", w, b)
     elif x.backend != b.name:
         raise TypeError(f"x is a {x.backend} QArray but w is a {b.name} one: move one with .to_backend()")
     inside, outside = w_shape[contract], w_shape[1 - contract]
@@ -113,7 +114,7 @@ def _product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> 
         roles = "(in, out)" if contract == 0 else "(out, in)"
         raise ValueError(f"x has shape {shape} and w {w_shape} {roles}: the last axis of x must have length {inside}")
     if bias is not None:
-        bias = _as_operand(bias, "bias", w, b)
+        bias = as_operand(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}: for w of shape {w_shape} it must be ({outside},)")
     if isinstance(x, QArray):
@@ -203,6 +204,8 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
 
 def _stored_product(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
+    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must be positive there
+        return NotImplemented
     static = {"contract": contract, "packed_length": w.packed_length}
     kernel = kernel_for(b, reference.matmul_stored, static)
     if kernel is None:
@@ -303,6 +306,8 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
     element = element_type(w.dtype)
     if element.bits > 8:
         why = f"w has {w.dtype} codes: sums of products with more than 8 bits do not fit 32-bit integers"
+    elif element.missing is not None:
+        why = f"w has {w.dtype} codes, one of which is a missing value: sums of integers have no NaN"
     elif element.unit is None:
         why = f"w has {w.dtype} codes, whose numbers are no whole multiples, of 8 bits, of a power of two"
     elif w.offset is not None or w.scale is None:
@@ -315,7 +320,7 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
         raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
 
 
-def _as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
+def as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     """``value`` as a floating-point array of the weight's backend, on its device."""
     other = backend_of(value)
     if other is not None and other is not b:
@@ -334,14 +339,14 @@ def _as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
 def _left_product(w: QArray, x: Any) -> Array:
     """``w @ x`` of a vector or a matrix: ``linear``, whatever way the codes are stored."""
     b = w._backend
-    x = _as_operand(x, "x", w, b)
+    x = as_operand(x, "x", w, b)
     if x.ndim not in (1, 2):
         raise ValueError(
             f"q @ x of a quantized matrix: x has shape {tuple(x.shape)}: give a vector or a matrix, or map (vmap)"
         )
     if x.ndim == 1:
-        return _product("q @ x", x, w, None, "fast", contract=1)
-    return b.xp.permute_dims(_product("q @ x", b.xp.permute_dims(x, (1, 0)), w, None, "fast", contract=1), (1, 0))
+        return product("q @ x", x, w, None, "fast", contract=1)
+    return b.xp.permute_dims(product("q @ x", b.xp.permute_dims(x, (1, 0)), w, None, "fast", contract=1), (1, 0))
 
 
 register_products(dense, _left_product)

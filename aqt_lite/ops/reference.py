@@ -147,8 +147,8 @@ def matmul_integer(x: Coded, w: Coded, bias: Array | None, *, contract: int, out
     """
     xp = b.xp
     total = sums_of_codes(x, w, contract=contract, b=b)
-    x_fraction, x_exponent = b.fraction_and_exponent(x.scale)
-    w_fraction, w_exponent = b.fraction_and_exponent(_swapped(w.scale, xp) if contract == 1 else w.scale)
+    x_fraction, x_exponent = _significand_and_exponent(x.scale, b)
+    w_fraction, w_exponent = _significand_and_exponent(_swapped(w.scale, xp) if contract == 1 else w.scale, b)
     y = xp.astype(total, xp.float32) * x_fraction * w_fraction
     return _finish(y, x_exponent + w_exponent, bias, out, b)
 
@@ -270,7 +270,7 @@ def _times_columns(x: _Left, w: Coded, bias: Array | None, inner: int | None, co
             codes, zero_point = xp.astype(codes, xp.int32) - zero_point, None
     cuts = pieces(k, inner)
     groups = [0 if inner is None else start // inner for start, _ in cuts]
-    w_fraction, w_exponent = b.fraction_and_exponent(scale)
+    w_fraction, w_exponent = _significand_and_exponent(scale, b)
     column_exponent = xp.max(w_exponent, axis=1, keepdims=True)  # groups of one column differ: the largest leads
     w_pieces = _cut(codes, cuts, xp)
     row_exponent = xp.max(x.exponent, axis=0, keepdims=True)
@@ -349,6 +349,12 @@ def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None, *, b: Backe
     return products[:, 3 * m :, :] + (carried >> 8), low
 
 
+def _significand_and_exponent(scale: Array, b: Backend) -> tuple[Array, Array]:
+    """``scale = f * 2^e`` with 1 <= |f| < 2: scales that others chose may be negative."""
+    fraction, exponent = b.fraction_and_exponent(b.xp.abs(scale))
+    return b.xp.where(scale < 0, -fraction, fraction), exponent
+
+
 def one_per_column(blocks: Array, shape: tuple[int, ...], block: Block, contract: int, xp: Any) -> Array:
     """Scales or zero points of a weight of ``shape``, spread so that each output has its own, or all have one."""
     return spread(blocks, shape, (block[0], None) if contract == 1 else (None, block[1]), xp)
@@ -364,7 +370,7 @@ def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple
     def vector(blocks: Array) -> Array:
         return xp.broadcast_to(one_per_column(blocks, (n, 1), spec.block, 1, xp)[:, 0], (n,))
 
-    fraction, exponent = b.fraction_and_exponent(vector(w.scale))
+    fraction, exponent = _significand_and_exponent(vector(w.scale), b)
     zero = xp.zeros_like(exponent)
     if w.zero_point is not None:
         zero = vector(w.zero_point) - (128 if b.dtype_name(w.codes) == "uint8" else 0)

@@ -30,7 +30,7 @@ from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
 
-__all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with"]
+__all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with", "reaches_an_end"]
 
 TILE = BLOCK // 4
 """Elements of a tile: several arrays of it, which an operation makes on its way, fit a core's cache."""
@@ -108,6 +108,16 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
 
     _for_tiles(work, x.shape, spec.block)
     return outside
+
+
+def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.reaches_an_end``, without arrays of bools as large as the codes."""
+    ends = spec.element.end_codes(recipe.centred(spec))
+    if ends is None:
+        return NotImplemented
+    flat = codes.reshape(-1)
+    parts = (flat[n : n + BLOCK] for n in range(0, flat.size, BLOCK))
+    return np.asarray(any(bool((part == end).any()) for part in parts for end in ends))
 
 
 def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
@@ -224,8 +234,8 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
         low = None
-        if recipe.ignore_nonfinite:
-            known = np.isfinite(part)
+        known = affine.counted(part, spec, recipe, np)
+        if known is not None:
             fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
             if not magnitudes:
                 low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)
@@ -425,6 +435,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.quantize_with: quantize_with,
     affine.choose_qparams: choose_qparams,
     affine.clipped: clipped,
+    affine.reaches_an_end: reaches_an_end,
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
     affine.scales_of: scales_of,

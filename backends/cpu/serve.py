@@ -117,7 +117,7 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
     Groups, where the contracted axis has some, are to be whole vectors; that axis lies last.
     """
     loops, element = runtime.decoding_loops(), spec.element
-    if loops is None or contract != 1 or w.scale is None or w.offset is not None:
+    if loops is None or contract != 1 or w.scale is None or w.offset is not None or element.missing is not None:
         return False
     if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
         return False

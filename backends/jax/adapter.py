@@ -128,6 +128,12 @@ class JaxBackend(Backend):
         shape = (*form.shape[:axis], length, *form.shape[axis + 1 :])
         return jax.lax.fori_loop(0, -(-length // size), step, jnp.zeros(shape, form.dtype))
 
+    def mapped(self, function: Callable[[Any, Any], Array], x: Array, stack: Any, length: int) -> Array:
+        # one after the other on a CPU: mapped over (vmap), a condition becomes both of its branches
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda each: function(*each), (x, stack))
+        return jax.vmap(function)(x, stack)
+
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
 

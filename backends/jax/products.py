@@ -329,6 +329,7 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     **quantize.FORMS,
     affine.scales_of: None,
     affine.clipped: None,
+    affine.beyond: None,
     packing.pack: None,
     packing.unpack: None,
 }

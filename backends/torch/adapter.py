@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from aqt_lite import _exact
 from aqt_lite._namespace import Array, wrapped_namespace
 from aqt_lite._protocol import Backend
-from aqt_lite.elements import Codebook, Float, Integer
+from aqt_lite.elements import Codebook, Float, FloatOrMissing, Integer, IntegerOrMissing
 from aqt_lite.formats import Format
 
 
@@ -163,7 +163,8 @@ class TorchBackend(Backend):
             flatten_with_keys_fn=with_keys,
         )
         # torch.load(weights_only=True) trusts them: fields, and no code
-        torch.serialization.add_safe_globals([cls, Format, Codebook, Float, Integer])
+        kinds = Codebook, Float, Integer, FloatOrMissing, IntegerOrMissing
+        torch.serialization.add_safe_globals([cls, Format, *kinds])
 
 
 def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from aqt_lite import _mark
 from aqt_lite._registry import get_backend
-from aqt_lite._rules import Leaf, Planned, Rules, naming, planned, quantized
+from aqt_lite._rules import Leaf, Planned, Rules, check_activations, naming, planned, quantized
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import linear
@@ -401,17 +401,10 @@ def _plans(slots: _Slots, rules: Rules | None) -> list[Planned]:
 
 
 def _check_extra(found: Planned, layers: list[nn.Module]) -> None:
-    arguments, activations = found.arguments or {}, found.extra.get("activations")
+    arguments = found.arguments or {}
     with naming(found.leaf.path):
         if arguments.get("backend", "torch") != "torch":
             raise ValueError(f"backend={arguments['backend']!r}: a torch model holds torch's arrays")
         if found.for_dense:
             raise ValueError("layout='dense': the weights of these layers are (out, in), layout='linear'")
-        if activations is None:
-            return
-        others = [type(layer).__name__ for layer in layers if not isinstance(layer, nn.Linear)]
-        if others:
-            raise ValueError(f"activations={activations!r} is for Linear layers, and this is the weight of {others[0]}")
-        if not isinstance(activations, str):
-            raise TypeError(f"activations={activations!r}: give the name of a format, such as 'int8'")
-        quantize([[0.0]], activations, granularity=PerGroup(1))
+    check_activations(found, [type(layer).__name__ for layer in layers if not isinstance(layer, nn.Linear)])

@@ -72,16 +72,19 @@ def values_of(said, parts, element):
 
 
 def bits_of(element):
-    if element["kind"] == "Float":
+    if element["kind"] in ("Float", "FloatOrMissing"):
         return element["signed"] + element["exponent"] + element["mantissa"]
-    return element["bits"] if element["kind"] == "Integer" else (len(element["numbers"]) - 1).bit_length()
+    is_integer = element["kind"] in ("Integer", "IntegerOrMissing")
+    return element["bits"] if is_integer else (len(element["numbers"]) - 1).bit_length()
 
 
 def number_of(code, element):
     if element["kind"] == "Codebook":
         return element["numbers"][code] if code < len(element["numbers"]) else math.nan
-    if element["kind"] == "Integer":
+    if element["kind"] in ("Integer", "IntegerOrMissing"):
         half = 1 << (element["bits"] - 1)
+        if element["kind"] == "IntegerOrMissing" and code == (half if element["signed"] else 0):
+            return math.nan
         return (code - 2 * half if element["signed"] and code >= half else code) * element["step"]
     m = element["mantissa"]
     sign, e = code >> (element["exponent"] + m), (code >> m) & ((1 << element["exponent"]) - 1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
-"""Codes of (rows, columns); float32 scales and int32 zero points, one a row."""
+"""Codes of (rows, columns); float32 scales and int32 zero points, one a row; of block formats the codes of scales."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,25 @@ def _onnx(x: np.ndarray, dtype: str, scheme: str) -> Found:
 # ---- torchao
 
 
+def _nibbles(packed: np.ndarray, low_first: bool) -> np.ndarray:
+    """Codes of 4 bits along the last axis."""
+    parts = (packed & 15, packed >> 4) if low_first else (packed >> 4, packed & 15)
+    return np.stack(parts, -1).reshape(*packed.shape[:-1], -1)
+
+
+def _torchao_mx(x: np.ndarray, dtype: str) -> Found:
+    import torch
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+    kinds = {"mxfp8_e4m3": "float8_e4m3fn", "mxfp8_e5m2": "float8_e5m2", "mxfp4": "float4_e2m1fn_x2"}
+    scale, codes = to_mx(torch.from_numpy(x), getattr(torch, kinds[dtype]), 32)
+    codes = codes.view(torch.uint8).numpy()
+    return _nibbles(codes, low_first=True) if dtype == "mxfp4" else codes, scale.view(torch.uint8).numpy(), None
+
+
 def _torchao(x: np.ndarray, dtype: str, scheme: str, mapping: str | None = None) -> Found:
+    if dtype.startswith("mx"):
+        return _torchao_mx(x, dtype)
     import torch
     from torchao.quantization import quant_primitives as ao
 
@@ -141,6 +159,29 @@ def _qwix(x: np.ndarray, dtype: str, scheme: str) -> Found:
 # ---- compressed-tensors
 
 
+def _compressed_mx(rows: Any, dtype: str) -> Found:
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    bits = 4 if dtype == "mxfp4" else 8
+    args = QuantizationArgs(
+        num_bits=bits, type="float", symmetric=True, strategy="group", group_size=32, scale_dtype=torch.uint8,
+        zp_dtype=torch.uint8,
+    )  # fmt: skip
+    groups = rows.reshape(len(rows), -1, 32)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    values = quantize(rows, scale, None, args)
+    if bits == 8:
+        codes = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    else:
+        import ml_dtypes
+
+        codes = values.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
+    return codes, (np.log2(scale.numpy().astype(np.float64)) + 127).astype(np.uint8), None
+
+
 def _compressed_tensors(x: np.ndarray, dtype: str, scheme: str) -> Found:
     import torch
     from compressed_tensors.quantization import QuantizationArgs
@@ -148,6 +189,8 @@ def _compressed_tensors(x: np.ndarray, dtype: str, scheme: str) -> Found:
     from compressed_tensors.quantization.utils import calculate_qparams
 
     rows = torch.from_numpy(x)
+    if dtype.startswith("mx"):
+        return _compressed_mx(rows, dtype)
     is_float = dtype.startswith("float8")
     bits = 8 if is_float else _bits(dtype)[1]
     args = QuantizationArgs(
@@ -173,6 +216,18 @@ def _quanto(x: np.ndarray, dtype: str, scheme: str) -> Found:
     codes = torch.ops.quanto.quantize_symmetric(rows, kind.dtype, 0, scale)
     codes = codes.numpy() if dtype == "int8" else codes.view(torch.uint8).numpy()
     return codes, scale.numpy().reshape(-1), None
+
+
+# ---- bitsandbytes
+
+
+def _bitsandbytes(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(torch.from_numpy(x), blocksize=x.shape[1], quant_type=dtype)
+    codes = _nibbles(packed.numpy().reshape(len(x), -1), low_first=False)
+    return codes, state.absmax.numpy(), None
 
 
 # ---- TFLite
@@ -215,6 +270,7 @@ ORIGINALS: dict[str, Original] = {
     "qwix": Original(("qwix", "jax"), _qwix),
     "compressed-tensors": Original(("compressed-tensors", "torch"), _compressed_tensors),
     "quanto": Original(("optimum-quanto", "torch"), _quanto),
+    "bitsandbytes": Original(("bitsandbytes", "torch"), _bitsandbytes),
     "tflite": Original(("ai-edge-quantizer", "numpy"), _tflite),
     "aqt": Original(("aqtp", "jax"), _aqt),
 }

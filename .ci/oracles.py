@@ -1,0 +1,40 @@
+"""Holds every dialect against its original, live on fresh random data, in an environment that has the originals.
+
+    .venv/bin/python .ci/oracles.py [--seeds N] [--write] [name ...]
+
+What it is given goes to tests/oracles/dialects.py. The environment is a directory of its own under build/oracles, which
+sees the development set-up and holds the originals beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / "build" / "oracles"
+REQUIREMENTS = ROOT / "tests" / "oracles" / "requirements.txt"
+
+
+def prepared() -> Path:
+    """The environment's Python, with the originals installed."""
+    python, ready = HOME / "bin" / "python", HOME / "ready.txt"
+    wanted = REQUIREMENTS.read_text() + sys.version
+    if not ready.exists() or ready.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", HOME], check=True)
+        ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        site = Path(subprocess.check_output([python, "-c", ask], text=True).strip())
+        (site / "development.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "-r", REQUIREMENTS], check=True)
+        ready.write_text(wanted)
+    return python
+
+
+if __name__ == "__main__":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [prepared(), "-W", "ignore", ROOT / "tests" / "oracles" / "dialects.py", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env=environment, check=False).returncode)

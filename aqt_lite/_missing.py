@@ -1,0 +1,156 @@
+"""Values that are missing: masks, fill values and NaN, on the way into an array of numbers.
+
+Owns: how users say what is missing, and the array that says it by NaN; the warning of a fill value that nobody named.
+Imports: the checks of arguments and parameters, the container, the registry.
+
+Inside the library a value is missing where it is NaN and its format has a code for that (``ElementType.missing``). So
+here masks and fill values become NaN; and NaN that nobody calls missing becomes infinite, which every format refuses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._dispatch import run
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite._qparams import number_of_type
+from aqt_lite._registry import backend_of, get_backend
+from aqt_lite.qarray import QArray
+
+__all__ = ["SuspectValueWarning", "marked", "warn_of_fill_values"]
+
+_SUSPECT = 1e15
+"""How many times the median magnitude a value is that was hardly measured."""
+
+_ALONE = 1e6
+"""How many times the magnitude of every other value it is, too: what has a neighbour belongs to the data."""
+
+_EXTREME = 1e9
+"""Largest magnitude of an array up to which nobody looks for such values."""
+
+_FEWEST = 100
+"""Values of an array from which on one may stand apart."""
+
+_SAMPLE = 1 << 16
+"""Values that the median is taken of."""
+
+
+class SuspectValueWarning(UserWarning):
+    """A value lies so far from all others that it may be a fill value, which stands for what is missing.
+
+    Examples
+    --------
+    >>> import numpy as np, warnings, aqt_lite
+    >>> kelvin = np.linspace(270, 305, 200, dtype="float32")
+    >>> kelvin[7] = 1e20
+    >>> with warnings.catch_warnings(record=True) as found:
+    ...     warnings.simplefilter("always")
+    ...     q = aqt_lite.quantize(kelvin)
+    >>> found[0].category.__name__
+    'SuspectValueWarning'
+    >>> np.flatnonzero(aqt_lite.quantize(kelvin, fill_value=1e20).mask)
+    array([7])
+    """
+
+
+def marked(x: Any, mask: Any, fill_value: Any, missing: str | None, *, tolerant: bool) -> tuple[Any, bool]:
+    """``x`` with NaN where it is missing, and whether anybody said that it may be.
+
+    ``tolerant``: NaN that nobody calls missing is missing, too, instead of infinite.
+    """
+    if missing is not None:
+        one_of("missing", missing, ("nan",))
+    if isinstance(x, np.ma.MaskedArray):
+        if mask is not None:
+            raise ValueError("mask is given, but x is a masked array, which has its own: give x.data with the mask")
+        x, mask = np.asarray(x.data), np.ma.getmaskarray(x)
+    if mask is None and fill_value is None and missing is None:
+        return x, False
+    x, b = as_float_array(x, "x")
+    fills = _fills(fill_value, b.dtype_name(x))
+    nan = missing is not None or tolerant or any(value != value for value in fills)
+    mask = None if mask is None else _mask_of(mask, x, b)
+    if nan and mask is None and not fills:
+        return x, True
+    return run(b, _with_nan, x, mask, fills=fills, nan_is_missing=nan), True
+
+
+def _with_nan(x: Array, mask: Array | None, *, fills: tuple[float, ...], nan_is_missing: bool, b: Backend) -> Array:
+    xp, name = b.xp, b.dtype_name(x)
+    gone = [] if mask is None else [mask]
+    gone += [x == b.constant(value, name, like=x) for value in fills]
+    if not nan_is_missing:
+        x = xp.where(xp.isnan(x), xp.full_like(x, float("inf")), x)
+    for places in gone:
+        x = xp.where(places, xp.full_like(x, float("nan")), x)
+    return x
+
+
+def _fills(fill_value: Any, dtype: str) -> tuple[float, ...]:
+    """Fill values as numbers of the array's type, in which files have them."""
+    values = () if fill_value is None else fill_value if isinstance(fill_value, list | tuple) else (fill_value,)
+    return tuple(number_of_type("fill_value", value, dtype) for value in values)
+
+
+def _mask_of(mask: Any, x: Array, b: Backend) -> Array:
+    other = backend_of(mask)
+    if other is None:
+        mask, other = np.asarray(mask), get_backend("numpy")
+    if other.dtype_name(mask) != "bool":
+        raise TypeError(f"mask has dtype {other.dtype_name(mask)}: give bools, True where a value is missing")
+    if other is not b and other.name != "numpy":
+        raise TypeError(f"mask is a {other.name} array but x is {b.name}: give both from one library")
+    if other is not b:
+        mask = b.asarray(np.asarray(mask), like=x)
+    shape, whole = tuple(mask.shape), tuple(x.shape)
+    lead = len(whole) - len(shape)
+    if lead < 0 or any(n not in (1, m) for n, m in zip(shape, whole[lead:], strict=True)):
+        raise ValueError(f"mask has shape {shape}: it must be, or broadcast to, that of x, {whole}")
+    return mask
+
+
+# ---- values that nobody called missing
+
+
+def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
+    """Warn where one value of ``x``, from which ``q`` was calibrated, is far from all others.
+
+    The scales tell whether there can be one; only then ``x`` is looked at.
+    """
+    b = q._backend
+    if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
+        return
+    element = q._element
+    if float(b.to_numpy(q.scale).max()) * max(element.max, -element.min) < _EXTREME:
+        return
+    array, own = as_float_array(x, "x")
+    if own.has_values(array):
+        found = _suspect(np.asarray(own.to_numpy(array)))
+        if found is not None:
+            warnings.warn(found, SuspectValueWarning, stacklevel=stacklevel)
+
+
+def _suspect(values: np.ndarray[Any, Any]) -> str | None:
+    with np.errstate(all="ignore"):
+        size = np.abs(values).ravel()
+        size = size[np.isfinite(size) & (size != 0)]
+        if size.size < _FEWEST:
+            return None
+        largest = size.max()
+        median = float(np.median(size[:: -(-size.size // _SAMPLE)].astype(np.float64)))
+        rest = size[size != largest].max(initial=0)
+        places = values[np.abs(values) == largest]
+    if not (float(largest) > _SUSPECT * median and float(largest) > _ALONE * float(rest) and rest):
+        return None
+    if (places != places[0]).any():
+        return None
+    value, times = str(places[0]), float(largest) / median
+    return (
+        f"x has {places.size} values of {value}, {times:.0e} times the median magnitude, and the scale is theirs: if "
+        f"that stands for what is missing, pass fill_value={value}"
+    )

@@ -1,0 +1,270 @@
+"""The command line: ``aqt-lite pack``, ``unpack`` and ``info``, for files of netCDF and stores of zarr.
+
+Owns: arguments, what is printed, and the check that reads again what was written. Imports: ``aqt_lite.xarray`` when a
+command runs, so that ``--help`` needs nothing.
+
+A file is made beside its place, read again and compared with its source, and only then put there: what has the name
+that was asked for is whole and within its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aqt_lite
+
+__all__ = ["main"]
+
+_ZARR = ".zarr"
+_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
+"""Encoding that only stores of the same version take; the target has what zarr chooses."""
+
+_MOST_ELEMENTS = 1 << 21
+"""Elements that are read together: 8 MB of float32."""
+
+_EPILOG = """examples:
+  aqt-lite pack in.nc out.nc --max-abs-err 0.05             every floating-point variable within 0.05
+  aqt-lite pack in.nc out.nc --max-abs-err t=0.05,q=1e-6    these two, each in its own units
+  aqt-lite info out.nc
+  aqt-lite unpack out.nc again.nc
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 where something is wrong with the data, 2 with the arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        print(f"aqt-lite: {error}: pip install 'aqt_lite[science]'", file=sys.stderr)
+        return 1
+    except (OSError, ValueError, TypeError) as error:
+        print(f"aqt-lite: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "aqt-lite",
+        description="Pack fields so that a stated error is kept, unpack them, and say what is in a file.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aqt-lite {aqt_lite.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    pack = commands.add_parser("pack", help="write integers that every reader unpacks to within a bound")
+    pack.add_argument("source", help="file of netCDF, or store of zarr (its name ends in .zarr)")
+    pack.add_argument("target", help="where to write; likewise")
+    pack.add_argument(
+        "--max-abs-err", required=True, type=_bounds, metavar="E",
+        help="largest error in units of the data: one number for all floating-point variables, or NAME=NUMBER,... for "
+        "those that are to be packed",
+    )  # fmt: skip
+    pack.add_argument("--dtype", default="auto", help="of the codes: auto, int8, int16, int32, uint8, uint16")
+    pack.add_argument("--deflate", type=int, default=1, metavar="LEVEL", choices=range(10), help="0 to 9; 1 by default")
+    pack.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    pack.set_defaults(run=_pack)
+
+    unpack = commands.add_parser("unpack", help="write the values of a packed or quantized file")
+    unpack.add_argument("source")
+    unpack.add_argument("target")
+    unpack.add_argument("--overwrite", action="store_true", help="replace what is at the target")
+    unpack.set_defaults(run=_unpack)
+
+    info = commands.add_parser("info", help="say what is in a file, and what its bounds are")
+    info.add_argument("source")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _bounds(text: str) -> float | dict[str, float]:
+    """A number, or numbers by names."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        found = {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor NAME=NUMBER,NAME=NUMBER") from None
+    if "" in found or len(found) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} must name each variable once")
+    return found
+
+
+# ---- the commands
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from aqt_lite import xarray as fields
+
+    _check_target(options)
+    with _opened(options.source) as ds:
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype)
+        bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
+        for name, of_name in encoding.items():
+            of_name.update(_layout(ds[name], options))
+        _write(packed, encoding, options.target, lambda path: _check(ds, path, bounds))
+    with _opened(options.target) as again:
+        print(_table(again))
+    _print_sizes(options)
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    from aqt_lite import xarray as fields
+
+    _check_target(options)
+    with _opened(options.source, values=True) as ds:
+        names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+        bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
+        encoding: dict[Any, Any] = {
+            name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
+        }
+        _write(bare, encoding, options.target, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
+    _print_sizes(options)
+
+
+def _info(options: argparse.Namespace) -> None:
+    _check_source(options.source)
+    with _opened(options.source) as ds:
+        print(_table(ds))
+    print(f"{options.source}: {_bytes_of(options.source):,} bytes")
+
+
+# ---- reading and writing
+
+
+def _opened(path: str, *, values: bool = False) -> Any:
+    """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too."""
+    import dask  # noqa: F401  # said to be missing before anything is done
+    import xarray as xr
+
+    from aqt_lite import xarray as fields
+
+    how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if path.endswith(_ZARR) else {}
+    groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
+    if groups:
+        raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
+    # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
+    ds = xr.open_dataset(path, decode_times=False, decode_coords="all", cache=False, **how)
+    for variable in ds.variables.values():
+        variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
+        for name in _OF_ZARR:
+            variable.encoding.pop(name, None)
+    ds = ds.assign({name: variable.chunk(_chunks_of(variable)) for name, variable in ds.data_vars.items()})
+    quantized = any(fields.ATTRIBUTE in variable.attrs for variable in ds.data_vars.values())
+    return fields.dequantize(ds) if values and quantized else ds
+
+
+def _chunks_of(variable: Any) -> dict[Any, int]:
+    """Lengths along the dimensions: whole chunks of the file, or whole rows, that are a few MB."""
+    stored = variable.encoding.get("chunksizes") or variable.encoding.get("chunks")
+    taken = list(stored) if stored and len(stored) == variable.ndim else [1] * variable.ndim
+    for axis in reversed(range(variable.ndim)):
+        fit = max(1, _MOST_ELEMENTS // max(1, math.prod(taken)))
+        taken[axis] = min(variable.shape[axis], taken[axis] * fit)
+    return dict(zip(variable.dims, taken, strict=True))
+
+
+def _write(ds: Any, encoding: dict[Any, Any], target: str, check: Callable[[str], None]) -> None:
+    """The Dataset in a file beside the target, which takes its place if ``check`` says nothing of it."""
+    from aqt_lite import xarray as fields
+
+    def write(beside: str) -> None:
+        if target.endswith(_ZARR):
+            ds.to_zarr(beside, encoding=encoding, consolidated=False)
+        else:
+            ds.to_netcdf(beside, encoding=encoding, format="NETCDF4")
+        check(beside)
+
+    fields.written(target, write)
+
+
+def _check_source(path: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    _check_source(options.source)
+    if os.path.exists(options.target):
+        if os.path.samefile(options.source, options.target):
+            raise ValueError("source and target are the same: give another target")
+        if not options.overwrite:
+            raise FileExistsError(f"{options.target} exists: give another target, or --overwrite")
+    folder = os.path.dirname(os.path.abspath(options.target))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"the folder {folder} does not exist")
+
+
+def _layout(variable: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """How codes lie in the target: in the chunks of the source, compressed."""
+    if options.target.endswith(_ZARR):
+        return {}
+    chunks = variable.encoding.get("chunksizes")
+    where = {} if chunks is None or len(chunks) != variable.ndim else {"chunksizes": chunks}
+    if not options.deflate or not variable.ndim:
+        return where
+    return {**where, "zlib": True, "shuffle": True, "complevel": options.deflate}
+
+
+def _check(ds: Any, path: str, bounds: dict[Any, float]) -> None:
+    """ValueError where a file does not hold ``ds``: some variables within their bounds, the others exactly."""
+    from aqt_lite import xarray as fields
+
+    with _opened(path) as again:
+        for name, variable in ds.variables.items():
+            if name in bounds:
+                fields.check_within(ds[name], again[name], bounds[name], _progress(f"checking {name}"))
+            elif name not in again.variables or not variable.equals(again[name].variable):
+                raise ValueError(f"variable {name!r} is not read again as it was written")
+
+
+# ---- what is printed
+
+
+def _table(ds: Any) -> str:
+    """Variables, how they are kept, and the largest error that they were packed for."""
+    rows = [("variable", "shape", "kept as", "values", "bytes", "max abs err")]
+    for name, variable in ds.data_vars.items():
+        kept, said = variable.encoding.get("dtype", variable.dtype), variable.attrs
+        size = variable.size * getattr(kept, "itemsize", variable.dtype.itemsize)
+        values = "quantized" if "aqt_lite" in said else str(variable.dtype)
+        shape = " x ".join(map(str, variable.shape)) or "1"
+        bound = said.get("max_abs_error")
+        rows.append((str(name), shape, str(kept), values, f"{size:,}", "" if bound is None else f"{float(bound):g}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _print_sizes(options: argparse.Namespace) -> None:
+    before, after = _bytes_of(options.source), _bytes_of(options.target)
+    how = f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x larger"
+    print(f"{options.source}: {before:,} bytes -> {options.target}: {after:,} bytes, {how}; read again and compared")
+
+
+def _bytes_of(path: str) -> int:
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """Shows how far something is, where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        return lambda done, of: None
+
+    def show(done: int, of: int) -> None:
+        print(f"\r{what}: {100 * done // max(of, 1)}%", end="\n" if done >= of else "", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,607 @@
+"""xarray: quantized variables with their labels, and packing that keeps a bound, for ``to_netcdf`` and ``to_zarr``.
+
+Owns: labelled arrays in and out: the accessor ``.aqt``, and what a Dataset of codes says of them. Imports: xarray; the
+public functions, the CF arithmetic (``cf``), the container's words. Import it as ``import aqt_lite.xarray``;
+``import aqt_lite`` alone imports no xarray.
+
+A quantized variable is a few variables of a Dataset, so that everything xarray does with Datasets works on it: the
+codes, under the name of the variable and with its attributes; the scales, zero points or offsets beside them, along the
+same dimensions where there is one for each index, along dimensions of their own elsewhere; and an attribute that says
+what the codes mean. xarray's own ``to_netcdf`` and ``to_zarr`` store such a Dataset as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from aqt_lite import api, cf
+from aqt_lite._document import unique
+from aqt_lite.granularity import Granularity, PerBlock
+from aqt_lite.qarray import QArray, described, rebuilt
+
+__all__ = [
+    "DataArrayAccessor",
+    "DatasetAccessor",
+    "cf_encoding",
+    "dequantize",
+    "open_dataset",
+    "quantize",
+    "to_netcdf",
+    "to_zarr",
+]
+
+ATTRIBUTE = "aqt_lite"
+"""Of a variable of codes: what they mean, in JSON. (In ``encoding``: that of the variable that was quantized.)"""
+
+BOUND = "max_abs_error"
+"""Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
+
+_RELATED = (
+    *("bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "geometry", "grid_mapping"),
+    *("interior_ring", "node_coordinates", "node_count", "part_node_count"),
+)
+"""What xarray keeps in ``encoding`` of other variables that belong to one, and would lose with another ``encoding``."""
+
+_LIMITS = ("valid_min", "valid_max", "valid_range")
+_OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
+"""Attributes that speak of the codes once a variable is packed."""
+
+
+def cf_encoding(
+    obj: xr.DataArray | xr.Dataset, *, max_abs_err: float | Mapping[Hashable, float], dtype: Any = "auto"
+) -> dict[Any, Any]:
+    """How to pack a variable, or those of a Dataset, so that what is read again is within ``max_abs_err``.
+
+    The result is xarray's ``encoding``: integers, ``scale_factor``, ``add_offset`` and a ``_FillValue`` for NaN, as the
+    CF conventions have them, which every reader of netCDF unpacks. The bound is on what it makes of them, its rounding
+    included, and is checked on every element, chunk by chunk. :mod:`aqt_lite.cf` says how the numbers are chosen.
+
+    Parameters
+    ----------
+    obj : DataArray or Dataset
+        float32 or float64; arrays of Dask are computed twice, for the range and for the check, and never held whole.
+    max_abs_err : float, or mapping of names of variables to floats
+        The largest error allowed, in units of the data. One number serves all floating-point variables of a Dataset
+        (but for coordinates, and times since a date); a mapping says which are packed.
+    dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
+        Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
+
+    Returns
+    -------
+    dict
+        Of a DataArray, its encoding. Of a Dataset, one encoding a variable, as ``encoding=`` takes them.
+
+    Raises
+    ------
+    ValueError
+        A bound that the type cannot keep, with the smallest that it can; infinities; attributes that would come to mean
+        something else.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr
+    >>> from aqt_lite.xarray import cf_encoding
+    >>> t = xr.DataArray(np.linspace(180, 330, 7, dtype="float32"), dims="x", name="t")
+    >>> cf_encoding(t, max_abs_err=0.05)["dtype"]
+    dtype('int16')
+    >>> list(cf_encoding(t.to_dataset(), max_abs_err={"t": 0.05}))  # ds.to_netcdf(path, encoding=this)
+    ['t']
+    """
+    if isinstance(obj, xr.Dataset):
+        bounds = _bounds(obj, max_abs_err)
+        return {name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype) for name, bound in bounds.items()}
+    if not isinstance(obj, xr.DataArray):
+        raise TypeError(f"obj is a {type(obj).__name__}, not a DataArray or Dataset; for other arrays see aqt_lite.cf")
+    if isinstance(max_abs_err, Mapping):
+        raise TypeError("max_abs_err is a mapping, which is for Datasets: give one number for a DataArray")
+    said = [name for name in _OF_PACKED if name in obj.attrs]
+    if said:
+        raise ValueError(
+            f"{_called(obj)} has the attribute {said[0]}={obj.attrs[said[0]]!r}, which readers would compare with "
+            "codes: take it out of attrs first"
+        )
+    try:
+        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_called(obj)}: {error}") from None
+    return {**packing.encoding, **related(obj)}
+
+
+def related(da: xr.DataArray) -> dict[str, Any]:
+    """What the encoding of a variable says of others, its grid mapping for instance."""
+    return {name: da.encoding[name] for name in _RELATED if name in da.encoding}
+
+
+def _called(obj: xr.DataArray) -> str:
+    return "the DataArray" if obj.name is None else f"variable {obj.name!r}"
+
+
+def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
+    """A bound for each variable that is to be packed."""
+    if isinstance(max_abs_err, Mapping):
+        unknown = [name for name in max_abs_err if name not in ds.data_vars]
+        if unknown:
+            raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
+        return dict(max_abs_err)
+    cf.check_bound(max_abs_err)
+    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not _is_time(variable)]
+    if not found:
+        raise ValueError("the Dataset has no floating-point variable to pack")
+    return dict.fromkeys(found, max_abs_err)
+
+
+def _is_time(da: xr.DataArray) -> bool:
+    """Whether it is days or seconds since a date, in units that a bound for all others does not speak of."""
+    return " since " in str(da.attrs.get("units", ""))
+
+
+class _Lazy:
+    """A variable whose values are still in a file: what is looked at is read, and not kept."""
+
+    def __init__(self, variable: xr.Variable) -> None:
+        self._variable = variable
+        self.shape, self.ndim, self.dtype = variable.shape, variable.ndim, variable.dtype
+        chunks = variable.encoding.get("chunksizes") or variable.encoding.get("chunks")
+        self.chunks = tuple(chunks) if chunks and len(chunks) == variable.ndim else None
+
+    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        return self._variable[key].values
+
+
+def _readable(obj: xr.DataArray) -> Any:
+    """The values, part by part if they have to be read first."""
+    variable = obj.variable
+    if obj.chunks is not None or variable._in_memory:
+        return variable.data
+    return _Lazy(variable)
+
+
+# ---- quantized variables
+
+
+def quantize(
+    obj: xr.DataArray | xr.Dataset,
+    dtype: Any = "int8",
+    *,
+    granularity: Granularity | Mapping[Hashable, int] | None = None,
+    **how: Any,
+) -> xr.Dataset:
+    """Quantize a variable, or the floating-point variables of a Dataset, and keep all labels.
+
+    Parameters
+    ----------
+    obj : DataArray or Dataset
+        Of NumPy, Dask or any other array that :func:`aqt_lite.quantize` takes. Dask's stay lazy; what is still in a
+        file that was opened without ``chunks=`` is loaded.
+    dtype : str or format
+        As for :func:`aqt_lite.quantize`.
+    granularity : mapping, PerTensor, PerChannel, PerGroup or PerBlock, optional
+        Who shares a scale: a mapping from names of dimensions to lengths of blocks, in which those without a name share
+        along all of it. ``{"time": 1}``: a scale for each time; ``{"time": 1, "lon": 32}``: one for each time and 32
+        longitudes. Of a Dataset, variables without such a dimension go without it.
+    **how
+        The other arguments of :func:`aqt_lite.quantize`.
+
+    Returns
+    -------
+    Dataset
+        Codes, scales, zero points and offsets as variables. :func:`dequantize` makes values of them again. Selecting
+        along dimensions works where blocks stay whole.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, aqt_lite.xarray
+    >>> t = xr.DataArray(np.ones((3, 4), "float32"), {"time": [1, 2, 3]}, ("time", "x"), name="t", attrs={"units": "K"})
+    >>> q = t.aqt.quantize("int4", granularity={"time": 1})
+    >>> dict(q.sizes)
+    {'time': 3, 't_x_bytes': 2, 't_x_blocks': 1}
+    >>> bool(q.isel(time=slice(1, 3)).aqt.dequantize().t.identical(t[1:]))
+    True
+    """
+    if isinstance(obj, xr.DataArray):
+        return _quantized(obj, dtype, granularity, how, set(obj.coords))
+    names = [name for name, variable in obj.data_vars.items() if variable.dtype.kind == "f"]
+    if not names:
+        raise ValueError("the Dataset has no floating-point variable to quantize")
+    if isinstance(granularity, Mapping):
+        _check_dimensions(granularity, obj.dims, "the Dataset")
+    found = obj.drop_vars(names)
+    for name in names:
+        wanted = granularity
+        if isinstance(granularity, Mapping):
+            wanted = {dim: n for dim, n in granularity.items() if dim in obj[name].dims}
+        taken = (set(obj.variables) | set(found.variables)) - {name}
+        found = found.merge(_quantized(obj[name], dtype, wanted, how, taken), combine_attrs="override")
+    return found
+
+
+def dequantize(ds: xr.Dataset, dtype: Any = None) -> xr.Dataset:
+    """The Dataset with values in place of codes; the inverse of :func:`quantize`.
+
+    Parameters
+    ----------
+    ds : Dataset
+    dtype : str, optional
+        Type of the values, as for :func:`aqt_lite.dequantize`.
+
+    Raises
+    ------
+    ValueError
+        Codes that were cut across their blocks, or have lost their scales.
+    """
+    if not isinstance(ds, xr.Dataset):
+        raise TypeError(f"ds is a {type(ds).__name__}, not a Dataset: codes and their scales are variables of one")
+    names = [name for name in ds.data_vars if ATTRIBUTE in ds[name].attrs]
+    if not names:
+        raise ValueError("the Dataset has no quantized variable")
+    used: set[Hashable] = set()
+    values = {}
+    for name in names:
+        said = _said(ds, name)
+        values[said["name"] or name] = _values(ds, name, said, dtype, used)
+    return ds.drop_vars([*names, *used]).assign(values)
+
+
+def _quantized(
+    da: xr.DataArray,
+    dtype: Any,
+    granularity: Granularity | Mapping[Hashable, int] | None,
+    how: dict[str, Any],
+    taken: set[Any],
+) -> xr.Dataset:
+    if not all(isinstance(name, str) for name in da.dims):
+        raise TypeError(f"{_called(da)} has the dimensions {da.dims}: rename them, so that all are strings")
+    if ATTRIBUTE in da.attrs:
+        raise TypeError(f"{_called(da)} is quantized already")
+    if isinstance(granularity, Mapping):
+        _check_dimensions(granularity, da.dims, _called(da))
+        granularity = PerBlock(tuple(granularity.get(dim, -1) for dim in da.dims))
+    try:
+        q = api.quantize(da.data, dtype, granularity=granularity, **how)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_called(da)}: {error}") from None
+    name = "values" if da.name is None else str(da.name)
+    variables: dict[str, xr.Variable] = {}
+    dims = [str(dim) for dim in da.dims]
+    name = unique(name, taken)
+    said = {
+        "name": None if da.name is None else name,
+        "along": dict(zip(dims, q.shape, strict=True)),
+        "codes": _taken_apart(q, name, dims, variables, taken),
+    }
+    codes = variables[name]
+    codes.attrs = {**da.attrs, ATTRIBUTE: json.dumps(said)}
+    codes.encoding = {ATTRIBUTE: dict(da.encoding)}
+    return xr.Dataset(variables, da.coords)
+
+
+def _taken_apart(
+    q: QArray, name: str, dims: list[str], variables: dict[str, xr.Variable], taken: set[Any]
+) -> dict[str, Any]:
+    """The arrays of ``q``, which has these dimensions, as variables; and what they are, in JSON's types."""
+    kept = list(dims)
+    if q.packed_length is not None:
+        kept[-1] = f"{name}_{dims[-1]}_bytes"
+    variables[name] = xr.Variable(kept, _in_even_chunks(q.storage))
+    grid = [dim if size == 1 else f"{name}_{dim}_blocks" for dim, size in zip(dims, q._checked().block, strict=True)]
+    parts: dict[str, Any] = {}
+    for part in ("scale", "zero_point", "offset"):
+        array = getattr(q, part)
+        if array is None:
+            continue
+        here = unique(f"{name}_{part}", taken)
+        if isinstance(array, QArray):
+            parts[part] = _taken_apart(array, here, grid, variables, taken)
+        else:
+            variables[here] = xr.Variable(grid, _in_even_chunks(array))
+            parts[part] = {"variable": here, "dims": grid}
+    return {"variable": name, "dims": kept, "qarray": described(q), "parts": parts}
+
+
+def _in_even_chunks(array: Any) -> Any:
+    """An array of Dask in chunks of one size, as zarr needs them: packing makes others."""
+    chunks = getattr(array, "chunks", None)
+    if chunks is None or all(len({*sizes[:-1], max(sizes, default=0)}) <= 1 for sizes in chunks):
+        return array
+    return array.rechunk(tuple(max(sizes) for sizes in chunks))
+
+
+def _said(ds: xr.Dataset, name: Hashable) -> dict[str, Any]:
+    try:
+        said = json.loads(ds[name].attrs[ATTRIBUTE])
+        known = {"name", "along", "codes"} <= set(said) and {"dims", "qarray", "parts"} <= set(said["codes"])
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"variable {name!r}: the attribute {ATTRIBUTE} is not what quantize wrote")
+    return dict(said)
+
+
+def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, used: set[Hashable]) -> xr.Variable:
+    """A variable's values; the names of those that were needed for them join ``used``."""
+    words, codes = said["codes"], ds[name].variable
+    static = words["qarray"]
+    dropped = []
+    for dim, kept, size, length in zip(
+        said["along"], words["dims"], static["block"], said["along"].values(), strict=True
+    ):
+        now = codes.sizes.get(dim)
+        if kept != dim and kept in codes.dims:  # packed: the dimension itself is known from coordinates alone
+            now = ds.sizes.get(dim, None if dim in ds.variables else length)
+        if now is None and size in (None, 1):
+            dropped.append(dim)
+        elif now != length and (kept != dim or size not in (None, 1)):
+            raise ValueError(
+                f"variable {name!r} has {now or 'none'} of {length} along {dim!r}, where its codes are packed or in "
+                "blocks of several: dequantize before selecting there"
+            )
+    if dropped:
+        words = _without(words, name, [list(said["along"]).index(dim) for dim in dropped])
+    values = _put_together(ds, words, name, used).dequantize(dtype)
+    used.discard(name)
+    attrs = {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}
+    dims = [dim for dim in said["along"] if dim not in dropped]
+    return xr.Variable(dims, values, attrs, codes.encoding.get(ATTRIBUTE))
+
+
+def _without(words: dict[str, Any], name: Hashable, axes: list[int]) -> dict[str, Any]:
+    """What is said of codes from which axes have been selected away."""
+    if any("qarray" in part for part in words["parts"].values()):
+        raise ValueError(
+            f"variable {name!r} has quantized scales: dequantize before selecting one index of a dimension"
+        )
+
+    def left(items: list[Any] | tuple[Any, ...]) -> list[Any]:
+        return [item for axis, item in enumerate(items) if axis not in axes]
+
+    static = words["qarray"]
+    parts = {part: {**of_part, "dims": left(of_part["dims"])} for part, of_part in words["parts"].items()}
+    fewer = {**static, "block": left(static["block"]), "ragged": left(static["ragged"])}
+    return {**words, "dims": left(words["dims"]), "parts": parts, "qarray": fewer}
+
+
+def _put_together(ds: xr.Dataset, words: dict[str, Any], name: Hashable, used: set[Hashable]) -> QArray:
+    def array(said: dict[str, Any]) -> Any:
+        if said["variable"] not in ds.variables:
+            raise ValueError(f"variable {name!r} has lost {said['variable']!r}, which belongs to its codes")
+        used.add(said["variable"])
+        variable = ds[said["variable"]].variable
+        alone = {dim: 0 for dim in variable.dims if dim not in said["dims"]}  # of axes that are not there any more
+        return variable.isel(alone).transpose(*said["dims"]).data
+
+    parts = {
+        part: _put_together(ds, said, name, used) if "qarray" in said else array(said)
+        for part, said in words["parts"].items()
+    }
+    parts["storage"] = array(words)
+    deferred = hasattr(parts["storage"], "__dask_graph__")  # values would have to be computed for a look at them
+    try:
+        return rebuilt(words["qarray"], parts, check_values=not deferred)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"variable {name!r}: {error}") from None
+
+
+def _check_dimensions(granularity: Mapping[Hashable, int], dims: Any, owner: str) -> None:
+    unknown = [dim for dim in granularity if dim not in dims]
+    if unknown:
+        raise ValueError(f"granularity names the dimension {unknown[0]!r}; {owner} has {list(dims)}")
+
+
+# ---- files
+
+
+def open_dataset(path: Any, **kwargs: Any) -> xr.Dataset:
+    """``xarray.open_dataset``, with values in place of the codes of quantized variables.
+
+    Parameters
+    ----------
+    path : str or path
+        A file or store that ``to_netcdf`` or ``to_zarr`` wrote, quantized, packed or neither.
+    **kwargs
+        Of ``xarray.open_dataset``. With ``chunks={}``, values are made of codes chunk by chunk, when they are computed.
+    """
+    ds = xr.open_dataset(path, **kwargs)
+    if any(ATTRIBUTE in variable.attrs for variable in ds.data_vars.values()):
+        return dequantize(ds)
+    return ds
+
+
+def packed(
+    obj: xr.DataArray | xr.Dataset, max_abs_err: Any, dtype: Any, encoding: Mapping[Hashable, Any] | None = None
+) -> tuple[xr.Dataset, dict[Hashable, Any]]:
+    """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it."""
+    ds = _as_dataset(obj)
+    bounds = _bounds(ds, max_abs_err)
+    bare = ds.assign({name: without_packing(ds[name]) for name in bounds})
+    for name in bounds:
+        for limit in _LIMITS:
+            bare[name].attrs.pop(limit, None)
+    found = cf_encoding(bare, max_abs_err=bounds, dtype=dtype)
+    for name, bound in bounds.items():
+        packing = cf.Packing.from_attributes(found[name], found[name]["dtype"])
+        bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: float(bound)})
+        chosen = (encoding or {}).get(name, {})
+        clash = [key for key in found[name] if key in chosen]
+        if clash:
+            raise ValueError(f"encoding of {name!r} has {clash[0]!r}, which max_abs_err chooses: leave one of them out")
+        found[name] |= chosen
+    return bare, {**(encoding or {}), **found}
+
+
+def _as_dataset(obj: xr.DataArray | xr.Dataset) -> xr.Dataset:
+    if isinstance(obj, xr.Dataset):
+        return obj
+    return obj.to_dataset(name="values" if obj.name is None else obj.name)
+
+
+def without_packing(da: xr.DataArray) -> xr.DataArray:
+    """Without what speaks of codes in the file that it came from; its valid limits in units of the values."""
+    bare = da.copy(deep=False)
+    kept = {key: value for key, value in da.attrs.items() if key not in _OF_PACKED}
+    bare.attrs = {**kept, **{name: limits.astype(da.dtype) for name, limits in _valid_limits(da).items()}}
+    bare.encoding = {key: value for key, value in da.encoding.items() if key not in (*_OF_PACKED, "dtype")}
+    return bare
+
+
+def _valid_limits(da: xr.DataArray) -> dict[str, Any]:
+    """``valid_min`` and the like in units of the values. CF has them in codes, where they are integers."""
+    scale, offset = da.encoding.get("scale_factor", 1.0), da.encoding.get("add_offset", 0.0)
+    found = {}
+    for name in _LIMITS:
+        if name in da.attrs:
+            limits = np.asarray(da.attrs[name])
+            coded = limits.dtype.kind in "iu"
+            found[name] = limits.astype(np.float64) * scale + offset if coded else limits.astype(np.float64)
+    return found
+
+
+def _limits_in_codes(da: xr.DataArray, packing: cf.Packing) -> dict[str, Any]:
+    """As CF has them. Rounding is monotone: what was inside them stays inside."""
+    least, most = cf.limits_of(packing.dtype)
+    return {
+        name: np.clip(np.rint((limits - packing.add_offset) / packing.scale_factor), least, most).astype(packing.dtype)
+        for name, limits in _valid_limits(da).items()
+    }
+
+
+def written(path: Any, write: Callable[[str], Any]) -> None:
+    """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole."""
+    final = os.path.realpath(os.fspath(path))
+    folder, name = os.path.split(final)
+    beside = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")  # the end of a name says how it is written
+    try:
+        write(beside)
+        if os.path.isfile(beside):
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+        if os.path.isdir(final):  # which cannot be replaced at once: it is whole under one name or the other
+            os.rename(final, f"{beside}.old")
+        os.replace(beside, final)
+        shutil.rmtree(f"{beside}.old", ignore_errors=True)
+    finally:
+        if os.path.isdir(beside):
+            shutil.rmtree(beside)
+        elif os.path.exists(beside):
+            os.unlink(beside)
+
+
+def check_within(
+    x: xr.DataArray, y: xr.DataArray, bound: float, progress: Callable[[int, int], None] = lambda done, of: None
+) -> None:
+    """ValueError where a value of ``y`` is further than ``bound`` from that of ``x``, or missing where it is not.
+
+    Both are read chunk by chunk as ``x`` is cut; ``progress`` hears how many elements are done, and of how many.
+    """
+    if x.dims != y.dims or x.shape != y.shape:
+        raise ValueError(f"{_called(x)} is read again as {dict(y.sizes)}, and was {dict(x.sizes)}")
+    ends = [np.cumsum(sizes) for sizes in x.chunks] if x.chunks else [np.asarray([n]) for n in x.shape]
+    done = 0
+    for index in np.ndindex(*map(len, ends)):
+        starts = tuple(int(end[i - 1]) if i else 0 for end, i in zip(ends, index, strict=True))
+        box = tuple(slice(s, int(end[i])) for s, end, i in zip(starts, ends, index, strict=True))
+        here = x.variable[box].values
+        try:
+            cf.check_within(here, y.variable[box].values, bound, starts)
+        except ValueError as error:
+            raise ValueError(f"{_called(x)}: {error}") from None
+        done += here.size
+        progress(done, x.size)
+
+
+def to_netcdf(
+    obj: xr.DataArray | xr.Dataset,
+    path: str | os.PathLike[str],
+    *,
+    max_abs_err: float | Mapping[Hashable, float],
+    dtype: Any = "auto",
+    encoding: Mapping[Hashable, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write a packed netCDF file, which every reader unpacks to within ``max_abs_err``.
+
+    The file is whole or not there. ``valid_min``, ``valid_max`` and ``valid_range`` are written in codes, as CF has
+    them, and the bound as the attribute ``max_abs_error``.
+
+    Parameters
+    ----------
+    obj : DataArray or Dataset
+    path : str or path
+    max_abs_err, dtype
+        As for :func:`cf_encoding`.
+    encoding : mapping, optional
+        Of xarray, for the rest: ``{"t": {"zlib": True}}``.
+    **kwargs
+        Of xarray's ``to_netcdf``.
+    """
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs))
+
+
+def to_zarr(
+    obj: xr.DataArray | xr.Dataset,
+    path: str | os.PathLike[str],
+    *,
+    max_abs_err: float | Mapping[Hashable, float],
+    dtype: Any = "auto",
+    encoding: Mapping[Hashable, Any] | None = None,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Write a packed zarr store, as :func:`to_netcdf` does a file.
+
+    xarray decodes it in float64, since JSON has no float32: the values are the same numbers.
+    """
+    if os.path.exists(path) and not overwrite:
+        raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
+
+
+# ---- the accessor
+
+
+class _Accessor:
+    """What a DataArray and a Dataset share."""
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj
+
+    def quantize(
+        self, dtype: Any = "int8", *, granularity: Granularity | Mapping[Hashable, int] | None = None, **how: Any
+    ) -> xr.Dataset:
+        """Codes and scales, with all labels: :func:`aqt_lite.xarray.quantize`."""
+        return quantize(self._obj, dtype, granularity=granularity, **how)
+
+    def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto") -> dict[Any, Any]:
+        """How to pack it: :func:`aqt_lite.xarray.cf_encoding`."""
+        return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype)
+
+    def to_netcdf(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
+        """Write a packed file: :func:`aqt_lite.xarray.to_netcdf`."""
+        to_netcdf(self._obj, path, max_abs_err=max_abs_err, dtype=dtype, **kwargs)
+
+    def to_zarr(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
+        """Write a packed store: :func:`aqt_lite.xarray.to_zarr`."""
+        to_zarr(self._obj, path, max_abs_err=max_abs_err, dtype=dtype, **kwargs)
+
+
+@xr.register_dataarray_accessor("aqt")  # type: ignore[no-untyped-call]
+class DataArrayAccessor(_Accessor):
+    """``da.aqt``: quantize a DataArray, pack it, write it."""
+
+
+@xr.register_dataset_accessor("aqt")  # type: ignore[no-untyped-call]
+class DatasetAccessor(_Accessor):
+    """``ds.aqt``: quantize a Dataset, dequantize one, pack it, write it."""
+
+    def dequantize(self, dtype: Any = None) -> xr.Dataset:
+        """Values in place of codes: :func:`aqt_lite.xarray.dequantize`."""
+        return dequantize(self._obj, dtype)

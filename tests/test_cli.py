@@ -1,0 +1,241 @@
+"""The command line: packed files keep their bound, nothing is half-written, errors are one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import netCDF4
+import numpy as np
+import pytest
+import xarray as xr
+
+import aqt_lite.xarray
+from aqt_lite import cli
+from aqt_lite.testing import assert_same_bits
+
+X = (280 + np.random.default_rng(0).standard_normal((3, 40, 50)).cumsum(1).cumsum(2)).astype("float32")
+X[0, 3, 4] = np.nan
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A file as others write them: chunks, unlimited time, limits, an integer variable."""
+    ds = xr.Dataset(
+        {
+            "t": (("time", "lat", "lon"), X, {"units": "K", "valid_range": np.asarray([0, 1000], "f4")}),
+            "p": (("time",), np.asarray([1e5, 1.01e5, np.nan]), {"units": "Pa"}),
+            "n": ("time", np.arange(3, dtype="int32")),
+        },
+        {"time": ("time", [0, 6, 12], {"units": "hours since 2000-01-01"}), "lat": np.linspace(-90, 90, 40)},
+        {"title": "fields"},
+    )
+    path = tmp_path / "in.nc"
+    ds.to_netcdf(
+        path, encoding={"t": {"chunksizes": (1, 20, 50)}, "lat": {"_FillValue": None}}, unlimited_dims=["time"]
+    )
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit status, output and errors."""
+    status = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_there_and_back(source, tmp_path, capsys):
+    out, back = tmp_path / "out.nc", tmp_path / "back.nc"
+    status, said, errors = run(capsys, "pack", source, out, "--max-abs-err", "t=0.05,p=2")
+    assert (status, errors) == (0, "")
+    assert [line.split() for line in said.splitlines()[1:4]] == [
+        ["t", "3", "x", "40", "x", "50", "int16", "float32", "12,000", "0.05"],
+        ["p", "3", "int8", "float64", "3", "2"],
+        ["n", "3", "int32", "int32", "12"],
+    ]
+    assert said.splitlines()[-1].endswith("x smaller; read again and compared")
+    with xr.open_dataset(source, decode_times=False) as a, xr.open_dataset(out, decode_times=False) as b:
+        assert np.nanmax(np.abs(a.t.values.astype(float) - b.t.values)) <= 0.05
+        assert np.nanmax(np.abs(a.p.values - b.p.values)) <= 2
+        assert np.array_equal(np.isnan(a.t), np.isnan(b.t))
+        assert (b.n.identical(a.n), b.time.identical(a.time), b.lat.identical(a.lat), b.attrs) == (
+            True,
+            True,
+            True,
+            a.attrs,
+        )
+        assert "_FillValue" not in b.lat.encoding
+        assert b.encoding["unlimited_dims"] == {"time"}
+        assert (b.t.encoding["chunksizes"], b.t.encoding["zlib"]) == ((1, 20, 50), True)
+        values = b.t.values
+    with netCDF4.Dataset(out) as file:
+        assert_same_bits(file["t"][:].filled(np.nan), values)
+
+    assert run(capsys, "unpack", out, back)[0] == 0
+    with netCDF4.Dataset(back) as file:
+        assert file["t"].dtype == "float32"
+        assert_same_bits(file["t"][:].filled(np.nan), values)  # netCDF4 masks what is outside valid_range
+        np.testing.assert_allclose(file["t"].valid_range, [0, 1000], atol=0.1)
+    assert "max abs err" in run(capsys, "info", back)[1]
+    again = tmp_path / "again.nc"  # a packed file is packed anew
+    assert run(capsys, "pack", out, again, "--max-abs-err", "0.5", "--dtype", "int16")[0] == 0
+    with netCDF4.Dataset(again) as file:
+        np.testing.assert_allclose(file["t"][:].filled(np.nan), values, rtol=0, atol=0.5)
+    assert names(tmp_path) == ["again.nc", "back.nc", "in.nc", "out.nc"]
+
+
+def test_stores_of_zarr(source, tmp_path, capsys):
+    out, back = tmp_path / "out.zarr", tmp_path / "back.nc"
+    assert run(capsys, "pack", source, out, "--max-abs-err", "t=0.05")[0] == 0
+    assert "int16" in run(capsys, "info", out)[1]
+    assert run(capsys, "unpack", out, back)[0] == 0
+    with xr.open_dataset(back) as found:
+        assert np.nanmax(np.abs(found.t.values - X)) <= 0.05
+    assert run(capsys, "pack", source, out, "--max-abs-err", "t=0.5", "--overwrite")[0] == 0
+    assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
+
+
+def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
+    """Bounds of cells, a grid mapping without values, times, text, and a variable without elements."""
+    ds = xr.Dataset(
+        {
+            "t": (("time", "lat"), X[:, :, 0], {"grid_mapping": "crs", "cell_methods": "time: mean"}),
+            "crs": ((), np.int32(0), {"grid_mapping_name": "latitude_longitude", "semi_major_axis": 6378137.0}),
+            "time_bnds": (("time", "nv"), np.asarray([[0.0, 1.1], [1.1, 2.3], [2.3, 3.7]])),
+            "lat_bnds": (("lat", "nv"), np.linspace(-90, 90, 80).reshape(40, 2)),
+            "start": ("time", np.asarray([0.1, 0.2, 0.3]), {"units": "days since 2000-01-01"}),
+            "name": ("time", ["a", "bc", "d"]),
+            "none": (("empty",), np.zeros(0, "float32")),
+        },
+        {
+            "time": ("time", [0.5, 1.7, 3.0], {"units": "days since 2000-01-01", "bounds": "time_bnds"}),
+            "lat": ("lat", np.linspace(-90, 90, 40), {"bounds": "lat_bnds"}),
+        },
+    )
+    ds.to_netcdf(tmp_path / "in.nc")
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.5")
+    assert (status, errors) == (0, "")
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
+        assert set(a.variables) == set(b.variables)
+        for name in set(a.variables) - {"t", "none"}:
+            assert a[name].dtype == b[name].dtype
+            assert np.array_equal(a[name][...], b[name][...])
+        assert a["crs"].__dict__ == b["crs"].__dict__
+        assert (b["t"].grid_mapping, b["time"].bounds, b["lat"].bounds) == ("crs", "time_bnds", "lat_bnds")
+        assert "add_offset" in b["t"].ncattrs()
+    assert run(capsys, "unpack", tmp_path / "out.nc", tmp_path / "back.nc")[0] == 0
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "back.nc") as b:
+        assert set(b["t"].ncattrs()) == {*a["t"].ncattrs(), "max_abs_error"}
+        assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
+    with xr.open_dataset(source) as ds:
+        encoding = {"t": {"chunks": (2, 20, 25)}}
+        ds.load().to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
+    for target in ("out.zarr", "out.nc"):
+        status, _, errors = run(capsys, "pack", tmp_path / "in.zarr", tmp_path / target, "--max-abs-err", "t=0.05")
+        assert (status, errors) == (0, "")
+
+
+def test_quantized_files_are_unpacked_too(tmp_path, capsys):
+    t = xr.DataArray(np.nan_to_num(X, nan=280), dims=("time", "lat", "lon"), name="t", attrs={"units": "K"})
+    q = t.aqt.quantize("int4", granularity={"time": 1})
+    q.to_netcdf(tmp_path / "q.nc")
+    assert "quantized" in run(capsys, "info", tmp_path / "q.nc")[1]
+    assert run(capsys, "unpack", tmp_path / "q.nc", tmp_path / "t.nc")[0] == 0
+    with xr.open_dataset(tmp_path / "t.nc") as found:
+        assert found.t.identical(q.aqt.dequantize().t)
+
+
+def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.nc"
+    out.write_text("what was here")
+    cases = [
+        (["pack", source, out, "--max-abs-err", "1"], "out.nc exists: give another target, or --overwrite"),
+        (["pack", source, source, "--max-abs-err", "1", "--overwrite"], "source and target are the same"),
+        (["pack", tmp_path / "no.nc", out, "--max-abs-err", "1", "--overwrite"], "no.nc does not exist"),
+        (["pack", source, tmp_path / "no" / "out.nc", "--max-abs-err", "1"], "the folder .* does not exist"),
+        (["pack", source, out, "--max-abs-err", "x=1", "--overwrite"], "max_abs_err names 'x'"),
+        (
+            ["pack", source, out, "--max-abs-err", "1e-9", "--overwrite"],
+            r"variable 't': int32 cannot keep .* the smallest is",
+        ),
+        (["pack", source, out, "--max-abs-err", "-1", "--overwrite"], "max_abs_err=-1.0: give a positive"),
+        (["pack", source, out, "--max-abs-err", "1", "--dtype", "int4", "--overwrite"], "dtype='int4': codes are"),
+        (["info", out], "out.nc|did not find a match"),
+    ]
+    for arguments, message in cases:
+        status, said, errors = run(capsys, *arguments)
+        assert (status, said) == (1, "")
+        assert errors.startswith("aqt-lite: ")
+        assert re.search(message, errors), errors
+
+    def damaged(*_):
+        raise ValueError("variable 't': 1 values are further than 1.0 from what is read again")
+
+    monkeypatch.setattr(aqt_lite.xarray, "check_within", damaged)
+    status, said, errors = run(capsys, "pack", source, out, "--max-abs-err", "1", "--overwrite")
+    assert (status, said) == (1, "")
+    assert "from what is read again" in errors
+    assert out.read_text() == "what was here"
+    assert names(tmp_path) == ["in.nc", "out.nc"]
+
+
+def test_a_written_file_that_differs_is_noticed(source, tmp_path):
+    with xr.open_dataset(source) as ds:
+        aqt_lite.xarray.to_netcdf(ds, tmp_path / "out.nc", max_abs_err={"t": 0.05})
+        with xr.open_dataset(tmp_path / "out.nc") as again:
+            aqt_lite.xarray.check_within(ds.t, again.t, 0.05)
+            with pytest.raises(ValueError, match=r"variable 't': \d+ values of 6000 are further than 0.04 from"):
+                aqt_lite.xarray.check_within(ds.t, again.t, 0.04)
+            lost = again.t.copy(deep=True)
+            lost[1, 2, 3] = np.nan
+            with pytest.raises(ValueError, match=r"1 values of 6000 .* the first at index \(1, 2, 3\): .* becomes nan"):
+                aqt_lite.xarray.check_within(ds.t, lost, 0.05)
+            with pytest.raises(ValueError, match="is read again as"):
+                aqt_lite.xarray.check_within(ds.t, again.t[1:], 0.05)
+
+
+def test_files_with_groups_are_refused(source, tmp_path, capsys):
+    with netCDF4.Dataset(source, "a") as file:
+        file.createGroup("model")
+    status, _, errors = run(capsys, "pack", source, tmp_path / "out.nc", "--max-abs-err", "1")
+    assert status == 1
+    assert "has the groups /model" in errors
+
+
+def test_progress_is_shown_on_a_terminal_only(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, _, errors = run(capsys, "pack", source, tmp_path / "out.nc", "--max-abs-err", "1")
+    assert "checking t: 100%\n" in errors
+
+
+def test_the_command_needs_nothing_for_help_and_says_what_is_missing(tmp_path, capsys):
+    for arguments, status, said in (
+        (["--help"], 0, "aqt-lite pack in.nc out.nc --max-abs-err 0.05"),
+        (["--version"], 0, aqt_lite.__version__),
+        (["pack", "a", "b", "--max-abs-err", "t"], 2, "'t' is neither a number nor NAME=NUMBER"),
+        (["pack", "a", "b", "--max-abs-err", "t=1,t=2"], 2, "must name each variable once"),
+        ([], 2, "required: command"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(arguments)
+        assert left.value.code == status
+        assert said in "".join(capsys.readouterr())
+    (tmp_path / "x.nc").touch()
+    hidden = "import sys; sys.modules['xarray'] = None; sys.modules['dask'] = None\nfrom aqt_lite.cli import main\n"
+    for code, status, said in (
+        ("sys.exit(main(['info', 'x.nc']))", 1, "pip install 'aqt_lite[science]'"),
+        ("main(['--help'])", 0, "unpack"),
+    ):
+        command = [sys.executable, "-c", hidden + code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == status
+        assert said in done.stdout + done.stderr

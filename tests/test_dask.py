@@ -1,0 +1,147 @@
+"""Dask: chunks change no bit, whatever they are; the forms that users write; a cluster of processes."""
+
+from __future__ import annotations
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, dense, error_report, fake_quantize, quantize
+from aqt_lite.testing import assert_same_bits
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((12, 20)).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def _in_this_thread():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+@st.composite
+def chunkings(draw, shape):
+    """Any way to cut an array: lengths along each axis that add up."""
+    found = []
+    for length in shape:
+        cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=3))) if length > 1 else []
+        found.append(tuple(np.diff([0, *cuts, length]).tolist()))
+    return tuple(found)
+
+
+WAYS = st.sampled_from([PerTensor(), PerChannel(0), PerChannel(1), PerGroup(4), PerGroup(7, 0), PerBlock((5, -1))])
+HOW = st.sampled_from(
+    [
+        ("int8", {}),
+        ("int16", {}),
+        ("uint8", {"scheme": "affine"}),
+        ("int4", {"scale_dtype": "float16"}),
+        ("nf4", {}),
+        ("int8", {"missing": "nan"}),
+        ("int8", {"dialect": "onnx"}),
+    ]
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(chunks=chunkings(X.shape), granularity=WAYS, how=HOW)
+def test_any_chunks_have_the_bits_of_the_whole(chunks, granularity, how):
+    dtype, options = how
+    there = quantize(da.from_array(X, chunks=chunks), dtype, granularity=granularity, **options)
+    here = quantize(X, dtype, granularity=granularity, **options)
+    assert all(isinstance(array, da.Array) for array in there._arrays())
+    assert_same_bits(there.to_backend("numpy"), here)
+    assert_same_bits(there.dequantize().compute(), here.dequantize())
+
+
+RECIPES = [
+    {"offset": "data", "scheme": "affine"},
+    pytest.param({"rounding": "stochastic", "key": 7}, marks=pytest.mark.exhaustive),  # by the operations themselves
+    {"rounding": "half_away"},
+    {"scale": 0.25},
+    {"scale": 0.25, "zero_point": 3},
+    {"scale_dtype": "int8"},
+    {"nonfinite": "ignore"},
+]
+
+
+@pytest.mark.parametrize("how", RECIPES, ids=str)
+@pytest.mark.parametrize("granularity", [PerTensor(), pytest.param(PerBlock((3, 5)), marks=pytest.mark.exhaustive)])
+def test_every_recipe(how, granularity):
+    """In chunks that no block fits, one of them empty (but for noise, which Dask's own indexing then refuses)."""
+    for dtype in ("int8", "int3"):
+        x = da.from_array(X, chunks=((5, 7), (8, 12)) if "key" in how else ((5, 0, 7), (20,)))
+        there, here = (quantize(a, dtype, granularity=granularity, **how) for a in (x, X))
+        assert_same_bits(there.to_backend("numpy"), here)
+        assert_same_bits(there.dequantize().compute(), here.dequantize())
+        assert_same_bits(there[3:9].to_backend("numpy"), here[3:9])
+        if "key" not in how:
+            assert_same_bits(fake_quantize(x, dtype, granularity=granularity, **how).compute(), here.dequantize())
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("chunks", [(5, 20), (12, 16), (12, 7)], ids=str)
+def test_block_formats(dtype, chunks):
+    there, here = quantize(da.from_array(X, chunks=chunks), dtype), quantize(X, dtype)
+    assert_same_bits(there.to_backend("numpy"), here)
+    assert_same_bits(there.dequantize().compute(), here.dequantize())
+
+
+def test_products_and_reports():
+    x = da.from_array(X, chunks=(5, 20))
+    w = RNG.standard_normal((20, 6)).astype("float32")
+    here = quantize(w, granularity=PerChannel(1))
+    there = quantize(da.from_array(w, chunks=(20, 4)), granularity=PerChannel(1))
+    wanted = dense(X, here, mode="reproducible")
+    rows = x.map_blocks(
+        lambda part: dense(part, here, mode="reproducible"), chunks=(x.chunks[0], 6), meta=np.zeros((0, 0), "f4")
+    )
+    for y in (dense(x, there, mode="reproducible"), rows):
+        assert isinstance(y, da.Array)
+        assert_same_bits(y.compute(), wanted)
+    assert error_report(x, quantize(x)) == error_report(X, quantize(X))
+
+
+def test_map_blocks_with_one_scale_has_the_codes_of_the_whole():
+    """Two passes: the scale of all, then chunks by themselves, on whatever machine they are."""
+    x, here = da.from_array(X, chunks=(5, 7)), quantize(X)
+    scale = np.asarray(abs(x).max().compute() * np.float32(1 / 127)).reshape(1, 1)
+    assert_same_bits(scale, here.scale)
+    codes = x.map_blocks(lambda chunk: quantize(chunk, scale=scale).qvalue, dtype="int8", meta=np.zeros((0, 0), "int8"))
+    assert_same_bits(codes.compute(), here.qvalue)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"granularity": PerChannel(0)}, {"granularity": PerGroup(4)}, {"scale": 0.5}], ids=str
+)
+def test_bad_values_are_named_by_their_chunk(how):
+    bad = X.copy()
+    bad[7, 13] = np.nan
+    q = quantize(da.from_array(bad, chunks=(5, 10)), **how)
+    with pytest.raises(ValueError, match=r"in the chunk at \(5, 10\), the first at index \(7, 13\)"):
+        q.dequantize().compute()
+
+
+@pytest.mark.exhaustive  # two processes are started
+@pytest.mark.filterwarnings("ignore")  # theirs are for distributed to say
+def test_a_cluster_of_two_processes():
+    import distributed  # takes a second, which the other tests need not wait for
+
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+        dask.config.set(scheduler=client),
+    ):
+        x = da.from_array(X, chunks=(5, 7))
+        for dtype, how in (("int8", {"granularity": PerChannel(0)}), ("uint8", {"scheme": "affine"}), ("mxfp4", {})):
+            there, here = quantize(x, dtype, **how), quantize(X, dtype, **how)
+            assert_same_bits(there.to_backend("numpy"), here)
+            assert_same_bits(there.dequantize().compute(), here.dequantize())
+            assert error_report(x, there) == error_report(X, here)
+        bad = X.copy()
+        bad[7, 13] = np.inf
+        with pytest.raises(ValueError, match=r"in the chunk at \(5, 7\), the first at index \(7, 13\)"):
+            quantize(da.from_array(bad, chunks=(5, 7))).dequantize().compute()

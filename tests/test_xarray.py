@@ -1,0 +1,311 @@
+"""xarray: what xarray, netCDF4 and h5netcdf write and read of a packing equals what is computed here, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import dask
+import netCDF4
+import numpy as np
+import pytest
+import xarray as xr
+
+import aqt_lite.xarray
+from aqt_lite import PerBlock, PerChannel, cf, dequantize, quantize
+from aqt_lite.testing import assert_same_bits
+from aqt_lite.xarray import cf_encoding
+
+X = (np.random.default_rng(0).standard_normal((3, 20, 30)) * 20 + 280).astype("float32")
+X[0, 3, 4] = np.nan
+
+
+@pytest.fixture(autouse=True)
+def _in_this_thread():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def field(source="float32", **attrs):
+    coords = {"time": np.arange(3), "lat": np.linspace(-90, 90, 20), "lon": np.arange(30.0)}
+    return xr.DataArray(X.astype(source), coords, name="t", attrs={"units": "K", **attrs})
+
+
+# ---- CF
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", cf.DTYPES)
+@pytest.mark.parametrize("engine", ["netcdf4", "h5netcdf"])
+@pytest.mark.parametrize("chunks", [None, {"lat": 7}], ids=["numpy", "dask"])
+def test_writers_and_readers_of_netcdf_agree(tmp_path, source, dtype, engine, chunks):
+    path, t = tmp_path / "t.nc", field(source)
+    ds = t.to_dataset() if chunks is None else t.to_dataset().chunk(chunks)
+    encoding = cf_encoding(ds, max_abs_err=1.5, dtype=dtype)
+    ds.to_netcdf(path, encoding=encoding, engine=engine)
+
+    with xr.open_dataset(path, mask_and_scale=False, engine=engine) as raw:
+        packing = cf.Packing.from_attributes(raw.t.attrs, raw.t.dtype)
+        codes = raw.t.values
+    assert packing.encoding == encoding["t"]
+    if chunks is None or source == "float64" or dtype != "int32":
+        assert_same_bits(codes, packing.pack(t.values))
+    else:  # Dask keeps float64 where xarray writes float32 over float32: seven digits of codes of 32 bits
+        np.testing.assert_allclose(codes, packing.pack(t.values), rtol=3e-7, atol=1)
+    values = packing.unpack(codes)
+    with xr.open_dataset(path, engine=engine) as found:
+        assert_same_bits(found.t.values, values)
+        assert found.t.attrs == t.attrs
+    with netCDF4.Dataset(path) as file:
+        assert_same_bits(file["t"][:].filled(np.nan), values)
+    assert np.nanmax(np.abs(values.astype(float) - t.values.astype(float))) <= 1.5
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+def test_netcdf4_writes_the_same_codes(tmp_path, source):
+    x = X.astype(source)
+    packing = cf.choose_packing(x, max_abs_err=0.05)
+    with netCDF4.Dataset(tmp_path / "t.nc", "w") as file:
+        for name, length in zip("abc", x.shape, strict=True):
+            file.createDimension(name, length)
+        variable = file.createVariable("t", packing.dtype, ("a", "b", "c"), fill_value=packing.fill_value)
+        variable.scale_factor, variable.add_offset = packing.scale_factor, packing.add_offset
+        variable[:] = np.ma.masked_array(np.nan_to_num(x, nan=280), mask=np.isnan(x))
+        variable.set_auto_maskandscale(False)
+        assert_same_bits(variable[:], packing.pack(x))
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+def test_zarr_which_decodes_in_float64_has_the_same_values(tmp_path, source):
+    """JSON has one kind of number: float32 attributes come back as float64, and decode to the same numbers."""
+    ds = field(source).to_dataset()
+    encoding = cf_encoding(ds, max_abs_err=0.05)
+    ds.to_zarr(tmp_path / "t.zarr", encoding=encoding, consolidated=False)
+    packing = cf.Packing(**{"fill_value" if k == "_FillValue" else k: v for k, v in encoding["t"].items()})
+    found = xr.open_zarr(tmp_path / "t.zarr", consolidated=False).t
+    assert found.dtype == "float64"
+    assert_same_bits(found.values, packing.unpack(packing.pack(ds.t.values)).astype("float64"))
+
+
+def test_files_before_netcdf_4(tmp_path):
+    ds = field().to_dataset()
+    for name in ("NETCDF3_CLASSIC", "NETCDF3_64BIT"):
+        ds.to_netcdf(tmp_path / name, encoding=cf_encoding(ds, max_abs_err=0.05), format=name)
+        with xr.open_dataset(tmp_path / name) as found:
+            assert np.nanmax(np.abs(found.t.values.astype(float) - X)) <= 0.05
+
+
+def test_a_file_is_not_read_whole(tmp_path):
+    path, t = tmp_path / "t.nc", field()
+    t.to_netcdf(path)
+    with xr.open_dataset(path, cache=True) as ds:
+        assert cf_encoding(ds, max_abs_err=0.05) == cf_encoding(t.to_dataset(), max_abs_err=0.05)
+        assert not ds.t.variable._in_memory
+
+
+def test_datasets():
+    ds = xr.Dataset(
+        {"t": field(), "p": field("float64") * 1000, "n": ("time", np.arange(3)), "s": ("time", list("abc"))}
+    )
+    both = cf_encoding(ds, max_abs_err=0.5)
+    assert list(both) == ["t", "p"]
+    assert both["t"] == cf_encoding(ds.t, max_abs_err=0.5)
+    one = cf_encoding(ds, max_abs_err={"p": 100.0}, dtype="int16")
+    assert (list(one), one["p"]["scale_factor"].dtype) == (["p"], "float64")
+    with pytest.raises(ValueError, match=r"max_abs_err names 'q'; the Dataset has the variables \['t', 'p'"):
+        cf_encoding(ds, max_abs_err={"q": 1.0})
+    with pytest.raises(ValueError, match="no floating-point variable"):
+        cf_encoding(ds[["n"]], max_abs_err=1.0)
+    with pytest.raises(TypeError, match="variable 'n': x has dtype int64"):
+        cf_encoding(ds, max_abs_err={"n": 1.0})
+    with pytest.raises(TypeError, match="max_abs_err is a mapping"):
+        cf_encoding(ds.t, max_abs_err={"t": 1.0})
+    with pytest.raises(TypeError, match="obj is a ndarray"):
+        cf_encoding(X, max_abs_err=1.0)
+    with pytest.raises(ValueError, match=r"variable 't': int8 cannot keep max_abs_err=0\.05"):
+        cf_encoding(ds, max_abs_err=0.05, dtype="int8")
+
+
+def test_attributes_that_would_speak_of_codes_are_refused():
+    for name in ("valid_range", "missing_value", "scale_factor"):
+        with pytest.raises(ValueError, match=f"variable 't' has the attribute {name}=1.0"):
+            cf_encoding(field(**{name: 1.0}), max_abs_err=0.5)
+
+
+# ---- the accessor
+
+
+FORMS = ["int8", "uint8", "int16", "int4", "ternary", "float8_e4m3fn", "nf4", "mxfp4", "nvfp4"]
+
+
+def full(source="float32"):
+    """A field without gaps, whose encoding came from a file."""
+    t = field(source).fillna(280)
+    t.encoding = {"zlib": True, "scale_factor": 0.5}
+    return t
+
+
+@pytest.mark.parametrize("chunks", [None, pytest.param({"time": 2}, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("form", "source"), [*((form, "float32") for form in FORMS), ("int8", "float64")])
+def test_there_and_back_with_all_labels(tmp_path, form, source, chunks):
+    t = full(source)
+    how = {"scheme": "affine"} if form == "uint8" else {}
+    here = quantize(t.values, form, **how, granularity=None if form == "nvfp4" else PerBlock((1, -1, 8)))
+    wanted = t.copy(data=dequantize(here))
+    named = None if form == "nvfp4" else {"time": 1, "lon": 8}
+    ds = t.to_dataset() if chunks is None else t.to_dataset().chunk(chunks)
+    q = ds.aqt.quantize(form, granularity=named, **how)
+    back = q.aqt.dequantize()
+    assert (back.t.chunks is None) == (chunks is None)
+    assert_same_bits(back.t.values, wanted.values)
+    assert back.identical(wanted.to_dataset())
+    assert back.t.encoding == t.encoding
+    assert q.t.encoding.keys() == {"aqt_lite"}  # nothing that would bend codes when they are written
+    assert_same_bits(q.aqt.dequantize("float64").t.values, dequantize(here, "float64"))
+    q.to_netcdf(tmp_path / "q.nc")
+    q.to_zarr(tmp_path / "q.zarr", mode="w", consolidated=False)
+    for path, options in (("q.nc", {}), ("q.zarr", {"engine": "zarr", "consolidated": False})):
+        with aqt_lite.xarray.open_dataset(tmp_path / path, **options) as found:
+            assert found.identical(wanted.to_dataset())
+
+
+@pytest.mark.parametrize("form", ["int8", "ternary"])
+def test_dask_stays_lazy_from_file_to_file(tmp_path, form):
+    t = full()
+    q = t.chunk(time=2).aqt.quantize(form, granularity={"time": 1})
+    assert q.t.chunks is not None
+    q.to_zarr(tmp_path / "q.zarr", consolidated=False)
+    options = {"engine": "zarr", "consolidated": False}
+    with aqt_lite.xarray.open_dataset(tmp_path / "q.zarr", chunks={}, **options) as found:
+        assert found.t.chunks is not None
+        wanted = dequantize(quantize(t.values, form, granularity=PerChannel(0)))
+        assert found.identical(t.copy(data=wanted).to_dataset())
+
+
+def test_codes_can_be_selected_where_blocks_stay_whole():
+    t = full()
+    q = t.aqt.quantize("int8", granularity={"time": 1, "lon": 8})
+    values = q.aqt.dequantize()
+    for at in (
+        {"time": slice(1, 3)},
+        {"time": [2, 0]},
+        {"lat": slice(3, 9)},
+        {"time": 1},
+        {"lat": 2},
+        {"time": 0, "lat": 5},
+    ):
+        assert q.isel(at).aqt.dequantize().identical(values.isel(at))
+    assert q.sel(lat=90.0).aqt.dequantize().identical(values.sel(lat=90.0))
+    assert q.transpose().aqt.dequantize().identical(values)
+    for at in ({"lon": slice(0, 8)}, {"lon": 0}):
+        with pytest.raises(ValueError, match=r"variable 't' has .* of 30 along 'lon', where .*: dequantize before"):
+            q.isel(at).aqt.dequantize()
+    packed = t.aqt.quantize("int4", granularity={"time": 1})
+    assert packed.isel(time=2).aqt.dequantize().identical(packed.aqt.dequantize().isel(time=2))
+    for at in ({"lon": slice(0, 8)}, {"lon": 0}, {"t_lon_bytes": slice(0, 4)}):
+        with pytest.raises(ValueError, match="variable 't'"):
+            packed.isel(at).aqt.dequantize()
+    double = t.aqt.quantize("nvfp4")
+    assert double.isel(time=[1]).aqt.dequantize().identical(double.aqt.dequantize().isel(time=[1]))
+    with pytest.raises(ValueError, match="has quantized scales: dequantize before selecting one index"):
+        double.isel(time=1).aqt.dequantize()
+
+
+@pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
+def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
+    t = field() if chunks is None else field().chunk(chunks)
+    q = t.aqt.quantize("int8", missing="nan", granularity={"time": 1})
+    wanted = dequantize(quantize(X, "int8", missing="nan", granularity=PerChannel(0)))
+    q.to_netcdf(tmp_path / "q.nc")
+    with aqt_lite.xarray.open_dataset(tmp_path / "q.nc") as found:
+        assert found.identical(field().copy(data=wanted).to_dataset())
+    if chunks is None:  # a bound depends on values
+        bounded = t.aqt.quantize("auto", max_abs_err=0.5, missing="nan").aqt.dequantize().t
+        assert np.nanmax(np.abs(bounded - X)) <= 0.5
+        assert np.array_equal(np.isnan(bounded), np.isnan(X))
+
+
+def test_what_does_not_belong_to_a_quantized_dataset_is_told():
+    q = full().aqt.quantize("int8")
+    with pytest.raises(ValueError, match="variable 't' has lost 't_scale'"):
+        q.drop_vars("t_scale").aqt.dequantize()
+    with pytest.raises(ValueError, match="the attribute aqt_lite is not what quantize wrote"):
+        q.assign(t=q.t.assign_attrs(aqt_lite="{}")).aqt.dequantize()
+    with pytest.raises(ValueError, match=r"variable 't': .*scale"):
+        q.assign(t_scale=-q.t_scale).aqt.dequantize()
+    with pytest.raises(ValueError, match="has no quantized variable"):
+        full().to_dataset().aqt.dequantize()
+    with pytest.raises(TypeError, match="variable 't' is quantized already"):
+        q.t.aqt.quantize()
+    with pytest.raises(
+        ValueError, match=r"granularity names the dimension 'level'; variable 't' has \['time', 'lat', 'lon'\]"
+    ):
+        full().aqt.quantize(granularity={"level": 1})
+    with pytest.raises(ValueError, match="variable 't': x has 1 non-finite values"):
+        field().aqt.quantize()
+    with pytest.raises(TypeError, match="rename them, so that all are strings"):
+        xr.DataArray(X, dims=(0, 1, 2)).aqt.quantize()
+
+
+def test_variables_of_a_dataset_and_names_that_are_taken():
+    t, p = full(), full("float64").rename("p").isel(time=0, drop=True)
+    ds = xr.Dataset({"t": t, "p": p, "t_scale": t * 2, "n": ("time", np.arange(3))}, attrs={"title": "Fields"})
+    q = ds.aqt.quantize("int8", granularity={"time": 1})
+    assert q.n.identical(ds.n)
+    back = q.aqt.dequantize()
+    assert (set(back), back.attrs) == (set(ds), ds.attrs)
+    for name in ("t", "t_scale"):
+        assert_same_bits(back[name].values, dequantize(quantize(ds[name].values, granularity=PerChannel(0))))
+    assert_same_bits(back.p.values, dequantize(quantize(p.values)))
+    nameless = full().rename(None).aqt.quantize()
+    assert_same_bits(nameless.aqt.dequantize()["values"].values, dequantize(quantize(t.values)))
+
+
+# ---- files
+
+
+def test_a_packed_file_says_its_bound_and_keeps_valid_limits(tmp_path):
+    t = field(valid_range=np.asarray([200.0, 350.0]), valid_min=np.float32(200))
+    ds = t.to_dataset()
+    ds.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=0.05, encoding={"t": {"zlib": True}})
+    with xr.open_dataset(tmp_path / "t.nc", mask_and_scale=False) as raw:
+        assert raw.t.dtype == raw.t.attrs["valid_range"].dtype == "int16"
+        assert (raw.t.attrs["max_abs_error"], raw.t.encoding["zlib"]) == (0.05, True)
+    with netCDF4.Dataset(tmp_path / "t.nc") as file, xr.open_dataset(tmp_path / "t.nc") as found:
+        read = file["t"][:]  # which masks what is outside valid_range
+        assert np.array_equal(np.ma.getmaskarray(read), np.isnan(X))
+        assert_same_bits(read.filled(np.nan), found.t.values)
+    assert ds.t.attrs["valid_min"] == 200  # the Dataset itself is as it was
+    t.aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=0.05, consolidated=False)
+    again = xr.open_zarr(tmp_path / "t.zarr", consolidated=False).t
+    assert np.nanmax(np.abs(again - X)) <= 0.05
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        t.aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=0.05)
+    t.aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1.0, overwrite=True, consolidated=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.nc", "t.zarr"]
+
+
+def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
+    field().aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=0.01)
+    with xr.open_dataset(tmp_path / "a.nc") as ds:
+        ds.aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=1.0, dtype="int16")
+        with xr.open_dataset(tmp_path / "b.nc") as found:
+            assert float(abs(found.t - ds.t).max()) <= 1.0
+            assert found.t.encoding["scale_factor"] > 1.9
+
+
+def test_nothing_is_half_written(tmp_path):
+    (tmp_path / "t.nc").write_text("what was here")
+    bad = field()
+    for how in ({"max_abs_err": 1e-9}, {"max_abs_err": 1, "encoding": {"t": {"no_such": 1}}}):
+        with pytest.raises(ValueError, match=r"cannot keep|no_such"):
+            bad.aqt.to_netcdf(tmp_path / "t.nc", **how)
+    with pytest.raises(ValueError, match="encoding of 't' has 'dtype', which max_abs_err chooses"):
+        bad.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, encoding={"t": {"dtype": "int8"}})
+    assert [path.name for path in tmp_path.iterdir()] == ["t.nc"]
+    assert (tmp_path / "t.nc").read_text() == "what was here"
+
+
+def test_import_brings_no_xarray():
+    code = "import sys, aqt_lite, aqt_lite.cf; assert not {'xarray', 'pandas', 'zarr'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
