@@ -8,6 +8,7 @@ The search looks at a sample of a large array first, and at all of it before it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -474,7 +475,8 @@ def _made(rule: Rule, side: Side, x: _Numbers) -> Side | None:
     if side.source is not None and float_type(side.source).compute != float_type(x.dtype.name).compute:
         x = x.astype(side.source)
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the floats, which whoever quantized them was told
             return read_side(rule.made(x, side), rule.name)
     except ValueError:  # a dialect without that format, scales that it cannot have, ...
         return None
@@ -487,8 +489,9 @@ def _try_rules(
     side, least = state.a, float("inf")
     part, some = some_blocks(side, x)
     for rule in with_progress(list(rules), progress, lambda r: r.name):
-        made = _made(rule, part, some)
-        left = None if made is None else differences(part, made)
+        seen, floats = (side, x) if rule.of_all else (part, some)
+        made = _made(rule, seen, floats)
+        left = None if made is None else differences(seen, made)
         if left is None:
             continue
         name = " and ".join(filter(None, (_name(state.steps), rule.name)))
@@ -510,8 +513,9 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
     part, some = some_blocks(state.a, x)
     likely: list[tuple[float, int, Rule]] = []
     for i, rule in enumerate(named_rules()):
-        made = _made(rule, part, some)
-        left = None if made is None else differences(part, made)
+        seen, floats = (state.a, x) if rule.of_all else (part, some)
+        made = _made(rule, seen, floats)
+        left = None if made is None else differences(seen, made)
         if left is not None:
             likely.append((left.shares[1], i, rule))
     for _, _, rule in sorted(likely, key=lambda entry: entry[:2])[:_FEW]:

@@ -549,16 +549,20 @@ class Rule:
         rule has no such thing.
     missing : str
         What the rule leaves open.
+    of_all : bool
+        Whether some of the blocks alone would not be made alike.
     """
 
     name: str
     says: str
     made: Callable[[_Numbers, Side], QArray]
     missing: str = ""
+    of_all: bool = False
 
 
 def _quantized(x: _Numbers, side: Side, **how: Any) -> QArray:
-    return quantize(x, side.format, granularity=granularity_of(side.block), nonfinite="ignore", **how)
+    how = {"granularity": granularity_of(side.block), "nonfinite": "ignore", "on_clip": "saturate", **how}
+    return quantize(x, side.format, **how)
 
 
 def _scheme(side: Side) -> str:
@@ -567,6 +571,8 @@ def _scheme(side: Side) -> str:
 
 
 def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None = None, **how: Any) -> QArray:
+    if dialect.whole is not None:
+        return quantize(x, side.format.name, dialect=dialect)
     own = {"scale_dtype": side.scale_dtype} if side.scale_dtype else {}
     return _quantized(x, side, dialect=dialect, scheme=scheme or _scheme(side), **own, **how)
 
@@ -602,10 +608,16 @@ def _with_given(x: _Numbers, side: Side, *, dialect: Dialect, rounding: str) -> 
     return _quantized(x, side, scale=side.scale, dialect=dialect, rounding=rounding, **given)
 
 
+def _by_fields() -> list[Dialect]:
+    """Dialects that their fields describe."""
+    return [d for d in DIALECTS.values() if d.whole is None]
+
+
 def named_rules() -> Iterator[Rule]:
     """The dialects of the table, and rules for scales of few bits."""
     for d in DIALECTS.values():
-        yield Rule(d.name, f"{{one}} is what dialect {d.name!r} makes of {{x}}", partial(_by_dialect, dialect=d))
+        says = f"{{one}} is what dialect {d.name!r} makes of {{x}}"
+        yield Rule(d.name, says, partial(_by_dialect, dialect=d), of_all=d.whole is not None)
     for mode in SCALE_MODES:
         yield Rule(
             f"scale_mode {mode}",
@@ -617,7 +629,7 @@ def named_rules() -> Iterator[Rule]:
         says = f"{{one}} is {{x}} with scale_dtype={kept!r}"
         yield Rule(f"scale_dtype {kept}", says, partial(_kept_in, kept=kept))
     for name, kind in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
-        for d in DIALECTS.values():
+        for d in _by_fields():
             for first in (True, False):
                 when = "before codes are made" if first else "after codes were made"
                 yield Rule(
@@ -634,13 +646,14 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "divides": (False, True),
     "zero_first": (False, True),
     "divides_zero": (False, True),
+    "power_rounding": (None, 0.5, 0.75),
 }
 """Fields of a dialect that decide numbers, and what they may be."""
 
 
 def nearby_rules() -> Iterator[Rule]:
     """Dialects that differ from one of the table in a single field, in the rounding, or in two of this library's."""
-    for d in DIALECTS.values():
+    for d in _by_fields():
         for changed in _changes(d):
             yield _changed(d, changed)
     own = DIALECTS["aqt_lite"]
@@ -663,7 +676,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     how = {"rounding": changed["rounding"]} if "rounding" in changed else {}
     if "reach" in fields:
         fields["reaches"] = ()
-    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None}
+    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,
