@@ -1,7 +1,7 @@
 """Conventions that make two quantized arrays of the same numbers differ, each a record.
 
 Owns: ``Hypothesis`` and ``HYPOTHESES``, what may have been done to codes and scales; ``Rule`` and ``rules``, how they
-may have been chosen from floats. Imports: sides, the table of dialects and their fields, formats, ``quantize``.
+may have been chosen from floats. Imports: sides, the tables of dialects, layouts and formats, ``quantize``.
 
 One more convention is one more record here: ``comparison`` tries all of them, alone and in pairs, and asks for no name.
 """
@@ -24,6 +24,7 @@ from aqt_lite.dialects import DIALECTS, Dialect
 from aqt_lite.elements import Integer, float_type
 from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES
 from aqt_lite.granularity import granularity_of
+from aqt_lite.layouts import LAYOUTS, Family, Layout
 from aqt_lite.packing import pack, unpack
 from aqt_lite.qarray import QArray
 
@@ -157,7 +158,12 @@ def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Nu
     bits = side.element.bits
     if len(side.shape) < -axis or 32 % bits == 0 or bits > 8:
         return None
-    signed = side.element.codes[0] < 0
+    return side.with_codes(_as_patterns(side, again), axis, side.shape[axis])
+
+
+def _as_patterns(side: Side, again: Callable[[_Numbers, int], _Numbers]) -> Callable[[_Numbers, int], _Numbers]:
+    """A function of bit patterns along the last axis as one of codes along any."""
+    bits, signed = side.element.bits, side.element.codes[0] < 0
 
     def read_again(codes: _Numbers, at: int) -> _Numbers:
         rows = np.moveaxis(codes, at, -1).astype(np.int64) & ((1 << bits) - 1)
@@ -166,7 +172,7 @@ def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Nu
             found = (found ^ (1 << (bits - 1))) - (1 << (bits - 1))
         return np.moveaxis(found, -1, at)
 
-    return side.with_codes(read_again, axis, side.shape[axis])
+    return read_again
 
 
 def _in_words_read_as_stream(rows: _Numbers, bits: int) -> _Numbers:
@@ -186,6 +192,30 @@ def _stream_in_other_bit_order(rows: _Numbers, bits: int) -> _Numbers:
     each = np.unpackbits(stream, axis=-1, bitorder="big")[..., : length * bits]
     weights = 1 << np.arange(bits)[::-1]
     return np.asarray(each.reshape(*rows.shape[:-1], length, bits).astype(np.int64) @ weights)
+
+
+def _stored_otherwise(side: Side, other: Side, *, layout: Layout | Family) -> Side | None:
+    """Codes stored in a layout, and read as a stream along the axis that it runs along."""
+    bits, ndim = side.element.bits, len(side.shape)
+    held = layout.layouts if isinstance(layout, Family) else (layout,)
+    found = next((a for a in held if len(a.leaves) == 1 and a.bits == bits and not a.flat), None)
+    if found is None or not ndim or bits > 8 or [len(field.parts) for field in found.fields] == [1]:
+        return None
+    leaf = replace(found.leaves[0], low=None, add=0)  # the order of bits alone
+    plain, length = replace(found, leaves=(leaf,), axis=-1), side.shape[found.axis]
+    try:
+        plain.stored_shape((length,))
+    except ValueError:  # blocks that do not divide the axis
+        return None
+
+    def again(rows: _Numbers, bits: int) -> _Numbers:
+        stored = plain.packed({"codes": rows})
+        stream = np.ascontiguousarray(stored.astype(stored.dtype.newbyteorder("<"))).view(np.uint8)
+        missing = max(-(-length * bits // 8) - stream.shape[-1], 0)
+        stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])[..., : -(-length * bits // 8)]
+        return np.asarray(unpack(stream, bits=bits, length=length, signed=False, b=get_backend("numpy")))
+
+    return side.with_codes(_as_patterns(side, again), found.axis, length)
 
 
 # ---- codes and zero points
@@ -527,6 +557,14 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     # the order of codes
     *_orders(-1),
     *_orders(-2),
+    *(
+        Hypothesis(
+            f"layout {name}",
+            f"{{other}} is {{one}} stored in layout {name!r} and read as a stream without gaps",
+            partial(_stored_otherwise, layout=layout),
+        )
+        for name, layout in LAYOUTS.items()
+    ),
 )
 """What is tried, in this order: of several that explain everything, the first is reported."""
 
