@@ -1,7 +1,7 @@
 """Conventions that make two quantized arrays of the same numbers differ, each a record.
 
-Owns: ``Hypothesis`` and ``HYPOTHESES``, what may have been done to codes and scales; ``Rule`` and ``rules``, how they
-may have been chosen from floats. Imports: sides, the tables of dialects, layouts and formats, ``quantize``.
+Owns: ``Hypothesis`` and ``HYPOTHESES``, what may have been done to codes and scales; ``Rule`` and the lists of rules,
+how they may have been chosen from floats. Imports: sides, the tables of dialects, layouts and formats, ``quantize``.
 
 One more convention is one more record here: ``comparison`` tries all of them, alone and in pairs, and asks for no name.
 """
