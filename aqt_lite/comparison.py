@@ -8,6 +8,7 @@ The search looks at a sample of a large array first, and at all of it before it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -252,8 +253,9 @@ def _read(a: Any, b: Any, x: Any) -> tuple[Side, Side | None, _Numbers | None]:
     if x is None:
         return first, second, None
     values = read_floats(x, "x")
-    if first.shape == second.shape != values.shape:
-        raise ValueError(f"x has shape {values.shape}, a and b {first.shape}: give the array that was quantized")
+    if sorted(values.shape) not in (sorted(first.shape), sorted(second.shape)):
+        shapes = " and ".join(dict.fromkeys(map(str, (first.shape, second.shape))))
+        raise ValueError(f"x has shape {values.shape}, a and b {shapes}: give the array that was quantized")
     return first, second, values
 
 
@@ -271,8 +273,8 @@ class _Candidate(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """How much is left."""
-        return self.left.weight + 0.5 * bool(self.missing)
+        """How much is left; what a candidate leaves open in any case counts less where it explains all codes."""
+        return self.left.weight + (0.5 if not self.left.codes else 1.0) * bool(self.missing)
 
     def explanation(self) -> Explanation | None:
         """After looking at all numbers."""
@@ -416,7 +418,7 @@ def _explain_by_origins(a: Side, b: Side, x: _Numbers, found: _Found, progress: 
         _search_origin(side, x, (name, "x"), own, progress)
     first, second = (own.complete for own in both)
     if first is not None and second is not None:
-        name = " and ".join(dict.fromkeys((first.name, second.name)))
+        name = first.name if first.name == second.name else f"a: {first.name}, b: {second.name}"
         says = f"{first.says}; {second.says}" + (", each in blocks of its own" if a.sizes != b.sizes else "")
         also = (*(f"a: {other}" for other in first.also), *(f"b: {other}" for other in second.also))
         found.complete = replace(first, name=name, says=says, also=also)
@@ -473,7 +475,8 @@ def _made(rule: Rule, side: Side, x: _Numbers) -> Side | None:
     if side.source is not None and float_type(side.source).compute != float_type(x.dtype.name).compute:
         x = x.astype(side.source)
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the floats, which whoever quantized them was told
             return read_side(rule.made(x, side), rule.name)
     except ValueError:  # a dialect without that format, scales that it cannot have, ...
         return None
@@ -486,8 +489,9 @@ def _try_rules(
     side, least = state.a, float("inf")
     part, some = some_blocks(side, x)
     for rule in with_progress(list(rules), progress, lambda r: r.name):
-        made = _made(rule, part, some)
-        left = None if made is None else differences(part, made)
+        seen, floats = (side, x) if rule.of_all else (part, some)
+        made = _made(rule, seen, floats)
+        left = None if made is None else differences(seen, made)
         if left is None:
             continue
         name = " and ".join(filter(None, (_name(state.steps), rule.name)))
@@ -509,8 +513,9 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
     part, some = some_blocks(state.a, x)
     likely: list[tuple[float, int, Rule]] = []
     for i, rule in enumerate(named_rules()):
-        made = _made(rule, part, some)
-        left = None if made is None else differences(part, made)
+        seen, floats = (state.a, x) if rule.of_all else (part, some)
+        made = _made(rule, seen, floats)
+        left = None if made is None else differences(seen, made)
         if left is not None:
             likely.append((left.shares[1], i, rule))
     for _, _, rule in sorted(likely, key=lambda entry: entry[:2])[:_FEW]:

@@ -93,6 +93,10 @@ def convert(
     rules = None if dialect is None else dialect_of(dialect)
     if rules is not None and (scale_dtype is not None or offset):
         raise ValueError(f"dialect={rules.name!r} keeps plain scales and zero points: leave scale_dtype and offset out")
+    if rules is not None and rules.whole is not None:
+        raise ValueError(
+            f"dialect={rules.name!r} stores blocks of its own: quantize the floats with it, or see to_bytes"
+        )
     if rules is not None:
         scale_dtype, offset = "float32", False
     made = _with_other_blocks(given, granularity)

@@ -1,7 +1,7 @@
 """Conventions that make two quantized arrays of the same numbers differ, each a record.
 
-Owns: ``Hypothesis`` and ``HYPOTHESES``, what may have been done to codes and scales; ``Rule`` and ``rules``, how they
-may have been chosen from floats. Imports: sides, the table of dialects and their fields, formats, ``quantize``.
+Owns: ``Hypothesis`` and ``HYPOTHESES``, what may have been done to codes and scales; ``Rule`` and the lists of rules,
+how they may have been chosen from floats. Imports: sides, the tables of dialects, layouts and formats, ``quantize``.
 
 One more convention is one more record here: ``comparison`` tries all of them, alone and in pairs, and asks for no name.
 """
@@ -24,6 +24,7 @@ from aqt_lite.dialects import DIALECTS, Dialect
 from aqt_lite.elements import Integer, float_type
 from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES
 from aqt_lite.granularity import granularity_of
+from aqt_lite.layouts import LAYOUTS, Family, Layout
 from aqt_lite.packing import pack, unpack
 from aqt_lite.qarray import QArray
 
@@ -157,7 +158,12 @@ def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Nu
     bits = side.element.bits
     if len(side.shape) < -axis or 32 % bits == 0 or bits > 8:
         return None
-    signed = side.element.codes[0] < 0
+    return side.with_codes(_as_patterns(side, again), axis, side.shape[axis])
+
+
+def _as_patterns(side: Side, again: Callable[[_Numbers, int], _Numbers]) -> Callable[[_Numbers, int], _Numbers]:
+    """A function of bit patterns along the last axis as one of codes along any."""
+    bits, signed = side.element.bits, side.element.codes[0] < 0
 
     def read_again(codes: _Numbers, at: int) -> _Numbers:
         rows = np.moveaxis(codes, at, -1).astype(np.int64) & ((1 << bits) - 1)
@@ -166,7 +172,7 @@ def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Nu
             found = (found ^ (1 << (bits - 1))) - (1 << (bits - 1))
         return np.moveaxis(found, -1, at)
 
-    return side.with_codes(read_again, axis, side.shape[axis])
+    return read_again
 
 
 def _in_words_read_as_stream(rows: _Numbers, bits: int) -> _Numbers:
@@ -186,6 +192,30 @@ def _stream_in_other_bit_order(rows: _Numbers, bits: int) -> _Numbers:
     each = np.unpackbits(stream, axis=-1, bitorder="big")[..., : length * bits]
     weights = 1 << np.arange(bits)[::-1]
     return np.asarray(each.reshape(*rows.shape[:-1], length, bits).astype(np.int64) @ weights)
+
+
+def _stored_otherwise(side: Side, other: Side, *, layout: Layout | Family) -> Side | None:
+    """Codes stored in a layout, and read as a stream along the axis that it runs along."""
+    bits, ndim = side.element.bits, len(side.shape)
+    held = layout.layouts if isinstance(layout, Family) else (layout,)
+    found = next((a for a in held if len(a.leaves) == 1 and a.bits == bits and not a.flat), None)
+    if found is None or not ndim or bits > 8 or [len(field.parts) for field in found.fields] == [1]:
+        return None
+    leaf = replace(found.leaves[0], low=None, add=0)  # the order of bits alone
+    plain, length = replace(found, leaves=(leaf,), axis=-1), side.shape[found.axis]
+    try:
+        plain.stored_shape((length,))
+    except ValueError:  # blocks that do not divide the axis
+        return None
+
+    def again(rows: _Numbers, bits: int) -> _Numbers:
+        stored = plain.packed({"codes": rows})
+        stream = np.ascontiguousarray(stored.astype(stored.dtype.newbyteorder("<"))).view(np.uint8)
+        missing = max(-(-length * bits // 8) - stream.shape[-1], 0)
+        stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, missing)])[..., : -(-length * bits // 8)]
+        return np.asarray(unpack(stream, bits=bits, length=length, signed=False, b=get_backend("numpy")))
+
+    return side.with_codes(_as_patterns(side, again), found.axis, length)
 
 
 # ---- codes and zero points
@@ -527,6 +557,14 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     # the order of codes
     *_orders(-1),
     *_orders(-2),
+    *(
+        Hypothesis(
+            f"layout {name}",
+            f"{{other}} is {{one}} stored in layout {name!r} and read as a stream without gaps",
+            partial(_stored_otherwise, layout=layout),
+        )
+        for name, layout in LAYOUTS.items()
+    ),
 )
 """What is tried, in this order: of several that explain everything, the first is reported."""
 
@@ -549,16 +587,20 @@ class Rule:
         rule has no such thing.
     missing : str
         What the rule leaves open.
+    of_all : bool
+        Whether some of the blocks alone would not be made alike.
     """
 
     name: str
     says: str
     made: Callable[[_Numbers, Side], QArray]
     missing: str = ""
+    of_all: bool = False
 
 
 def _quantized(x: _Numbers, side: Side, **how: Any) -> QArray:
-    return quantize(x, side.format, granularity=granularity_of(side.block), nonfinite="ignore", **how)
+    how = {"granularity": granularity_of(side.block), "nonfinite": "ignore", "on_clip": "saturate", **how}
+    return quantize(x, side.format, **how)
 
 
 def _scheme(side: Side) -> str:
@@ -567,6 +609,8 @@ def _scheme(side: Side) -> str:
 
 
 def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None = None, **how: Any) -> QArray:
+    if dialect.whole is not None:
+        return quantize(x, side.format.name, dialect=dialect)
     own = {"scale_dtype": side.scale_dtype} if side.scale_dtype else {}
     return _quantized(x, side, dialect=dialect, scheme=scheme or _scheme(side), **own, **how)
 
@@ -602,10 +646,16 @@ def _with_given(x: _Numbers, side: Side, *, dialect: Dialect, rounding: str) -> 
     return _quantized(x, side, scale=side.scale, dialect=dialect, rounding=rounding, **given)
 
 
+def _by_fields() -> list[Dialect]:
+    """Dialects that their fields describe."""
+    return [d for d in DIALECTS.values() if d.whole is None]
+
+
 def named_rules() -> Iterator[Rule]:
     """The dialects of the table, and rules for scales of few bits."""
     for d in DIALECTS.values():
-        yield Rule(d.name, f"{{one}} is what dialect {d.name!r} makes of {{x}}", partial(_by_dialect, dialect=d))
+        says = f"{{one}} is what dialect {d.name!r} makes of {{x}}"
+        yield Rule(d.name, says, partial(_by_dialect, dialect=d), of_all=d.whole is not None)
     for mode in SCALE_MODES:
         yield Rule(
             f"scale_mode {mode}",
@@ -617,7 +667,7 @@ def named_rules() -> Iterator[Rule]:
         says = f"{{one}} is {{x}} with scale_dtype={kept!r}"
         yield Rule(f"scale_dtype {kept}", says, partial(_kept_in, kept=kept))
     for name, kind in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
-        for d in DIALECTS.values():
+        for d in _by_fields():
             for first in (True, False):
                 when = "before codes are made" if first else "after codes were made"
                 yield Rule(
@@ -634,13 +684,14 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "divides": (False, True),
     "zero_first": (False, True),
     "divides_zero": (False, True),
+    "power_rounding": (None, 0.5, 0.75),
 }
 """Fields of a dialect that decide numbers, and what they may be."""
 
 
 def nearby_rules() -> Iterator[Rule]:
     """Dialects that differ from one of the table in a single field, in the rounding, or in two of this library's."""
-    for d in DIALECTS.values():
+    for d in _by_fields():
         for changed in _changes(d):
             yield _changed(d, changed)
     own = DIALECTS["aqt_lite"]
@@ -663,7 +714,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     how = {"rounding": changed["rounding"]} if "rounding" in changed else {}
     if "reach" in fields:
         fields["reaches"] = ()
-    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None}
+    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,

@@ -188,7 +188,7 @@ def check_backend(backend: str | Backend) -> Conformance:
     >>> from aqt_lite.testing import check_backend
     >>> report = check_backend("array_api_strict")
     >>> report.passed, len(report.rows)
-    (True, 13)
+    (True, 14)
     """
     b = backend if isinstance(backend, Backend) else get_backend(backend)
     floats = tuple(_floats_of(b))
