@@ -455,16 +455,15 @@ def _difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[i
 def _further(a: _Numbers, b: _Numbers, bound: float) -> _Numbers:
     """Where ``|a - b| > bound``, exactly: of a rounded difference that is equal to the bound, what it lost decides."""
     with np.errstate(invalid="ignore"):
-        difference = a - b
+        difference = np.asarray(a - b)  # of arrays without axes NumPy makes scalars, which cannot be written to
         size = np.abs(difference)
-        far = size > bound
-        even = size == bound
+        far, even = np.asarray(size > bound), np.asarray(size == bound)
     if even.any():
         p, q, d = a[even], -b[even], difference[even]
         around = d - p  # what follows is the difference's rounding error (Knuth's two-sum)
         lost = (p - (d - around)) + (q - around)
         far[even] = lost * np.sign(d) > 0
-    return np.asarray(far)
+    return far
 
 
 def _refuse_infinities(x: _Numbers, start: tuple[int, ...]) -> None:

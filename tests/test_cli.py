@@ -134,6 +134,17 @@ def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
         assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
 
 
+def test_variables_without_axes(tmp_path, capsys):
+    ds = xr.Dataset({"p0": xr.DataArray(np.float32(3.3)), "gap": np.nan, "a": ("x", np.linspace(0, 9, 50, dtype="f4"))})
+    ds.to_netcdf(tmp_path / "in.nc")
+    for bound, target in (("a=0.05", "some.nc"), ("0.05", "all.nc"), ("0.05", "all.zarr")):
+        assert run(capsys, "pack", tmp_path / "in.nc", tmp_path / target, "--max-abs-err", bound)[::2] == (0, "")
+        assert run(capsys, "unpack", tmp_path / target, tmp_path / "back.nc", "--overwrite")[::2] == (0, "")
+        with xr.open_dataset(tmp_path / "back.nc") as back:
+            np.testing.assert_allclose(back.p0, 3.3, rtol=0, atol=0.05)
+            assert np.isnan(back.gap)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
     with xr.open_dataset(source) as ds:
