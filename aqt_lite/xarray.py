@@ -5,14 +5,16 @@ public functions, the CF arithmetic (``cf``), the container's words. Import it a
 ``import aqt_lite`` alone imports no xarray.
 
 A quantized variable is a few variables of a Dataset, so that everything xarray does with Datasets works on it: the
-codes, under the name of the variable and with its attributes; the scales, zero points or offsets beside them, along the
-same dimensions where there is one for each index, along dimensions of their own elsewhere; and an attribute that says
-what the codes mean. xarray's own ``to_netcdf`` and ``to_zarr`` store such a Dataset as it is.
+codes, under the name of the variable; the scales, zero points or offsets beside them, along the same dimensions where
+there is one for each index, along dimensions of their own elsewhere; and an attribute that says what the codes mean,
+and the attributes of the values, units for instance, which are not those of codes. xarray's own ``to_netcdf`` and
+``to_zarr`` store such a Dataset as it is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -193,8 +195,9 @@ def quantize(
     Returns
     -------
     Dataset
-        Codes, scales, zero points and offsets as variables. :func:`dequantize` makes values of them again. Selecting
-        along dimensions works where blocks stay whole.
+        Codes, scales, zero points and offsets as variables. :func:`dequantize` makes values of them again, with their
+        attributes, which the codes do not show: they are not in kelvin. Selecting along dimensions works where blocks
+        stay whole.
 
     Examples
     --------
@@ -278,7 +281,8 @@ def _quantized(
         "codes": _taken_apart(q, name, dims, variables, taken),
     }
     codes = variables[name]
-    codes.attrs = {**da.attrs, ATTRIBUTE: json.dumps(said)}
+    said["attributes"], left = _in_words(da.attrs)
+    codes.attrs = {**left, ATTRIBUTE: json.dumps(said)}
     codes.encoding = {ATTRIBUTE: dict(da.encoding)}
     return xr.Dataset(variables, da.coords)
 
@@ -304,6 +308,39 @@ def _taken_apart(
             variables[here] = xr.Variable(grid, _in_even_chunks(array))
             parts[part] = {"variable": here, "dims": grid}
     return {"variable": name, "dims": kept, "qarray": described(q), "parts": parts}
+
+
+def _in_words(attributes: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Attributes in JSON's types, each as the type of its NumPy array and a list, or as it is; and those without."""
+    words: dict[str, Any] = {}
+    left: dict[Any, Any] = {}
+    for name, value in attributes.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = np.float64(value)
+        typed = isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8
+        word = {"dtype": value.dtype.str, "values": _numbers(value)} if typed else {"is": value}
+        try:
+            same = isinstance(name, str) and (typed or json.loads(json.dumps(value)) == value)
+        except (TypeError, ValueError):
+            same = False
+        if same:
+            words[name] = word
+        else:
+            left[name] = value
+    return words, left
+
+
+def _numbers(value: Any) -> Any:
+    """In JSON, which has neither NaN nor infinities: beside those, numbers are the shortest text that means them."""
+    return value.tolist() if np.isfinite(value).all() else np.asarray(value).astype(str).tolist()
+
+
+def _of_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that :func:`_in_words` was given."""
+    return {
+        name: word["is"] if "is" in word else np.asarray(word["values"], word["dtype"])[()]
+        for name, word in words.items()
+    }
 
 
 def _in_even_chunks(array: Any) -> Any:
@@ -347,7 +384,8 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
         words = _without(words, name, [list(said["along"]).index(dim) for dim in dropped])
     values = _put_together(ds, words, name, used).dequantize(dtype)
     used.discard(name)
-    attrs = {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}
+    attrs = _of_words(said.get("attributes", {}))
+    attrs |= {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}  # what was said of it since
     dims = [dim for dim in said["along"] if dim not in dropped]
     return xr.Variable(dims, values, attrs, codes.encoding.get(ATTRIBUTE))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -223,6 +224,41 @@ def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
         bounded = t.aqt.quantize("auto", max_abs_err=0.5, missing="nan").aqt.dequantize().t
         assert np.nanmax(np.abs(bounded - X)) <= 0.5
         assert np.array_equal(np.isnan(bounded), np.isnan(X))
+
+
+@pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
+def test_codes_have_no_attributes_of_values(tmp_path, chunks):
+    """Codes are not in kelvin, nor are valid limits and fill values those of codes."""
+    attrs = {
+        "long_name": "temperature", "standard_name": "air_temperature", "n": 3, "f": 0.1, "of_list": [1, 2],
+        "valid_range": np.asarray([0, 1000], "f4"), "big": np.asarray([1.5, -2], ">f8"),
+        "missing_value": np.float32(1e20), "gap": np.float32(np.nan),
+        "open": np.asarray([-np.inf, 0.1], "f4"), "nan": np.float64(np.nan),
+        "flags": np.asarray([1, 2**62 + 1]), "text": "°C “as it is”", "none": np.zeros(0, "f4"),
+    }  # fmt: skip
+    t = full().assign_attrs(attrs)
+    q = (t if chunks is None else t.chunk(chunks)).aqt.quantize("int8", granularity={"time": 1})
+    assert q.t.attrs.keys() == {"aqt_lite"}
+    q.to_netcdf(tmp_path / "q.nc")
+    q.to_zarr(tmp_path / "q.zarr", consolidated=False)
+    with netCDF4.Dataset(tmp_path / "q.nc") as file:
+        assert set(file["t"].ncattrs()) == {"aqt_lite"}
+    for path, options in (("q.nc", {}), ("q.zarr", {"engine": "zarr", "consolidated": False})):
+        with aqt_lite.xarray.open_dataset(tmp_path / path, **options) as found:
+            assert list(found.t.attrs) == list(t.attrs)
+            for name, value in t.attrs.items():
+                assert type(found.t.attrs[name]) is type(value)
+                np.testing.assert_array_equal(found.t.attrs[name], value)
+                assert getattr(found.t.attrs[name], "dtype", None) == getattr(value, "dtype", None)
+    said = q.assign(t=q.t.assign_attrs(units="degC", history="checked"))  # what is said of codes later stays
+    assert said.aqt.dequantize().t.attrs.keys() == {*t.attrs, "history"}
+    assert said.aqt.dequantize().t.attrs["units"] == "degC"
+    assert np.isnan(full().assign_attrs(gap=np.nan).aqt.quantize().aqt.dequantize().t.attrs["gap"])
+    json.loads(q.t.attrs["aqt_lite"], parse_constant=pytest.fail)  # as others read it
+    odd = {"pair": (1, 2), "object": object(), "complex": np.complex64(1j), 5: "five"}  # JSON has no words for them
+    there = full().assign_attrs(odd).aqt.quantize()
+    assert there.t.attrs.keys() == {"aqt_lite", *odd}
+    assert there.aqt.dequantize().t.attrs == {"units": "K", **odd}
 
 
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
