@@ -108,7 +108,8 @@ def _pack(options: argparse.Namespace) -> None:
 
     _check_target(options)
     with _opened(options.source) as ds:
-        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype)
+        zarr = options.target.endswith(_ZARR)
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
         bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))
@@ -124,11 +125,11 @@ def _unpack(options: argparse.Namespace) -> None:
     _check_target(options)
     with _opened(options.source, values=True) as ds:
         names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
-        bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
+        bare = ds.assign({name: fields.without_packing(fields.in_its_type(ds[name])) for name in names})
         encoding: dict[Any, Any] = {
             name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
         }
-        _write(bare, encoding, options.target, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
+        _write(bare, encoding, options.target, lambda path: _check(ds, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
 

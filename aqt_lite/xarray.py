@@ -46,6 +46,9 @@ ATTRIBUTE = "aqt_lite"
 BOUND = "max_abs_error"
 """Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
 
+UNPACKED = "unpacked_dtype"
+"""Attribute of a packed variable of zarr, whose JSON loses that of ``scale_factor``: the type of the values."""
+
 _RELATED = (
     *("bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "geometry", "grid_mapping"),
     *("interior_ring", "node_coordinates", "node_count", "part_node_count"),
@@ -453,9 +456,17 @@ def open_dataset(path: Any, **kwargs: Any) -> xr.Dataset:
 
 
 def packed(
-    obj: xr.DataArray | xr.Dataset, max_abs_err: Any, dtype: Any, encoding: Mapping[Hashable, Any] | None = None
+    obj: xr.DataArray | xr.Dataset,
+    max_abs_err: Any,
+    dtype: Any,
+    encoding: Mapping[Hashable, Any] | None = None,
+    *,
+    says_type: bool = False,
 ) -> tuple[xr.Dataset, dict[Hashable, Any]]:
-    """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it."""
+    """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it.
+
+    ``says_type``: whether they say the type of the values, too, as stores of zarr need it.
+    """
     ds = _as_dataset(obj)
     bounds = _bounds(ds, max_abs_err)
     bare = ds.assign({name: without_packing(ds[name]) for name in bounds})
@@ -466,6 +477,8 @@ def packed(
     for name, bound in bounds.items():
         packing = cf.Packing.from_attributes(found[name], found[name]["dtype"])
         bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: float(bound)})
+        if says_type:
+            bare[name].attrs[UNPACKED] = packing.unpack(np.zeros(0, packing.dtype)).dtype.name
         chosen = (encoding or {}).get(name, {})
         clash = [key for key in found[name] if key in chosen]
         if clash:
@@ -483,10 +496,21 @@ def _as_dataset(obj: xr.DataArray | xr.Dataset) -> xr.Dataset:
 def without_packing(da: xr.DataArray) -> xr.DataArray:
     """Without what speaks of codes in the file that it came from; its valid limits in units of the values."""
     bare = da.copy(deep=False)
-    kept = {key: value for key, value in da.attrs.items() if key not in _OF_PACKED}
+    kept = {key: value for key, value in da.attrs.items() if key not in (*_OF_PACKED, UNPACKED)}
     bare.attrs = {**kept, **{name: limits.astype(da.dtype) for name, limits in _valid_limits(da).items()}}
     bare.encoding = {key: value for key, value in da.encoding.items() if key not in (*_OF_PACKED, "dtype")}
     return bare
+
+
+def in_its_type(da: xr.DataArray) -> xr.DataArray:
+    """As float32 what xarray has decoded in float64 of a store of zarr that says so, where no value changes by it."""
+    numbers = [da.encoding.get(key, np.nan) for key in ("scale_factor", "add_offset")]
+    codes = np.dtype(da.encoding.get("dtype", da.dtype))
+    if da.attrs.get(UNPACKED) != "float32" or codes.kind not in "iu" or codes.itemsize > 2:
+        return da
+    with np.errstate(over="ignore"):
+        exact = all(np.all(np.float32(number) == np.float64(number)) for number in numbers)
+    return da.copy(data=da.data.astype(np.float32)) if exact else da
 
 
 def _valid_limits(da: xr.DataArray) -> dict[str, Any]:
@@ -595,11 +619,12 @@ def to_zarr(
 ) -> None:
     """Write a packed zarr store, as :func:`to_netcdf` does a file.
 
-    xarray decodes it in float64, since JSON has no float32: the values are the same numbers.
+    xarray decodes it in float64, since JSON has no float32: the values are the same numbers. The attribute
+    ``unpacked_dtype`` says their type, to which ``aqt-lite unpack`` returns.
     """
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
-    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding, says_type=True)
     written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
 
 

@@ -100,6 +100,34 @@ def test_stores_of_zarr(source, tmp_path, capsys):
     assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
 
 
+def test_stores_of_zarr_unpack_in_the_type_of_the_fields(source, tmp_path, capsys):
+    """JSON has one kind of number, so that xarray decodes all packed variables in float64."""
+    out, back = tmp_path / "out.zarr", tmp_path / "back.nc"
+    assert run(capsys, "pack", source, out, "--max-abs-err", "t=0.05,p=2")[0] == 0
+    with xr.open_dataset(source) as ds:
+        ds.t.aqt.to_zarr(tmp_path / "mine.zarr", max_abs_err=0.05, consolidated=False)
+        wide = ds.t.load()
+    for path in (out, tmp_path / "mine.zarr"):
+        assert run(capsys, "unpack", path, back, "--overwrite")[::2] == (0, "")
+        with xr.open_zarr(path, consolidated=False) as packed, xr.open_dataset(back) as found:
+            assert (packed.t.dtype, found.t.dtype) == ("float64", "float32")
+            assert_same_bits(found.t.values.astype("float64"), packed.t.values)
+            assert found.get("p", packed.t).dtype == "float64"
+            assert found.t.valid_range.dtype == "float32"
+            assert "unpacked_dtype" not in found.t.attrs
+    assert run(capsys, "unpack", out, tmp_path / "back.zarr")[0] == 0
+    assert xr.open_zarr(tmp_path / "back.zarr", consolidated=False).t.dtype == "float32"
+    # Codes of 32 bits are decoded in float64, and a step that is no float32 would be rounded: neither is touched.
+    wide.aqt.to_zarr(tmp_path / "wide.zarr", max_abs_err=1e-3, dtype="int32", consolidated=False)
+    said = {"dtype": "int16", "scale_factor": 0.1, "add_offset": 280.0, "_FillValue": -32768}
+    other = wide.drop_attrs().assign_attrs(unpacked_dtype="float32").to_dataset()
+    other.to_zarr(tmp_path / "other.zarr", encoding={"t": said}, consolidated=False)
+    for name in ("wide.zarr", "other.zarr"):
+        assert run(capsys, "unpack", tmp_path / name, back, "--overwrite")[::2] == (0, "")
+        with xr.open_zarr(tmp_path / name, consolidated=False) as packed, xr.open_dataset(back) as found:
+            assert_same_bits(found.t.values, packed.t.values)
+
+
 def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
     """Bounds of cells, a grid mapping without values, times, text, and a variable without elements."""
     ds = xr.Dataset(
