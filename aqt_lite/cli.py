@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 where something is wrong with the data, 2 with the arguments."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **how: print(
+                f"aqt-lite: warning: {message}", file=sys.stderr
+            )
+            options.run(options)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
@@ -110,7 +115,7 @@ def _pack(options: argparse.Namespace) -> None:
     with _opened(options.source) as ds:
         zarr = options.target.endswith(_ZARR)
         packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
-        bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
+        bounds = fields.bounds_of(ds, options.max_abs_err)
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))
         _write(packed, encoding, options.target, lambda path: _check(ds, path, bounds))

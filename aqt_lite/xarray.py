@@ -18,7 +18,10 @@ import math
 import os
 import secrets
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Hashable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from aqt_lite.qarray import QArray, described, rebuilt
 __all__ = [
     "DataArrayAccessor",
     "DatasetAccessor",
+    "RepackedWarning",
     "cf_encoding",
     "dequantize",
     "open_dataset",
@@ -44,7 +48,8 @@ ATTRIBUTE = "aqt_lite"
 """Of a variable of codes: what they mean, in JSON. (In ``encoding``: that of the variable that was quantized.)"""
 
 BOUND = "max_abs_error"
-"""Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
+"""Attribute of a packed variable: the largest error allowed when it was packed, in units of the data; the sum of them
+where it was packed more than once."""
 
 UNPACKED = "unpacked_dtype"
 """Attribute of a packed variable of zarr, whose JSON loses that of ``scale_factor``: the type of the values."""
@@ -58,6 +63,22 @@ _RELATED = (
 _LIMITS = ("valid_min", "valid_max", "valid_range")
 _OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
+
+
+class RepackedWarning(UserWarning):
+    """Values that were packed before are packed again: errors add up.
+
+    Examples
+    --------
+    >>> import warnings, xarray as xr
+    >>> from aqt_lite.xarray import RepackedWarning, cf_encoding
+    >>> t = xr.DataArray([1.0, 2.0], name="t", attrs={"max_abs_error": 0.25})
+    >>> with warnings.catch_warnings(record=True) as found:
+    ...     warnings.simplefilter("always")
+    ...     encoding = cf_encoding(t, max_abs_err=0.5)
+    >>> found[0].category is RepackedWarning
+    True
+    """
 
 
 def cf_encoding(
@@ -90,6 +111,12 @@ def cf_encoding(
         A bound that the type cannot keep, with the smallest that it can; infinities; attributes that would come to mean
         something else.
 
+    Warns
+    -----
+    RepackedWarning
+        The attribute ``max_abs_error`` says that the values were packed before: errors add up, and :func:`to_netcdf`
+        and :func:`to_zarr` write the sum. Whoever writes with the encoding sets the attribute.
+
     Examples
     --------
     >>> import numpy as np, xarray as xr
@@ -101,7 +128,7 @@ def cf_encoding(
     ['t']
     """
     if isinstance(obj, xr.Dataset):
-        bounds = _bounds(obj, max_abs_err)
+        bounds = bounds_of(obj, max_abs_err)
         return {name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype) for name, bound in bounds.items()}
     if not isinstance(obj, xr.DataArray):
         raise TypeError(f"obj is a {type(obj).__name__}, not a DataArray or Dataset; for other arrays see aqt_lite.cf")
@@ -117,7 +144,39 @@ def cf_encoding(
         packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{_called(obj)}: {error}") from None
+    _sum_of_bounds(obj, max_abs_err)
     return {**packing.encoding, **related(obj)}
+
+
+def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
+    """The largest error of packing a variable and of its earlier packing, of which a warning is given."""
+    bound = float(bound)
+    if BOUND not in da.attrs:
+        return bound
+    try:
+        earlier = float(da.attrs[BOUND])
+    except (TypeError, ValueError):
+        earlier = math.nan
+    if not 0 <= earlier < math.inf:
+        _warn(f"{_called(da)} has the attribute {BOUND}={da.attrs[BOUND]!r}, which is no bound: {bound!r} replaces it")
+        return bound
+    total = earlier + bound
+    if Fraction(total) < Fraction(earlier) + Fraction(bound):
+        total = math.nextafter(total, math.inf)
+    _warn(
+        f"{_called(da)} has the attribute {BOUND}={earlier!r}: it was packed before, and is packed again with "
+        f"max_abs_err={bound!r}. Errors add up, to {total!r} at most: pack from the original; or remove the attribute, "
+        "if these are other values"
+    )
+    return total
+
+
+def _warn(message: str) -> None:
+    """A RepackedWarning at the line that called this module."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RepackedWarning, stacklevel=level)
 
 
 def related(da: xr.DataArray) -> dict[str, Any]:
@@ -129,7 +188,7 @@ def _called(obj: xr.DataArray) -> str:
     return "the DataArray" if obj.name is None else f"variable {obj.name!r}"
 
 
-def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
+def bounds_of(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
     """A bound for each variable that is to be packed."""
     if isinstance(max_abs_err, Mapping):
         unknown = [name for name in max_abs_err if name not in ds.data_vars]
@@ -468,15 +527,15 @@ def packed(
     ``says_type``: whether they say the type of the values, too, as stores of zarr need it.
     """
     ds = _as_dataset(obj)
-    bounds = _bounds(ds, max_abs_err)
+    bounds = bounds_of(ds, max_abs_err)
     bare = ds.assign({name: without_packing(ds[name]) for name in bounds})
     for name in bounds:
-        for limit in _LIMITS:
-            bare[name].attrs.pop(limit, None)
+        for said in (*_LIMITS, BOUND):
+            bare[name].attrs.pop(said, None)
     found = cf_encoding(bare, max_abs_err=bounds, dtype=dtype)
     for name, bound in bounds.items():
         packing = cf.Packing.from_attributes(found[name], found[name]["dtype"])
-        bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: float(bound)})
+        bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: _sum_of_bounds(ds[name], bound)})
         if says_type:
             bare[name].attrs[UNPACKED] = packing.unpack(np.zeros(0, packing.dtype)).dtype.name
         chosen = (encoding or {}).get(name, {})
@@ -590,7 +649,8 @@ def to_netcdf(
     """Write a packed netCDF file, which every reader unpacks to within ``max_abs_err``.
 
     The file is whole or not there. ``valid_min``, ``valid_max`` and ``valid_range`` are written in codes, as CF has
-    them, and the bound as the attribute ``max_abs_error``.
+    them, and the bound as the attribute ``max_abs_error``; where values have that attribute, since they were packed
+    before, the sum of both, with a :class:`RepackedWarning`.
 
     Parameters
     ----------

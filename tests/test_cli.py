@@ -49,6 +49,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
 def test_there_and_back(source, tmp_path, capsys):
     out, back = tmp_path / "out.nc", tmp_path / "back.nc"
     status, said, errors = run(capsys, "pack", source, out, "--max-abs-err", "t=0.05,p=2")
@@ -83,9 +84,19 @@ def test_there_and_back(source, tmp_path, capsys):
         np.testing.assert_allclose(file["t"].valid_range, [0, 1000], atol=0.1)
     assert "max abs err" in run(capsys, "info", back)[1]
     again = tmp_path / "again.nc"  # a packed file is packed anew
-    assert run(capsys, "pack", out, again, "--max-abs-err", "0.5", "--dtype", "int16")[0] == 0
-    with netCDF4.Dataset(again) as file:
-        np.testing.assert_allclose(file["t"][:].filled(np.nan), values, rtol=0, atol=0.5)
+    for path in (out, back):
+        status, said, errors = run(
+            capsys, "pack", path, again, "--max-abs-err", "0.5", "--dtype", "int16", "--overwrite"
+        )
+        assert status == 0
+        assert errors.splitlines()[0].startswith(
+            "aqt-lite: warning: variable 't' has the attribute max_abs_error=0.05: it was packed before, and is packed "
+            "again with max_abs_err=0.5. Errors add up, to 0.55 at most: "
+        )
+        assert len(errors.splitlines()) == 2  # of t and p
+        assert [line.split()[-1] for line in said.splitlines()[1:3]] == ["0.55", "2.5"]
+        with netCDF4.Dataset(again) as file:
+            np.testing.assert_allclose(file["t"][:].filled(np.nan), values, rtol=0, atol=0.5)
     assert names(tmp_path) == ["again.nc", "back.nc", "in.nc", "out.nc"]
 
 
@@ -225,6 +236,15 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
     assert "from what is read again" in errors
     assert out.read_text() == "what was here"
     assert names(tmp_path) == ["in.nc", "out.nc"]
+
+
+@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
+def test_a_file_that_is_packed_again_is_held_against_the_new_bound_alone(source, tmp_path, capsys, monkeypatch):
+    assert run(capsys, "pack", source, tmp_path / "a.nc", "--max-abs-err", "t=0.5")[0] == 0
+    seen = []
+    monkeypatch.setattr(aqt_lite.xarray, "check_within", lambda x, y, bound, progress: seen.append(bound))
+    assert run(capsys, "pack", tmp_path / "a.nc", tmp_path / "b.nc", "--max-abs-err", "t=0.05")[0] == 0
+    assert seen == [0.05]
 
 
 def test_a_written_file_that_differs_is_noticed(source, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fractions import Fraction
 
 import dask
 import netCDF4
@@ -15,7 +16,7 @@ import xarray as xr
 import aqt_lite.xarray
 from aqt_lite import PerBlock, PerChannel, cf, dequantize, quantize
 from aqt_lite.testing import assert_same_bits
-from aqt_lite.xarray import cf_encoding
+from aqt_lite.xarray import RepackedWarning, cf_encoding
 
 X = (np.random.default_rng(0).standard_normal((3, 20, 30)) * 20 + 280).astype("float32")
 X[0, 3, 4] = np.nan
@@ -324,10 +325,40 @@ def test_a_packed_file_says_its_bound_and_keeps_valid_limits(tmp_path):
 def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
     field().aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=0.01)
     with xr.open_dataset(tmp_path / "a.nc") as ds:
-        ds.aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=1.0, dtype="int16")
+        with pytest.warns(RepackedWarning, match=r"max_abs_error=0\.01: .* max_abs_err=1\.0\. .* to 1\.01 at most"):
+            ds.aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=1.0, dtype="int16")
         with xr.open_dataset(tmp_path / "b.nc") as found:
             assert float(abs(found.t - ds.t).max()) <= 1.0
             assert found.t.encoding["scale_factor"] > 1.9
+
+
+def test_bounds_add_up(tmp_path):
+    """The attribute is never less than what the packings may have done together."""
+    first, second = 0.1, 0.7
+    assert Fraction(first + second) < Fraction(first) + Fraction(second)  # a sum that is rounded down
+    t = field(max_abs_error=first)
+    ds = xr.Dataset({"t": t, "p": field()})
+    calls = (
+        lambda: ds.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=second),
+        lambda: aqt_lite.xarray.to_zarr(ds, tmp_path / "t.zarr", max_abs_err={"t": second}, consolidated=False),
+        lambda: t.aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=second),
+        lambda: cf_encoding(ds, max_abs_err=second),
+        lambda: t.aqt.cf_encoding(max_abs_err=second),
+    )
+    for call in calls:
+        with pytest.warns(RepackedWarning) as found:
+            call()
+        assert [warning.filename for warning in found] == [__file__]
+    for path, options in (("t.nc", {}), ("a.nc", {}), ("t.zarr", {"engine": "zarr", "consolidated": False})):
+        with xr.open_dataset(tmp_path / path, **options) as read:
+            assert Fraction(float(read.t.attrs["max_abs_error"])) >= Fraction(first) + Fraction(second)
+            assert path != "t.nc" or read.p.attrs["max_abs_error"] == second
+    assert ds.t.attrs["max_abs_error"] == first
+    for bad in ("0.1 K", np.asarray([1.0, 2.0]), -1.0, np.nan):
+        with pytest.warns(RepackedWarning, match=r"which is no bound: 0\.7 replaces it"):
+            field(max_abs_error=bad).aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=second)
+        with xr.open_dataset(tmp_path / "b.nc") as read:
+            assert read.t.attrs["max_abs_error"] == second
 
 
 def test_nothing_is_half_written(tmp_path):
