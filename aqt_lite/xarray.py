@@ -82,13 +82,21 @@ class RepackedWarning(UserWarning):
 
 
 def cf_encoding(
-    obj: xr.DataArray | xr.Dataset, *, max_abs_err: float | Mapping[Hashable, float], dtype: Any = "auto"
+    obj: xr.DataArray | xr.Dataset,
+    *,
+    max_abs_err: float | Mapping[Hashable, float],
+    dtype: Any = "auto",
+    value_range: tuple[float, float] | Mapping[Hashable, tuple[float, float]] | None = None,
 ) -> dict[Any, Any]:
     """How to pack a variable, or those of a Dataset, so that what is read again is within ``max_abs_err``.
 
     The result is xarray's ``encoding``: integers, ``scale_factor``, ``add_offset`` and a ``_FillValue`` for NaN, as the
     CF conventions have them, which every reader of netCDF unpacks. The bound is on what it makes of them, its rounding
     included, and is checked on every element, chunk by chunk. :mod:`aqt_lite.cf` says how the numbers are chosen.
+
+    It is for the values of ``obj`` and those in ``value_range``. Other values that are written with it may have no
+    code, and xarray then writes some other code without a word: the bound is not kept, by any amount. For data that are
+    not at hand yet, state their range; :meth:`aqt_lite.cf.Packing.pack` refuses what is beyond the codes.
 
     Parameters
     ----------
@@ -99,6 +107,8 @@ def cf_encoding(
         (but for coordinates, and times since a date); a mapping says which are packed.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
+    value_range : (float, float), or mapping of names of variables to pairs, optional
+        The least and the greatest value that the encoding is for, beside those of ``obj``. Of a Dataset, a mapping.
 
     Returns
     -------
@@ -128,12 +138,22 @@ def cf_encoding(
     ['t']
     """
     if isinstance(obj, xr.Dataset):
-        bounds = bounds_of(obj, max_abs_err)
-        return {name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype) for name, bound in bounds.items()}
+        bounds, ranges = bounds_of(obj, max_abs_err), {} if value_range is None else value_range
+        if not isinstance(ranges, Mapping):
+            raise TypeError(f"value_range={ranges!r}: give a mapping from names of variables for a Dataset")
+        unknown = [name for name in ranges if name not in bounds]
+        if unknown:
+            raise ValueError(f"value_range names {unknown[0]!r}; {list(bounds)} are packed")
+        return {
+            name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype, value_range=ranges.get(name))
+            for name, bound in bounds.items()
+        }
     if not isinstance(obj, xr.DataArray):
         raise TypeError(f"obj is a {type(obj).__name__}, not a DataArray or Dataset; for other arrays see aqt_lite.cf")
     if isinstance(max_abs_err, Mapping):
         raise TypeError("max_abs_err is a mapping, which is for Datasets: give one number for a DataArray")
+    if isinstance(value_range, Mapping):
+        raise TypeError("value_range is a mapping, which is for Datasets: give two numbers for a DataArray")
     said = [name for name in _OF_PACKED if name in obj.attrs]
     if said:
         raise ValueError(
@@ -141,7 +161,7 @@ def cf_encoding(
             "codes: take it out of attrs first"
         )
     try:
-        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype)
+        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{_called(obj)}: {error}") from None
     _sum_of_bounds(obj, max_abs_err)
@@ -703,9 +723,9 @@ class _Accessor:
         """Codes and scales, with all labels: :func:`aqt_lite.xarray.quantize`."""
         return quantize(self._obj, dtype, granularity=granularity, **how)
 
-    def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto") -> dict[Any, Any]:
+    def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto", value_range: Any = None) -> dict[Any, Any]:
         """How to pack it: :func:`aqt_lite.xarray.cf_encoding`."""
-        return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype)
+        return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
 
     def to_netcdf(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
         """Write a packed file: :func:`aqt_lite.xarray.to_netcdf`."""

@@ -271,3 +271,29 @@ def test_what_is_wrong_with_an_array_without_axes():
         choose_packing(np.asarray(np.inf, "float32"), max_abs_err=1.0)
     with pytest.raises(ValueError, match=r"1 values of 1 beyond the codes .* at index \(\): 1000.0"):
         choose_packing(one, max_abs_err=0.05, dtype="int8").pack(np.asarray(1e3, "float32"))
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["auto", "int16", "uint16"])
+def test_a_stated_range_is_covered(source, dtype):
+    later = np.concatenate([np.linspace(180.1, 360.7, 2001), np.full(1, np.nan)]).astype(source)
+    later = np.clip(later, np.asarray(180.1, source), np.asarray(360.7, source))
+    for x in (X[:1, :2].astype(source), np.zeros(0, source), np.full(2, np.nan, source)):
+        check_within(later, choose_packing(x, max_abs_err=0.003, dtype=dtype, value_range=(180.1, 360.7)), 0.003)
+    other = np.full(2, 300 if dtype == "uint16" else 0, source)  # without it, there are no codes
+    with pytest.raises(ValueError, match="beyond the codes of this packing"):
+        choose_packing(other, max_abs_err=0.003, dtype=dtype).pack(later)
+    wide = np.asarray([0, 500.0], source)  # and what x has beyond the range is covered, too
+    packing = choose_packing(wide, max_abs_err=0.05, dtype=dtype, value_range=(180.1, 360.7))
+    assert packing == choose_packing(wide, max_abs_err=0.05, dtype=dtype)
+    with pytest.raises(ValueError, match=r"int8 cannot keep max_abs_err=0.05 over \[180\.1\d*, 360\.7\d*\]"):
+        choose_packing(np.zeros(0, source), max_abs_err=0.05, dtype="int8", value_range=(180.1, 360.7))
+
+
+@pytest.mark.parametrize("bad", [(2, 1), (0, np.inf), (np.nan, 1), (0, 1e39)])
+def test_ranges_that_are_none(bad):
+    with pytest.raises(ValueError, match=r"value_range=.*: give the least and the greatest value, finite in float32"):
+        choose_packing(X, max_abs_err=0.05, value_range=bad)
+    for shape in (1.0, (1, 2, 3), ("a", "b")):
+        with pytest.raises(TypeError, match=r"value_range=.*: give two numbers"):
+            choose_packing(X, max_abs_err=0.05, value_range=shape)

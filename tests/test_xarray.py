@@ -128,6 +128,37 @@ def test_datasets():
         cf_encoding(ds, max_abs_err=0.05, dtype="int8")
 
 
+def test_an_encoding_covers_a_stated_range(tmp_path):
+    """Writers wrap what is beyond the codes, without a word: who writes other data states their range."""
+    ds = xr.Dataset({"t": field(), "p": field()})
+    later = field() + 150
+    ranges = {"t": (float(X.min(where=~np.isnan(X), initial=300)), float(np.nanmax(later)))}
+    encoding = cf_encoding(ds, max_abs_err=0.003, value_range=ranges)
+    assert encoding["p"] == cf_encoding(ds.p, max_abs_err=0.003)
+    assert encoding["t"]["dtype"] == encoding["p"]["dtype"] == "int16"
+    assert encoding["t"] == ds.t.aqt.cf_encoding(max_abs_err=0.003, value_range=ranges["t"])
+    assert encoding["t"] == ds.aqt.cf_encoding(max_abs_err=0.003, value_range=ranges)["t"]
+    for engine in ("netcdf4", "h5netcdf"):
+        errors = {}
+        for name in ds:
+            path = tmp_path / f"{name}_{engine}.nc"
+            later.to_netcdf(path, encoding={"t": encoding[name]}, engine=engine)
+            with xr.open_dataset(path) as found:
+                errors[name] = float(abs(found.t.astype("float64") - later).max())
+        assert errors["t"] <= 0.003
+        assert errors["p"] > 100
+    with pytest.raises(ValueError, match="beyond the codes of this packing"):
+        cf.Packing.from_attributes(encoding["p"], "int16").pack(later.values)
+    with pytest.raises(ValueError, match=r"value_range names 'q'; \['t', 'p'\] are packed"):
+        cf_encoding(ds, max_abs_err=0.05, value_range={"q": (0, 1)})
+    with pytest.raises(TypeError, match="give a mapping from names of variables for a Dataset"):
+        cf_encoding(ds, max_abs_err=0.05, value_range=(0, 1))
+    with pytest.raises(TypeError, match="value_range is a mapping, which is for Datasets"):
+        cf_encoding(ds.t, max_abs_err=0.05, value_range=ranges)
+    with pytest.raises(ValueError, match=r"variable 't': value_range=\(1, 0\): give the least"):
+        cf_encoding(ds.t, max_abs_err=0.05, value_range=(1, 0))
+
+
 def test_attributes_that_would_speak_of_codes_are_refused():
     for name in ("valid_range", "missing_value", "scale_factor"):
         with pytest.raises(ValueError, match=f"variable 't' has the attribute {name}=1.0"):
