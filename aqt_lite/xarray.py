@@ -174,9 +174,10 @@ def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
     if BOUND not in da.attrs:
         return bound
     try:
-        earlier = float(da.attrs[BOUND])
+        numbers = np.asarray(da.attrs[BOUND], np.float64)  # some libraries read a list of one
     except (TypeError, ValueError):
-        earlier = math.nan
+        numbers = np.zeros(0)
+    earlier = numbers.item() if numbers.size == 1 else math.nan
     if not 0 <= earlier < math.inf:
         _warn(f"{_called(da)} has the attribute {BOUND}={da.attrs[BOUND]!r}, which is no bound: {bound!r} replaces it")
         return bound

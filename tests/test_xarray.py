@@ -385,6 +385,9 @@ def test_bounds_add_up(tmp_path):
             assert Fraction(float(read.t.attrs["max_abs_error"])) >= Fraction(first) + Fraction(second)
             assert path != "t.nc" or read.p.attrs["max_abs_error"] == second
     assert ds.t.attrs["max_abs_error"] == first
+    for one in (np.asarray([first]), [first], np.float32(0.125)):
+        with pytest.warns(RepackedWarning, match=r"has the attribute max_abs_error=0\.1(25)?: it was packed before"):
+            cf_encoding(field(max_abs_error=one), max_abs_err=second)
     for bad in ("0.1 K", np.asarray([1.0, 2.0]), -1.0, np.nan):
         with pytest.warns(RepackedWarning, match=r"which is no bound: 0\.7 replaces it"):
             field(max_abs_error=bad).aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=second)
