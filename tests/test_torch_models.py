@@ -154,6 +154,15 @@ def test_convolutions(dimensions):
 # ---- the rest of a model stays
 
 
+def test_a_dialect_that_makes_whole_arrays_chooses_their_blocks():
+    layer = nn.Linear(64, 6)
+    expected = quantize(layer.weight.detach(), "q4_0", dialect="gguf")
+    x, bias = torch.ones(3, 64), layer.bias.detach()
+    quantize_(layer, [("weight", {"dtype": "q4_0", "dialect": "gguf"})])
+    assert_same_bits(layer.weight.qarray, expected)
+    torch.testing.assert_close(layer(x).detach(), x @ expected.dequantize().T + bias)
+
+
 def test_everything_else_stays_what_it_was():
     model = Model()
     called = []
