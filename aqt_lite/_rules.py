@@ -169,8 +169,7 @@ class _Rule:
                 f"{self.title}: the spec is a {type(spec).__name__}: give a dict of quantize's keywords, for instance "
                 "dict(dtype='int4'), or None to leave what matches as it is"
             )
-        matches = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
-        self.matches: Callable[[str], Any] = matches
+        self._full = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
         self.pattern, self.spec = shown, spec
         for key in spec or ():
             if key not in keys:
@@ -178,6 +177,10 @@ class _Rule:
         layout = (spec or {}).get("layout")
         if layout is not None:
             check_layout(f"{self.title}: layout", layout)
+
+    def matches(self, path: str) -> bool:
+        """Whether it is about that path; names with dots, as torch has them, are also paths with "/"."""
+        return bool(self._full(path) or ("." in path and self._full(path.replace(".", "/"))))
 
     @property
     def is_about_matrices(self) -> bool:
@@ -235,14 +238,20 @@ def planned(
     layout: str | None,
     by_default: Callable[[Leaf], bool],
     extra: tuple[str, ...] = (),
+    already: Sequence[str] = (),
 ) -> list[Planned]:
     """What becomes of each leaf; raises where a rule, or what it says of a leaf, makes no sense.
 
-    Without rules, those that ``by_default`` names become int8 with a scale for each output.
+    Without rules, those that ``by_default`` names become int8 with a scale for each output. ``already`` are paths of
+    weights that are quantized, and no leaves any more.
     """
     if layout is not None:
         check_layout("layout", layout)
-    chosen = [{} if by_default(leaf) else None for leaf in leaves] if rules is None else _chosen(leaves, rules, extra)
+    chosen: list[dict[str, Any] | None]
+    if rules is None:
+        chosen = [{} if by_default(leaf) else None for leaf in leaves]
+    else:
+        chosen = _chosen(leaves, rules, extra, already)
     refused = [leaf for leaf, spec in zip(leaves, chosen, strict=True) if spec is not None and leaf.why_not]
     if refused:
         several = f" (and {len(refused) - 1} more: {', '.join(r.path for r in refused[1:4])})" if refused[1:] else ""
@@ -253,7 +262,9 @@ def planned(
     return [_plan(leaf, spec, layout, extra) for leaf, spec in zip(leaves, chosen, strict=True)]
 
 
-def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[dict[str, Any] | None]:
+def _chosen(
+    leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...], already: Sequence[str]
+) -> list[dict[str, Any] | None]:
     read, used, passed = _read(rules, extra), set[_Rule](), dict[_Rule, str]()
 
     def first(path: str, passes_by: bool) -> _Rule | None:
@@ -284,6 +295,13 @@ def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[
         chosen.append(None if rule is None else rule.spec)
     for rule in read:
         if rule not in used:
+            done = [path for path in already if rule.matches(path)]
+            if done:
+                more = f" (and {len(done) - 1} more)" if done[1:] else ""
+                raise ValueError(
+                    f"{rule.title} matches {done[0]}{more}, which is quantized already, and no other weight: quantize "
+                    "a model once, with all rules, or make it anew"
+                )
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
     return chosen
 
@@ -439,7 +457,7 @@ def check_activations(found: Planned, others: list[str]) -> None:
 
 def _check_quantizable(x: Any) -> None:
     if isinstance(x, QArray):
-        raise TypeError("it is a QArray already: let no rule match it, or dequantize it first")
+        raise TypeError("it is a QArray already, quantized before: let no rule match it, or dequantize it first")
     b = backend_of(x)
     if b is None:
         raise TypeError(refusal(x, "it") or f"it is a {type(x).__name__}, not an array")

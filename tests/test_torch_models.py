@@ -260,6 +260,34 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         quantize_({})
 
 
+def test_rules_may_have_slashes():
+    for pattern in ("down.weight", "down/weight", "do*/weight"):
+        assert list(quantized_weights(quantize_(Model(), [(pattern, {})]))) == ["down.weight"]
+    with pytest.raises(ValueError, match="matches no leaf"):
+        quantize_(Model(), [("norm/norm", {})])
+
+
+def test_what_is_quantized_already_is_said():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantize_(model, [("0.weight", {})])
+    quantize_(model, [("*", {"dtype": "int4"})])
+    for pattern in ("*", "1.weight"):
+        with pytest.raises(ValueError, match=r"matches [01].weight.* quantized already, and no other weight"):
+            quantize_(model, [(pattern, {})])
+    assert [q.dtype for q in quantized_weights(model).values()] == ["int8", "int4"]
+
+
+def test_a_quantized_weight_says_what_a_parameter_would():
+    layer = quantize_(nn.Linear(16, 6, dtype=torch.bfloat16))
+    assert layer.weight.shape == (6, 16)
+    assert isinstance(layer.weight.shape, torch.Size)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.half().weight.dtype == torch.float16
+    assert layer.weight.device == torch.device("cpu")
+    assert layer.to("meta").weight.device == torch.device("meta")
+    assert layer.weight.requires_grad is False
+
+
 def test_layers_that_read_a_weight_themselves_are_told():
     model = made()
     with pytest.raises(TypeError, match=r"linear is given a quantized weight: use weight.qarray with aqt_lite.linear"):
