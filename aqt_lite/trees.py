@@ -57,11 +57,12 @@ def quantize_tree(
         pytree (an Equinox module). It is not changed, and what is not quantized is not copied.
     rules : list of (pattern, spec), optional
         Pattern: a glob on the leaf's path (``"encoder/*/kernel"``), in which ``*`` matches ``/``, too, or a compiled
-        regular expression, either for the whole path. Spec: a dict of :func:`quantize`'s keywords,
-        ``dict(dtype="int4", granularity=PerGroup(32))``, and ``layout``; or None, which leaves the leaf as it is. The
-        first rule that matches wins; what none matches stays as it is. A rule is about weights of products: leaves of
-        fewer than two dimensions (biases, norms) it passes by, unless it says ``layout=None``. Without rules, every
-        floating-point matrix becomes int8 with a scale for each output.
+        regular expression, either for the whole path; names with dots (a torch ``state_dict``) match with ``/`` in
+        their place, too. Spec: a dict of :func:`quantize`'s keywords, ``dict(dtype="int4", granularity=PerGroup(32))``,
+        and ``layout``; or None, which leaves the leaf as it is. The first rule that matches wins; what none matches
+        stays as it is. A rule is about weights of products: leaves of fewer than two dimensions (biases, norms) it
+        passes by, unless it says ``layout=None``. Without rules, every floating-point matrix becomes int8 with a scale
+        for each output.
     layout : {"dense", "linear"}, optional
         How matrices are multiplied, where the spec does not say: "dense" for weights (in, out) as in Flax, "linear"
         for (out, in) as in torch and for embeddings. By default torch tensors are "linear", and of others the last part

@@ -285,7 +285,10 @@ def test_a_quantized_weight_says_what_a_parameter_would():
     assert layer.half().weight.dtype == torch.float16
     assert layer.weight.device == torch.device("cpu")
     assert layer.to("meta").weight.device == torch.device("meta")
+    layer.weight.requires_grad = False
     assert layer.weight.requires_grad is False
+    with pytest.raises(ValueError, match="quantized weights get no derivative"):
+        layer.weight.requires_grad = True
 
 
 def test_layers_that_read_a_weight_themselves_are_told():

@@ -137,6 +137,11 @@ class QuantizedWeight(nn.Module):
         """False: no derivative reaches codes and scales."""
         return False
 
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            raise ValueError("requires_grad=True: quantized weights get no derivative; train what is left, or adapters")
+
     def extra_repr(self) -> str:
         return _in_words(self.structure.mark())
 
@@ -295,9 +300,10 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     ----------
     model : torch.nn.Module
     rules : list of (pattern, spec), optional
-        As for :func:`aqt_lite.quantize_tree`; paths are the names of parameters, ``"encoder.layers.*.weight"``. The
-        spec of a Linear layer may have ``activations="int8"``: then each row of its input is quantized, too. Without
-        rules, the weight of every Linear, Embedding and Conv layer becomes int8 with a scale for each output.
+        As for :func:`aqt_lite.quantize_tree`; paths are the names of parameters, ``"encoder.layers.*.weight"``, which
+        may be written with ``/``. The spec of a Linear layer may have ``activations="int8"``: then each row of its
+        input is quantized, too. Without rules, the weight of every Linear, Embedding and Conv layer becomes int8 with a
+        scale for each output.
     progress : bool or function, optional
         As for :func:`aqt_lite.quantize_tree`.
 
