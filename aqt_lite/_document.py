@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import numpy as np
 from aqt_lite import formats
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
-from aqt_lite._registry import backend_of
+from aqt_lite._registry import backend_of, ways_of
 from aqt_lite._stored import DOCUMENT, DTYPES, Contents, Entry, Stored, bits_of, check_name, numpy_dtype, parsed_json
 from aqt_lite.qarray import QArray, checked_for_a_file, described, rebuilt
 
@@ -35,6 +37,7 @@ PARTS = ("storage", "scale", "zero_point", "offset")
 """What of a QArray are arrays, or QArrays themselves."""
 
 _DEEPEST = 64
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _MAPPINGS: dict[str, type[Any]] = {"dict": dict, "OrderedDict": OrderedDict}
 _SEQUENCES: dict[str, type[Any]] = {"list": list, "tuple": tuple}
 _CONTAINERS = {**_MAPPINGS, **_SEQUENCES}
@@ -146,7 +149,8 @@ class Writer:
         if dtype not in DTYPES:
             raise TypeError(
                 f"it has dtype {dtype}, and files hold {', '.join(DTYPES)}: convert it to one of them, complex numbers "
-                "to their real and imaginary parts; text belongs into the tree as str"
+                "to their real and imaginary parts, random keys of JAX by jax.random.key_data (or leave them out, in "
+                "NNX with nnx.state(model, nnx.Not(nnx.RngState))); text belongs into the tree as str"
             )
         kept = self._kept_as(dtype)
 
@@ -175,6 +179,9 @@ def _check_array(x: Any) -> None:
 def _way_of(x: Any) -> str:
     """What to do with an object that is no part of a tree."""
     what, name = f"it is a {type(x).__module__}.{type(x).__qualname__}", type(x).__name__
+    way = ways_of(x).to_save
+    if way is not None:
+        return f"{what}: {way}"
     if isinstance(x, dict):
         return f"{what}: save dict(x)"
     leaves = "jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray))"
@@ -184,6 +191,12 @@ def _way_of(x: Any) -> str:
     if dataclasses.is_dataclass(x):
         fields = "{f.name: getattr(x, f.name) for f in dataclasses.fields(x)}"
         return f"{what}, a dataclass: save {fields}, and make it anew as {name}(**tree); {of_jax}"
+    if isinstance(x, _FUNCTIONS) or (callable(x) and hasattr(x, "__wrapped__")):
+        return (
+            f"{what}, a function, and files hold arrays: leave it out; of a module of Equinox, whose activations are "
+            f"leaves, save the arrays alone: tree, static = eqx.partition(model, eqx.is_array), and {leaves}; then "
+            "eqx.combine puts the functions back"
+        )
     return (
         f"{what}: files hold dicts, lists and tuples of arrays, QArrays, numbers, strings, bools and None; of a module "
         f"of torch save x.state_dict(); {of_jax}"

@@ -1,7 +1,7 @@
 """What a backend is: the adapter that supplies what the Array API standard lacks.
 
-Owns: the ``Backend`` interface, ``IntLimits`` and ``Node``. Imports: NumPy, for the one exchange format between
-backends; the arithmetic that every backend inherits; what a kernel is.
+Owns: the ``Backend`` interface, ``IntLimits``, ``Node`` and ``Ways``. Imports: NumPy, for the one exchange format
+between backends; the arithmetic that every backend inherits; what a kernel is.
 
 An adapter must say five things (``name``, ``array_modules``, ``xp``, ``asarray``, ``to_numpy``). Everything else has
 a default that is right for an eager library on a CPU with IEEE arithmetic, and is overridden where that is not so.
@@ -20,7 +20,7 @@ from aqt_lite._arithmetic import ExactArithmetic
 from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits", "Node", "overflow_of"]
+__all__ = ["Backend", "IntLimits", "Node", "Ways", "overflow_of"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ class Node(NamedTuple):
     names: tuple[str, ...]
     children: tuple[Any, ...]
     rebuilt: Callable[[Sequence[Any]], Any]
+
+
+class Ways(NamedTuple):
+    """What to do with a model that is no tree of arrays, though it may look like one; None where a tree will do."""
+
+    to_quantize: str | None = None
+    to_save: str | None = None
 
 
 def overflow_of(argument: str) -> ValueError:
@@ -225,6 +232,10 @@ class Backend(ExactArithmetic, ABC):
     def opened(self, node: Any) -> Node | None:
         """``node`` as a container of the library's trees; None where it is none."""
         return None
+
+    def ways_of(self, node: Any) -> Ways:
+        """What to do with a model of the library, or of one that is built on it, where it is no tree of arrays."""
+        return Ways()
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function(*arrays, static=...)`` in the form that is fast when called eagerly."""

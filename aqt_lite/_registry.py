@@ -27,9 +27,9 @@ from aqt_lite._foreign import refusal
 from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
-from aqt_lite._protocol import Backend, Node
+from aqt_lite._protocol import Backend, Node, Ways
 
-__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "opened", "register_container"]
+__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "opened", "register_container", "ways_of"]
 
 ENTRY_POINT_GROUP = "aqt_lite.backends"
 
@@ -240,6 +240,11 @@ def available_backends() -> dict[str, str]:
 def opened(node: Any) -> Node | None:
     """``node`` as a container of the trees of a library in use; None where none knows it."""
     return next((found for b in list(_instances.values()) if (found := b.opened(node)) is not None), None)
+
+
+def ways_of(node: Any) -> Ways:
+    """What to do with a model, said by the first library in use that knows better than to take it as a tree."""
+    return next((found for b in list(_instances.values()) if any(found := b.ways_of(node))), Ways())
 
 
 _Container = tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any], tuple[str, ...]]

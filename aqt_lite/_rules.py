@@ -22,9 +22,10 @@ from aqt_lite._foreign import refusal
 from aqt_lite._registry import backend_of
 from aqt_lite.api import quantize
 from aqt_lite.bounds import AUTO
+from aqt_lite.dialects import AQT_LITE, dialect_of
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import format_of
-from aqt_lite.granularity import PerGroup, block_of, granularity_of, grid_of
+from aqt_lite.granularity import Block, Granularity, PerGroup, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of
 from aqt_lite.qarray import QArray
 
@@ -168,8 +169,7 @@ class _Rule:
                 f"{self.title}: the spec is a {type(spec).__name__}: give a dict of quantize's keywords, for instance "
                 "dict(dtype='int4'), or None to leave what matches as it is"
             )
-        matches = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
-        self.matches: Callable[[str], Any] = matches
+        self._full = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
         self.pattern, self.spec = shown, spec
         for key in spec or ():
             if key not in keys:
@@ -177,6 +177,10 @@ class _Rule:
         layout = (spec or {}).get("layout")
         if layout is not None:
             check_layout(f"{self.title}: layout", layout)
+
+    def matches(self, path: str) -> bool:
+        """Whether it is about that path; names with dots, as torch has them, are also paths with "/"."""
+        return bool(self._full(path) or ("." in path and self._full(path.replace(".", "/"))))
 
     @property
     def is_about_matrices(self) -> bool:
@@ -234,14 +238,20 @@ def planned(
     layout: str | None,
     by_default: Callable[[Leaf], bool],
     extra: tuple[str, ...] = (),
+    already: Sequence[str] = (),
 ) -> list[Planned]:
     """What becomes of each leaf; raises where a rule, or what it says of a leaf, makes no sense.
 
-    Without rules, those that ``by_default`` names become int8 with a scale for each output.
+    Without rules, those that ``by_default`` names become int8 with a scale for each output. ``already`` are paths of
+    weights that are quantized, and no leaves any more.
     """
     if layout is not None:
         check_layout("layout", layout)
-    chosen = [{} if by_default(leaf) else None for leaf in leaves] if rules is None else _chosen(leaves, rules, extra)
+    chosen: list[dict[str, Any] | None]
+    if rules is None:
+        chosen = [{} if by_default(leaf) else None for leaf in leaves]
+    else:
+        chosen = _chosen(leaves, rules, extra, already)
     refused = [leaf for leaf, spec in zip(leaves, chosen, strict=True) if spec is not None and leaf.why_not]
     if refused:
         several = f" (and {len(refused) - 1} more: {', '.join(r.path for r in refused[1:4])})" if refused[1:] else ""
@@ -252,7 +262,9 @@ def planned(
     return [_plan(leaf, spec, layout, extra) for leaf, spec in zip(leaves, chosen, strict=True)]
 
 
-def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[dict[str, Any] | None]:
+def _chosen(
+    leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...], already: Sequence[str]
+) -> list[dict[str, Any] | None]:
     read, used, passed = _read(rules, extra), set[_Rule](), dict[_Rule, str]()
 
     def first(path: str, passes_by: bool) -> _Rule | None:
@@ -283,6 +295,13 @@ def _chosen(leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...]) -> list[
         chosen.append(None if rule is None else rule.spec)
     for rule in read:
         if rule not in used:
+            done = [path for path in already if rule.matches(path)]
+            if done:
+                more = f" (and {len(done) - 1} more)" if done[1:] else ""
+                raise ValueError(
+                    f"{rule.title} matches {done[0]}{more}, which is quantized already, and no other weight: quantize "
+                    "a model once, with all rules, or make it anew"
+                )
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
     return chosen
 
@@ -318,14 +337,19 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
         if isinstance(arguments.get("dtype"), str) and arguments["dtype"] == AUTO:
             raise ValueError("dtype='auto' depends on values, at which no plan looks: name the dtype beside the bound")
         shape = tuple(leaf.array.shape)
+        whole = dialect_of(arguments.get("dialect", AQT_LITE)).whole is not None  # then it says blocks, and no one else
         if asked == _UNKNOWN and len(shape) != 2 and leaf.layout is None:
             of_leaf = _UNKNOWN  # what is said of all leaves is said of matrices
         axes = None
         if of_leaf is not None and len(shape) >= 2:
             axes = leaf.axes or (None if of_leaf == _UNKNOWN else _axes_of(of_leaf, len(shape)))
             words = f"layout={of_leaf!r}, {_ROLES[of_leaf]}" if leaf.axes is None and axes else "its layer"
-            arguments |= _granularity(shape, spec, axes, words)
-        example = quantize(np.zeros((1,) * len(shape)).astype(_dtype_name(leaf.array)), **_without_values(arguments))
+            arguments |= _granularity(shape, spec, axes, words, chosen=not whole)
+        row = (*(1 for _ in shape[1:]), *shape[-1:]) if whole else (1,) * len(shape)
+        example = quantize(np.zeros(row).astype(_dtype_name(leaf.array)), **_without_values(arguments))
+        if whole and axes is not None:
+            said = f"dialect={dialect_of(spec['dialect']).name!r}, which makes {granularity_of(example.block)},"
+            _check_serves(said, example.block, shape, axes, words)
     others = {key: spec[key] for key in extra if key in spec}
     return Planned(leaf, arguments, axes is not None and axes.are_for_dense, others, example)
 
@@ -338,14 +362,19 @@ def _axes_of(layout: str, ndim: int) -> Axes:
     return Axes((out,), (inside,))
 
 
-def _granularity(shape: tuple[int, ...], spec: dict[str, Any], axes: Axes | None, words: str) -> dict[str, Any]:
-    """The granularity of a weight with those axes, where the spec does not say it; errors where it does not fit."""
+def _granularity(
+    shape: tuple[int, ...], spec: dict[str, Any], axes: Axes | None, words: str, *, chosen: bool
+) -> dict[str, Any]:
+    """The granularity of a weight with those axes, where the spec does not say it; errors where it does not fit.
+
+    Where none may be ``chosen``, since the dialect does, there are only the errors.
+    """
     ndim, given = len(shape), spec.get("granularity")
     group = given.size if isinstance(given, PerGroup) and given.axis == -1 else None  # along inputs, wherever they are
     if axes is None:
         if given is not None and group is None:
             return {}
-        if ndim > 2 and given is None:
+        if ndim > 2 and given is None and chosen:
             raise ValueError(
                 f"shape {shape}: give a granularity, for its {ndim} axes do not tell what a scale is for: a "
                 "convolution's, PerChannel(0) for (out, in, ...) or PerChannel(-1) for (..., in, out); that of a stack "
@@ -355,28 +384,39 @@ def _granularity(shape: tuple[int, ...], spec: dict[str, Any], axes: Axes | None
             f"shape {shape}: its path does not tell (in, out) from (out, in): give layout='dense' if it is multiplied "
             "as x @ w, layout='linear' if as x @ w.T (or looked up by rows), layout=None if neither"
         )
+    if not chosen:
+        return {}
     if given is None:
         group = format_of(spec.get("dtype", "int8")).group
     if group is not None:
         return {"granularity": granularity_of(_block_of_group(shape, group, axes.inputs))}
-    for_each = {*axes.outputs, *axes.each}
-    of_outputs = granularity_of(tuple(1 if a in for_each else None for a in range(ndim)))
     if given is None:
-        return {"granularity": of_outputs}
-    block = block_of(given, ndim)
+        return {"granularity": _of_outputs(axes, ndim)}
+    _check_serves(f"granularity={given}", block_of(given, ndim), shape, axes, words)
+    return {}
+
+
+def _of_outputs(axes: Axes, ndim: int) -> Granularity:
+    """A scale for each output."""
+    for_each = {*axes.outputs, *axes.each}
+    return granularity_of(tuple(1 if a in for_each else None for a in range(ndim)))
+
+
+def _check_serves(said: str, block: Block, shape: tuple[int, ...], axes: Axes, words: str) -> None:
+    """ValueError where products cannot use such blocks; ``said`` is who asked for them."""
+    of_outputs = _of_outputs(axes, len(shape))
     if all(block[a] == 1 for a in axes.inputs) and math.prod(shape[a] for a in axes.inputs) > 1:
         raise ValueError(
-            f"granularity={given} gives each input a scale of its own in {words} of shape {shape}: products cannot use "
+            f"{said} gives each input a scale of its own in {words} of shape {shape}: products cannot use "
             f"that; {of_outputs} has one for each output and {_group_in_words(axes)} for groups of "
             "inputs. If the layout is another, say layout=; layout=None takes the granularity as it is"
         )
     shared = [a for a in axes.each if block[a] != 1 and shape[a] > 1]
     if shared:
         raise ValueError(
-            f"granularity={given} shares scales along axis {shared[0]} of shape {shape}, along which there is one "
+            f"{said} shares scales along axis {shared[0]} of shape {shape}, along which there is one "
             f"weight after the other: give {of_outputs}, or PerGroup(size)"
         )
-    return {}
 
 
 def _group_in_words(axes: Axes) -> str:
@@ -417,7 +457,7 @@ def check_activations(found: Planned, others: list[str]) -> None:
 
 def _check_quantizable(x: Any) -> None:
     if isinstance(x, QArray):
-        raise TypeError("it is a QArray already: let no rule match it, or dequantize it first")
+        raise TypeError("it is a QArray already, quantized before: let no rule match it, or dequantize it first")
     b = backend_of(x)
     if b is None:
         raise TypeError(refusal(x, "it") or f"it is a {type(x).__name__}, not an array")

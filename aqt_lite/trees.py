@@ -57,11 +57,12 @@ def quantize_tree(
         pytree (an Equinox module). It is not changed, and what is not quantized is not copied.
     rules : list of (pattern, spec), optional
         Pattern: a glob on the leaf's path (``"encoder/*/kernel"``), in which ``*`` matches ``/``, too, or a compiled
-        regular expression, either for the whole path. Spec: a dict of :func:`quantize`'s keywords,
-        ``dict(dtype="int4", granularity=PerGroup(32))``, and ``layout``; or None, which leaves the leaf as it is. The
-        first rule that matches wins; what none matches stays as it is. A rule is about weights of products: leaves of
-        fewer than two dimensions (biases, norms) it passes by, unless it says ``layout=None``. Without rules, every
-        floating-point matrix becomes int8 with a scale for each output.
+        regular expression, either for the whole path; names with dots (a torch ``state_dict``) match with ``/`` in
+        their place, too. Spec: a dict of :func:`quantize`'s keywords, ``dict(dtype="int4", granularity=PerGroup(32))``,
+        and ``layout``; or None, which leaves the leaf as it is. The first rule that matches wins; what none matches
+        stays as it is. A rule is about weights of products: leaves of fewer than two dimensions (biases, norms) it
+        passes by, unless it says ``layout=None``. Without rules, every floating-point matrix becomes int8 with a scale
+        for each output.
     layout : {"dense", "linear"}, optional
         How matrices are multiplied, where the spec does not say: "dense" for weights (in, out) as in Flax, "linear"
         for (out, in) as in torch and for embeddings. By default torch tensors are "linear", and of others the last part
@@ -106,7 +107,7 @@ def quantize_tree(
     >>> q["layer"]["kernel"].granularity, aqt_lite.dense(np.ones(64, "float32"), **{"w": q["layer"]["kernel"]}).shape
     (PerGroup(size=32, axis=0), (32,))
     """
-    return quantized_as_planned(params, _plans(leaves_of(params), rules, layout), progress)
+    return quantized_as_planned(params, _plans(_quantizable_leaves(params), rules, layout), progress)
 
 
 def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = None) -> TreePlan:
@@ -125,7 +126,7 @@ def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = N
     bias    (32,)     float32  as it is                                       128    128
     2 leaves                                                                 8320   1408  (5.91x smaller)
     """
-    return TreePlan(tuple(_plans(leaves_of(params), rules, layout)))
+    return TreePlan(tuple(_plans(_quantizable_leaves(params), rules, layout)))
 
 
 def dequantize_tree(tree: Any, dtype: Any = None) -> Any:
@@ -328,6 +329,15 @@ def leaves_of(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
     return list(_walk(tree, "", ()))
 
 
+def _quantizable_leaves(params: Any) -> list[tuple[str, Any]]:
+    """All leaves; TypeError for a model in which a QArray in the place of an array would not serve."""
+    for path, node in _nodes(params, "", ()):
+        way = _registry.ways_of(node).to_quantize
+        if way is not None:
+            raise TypeError(f"{path or 'params'} is a {type(node).__name__}, and no tree of arrays: {way}")
+    return leaves_of(params)
+
+
 def layout_of(paths: list[str], array: Any) -> str | None:
     """One of ``LAYOUTS``, where the library or the last part of a matrix's paths tells."""
     if len(getattr(array, "shape", ())) != 2:
@@ -408,6 +418,15 @@ def _walk(node: Any, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, A
         raise ValueError(f"{path}: this {type(node).__name__} contains itself")
     for name, child in zip(found.names, found.children, strict=True):
         yield from _walk(child, f"{path}/{name}" if above else name, (*above, id(node)))
+
+
+def _nodes(node: Any, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Containers and leaves with their paths, each before what is in it."""
+    yield path, node
+    found = _opened(node)
+    if found is not None and id(node) not in above:
+        for name, child in zip(found.names, found.children, strict=True):
+            yield from _nodes(child, f"{path}/{name}" if above else name, (*above, id(node)))
 
 
 def _rebuilt(tree: Any, leaves: Sequence[Any]) -> Any:

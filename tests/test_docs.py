@@ -104,7 +104,8 @@ def test_the_code_of_the_page_of_models_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     checks = "assert y.shape == (3, 10) and logits.shape == (5, 10) and scores.shape == (7, 10)\n"
     checks += "assert isinstance(small.layers[0].weight, aqt_lite.QArray) and quantized['out'] == params['out']\n"
-    checks += "assert found.shape == (2, 7, 10)\n"
+    checks += "assert found.shape == (2, 7, 10) and (found_again == found).all()\n"
+    checks += "assert (again(ids) == encoder(ids)).all() and again.out.kernel[...].shape == (64, 10)\n"
     checks += "assert classes.shape == (2, 7, 10) and len(jax.tree.leaves(trained)) == 6\n"
     printed = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path)
     assert "hidden/kernel" in printed
@@ -112,9 +113,12 @@ def test_the_code_of_the_page_of_models_runs(tmp_path):
     assert "SQNR, dB" in printed
 
 
+@needs("jax")
 def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
+    pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "files.md").read_text(), flags=re.DOTALL)
-    first, second, third = run_in_a_fresh_interpreter("".join(blocks), tmp_path).splitlines()
+    checks = "x = jax.numpy.ones(64)\nassert (mlp_again(x) == mlp(x)).all() and mlp_again is not mlp\n"
+    first, second, third = run_in_a_fresh_interpreter("".join(blocks) + checks, tmp_path).splitlines()
     assert first == "PerGroup(size=32, axis=-1) 1000"
     assert second == "['layers.0.kernel', 'step']"
     assert third.startswith(

@@ -694,7 +694,7 @@ def test_the_way_of_pytrees_works(tmp_path):
     model = eqx.tree_at(lambda m: m.weight, model, quantize(model.weight, "int4", granularity=PerGroup(8)))
     state = optax.adam(1e-3).init(eqx.filter(model, eqx.is_inexact_array))
     for tree in (model, optax.adam(1e-3).init({"b": jax.numpy.ones(3)})):
-        way = r"jax.tree.leaves\(tree, is_leaf=lambda leaf: isinstance\(leaf, aqt_lite.QArray\)\)"
+        way = r"(eqx.partition.*)?jax.tree.leaves\(tree, is_leaf=lambda leaf: isinstance\(leaf, aqt_lite.QArray\)\)"
         with pytest.raises(TypeError, match=way):
             save(path, tree)
         leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: isinstance(leaf, QArray))
@@ -702,6 +702,10 @@ def test_the_way_of_pytrees_works(tmp_path):
         found = jax.tree.unflatten(structure, load(path, like=leaves))
         assert jax.tree.structure(found) == jax.tree.structure(tree)
         jax.tree.map(assert_same_bits, found, tree)
+    mlp = eqx.nn.MLP(40, 6, 16, 1, key=jax.random.key(0))
+    for tree in (mlp, jax.tree.leaves(mlp), [len], [lambda x: x]):
+        with pytest.raises(TypeError, match=r"tree, static = eqx.partition\(model, eqx.is_array\), .* eqx.combine"):
+            save(path, tree)
     with pytest.raises(TypeError, match=r"a QArray without its codes, .* jax.tree.leaves\(tree\)"):
         save(path, jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, QArray)))
     save(path, jax.tree.leaves(state))

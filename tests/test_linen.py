@@ -345,6 +345,8 @@ def test_what_makes_no_sense():
         quantize(model, variables, X, rules=[("kernel", {"layout": "linear"})])
     with pytest.raises(ValueError, match="matches no leaf"):
         quantize(model, variables, X, rules=[("params/kernel", {})])
+    with pytest.raises(TypeError, match="variables has kernel quantized already"):
+        quantize(model, quantize(model, variables, X), X)
     with pytest.raises(TypeError, match="there is no 'activation': did you mean 'activations'"):
         with_quantized_layers(model.apply, [("*", {"activation": "int8"})])
     with pytest.raises(ValueError, match="Could not convert QArray"):  # without with_quantized_layers

@@ -426,7 +426,7 @@ def test_specs_that_make_no_sense():
             quantize_(model, [("*", spec)])
         assert not quantized_weights(model)
     assert quantize_(linear, [("kernel", {"layout": None})]).kernel[...].granularity == PerTensor()
-    with pytest.raises(ValueError, match="matches no leaf of two dimensions"):
+    with pytest.raises(ValueError, match="matches kernel, which is quantized already, and no other weight"):
         quantize_(linear, [("*", {})])  # a second time: what is left is the bias
     with pytest.raises(TypeError, match=r"not an nnx\.Module"):
         quantize_({"kernel": X})
@@ -435,6 +435,20 @@ def test_specs_that_make_no_sense():
         quantize_(own, [("w", {})])
     with pytest.raises(ValueError, match="this is the weight of no layer"):
         quantize_(own, [("w", {"layout": "dense", "activations": "int8"})])
+
+
+def test_functions_of_trees_name_the_way_of_models(tmp_path):
+    model = drawn(lambda: nnx.Linear(16, 6, rngs=rngs()))
+    for tree in (model, nnx.state(model), {"a": model}):
+        for function in (aqt_lite.quantize_tree, aqt_lite.plan_tree):
+            with pytest.raises(TypeError, match=r"(params|a) is a (Linear|State), .*: aqt_lite.nnx.quantize_\(model\)"):
+                function(tree)
+    way = r"save nnx.to_pure_dict\(nnx.state\(model, nnx.Not\(nnx.RngState\)\)\)"
+    for tree in (model, nnx.state(quantize_(model))):
+        with pytest.raises(TypeError, match=way):
+            aqt_lite.save(tmp_path / "t.safetensors", tree)
+    with pytest.raises(TypeError, match=r"Not\(nnx.RngState\)"):
+        aqt_lite.save(tmp_path / "t.safetensors", nnx.to_pure_dict(nnx.state(nnx.Dropout(0.5, rngs=rngs()))))
 
 
 def test_references_are_refused():

@@ -32,6 +32,20 @@ for name in shown:
     assert python(code) == ""
 
 
+@needs("jax", "torch")
+def test_modules_of_frameworks_know_their_trees_from_their_import_on():
+    """Where such a module is what imports the framework, nothing else tells it of containers before the first array."""
+    for module in ("jax", "torch"):
+        python(f"import aqt_lite.{module}; from aqt_lite import _registry; assert '{module}' in _registry._instances")
+    pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
+    code = """
+import aqt_lite.equinox, equinox, jax
+layer = aqt_lite.equinox.quantize(equinox.nn.Linear(4, 3, key=jax.random.key(0)))
+assert isinstance(layer.weight, aqt_lite.QArray)
+"""
+    assert python(code) == ""
+
+
 @pytest.mark.exhaustive  # half a minute of type checking
 def test_type_checkers_see_the_modules_of_first_use(tmp_path):
     program = tmp_path / "program.py"

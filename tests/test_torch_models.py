@@ -154,6 +154,15 @@ def test_convolutions(dimensions):
 # ---- the rest of a model stays
 
 
+def test_a_dialect_that_makes_whole_arrays_chooses_their_blocks():
+    layer = nn.Linear(64, 6)
+    expected = quantize(layer.weight.detach(), "q4_0", dialect="gguf")
+    x, bias = torch.ones(3, 64), layer.bias.detach()
+    quantize_(layer, [("weight", {"dtype": "q4_0", "dialect": "gguf"})])
+    assert_same_bits(layer.weight.qarray, expected)
+    torch.testing.assert_close(layer(x).detach(), x @ expected.dequantize().T + bias)
+
+
 def test_everything_else_stays_what_it_was():
     model = Model()
     called = []
@@ -249,6 +258,37 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         assert {name: type(module) for name, module in model.named_modules()} == before
     with pytest.raises(TypeError, match=r"model is a dict, not a torch.nn.Module: for arrays, aqt_lite.quantize_tree"):
         quantize_({})
+
+
+def test_rules_may_have_slashes():
+    for pattern in ("down.weight", "down/weight", "do*/weight"):
+        assert list(quantized_weights(quantize_(Model(), [(pattern, {})]))) == ["down.weight"]
+    with pytest.raises(ValueError, match="matches no leaf"):
+        quantize_(Model(), [("norm/norm", {})])
+
+
+def test_what_is_quantized_already_is_said():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantize_(model, [("0.weight", {})])
+    quantize_(model, [("*", {"dtype": "int4"})])
+    for pattern in ("*", "1.weight"):
+        with pytest.raises(ValueError, match=r"matches [01].weight.* quantized already, and no other weight"):
+            quantize_(model, [(pattern, {})])
+    assert [q.dtype for q in quantized_weights(model).values()] == ["int8", "int4"]
+
+
+def test_a_quantized_weight_says_what_a_parameter_would():
+    layer = quantize_(nn.Linear(16, 6, dtype=torch.bfloat16))
+    assert layer.weight.shape == (6, 16)
+    assert isinstance(layer.weight.shape, torch.Size)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.half().weight.dtype == torch.float16
+    assert layer.weight.device == torch.device("cpu")
+    assert layer.to("meta").weight.device == torch.device("meta")
+    layer.weight.requires_grad = False
+    assert layer.weight.requires_grad is False
+    with pytest.raises(ValueError, match="quantized weights get no derivative"):
+        layer.weight.requires_grad = True
 
 
 def test_layers_that_read_a_weight_themselves_are_told():

@@ -177,6 +177,32 @@ def test_a_granularity_that_does_not_fit_the_layout_is_refused():
         assert_same_bits(q, quantize(tree["kernel"], granularity=right).for_dense())
 
 
+def test_a_dialect_that_makes_whole_arrays_chooses_their_blocks():
+    rules, w = [("*", {"dtype": "q4_0", "dialect": "gguf"})], data(6, 64)
+    expected = quantize(w, "q4_0", dialect="gguf")
+    plan = plan_tree({"weight": w}, rules)
+    assert plan.plans[0].becomes == "q4_0, PerGroup(size=32, axis=-1), scales float16"
+    assert plan.nbytes == expected.nbytes == 6 * 36
+    stack = data(2, 6, 64)
+    for array, rule in (
+        (stack, [("*", {**rules[0][1], "layout": None})]),
+        (w, [("*", {**rules[0][1], "layout": None})]),
+    ):
+        assert_same_bits(quantize_tree({"w": array}, rule)["w"], quantize(array, "q4_0", dialect="gguf"))
+    for tree, more, words in [
+        ({"kernel": w}, {}, "^kernel: dialect='gguf', which makes PerGroup.*, gives each input a scale of its own"),
+        ({"w": w}, {}, "^w: .* its path does not tell"),
+        ({"weight": w}, {"granularity": PerGroup(32)}, "^weight: granularity is given, but dialect='gguf'"),
+        ({"weight": data(64, 6)}, {}, r"^weight: x has shape \(1, 6\): q4_0 takes 32"),
+        ({"weight": w}, {"dialect": "gguff"}, "^weight: dialect='gguff' is not known"),
+    ]:
+        for function in (quantize_tree, plan_tree):
+            with pytest.raises(ValueError, match=words):
+                function(tree, [("*", {**rules[0][1], **more})])
+    for array in (w, torch.asarray(w), jnp.asarray(w)):
+        assert_same_bits(quantize_tree({"weight": array}, rules)["weight"], expected)
+
+
 def test_more_dimensions_need_a_granularity_or_a_layout():
     tree = {"conv": {"kernel": data(3, 3, 8, 16)}}
     with pytest.raises(ValueError, match=r"^conv/kernel: .* give a granularity"):

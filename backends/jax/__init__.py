@@ -1,12 +1,15 @@
 """JAX: its adapter, what it offers beside the common functions, and its products, which the registry loads when used.
 
-Owns: ``register_loops``. Imports: the adapter, the trees.
+Owns: ``register_loops``. Imports: the registry, the adapter, the trees.
 """
 
+from aqt_lite._registry import get_backend
 from aqt_lite.backends.jax.adapter import JaxBackend
 from aqt_lite.backends.jax.trees import combine, partition
 
 __all__ = ["JaxBackend", "combine", "partition", "register_loops"]
+
+get_backend("jax")  # whoever imports this first has trees of JAX from here on, before any array is seen
 
 
 def register_loops() -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend, Node
+from aqt_lite._protocol import Backend, Node, Ways
 from aqt_lite.backends.jax import trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
@@ -153,6 +153,9 @@ class JaxBackend(Backend):
 
     def opened(self, node: Any) -> Node | None:
         return trees.opened(node)
+
+    def ways_of(self, node: Any) -> Ways:
+        return trees.ways_of(node)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         found = self._compiled.get(function)

@@ -377,6 +377,9 @@ def _params_of(variables: Any) -> Any:
 
 
 def _plans(model: Any, variables: Any, params: Any, args: Any, kwargs: Any, rules: Rules | None) -> list[Planned]:
+    already = [path for path, leaf in leaves_of(params) if isinstance(leaf, QArray)]
+    if already:
+        raise TypeError(f"variables has {already[0]} quantized already: give those that model.init made")
     seen = _seen_in_a_call(model, variables, args, kwargs)
     leaves = [_leaf(paths, array, seen) for paths, array in places_of(leaves_of(params))]
     plans = planned(

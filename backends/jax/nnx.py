@@ -10,7 +10,7 @@ like, are attributes of it, which NNX has for such purposes. ``Embed`` has none 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -246,7 +246,7 @@ def quantize_(model: Any, rules: Rules | None = None, *, progress: Progress = No
     PerGroup(size=32, axis=0)
     """
     slots = _slots(model)
-    chosen = list(named(_plans(slots, rules)))
+    chosen = list(named(_plans(slots, rules, [*quantized_weights(model)])))
     made = [quantized(found) for found in with_progress(chosen, progress, lambda found: found.leaf.path)]
     for found, q in zip(chosen, made, strict=True):  # nothing here can fail
         _exchange(slots[id(found.leaf.array)], q, found.extra.get("activations"))
@@ -268,7 +268,7 @@ def plan(model: Any, rules: Rules | None = None) -> TreePlan:
     kernel  (64, 32)  float32  int8, PerChannel(axis=1), for dense    8192   2176
     2 leaves                                                          8320   2304  (3.61x smaller)
     """
-    return TreePlan(tuple(_plans(_slots(model), rules)))
+    return TreePlan(tuple(_plans(_slots(model), rules, [*quantized_weights(model)])))
 
 
 def quantized_weights(model: Any) -> dict[str, QArray]:
@@ -368,7 +368,7 @@ def _look_at(slot: _Slot) -> None:
     slot.axes = said[0] if said else None
 
 
-def _plans(slots: dict[int, _Slot], rules: Rules | None) -> list[Planned]:
+def _plans(slots: dict[int, _Slot], rules: Rules | None, already: Sequence[str]) -> list[Planned]:
     leaves = [
         Leaf(
             slot.paths[0],
@@ -387,6 +387,7 @@ def _plans(slots: dict[int, _Slot], rules: Rules | None) -> list[Planned]:
         layout=None,
         by_default=lambda leaf: leaf.axes is not None and not leaf.why_not,
         extra=("activations",),
+        already=already,
     )
     for found in named(plans):
         users = slots[id(found.leaf.array)].users

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aqt_lite import _mark
-from aqt_lite._protocol import Node
+from aqt_lite._protocol import Node, Ways
 from aqt_lite._registry import backend_of
 from aqt_lite.backends.jax.eager import is_tracing
 from aqt_lite.formats import element_type
 
-__all__ = ["combine", "opened", "partition", "register"]
+__all__ = ["combine", "opened", "partition", "register", "ways_of"]
 
 MARK = "mark"
 _KEPT, _CHECKED = "_mark", "_mark_is_checked"  # where a container keeps its leaf, beside its fields
@@ -220,6 +220,33 @@ def opened(node: Any) -> Node | None:
     pairs, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda inside: inside is not node)
     names = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs)
     return Node(names, tuple(child for _, child in pairs), lambda children: jax.tree.unflatten(structure, children))
+
+
+_OF_NNX = Ways(
+    "its layers have to know that a weight is quantized: aqt_lite.nnx.quantize_(model) changes a model of Flax NNX in "
+    "place",
+    "of a model of Flax NNX save nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))), and nnx.update(model, "
+    "aqt_lite.load(path, backend='jax')) puts it into a model that is quantized by the same rules",
+)
+_OF_EQUINOX = Ways(
+    to_save="of a module of Equinox save the leaves of its arrays: tree, static = eqx.partition(model, eqx.is_array), "
+    "and jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)), with which jax.tree.unflatten "
+    "and eqx.combine make it anew; docs/files.md has the code",
+)
+_WAYS = {  # by package, and the name of a class of it
+    ("flax.nnx", "Module"): _OF_NNX,
+    ("flax.nnx", "State"): _OF_NNX,
+    ("equinox", "Module"): _OF_EQUINOX,
+}
+
+
+def ways_of(node: Any) -> Ways:
+    """What to do with models of the libraries that are built on JAX; none of them is imported for it."""
+    for cls in type(node).__mro__:
+        for (package, name), ways in _WAYS.items():
+            if cls.__name__ == name and f"{cls.__module__}.".startswith(f"{package}."):
+                return ways
+    return Ways()
 
 
 # ---- training

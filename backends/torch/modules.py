@@ -117,6 +117,31 @@ class QuantizedWeight(nn.Module):
             known = self.__dict__["known"] = self.structure.made(self._buffers.__getitem__)
         return known
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, as of the parameter that it stands for; and so are the others."""
+        return torch.Size(self.qarray.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, not of the codes."""
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.like.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """False: no derivative reaches codes and scales."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            raise ValueError("requires_grad=True: quantized weights get no derivative; train what is left, or adapters")
+
     def extra_repr(self) -> str:
         return _in_words(self.structure.mark())
 
@@ -275,9 +300,10 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     ----------
     model : torch.nn.Module
     rules : list of (pattern, spec), optional
-        As for :func:`aqt_lite.quantize_tree`; paths are the names of parameters, ``"encoder.layers.*.weight"``. The
-        spec of a Linear layer may have ``activations="int8"``: then each row of its input is quantized, too. Without
-        rules, the weight of every Linear, Embedding and Conv layer becomes int8 with a scale for each output.
+        As for :func:`aqt_lite.quantize_tree`; paths are the names of parameters, ``"encoder.layers.*.weight"``, which
+        may be written with ``/``. The spec of a Linear layer may have ``activations="int8"``: then each row of its
+        input is quantized, too. Without rules, the weight of every Linear, Embedding and Conv layer becomes int8 with a
+        scale for each output.
     progress : bool or function, optional
         As for :func:`aqt_lite.quantize_tree`.
 
@@ -306,7 +332,7 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     (torch.Size([2, 10]), ['0.bias', '0.weight.storage', '0.weight.scale', '0.weight.mark'])
     """
     slots = _slots(model)
-    chosen = [found for found in _plans(slots, rules) if found.arguments is not None]
+    chosen = [found for found in _plans(slots, rules, _already(model)) if found.arguments is not None]
     made = []
     for found in with_progress(chosen, progress, lambda found: found.leaf.path):
         made.append(QuantizedWeight(quantized(found)))
@@ -333,7 +359,7 @@ def plan(model: nn.Module, rules: Rules | None = None) -> TreePlan:
     bias    (32,)     float32  as it is                    128    128
     2 leaves                                              8320   2304  (3.61x smaller)
     """
-    return TreePlan(tuple(_plans(_slots(model), rules)))
+    return TreePlan(tuple(_plans(_slots(model), rules, _already(model))))
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QArray]:
@@ -389,12 +415,24 @@ def _why_not(layer: nn.Module, name: str) -> str:
     return ""
 
 
-def _plans(slots: _Slots, rules: Rules | None) -> list[Planned]:
+def _already(model: nn.Module) -> list[str]:
+    """Paths of the weights that are quantized."""
+    return [path for path, module in model.named_modules() if isinstance(module, QuantizedWeight)]
+
+
+def _plans(slots: _Slots, rules: Rules | None, already: list[str]) -> list[Planned]:
     leaves = [
         Leaf(paths[0], parameter, None if why else "linear", tuple(paths[1:]), why)
         for paths, _, parameter, why in slots.values()
     ]
-    plans = planned(leaves, rules, layout=None, by_default=lambda leaf: not leaf.why_not, extra=("activations",))
+    plans = planned(
+        leaves,
+        rules,
+        layout=None,
+        by_default=lambda leaf: not leaf.why_not,
+        extra=("activations",),
+        already=already,
+    )
     for found in plans:
         _check_extra(found, slots[id(found.leaf.array)][1])
     return plans
