@@ -338,7 +338,7 @@ class Layout:
         Raises
         ------
         ValueError, TypeError
-            Another length or dtype; a shape of 2^56 elements or more; bits that are not 0 where the layout keeps nothing.
+            Another length or dtype; axes longer than any array has; bits that are not 0 where the layout keeps nothing.
 
         Examples
         --------
