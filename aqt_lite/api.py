@@ -137,8 +137,8 @@ def quantize(
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
-        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise; in dialects, which have no offsets,
-        in either scheme that the dialect has for the type. docs/science.md.
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise; in dialects, which have no
+        offsets, in either scheme that the dialect has for the type. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 

@@ -261,7 +261,7 @@ def test_types_that_cannot_serve_are_passed_by():
         quantize(x, "auto", max_rel_err=1e-9, scheme="affine")
     with pytest.raises(ValueError, match=r"dtype='auto': none of uint2, .* can be had as asked; of int16: dialect="):
         quantize(x, "auto", max_abs_err=1.0, dialect="bitsandbytes")
-    with pytest.raises(ValueError, match="^scale_dtype='float16' cannot hold 1 of the scales"):
+    with pytest.raises(ValueError, match=r"^scale_dtype='float16' cannot hold 1 of the scales"):
         quantize(x * np.float32(1e30), "auto", max_abs_err=1.0, scale_dtype="float16")
 
 
