@@ -137,7 +137,8 @@ def quantize(
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
-        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise. docs/science.md.
+        chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise; in dialects, which have no
+        offsets, in either scheme that the dialect has for the type. docs/science.md.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -543,7 +544,8 @@ def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss
     def make(form: Format, way: Way) -> QArray:
         return _quantized(x, form, **way, **rest)
 
-    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss)
+    has_offsets = dialect_of(rest["dialect"]) is AQT_LITE
+    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss, offsets=has_offsets)
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:

@@ -9,7 +9,7 @@ How to quantize is an argument: this module tries, measures, and says what was k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,26 +82,56 @@ Make = Callable[[Format, Way], QArray]
 
 
 def quantize_within(
-    x: Array, b: Backend, dtype: Any, bound: Bound, asked: Way, make: Make, *, missing: bool = False
+    x: Array,
+    b: Backend,
+    dtype: Any,
+    bound: Bound,
+    asked: Way,
+    make: Make,
+    *,
+    missing: bool = False,
+    offsets: bool = True,
 ) -> QArray:
     """What ``make`` gives of ``dtype``, or of the narrowest type, so that every finite value keeps the bound.
 
-    ``asked`` is the way that the caller insists on; empty where any will do. ``missing``: whether values may miss.
-    ValueError, with what can be kept, where the bound cannot.
+    ``asked`` is the way that the caller insists on; empty where any will do. ``missing``: whether values may miss;
+    ``offsets``: whether the dialect has offsets. A way that ``make`` refuses is passed by. ValueError, with what can be
+    kept, where the bound cannot; that of ``make`` where it refuses all.
     """
     auto = isinstance(dtype, str) and dtype == AUTO
     asked_for = None if auto else format_of(dtype)
     if asked_for is not None:
         missing = missing or asked_for.element.missing is not None
         asked_for = with_missing(asked_for) if missing else asked_for
-    known = candidates(bound, missing)
+    known = candidates(bound, missing, offsets)
     tried = known if asked_for is None else [asked_for]
+    refusals: list[ValueError] = []
+
+    def ways(form: Format) -> list[Way]:
+        return [asked] if asked else ways_of(form, bound, offsets)
+
+    def made(form: Format) -> Iterator[QArray]:
+        for way in ways(form):
+            try:
+                q = make(form, way)
+            except ValueError as error:
+                refusals.append(error)
+            else:
+                yield q
+
+    def kept(form: Format) -> QArray | None:
+        errors = ((largest_error(x, q, b, relative=bound.relative, enough=bound.value), q) for q in made(form))
+        return next((q for error, q in errors if error <= bound.value), None)
+
     for form in tried:
-        found = _try(x, b, form, bound, asked, make)
+        found = kept(form)
         if found is not None:
             announce(f"{bound}: {found.dtype} keeps it, in {found.nbytes} bytes")
             return found
-    least = {form.name: _least(x, b, form, bound, asked, make) for form in tried}
+    if len(refusals) == sum(len(ways(form)) for form in tried):
+        raise _refusal(refusals, tried)
+    errors = {form.name: [largest_error(x, q, b, relative=bound.relative) for q in made(form)] for form in tried}
+    least = {name: min(each) for name, each in errors.items() if each}
     best, reached = min(least.items(), key=lambda pair: pair[1])
     words = f"keeps {bound.argument}={reached!r} here"
     if math.isinf(reached):
@@ -109,11 +139,18 @@ def quantize_within(
     smaller = "use smaller blocks (granularity=), or keep x as it is"
     if auto:
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
-    bits = tried[0].element.bits
-    wider = [f for f in known if f.element.bits >= bits and f.name != tried[0].name and _serves(f, asked)]
-    better = next((f for f in wider if _try(x, b, f, bound, asked, make) is not None), None)
+    wider = (f for f in known if f.element.bits >= tried[0].element.bits and f.name != tried[0].name)
+    better = next((f for f in wider if kept(f) is not None), None)
     way = smaller if better is None else f"dtype={better.name!r} does, and dtype={AUTO!r} finds the narrowest"
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
+
+
+def _refusal(refusals: list[ValueError], tried: list[Format]) -> ValueError:
+    """What to raise where no way serves: what all say, or, of several types, what is said of the widest."""
+    if len(tried) == 1 or len(set(map(str, refusals))) == 1:
+        return refusals[0]
+    names = ", ".join(form.name for form in tried)
+    return ValueError(f"dtype={AUTO!r}: none of {names} can be had as asked; of {tried[-1].name}: {refusals[-1]}")
 
 
 _SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -121,12 +158,14 @@ _UNSIGNED, _SIGNED = ([FORMATS[f"{sign}int{bits}"] for bits in _SIZES] for sign 
 _FLOATS = [form for form in FORMATS.values() if type(form.element) is Float and form.scale is None]
 
 
-def candidates(bound: Bound, missing: bool = False) -> list[Format]:
+def candidates(bound: Bound, missing: bool = False, offsets: bool = True) -> list[Format]:
     """Types from the narrowest on: integers, and for relative errors the floats of 8 bits before the integers of 8.
 
-    Unsigned ones use every code. Where values may be ``missing``, signed ones do, but for the code of those.
+    Unsigned ones use every code. Where values may be ``missing``, signed ones do, but for the code of those. Where
+    there are no ``offsets``, as in dialects, which may have either, both are tried.
     """
-    found = sorted([*(_FLOATS if bound.relative else ()), *(_SIGNED if missing else _UNSIGNED)], key=_bits)
+    integers = _SIGNED if missing else _UNSIGNED if offsets else [*_UNSIGNED, *_SIGNED]
+    found = sorted([*(_FLOATS if bound.relative else ()), *integers], key=_bits)
     return [with_missing(f) for f in found if f.element.bits >= 8 or f in _SIGNED] if missing else found
 
 
@@ -134,38 +173,20 @@ def _bits(form: Format) -> int:
     return form.element.bits
 
 
-def ways_of(form: Format, bound: Bound) -> list[Way]:
+def ways_of(form: Format, bound: Bound, offsets: bool = True) -> list[Way]:
     """Where the numbers of a type may lie: over the range of the values alone, or with 0 among them, exactly.
 
     An offset is what code 0 stands for: where that is what is missing, a zero point serves instead.
     """
     element = form.element
-    takes_offset = element.missing != 0
-    found: list[Way] = []
-    if bound.relative and element.signed:
-        found.append({})
-    if element.zero_points and (bound.relative or not takes_offset):
-        found.append({"scheme": "affine"})
-    return [*found, {"offset": "data"}] if takes_offset else found
-
-
-def _try(x: Array, b: Backend, form: Format, bound: Bound, asked: Way, make: Make) -> QArray | None:
-    """A QArray that keeps the bound."""
-    for way in [asked] if asked else ways_of(form, bound):
-        q = make(form, way)
-        if largest_error(x, q, b, relative=bound.relative, enough=bound.value) <= bound.value:
-            return q
-    return None
-
-
-def _least(x: Array, b: Backend, form: Format, bound: Bound, asked: Way, make: Make) -> float:
-    """The least bound that is kept."""
-    ways = [asked] if asked else ways_of(form, bound)
-    return min(largest_error(x, make(form, way), b, relative=bound.relative) for way in ways)
-
-
-def _serves(form: Format, asked: Way) -> bool:
-    return asked.get("scheme") != "affine" or asked["offset"] is not None or form.element.zero_points
+    offsets = offsets and element.missing != 0  # where an offset's code is no number
+    ways: list[Way] = []
+    if bound.relative or not offsets:
+        if element.signed or not offsets:
+            ways.append({})
+        if element.zero_points:
+            ways.append({"scheme": "affine"})
+    return [*ways, {"offset": "data"}] if offsets else ways
 
 
 # ---- the proof

@@ -330,13 +330,15 @@ def _grid(
     """A step ``m * 2^k`` and an offset of whole steps with which ``kind`` decodes every code within limits exactly.
 
     The writer's difference and quotient are each off by half a unit in the last place, so a value is no further from
-    what its code stands for than ``step / 2 + 2 u |x - offset|``: decoding adds nothing.
+    what its code stands for than ``step / 2 + 2 u |x - offset|``: decoding adds nothing. Of subnormal differences half
+    a unit is half the smallest number.
     """
     least, most = limits
     first_value, last_value, error = Fraction(low), Fraction(high), Fraction(bound)
     reach = (last_value - first_value) / (2 if least < 0 else 1) + 2 * error
-    unit = Fraction(float(np.finfo(source).eps)) / 2
-    room = 2 * (error - 2 * unit * reach * Fraction(1025, 1024))
+    of_source = np.finfo(source)
+    half_unit = max(Fraction(float(of_source.eps)) * reach, Fraction(float(of_source.smallest_subnormal))) / 2
+    room = 2 * (error - 2 * half_unit * Fraction(1025, 1024))
     if room <= 0:
         return None
     info = np.finfo(kind)
@@ -370,7 +372,7 @@ def _least_bound(
     def kept(e: float) -> bool:
         return math.isfinite(e) and _fitted(low, high, e, dtype, source, most_bits) is not None
 
-    above = max(high - low, abs(low), abs(high), 2 * bound)
+    above = max(high - low, abs(low), abs(high), 2 * bound, 4 * float(np.finfo(source).smallest_subnormal))
     if not kept(above):
         return None
     below, above = math.log2(bound), math.log2(above) + 1e-9

@@ -39,6 +39,8 @@ __all__ = [
 _Codes = np.ndarray[Any, Any]
 _TRITS = 5
 """Digits of base 3 in a byte."""
+_MOST_ELEMENTS = 1 << 56
+"""More than any array has; what is made of so many on the way can still be counted in 63 bits."""
 
 
 @dataclass(frozen=True)
@@ -336,13 +338,15 @@ class Layout:
         Raises
         ------
         ValueError, TypeError
-            Another length or dtype; bits that are not 0 where the layout keeps nothing.
+            Another length or dtype; axes longer than any array has; bits that are not 0 where the layout keeps nothing.
 
         Examples
         --------
         >>> LAYOUTS["high_nibble_first"].unpacked(bytes([0x12, 0x3F]), (4,))
         {'codes': array([ 1,  2,  3, 15], dtype=int32)}
         """
+        if math.prod(n for n in shape if n) >= _MOST_ELEMENTS:  # NumPy counts them so, though one length may be 0
+            raise ValueError(f"shape={tuple(shape)}: no array has axes so long, even beside one of length 0")
         stored = self.stored_shape(shape)
         words = _as_bytes(data, self, stored)
         flat = (math.prod(shape),) if self.flat else tuple(shape)

@@ -30,17 +30,21 @@ _Chunks = tuple[tuple[int, ...], ...]
 
 
 def _quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
-    if not _served(x, recipe):
+    if not _is_cut(x):
         return NotImplemented
+    if not _in_chunks(recipe):
+        return affine.quantize(_without_empty(x), key, spec=spec, recipe=recipe, b=_adapter_of(x))
     x = _aligned(x, spec.block)
     return _with_codes(x, _choose_qparams(x, spec=spec, recipe=recipe), spec, recipe)
 
 
 def _quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
-    if not _served(x, recipe):
+    if not _is_cut(x):
         return NotImplemented
-    x, b = _aligned(x, spec.block), backend_of(x)
-    assert b is not None
+    b = _adapter_of(x)
+    if not _in_chunks(recipe):
+        return affine.quantize_with(_without_empty(x), given, key, spec=spec, recipe=recipe, b=b)
+    x = _aligned(x, spec.block)
     return _with_codes(x, affine.usable_qparams(x, given, spec=spec, recipe=recipe, b=b), spec, recipe)
 
 
@@ -53,17 +57,16 @@ def _fake_quantize(
         w = _quantize_with(x, QParams(*given), key, spec=spec, recipe=recipe)
     if w is NotImplemented:
         return w
-    b = backend_of(x)
-    assert b is not None
-    return _dequantize(w, spec=spec), affine.scales(w.scale, spec, b)
+    return _dequantize(w, spec=spec), affine.scales(w.scale, spec, _adapter_of(x))
 
 
 def _choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
-    kept, b = spec.format.scale, backend_of(x)
-    assert b is not None
+    if not _is_cut(x):
+        return NotImplemented
+    kept, x = spec.format.scale, _without_empty(x)
     spans = any(size is None and len(chunks) > 1 for size, chunks in zip(spec.block, x.chunks, strict=True))
-    if not _served(x, recipe) or spans or (kept is not None and kept.scaled):
-        return affine.choose_qparams(x, spec=spec, recipe=recipe, b=b)
+    if not _in_chunks(recipe) or spans or (kept is not None and kept.scaled):
+        return affine.choose_qparams(x, spec=spec, recipe=recipe, b=_adapter_of(x))
     x = _aligned(x, spec.block)
     # What the arrays are is asked of a chunk with one element. Each is then computed by itself, from the same chunk.
     example = run(_numpy(), affine.choose_qparams, np.zeros((1,) * x.ndim, x.dtype), spec=spec, recipe=recipe)
@@ -160,17 +163,31 @@ def _unpacked_chunk(stream: Array, bits: int, length: int, signed: bool, block_i
 # ---- chunks
 
 
-def _served(x: Array, recipe: Recipe) -> bool:
+def _is_cut(x: Array) -> bool:
+    """Whether there are chunks with something in them."""
+    return bool(x.ndim) and 0 not in x.shape
+
+
+def _in_chunks(recipe: Recipe) -> bool:
     """Whether chunks can be rounded by themselves. Noise is drawn by the position in the whole array."""
-    return bool(x.ndim) and 0 not in x.shape and recipe.rounding != "stochastic"
+    return recipe.rounding != "stochastic"
+
+
+def _without_empty(x: Array) -> Array:
+    """``x`` without chunks of length 0, of which the operations can find no largest value."""
+    return _aligned(x, (1,) * x.ndim)
+
+
+def _adapter_of(x: Array) -> Any:
+    b = backend_of(x)
+    assert b is not None
+    return b
 
 
 def _with_codes(x: Array, qparams: QParams, spec: Spec, recipe: Recipe) -> Any:
     leaves = _leaves_beside(x, qparams, spec.block)
     if leaves is None:
-        b = backend_of(x)
-        assert b is not None
-        return Coded(affine.encode(x, qparams, spec=spec, recipe=recipe, b=b), *qparams)
+        return Coded(affine.encode(x, qparams, spec=spec, recipe=recipe, b=_adapter_of(x)), *qparams)
     dtype = affine.encode(
         np.zeros((1,) * x.ndim, x.dtype),
         _rebuilt(qparams, (np.ones((1,) * leaf.ndim, leaf.dtype) for leaf in _leaves(qparams))),

@@ -248,6 +248,48 @@ def test_what_is_refused(how, error, message):
         quantize(KELVIN, **how)
 
 
+def test_types_that_cannot_serve_are_passed_by():
+    large = np.linspace(0, 2e5, 64, dtype="float32")  # in few steps, scales overflow float16
+    q = quantize(large, "auto", max_abs_err=600.0, scale_dtype="float16")
+    assert q.dtype == "uint6"
+    assert max(errors(large, q)) <= 600
+    x = np.linspace(0, 2, 64, dtype="float32")
+    q = quantize(x, "auto", max_rel_err=0.1, scheme="affine")  # which floats do not have
+    assert q.zero_point is not None
+    assert max(errors(x, q, relative=True)) <= Fraction(0.1)
+    with pytest.raises(ValueError, match=r"none of uint2, .*, uint16 can keep max_rel_err=1e-09"):
+        quantize(x, "auto", max_rel_err=1e-9, scheme="affine")
+    with pytest.raises(ValueError, match=r"dtype='auto': none of uint2, .* can be had as asked; of int16: dialect="):
+        quantize(x, "auto", max_abs_err=1.0, dialect="bitsandbytes")
+    with pytest.raises(ValueError, match=r"^scale_dtype='float16' cannot hold 1 of the scales"):
+        quantize(x * np.float32(1e30), "auto", max_abs_err=1.0, scale_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "dtype", "becomes"),
+    [("torch", "int8", "int8"), ("torch", "uint8", "uint8"), ("onnx", "auto", "uint8"), ("qwix", "auto", "int6")],
+)
+def test_dialects_without_offsets(dialect, dtype, becomes):
+    x = np.linspace(4, 6, 64, dtype="float32")
+    q = quantize(x, dtype, max_abs_err=0.1, dialect=dialect)
+    assert q.dtype == becomes
+    assert q.offset is None
+    assert max(errors(x, q)) <= Fraction(0.1)
+    with pytest.raises(ValueError, match="no offsets: leave offset out"):
+        quantize(x, dtype, max_abs_err=0.1, dialect=dialect, offset="data")
+    with pytest.raises(ValueError, match="dialect='torch' has no symmetric nf4"):
+        quantize(x, "nf4", max_abs_err=0.1, dialect="torch")
+
+
+def test_missing_values_of_unsigned_types():
+    """Whose lowest code is theirs, and cannot be an offset's."""
+    q = quantize(KELVIN, "uint8", max_abs_err=1.0, mask=KELVIN > 300)
+    assert q.dtype == "uint8_nan"
+    values = np.asarray(q.dequantize())
+    assert np.array_equal(np.isnan(values), KELVIN > 300)
+    assert np.nanmax(np.abs(values - KELVIN)) <= 1.0
+
+
 def test_zero_that_cannot_stay_zero():
     x = np.asarray([-1.0, 0.0, 5.0, 3.0], "float32")
     with pytest.raises(ValueError, match=r"int2 cannot keep .*: it keeps no bound at all, since 0 does not stay 0"):

@@ -164,6 +164,25 @@ def test_values_that_change_while_they_are_read_are_noticed():
         choose_packing(Restless(X, None), max_abs_err=0.5, dtype="int8")
 
 
+@pytest.mark.parametrize("top", [1e-45, 1e-42, 1e-40, 1e-38])
+@pytest.mark.parametrize("bound", [1e-46, 1e-45, 3e-45, 1e-44, 1e-42])
+def test_subnormal_numbers_are_within_the_bound_or_refused(top, bound):
+    """Differences of theirs are rounded to whole multiples of the smallest one."""
+    x = (np.linspace(0, 1, 64) * top).astype("float32")
+    for dtype in ("auto", "int16", "uint8"):
+        for powers_of_two in (False, True):
+            how = {"dtype": dtype, "powers_of_two": powers_of_two}
+            try:
+                packing = choose_packing(x, max_abs_err=bound, **how)
+            except ValueError as error:
+                least = float(re.search(r"cannot keep max_abs_err=.*: the smallest is ([^;]+)", str(error))[1])
+                assert least > bound
+                packing, limit = choose_packing(x, max_abs_err=least, **how), least
+            else:
+                limit = bound
+            assert np.abs(packing.unpack(packing.pack(x)).astype("float64") - x.astype("float64")).max() <= limit
+
+
 def test_a_difference_that_rounds_to_the_bound_is_looked_at_closely():
     """1 - -2^-60 rounds to 1: it is further away than 1, while 1 - 2^-60 is not."""
     a, b = np.asarray([1.0, 1.0, 1.0]), np.asarray([-(2.0**-60), 2.0**-60, 0.0])

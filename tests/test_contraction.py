@@ -104,6 +104,24 @@ def test_every_kind_of_format(kind, subscripts, of_x, of_w, granularity):
         assert_close(y, of_values(subscripts, x, q))
 
 
+@pytest.mark.parametrize(
+    ("subscripts", "of_x", "of_w", "how"),
+    [
+        ("cb,db->bcd", (3, 4), (5, 4), {"dtype": "int8"}),
+        ("bc,cb->b", (4, 3), (3, 4), {"dtype": "uint8", "scheme": "affine"}),
+        ("ae,a->ae", (3, 4), (3,), {"dtype": "int4"}),
+        ("ae,a->ae", (3, 4), (3,), {"dtype": "int8", "scale_dtype": "float16", "granularity": PerChannel(0)}),
+        ("ab,ba->ba", (3, 4), (4, 3), {"dtype": "nf4"}),
+        ("fe,fa->fea", (2, 3), (2, 4), {"dtype": "int4", "scale_dtype": "int8", "granularity": PerChannel(0)}),
+        ("dfb,df->db", (3, 4, 2), (3, 4), {"dtype": "nvfp4"}),
+    ],
+)
+def test_batch_axes_that_storage_does_not_have_in_front(backend, subscripts, of_x, of_w, how):
+    x, q = data(*of_x), quantize(data(*of_w, seed=1), **how)
+    y = einsum(subscripts, backend.asarray(x), q.to_backend(backend.name))
+    assert_close(backend.to_numpy(y), of_values(subscripts, x, q))
+
+
 def test_the_quantized_side_may_come_first(backend):
     x, q = data(3, 16), quantize(data(16, 2, 5, seed=1), granularity=PerBlock((-1, 1, 1))).to_backend(backend.name)
     y = einsum("ihd,bi->hbd", q, backend.asarray(x))

@@ -554,6 +554,15 @@ def with_bytes(name, at, *values):
             "qvalue has 1 unusable codes",
         ),
         (lambda: QArray.from_bytes(b"\x03", "bitnet", (4, 1), dtype="ternary"), "scale is None"),
+        (
+            lambda: QArray.from_bytes(b"", "q4_0", (0, 1 << 62)),
+            r"shape=\(0, 4611686018427387904\): no array has axes so",
+        ),
+        (
+            lambda: QArray.from_bytes(b"", "dense", (0, 1 << 70), dtype="int4", scale=1.0),
+            "no array has axes so long",
+        ),
+        (lambda: QArray.from_bytes(b"", "q8_0", (1 << 62, 1 << 62, 0)), "no array has axes so long"),
     ],
 )
 def test_hostile_bytes_are_refused_by_name(call, message):

@@ -315,6 +315,35 @@ def test_layers_that_could_not_use_it(name):
         with_quantized_layers(layer.apply)({"params": {**variables["params"], "kernel": q}}, X)
 
 
+NORMS = {
+    "WeightNorm": (lambda: nn.WeightNorm(nn.Dense(6)), {}),
+    "SpectralNorm": (lambda: nn.SpectralNorm(nn.Dense(6)), {"update_stats": False}),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_layers_whose_kernel_is_made_anew_at_each_call(name):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, **how):
+            return nn.Dense(4)(NORMS[name][0]()(x, **how))
+
+    how = NORMS[name][1]
+    model, variables = Model(), made(Model(), X, **how)
+    table = plan(model, variables, X, **how)
+    refused = [str(row.leaf.path) for row in table.plans if row.leaf.why_not.startswith("it is inside")]
+    assert refused
+    for path in refused:
+        with pytest.raises(ValueError, match=f"{path} cannot be quantized: it is inside {name}, which"):
+            quantize(model, variables, X, rules=[(path, {})], **how)
+    small = quantize(model, variables, X, **how)  # what it can have
+    assert [type(a) for a in jax.tree.leaves(small, is_leaf=lambda a: isinstance(a, QArray))].count(QArray) == 1
+    assert with_quantized_layers(model.apply)(small, X, **how).shape == (3, 6, 4)
+    by_hand = {**variables, "params": aqt_lite.quantize_tree(variables["params"], [(refused[0], {})])}
+    with pytest.raises(ValueError, match=f"has a quantized parameter, but it is inside {name}"):
+        with_quantized_layers(model.apply)(by_hand, X, **how)
+
+
 def test_layers_along_another_axis():
     class Stack(nn.Module):
         @nn.compact

@@ -387,7 +387,8 @@ def _regrouped(
 def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
     """The weight with these axes as one, in front, each index of it with scales of its own; None where groups forbid.
 
-    The layout of the others stays where it can.
+    Every array that it holds has that axis in front, so that compilers may loop over it. The layout of the others stays
+    where it can.
     """
     if any(w.block[a] not in (None, 1) and (w.block[a] or 0) < w.shape[a] for a in axes):
         return None
@@ -395,4 +396,13 @@ def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
         w = _one_scale_each(w, axes)
     rest = [a for a in range(w.ndim) if a not in axes]
     w = w.transpose((*axes, *rest))
-    return w if len(axes) == 1 else w.reshape((math.prod(w.shape[: len(axes)]), *w.shape[len(axes) :]))
+    w = w if len(axes) == 1 else w.reshape((math.prod(w.shape[: len(axes)]), *w.shape[len(axes) :]))
+    nested = [a for a in (w.scale, w.offset) if isinstance(a, QArray)]
+    if not all(w.ndim > 1 and a.scale is None and _in_front(a) for a in nested):
+        w = _with_plain_scales(w)
+    return w if _in_front(w) else replace(w, storage=w.qvalue, transposed=False, packed_length=None)
+
+
+def _in_front(w: QArray) -> bool:
+    """Whether the first axis is the first of the storage, too: no layout is about it."""
+    return w.ndim > (2 if w.transposed else 0 if w.packed_length is None else 1)

@@ -136,6 +136,8 @@ def with_quantized_layers(function: Callable[..., Any], rules: Rules | None = No
     spec_of = specs(rules or (), ("activations",))
 
     def interceptor(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, _AROUND):
+            _check_around(context.module)
         method = _METHODS.get(getattr(context.orig_method, "func", None))
         if method is None or context.module.scope is None:
             return run(*args, **kwargs)
@@ -306,6 +308,13 @@ _HOOKS = {
 }
 """Attributes of layers that are to be as Flax has them."""
 
+_AROUND = (nn.WeightNorm, nn.SpectralNorm)
+"""Layers that compute with the parameters of the layer that they are around, before it does."""
+
+
+def _why_not_inside(around: Any) -> str:
+    return f"it is inside {type(around).__name__}, which makes another one of it at each call"
+
 
 def _why_not(module: Any) -> str:
     """Why a layer cannot use a quantized parameter; empty where it can."""
@@ -318,6 +327,13 @@ def _why_not(module: Any) -> str:
 def _check(module: Any) -> None:
     if why := _why_not(module):
         raise ValueError(f"{'/'.join(module.scope.path)} has a quantized parameter, but {why}")
+
+
+def _check_around(module: Any) -> None:
+    inside = module.layer_instance
+    params = {} if inside.scope is None else nn.meta.unbox(inside.variables.get("params", {}))
+    if layers.has_quantized(jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QArray))):
+        raise ValueError(f"{'/'.join(inside.scope.path)} has a quantized parameter, but {_why_not_inside(module)}")
 
 
 @dataclasses.dataclass
@@ -333,13 +349,16 @@ class _Seen:
 
 def _seen_in_a_call(model: Any, variables: Any, args: Any, kwargs: Any) -> dict[str, list[_Seen]]:
     found: dict[str, list[_Seen]] = {}
+    around: list[Any] = []
 
     def interceptor(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        y, method, module = (
-            run(*args, **kwargs),
-            _METHODS.get(getattr(context.orig_method, "func", None)),
-            context.module,
-        )
+        method, module = _METHODS.get(getattr(context.orig_method, "func", None)), context.module
+        outer = isinstance(module, _AROUND)
+        around.extend([module] * outer)
+        try:
+            y = run(*args, **kwargs)
+        finally:
+            del around[len(around) - outer :]
         if method is not None and context.method_name != "setup":
             weight = nn.meta.unbox(module.variables["params"])[method.weight]
             shape = tuple(weight.shape)
@@ -348,7 +367,7 @@ def _seen_in_a_call(model: Any, variables: Any, args: Any, kwargs: Any) -> dict[
                 shape,
                 method.axes(module, len(shape), *args, **kwargs),
                 method.of_products,
-                _why_not(module),
+                _why_not_inside(around[-1]) if around else _why_not(module),
             )
             found.setdefault("/".join((*module.scope.path, method.weight)), []).append(seen)
         return y
