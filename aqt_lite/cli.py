@@ -112,7 +112,7 @@ def _pack(options: argparse.Namespace) -> None:
         bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))
-        _write(packed, encoding, options.target, lambda path: _check(ds, path, bounds))
+        _write(packed, encoding, options, lambda path: _check(ds, path, bounds))
     with _opened(options.target) as again:
         print(_table(again))
     _print_sizes(options)
@@ -128,7 +128,7 @@ def _unpack(options: argparse.Namespace) -> None:
         encoding: dict[Any, Any] = {
             name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
         }
-        _write(bare, encoding, options.target, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
+        _write(bare, encoding, options, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
 
@@ -149,7 +149,7 @@ def _opened(path: str, *, values: bool = False) -> Any:
 
     from aqt_lite import xarray as fields
 
-    how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if path.endswith(_ZARR) else {}
+    how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if _is_store(path) else {}
     groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
@@ -174,18 +174,24 @@ def _chunks_of(variable: Any) -> dict[Any, int]:
     return dict(zip(variable.dims, taken, strict=True))
 
 
-def _write(ds: Any, encoding: dict[Any, Any], target: str, check: Callable[[str], None]) -> None:
+def _is_store(path: str) -> bool:
+    return path.rstrip("/\\").endswith(_ZARR)
+
+
+def _write(ds: Any, encoding: dict[Any, Any], options: argparse.Namespace, check: Callable[[str], None]) -> None:
     """The Dataset in a file beside the target, which takes its place if ``check`` says nothing of it."""
     from aqt_lite import xarray as fields
 
+    store = _is_store(options.target)
+
     def write(beside: str) -> None:
-        if target.endswith(_ZARR):
+        if store:
             ds.to_zarr(beside, encoding=encoding, consolidated=False)
         else:
             ds.to_netcdf(beside, encoding=encoding, format="NETCDF4")
         check(beside)
 
-    fields.written(target, write)
+    fields.written(options.target, write, store=store, sources=[options.source])
 
 
 def _check_source(path: str) -> None:
@@ -194,10 +200,13 @@ def _check_source(path: str) -> None:
 
 
 def _check_target(options: argparse.Namespace) -> None:
+    from aqt_lite import xarray as fields
+
     _check_source(options.source)
     if os.path.exists(options.target):
         if os.path.samefile(options.source, options.target):
             raise ValueError("source and target are the same: give another target")
+        fields.check_replaceable(options.target, store=_is_store(options.target), sources=[options.source])
         if not options.overwrite:
             raise FileExistsError(f"{options.target} exists: give another target, or --overwrite")
     folder = os.path.dirname(os.path.abspath(options.target))
@@ -207,7 +216,7 @@ def _check_target(options: argparse.Namespace) -> None:
 
 def _layout(variable: Any, options: argparse.Namespace) -> dict[str, Any]:
     """How codes lie in the target: in the chunks of the source, compressed."""
-    if options.target.endswith(_ZARR):
+    if _is_store(options.target):
         return {}
     chunks = variable.encoding.get("chunksizes")
     where = {} if chunks is None or len(chunks) != variable.ndim else {"chunksizes": chunks}

@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,9 @@ _RELATED = (
 _LIMITS = ("valid_min", "valid_max", "valid_range")
 _OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
+
+_MARKS_OF_STORES = ("zarr.json", ".zgroup", ".zarray")
+"""Files by which a folder is known to be a zarr store."""
 
 
 def cf_encoding(
@@ -472,8 +475,12 @@ def _limits_in_codes(da: xr.DataArray, packing: cf.Packing) -> dict[str, Any]:
     }
 
 
-def written(path: Any, write: Callable[[str], Any]) -> None:
-    """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole."""
+def written(path: Any, write: Callable[[str], Any], *, store: bool, sources: Iterable[str] = ()) -> None:
+    """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole.
+
+    What is there already is replaced where ``check_replaceable`` lets it.
+    """
+    check_replaceable(path, store=store, sources=sources)
     final = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(final)
     beside = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")  # the end of a name says how it is written
@@ -482,15 +489,53 @@ def written(path: Any, write: Callable[[str], Any]) -> None:
         if os.path.isfile(beside):
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
-        if os.path.isdir(final):  # which cannot be replaced at once: it is whole under one name or the other
-            os.rename(final, f"{beside}.old")
-        os.replace(beside, final)
-        shutil.rmtree(f"{beside}.old", ignore_errors=True)
+        check_replaceable(path, store=store, sources=sources)  # writing takes a while
+        if os.path.isdir(final):
+            _swap(beside, final)
+        else:
+            os.replace(beside, final)
     finally:
         if os.path.isdir(beside):
             shutil.rmtree(beside)
         elif os.path.exists(beside):
             os.unlink(beside)
+
+
+def _swap(beside: str, final: str) -> None:
+    """A folder in place of another, which cannot be done at once: it is whole under one name or the other."""
+    old = f"{beside}.old"
+    os.rename(final, old)
+    try:
+        os.rename(beside, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Any, *, store: bool, sources: Iterable[str] = ()) -> None:
+    """An error where something is at ``path`` that a file, or a zarr ``store``, must not take the place of.
+
+    A folder is replaced by a store alone, if it is one itself, and if none of the ``sources`` is in it.
+    """
+    final, said = os.path.realpath(os.fspath(path)), os.fspath(path)
+    if not os.path.isdir(final):
+        if store and os.path.exists(final):
+            raise FileExistsError(f"{said} is a file, and a store of zarr is a folder: give another path")
+        return
+    if not store:
+        raise IsADirectoryError(f"{said} is a folder, and a file is to be written: give the path of a file")
+    if not any(os.path.isfile(os.path.join(final, name)) for name in _MARKS_OF_STORES):
+        raise FileExistsError(f"{said} is a folder that is no store of zarr, and is not replaced: give another path")
+    for source in sources:
+        if os.path.commonpath([final, os.path.realpath(source)]) == final:
+            raise ValueError(f"{source}, which is read, lies in {said}, which would be replaced: give another path")
+
+
+def _sources(ds: xr.Dataset) -> set[str]:
+    """The files and folders that a Dataset was opened from."""
+    said = [ds.encoding.get("source"), *(variable.encoding.get("source") for variable in ds.variables.values())]
+    return {source for source in said if isinstance(source, str) and os.path.exists(source)}
 
 
 def check_within(
@@ -541,8 +586,9 @@ def to_netcdf(
     **kwargs
         Of xarray's ``to_netcdf``.
     """
+    check_replaceable(path, store=False)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
-    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs))
+    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs), store=False)
 
 
 def to_zarr(
@@ -557,12 +603,15 @@ def to_zarr(
 ) -> None:
     """Write a packed zarr store, as :func:`to_netcdf` does a file.
 
+    With ``overwrite`` a store at ``path`` is replaced; any other folder is not, and no store that ``obj`` is read from.
     xarray decodes it in float64, since JSON has no float32: the values are the same numbers.
     """
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
+    sources = _sources(_as_dataset(obj))
+    check_replaceable(path, store=True, sources=sources)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
-    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
+    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources)
 
 
 # ---- the accessor

@@ -188,6 +188,27 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
     assert names(tmp_path) == ["in.nc", "out.nc"]
 
 
+def test_a_folder_is_replaced_by_a_store_alone_and_never_with_its_source(source, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    assert run(capsys, "pack", source, f"{store}/", "--max-abs-err", "t=0.05")[0] == 0
+    assert (store / "zarr.json").is_file()
+    inside = source.rename(store / "in.nc")
+    (tmp_path / "other.zarr").mkdir()
+    (tmp_path / "other.zarr" / "notes.txt").write_text("notes")
+    for target, message in (
+        (f"{tmp_path}/", "is a folder, and a file is to be written"),
+        (store, "which is read, lies in .*, which would be replaced"),
+        (tmp_path / "other.zarr", "is no store of zarr, and is not replaced"),
+    ):
+        for command in (["pack", inside, target, "--max-abs-err", "1"], ["unpack", inside, target]):
+            status, _, errors = run(capsys, *command, "--overwrite")
+            assert status == 1
+            assert re.search(message, errors), errors
+    assert names(tmp_path) == ["other.zarr", "store.zarr"]
+    assert inside.is_file()
+    assert names(tmp_path / "other.zarr") == ["notes.txt"]
+
+
 def test_a_written_file_that_differs_is_noticed(source, tmp_path):
     with xr.open_dataset(source) as ds:
         aqt_lite.xarray.to_netcdf(ds, tmp_path / "out.nc", max_abs_err={"t": 0.05})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -304,6 +305,43 @@ def test_nothing_is_half_written(tmp_path):
         bad.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, encoding={"t": {"dtype": "int8"}})
     assert [path.name for path in tmp_path.iterdir()] == ["t.nc"]
     assert (tmp_path / "t.nc").read_text() == "what was here"
+
+
+def test_folders_are_not_replaced_but_stores_by_stores(tmp_path, monkeypatch):
+    precious, store = tmp_path / "precious", tmp_path / "t.zarr"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    field().to_netcdf(precious / "in.nc")
+    with pytest.raises(IsADirectoryError, match="precious is a folder, and a file is to be written"):
+        field().aqt.to_netcdf(precious, max_abs_err=1)
+    with pytest.raises(FileExistsError, match="precious is a folder that is no store of zarr"):
+        field().aqt.to_zarr(precious, max_abs_err=1, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file, and a store of zarr is a folder"):
+        field().aqt.to_zarr(precious / "in.nc", max_abs_err=1, overwrite=True)
+    field().to_zarr(store, consolidated=False)
+    with pytest.raises(ValueError, match="which is read, lies in .*, which would be replaced"):
+        xr.open_zarr(store, consolidated=False).aqt.to_zarr(store, max_abs_err=1, overwrite=True)
+
+    rename = os.rename
+
+    def fails(a, b):
+        if b == str(store) and not a.endswith(".old"):
+            raise OSError("no space")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="no space"):
+        field().aqt.to_zarr(store, max_abs_err=1, overwrite=True, consolidated=False)
+    monkeypatch.undo()
+    assert_same_bits(xr.open_zarr(store, consolidated=False).t.values, X)
+    field().aqt.to_zarr(store, max_abs_err=1, overwrite=True, consolidated=False)
+    assert "max_abs_error" in xr.open_zarr(store, consolidated=False).t.attrs
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent in (tmp_path, precious)) == [
+        "in.nc",
+        "precious",
+        "t.zarr",
+        "thesis.txt",
+    ]
 
 
 def test_import_brings_no_xarray():
