@@ -196,8 +196,9 @@ def quantize(
     Returns
     -------
     Dataset
-        Codes, scales, zero points and offsets as variables. :func:`dequantize` makes values of them again. Selecting
-        along dimensions works where blocks stay whole.
+        Codes, scales, zero points and offsets as variables, and, where codes are packed or in blocks, their order.
+        :func:`dequantize` makes values of them again. Selecting along dimensions works where blocks stay whole; it
+        refuses what arithmetic, new names of dimensions and so on make of codes.
 
     Examples
     --------
@@ -238,7 +239,8 @@ def dequantize(ds: xr.Dataset, dtype: Any = None) -> xr.Dataset:
     Raises
     ------
     ValueError
-        Codes that were cut across their blocks, or have lost their scales.
+        Codes that were cut across their blocks, put in another order there, or have lost their scales; that were
+        computed with; that have other dimensions, or other names; that were joined where they share a scale.
     """
     if not isinstance(ds, xr.Dataset):
         raise TypeError(f"ds is a {type(ds).__name__}, not a Dataset: codes and their scales are variables of one")
@@ -275,11 +277,17 @@ def _quantized(
     variables: dict[str, xr.Variable] = {}
     dims = [str(dim) for dim in da.dims]
     name = unique(name, taken)
-    said = {
+    said: dict[str, Any] = {
         "name": None if da.name is None else name,
         "along": dict(zip(dims, q.shape, strict=True)),
         "codes": _taken_apart(q, name, dims, variables, taken),
+        "order": {},
     }
+    for dim, length in _ordered(q, said, [*variables.values(), *da.coords.variables.values()]).items():
+        said["order"][dim] = here = unique(f"{name}_{dim}_order" if dim in dims else f"{dim}_order", taken)
+        variables[here] = xr.Variable(dim, _order_of(length))
+    for variable in variables.values():
+        variable.encoding = {ATTRIBUTE: {}}
     codes = variables[name]
     codes.attrs = {**da.attrs, ATTRIBUTE: json.dumps(said)}
     codes.encoding = {ATTRIBUTE: dict(da.encoding)}
@@ -309,6 +317,24 @@ def _taken_apart(
     return {"variable": name, "dims": kept, "qarray": described(q), "parts": parts}
 
 
+def _ordered(q: QArray, said: dict[str, Any], variables: list[xr.Variable]) -> dict[str, int]:
+    """Dimensions, and their lengths, along which codes only mean something in the order that they were made in.
+
+    Those in blocks of several, of blocks and of packed codes; where codes are packed, that of their labels, too.
+    """
+    sizes = {str(dim): n for variable in variables for dim, n in variable.sizes.items()}
+    found = {dim for dim in sizes if dim not in said["along"]}
+    for dim, kept, size in zip(said["along"], said["codes"]["dims"], q._checked().block, strict=True):
+        if size not in (None, 1) or kept != dim:
+            found.add(dim)
+    return {dim: n for dim, n in sizes.items() if dim in found and n > 1}
+
+
+def _order_of(length: int) -> np.ndarray[Any, Any]:
+    """Places along a dimension, in a byte each: moving by a multiple of this prime is all that they would not show."""
+    return (np.arange(length) % 251).astype(np.uint8)
+
+
 def _in_even_chunks(array: Any) -> Any:
     """An array of Dask in chunks of one size, as zarr needs them: packing makes others."""
     chunks = getattr(array, "chunks", None)
@@ -331,7 +357,15 @@ def _said(ds: xr.Dataset, name: Hashable) -> dict[str, Any]:
 def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, used: set[Hashable]) -> xr.Variable:
     """A variable's values; the names of those that were needed for them join ``used``."""
     words, codes = said["codes"], ds[name].variable
+    if words["variable"] != name:
+        raise ValueError(f"variable {name!r} was {words['variable']!r} when it was quantized: dequantize, then rename")
     static = words["qarray"]
+    foreign = [dim for dim in codes.dims if dim not in words["dims"]]
+    if foreign:
+        raise ValueError(
+            f"variable {name!r} has the dimension {foreign[0]!r}, and was quantized along {list(said['along'])}: "
+            "rename, add, stack and join dimensions before quantizing, or dequantize first"
+        )
     dropped = []
     for dim, kept, size, length in zip(
         said["along"], words["dims"], static["block"], said["along"].values(), strict=True
@@ -346,6 +380,11 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
                 f"variable {name!r} has {now or 'none'} of {length} along {dim!r}, where its codes are packed or in "
                 "blocks of several: dequantize before selecting there"
             )
+        elif now is not None and size is None and now > length:
+            raise ValueError(
+                f"variable {name!r} has {now} along {dim!r}, where {length} shared a scale: dequantize before joining"
+            )
+    _check_order(ds, name, said.get("order", {}), used)
     if dropped:
         words = _without(words, name, [list(said["along"]).index(dim) for dim in dropped])
     values = _put_together(ds, words, name, used).dequantize(dtype)
@@ -353,6 +392,21 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
     attrs = {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}
     dims = [dim for dim in said["along"] if dim not in dropped]
     return xr.Variable(dims, values, attrs, codes.encoding.get(ATTRIBUTE))
+
+
+def _check_order(ds: xr.Dataset, name: Hashable, order: dict[str, str], used: set[Hashable]) -> None:
+    """ValueError where what only means something as it was has been put in another order, or cut."""
+    for dim, of_dim in order.items():
+        if of_dim not in ds.variables:
+            raise ValueError(f"variable {name!r} has lost {of_dim!r}, which tells the order of its codes along {dim!r}")
+        used.add(of_dim)
+        variable = ds[of_dim].variable
+        places = np.moveaxis(variable.values, variable.dims.index(dim), -1) if dim in variable.dims else None
+        if places is None or not np.array_equal(places, np.broadcast_to(_order_of(places.shape[-1]), places.shape)):
+            raise ValueError(
+                f"variable {name!r} is in another order along {dim!r}, where its codes are packed or in blocks of "
+                "several: dequantize before sorting or selecting there"
+            )
 
 
 def _without(words: dict[str, Any], name: Hashable, axes: list[int]) -> dict[str, Any]:
@@ -377,8 +431,26 @@ def _put_together(ds: xr.Dataset, words: dict[str, Any], name: Hashable, used: s
             raise ValueError(f"variable {name!r} has lost {said['variable']!r}, which belongs to its codes")
         used.add(said["variable"])
         variable = ds[said["variable"]].variable
-        alone = {dim: 0 for dim in variable.dims if dim not in said["dims"]}  # of axes that are not there any more
-        return variable.isel(alone).transpose(*said["dims"]).data
+        if not variable.encoding:
+            raise ValueError(
+                f"variable {said['variable']!r} has lost its encoding, as arithmetic, reductions and drop_encoding "
+                "leave it: what was computed of codes means nothing, so dequantize first"
+            )
+        for dim in [dim for dim in variable.dims if dim not in said["dims"]]:  # of axes that are not there any more
+            first = variable.isel({dim: 0})
+            if variable.sizes[dim] > 1 and not bool((variable == first).all()):
+                raise ValueError(
+                    f"variable {said['variable']!r} differs along {dim!r}, where {name!r} has one for all: dequantize "
+                    "before joining or selecting"
+                )
+            variable = variable.isel({dim: 0})
+        lost = [dim for dim in said["dims"] if dim not in variable.dims]
+        if lost:
+            raise ValueError(
+                f"variable {said['variable']!r} has no dimension {lost[0]!r}, which belongs to {name!r}: dequantize "
+                "before selecting or renaming"
+            )
+        return variable.transpose(*said["dims"]).data
 
     parts = {
         part: _put_together(ds, said, name, used) if "qarray" in said else array(said)
