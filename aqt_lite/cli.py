@@ -106,8 +106,14 @@ def _bounds(text: str) -> float | dict[str, float]:
 def _pack(options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
+    def chosen(raw: Any) -> list[Any]:
+        floats = {name: v for name, v in raw.data_vars.items() if v.dtype.kind == "f" or _is_packed(v)}
+        if isinstance(options.max_abs_err, dict):
+            return [name for name in floats if name in options.max_abs_err]
+        return [name for name, variable in floats.items() if not fields.is_time(variable)]
+
     _check_target(options)
-    with _opened(options.source) as ds:
+    with _opened(options.source, chosen) as ds:
         packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype)
         bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
         for name, of_name in encoding.items():
@@ -121,9 +127,16 @@ def _pack(options: argparse.Namespace) -> None:
 def _unpack(options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
+    floats: list[Any] = []  # as they are, which stay so
+
+    def chosen(raw: Any) -> list[Any]:
+        packed = _packed_in(raw)
+        floats.extend(name for name, v in raw.data_vars.items() if v.dtype.kind == "f" and name not in packed)
+        return packed
+
     _check_target(options)
-    with _opened(options.source, values=True) as ds:
-        names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    with _opened(options.source, chosen, values=True) as ds:
+        names = [name for name, v in ds.data_vars.items() if v.dtype.kind == "f" and name not in floats]
         bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
         encoding: dict[Any, Any] = {
             name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
@@ -142,8 +155,21 @@ def _info(options: argparse.Namespace) -> None:
 # ---- reading and writing
 
 
-def _opened(path: str, *, values: bool = False) -> Any:
-    """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too."""
+def _is_packed(variable: Any) -> bool:
+    """Whether a variable, as it lies in its file, holds codes of CF: a ``_FillValue`` alone makes no floats."""
+    return "scale_factor" in variable.attrs or "add_offset" in variable.attrs
+
+
+def _packed_in(raw: Any) -> list[Any]:
+    return [name for name, variable in raw.data_vars.items() if _is_packed(variable)]
+
+
+def _opened(path: str, decoded: Callable[[Any], list[Any]] = _packed_in, *, values: bool = False) -> Any:
+    """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too.
+
+    Of what is in the file, ``decoded`` says which have values in place of codes and NaN where they are missing; all
+    others are as they lie there, bit for bit.
+    """
     import dask  # noqa: F401  # said to be missing before anything is done
     import xarray as xr
 
@@ -154,9 +180,14 @@ def _opened(path: str, *, values: bool = False) -> Any:
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
     # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
-    ds = xr.open_dataset(path, decode_times=False, decode_coords="all", cache=False, **how)
+    how |= {"decode_times": False, "decode_coords": "all", "cache": False}
+    with xr.open_dataset(path, mask_and_scale=False, **how) as raw:
+        names = decoded(raw)
+        masked = {str(name): name in names for name in raw.variables}
+    ds = xr.open_dataset(path, mask_and_scale=masked, **how)
     for variable in ds.variables.values():
-        variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
+        if "_FillValue" not in variable.attrs:
+            variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
         for name in _OF_ZARR:
             variable.encoding.pop(name, None)
     ds = ds.assign({name: variable.chunk(_chunks_of(variable)) for name, variable in ds.data_vars.items()})
@@ -229,12 +260,18 @@ def _check(ds: Any, path: str, bounds: dict[Any, float]) -> None:
     """ValueError where a file does not hold ``ds``: some variables within their bounds, the others exactly."""
     from aqt_lite import xarray as fields
 
-    with _opened(path) as again:
+    with _opened(path, lambda raw: list(bounds)) as again:
         for name, variable in ds.variables.items():
             if name in bounds:
                 fields.check_within(ds[name], again[name], bounds[name], _progress(f"checking {name}"))
-            elif name not in again.variables or not variable.equals(again[name].variable):
+            elif name not in again.variables or not _same(variable, again[name].variable):
                 raise ValueError(f"variable {name!r} is not read again as it was written")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether variables are equal, and numbers of one type; text may be kept in several."""
+    as_here = [variable.dtype.newbyteorder("=") for variable in (a, b)]
+    return bool(a.equals(b) and (as_here[0] == as_here[1] or a.dtype.kind in "OSUT"))
 
 
 # ---- what is printed

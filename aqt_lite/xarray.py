@@ -135,13 +135,13 @@ def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
             raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
         return dict(max_abs_err)
     cf.check_bound(max_abs_err)
-    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not _is_time(variable)]
+    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not is_time(variable)]
     if not found:
         raise ValueError("the Dataset has no floating-point variable to pack")
     return dict.fromkeys(found, max_abs_err)
 
 
-def _is_time(da: xr.DataArray) -> bool:
+def is_time(da: xr.DataArray) -> bool:
     """Whether it is days or seconds since a date, in units that a bound for all others does not speak of."""
     return " since " in str(da.attrs.get("units", ""))
 

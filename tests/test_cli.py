@@ -134,6 +134,43 @@ def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
         assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
 
 
+@pytest.mark.parametrize("ends", [("in.nc", "out.nc"), ("in.zarr", "out.nc"), ("in.nc", "out.zarr")], ids=str)
+def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
+    """Integers with a fill value are integers, and floats that are not named keep what stands for missing."""
+    few = np.asarray([1.5, -999, np.nan], "f4")
+    ds = xr.Dataset(
+        {
+            "t": ("time", np.asarray([1.5, -999, 3], "f4"), {"missing_value": np.float32(-999)}),
+            "p": ("time", few, {"_FillValue": np.float32(-999), "missing_value": np.float32(-999)}),
+            "id": ("time", np.asarray([2**60 + 1, -1, 3]), {"_FillValue": np.int64(-1)}),
+            "flag": ("time", np.asarray([1, 2, -9], "i2"), {"missing_value": np.int16(-9), "flag_values": [1, 2]}),
+            "start": ("time", np.asarray([1, 255, 3], "u1"), {"_FillValue": np.uint8(255), "units": "days since 2000"}),
+        },
+        {"time": ("time", [0.5, -5.0, 2.0], {"missing_value": -5.0})},
+    )
+    source, out, back = tmp_path / ends[0], tmp_path / ends[1], tmp_path / "back.nc"
+    of_source = {"engine": "zarr", "consolidated": False} if ends[0].endswith("zarr") else {}
+    if of_source:
+        ds.to_zarr(source, consolidated=False)
+    else:
+        ds.to_netcdf(source)
+    raw = {"mask_and_scale": False, "decode_times": False}
+    for bound, left in (("t=0.1", {"p", "id", "flag", "start", "time"}), ("0.1", {"id", "flag", "start", "time"})):
+        status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", bound, "--overwrite")
+        assert (status, errors) == (0, "")
+        assert run(capsys, "unpack", out, back, "--overwrite")[0] == 0
+        for path in (out, back):
+            how = {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {}
+            with xr.open_dataset(path, **raw, **how) as found, xr.open_dataset(source, **raw, **of_source) as before:
+                for name in left:
+                    assert_same_bits(found[name].values, ds[name].values)
+                    assert found[name].attrs.keys() == before[name].attrs.keys()
+            with xr.open_dataset(path, **how) as found:
+                np.testing.assert_allclose(found.t.values, [1.5, np.nan, 3], atol=0.1)
+    status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", "flag=1", "--overwrite")
+    assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
     with xr.open_dataset(source) as ds:
