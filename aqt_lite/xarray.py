@@ -73,7 +73,8 @@ def cf_encoding(
         float32 or float64; arrays of Dask are computed twice, for the range and for the check, and never held whole.
     max_abs_err : float, or mapping of names of variables to floats
         The largest error allowed, in units of the data. One number serves all floating-point variables of a Dataset
-        (but for coordinates, and times since a date); a mapping says which are packed.
+        (but for coordinates, times since a date, and integers of a file that have a fill value); a mapping says which
+        are packed.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
 
@@ -135,7 +136,8 @@ def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
             raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
         return dict(max_abs_err)
     cf.check_bound(max_abs_err)
-    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not is_time(variable)]
+    floats = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    found = [name for name in floats if not is_time(ds[name]) and not _is_integer(ds[name])]
     if not found:
         raise ValueError("the Dataset has no floating-point variable to pack")
     return dict.fromkeys(found, max_abs_err)
@@ -144,6 +146,12 @@ def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
 def is_time(da: xr.DataArray) -> bool:
     """Whether it is days or seconds since a date, in units that a bound for all others does not speak of."""
     return " since " in str(da.attrs.get("units", ""))
+
+
+def _is_integer(da: xr.DataArray) -> bool:
+    """Whether it is one in the file that it came from, where a fill value alone made floats of it."""
+    packed = "scale_factor" in da.encoding or "add_offset" in da.encoding
+    return np.dtype(da.encoding.get("dtype", da.dtype)).kind in "iub" and not packed
 
 
 class _Lazy:
@@ -633,6 +641,19 @@ def check_within(
         progress(done, x.size)
 
 
+_OF_PARTS = {"mode": ("w", "w-"), "group": (), "compute": (True,), "append_dim": (), "region": ()}
+"""Arguments of xarray's writers that could leave something in place or undone, and what of them is the whole."""
+
+
+def _check_whole(kwargs: Mapping[str, Any]) -> None:
+    for name, values in _OF_PARTS.items():
+        if kwargs.get(name) is not None and kwargs[name] not in values:
+            raise ValueError(
+                f"{name}={kwargs[name]!r}: what is written here replaces all that was at the path, at once; for parts, "
+                "give cf_encoding(...) to xarray's own writer as encoding="
+            )
+
+
 def to_netcdf(
     obj: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
@@ -656,8 +677,9 @@ def to_netcdf(
     encoding : mapping, optional
         Of xarray, for the rest: ``{"t": {"zlib": True}}``.
     **kwargs
-        Of xarray's ``to_netcdf``.
+        Of xarray's ``to_netcdf``, but for ``mode="a"``, ``group`` and ``compute=False``: the file is made as a whole.
     """
+    _check_whole(kwargs)
     check_replaceable(path, store=False)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
     written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs), store=False)
@@ -678,6 +700,7 @@ def to_zarr(
     With ``overwrite`` a store at ``path`` is replaced; any other folder is not, and no store that ``obj`` is read from.
     xarray decodes it in float64, since JSON has no float32: the values are the same numbers.
     """
+    _check_whole(kwargs)
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
     sources = _sources(_as_dataset(obj))

@@ -394,6 +394,33 @@ def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
             assert found.t.encoding["scale_factor"] > 1.9
 
 
+def test_integers_of_a_file_are_not_packed_by_a_bound_for_all(tmp_path):
+    ds = xr.Dataset({"t": field(), "flag": ("time", np.asarray([1, 2, -9], "i2"), {"_FillValue": np.int16(-9)})})
+    ds.to_netcdf(tmp_path / "in.nc")
+    with xr.open_dataset(tmp_path / "in.nc") as found:
+        found.aqt.to_netcdf(tmp_path / "out.nc", max_abs_err=1)
+    with xr.open_dataset(tmp_path / "out.nc", mask_and_scale=False) as raw:
+        assert "scale_factor" in raw.t.attrs
+        assert raw.flag.identical(ds.flag)
+
+
+@pytest.mark.parametrize("how", [{"mode": "a"}, {"group": "model"}, {"compute": False}], ids=str)
+def test_files_are_made_as_a_whole_or_not_at_all(tmp_path, how):
+    """What xarray would add to a file, or write later, would be lost."""
+    field().to_netcdf(tmp_path / "t.nc")
+    field().to_zarr(tmp_path / "t.zarr", consolidated=False)
+    name = next(iter(how))
+    with pytest.raises(ValueError, match=f"{name}=.*: what is written here replaces all"):
+        field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, **how)
+    with pytest.raises(ValueError, match=f"{name}=.*: what is written here replaces all"):
+        field().aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1, overwrite=True, **how)
+    with pytest.raises(ValueError, match="append_dim='time'"):
+        field().aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1, append_dim="time")
+    with xr.open_dataset(tmp_path / "t.nc") as found:
+        assert_same_bits(found.t.values, X)
+    field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, mode="w", group=None, compute=True)
+
+
 def test_nothing_is_half_written(tmp_path):
     (tmp_path / "t.nc").write_text("what was here")
     bad = field()
