@@ -199,7 +199,8 @@ def quantize(
         along all of it. ``{"time": 1}``: a scale for each time; ``{"time": 1, "lon": 32}``: one for each time and 32
         longitudes. Of a Dataset, variables without such a dimension go without it.
     **how
-        The other arguments of :func:`aqt_lite.quantize`.
+        The other arguments of :func:`aqt_lite.quantize`. A ``mask`` that is a DataArray, or a Dataset with one for each
+        variable, goes by its names and labels.
 
     Returns
     -------
@@ -277,6 +278,7 @@ def _quantized(
     if isinstance(granularity, Mapping):
         _check_dimensions(granularity, da.dims, _called(da))
         granularity = PerBlock(tuple(granularity.get(dim, -1) for dim in da.dims))
+    how = {argument: _by_name(argument, value, da) for argument, value in how.items()}
     try:
         q = api.quantize(da.data, dtype, granularity=granularity, **how)
     except (TypeError, ValueError) as error:
@@ -300,6 +302,28 @@ def _quantized(
     codes.attrs = {**da.attrs, ATTRIBUTE: json.dumps(said)}
     codes.encoding = {ATTRIBUTE: dict(da.encoding)}
     return xr.Dataset(variables, da.coords)
+
+
+def _by_name(argument: str, value: Any, da: xr.DataArray) -> Any:
+    """An argument as an array along the dimensions of ``da``, where it has names and labels of its own."""
+    if isinstance(value, xr.Variable):
+        value = xr.DataArray(value)
+    if isinstance(value, xr.Dataset):
+        if da.name not in value.data_vars:
+            raise ValueError(f"{argument} is a Dataset without {da.name!r}: give one that has it, or a DataArray")
+        value = value[da.name]
+    if not isinstance(value, xr.DataArray):
+        return value
+    if argument != "mask":
+        raise TypeError(f"{argument} is a DataArray, whose names are not looked at: give its values, along {da.dims}")
+    unknown = [dim for dim in value.dims if dim not in da.dims]
+    if unknown:
+        raise ValueError(f"{argument} has the dimension {unknown[0]!r}; {_called(da)} has {list(da.dims)}")
+    try:
+        value, _ = xr.align(value, da, join="exact")
+    except ValueError as error:
+        raise ValueError(f"{argument} has other labels than {_called(da)}: {error}") from None
+    return value.broadcast_like(da).transpose(*da.dims).data
 
 
 def _taken_apart(

@@ -324,6 +324,29 @@ def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
         assert np.array_equal(np.isnan(bounded), np.isnan(X))
 
 
+@pytest.mark.parametrize("chunks", [None, {"lat": 2}], ids=["numpy", "dask"])
+def test_masks_go_by_names(chunks):
+    t = full()[0, :20, :20]  # a square, where positions would fit, too
+    t = t if chunks is None else t.chunk(chunks)
+    land = t > 290
+    wanted = quantize(full().values[0, :20, :20], "int8", mask=land.values).dequantize()
+    for mask in (land, land.transpose(), land.values, land.variable.transpose(), xr.Dataset({"t": land.transpose()})):
+        assert_same_bits(t.aqt.quantize(mask=mask).aqt.dequantize().t.values, wanted)
+    rows = land.any("lon").drop_vars("lat")
+    found = t.to_dataset().aqt.quantize(mask=rows).aqt.dequantize().t
+    assert np.array_equal(np.isnan(found), np.broadcast_to(rows.values[:, None], (20, 20)))
+    for mask, message in (
+        (land.rename(lat="y"), r"mask has the dimension 'y'; variable 't' has \['lat', 'lon'\]"),
+        (land[::-1], "mask has other labels than variable 't'"),
+        (land[:3], "mask has other labels than variable 't'"),
+        (xr.Dataset({"u": land}), "mask is a Dataset without 't'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            t.aqt.quantize(mask=mask)
+    with pytest.raises(TypeError, match="scale is a DataArray, whose names are not looked at"):
+        t.aqt.quantize(scale=xr.DataArray(0.5))
+
+
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
     q = full().aqt.quantize("int8")
     with pytest.raises(ValueError, match="variable 't' has lost 't_scale'"):
