@@ -21,9 +21,6 @@ import aqt_lite
 __all__ = ["main"]
 
 _ZARR = ".zarr"
-_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
-"""Encoding that only stores of the same version take; the target has what zarr chooses."""
-
 _MOST_ELEMENTS = 1 << 21
 """Elements that are read together: 8 MB of float32."""
 
@@ -188,8 +185,6 @@ def _opened(path: str, decoded: Callable[[Any], list[Any]] = _packed_in, *, valu
     for variable in ds.variables.values():
         if "_FillValue" not in variable.attrs:
             variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
-        for name in _OF_ZARR:
-            variable.encoding.pop(name, None)
     ds = ds.assign({name: variable.chunk(_chunks_of(variable)) for name, variable in ds.data_vars.items()})
     quantized = any(fields.ATTRIBUTE in variable.attrs for variable in ds.data_vars.values())
     return fields.dequantize(ds) if values and quantized else ds
@@ -217,7 +212,7 @@ def _write(ds: Any, encoding: dict[Any, Any], options: argparse.Namespace, check
 
     def write(beside: str) -> None:
         if store:
-            ds.to_zarr(beside, encoding=encoding, consolidated=False)
+            fields.without_codecs(ds).to_zarr(beside, encoding=encoding, consolidated=False)
         else:
             ds.to_netcdf(beside, encoding=encoding, format="NETCDF4")
         check(beside)

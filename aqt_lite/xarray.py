@@ -45,7 +45,7 @@ BOUND = "max_abs_error"
 """Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
 
 _RELATED = (
-    *("bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "geometry", "grid_mapping"),
+    *("bounds", "cell_measures", "climatology", "formula_terms", "geometry", "grid_mapping"),
     *("interior_ring", "node_coordinates", "node_count", "part_node_count"),
 )
 """What xarray keeps in ``encoding`` of other variables that belong to one, and would lose with another ``encoding``."""
@@ -53,6 +53,9 @@ _RELATED = (
 _LIMITS = ("valid_min", "valid_max", "valid_range")
 _OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
+
+_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
+"""Encoding that only stores of the same version take; the target has what zarr chooses, or ``encoding`` says."""
 
 _MARKS_OF_STORES = ("zarr.json", ".zgroup", ".zarray")
 """Files by which a folder is known to be a zarr store."""
@@ -120,7 +123,10 @@ def cf_encoding(
 
 
 def related(da: xr.DataArray) -> dict[str, Any]:
-    """What the encoding of a variable says of others, its grid mapping for instance."""
+    """What the encoding of a variable says of others, its grid mapping for instance.
+
+    But for ``coordinates``, which xarray takes from the variable itself, and refuses in ``encoding=``.
+    """
     return {name: da.encoding[name] for name in _RELATED if name in da.encoding}
 
 
@@ -636,6 +642,14 @@ def check_replaceable(path: Any, *, store: bool, sources: Iterable[str] = ()) ->
             raise ValueError(f"{source}, which is read, lies in {said}, which would be replaced: give another path")
 
 
+def without_codecs(ds: xr.Dataset) -> xr.Dataset:
+    """Without the codecs of the store that it came from, which another may not take."""
+    bare = ds.copy(deep=False)
+    for variable in bare.variables.values():
+        variable.encoding = {name: value for name, value in variable.encoding.items() if name not in _OF_ZARR}
+    return bare
+
+
 def _sources(ds: xr.Dataset) -> set[str]:
     """The files and folders that a Dataset was opened from."""
     said = [ds.encoding.get("source"), *(variable.encoding.get("source") for variable in ds.variables.values())]
@@ -730,7 +744,9 @@ def to_zarr(
     sources = _sources(_as_dataset(obj))
     check_replaceable(path, store=True, sources=sources)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
-    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources)
+    written(
+        path, lambda beside: without_codecs(ds).to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources
+    )
 
 
 # ---- the accessor

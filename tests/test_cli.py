@@ -175,10 +175,20 @@ def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
 def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
     with xr.open_dataset(source) as ds:
         encoding = {"t": {"chunks": (2, 20, 25)}}
-        ds.load().to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
+        ds = ds.load().assign_coords(crs=((), 0), label=("time", [7, 8, 9]), level=((), 2.0))
+        ds.t.attrs["grid_mapping"] = "crs"
+        ds.to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
     for target in ("out.zarr", "out.nc"):
         status, _, errors = run(capsys, "pack", tmp_path / "in.zarr", tmp_path / target, "--max-abs-err", "t=0.05")
         assert (status, errors) == (0, "")
+    with xr.open_zarr(tmp_path / "in.zarr", consolidated=False, decode_coords="all") as found:
+        found.aqt.to_zarr(tmp_path / "too.zarr", max_abs_err=0.05, consolidated=False)
+    assert run(capsys, "unpack", tmp_path / "out.zarr", tmp_path / "back.zarr")[0] == 0
+    for name in ("out.zarr", "too.zarr", "back.zarr"):
+        with xr.open_zarr(tmp_path / name, consolidated=False, decode_coords="all") as found:
+            assert np.nanmax(np.abs(found.t.values - X)) <= 0.05
+            assert set(found.t.coords) == {"time", "lat", "crs", "label", "level"}
+            assert found.t.encoding["grid_mapping"] == "crs"
 
 
 def test_quantized_files_are_unpacked_too(tmp_path, capsys):

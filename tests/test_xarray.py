@@ -417,6 +417,23 @@ def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
             assert found.t.encoding["scale_factor"] > 1.9
 
 
+def test_a_file_that_names_coordinates_is_packed(tmp_path):
+    """Fields on a grid of two dimensions are written with an attribute that says where their places are."""
+    places = {"lat2": (("lat", "lon"), X[1]), "lon2": (("lat", "lon"), X[2]), "crs": ((), 0)}
+    field(grid_mapping="crs").assign_coords(places).to_netcdf(tmp_path / "in.nc")
+    for how in (True, "all"):
+        with xr.open_dataset(tmp_path / "in.nc", decode_coords=how) as ds:
+            assert "lat2" in ds.t.encoding["coordinates"]
+            ds.to_netcdf(tmp_path / "mine.nc", encoding=cf_encoding(ds, max_abs_err=1))
+            ds.aqt.to_netcdf(tmp_path / "out.nc", max_abs_err=1)
+            ds.aqt.to_zarr(tmp_path / "out.zarr", max_abs_err=1, overwrite=True, consolidated=False)
+            for name in ("mine.nc", "out.nc", "out.zarr"):
+                options = {"engine": "zarr", "consolidated": False} if name == "out.zarr" else {}
+                with xr.open_dataset(tmp_path / name, decode_coords="all", **options) as found:
+                    assert set(found.t.coords) == {"time", "lat", "lon", "lat2", "lon2", "crs"}
+                    assert found.t.encoding["grid_mapping"] == "crs"
+
+
 def test_integers_of_a_file_are_not_packed_by_a_bound_for_all(tmp_path):
     ds = xr.Dataset({"t": field(), "flag": ("time", np.asarray([1, 2, -9], "i2"), {"_FillValue": np.int16(-9)})})
     ds.to_netcdf(tmp_path / "in.nc")
