@@ -439,8 +439,13 @@ def _check_order(ds: xr.Dataset, name: Hashable, order: dict[str, str], used: se
             raise ValueError(f"variable {name!r} has lost {of_dim!r}, which tells the order of its codes along {dim!r}")
         used.add(of_dim)
         variable = ds[of_dim].variable
-        places = np.moveaxis(variable.values, variable.dims.index(dim), -1) if dim in variable.dims else None
-        if places is None or not np.array_equal(places, np.broadcast_to(_order_of(places.shape[-1]), places.shape)):
+        if dim not in variable.dims:
+            raise ValueError(
+                f"variable {name!r} has lost the dimension {dim!r}, where its codes are packed or in blocks: "
+                "dequantize before selecting there, and rename before quantizing"
+            )
+        places = np.moveaxis(variable.values, variable.dims.index(dim), -1)
+        if not np.array_equal(places, np.broadcast_to(_order_of(places.shape[-1]), places.shape)):
             raise ValueError(
                 f"variable {name!r} is in another order along {dim!r}, where its codes are packed or in blocks of "
                 "several: dequantize before sorting or selecting there"

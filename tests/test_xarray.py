@@ -214,6 +214,7 @@ def test_codes_can_be_selected_where_blocks_stay_whole():
 
 REFUSED = {
     "rename": lambda q: q.rename(lat="x"),
+    "rename where codes may be packed": lambda q: q.rename(lon="x"),
     "swap_dims": lambda q: q.assign_coords(x=("lat", np.arange(20))).swap_dims(lat="x"),
     "stack": lambda q: q.stack(at=("time", "lat")),
     "expand_dims": lambda q: q.expand_dims(ens=2),
