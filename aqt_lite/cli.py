@@ -22,9 +22,6 @@ import aqt_lite
 __all__ = ["main"]
 
 _ZARR = ".zarr"
-_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
-"""Encoding that only stores of the same version take; the target has what zarr chooses."""
-
 _MOST_ELEMENTS = 1 << 21
 """Elements that are read together: 8 MB of float32."""
 
@@ -111,14 +108,19 @@ def _bounds(text: str) -> float | dict[str, float]:
 def _pack(options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
+    def chosen(raw: Any) -> list[Any]:
+        floats = {name: v for name, v in raw.data_vars.items() if v.dtype.kind == "f" or _is_packed(v)}
+        if isinstance(options.max_abs_err, dict):
+            return [name for name in floats if name in options.max_abs_err]
+        return [name for name, variable in floats.items() if not fields.is_time(variable)]
+
     _check_target(options)
-    with _opened(options.source) as ds:
-        zarr = options.target.endswith(_ZARR)
-        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
+    with _opened(options.source, chosen) as ds:
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=_is_store(options.target))
         bounds = fields.bounds_of(ds, options.max_abs_err)
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))
-        _write(packed, encoding, options.target, lambda path: _check(ds, path, bounds))
+        _write(packed, encoding, options, lambda path: _check(ds, path, bounds))
     with _opened(options.target) as again:
         print(_table(again))
     _print_sizes(options)
@@ -127,14 +129,21 @@ def _pack(options: argparse.Namespace) -> None:
 def _unpack(options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
+    floats: list[Any] = []  # as they are, which stay so
+
+    def chosen(raw: Any) -> list[Any]:
+        packed = _packed_in(raw)
+        floats.extend(name for name, v in raw.data_vars.items() if v.dtype.kind == "f" and name not in packed)
+        return packed
+
     _check_target(options)
-    with _opened(options.source, values=True) as ds:
-        names = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    with _opened(options.source, chosen, values=True) as ds:
+        names = [name for name, v in ds.data_vars.items() if v.dtype.kind == "f" and name not in floats]
         bare = ds.assign({name: fields.without_packing(fields.in_its_type(ds[name])) for name in names})
         encoding: dict[Any, Any] = {
             name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
         }
-        _write(bare, encoding, options.target, lambda path: _check(ds, path, dict.fromkeys(names, 0.0)))
+        _write(bare, encoding, options, lambda path: _check(ds, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
 
@@ -148,23 +157,39 @@ def _info(options: argparse.Namespace) -> None:
 # ---- reading and writing
 
 
-def _opened(path: str, *, values: bool = False) -> Any:
-    """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too."""
+def _is_packed(variable: Any) -> bool:
+    """Whether a variable, as it lies in its file, holds codes of CF: a ``_FillValue`` alone makes no floats."""
+    return "scale_factor" in variable.attrs or "add_offset" in variable.attrs
+
+
+def _packed_in(raw: Any) -> list[Any]:
+    return [name for name, variable in raw.data_vars.items() if _is_packed(variable)]
+
+
+def _opened(path: str, decoded: Callable[[Any], list[Any]] = _packed_in, *, values: bool = False) -> Any:
+    """A Dataset whose arrays are read chunk by chunk; with ``values``, of quantized variables, too.
+
+    Of what is in the file, ``decoded`` says which have values in place of codes and NaN where they are missing; all
+    others are as they lie there, bit for bit.
+    """
     import dask  # noqa: F401  # said to be missing before anything is done
     import xarray as xr
 
     from aqt_lite import xarray as fields
 
-    how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if path.endswith(_ZARR) else {}
+    how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if _is_store(path) else {}
     groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
     # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
-    ds = xr.open_dataset(path, decode_times=False, decode_coords="all", cache=False, **how)
+    how |= {"decode_times": False, "decode_coords": "all", "cache": False}
+    with xr.open_dataset(path, mask_and_scale=False, **how) as raw:
+        names = decoded(raw)
+        masked = {str(name): name in names for name in raw.variables}
+    ds = xr.open_dataset(path, mask_and_scale=masked, **how)
     for variable in ds.variables.values():
-        variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
-        for name in _OF_ZARR:
-            variable.encoding.pop(name, None)
+        if "_FillValue" not in variable.attrs:
+            variable.encoding.setdefault("_FillValue", None)  # or xarray would write one where there was none
     ds = ds.assign({name: variable.chunk(_chunks_of(variable)) for name, variable in ds.data_vars.items()})
     quantized = any(fields.ATTRIBUTE in variable.attrs for variable in ds.data_vars.values())
     return fields.dequantize(ds) if values and quantized else ds
@@ -180,18 +205,24 @@ def _chunks_of(variable: Any) -> dict[Any, int]:
     return dict(zip(variable.dims, taken, strict=True))
 
 
-def _write(ds: Any, encoding: dict[Any, Any], target: str, check: Callable[[str], None]) -> None:
+def _is_store(path: str) -> bool:
+    return path.rstrip("/\\").endswith(_ZARR)
+
+
+def _write(ds: Any, encoding: dict[Any, Any], options: argparse.Namespace, check: Callable[[str], None]) -> None:
     """The Dataset in a file beside the target, which takes its place if ``check`` says nothing of it."""
     from aqt_lite import xarray as fields
 
+    store = _is_store(options.target)
+
     def write(beside: str) -> None:
-        if target.endswith(_ZARR):
-            ds.to_zarr(beside, encoding=encoding, consolidated=False)
+        if store:
+            fields.without_codecs(ds).to_zarr(beside, encoding=encoding, consolidated=False)
         else:
             ds.to_netcdf(beside, encoding=encoding, format="NETCDF4")
         check(beside)
 
-    fields.written(target, write)
+    fields.written(options.target, write, store=store, sources=[options.source])
 
 
 def _check_source(path: str) -> None:
@@ -200,10 +231,13 @@ def _check_source(path: str) -> None:
 
 
 def _check_target(options: argparse.Namespace) -> None:
+    from aqt_lite import xarray as fields
+
     _check_source(options.source)
     if os.path.exists(options.target):
         if os.path.samefile(options.source, options.target):
             raise ValueError("source and target are the same: give another target")
+        fields.check_replaceable(options.target, store=_is_store(options.target), sources=[options.source])
         if not options.overwrite:
             raise FileExistsError(f"{options.target} exists: give another target, or --overwrite")
     folder = os.path.dirname(os.path.abspath(options.target))
@@ -213,7 +247,7 @@ def _check_target(options: argparse.Namespace) -> None:
 
 def _layout(variable: Any, options: argparse.Namespace) -> dict[str, Any]:
     """How codes lie in the target: in the chunks of the source, compressed."""
-    if options.target.endswith(_ZARR):
+    if _is_store(options.target):
         return {}
     chunks = variable.encoding.get("chunksizes")
     where = {} if chunks is None or len(chunks) != variable.ndim else {"chunksizes": chunks}
@@ -226,12 +260,18 @@ def _check(ds: Any, path: str, bounds: dict[Any, float]) -> None:
     """ValueError where a file does not hold ``ds``: some variables within their bounds, the others exactly."""
     from aqt_lite import xarray as fields
 
-    with _opened(path) as again:
+    with _opened(path, lambda raw: list(bounds)) as again:
         for name, variable in ds.variables.items():
             if name in bounds:
                 fields.check_within(ds[name], again[name], bounds[name], _progress(f"checking {name}"))
-            elif name not in again.variables or not variable.equals(again[name].variable):
+            elif name not in again.variables or not _same(variable, again[name].variable):
                 raise ValueError(f"variable {name!r} is not read again as it was written")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether variables are equal, and numbers of one type; text may be kept in several."""
+    as_here = [variable.dtype.newbyteorder("=") for variable in (a, b)]
+    return bool(a.equals(b) and (as_here[0] == as_here[1] or a.dtype.kind in "OSUT"))
 
 
 # ---- what is printed

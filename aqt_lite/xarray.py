@@ -20,7 +20,7 @@ import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -55,7 +55,7 @@ UNPACKED = "unpacked_dtype"
 """Attribute of a packed variable of zarr, whose JSON loses that of ``scale_factor``: the type of the values."""
 
 _RELATED = (
-    *("bounds", "cell_measures", "climatology", "coordinates", "formula_terms", "geometry", "grid_mapping"),
+    *("bounds", "cell_measures", "climatology", "formula_terms", "geometry", "grid_mapping"),
     *("interior_ring", "node_coordinates", "node_count", "part_node_count"),
 )
 """What xarray keeps in ``encoding`` of other variables that belong to one, and would lose with another ``encoding``."""
@@ -63,6 +63,12 @@ _RELATED = (
 _LIMITS = ("valid_min", "valid_max", "valid_range")
 _OF_PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", *_LIMITS)
 """Attributes that speak of the codes once a variable is packed."""
+
+_OF_ZARR = ("compressor", "compressors", "filters", "serializer", "shards")
+"""Encoding that only stores of the same version take; the target has what zarr chooses, or ``encoding`` says."""
+
+_MARKS_OF_STORES = ("zarr.json", ".zgroup", ".zarray")
+"""Files by which a folder is known to be a zarr store."""
 
 
 class RepackedWarning(UserWarning):
@@ -104,7 +110,8 @@ def cf_encoding(
         float32 or float64; arrays of Dask are computed twice, for the range and for the check, and never held whole.
     max_abs_err : float, or mapping of names of variables to floats
         The largest error allowed, in units of the data. One number serves all floating-point variables of a Dataset
-        (but for coordinates, and times since a date); a mapping says which are packed.
+        (but for coordinates, times since a date, and integers of a file that have a fill value); a mapping says which
+        are packed.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
     value_range : (float, float), or mapping of names of variables to pairs, optional
@@ -201,7 +208,10 @@ def _warn(message: str) -> None:
 
 
 def related(da: xr.DataArray) -> dict[str, Any]:
-    """What the encoding of a variable says of others, its grid mapping for instance."""
+    """What the encoding of a variable says of others, its grid mapping for instance.
+
+    But for ``coordinates``, which xarray takes from the variable itself, and refuses in ``encoding=``.
+    """
     return {name: da.encoding[name] for name in _RELATED if name in da.encoding}
 
 
@@ -217,15 +227,22 @@ def bounds_of(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
             raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
         return dict(max_abs_err)
     cf.check_bound(max_abs_err)
-    found = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f" and not _is_time(variable)]
+    floats = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    found = [name for name in floats if not is_time(ds[name]) and not _is_integer(ds[name])]
     if not found:
         raise ValueError("the Dataset has no floating-point variable to pack")
     return dict.fromkeys(found, max_abs_err)
 
 
-def _is_time(da: xr.DataArray) -> bool:
+def is_time(da: xr.DataArray) -> bool:
     """Whether it is days or seconds since a date, in units that a bound for all others does not speak of."""
     return " since " in str(da.attrs.get("units", ""))
+
+
+def _is_integer(da: xr.DataArray) -> bool:
+    """Whether it is one in the file that it came from, where a fill value alone made floats of it."""
+    packed = "scale_factor" in da.encoding or "add_offset" in da.encoding
+    return np.dtype(da.encoding.get("dtype", da.dtype)).kind in "iub" and not packed
 
 
 class _Lazy:
@@ -273,14 +290,16 @@ def quantize(
         along all of it. ``{"time": 1}``: a scale for each time; ``{"time": 1, "lon": 32}``: one for each time and 32
         longitudes. Of a Dataset, variables without such a dimension go without it.
     **how
-        The other arguments of :func:`aqt_lite.quantize`.
+        The other arguments of :func:`aqt_lite.quantize`. A ``mask`` that is a DataArray, or a Dataset with one for each
+        variable, goes by its names and labels.
 
     Returns
     -------
     Dataset
-        Codes, scales, zero points and offsets as variables. :func:`dequantize` makes values of them again, with their
-        attributes, which the codes do not show: they are not in kelvin. Selecting along dimensions works where blocks
-        stay whole.
+        Codes, scales, zero points and offsets as variables, and, where codes are packed or in blocks, their order.
+        :func:`dequantize` makes values of them again, with their attributes, which the codes do not show: they are not
+        in kelvin. Selecting along dimensions works where blocks stay whole; it refuses what arithmetic, new names of
+        dimensions and so on make of codes.
 
     Examples
     --------
@@ -321,7 +340,8 @@ def dequantize(ds: xr.Dataset, dtype: Any = None) -> xr.Dataset:
     Raises
     ------
     ValueError
-        Codes that were cut across their blocks, or have lost their scales.
+        Codes that were cut across their blocks, put in another order there, or have lost their scales; that were
+        computed with; that have other dimensions, or other names; that were joined where they share a scale.
     """
     if not isinstance(ds, xr.Dataset):
         raise TypeError(f"ds is a {type(ds).__name__}, not a Dataset: codes and their scales are variables of one")
@@ -350,6 +370,7 @@ def _quantized(
     if isinstance(granularity, Mapping):
         _check_dimensions(granularity, da.dims, _called(da))
         granularity = PerBlock(tuple(granularity.get(dim, -1) for dim in da.dims))
+    how = {argument: _by_name(argument, value, da) for argument, value in how.items()}
     try:
         q = api.quantize(da.data, dtype, granularity=granularity, **how)
     except (TypeError, ValueError) as error:
@@ -358,16 +379,44 @@ def _quantized(
     variables: dict[str, xr.Variable] = {}
     dims = [str(dim) for dim in da.dims]
     name = unique(name, taken)
-    said = {
+    said: dict[str, Any] = {
         "name": None if da.name is None else name,
         "along": dict(zip(dims, q.shape, strict=True)),
         "codes": _taken_apart(q, name, dims, variables, taken),
+        "order": {},
     }
+    for dim, length in _ordered(q, said, [*variables.values(), *da.coords.variables.values()]).items():
+        said["order"][dim] = here = unique(f"{name}_{dim}_order" if dim in dims else f"{dim}_order", taken)
+        variables[here] = xr.Variable(dim, _order_of(length))
+    for variable in variables.values():
+        variable.encoding = {ATTRIBUTE: {}}
     codes = variables[name]
     said["attributes"], left = _in_words(da.attrs)
     codes.attrs = {**left, ATTRIBUTE: json.dumps(said)}
     codes.encoding = {ATTRIBUTE: dict(da.encoding)}
     return xr.Dataset(variables, da.coords)
+
+
+def _by_name(argument: str, value: Any, da: xr.DataArray) -> Any:
+    """An argument as an array along the dimensions of ``da``, where it has names and labels of its own."""
+    if isinstance(value, xr.Variable):
+        value = xr.DataArray(value)
+    if isinstance(value, xr.Dataset):
+        if da.name not in value.data_vars:
+            raise ValueError(f"{argument} is a Dataset without {da.name!r}: give one that has it, or a DataArray")
+        value = value[da.name]
+    if not isinstance(value, xr.DataArray):
+        return value
+    if argument != "mask":
+        raise TypeError(f"{argument} is a DataArray, whose names are not looked at: give its values, along {da.dims}")
+    unknown = [dim for dim in value.dims if dim not in da.dims]
+    if unknown:
+        raise ValueError(f"{argument} has the dimension {unknown[0]!r}; {_called(da)} has {list(da.dims)}")
+    try:
+        value, _ = xr.align(value, da, join="exact")
+    except ValueError as error:
+        raise ValueError(f"{argument} has other labels than {_called(da)}: {error}") from None
+    return value.broadcast_like(da).transpose(*da.dims).data
 
 
 def _taken_apart(
@@ -426,6 +475,24 @@ def _of_words(words: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _ordered(q: QArray, said: dict[str, Any], variables: list[xr.Variable]) -> dict[str, int]:
+    """Dimensions, and their lengths, along which codes only mean something in the order that they were made in.
+
+    Those in blocks of several, of blocks and of packed codes; where codes are packed, that of their labels, too.
+    """
+    sizes = {str(dim): n for variable in variables for dim, n in variable.sizes.items()}
+    found = {dim for dim in sizes if dim not in said["along"]}
+    for dim, kept, size in zip(said["along"], said["codes"]["dims"], q._checked().block, strict=True):
+        if size not in (None, 1) or kept != dim:
+            found.add(dim)
+    return {dim: n for dim, n in sizes.items() if dim in found and n > 1}
+
+
+def _order_of(length: int) -> np.ndarray[Any, Any]:
+    """Places along a dimension, in a byte each: moving by a multiple of this prime is all that they would not show."""
+    return (np.arange(length) % 251).astype(np.uint8)
+
+
 def _in_even_chunks(array: Any) -> Any:
     """An array of Dask in chunks of one size, as zarr needs them: packing makes others."""
     chunks = getattr(array, "chunks", None)
@@ -448,7 +515,15 @@ def _said(ds: xr.Dataset, name: Hashable) -> dict[str, Any]:
 def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, used: set[Hashable]) -> xr.Variable:
     """A variable's values; the names of those that were needed for them join ``used``."""
     words, codes = said["codes"], ds[name].variable
+    if words["variable"] != name:
+        raise ValueError(f"variable {name!r} was {words['variable']!r} when it was quantized: dequantize, then rename")
     static = words["qarray"]
+    foreign = [dim for dim in codes.dims if dim not in words["dims"]]
+    if foreign:
+        raise ValueError(
+            f"variable {name!r} has the dimension {foreign[0]!r}, and was quantized along {list(said['along'])}: "
+            "rename, add, stack and join dimensions before quantizing, or dequantize first"
+        )
     dropped = []
     for dim, kept, size, length in zip(
         said["along"], words["dims"], static["block"], said["along"].values(), strict=True
@@ -463,6 +538,11 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
                 f"variable {name!r} has {now or 'none'} of {length} along {dim!r}, where its codes are packed or in "
                 "blocks of several: dequantize before selecting there"
             )
+        elif now is not None and size is None and now > length:
+            raise ValueError(
+                f"variable {name!r} has {now} along {dim!r}, where {length} shared a scale: dequantize before joining"
+            )
+    _check_order(ds, name, said.get("order", {}), used)
     if dropped:
         words = _without(words, name, [list(said["along"]).index(dim) for dim in dropped])
     values = _put_together(ds, words, name, used).dequantize(dtype)
@@ -471,6 +551,26 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
     attrs |= {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}  # what was said of it since
     dims = [dim for dim in said["along"] if dim not in dropped]
     return xr.Variable(dims, values, attrs, codes.encoding.get(ATTRIBUTE))
+
+
+def _check_order(ds: xr.Dataset, name: Hashable, order: dict[str, str], used: set[Hashable]) -> None:
+    """ValueError where what only means something as it was has been put in another order, or cut."""
+    for dim, of_dim in order.items():
+        if of_dim not in ds.variables:
+            raise ValueError(f"variable {name!r} has lost {of_dim!r}, which tells the order of its codes along {dim!r}")
+        used.add(of_dim)
+        variable = ds[of_dim].variable
+        if dim not in variable.dims:
+            raise ValueError(
+                f"variable {name!r} has lost the dimension {dim!r}, where its codes are packed or in blocks: "
+                "dequantize before selecting there, and rename before quantizing"
+            )
+        places = np.moveaxis(variable.values, variable.dims.index(dim), -1)
+        if not np.array_equal(places, np.broadcast_to(_order_of(places.shape[-1]), places.shape)):
+            raise ValueError(
+                f"variable {name!r} is in another order along {dim!r}, where its codes are packed or in blocks of "
+                "several: dequantize before sorting or selecting there"
+            )
 
 
 def _without(words: dict[str, Any], name: Hashable, axes: list[int]) -> dict[str, Any]:
@@ -495,8 +595,26 @@ def _put_together(ds: xr.Dataset, words: dict[str, Any], name: Hashable, used: s
             raise ValueError(f"variable {name!r} has lost {said['variable']!r}, which belongs to its codes")
         used.add(said["variable"])
         variable = ds[said["variable"]].variable
-        alone = {dim: 0 for dim in variable.dims if dim not in said["dims"]}  # of axes that are not there any more
-        return variable.isel(alone).transpose(*said["dims"]).data
+        if not variable.encoding:
+            raise ValueError(
+                f"variable {said['variable']!r} has lost its encoding, as arithmetic, reductions and drop_encoding "
+                "leave it: what was computed of codes means nothing, so dequantize first"
+            )
+        for dim in [dim for dim in variable.dims if dim not in said["dims"]]:  # of axes that are not there any more
+            first = variable.isel({dim: 0})
+            if variable.sizes[dim] > 1 and not bool((variable == first).all()):
+                raise ValueError(
+                    f"variable {said['variable']!r} differs along {dim!r}, where {name!r} has one for all: dequantize "
+                    "before joining or selecting"
+                )
+            variable = variable.isel({dim: 0})
+        lost = [dim for dim in said["dims"] if dim not in variable.dims]
+        if lost:
+            raise ValueError(
+                f"variable {said['variable']!r} has no dimension {lost[0]!r}, which belongs to {name!r}: dequantize "
+                "before selecting or renaming"
+            )
+        return variable.transpose(*said["dims"]).data
 
     parts = {
         part: _put_together(ds, said, name, used) if "qarray" in said else array(said)
@@ -614,8 +732,12 @@ def _limits_in_codes(da: xr.DataArray, packing: cf.Packing) -> dict[str, Any]:
     }
 
 
-def written(path: Any, write: Callable[[str], Any]) -> None:
-    """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole."""
+def written(path: Any, write: Callable[[str], Any], *, store: bool, sources: Iterable[str] = ()) -> None:
+    """Have ``write`` make a file or folder beside ``path``, and put it in its place when it is whole.
+
+    What is there already is replaced where ``check_replaceable`` lets it.
+    """
+    check_replaceable(path, store=store, sources=sources)
     final = os.path.realpath(os.fspath(path))
     folder, name = os.path.split(final)
     beside = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")  # the end of a name says how it is written
@@ -624,15 +746,61 @@ def written(path: Any, write: Callable[[str], Any]) -> None:
         if os.path.isfile(beside):
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
-        if os.path.isdir(final):  # which cannot be replaced at once: it is whole under one name or the other
-            os.rename(final, f"{beside}.old")
-        os.replace(beside, final)
-        shutil.rmtree(f"{beside}.old", ignore_errors=True)
+        check_replaceable(path, store=store, sources=sources)  # writing takes a while
+        if os.path.isdir(final):
+            _swap(beside, final)
+        else:
+            os.replace(beside, final)
     finally:
         if os.path.isdir(beside):
             shutil.rmtree(beside)
         elif os.path.exists(beside):
             os.unlink(beside)
+
+
+def _swap(beside: str, final: str) -> None:
+    """A folder in place of another, which cannot be done at once: it is whole under one name or the other."""
+    old = f"{beside}.old"
+    os.rename(final, old)
+    try:
+        os.rename(beside, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Any, *, store: bool, sources: Iterable[str] = ()) -> None:
+    """An error where something is at ``path`` that a file, or a zarr ``store``, must not take the place of.
+
+    A folder is replaced by a store alone, if it is one itself, and if none of the ``sources`` is in it.
+    """
+    final, said = os.path.realpath(os.fspath(path)), os.fspath(path)
+    if not os.path.isdir(final):
+        if store and os.path.exists(final):
+            raise FileExistsError(f"{said} is a file, and a store of zarr is a folder: give another path")
+        return
+    if not store:
+        raise IsADirectoryError(f"{said} is a folder, and a file is to be written: give the path of a file")
+    if not any(os.path.isfile(os.path.join(final, name)) for name in _MARKS_OF_STORES):
+        raise FileExistsError(f"{said} is a folder that is no store of zarr, and is not replaced: give another path")
+    for source in sources:
+        if os.path.commonpath([final, os.path.realpath(source)]) == final:
+            raise ValueError(f"{source}, which is read, lies in {said}, which would be replaced: give another path")
+
+
+def without_codecs(ds: xr.Dataset) -> xr.Dataset:
+    """Without the codecs of the store that it came from, which another may not take."""
+    bare = ds.copy(deep=False)
+    for variable in bare.variables.values():
+        variable.encoding = {name: value for name, value in variable.encoding.items() if name not in _OF_ZARR}
+    return bare
+
+
+def _sources(ds: xr.Dataset) -> set[str]:
+    """The files and folders that a Dataset was opened from."""
+    said = [ds.encoding.get("source"), *(variable.encoding.get("source") for variable in ds.variables.values())]
+    return {source for source in said if isinstance(source, str) and os.path.exists(source)}
 
 
 def check_within(
@@ -656,6 +824,19 @@ def check_within(
             raise ValueError(f"{_called(x)}: {error}") from None
         done += here.size
         progress(done, x.size)
+
+
+_OF_PARTS = {"mode": ("w", "w-"), "group": (), "compute": (True,), "append_dim": (), "region": ()}
+"""Arguments of xarray's writers that could leave something in place or undone, and what of them is the whole."""
+
+
+def _check_whole(kwargs: Mapping[str, Any]) -> None:
+    for name, values in _OF_PARTS.items():
+        if kwargs.get(name) is not None and kwargs[name] not in values:
+            raise ValueError(
+                f"{name}={kwargs[name]!r}: what is written here replaces all that was at the path, at once; for parts, "
+                "give cf_encoding(...) to xarray's own writer as encoding="
+            )
 
 
 def to_netcdf(
@@ -682,10 +863,12 @@ def to_netcdf(
     encoding : mapping, optional
         Of xarray, for the rest: ``{"t": {"zlib": True}}``.
     **kwargs
-        Of xarray's ``to_netcdf``.
+        Of xarray's ``to_netcdf``, but for ``mode="a"``, ``group`` and ``compute=False``: the file is made as a whole.
     """
+    _check_whole(kwargs)
+    check_replaceable(path, store=False)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
-    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs))
+    written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs), store=False)
 
 
 def to_zarr(
@@ -700,13 +883,19 @@ def to_zarr(
 ) -> None:
     """Write a packed zarr store, as :func:`to_netcdf` does a file.
 
+    With ``overwrite`` a store at ``path`` is replaced; any other folder is not, and no store that ``obj`` is read from.
     xarray decodes it in float64, since JSON has no float32: the values are the same numbers. The attribute
     ``unpacked_dtype`` says their type, to which ``aqt-lite unpack`` returns.
     """
+    _check_whole(kwargs)
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
+    sources = _sources(_as_dataset(obj))
+    check_replaceable(path, store=True, sources=sources)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding, says_type=True)
-    written(path, lambda beside: ds.to_zarr(beside, encoding=chosen, **kwargs))
+    written(
+        path, lambda beside: without_codecs(ds).to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources
+    )
 
 
 # ---- the accessor

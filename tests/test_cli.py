@@ -184,14 +184,61 @@ def test_variables_without_axes(tmp_path, capsys):
             assert np.isnan(back.gap)
 
 
+@pytest.mark.parametrize("ends", [("in.nc", "out.nc"), ("in.zarr", "out.nc"), ("in.nc", "out.zarr")], ids=str)
+def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
+    """Integers with a fill value are integers, and floats that are not named keep what stands for missing."""
+    few = np.asarray([1.5, -999, np.nan], "f4")
+    ds = xr.Dataset(
+        {
+            "t": ("time", np.asarray([1.5, -999, 3], "f4"), {"missing_value": np.float32(-999)}),
+            "p": ("time", few, {"_FillValue": np.float32(-999), "missing_value": np.float32(-999)}),
+            "id": ("time", np.asarray([2**60 + 1, -1, 3]), {"_FillValue": np.int64(-1)}),
+            "flag": ("time", np.asarray([1, 2, -9], "i2"), {"missing_value": np.int16(-9), "flag_values": [1, 2]}),
+            "start": ("time", np.asarray([1, 255, 3], "u1"), {"_FillValue": np.uint8(255), "units": "days since 2000"}),
+        },
+        {"time": ("time", [0.5, -5.0, 2.0], {"missing_value": -5.0})},
+    )
+    source, out, back = tmp_path / ends[0], tmp_path / ends[1], tmp_path / "back.nc"
+    of_source = {"engine": "zarr", "consolidated": False} if ends[0].endswith("zarr") else {}
+    if of_source:
+        ds.to_zarr(source, consolidated=False)
+    else:
+        ds.to_netcdf(source)
+    raw = {"mask_and_scale": False, "decode_times": False}
+    for bound, left in (("t=0.1", {"p", "id", "flag", "start", "time"}), ("0.1", {"id", "flag", "start", "time"})):
+        status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", bound, "--overwrite")
+        assert (status, errors) == (0, "")
+        assert run(capsys, "unpack", out, back, "--overwrite")[0] == 0
+        for path in (out, back):
+            how = {"engine": "zarr", "consolidated": False} if path.suffix == ".zarr" else {}
+            with xr.open_dataset(path, **raw, **how) as found, xr.open_dataset(source, **raw, **of_source) as before:
+                for name in left:
+                    assert_same_bits(found[name].values, ds[name].values)
+                    assert found[name].attrs.keys() == before[name].attrs.keys()
+            with xr.open_dataset(path, **how) as found:
+                np.testing.assert_allclose(found.t.values, [1.5, np.nan, 3], atol=0.1)
+    status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", "flag=1", "--overwrite")
+    assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_stores_of_either_version_are_read(source, tmp_path, capsys, version):
     with xr.open_dataset(source) as ds:
         encoding = {"t": {"chunks": (2, 20, 25)}}
-        ds.load().to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
+        ds = ds.load().assign_coords(crs=((), 0), label=("time", [7, 8, 9]), level=((), 2.0))
+        ds.t.attrs["grid_mapping"] = "crs"
+        ds.to_zarr(tmp_path / "in.zarr", zarr_format=version, encoding=encoding, consolidated=False)
     for target in ("out.zarr", "out.nc"):
         status, _, errors = run(capsys, "pack", tmp_path / "in.zarr", tmp_path / target, "--max-abs-err", "t=0.05")
         assert (status, errors) == (0, "")
+    with xr.open_zarr(tmp_path / "in.zarr", consolidated=False, decode_coords="all") as found:
+        found.aqt.to_zarr(tmp_path / "too.zarr", max_abs_err=0.05, consolidated=False)
+    assert run(capsys, "unpack", tmp_path / "out.zarr", tmp_path / "back.zarr")[0] == 0
+    for name in ("out.zarr", "too.zarr", "back.zarr"):
+        with xr.open_zarr(tmp_path / name, consolidated=False, decode_coords="all") as found:
+            assert np.nanmax(np.abs(found.t.values - X)) <= 0.05
+            assert set(found.t.coords) == {"time", "lat", "crs", "label", "level"}
+            assert found.t.encoding["grid_mapping"] == "crs"
 
 
 def test_quantized_files_are_unpacked_too(tmp_path, capsys):
@@ -245,6 +292,27 @@ def test_a_file_that_is_packed_again_is_held_against_the_new_bound_alone(source,
     monkeypatch.setattr(aqt_lite.xarray, "check_within", lambda x, y, bound, progress: seen.append(bound))
     assert run(capsys, "pack", tmp_path / "a.nc", tmp_path / "b.nc", "--max-abs-err", "t=0.05")[0] == 0
     assert seen == [0.05]
+
+
+def test_a_folder_is_replaced_by_a_store_alone_and_never_with_its_source(source, tmp_path, capsys):
+    store = tmp_path / "store.zarr"
+    assert run(capsys, "pack", source, f"{store}/", "--max-abs-err", "t=0.05")[0] == 0
+    assert (store / "zarr.json").is_file()
+    inside = source.rename(store / "in.nc")
+    (tmp_path / "other.zarr").mkdir()
+    (tmp_path / "other.zarr" / "notes.txt").write_text("notes")
+    for target, message in (
+        (f"{tmp_path}/", "is a folder, and a file is to be written"),
+        (store, "which is read, lies in .*, which would be replaced"),
+        (tmp_path / "other.zarr", "is no store of zarr, and is not replaced"),
+    ):
+        for command in (["pack", inside, target, "--max-abs-err", "1"], ["unpack", inside, target]):
+            status, _, errors = run(capsys, *command, "--overwrite")
+            assert status == 1
+            assert re.search(message, errors), errors
+    assert names(tmp_path) == ["other.zarr", "store.zarr"]
+    assert inside.is_file()
+    assert names(tmp_path / "other.zarr") == ["notes.txt"]
 
 
 def test_a_written_file_that_differs_is_noticed(source, tmp_path):

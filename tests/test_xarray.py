@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -244,6 +245,105 @@ def test_codes_can_be_selected_where_blocks_stay_whole():
         double.isel(time=1).aqt.dequantize()
 
 
+REFUSED = {
+    "rename": lambda q: q.rename(lat="x"),
+    "rename where codes may be packed": lambda q: q.rename(lon="x"),
+    "swap_dims": lambda q: q.assign_coords(x=("lat", np.arange(20))).swap_dims(lat="x"),
+    "stack": lambda q: q.stack(at=("time", "lat")),
+    "expand_dims": lambda q: q.expand_dims(ens=2),
+    "expand the codes": lambda q: q.assign(t=q.t.expand_dims(ens=2)),
+    "broadcast_like": lambda q: q.broadcast_like(xr.DataArray(np.zeros(2), dims="ens")),
+    "concat along a new dimension": lambda q: xr.concat([q, q], "ens", data_vars="all"),
+    "concat along what shares": lambda q: xr.concat([q, other(q)], "lat", data_vars="all"),
+    "concat but for scales": lambda q: xr.concat(
+        [q, q], "lat", data_vars="minimal", coords="minimal", compat="override"
+    ),
+    "select codes alone": lambda q: q.assign(t=q.t.isel(time=1)),
+    "select scales alone": lambda q: q.assign(t_scale=q.t_scale.isel(time=1)),
+    "rename the variable": lambda q: q.rename(t="u"),
+    "rename two": lambda q: q.assign(t=q.t + 1, u=q.t),
+    "times": lambda q: q * 2,
+    "times, codes alone": lambda q: q.assign(t=q.t * 2),
+    "max": lambda q: q.max("time"),
+    "float": lambda q: q.assign(t=q.t.astype("float32")),
+    "shift": lambda q: q.shift(time=1),
+}
+
+
+def other(q):
+    """The same codes with other scales, as another file has them."""
+    scale = q.t_scale.copy(data=q.t_scale.values * 2)
+    scale.encoding = q.t_scale.encoding
+    return q.assign(t_scale=scale)
+
+
+@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize(("form", "granularity"), [("int8", {"time": 1}), ("int4", {"time": 1, "lon": 8})])
+def test_what_would_become_other_values_is_refused(how, form, granularity):
+    q = full().aqt.quantize(form, granularity=granularity)
+    with pytest.raises((TypeError, ValueError), match=r"variable '(t|u|t_scale)'"):
+        REFUSED[how](q).aqt.dequantize()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("granularity", [{"lon": 8}, {"time": 1, "lon": 7}], ids=str)
+def test_another_order_is_refused_where_it_matters(form, granularity):
+    q = full().aqt.quantize(form, granularity=granularity)
+    values = q.aqt.dequantize()
+    for changed in (
+        q.isel(lon=slice(None, None, -1)),
+        q.sortby("lon", ascending=False),
+        q.roll(lon=3),
+        q.roll(lon=3, roll_coords=True),
+        q.isel(t_lon_blocks=slice(None, None, -1)),
+        q.isel(lon=np.arange(30) // 2),
+        q.isel({str(dim): slice(None, None, -1) for dim in q.dims}),
+    ):
+        with pytest.raises(ValueError, match=r"variable 't' is in another order along '.*', .*: dequantize before"):
+            changed.aqt.dequantize()
+    with pytest.raises(ValueError, match=r"variable 't' has lost 't_lon.*_order', which tells the order"):
+        q.drop_vars([name for name in q if name.endswith("_order")]).aqt.dequantize()
+    for kept in (slice(None, None, -1), [2, 0], slice(1, 2)):
+        assert (
+            q.isel(time=kept, lat=slice(None, None, -1))
+            .aqt.dequantize()
+            .identical(values.isel(time=kept, lat=slice(None, None, -1)))
+        )
+
+
+def test_packed_codes_follow_their_labels():
+    bare = full().drop_vars("lon").aqt.quantize("int4", granularity={"lon": 1})  # scales alone have the dimension
+    with pytest.raises(ValueError, match="in another order along 'lon'"):
+        bare.isel(lon=slice(None, None, -1)).aqt.dequantize()
+    for granularity in (None, {"time": 1}):
+        q = full().aqt.quantize("int4", granularity=granularity)
+        for changed in (q.isel(lon=slice(None, None, -1)), q.roll(lon=1), q.isel(t_lon_bytes=slice(None, None, -1))):
+            with pytest.raises(ValueError, match="in another order along"):
+                changed.aqt.dequantize()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_files_are_joined_where_each_index_has_its_scale(tmp_path, form):
+    t = full()
+    quantized = [part.aqt.quantize(form, granularity={"time": 1, "lon": 8}) for part in (t[:2], t[2:])]
+    values = xr.concat([q.aqt.dequantize() for q in quantized], "time")
+    assert xr.concat(quantized, "time", data_vars="all").aqt.dequantize().identical(values)
+    halves = [t.aqt.quantize(form).isel(time=at) for at in (slice(0, 2), slice(2, 3))]
+    assert xr.concat(halves, "time", data_vars="all").aqt.dequantize().identical(t.aqt.quantize(form).aqt.dequantize())
+    paths = [tmp_path / "0.nc", tmp_path / "1.nc"]
+    for path, q in zip(paths, quantized, strict=True):
+        q.to_netcdf(path)
+    with xr.open_mfdataset(paths, combine="nested", concat_dim="time", data_vars="all") as found:
+        assert found.aqt.dequantize().t.identical(values.t)
+    for path, part in zip(paths, (t[:2], t[2:] * 3), strict=True):
+        part.aqt.quantize(form).to_netcdf(path)
+    with (
+        xr.open_mfdataset(paths, combine="nested", concat_dim="time", data_vars="all") as found,
+        pytest.raises(ValueError, match="variable 't'"),
+    ):
+        found.aqt.dequantize()
+
+
 @pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
 def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
     t = field() if chunks is None else field().chunk(chunks)
@@ -293,14 +393,38 @@ def test_codes_have_no_attributes_of_values(tmp_path, chunks):
     assert there.aqt.dequantize().t.attrs == {"units": "K", **odd}
 
 
+@pytest.mark.parametrize("chunks", [None, {"lat": 2}], ids=["numpy", "dask"])
+def test_masks_go_by_names(chunks):
+    t = full()[0, :20, :20]  # a square, where positions would fit, too
+    t = t if chunks is None else t.chunk(chunks)
+    land = t > 290
+    wanted = quantize(full().values[0, :20, :20], "int8", mask=land.values).dequantize()
+    for mask in (land, land.transpose(), land.values, land.variable.transpose(), xr.Dataset({"t": land.transpose()})):
+        assert_same_bits(t.aqt.quantize(mask=mask).aqt.dequantize().t.values, wanted)
+    rows = land.any("lon").drop_vars("lat")
+    found = t.to_dataset().aqt.quantize(mask=rows).aqt.dequantize().t
+    assert np.array_equal(np.isnan(found), np.broadcast_to(rows.values[:, None], (20, 20)))
+    for mask, message in (
+        (land.rename(lat="y"), r"mask has the dimension 'y'; variable 't' has \['lat', 'lon'\]"),
+        (land[::-1], "mask has other labels than variable 't'"),
+        (land[:3], "mask has other labels than variable 't'"),
+        (xr.Dataset({"u": land}), "mask is a Dataset without 't'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            t.aqt.quantize(mask=mask)
+    with pytest.raises(TypeError, match="scale is a DataArray, whose names are not looked at"):
+        t.aqt.quantize(scale=xr.DataArray(0.5))
+
+
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
     q = full().aqt.quantize("int8")
     with pytest.raises(ValueError, match="variable 't' has lost 't_scale'"):
         q.drop_vars("t_scale").aqt.dequantize()
     with pytest.raises(ValueError, match="the attribute aqt_lite is not what quantize wrote"):
         q.assign(t=q.t.assign_attrs(aqt_lite="{}")).aqt.dequantize()
+    negative = q.t_scale.copy(data=-q.t_scale.values)
     with pytest.raises(ValueError, match=r"variable 't': .*scale"):
-        q.assign(t_scale=-q.t_scale).aqt.dequantize()
+        q.assign(t_scale=negative).aqt.dequantize()
     with pytest.raises(ValueError, match="has no quantized variable"):
         full().to_dataset().aqt.dequantize()
     with pytest.raises(TypeError, match="variable 't' is quantized already"):
@@ -395,6 +519,50 @@ def test_bounds_add_up(tmp_path):
             assert read.t.attrs["max_abs_error"] == second
 
 
+def test_a_file_that_names_coordinates_is_packed(tmp_path):
+    """Fields on a grid of two dimensions are written with an attribute that says where their places are."""
+    places = {"lat2": (("lat", "lon"), X[1]), "lon2": (("lat", "lon"), X[2]), "crs": ((), 0)}
+    field(grid_mapping="crs").assign_coords(places).to_netcdf(tmp_path / "in.nc")
+    for how in (True, "all"):
+        with xr.open_dataset(tmp_path / "in.nc", decode_coords=how) as ds:
+            assert "lat2" in ds.t.encoding["coordinates"]
+            ds.to_netcdf(tmp_path / "mine.nc", encoding=cf_encoding(ds, max_abs_err=1))
+            ds.aqt.to_netcdf(tmp_path / "out.nc", max_abs_err=1)
+            ds.aqt.to_zarr(tmp_path / "out.zarr", max_abs_err=1, overwrite=True, consolidated=False)
+            for name in ("mine.nc", "out.nc", "out.zarr"):
+                options = {"engine": "zarr", "consolidated": False} if name == "out.zarr" else {}
+                with xr.open_dataset(tmp_path / name, decode_coords="all", **options) as found:
+                    assert set(found.t.coords) == {"time", "lat", "lon", "lat2", "lon2", "crs"}
+                    assert found.t.encoding["grid_mapping"] == "crs"
+
+
+def test_integers_of_a_file_are_not_packed_by_a_bound_for_all(tmp_path):
+    ds = xr.Dataset({"t": field(), "flag": ("time", np.asarray([1, 2, -9], "i2"), {"_FillValue": np.int16(-9)})})
+    ds.to_netcdf(tmp_path / "in.nc")
+    with xr.open_dataset(tmp_path / "in.nc") as found:
+        found.aqt.to_netcdf(tmp_path / "out.nc", max_abs_err=1)
+    with xr.open_dataset(tmp_path / "out.nc", mask_and_scale=False) as raw:
+        assert "scale_factor" in raw.t.attrs
+        assert raw.flag.identical(ds.flag)
+
+
+@pytest.mark.parametrize("how", [{"mode": "a"}, {"group": "model"}, {"compute": False}], ids=str)
+def test_files_are_made_as_a_whole_or_not_at_all(tmp_path, how):
+    """What xarray would add to a file, or write later, would be lost."""
+    field().to_netcdf(tmp_path / "t.nc")
+    field().to_zarr(tmp_path / "t.zarr", consolidated=False)
+    name = next(iter(how))
+    with pytest.raises(ValueError, match=f"{name}=.*: what is written here replaces all"):
+        field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, **how)
+    with pytest.raises(ValueError, match=f"{name}=.*: what is written here replaces all"):
+        field().aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1, overwrite=True, **how)
+    with pytest.raises(ValueError, match="append_dim='time'"):
+        field().aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1, append_dim="time")
+    with xr.open_dataset(tmp_path / "t.nc") as found:
+        assert_same_bits(found.t.values, X)
+    field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, mode="w", group=None, compute=True)
+
+
 def test_nothing_is_half_written(tmp_path):
     (tmp_path / "t.nc").write_text("what was here")
     bad = field()
@@ -405,6 +573,43 @@ def test_nothing_is_half_written(tmp_path):
         bad.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, encoding={"t": {"dtype": "int8"}})
     assert [path.name for path in tmp_path.iterdir()] == ["t.nc"]
     assert (tmp_path / "t.nc").read_text() == "what was here"
+
+
+def test_folders_are_not_replaced_but_stores_by_stores(tmp_path, monkeypatch):
+    precious, store = tmp_path / "precious", tmp_path / "t.zarr"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    field().to_netcdf(precious / "in.nc")
+    with pytest.raises(IsADirectoryError, match="precious is a folder, and a file is to be written"):
+        field().aqt.to_netcdf(precious, max_abs_err=1)
+    with pytest.raises(FileExistsError, match="precious is a folder that is no store of zarr"):
+        field().aqt.to_zarr(precious, max_abs_err=1, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file, and a store of zarr is a folder"):
+        field().aqt.to_zarr(precious / "in.nc", max_abs_err=1, overwrite=True)
+    field().to_zarr(store, consolidated=False)
+    with pytest.raises(ValueError, match=r"which is read, lies in .*, which would be replaced"):
+        xr.open_zarr(store, consolidated=False).aqt.to_zarr(store, max_abs_err=1, overwrite=True)
+
+    rename = os.rename
+
+    def fails(a, b):
+        if b == str(store) and not a.endswith(".old"):
+            raise OSError("no space")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="no space"):
+        field().aqt.to_zarr(store, max_abs_err=1, overwrite=True, consolidated=False)
+    monkeypatch.undo()
+    assert_same_bits(xr.open_zarr(store, consolidated=False).t.values, X)
+    field().aqt.to_zarr(store, max_abs_err=1, overwrite=True, consolidated=False)
+    assert "max_abs_error" in xr.open_zarr(store, consolidated=False).t.attrs
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.parent in (tmp_path, precious)) == [
+        "in.nc",
+        "precious",
+        "t.zarr",
+        "thesis.txt",
+    ]
 
 
 def test_import_brings_no_xarray():
