@@ -14,8 +14,6 @@ from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
-from aqt_lite.comparison import Comparison, compare
-from aqt_lite.conversion import convert
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
 from aqt_lite.files import load, save
@@ -37,6 +35,9 @@ if TYPE_CHECKING:
     from aqt_lite import torch as torch
     from aqt_lite import xarray as xarray
     from aqt_lite import zarr as zarr
+    from aqt_lite.comparison import Comparison as Comparison
+    from aqt_lite.comparison import compare as compare
+    from aqt_lite.conversion import convert as convert
 
 __all__ = [
     "ClippingWarning",
@@ -82,19 +83,21 @@ __version__ = "0.1.0"
 
 _OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
 _ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
+_FROM = {"Comparison": "comparison", "compare": "comparison", "convert": "conversion"}
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 
     def __getattr__(name: str) -> object:
         """Import ``aqt_lite.testing``, ``aqt_lite.xarray`` and the like on first use."""
-        if name in _ON_FIRST_USE:
-            import importlib
+        import importlib
 
+        if name in _ON_FIRST_USE:
             return importlib.import_module(f"aqt_lite.{name}")
+        if name in _FROM:
+            return getattr(importlib.import_module(f"aqt_lite.{_FROM[name]}"), name)
         raise AttributeError(f"module 'aqt_lite' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(
-        {*globals(), *_ON_FIRST_USE} - {*_OF_A_LIBRARY}
-    )  # what looks at every name should not have to import it
+    names = {*globals(), *_ON_FIRST_USE, *_FROM}
+    return sorted(names - {*_OF_A_LIBRARY})  # what looks at every name should not have to import it

@@ -248,7 +248,7 @@ def _collect(path: str, q: QArray, layout: Layout, found: dict[str, np.ndarray[A
         if kept_as != of_child.dtype:
             raise ValueError(
                 f"layout {layout.name!r} keeps the {child} as {of_child.dtype}, and {what} has it as {kept_as}: "
-                f"quantize with scale_dtype={of_child.dtype!r}, with dtype={layout.dtype!r}, or in the library's dialect"
+                f"quantize with scale_dtype={of_child.dtype!r} or dtype={layout.dtype!r}, or in the library's dialect"
             )
         if tuple(kept.shape) != grid or (grid[-1] > 1 and block[-1] != size):
             raise ValueError(

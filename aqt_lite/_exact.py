@@ -128,4 +128,4 @@ def quotient(
         mantissa = mantissa * bitcast((e + bias) << fraction, x.dtype)
     size = xp.where(i == 0, xp.zeros_like(mantissa), mantissa)
     size = xp.where(xp.isfinite(x), size, xp.abs(x))
-    return xp.where(xp.isnan(y), y, xp.where(x < 0, -size, size))
+    return xp.where(xp.isnan(y), y, xp.where(bitcast(x, bits) < 0, -size, size))  # of -0, too

@@ -178,6 +178,11 @@ class Recipe:
         return self.rounding == "half_even" and not self.offset and self.dialect == AQT_LITE
 
     @property
+    def keeps_tiny(self) -> bool:
+        """Whether what is subnormal may be rounded to another number than 0: then it is flushed, on every backend."""
+        return self.rounding == "stochastic" or self.dialect != AQT_LITE
+
+    @property
     def of_magnitudes(self) -> bool:
         """Whether scales are chosen from magnitudes alone."""
         return self.symmetric and self.dialect.reach != "each side"
@@ -480,10 +485,15 @@ def _encoded(
     xp, shape = b.xp, tuple(x.shape)
     scale, zero, offset = qparams
     v = _computable(x, spec, b)
-    if recipe.rounding == "stochastic":  # any other rounds what is subnormal to 0, flushed or not
-        v = xp.where(xp.abs(v) < float_type(spec.source.compute).tiny / 2, v * 0.0, v)
+    normal = float_type(spec.source.compute).tiny / 2
+    if recipe.keeps_tiny:
+        v = xp.where(xp.abs(v) < normal, v * 0.0, v)
     if scale is not None:
         scale = scales(scale, spec, b)
+        if recipe.dialect.kept_of_zeros is not None:  # the scale of zeros may be subnormal
+            nothing = scale < normal
+            scale = xp.where(nothing, xp.ones_like(scale), scale)
+            v = xp.where(spread(nothing, shape, spec.block, xp), v * 0.0, v)
         if offset is not None:  # in halves, as in dequantize
             v = _without_tiny(v, spec, xp) * 0.5 - spread(offset * 0.5, shape, spec.block, xp)
             v, scale = _without_tiny(v, spec, xp), scale * 0.5

@@ -109,7 +109,8 @@ def quantize_within(
     smaller = "use smaller blocks (granularity=), or keep x as it is"
     if auto:
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
-    wider = [f for f in known if f.element.bits > tried[0].element.bits and _serves(f, asked)]
+    bits = tried[0].element.bits
+    wider = [f for f in known if f.element.bits >= bits and f.name != tried[0].name and _serves(f, asked)]
     better = next((f for f in wider if _try(x, b, f, bound, asked, make) is not None), None)
     way = smaller if better is None else f"dtype={better.name!r} does, and dtype={AUTO!r} finds the narrowest"
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
@@ -134,17 +135,18 @@ def _bits(form: Format) -> int:
 
 
 def ways_of(form: Format, bound: Bound) -> list[Way]:
-    """Where the numbers of a type may lie: over the range of the values alone, or with 0 among them, exactly."""
+    """Where the numbers of a type may lie: over the range of the values alone, or with 0 among them, exactly.
+
+    An offset is what code 0 stands for: where that is what is missing, a zero point serves instead.
+    """
     element = form.element
-    with_zero: list[Way] = []
-    if bound.relative:
-        if element.signed:
-            with_zero.append({})
-        if element.zero_points:
-            with_zero.append({"scheme": "affine"})
-    return (
-        with_zero if element.missing == 0 else [*with_zero, {"offset": "data"}]
-    )  # where an offset's code is no number
+    takes_offset = element.missing != 0
+    found: list[Way] = []
+    if bound.relative and element.signed:
+        found.append({})
+    if element.zero_points and (bound.relative or not takes_offset):
+        found.append({"scheme": "affine"})
+    return [*found, {"offset": "data"}] if takes_offset else found
 
 
 def _try(x: Array, b: Backend, form: Format, bound: Bound, asked: Way, make: Make) -> QArray | None:

@@ -172,7 +172,14 @@ class Packing:
         )
 
 
-def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto", powers_of_two: bool = False) -> Packing:
+def choose_packing(
+    x: Any,
+    *,
+    max_abs_err: float,
+    dtype: Any = "auto",
+    powers_of_two: bool = False,
+    value_range: tuple[float, float] | None = None,
+) -> Packing:
     """The packing of an array that keeps every value within ``max_abs_err``, with the largest step that does.
 
     The bound is on what readers make of the codes, their rounding included, and is checked on every element: ``x`` is
@@ -189,6 +196,9 @@ def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto", powers_of
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
     powers_of_two : bool
         Take a step that is a power of two, whose reciprocal is exact, too.
+    value_range : (float, float), optional
+        The least and the greatest value that the packing is for, beside those of ``x``: other data in this range may be
+        packed with it, within the same bound.
 
     Returns
     -------
@@ -218,10 +228,12 @@ def choose_packing(x: Any, *, max_abs_err: float, dtype: Any = "auto", powers_of
     bound = check_bound(max_abs_err)
     source = _source_of(x)
     ranges = _each(x, _range)
-    low = min((r.low for r in ranges if r.low is not None), default=0.0)
-    high = max((r.high for r in ranges if r.high is not None), default=0.0)
+    ends = _ends_of(value_range, source)
+    low = min((*(r.low for r in ranges if r.low is not None), *ends.tolist()), default=0.0)
+    high = max((*(r.high for r in ranges if r.high is not None), *ends.tolist()), default=0.0)
     found = _chosen(low, high, bound, dtype, source, 1 if powers_of_two else None)
-    for broken in _each(x, partial(_broken, packing=found, bound=bound)):
+    proof = partial(_broken, packing=found, bound=bound)
+    for broken in (*_each(x, proof), proof(ends, (0,))):
         if broken is not None:
             raise ValueError(broken)
     return found
@@ -236,6 +248,21 @@ def check_bound(value: Any) -> float:
     if isinstance(value, bool) or not 0 < bound < math.inf:
         raise ValueError(f"max_abs_err={value!r}: give a positive, finite number, in units of the data")
     return bound
+
+
+def _ends_of(value_range: Any, source: np.dtype[Any]) -> _Numbers:
+    """The least and the greatest value in the type of the data; of None, no values."""
+    if value_range is None:
+        return np.zeros(0, source)
+    try:
+        least, greatest = map(float, value_range)
+    except (TypeError, ValueError):
+        raise TypeError(f"value_range={value_range!r}: give two numbers, the least and the greatest value") from None
+    with np.errstate(over="ignore"):
+        ends = np.asarray([least, greatest]).astype(source)
+    if not (np.isfinite(ends).all() and least <= greatest):
+        raise ValueError(f"value_range={value_range!r}: give the least and the greatest value, finite in {source}")
+    return ends
 
 
 # ---- the arithmetic of writers and readers
@@ -455,16 +482,15 @@ def _difference_beyond(x: _Numbers, read: _Numbers, bound: float, start: tuple[i
 def _further(a: _Numbers, b: _Numbers, bound: float) -> _Numbers:
     """Where ``|a - b| > bound``, exactly: of a rounded difference that is equal to the bound, what it lost decides."""
     with np.errstate(invalid="ignore"):
-        difference = a - b
+        difference = np.asarray(a - b)  # of arrays without axes NumPy makes scalars, which cannot be written to
         size = np.abs(difference)
-        far = size > bound
-        even = size == bound
+        far, even = np.asarray(size > bound), np.asarray(size == bound)
     if even.any():
         p, q, d = a[even], -b[even], difference[even]
         around = d - p  # what follows is the difference's rounding error (Knuth's two-sum)
         lost = (p - (d - around)) + (q - around)
         far[even] = lost * np.sign(d) > 0
-    return np.asarray(far)
+    return far
 
 
 def _refuse_infinities(x: _Numbers, start: tuple[int, ...]) -> None:

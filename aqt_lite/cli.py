@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 where something is wrong with the data, 2 with the arguments."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **how: print(
+                f"aqt-lite: warning: {message}", file=sys.stderr
+            )
+            options.run(options)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
@@ -111,8 +116,9 @@ def _pack(options: argparse.Namespace) -> None:
 
     _check_target(options)
     with _opened(options.source, chosen) as ds:
-        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype)
-        bounds = {name: packed[name].attrs[fields.BOUND] for name in encoding}
+        zarr = _is_store(options.target)
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
+        bounds = fields.bounds_of(ds, options.max_abs_err)
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))
         _write(packed, encoding, options, lambda path: _check(ds, path, bounds))
@@ -134,11 +140,11 @@ def _unpack(options: argparse.Namespace) -> None:
     _check_target(options)
     with _opened(options.source, chosen, values=True) as ds:
         names = [name for name, v in ds.data_vars.items() if v.dtype.kind == "f" and name not in floats]
-        bare = ds.assign({name: fields.without_packing(ds[name]) for name in names})
+        bare = ds.assign({name: fields.without_packing(fields.in_its_type(ds[name])) for name in names})
         encoding: dict[Any, Any] = {
             name: {"_FillValue": bare[name].dtype.type("nan"), **fields.related(ds[name])} for name in names
         }
-        _write(bare, encoding, options, lambda path: _check(bare, path, dict.fromkeys(names, 0.0)))
+        _write(bare, encoding, options, lambda path: _check(ds, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
 
 

@@ -296,8 +296,8 @@ def _check_quotient(b: Backend, floats: tuple[str, ...]) -> _Pairs:
         x = (rng.standard_normal(20000) * 2.0 ** rng.uniform(-width, width, 20000)).astype(compute)
         whole = rng.integers(1, 1 << 11, (2, 2000)).astype(compute)  # quotients near the middle between two numbers
         odd = (
-            np.asarray([0.0, np.inf, -np.inf, np.nan, 1.0], compute),
-            np.asarray([3.0, 3.0, 3.0, 3.0, np.nan], compute),
+            np.asarray([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0], compute),
+            np.asarray([3.0, 3.0, 3.0, 3.0, 3.0, np.nan], compute),
         )
         for above, below in ((x, y), (whole[0], whole[1]), odd):
             yield b.compiled(_quotient)(b.asarray(above), b.asarray(below), b=b), above / below

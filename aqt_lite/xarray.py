@@ -5,18 +5,23 @@ public functions, the CF arithmetic (``cf``), the container's words. Import it a
 ``import aqt_lite`` alone imports no xarray.
 
 A quantized variable is a few variables of a Dataset, so that everything xarray does with Datasets works on it: the
-codes, under the name of the variable and with its attributes; the scales, zero points or offsets beside them, along the
-same dimensions where there is one for each index, along dimensions of their own elsewhere; and an attribute that says
-what the codes mean. xarray's own ``to_netcdf`` and ``to_zarr`` store such a Dataset as it is.
+codes, under the name of the variable; the scales, zero points or offsets beside them, along the same dimensions where
+there is one for each index, along dimensions of their own elsewhere; and an attribute that says what the codes mean,
+and the attributes of the values, units for instance, which are not those of codes. xarray's own ``to_netcdf`` and
+``to_zarr`` store such a Dataset as it is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,7 @@ from aqt_lite.qarray import QArray, described, rebuilt
 __all__ = [
     "DataArrayAccessor",
     "DatasetAccessor",
+    "RepackedWarning",
     "cf_encoding",
     "dequantize",
     "open_dataset",
@@ -42,7 +48,11 @@ ATTRIBUTE = "aqt_lite"
 """Of a variable of codes: what they mean, in JSON. (In ``encoding``: that of the variable that was quantized.)"""
 
 BOUND = "max_abs_error"
-"""Attribute of a packed variable: the largest error allowed when it was packed, in units of the data."""
+"""Attribute of a packed variable: the largest error allowed when it was packed, in units of the data; the sum of them
+where it was packed more than once."""
+
+UNPACKED = "unpacked_dtype"
+"""Attribute of a packed variable of zarr, whose JSON loses that of ``scale_factor``: the type of the values."""
 
 _RELATED = (
     *("bounds", "cell_measures", "climatology", "formula_terms", "geometry", "grid_mapping"),
@@ -61,14 +71,38 @@ _MARKS_OF_STORES = ("zarr.json", ".zgroup", ".zarray")
 """Files by which a folder is known to be a zarr store."""
 
 
+class RepackedWarning(UserWarning):
+    """Values that were packed before are packed again: errors add up.
+
+    Examples
+    --------
+    >>> import warnings, xarray as xr
+    >>> from aqt_lite.xarray import RepackedWarning, cf_encoding
+    >>> t = xr.DataArray([1.0, 2.0], name="t", attrs={"max_abs_error": 0.25})
+    >>> with warnings.catch_warnings(record=True) as found:
+    ...     warnings.simplefilter("always")
+    ...     encoding = cf_encoding(t, max_abs_err=0.5)
+    >>> found[0].category is RepackedWarning
+    True
+    """
+
+
 def cf_encoding(
-    obj: xr.DataArray | xr.Dataset, *, max_abs_err: float | Mapping[Hashable, float], dtype: Any = "auto"
+    obj: xr.DataArray | xr.Dataset,
+    *,
+    max_abs_err: float | Mapping[Hashable, float],
+    dtype: Any = "auto",
+    value_range: tuple[float, float] | Mapping[Hashable, tuple[float, float]] | None = None,
 ) -> dict[Any, Any]:
     """How to pack a variable, or those of a Dataset, so that what is read again is within ``max_abs_err``.
 
     The result is xarray's ``encoding``: integers, ``scale_factor``, ``add_offset`` and a ``_FillValue`` for NaN, as the
     CF conventions have them, which every reader of netCDF unpacks. The bound is on what it makes of them, its rounding
     included, and is checked on every element, chunk by chunk. :mod:`aqt_lite.cf` says how the numbers are chosen.
+
+    It is for the values of ``obj`` and those in ``value_range``. Other values that are written with it may have no
+    code, and xarray then writes some other code without a word: the bound is not kept, by any amount. For data that are
+    not at hand yet, state their range; :meth:`aqt_lite.cf.Packing.pack` refuses what is beyond the codes.
 
     Parameters
     ----------
@@ -80,6 +114,8 @@ def cf_encoding(
         are packed.
     dtype : {"auto", "int8", "int16", "int32", "uint8", "uint16"}
         Of the codes. "auto": the smallest of int8, int16 and int32 that keeps the bound.
+    value_range : (float, float), or mapping of names of variables to pairs, optional
+        The least and the greatest value that the encoding is for, beside those of ``obj``. Of a Dataset, a mapping.
 
     Returns
     -------
@@ -92,6 +128,12 @@ def cf_encoding(
         A bound that the type cannot keep, with the smallest that it can; infinities; attributes that would come to mean
         something else.
 
+    Warns
+    -----
+    RepackedWarning
+        The attribute ``max_abs_error`` says that the values were packed before: errors add up, and :func:`to_netcdf`
+        and :func:`to_zarr` write the sum. Whoever writes with the encoding sets the attribute.
+
     Examples
     --------
     >>> import numpy as np, xarray as xr
@@ -103,12 +145,22 @@ def cf_encoding(
     ['t']
     """
     if isinstance(obj, xr.Dataset):
-        bounds = _bounds(obj, max_abs_err)
-        return {name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype) for name, bound in bounds.items()}
+        bounds, ranges = bounds_of(obj, max_abs_err), {} if value_range is None else value_range
+        if not isinstance(ranges, Mapping):
+            raise TypeError(f"value_range={ranges!r}: give a mapping from names of variables for a Dataset")
+        unknown = [name for name in ranges if name not in bounds]
+        if unknown:
+            raise ValueError(f"value_range names {unknown[0]!r}; {list(bounds)} are packed")
+        return {
+            name: cf_encoding(obj[name], max_abs_err=bound, dtype=dtype, value_range=ranges.get(name))
+            for name, bound in bounds.items()
+        }
     if not isinstance(obj, xr.DataArray):
         raise TypeError(f"obj is a {type(obj).__name__}, not a DataArray or Dataset; for other arrays see aqt_lite.cf")
     if isinstance(max_abs_err, Mapping):
         raise TypeError("max_abs_err is a mapping, which is for Datasets: give one number for a DataArray")
+    if isinstance(value_range, Mapping):
+        raise TypeError("value_range is a mapping, which is for Datasets: give two numbers for a DataArray")
     said = [name for name in _OF_PACKED if name in obj.attrs]
     if said:
         raise ValueError(
@@ -116,10 +168,43 @@ def cf_encoding(
             "codes: take it out of attrs first"
         )
     try:
-        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype)
+        packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{_called(obj)}: {error}") from None
+    _sum_of_bounds(obj, max_abs_err)
     return {**packing.encoding, **related(obj)}
+
+
+def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
+    """The largest error of packing a variable and of its earlier packing, of which a warning is given."""
+    bound = float(bound)
+    if BOUND not in da.attrs:
+        return bound
+    try:
+        numbers = np.asarray(da.attrs[BOUND], np.float64)  # some libraries read a list of one
+    except (TypeError, ValueError):
+        numbers = np.zeros(0)
+    earlier = numbers.item() if numbers.size == 1 else math.nan
+    if not 0 <= earlier < math.inf:
+        _warn(f"{_called(da)} has the attribute {BOUND}={da.attrs[BOUND]!r}, which is no bound: {bound!r} replaces it")
+        return bound
+    total = earlier + bound
+    if Fraction(total) < Fraction(earlier) + Fraction(bound):
+        total = math.nextafter(total, math.inf)
+    _warn(
+        f"{_called(da)} has the attribute {BOUND}={earlier!r}: it was packed before, and is packed again with "
+        f"max_abs_err={bound!r}. Errors add up, to {total!r} at most: pack from the original; or remove the attribute, "
+        "if these are other values"
+    )
+    return total
+
+
+def _warn(message: str) -> None:
+    """A RepackedWarning at the line that called this module."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RepackedWarning, stacklevel=level)
 
 
 def related(da: xr.DataArray) -> dict[str, Any]:
@@ -134,7 +219,7 @@ def _called(obj: xr.DataArray) -> str:
     return "the DataArray" if obj.name is None else f"variable {obj.name!r}"
 
 
-def _bounds(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
+def bounds_of(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
     """A bound for each variable that is to be packed."""
     if isinstance(max_abs_err, Mapping):
         unknown = [name for name in max_abs_err if name not in ds.data_vars]
@@ -212,8 +297,9 @@ def quantize(
     -------
     Dataset
         Codes, scales, zero points and offsets as variables, and, where codes are packed or in blocks, their order.
-        :func:`dequantize` makes values of them again. Selecting along dimensions works where blocks stay whole; it
-        refuses what arithmetic, new names of dimensions and so on make of codes.
+        :func:`dequantize` makes values of them again, with their attributes, which the codes do not show: they are not
+        in kelvin. Selecting along dimensions works where blocks stay whole; what arithmetic, new names of dimensions
+        and so on make of codes is refused.
 
     Examples
     --------
@@ -305,7 +391,8 @@ def _quantized(
     for variable in variables.values():
         variable.encoding = {ATTRIBUTE: {}}
     codes = variables[name]
-    codes.attrs = {**da.attrs, ATTRIBUTE: json.dumps(said)}
+    said["attributes"], left = _in_words(da.attrs)
+    codes.attrs = {**left, ATTRIBUTE: json.dumps(said)}
     codes.encoding = {ATTRIBUTE: dict(da.encoding)}
     return xr.Dataset(variables, da.coords)
 
@@ -373,6 +460,39 @@ def _order_of(length: int) -> np.ndarray[Any, Any]:
     return (np.arange(length) % 251).astype(np.uint8)
 
 
+def _in_words(attributes: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Attributes in JSON's types, each as the type of its NumPy array and a list, or as it is; and those without."""
+    words: dict[str, Any] = {}
+    left: dict[Any, Any] = {}
+    for name, value in attributes.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = np.float64(value)
+        typed = isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8
+        word = {"dtype": value.dtype.str, "values": _numbers(value)} if typed else {"is": value}
+        try:
+            same = isinstance(name, str) and (typed or json.loads(json.dumps(value)) == value)
+        except (TypeError, ValueError):
+            same = False
+        if same:
+            words[name] = word
+        else:
+            left[name] = value
+    return words, left
+
+
+def _numbers(value: Any) -> Any:
+    """In JSON, which has neither NaN nor infinities: beside those, numbers are the shortest text that means them."""
+    return value.tolist() if np.isfinite(value).all() else np.asarray(value).astype(str).tolist()
+
+
+def _of_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that :func:`_in_words` was given."""
+    return {
+        name: word["is"] if "is" in word else np.asarray(word["values"], word["dtype"])[()]
+        for name, word in words.items()
+    }
+
+
 def _in_even_chunks(array: Any) -> Any:
     """An array of Dask in chunks of one size, as zarr needs them: packing makes others."""
     chunks = getattr(array, "chunks", None)
@@ -427,7 +547,8 @@ def _values(ds: xr.Dataset, name: Hashable, said: dict[str, Any], dtype: Any, us
         words = _without(words, name, [list(said["along"]).index(dim) for dim in dropped])
     values = _put_together(ds, words, name, used).dequantize(dtype)
     used.discard(name)
-    attrs = {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}
+    attrs = _of_words(said.get("attributes", {}))
+    attrs |= {key: value for key, value in codes.attrs.items() if key != ATTRIBUTE}  # what was said of it since
     dims = [dim for dim in said["along"] if dim not in dropped]
     return xr.Variable(dims, values, attrs, codes.encoding.get(ATTRIBUTE))
 
@@ -533,19 +654,29 @@ def open_dataset(path: Any, **kwargs: Any) -> xr.Dataset:
 
 
 def packed(
-    obj: xr.DataArray | xr.Dataset, max_abs_err: Any, dtype: Any, encoding: Mapping[Hashable, Any] | None = None
+    obj: xr.DataArray | xr.Dataset,
+    max_abs_err: Any,
+    dtype: Any,
+    encoding: Mapping[Hashable, Any] | None = None,
+    *,
+    says_type: bool = False,
 ) -> tuple[xr.Dataset, dict[Hashable, Any]]:
-    """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it."""
+    """A Dataset whose attributes say what they have to once it is packed, and the encoding that packs it.
+
+    ``says_type``: whether they say the type of the values, too, as stores of zarr need it.
+    """
     ds = _as_dataset(obj)
-    bounds = _bounds(ds, max_abs_err)
+    bounds = bounds_of(ds, max_abs_err)
     bare = ds.assign({name: without_packing(ds[name]) for name in bounds})
     for name in bounds:
-        for limit in _LIMITS:
-            bare[name].attrs.pop(limit, None)
+        for said in (*_LIMITS, BOUND):
+            bare[name].attrs.pop(said, None)
     found = cf_encoding(bare, max_abs_err=bounds, dtype=dtype)
     for name, bound in bounds.items():
         packing = cf.Packing.from_attributes(found[name], found[name]["dtype"])
-        bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: float(bound)})
+        bare[name].attrs.update({**_limits_in_codes(ds[name], packing), BOUND: _sum_of_bounds(ds[name], bound)})
+        if says_type:
+            bare[name].attrs[UNPACKED] = packing.unpack(np.zeros(0, packing.dtype)).dtype.name
         chosen = (encoding or {}).get(name, {})
         clash = [key for key in found[name] if key in chosen]
         if clash:
@@ -563,10 +694,21 @@ def _as_dataset(obj: xr.DataArray | xr.Dataset) -> xr.Dataset:
 def without_packing(da: xr.DataArray) -> xr.DataArray:
     """Without what speaks of codes in the file that it came from; its valid limits in units of the values."""
     bare = da.copy(deep=False)
-    kept = {key: value for key, value in da.attrs.items() if key not in _OF_PACKED}
+    kept = {key: value for key, value in da.attrs.items() if key not in (*_OF_PACKED, UNPACKED)}
     bare.attrs = {**kept, **{name: limits.astype(da.dtype) for name, limits in _valid_limits(da).items()}}
     bare.encoding = {key: value for key, value in da.encoding.items() if key not in (*_OF_PACKED, "dtype")}
     return bare
+
+
+def in_its_type(da: xr.DataArray) -> xr.DataArray:
+    """As float32 what xarray has decoded in float64 of a store of zarr that says so, where no value changes by it."""
+    numbers = [da.encoding.get(key, np.nan) for key in ("scale_factor", "add_offset")]
+    codes = np.dtype(da.encoding.get("dtype", da.dtype))
+    if da.attrs.get(UNPACKED) != "float32" or codes.kind not in "iu" or codes.itemsize > 2:
+        return da
+    with np.errstate(over="ignore"):
+        exact = all(np.all(np.float32(number) == np.float64(number)) for number in numbers)
+    return da.copy(data=da.data.astype(np.float32)) if exact else da
 
 
 def _valid_limits(da: xr.DataArray) -> dict[str, Any]:
@@ -709,7 +851,8 @@ def to_netcdf(
     """Write a packed netCDF file, which every reader unpacks to within ``max_abs_err``.
 
     The file is whole or not there. ``valid_min``, ``valid_max`` and ``valid_range`` are written in codes, as CF has
-    them, and the bound as the attribute ``max_abs_error``.
+    them, and the bound as the attribute ``max_abs_error``; where values have that attribute, since they were packed
+    before, the sum of both, with a :class:`RepackedWarning`.
 
     Parameters
     ----------
@@ -741,14 +884,15 @@ def to_zarr(
     """Write a packed zarr store, as :func:`to_netcdf` does a file.
 
     With ``overwrite`` a store at ``path`` is replaced; any other folder is not, and no store that ``obj`` is read from.
-    xarray decodes it in float64, since JSON has no float32: the values are the same numbers.
+    xarray decodes it in float64, since JSON has no float32: the values are the same numbers. The attribute
+    ``unpacked_dtype`` says their type, to which ``aqt-lite unpack`` returns.
     """
     _check_whole(kwargs)
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
     sources = _sources(_as_dataset(obj))
     check_replaceable(path, store=True, sources=sources)
-    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    ds, chosen = packed(obj, max_abs_err, dtype, encoding, says_type=True)
     written(
         path, lambda beside: without_codecs(ds).to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources
     )
@@ -769,9 +913,9 @@ class _Accessor:
         """Codes and scales, with all labels: :func:`aqt_lite.xarray.quantize`."""
         return quantize(self._obj, dtype, granularity=granularity, **how)
 
-    def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto") -> dict[Any, Any]:
+    def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto", value_range: Any = None) -> dict[Any, Any]:
         """How to pack it: :func:`aqt_lite.xarray.cf_encoding`."""
-        return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype)
+        return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
 
     def to_netcdf(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
         """Write a packed file: :func:`aqt_lite.xarray.to_netcdf`."""

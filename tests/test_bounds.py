@@ -374,3 +374,27 @@ def test_a_large_array_is_looked_at_once():
     x[999, 699] = 400
     with pytest.warns(ClippingWarning, match=r"x has 1 values of 700000 .*\(999, 699\): 400\.0"):
         quantize(x, scale=2.0, granularity=PerChannel(0))
+
+
+@pytest.mark.parametrize("dtype", ["uint4", "uint8", "uint8_nan", "uint16"])
+def test_unsigned_types_with_missing_values_keep_bounds_by_a_zero_point(dtype):
+    """Their code 0 is what is missing, which an offset cannot stand for."""
+    x = KELVIN.copy()
+    x[0, 1, 2:5] = np.nan
+    least = kept_by(x, dtype, max_abs_err=0, missing="nan")
+    q = quantize(x, dtype, max_abs_err=least, missing="nan")
+    assert (q.offset is None, q.zero_point is None) == (True, False)
+    assert max(errors(x, q)) == Fraction(least)
+    assert np.array_equal(np.isnan(q.dequantize()), np.isnan(x))
+    assert_same_bits(q, quantize(x, dtype, scheme="affine", missing="nan"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "better"),
+    [("uint8", {}, "int8_nan"), ("uint8", {"scheme": "affine"}, "int16_nan"), ("uint4", {}, "int8_nan")],
+)
+def test_what_a_zero_point_cannot_keep_is_refused_with_what_can(dtype, how, better):
+    x = np.where(KELVIN > 304, np.float32(np.nan), KELVIN)
+    with pytest.raises(ValueError, match=rf"{dtype}_nan cannot keep max_abs_err=0\.1: .*dtype='{better}' does"):
+        quantize(x, dtype, max_abs_err=0.1, missing="nan", **how)
+    assert max(errors(x, quantize(x, better, max_abs_err=0.1, missing="nan", **how))) <= Fraction(0.1)

@@ -243,3 +243,57 @@ def test_codes_of_32_bits_are_no_qarray():
     assert packing.dtype == "int32"
     with pytest.raises((TypeError, ValueError), match="int32"):
         packing.to_qarray(packing.pack(X))
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("value", [3.3, 0.0, -1e20, np.nan])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "uint16", "int32"])
+def test_an_array_without_axes(source, value, dtype):
+    """As files have them: a reference pressure, for instance."""
+    x = np.asarray(value, source)
+    for wrap in (lambda x: x, np.ma.masked_invalid, da.from_array):
+        packing = choose_packing(wrap(x), max_abs_err=1e18 if abs(value) > 1e18 else 0.05, dtype=dtype)
+        check_within(x, packing, 1e18 if abs(value) > 1e18 else 0.05)
+        assert packing.pack(x).shape == packing.unpack(packing.pack(x)).shape == ()
+    cf.check_within(x, x.copy(), 0.0)
+    found = cf.codes_within(x, 1e18)
+    assert (found.codes.shape, found.missing) == ((), bool(np.isnan(x)))
+    q = packing.to_qarray(packing.pack(x)) if dtype == "int8" else None
+    assert q is None or q.shape == ()
+
+
+def test_what_is_wrong_with_an_array_without_axes():
+    one = np.asarray(1.0, "float32")
+    with pytest.raises(ValueError, match=r"1 values of 1 are further than 0.5 .* at index \(\): 1.0 becomes 2.0"):
+        cf.check_within(one, np.asarray(2.0, "float32"), 0.5)
+    cf.check_within(one, np.asarray(1.5, "float32"), 0.5)  # a difference that is equal to the bound
+    with pytest.raises(ValueError, match=r"1 infinite values, the first at index \(\)"):
+        choose_packing(np.asarray(np.inf, "float32"), max_abs_err=1.0)
+    with pytest.raises(ValueError, match=r"1 values of 1 beyond the codes .* at index \(\): 1000.0"):
+        choose_packing(one, max_abs_err=0.05, dtype="int8").pack(np.asarray(1e3, "float32"))
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["auto", "int16", "uint16"])
+def test_a_stated_range_is_covered(source, dtype):
+    later = np.concatenate([np.linspace(180.1, 360.7, 2001), np.full(1, np.nan)]).astype(source)
+    later = np.clip(later, np.asarray(180.1, source), np.asarray(360.7, source))
+    for x in (X[:1, :2].astype(source), np.zeros(0, source), np.full(2, np.nan, source)):
+        check_within(later, choose_packing(x, max_abs_err=0.003, dtype=dtype, value_range=(180.1, 360.7)), 0.003)
+    other = np.full(2, 300 if dtype == "uint16" else 0, source)  # without it, there are no codes
+    with pytest.raises(ValueError, match="beyond the codes of this packing"):
+        choose_packing(other, max_abs_err=0.003, dtype=dtype).pack(later)
+    wide = np.asarray([0, 500.0], source)  # and what x has beyond the range is covered, too
+    packing = choose_packing(wide, max_abs_err=0.05, dtype=dtype, value_range=(180.1, 360.7))
+    assert packing == choose_packing(wide, max_abs_err=0.05, dtype=dtype)
+    with pytest.raises(ValueError, match=r"int8 cannot keep max_abs_err=0.05 over \[180\.1\d*, 360\.7\d*\]"):
+        choose_packing(np.zeros(0, source), max_abs_err=0.05, dtype="int8", value_range=(180.1, 360.7))
+
+
+@pytest.mark.parametrize("bad", [(2, 1), (0, np.inf), (np.nan, 1), (0, 1e39)])
+def test_ranges_that_are_none(bad):
+    with pytest.raises(ValueError, match=r"value_range=.*: give the least and the greatest value, finite in float32"):
+        choose_packing(X, max_abs_err=0.05, value_range=bad)
+    for shape in (1.0, (1, 2, 3), ("a", "b")):
+        with pytest.raises(TypeError, match=r"value_range=.*: give two numbers"):
+            choose_packing(X, max_abs_err=0.05, value_range=shape)

@@ -49,6 +49,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
 def test_there_and_back(source, tmp_path, capsys):
     out, back = tmp_path / "out.nc", tmp_path / "back.nc"
     status, said, errors = run(capsys, "pack", source, out, "--max-abs-err", "t=0.05,p=2")
@@ -83,9 +84,19 @@ def test_there_and_back(source, tmp_path, capsys):
         np.testing.assert_allclose(file["t"].valid_range, [0, 1000], atol=0.1)
     assert "max abs err" in run(capsys, "info", back)[1]
     again = tmp_path / "again.nc"  # a packed file is packed anew
-    assert run(capsys, "pack", out, again, "--max-abs-err", "0.5", "--dtype", "int16")[0] == 0
-    with netCDF4.Dataset(again) as file:
-        np.testing.assert_allclose(file["t"][:].filled(np.nan), values, rtol=0, atol=0.5)
+    for path in (out, back):
+        status, said, errors = run(
+            capsys, "pack", path, again, "--max-abs-err", "0.5", "--dtype", "int16", "--overwrite"
+        )
+        assert status == 0
+        assert errors.splitlines()[0].startswith(
+            "aqt-lite: warning: variable 't' has the attribute max_abs_error=0.05: it was packed before, and is packed "
+            "again with max_abs_err=0.5. Errors add up, to 0.55 at most: "
+        )
+        assert len(errors.splitlines()) == 2  # of t and p
+        assert [line.split()[-1] for line in said.splitlines()[1:3]] == ["0.55", "2.5"]
+        with netCDF4.Dataset(again) as file:
+            np.testing.assert_allclose(file["t"][:].filled(np.nan), values, rtol=0, atol=0.5)
     assert names(tmp_path) == ["again.nc", "back.nc", "in.nc", "out.nc"]
 
 
@@ -98,6 +109,34 @@ def test_stores_of_zarr(source, tmp_path, capsys):
         assert np.nanmax(np.abs(found.t.values - X)) <= 0.05
     assert run(capsys, "pack", source, out, "--max-abs-err", "t=0.5", "--overwrite")[0] == 0
     assert names(tmp_path) == ["back.nc", "in.nc", "out.zarr"]
+
+
+def test_stores_of_zarr_unpack_in_the_type_of_the_fields(source, tmp_path, capsys):
+    """JSON has one kind of number, so that xarray decodes all packed variables in float64."""
+    out, back = tmp_path / "out.zarr", tmp_path / "back.nc"
+    assert run(capsys, "pack", source, out, "--max-abs-err", "t=0.05,p=2")[0] == 0
+    with xr.open_dataset(source) as ds:
+        ds.t.aqt.to_zarr(tmp_path / "mine.zarr", max_abs_err=0.05, consolidated=False)
+        wide = ds.t.load()
+    for path in (out, tmp_path / "mine.zarr"):
+        assert run(capsys, "unpack", path, back, "--overwrite")[::2] == (0, "")
+        with xr.open_zarr(path, consolidated=False) as packed, xr.open_dataset(back) as found:
+            assert (packed.t.dtype, found.t.dtype) == ("float64", "float32")
+            assert_same_bits(found.t.values.astype("float64"), packed.t.values)
+            assert found.get("p", packed.t).dtype == "float64"
+            assert found.t.valid_range.dtype == "float32"
+            assert "unpacked_dtype" not in found.t.attrs
+    assert run(capsys, "unpack", out, tmp_path / "back.zarr")[0] == 0
+    assert xr.open_zarr(tmp_path / "back.zarr", consolidated=False).t.dtype == "float32"
+    # Codes of 32 bits are decoded in float64, and a step that is no float32 would be rounded: neither is touched.
+    wide.aqt.to_zarr(tmp_path / "wide.zarr", max_abs_err=1e-3, dtype="int32", consolidated=False)
+    said = {"dtype": "int16", "scale_factor": 0.1, "add_offset": 280.0, "_FillValue": -32768}
+    other = wide.drop_attrs().assign_attrs(unpacked_dtype="float32").to_dataset()
+    other.to_zarr(tmp_path / "other.zarr", encoding={"t": said}, consolidated=False)
+    for name in ("wide.zarr", "other.zarr"):
+        assert run(capsys, "unpack", tmp_path / name, back, "--overwrite")[::2] == (0, "")
+        with xr.open_zarr(tmp_path / name, consolidated=False) as packed, xr.open_dataset(back) as found:
+            assert_same_bits(found.t.values, packed.t.values)
 
 
 def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
@@ -169,6 +208,17 @@ def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
                 np.testing.assert_allclose(found.t.values, [1.5, np.nan, 3], atol=0.1)
     status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", "flag=1", "--overwrite")
     assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
+
+
+def test_variables_without_axes(tmp_path, capsys):
+    ds = xr.Dataset({"p0": xr.DataArray(np.float32(3.3)), "gap": np.nan, "a": ("x", np.linspace(0, 9, 50, dtype="f4"))})
+    ds.to_netcdf(tmp_path / "in.nc")
+    for bound, target in (("a=0.05", "some.nc"), ("0.05", "all.nc"), ("0.05", "all.zarr")):
+        assert run(capsys, "pack", tmp_path / "in.nc", tmp_path / target, "--max-abs-err", bound)[::2] == (0, "")
+        assert run(capsys, "unpack", tmp_path / target, tmp_path / "back.nc", "--overwrite")[::2] == (0, "")
+        with xr.open_dataset(tmp_path / "back.nc") as back:
+            np.testing.assert_allclose(back.p0, 3.3, rtol=0, atol=0.05)
+            assert np.isnan(back.gap)
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -254,6 +304,15 @@ def test_a_folder_is_replaced_by_a_store_alone_and_never_with_its_source(source,
     assert names(tmp_path) == ["other.zarr", "store.zarr"]
     assert inside.is_file()
     assert names(tmp_path / "other.zarr") == ["notes.txt"]
+
+
+@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
+def test_a_file_that_is_packed_again_is_held_against_the_new_bound_alone(source, tmp_path, capsys, monkeypatch):
+    assert run(capsys, "pack", source, tmp_path / "a.nc", "--max-abs-err", "t=0.5")[0] == 0
+    seen = []
+    monkeypatch.setattr(aqt_lite.xarray, "check_within", lambda x, y, bound, progress: seen.append(bound))
+    assert run(capsys, "pack", tmp_path / "a.nc", tmp_path / "b.nc", "--max-abs-err", "t=0.05")[0] == 0
+    assert seen == [0.05]
 
 
 def test_a_written_file_that_differs_is_noticed(source, tmp_path):

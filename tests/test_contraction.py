@@ -254,6 +254,7 @@ def test_nan_reaches_its_row_alone():
 # ---- frameworks
 
 
+@pytest.mark.exhaustive_where(name="two batch axes of heads")
 @pytest.mark.parametrize("name", ["a matrix", "heads", "out of heads", "batched", "two batch axes of heads"])
 def test_under_jit_vmap_and_with_derivatives(name):
     subscripts, of_x, of_w, granularities = PRODUCTS[name]
@@ -290,6 +291,7 @@ def test_activations_pass_derivatives_straight_through():
     assert_close(dx, np.broadcast_to(np.asarray(q.dequantize(), np.float64).sum(1), (3, 16)))
 
 
+@pytest.mark.exhaustive  # compiles for a quarter of a minute
 def test_torch_has_derivatives_and_compiles():
     q = quantize(torch.from_numpy(data(4, 16, 6)), granularity=PerChannel(2))
     x = torch.from_numpy(data(2, 3, 4, 16)).requires_grad_()

@@ -147,6 +147,8 @@ def test_the_code_of_the_page_of_fields_runs_and_prints_what_it_says(tmp_path):
     checks = "assert later.sizes['time'] == 2 and codes.dtype == 'int8' and z.nbytes > 3 * z.nbytes_stored()\n"
     printed = run_in_a_fresh_interpreter(code + checks, tmp_path).splitlines()
     assert re.fullmatch(r"0\.0\d+ <= 0\.05, int16", printed[0])
+    beyond = printed.pop(1)
+    assert re.match(r"x has \d+ values of 64800 beyond the codes of this packing, the first at index", beyond)
     assert printed[1].startswith("{'scale_factor': np.float32(0.0999")
 
 

@@ -145,6 +145,7 @@ def test_weights_are_exchanged_by_tree_at():
     assert_same_bits(quantize(layer).weight, q)
 
 
+@pytest.mark.exhaustive  # compiles; test_nnx has one
 def test_layers_of_a_scan():
     blocks = eqx.filter_vmap(lambda key: eqx.nn.Linear(16, 16, key=key))(jax.random.split(KEY, 3))
 
@@ -160,6 +161,7 @@ def test_layers_of_a_scan():
     assert quantize(blocks).weight.granularity == PerBlock((1, 1, -1))
 
 
+@pytest.mark.exhaustive_where(trainable=True)  # each compiles for a quarter of a minute
 @pytest.mark.parametrize("trainable", [False, True])
 def test_filter_grad_trains_no_scales_unless_asked(trainable):
     small = quantize(eqx.nn.MLP(16, 4, 8, 1, key=KEY))

@@ -145,6 +145,7 @@ def as_matrices(weights):
     return found
 
 
+@pytest.mark.exhaustive_where(framework="equinox")
 @pytest.mark.parametrize("framework", list(FRAMEWORKS)[1:])
 def test_the_codes_are_the_same(framework, tmp_path):
     weights = made(framework)[0]
@@ -157,6 +158,8 @@ def test_the_codes_are_the_same(framework, tmp_path):
                 assert_same_bits(np.ascontiguousarray(part), of_numpy)
 
 
+@pytest.mark.exhaustive_where(framework="nnx")  # layers that are called eagerly compile one by one
+@pytest.mark.exhaustive_where(framework="equinox")
 @pytest.mark.parametrize("framework", list(FRAMEWORKS)[1:])
 def test_products_have_the_same_bits(framework, tmp_path):
     """Of weights that went through a file, in the framework's own library."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import dask
 import netCDF4
@@ -15,7 +17,7 @@ import xarray as xr
 import aqt_lite.xarray
 from aqt_lite import PerBlock, PerChannel, cf, dequantize, quantize
 from aqt_lite.testing import assert_same_bits
-from aqt_lite.xarray import cf_encoding
+from aqt_lite.xarray import RepackedWarning, cf_encoding
 
 X = (np.random.default_rng(0).standard_normal((3, 20, 30)) * 20 + 280).astype("float32")
 X[0, 3, 4] = np.nan
@@ -125,6 +127,37 @@ def test_datasets():
         cf_encoding(X, max_abs_err=1.0)
     with pytest.raises(ValueError, match=r"variable 't': int8 cannot keep max_abs_err=0\.05"):
         cf_encoding(ds, max_abs_err=0.05, dtype="int8")
+
+
+def test_an_encoding_covers_a_stated_range(tmp_path):
+    """Writers wrap what is beyond the codes, without a word: who writes other data states their range."""
+    ds = xr.Dataset({"t": field(), "p": field()})
+    later = field() + 150
+    ranges = {"t": (float(X.min(where=~np.isnan(X), initial=300)), float(np.nanmax(later)))}
+    encoding = cf_encoding(ds, max_abs_err=0.003, value_range=ranges)
+    assert encoding["p"] == cf_encoding(ds.p, max_abs_err=0.003)
+    assert encoding["t"]["dtype"] == encoding["p"]["dtype"] == "int16"
+    assert encoding["t"] == ds.t.aqt.cf_encoding(max_abs_err=0.003, value_range=ranges["t"])
+    assert encoding["t"] == ds.aqt.cf_encoding(max_abs_err=0.003, value_range=ranges)["t"]
+    for engine in ("netcdf4", "h5netcdf"):
+        errors = {}
+        for name in ds:
+            path = tmp_path / f"{name}_{engine}.nc"
+            later.to_netcdf(path, encoding={"t": encoding[name]}, engine=engine)
+            with xr.open_dataset(path) as found:
+                errors[name] = float(abs(found.t.astype("float64") - later).max())
+        assert errors["t"] <= 0.003
+        assert errors["p"] > 100
+    with pytest.raises(ValueError, match="beyond the codes of this packing"):
+        cf.Packing.from_attributes(encoding["p"], "int16").pack(later.values)
+    with pytest.raises(ValueError, match=r"value_range names 'q'; \['t', 'p'\] are packed"):
+        cf_encoding(ds, max_abs_err=0.05, value_range={"q": (0, 1)})
+    with pytest.raises(TypeError, match="give a mapping from names of variables for a Dataset"):
+        cf_encoding(ds, max_abs_err=0.05, value_range=(0, 1))
+    with pytest.raises(TypeError, match="value_range is a mapping, which is for Datasets"):
+        cf_encoding(ds.t, max_abs_err=0.05, value_range=ranges)
+    with pytest.raises(ValueError, match=r"variable 't': value_range=\(1, 0\): give the least"):
+        cf_encoding(ds.t, max_abs_err=0.05, value_range=(1, 0))
 
 
 def test_attributes_that_would_speak_of_codes_are_refused():
@@ -348,6 +381,41 @@ def test_masks_go_by_names(chunks):
         t.aqt.quantize(scale=xr.DataArray(0.5))
 
 
+@pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
+def test_codes_have_no_attributes_of_values(tmp_path, chunks):
+    """Codes are not in kelvin, nor are valid limits and fill values those of codes."""
+    attrs = {
+        "long_name": "temperature", "standard_name": "air_temperature", "n": 3, "f": 0.1, "of_list": [1, 2],
+        "valid_range": np.asarray([0, 1000], "f4"), "big": np.asarray([1.5, -2], ">f8"),
+        "missing_value": np.float32(1e20), "gap": np.float32(np.nan),
+        "open": np.asarray([-np.inf, 0.1], "f4"), "nan": np.float64(np.nan),
+        "flags": np.asarray([1, 2**62 + 1]), "text": "°C “as it is”", "none": np.zeros(0, "f4"),
+    }  # fmt: skip
+    t = full().assign_attrs(attrs)
+    q = (t if chunks is None else t.chunk(chunks)).aqt.quantize("int8", granularity={"time": 1})
+    assert q.t.attrs.keys() == {"aqt_lite"}
+    q.to_netcdf(tmp_path / "q.nc")
+    q.to_zarr(tmp_path / "q.zarr", consolidated=False)
+    with netCDF4.Dataset(tmp_path / "q.nc") as file:
+        assert set(file["t"].ncattrs()) == {"aqt_lite"}
+    for path, options in (("q.nc", {}), ("q.zarr", {"engine": "zarr", "consolidated": False})):
+        with aqt_lite.xarray.open_dataset(tmp_path / path, **options) as found:
+            assert list(found.t.attrs) == list(t.attrs)
+            for name, value in t.attrs.items():
+                assert type(found.t.attrs[name]) is type(value)
+                np.testing.assert_array_equal(found.t.attrs[name], value)
+                assert getattr(found.t.attrs[name], "dtype", None) == getattr(value, "dtype", None)
+    said = q.assign(t=q.t.assign_attrs(units="degC", history="checked"))  # what is said of codes later stays
+    assert said.aqt.dequantize().t.attrs.keys() == {*t.attrs, "history"}
+    assert said.aqt.dequantize().t.attrs["units"] == "degC"
+    assert np.isnan(full().assign_attrs(gap=np.nan).aqt.quantize().aqt.dequantize().t.attrs["gap"])
+    json.loads(q.t.attrs["aqt_lite"], parse_constant=pytest.fail)  # as others read it
+    odd = {"pair": (1, 2), "object": object(), "complex": np.complex64(1j), 5: "five"}  # JSON has no words for them
+    there = full().assign_attrs(odd).aqt.quantize()
+    assert there.t.attrs.keys() == {"aqt_lite", *odd}
+    assert there.aqt.dequantize().t.attrs == {"units": "K", **odd}
+
+
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
     q = full().aqt.quantize("int8")
     with pytest.raises(ValueError, match="variable 't' has lost 't_scale'"):
@@ -412,7 +480,8 @@ def test_a_packed_file_says_its_bound_and_keeps_valid_limits(tmp_path):
 def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
     field().aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=0.01)
     with xr.open_dataset(tmp_path / "a.nc") as ds:
-        ds.aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=1.0, dtype="int16")
+        with pytest.warns(RepackedWarning, match=r"max_abs_error=0\.01: .* max_abs_err=1\.0\. .* to 1\.01 at most"):
+            ds.aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=1.0, dtype="int16")
         with xr.open_dataset(tmp_path / "b.nc") as found:
             assert float(abs(found.t - ds.t).max()) <= 1.0
             assert found.t.encoding["scale_factor"] > 1.9
@@ -460,6 +529,38 @@ def test_files_are_made_as_a_whole_or_not_at_all(tmp_path, how):
     with xr.open_dataset(tmp_path / "t.nc") as found:
         assert_same_bits(found.t.values, X)
     field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, mode="w", group=None, compute=True)
+
+
+def test_bounds_add_up(tmp_path):
+    """The attribute is never less than what the packings may have done together."""
+    first, second = 0.1, 0.7
+    assert Fraction(first + second) < Fraction(first) + Fraction(second)  # a sum that is rounded down
+    t = field(max_abs_error=first)
+    ds = xr.Dataset({"t": t, "p": field()})
+    calls = (
+        lambda: ds.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=second),
+        lambda: aqt_lite.xarray.to_zarr(ds, tmp_path / "t.zarr", max_abs_err={"t": second}, consolidated=False),
+        lambda: t.aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=second),
+        lambda: cf_encoding(ds, max_abs_err=second),
+        lambda: t.aqt.cf_encoding(max_abs_err=second),
+    )
+    for call in calls:
+        with pytest.warns(RepackedWarning) as found:
+            call()
+        assert [warning.filename for warning in found] == [__file__]
+    for path, options in (("t.nc", {}), ("a.nc", {}), ("t.zarr", {"engine": "zarr", "consolidated": False})):
+        with xr.open_dataset(tmp_path / path, **options) as read:
+            assert Fraction(float(read.t.attrs["max_abs_error"])) >= Fraction(first) + Fraction(second)
+            assert path != "t.nc" or read.p.attrs["max_abs_error"] == second
+    assert ds.t.attrs["max_abs_error"] == first
+    for one in (np.asarray([first]), [first], np.float32(0.125)):
+        with pytest.warns(RepackedWarning, match=r"has the attribute max_abs_error=0\.1(25)?: it was packed before"):
+            cf_encoding(field(max_abs_error=one), max_abs_err=second)
+    for bad in ("0.1 K", np.asarray([1.0, 2.0]), -1.0, np.nan):
+        with pytest.warns(RepackedWarning, match=r"which is no bound: 0\.7 replaces it"):
+            field(max_abs_error=bad).aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=second)
+        with xr.open_dataset(tmp_path / "b.nc") as read:
+            assert read.t.attrs["max_abs_error"] == second
 
 
 def test_nothing_is_half_written(tmp_path):
