@@ -116,7 +116,8 @@ def _pack(options: argparse.Namespace) -> None:
 
     _check_target(options)
     with _opened(options.source, chosen) as ds:
-        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=_is_store(options.target))
+        zarr = _is_store(options.target)
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
         bounds = fields.bounds_of(ds, options.max_abs_err)
         for name, of_name in encoding.items():
             of_name.update(_layout(ds[name], options))

@@ -298,8 +298,8 @@ def quantize(
     Dataset
         Codes, scales, zero points and offsets as variables, and, where codes are packed or in blocks, their order.
         :func:`dequantize` makes values of them again, with their attributes, which the codes do not show: they are not
-        in kelvin. Selecting along dimensions works where blocks stay whole; it refuses what arithmetic, new names of
-        dimensions and so on make of codes.
+        in kelvin. Selecting along dimensions works where blocks stay whole; what arithmetic, new names of dimensions
+        and so on make of codes is refused.
 
     Examples
     --------
@@ -442,6 +442,24 @@ def _taken_apart(
     return {"variable": name, "dims": kept, "qarray": described(q), "parts": parts}
 
 
+def _ordered(q: QArray, said: dict[str, Any], variables: list[xr.Variable]) -> dict[str, int]:
+    """Dimensions, and their lengths, along which codes only mean something in the order that they were made in.
+
+    Those in blocks of several, of blocks and of packed codes; where codes are packed, that of their labels, too.
+    """
+    sizes = {str(dim): n for variable in variables for dim, n in variable.sizes.items()}
+    found = {dim for dim in sizes if dim not in said["along"]}
+    for dim, kept, size in zip(said["along"], said["codes"]["dims"], q._checked().block, strict=True):
+        if size not in (None, 1) or kept != dim:
+            found.add(dim)
+    return {dim: n for dim, n in sizes.items() if dim in found and n > 1}
+
+
+def _order_of(length: int) -> np.ndarray[Any, Any]:
+    """Places along a dimension, in a byte each: moving by a multiple of this prime is all that they would not show."""
+    return (np.arange(length) % 251).astype(np.uint8)
+
+
 def _in_words(attributes: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
     """Attributes in JSON's types, each as the type of its NumPy array and a list, or as it is; and those without."""
     words: dict[str, Any] = {}
@@ -473,24 +491,6 @@ def _of_words(words: Mapping[str, Any]) -> dict[str, Any]:
         name: word["is"] if "is" in word else np.asarray(word["values"], word["dtype"])[()]
         for name, word in words.items()
     }
-
-
-def _ordered(q: QArray, said: dict[str, Any], variables: list[xr.Variable]) -> dict[str, int]:
-    """Dimensions, and their lengths, along which codes only mean something in the order that they were made in.
-
-    Those in blocks of several, of blocks and of packed codes; where codes are packed, that of their labels, too.
-    """
-    sizes = {str(dim): n for variable in variables for dim, n in variable.sizes.items()}
-    found = {dim for dim in sizes if dim not in said["along"]}
-    for dim, kept, size in zip(said["along"], said["codes"]["dims"], q._checked().block, strict=True):
-        if size not in (None, 1) or kept != dim:
-            found.add(dim)
-    return {dim: n for dim, n in sizes.items() if dim in found and n > 1}
-
-
-def _order_of(length: int) -> np.ndarray[Any, Any]:
-    """Places along a dimension, in a byte each: moving by a multiple of this prime is all that they would not show."""
-    return (np.arange(length) % 251).astype(np.uint8)
 
 
 def _in_even_chunks(array: Any) -> Any:

@@ -173,17 +173,6 @@ def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
         assert np.array_equal(a["time_bnds"][...], b["time_bnds"][...])
 
 
-def test_variables_without_axes(tmp_path, capsys):
-    ds = xr.Dataset({"p0": xr.DataArray(np.float32(3.3)), "gap": np.nan, "a": ("x", np.linspace(0, 9, 50, dtype="f4"))})
-    ds.to_netcdf(tmp_path / "in.nc")
-    for bound, target in (("a=0.05", "some.nc"), ("0.05", "all.nc"), ("0.05", "all.zarr")):
-        assert run(capsys, "pack", tmp_path / "in.nc", tmp_path / target, "--max-abs-err", bound)[::2] == (0, "")
-        assert run(capsys, "unpack", tmp_path / target, tmp_path / "back.nc", "--overwrite")[::2] == (0, "")
-        with xr.open_dataset(tmp_path / "back.nc") as back:
-            np.testing.assert_allclose(back.p0, 3.3, rtol=0, atol=0.05)
-            assert np.isnan(back.gap)
-
-
 @pytest.mark.parametrize("ends", [("in.nc", "out.nc"), ("in.zarr", "out.nc"), ("in.nc", "out.zarr")], ids=str)
 def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
     """Integers with a fill value are integers, and floats that are not named keep what stands for missing."""
@@ -219,6 +208,17 @@ def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
                 np.testing.assert_allclose(found.t.values, [1.5, np.nan, 3], atol=0.1)
     status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", "flag=1", "--overwrite")
     assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
+
+
+def test_variables_without_axes(tmp_path, capsys):
+    ds = xr.Dataset({"p0": xr.DataArray(np.float32(3.3)), "gap": np.nan, "a": ("x", np.linspace(0, 9, 50, dtype="f4"))})
+    ds.to_netcdf(tmp_path / "in.nc")
+    for bound, target in (("a=0.05", "some.nc"), ("0.05", "all.nc"), ("0.05", "all.zarr")):
+        assert run(capsys, "pack", tmp_path / "in.nc", tmp_path / target, "--max-abs-err", bound)[::2] == (0, "")
+        assert run(capsys, "unpack", tmp_path / target, tmp_path / "back.nc", "--overwrite")[::2] == (0, "")
+        with xr.open_dataset(tmp_path / "back.nc") as back:
+            np.testing.assert_allclose(back.p0, 3.3, rtol=0, atol=0.05)
+            assert np.isnan(back.gap)
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -285,15 +285,6 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
     assert names(tmp_path) == ["in.nc", "out.nc"]
 
 
-@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
-def test_a_file_that_is_packed_again_is_held_against_the_new_bound_alone(source, tmp_path, capsys, monkeypatch):
-    assert run(capsys, "pack", source, tmp_path / "a.nc", "--max-abs-err", "t=0.5")[0] == 0
-    seen = []
-    monkeypatch.setattr(aqt_lite.xarray, "check_within", lambda x, y, bound, progress: seen.append(bound))
-    assert run(capsys, "pack", tmp_path / "a.nc", tmp_path / "b.nc", "--max-abs-err", "t=0.05")[0] == 0
-    assert seen == [0.05]
-
-
 def test_a_folder_is_replaced_by_a_store_alone_and_never_with_its_source(source, tmp_path, capsys):
     store = tmp_path / "store.zarr"
     assert run(capsys, "pack", source, f"{store}/", "--max-abs-err", "t=0.05")[0] == 0
@@ -313,6 +304,15 @@ def test_a_folder_is_replaced_by_a_store_alone_and_never_with_its_source(source,
     assert names(tmp_path) == ["other.zarr", "store.zarr"]
     assert inside.is_file()
     assert names(tmp_path / "other.zarr") == ["notes.txt"]
+
+
+@pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
+def test_a_file_that_is_packed_again_is_held_against_the_new_bound_alone(source, tmp_path, capsys, monkeypatch):
+    assert run(capsys, "pack", source, tmp_path / "a.nc", "--max-abs-err", "t=0.5")[0] == 0
+    seen = []
+    monkeypatch.setattr(aqt_lite.xarray, "check_within", lambda x, y, bound, progress: seen.append(bound))
+    assert run(capsys, "pack", tmp_path / "a.nc", tmp_path / "b.nc", "--max-abs-err", "t=0.05")[0] == 0
+    assert seen == [0.05]
 
 
 def test_a_written_file_that_differs_is_noticed(source, tmp_path):

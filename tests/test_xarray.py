@@ -358,6 +358,29 @@ def test_missing_values_and_bounds_of_quantize(tmp_path, chunks):
         assert np.array_equal(np.isnan(bounded), np.isnan(X))
 
 
+@pytest.mark.parametrize("chunks", [None, {"lat": 2}], ids=["numpy", "dask"])
+def test_masks_go_by_names(chunks):
+    t = full()[0, :20, :20]  # a square, where positions would fit, too
+    t = t if chunks is None else t.chunk(chunks)
+    land = t > 290
+    wanted = quantize(full().values[0, :20, :20], "int8", mask=land.values).dequantize()
+    for mask in (land, land.transpose(), land.values, land.variable.transpose(), xr.Dataset({"t": land.transpose()})):
+        assert_same_bits(t.aqt.quantize(mask=mask).aqt.dequantize().t.values, wanted)
+    rows = land.any("lon").drop_vars("lat")
+    found = t.to_dataset().aqt.quantize(mask=rows).aqt.dequantize().t
+    assert np.array_equal(np.isnan(found), np.broadcast_to(rows.values[:, None], (20, 20)))
+    for mask, message in (
+        (land.rename(lat="y"), r"mask has the dimension 'y'; variable 't' has \['lat', 'lon'\]"),
+        (land[::-1], "mask has other labels than variable 't'"),
+        (land[:3], "mask has other labels than variable 't'"),
+        (xr.Dataset({"u": land}), "mask is a Dataset without 't'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            t.aqt.quantize(mask=mask)
+    with pytest.raises(TypeError, match="scale is a DataArray, whose names are not looked at"):
+        t.aqt.quantize(scale=xr.DataArray(0.5))
+
+
 @pytest.mark.parametrize("chunks", [None, {"time": 2}], ids=["numpy", "dask"])
 def test_codes_have_no_attributes_of_values(tmp_path, chunks):
     """Codes are not in kelvin, nor are valid limits and fill values those of codes."""
@@ -391,29 +414,6 @@ def test_codes_have_no_attributes_of_values(tmp_path, chunks):
     there = full().assign_attrs(odd).aqt.quantize()
     assert there.t.attrs.keys() == {"aqt_lite", *odd}
     assert there.aqt.dequantize().t.attrs == {"units": "K", **odd}
-
-
-@pytest.mark.parametrize("chunks", [None, {"lat": 2}], ids=["numpy", "dask"])
-def test_masks_go_by_names(chunks):
-    t = full()[0, :20, :20]  # a square, where positions would fit, too
-    t = t if chunks is None else t.chunk(chunks)
-    land = t > 290
-    wanted = quantize(full().values[0, :20, :20], "int8", mask=land.values).dequantize()
-    for mask in (land, land.transpose(), land.values, land.variable.transpose(), xr.Dataset({"t": land.transpose()})):
-        assert_same_bits(t.aqt.quantize(mask=mask).aqt.dequantize().t.values, wanted)
-    rows = land.any("lon").drop_vars("lat")
-    found = t.to_dataset().aqt.quantize(mask=rows).aqt.dequantize().t
-    assert np.array_equal(np.isnan(found), np.broadcast_to(rows.values[:, None], (20, 20)))
-    for mask, message in (
-        (land.rename(lat="y"), r"mask has the dimension 'y'; variable 't' has \['lat', 'lon'\]"),
-        (land[::-1], "mask has other labels than variable 't'"),
-        (land[:3], "mask has other labels than variable 't'"),
-        (xr.Dataset({"u": land}), "mask is a Dataset without 't'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            t.aqt.quantize(mask=mask)
-    with pytest.raises(TypeError, match="scale is a DataArray, whose names are not looked at"):
-        t.aqt.quantize(scale=xr.DataArray(0.5))
 
 
 def test_what_does_not_belong_to_a_quantized_dataset_is_told():
@@ -487,38 +487,6 @@ def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
             assert found.t.encoding["scale_factor"] > 1.9
 
 
-def test_bounds_add_up(tmp_path):
-    """The attribute is never less than what the packings may have done together."""
-    first, second = 0.1, 0.7
-    assert Fraction(first + second) < Fraction(first) + Fraction(second)  # a sum that is rounded down
-    t = field(max_abs_error=first)
-    ds = xr.Dataset({"t": t, "p": field()})
-    calls = (
-        lambda: ds.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=second),
-        lambda: aqt_lite.xarray.to_zarr(ds, tmp_path / "t.zarr", max_abs_err={"t": second}, consolidated=False),
-        lambda: t.aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=second),
-        lambda: cf_encoding(ds, max_abs_err=second),
-        lambda: t.aqt.cf_encoding(max_abs_err=second),
-    )
-    for call in calls:
-        with pytest.warns(RepackedWarning) as found:
-            call()
-        assert [warning.filename for warning in found] == [__file__]
-    for path, options in (("t.nc", {}), ("a.nc", {}), ("t.zarr", {"engine": "zarr", "consolidated": False})):
-        with xr.open_dataset(tmp_path / path, **options) as read:
-            assert Fraction(float(read.t.attrs["max_abs_error"])) >= Fraction(first) + Fraction(second)
-            assert path != "t.nc" or read.p.attrs["max_abs_error"] == second
-    assert ds.t.attrs["max_abs_error"] == first
-    for one in (np.asarray([first]), [first], np.float32(0.125)):
-        with pytest.warns(RepackedWarning, match=r"has the attribute max_abs_error=0\.1(25)?: it was packed before"):
-            cf_encoding(field(max_abs_error=one), max_abs_err=second)
-    for bad in ("0.1 K", np.asarray([1.0, 2.0]), -1.0, np.nan):
-        with pytest.warns(RepackedWarning, match=r"which is no bound: 0\.7 replaces it"):
-            field(max_abs_error=bad).aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=second)
-        with xr.open_dataset(tmp_path / "b.nc") as read:
-            assert read.t.attrs["max_abs_error"] == second
-
-
 def test_a_file_that_names_coordinates_is_packed(tmp_path):
     """Fields on a grid of two dimensions are written with an attribute that says where their places are."""
     places = {"lat2": (("lat", "lon"), X[1]), "lon2": (("lat", "lon"), X[2]), "crs": ((), 0)}
@@ -561,6 +529,38 @@ def test_files_are_made_as_a_whole_or_not_at_all(tmp_path, how):
     with xr.open_dataset(tmp_path / "t.nc") as found:
         assert_same_bits(found.t.values, X)
     field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=1, mode="w", group=None, compute=True)
+
+
+def test_bounds_add_up(tmp_path):
+    """The attribute is never less than what the packings may have done together."""
+    first, second = 0.1, 0.7
+    assert Fraction(first + second) < Fraction(first) + Fraction(second)  # a sum that is rounded down
+    t = field(max_abs_error=first)
+    ds = xr.Dataset({"t": t, "p": field()})
+    calls = (
+        lambda: ds.aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=second),
+        lambda: aqt_lite.xarray.to_zarr(ds, tmp_path / "t.zarr", max_abs_err={"t": second}, consolidated=False),
+        lambda: t.aqt.to_netcdf(tmp_path / "a.nc", max_abs_err=second),
+        lambda: cf_encoding(ds, max_abs_err=second),
+        lambda: t.aqt.cf_encoding(max_abs_err=second),
+    )
+    for call in calls:
+        with pytest.warns(RepackedWarning) as found:
+            call()
+        assert [warning.filename for warning in found] == [__file__]
+    for path, options in (("t.nc", {}), ("a.nc", {}), ("t.zarr", {"engine": "zarr", "consolidated": False})):
+        with xr.open_dataset(tmp_path / path, **options) as read:
+            assert Fraction(float(read.t.attrs["max_abs_error"])) >= Fraction(first) + Fraction(second)
+            assert path != "t.nc" or read.p.attrs["max_abs_error"] == second
+    assert ds.t.attrs["max_abs_error"] == first
+    for one in (np.asarray([first]), [first], np.float32(0.125)):
+        with pytest.warns(RepackedWarning, match=r"has the attribute max_abs_error=0\.1(25)?: it was packed before"):
+            cf_encoding(field(max_abs_error=one), max_abs_err=second)
+    for bad in ("0.1 K", np.asarray([1.0, 2.0]), -1.0, np.nan):
+        with pytest.warns(RepackedWarning, match=r"which is no bound: 0\.7 replaces it"):
+            field(max_abs_error=bad).aqt.to_netcdf(tmp_path / "b.nc", max_abs_err=second)
+        with xr.open_dataset(tmp_path / "b.nc") as read:
+            assert read.t.attrs["max_abs_error"] == second
 
 
 def test_nothing_is_half_written(tmp_path):
