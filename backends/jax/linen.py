@@ -64,7 +64,8 @@ def quantize(
     ------
     ValueError, TypeError
         As :func:`aqt_lite.quantize_tree`; a rule for a parameter that no such layer uses in this call, or that its
-        layer cannot use quantized, since it has a mask, or a ``dot_general`` or ``promote_dtype`` of its own.
+        layer cannot use quantized, since it has a mask, or a ``dot_general`` or ``promote_dtype`` of its own, or is
+        inside ``nn.WeightNorm`` or ``nn.SpectralNorm``.
 
     Notes
     -----
