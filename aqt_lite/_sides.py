@@ -21,7 +21,7 @@ from aqt_lite._parts import Box, boxes
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, ElementType, Integer
-from aqt_lite.formats import FORMATS, Format, element_type, known_format
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format, element_type, known_format
 from aqt_lite.granularity import Block, granularity_of, grid_of
 from aqt_lite.qarray import QArray
 from aqt_lite.report import MOST_ELEMENTS
@@ -227,9 +227,12 @@ def _of_parts(codes: _Numbers, scale: _Numbers, zero: _Numbers | None, argument:
     bad = (codes < low) | (codes > high)
     if bad.any():
         raise ValueError(f"{argument}[0] has {codes[bad][0]}: codes of {form.name} are {low} to {high}")
-    if scale.dtype.name not in (*FLOAT_TYPES, *INTEGER_TYPES, "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2"):
+    if scale.dtype.name not in (*FLOAT_TYPES, *INTEGER_TYPES, *SCALE_FORMATS):
         raise TypeError(f"{argument}[1] has dtype {scale.dtype.name}: scales are real numbers")
-    if zero is not None and zero.dtype.name not in (*INTEGER_TYPES, "int4", "uint4"):
+    if zero is not None and zero.dtype.name not in (
+        *INTEGER_TYPES,
+        *(f.name for f in FORMATS.values() if f.element.zero_points),
+    ):
         raise TypeError(f"{argument}[2] has dtype {zero.dtype.name}: zero points are integers, codes of 0.0")
     block = _block_of(codes.shape, scale.shape, f"{argument}[1]", like)
     grid = grid_of(codes.shape, block)

@@ -175,12 +175,12 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Whether the rules are the plain ones, which compiled loops know."""
-        return self.rounding == "half_even" and not self.offset and self.dialect == AQT_LITE
+        return self.rounding == "half_even" and not self.offset and self.dialect is AQT_LITE
 
     @property
     def keeps_tiny(self) -> bool:
         """Whether what is subnormal may be rounded to another number than 0: then it is flushed, on every backend."""
-        return self.rounding == "stochastic" or self.dialect != AQT_LITE
+        return self.rounding == "stochastic" or self.dialect is not AQT_LITE
 
     @property
     def of_magnitudes(self) -> bool:

@@ -78,7 +78,9 @@ class Dialect:
     --------
     >>> import aqt_lite
     >>> aqt_lite.quantize([1.0, -2.0, 0.5], "int8", dialect="torch")
-    QArray(qvalue=array([  64, -128,   32], dtype=int8), scale=array([0.01568628], dtype=float32), dtype='int8')
+    QArray(int8, shape=(3,), PerTensor(), of float32, numpy)
+    qvalue: [  64 -127   32]
+    scale: [0.01568628]
     >>> mine = aqt_lite.Dialect("mine", reach="half range", narrow_from=8, divides=True)
     >>> aqt_lite.quantize([1.0, -2.0, 0.5], "int8", dialect=mine).qvalue.tolist()
     [64, -127, 32]

@@ -116,6 +116,7 @@ def test_notebook_product(backend, mode):
 # ---- exact arithmetic
 
 
+@pytest.mark.exhaustive_where(dtype="float64")
 @pytest.mark.exhaustive_where(dtype="bfloat16")  # float16 and float32 are its kind
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_calibrated_blocks_are_exact_on_every_form(dtype):
@@ -129,6 +130,8 @@ def test_calibrated_blocks_are_exact_on_every_form(dtype):
     assert not disagreements(problems[::3], expected[::3], [COMPILED])  # compiling takes seconds for each
 
 
+@pytest.mark.exhaustive_where(dtype="float64")
+@pytest.mark.exhaustive_where(dtype="bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_given_scales_are_exact_near_ties_on_every_form(dtype):
     few = {"float16": (-6, 8)}.get(dtype, (-110, 110))
@@ -290,12 +293,13 @@ def test_granularities(form):
     assert not disagreements(*granular_problems("float32"), [form])
 
 
-@pytest.mark.exhaustive_where(which=slice(21, None, 3))
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("which", [slice(1, 20, 3), slice(21, None, 3)])
 def test_granularities_in_compiled_torch(which):
     assert not disagreements(*granular_problems("float32", which), [COMPILED])
 
 
+@pytest.mark.exhaustive  # compiles for a quarter of a minute
 def test_ragged_groups_in_compiled_torch():
     """Groups longer than a vector register, whose last is shorter: inductor drops a loop's remainder (torch 2.13)."""
     rng = np.random.default_rng(1)

@@ -219,6 +219,7 @@ def test_a_jitted_product_calls_the_compiled_loops_and_an_exported_one_does_not(
 
 
 @pytest.mark.exhaustive_where(dots="without")
+@pytest.mark.exhaustive_where(mode="fast")
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 def test_transformations_of_jax(weight, dots, mode):
     x = activations(4, 3, 320)
@@ -282,6 +283,7 @@ print(y.tobytes().hex()[:4000])
 """
 
 
+@pytest.mark.exhaustive  # in a process of its own
 @needs("torch")
 def test_without_numba_the_bits_are_the_same():
     runs = [
@@ -317,6 +319,7 @@ def large_weight():
     )
 
 
+@pytest.mark.exhaustive_where(mode="fast")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"

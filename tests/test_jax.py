@@ -621,7 +621,7 @@ def test_no_transfer_that_nobody_asked_for(shape):
             quantize(x, "uint4", scheme="affine", granularity=PerGroup(4)),
             quantize(x, "nf4"),
             quantize(x, "nvfp4"),
-            quantize(x, scale=0.5, zero_point=3),
+            quantize(x, scale=0.5, zero_point=3, on_clip="saturate"),
             quantize(x, rounding="stochastic", key=3),
             quantize(x, scheme="affine", offset="data"),
         ):
@@ -658,7 +658,7 @@ def test_small_eager_arrays_compile_nothing():
 def test_small_eager_results_are_arrays_of_their_own():
     x = data(6, 8)
     scale = jnp.full((6, 1), 0.25)
-    q = quantize(x, scale=scale, granularity=PerChannel(0))
+    q = quantize(x, scale=scale, granularity=PerChannel(0), on_clip="saturate")
     values = dequantize(q)
     scale.delete()
     jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(x))

@@ -185,6 +185,7 @@ def test_large_matrices_show_means_of_blocks():
     assert ax.get_ylim() == (599.5, -0.5)
 
 
+@pytest.mark.exhaustive_where(most=50, order="F")
 @pytest.mark.parametrize("most", [50, 3000])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("shape", "cell"), [((5, 700), (1, 3)), ((600, 300), (3, 2)), ((1, 100_001), (1, 391))])

@@ -13,8 +13,7 @@ import pytest
 CHECKS = Path(__file__).with_name("sharding_checks.py")
 
 
-@pytest.mark.exhaustive_where(mesh="one axis")  # each takes half a minute, and one axis is the simpler
-@pytest.mark.exhaustive_where(kind="Explicit")
+@pytest.mark.exhaustive  # each takes half a minute
 @pytest.mark.parametrize(("kind", "mesh"), [("Auto", "one axis"), ("Auto", "two axes"), ("Explicit", "two axes")])
 def test_eight_devices(kind, mesh):
     """In a process of its own: the number of simulated devices is fixed when JAX starts."""

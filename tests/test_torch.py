@@ -275,7 +275,7 @@ def test_parameters_and_views():
     assert_same_bits(quantize(torch.nn.Parameter(X.clone()), granularity=PerGroup(4)), expected)
     assert_same_bits(quantize(X.T.contiguous().T, granularity=PerGroup(4)), expected)
     assert_same_bits(quantize(X.repeat(1, 2)[:, :8], granularity=PerGroup(4)), expected)
-    assert_same_bits(quantize(torch.complex(X, X).conj().imag, scale=0.1), quantize(-X, scale=0.1))  # a lazy negation
+    assert_same_bits(quantize(torch.complex(X, X).conj().imag, scale=0.5), quantize(-X, scale=0.5))  # a lazy negation
     assert_same_bits(quantize(X[:1].expand(3, 8)), quantize(X[:1].repeat(3, 1)))
 
 
@@ -461,7 +461,7 @@ def test_every_format_compiled(how):
 def test_stochastic_rounding_compiles():
     """Inlined into one another, the rounds of its noise took the compiler hours."""
     x = data(6, 40)
-    how = {"dtype": "int4", "scale": 0.1, "rounding": "stochastic"}
+    how = {"dtype": "int4", "scale": 0.1, "rounding": "stochastic", "on_clip": "saturate"}
     assert_same_bits(whole(lambda x: quantize(x, **how, key=7))(x), quantize(x, **how, key=7))
     mapped = whole(lambda x: torch.func.vmap(lambda v: quantize(v, "mxfp4").dequantize())(x))
     assert_same_bits(mapped(x), quantize(x, "mxfp4").dequantize())
