@@ -77,6 +77,8 @@ def _axes_of(a: Array) -> list[tuple[str, ...]]:
 
 def _spec(shape: tuple[int, ...], axes: list[tuple[str, ...]], mesh: Any) -> PartitionSpec:
     """Along each axis the longest run of its mesh axes that divides it, and that no earlier axis has taken."""
+    if not shape:  # a number that all elements have a part in
+        return PartitionSpec()  # type: ignore[no-untyped-call]
     taken: set[str] = set()
     spec: list[tuple[str, ...] | None] = []
     for length, wanted in zip(shape, axes, strict=True):
