@@ -1,6 +1,6 @@
 """zarr v3: codecs that quantize, and ``packbits``.
 
-Owns: the three codecs, their JSON, and how a chunk lies in bytes. Imports: zarr; the public functions, the CF grid,
+Owns: the three codecs, their JSON, and how a chunk lies in bytes. Imports: zarr; the public functions, formats, the CF grid,
 streams of bits. ``import aqt_lite.zarr`` registers them; an installed aqt_lite is found by zarr itself, through entry
 points.
 
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import ml_dtypes
 import numpy as np
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.array_spec import ArraySpec
@@ -36,6 +37,7 @@ from zarr.registry import register_codec
 
 from aqt_lite import api, cf
 from aqt_lite._bits import bytes_of_stream, stream_of, words_of
+from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import PerBlock
 from aqt_lite.qarray import QArray
 
@@ -396,16 +398,9 @@ class _Component:
     signed: bool
 
 
-_BITS = {
-    "bool": 1,
-    "int2": 2,
-    "uint2": 2,
-    "int4": 4,
-    "uint4": 4,
-    "float4_e2m1fn": 4,
-    "float6_e2m3fn": 6,
-    "float6_e3m2fn": 6,
-}
+_NARROW = [f for f in FORMATS.values() if f.element.bits < 8 and hasattr(ml_dtypes, f.name)]
+_BITS = {"bool": 1, **{f.name: f.element.bits for f in _NARROW}}
+"""Of types that take a byte each in memory."""
 
 
 def _component(dtype: np.dtype[Any]) -> _Component:

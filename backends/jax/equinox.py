@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, planned
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named
 from aqt_lite.backends.jax import functions, layers
 from aqt_lite.ops import dot_general
 from aqt_lite.qarray import QArray
@@ -283,13 +283,7 @@ def _plans(model: Any, rules: Rules | None) -> list[Planned]:
             why = why or "layers that share it use its axes in different ways"
         return Leaf(paths[0], array, None, tuple(paths[1:]), why, said[0])
 
-    plans = planned(
-        [leaf(*place) for place in places_of(leaves_of(model))],
-        rules,
-        layout=None,
-        by_default=lambda leaf: leaf.axes is not None and not leaf.why_not,
-        extra=("activations",),
-    )
+    plans = layers.planned_layers([leaf(*place) for place in places_of(leaves_of(model))], rules)
     for found in named(plans):
         users = [known[path][0] for path in found.leaf.paths if path in known]
         without = [type(layer).__name__ for layer in users if not isinstance(layer, eqx.nn.Linear)]

@@ -1,8 +1,8 @@
 """What layers of JAX's frameworks call in the place of JAX's own functions, where their weight is quantized.
 
-Owns: the promotion of dtypes around a QArray, hooks with activations of few bits, rows that are looked up, and what
-axes of weights are for. Imports: the functions, the rules. ``nnx``, ``linen`` and ``equinox`` beside it say which layer
-takes what.
+Owns: the promotion of dtypes around a QArray, hooks with activations of few bits, rows that are looked up, what axes
+of weights are for, and what rules may say of layers. Imports: the functions, the rules. ``nnx``, ``linen`` and
+``equinox`` beside it say which layer takes what.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, planned
 from aqt_lite.backends.jax import functions
 from aqt_lite.qarray import QArray
 
-__all__ = ["Hook", "axes_of_einsum", "behind", "embedded", "has_quantized", "promoted", "with_values"]
+__all__ = ["Hook", "axes_of_einsum", "behind", "embedded", "has_quantized", "planned_layers", "promoted", "with_values"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,15 @@ def behind(axes: Axes, lead: int) -> Axes:
         return tuple(a + lead for a in of)
 
     return Axes(shifted(axes.outputs), shifted(axes.inputs), (*range(lead), *shifted(axes.each)))
+
+
+def planned_layers(leaves: Sequence[Leaf], rules: Rules | None, already: Sequence[str] = ()) -> list[Planned]:
+    """``planned`` for weights of layers: by default those whose axes are known, and rules may ask for activations."""
+    return planned(
+        leaves,
+        rules,
+        layout=None,
+        by_default=lambda leaf: leaf.axes is not None and not leaf.why_not,
+        extra=("activations",),
+        already=already,
+    )

@@ -24,7 +24,7 @@ from flax.core import FrozenDict, freeze
 from flax.linen import dtypes
 
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, planned, specs
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
 from aqt_lite.backends.jax import functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
@@ -402,13 +402,7 @@ def _plans(model: Any, variables: Any, params: Any, args: Any, kwargs: Any, rule
         raise TypeError(f"variables has {already[0]} quantized already: give those that model.init made")
     seen = _seen_in_a_call(model, variables, args, kwargs)
     leaves = [_leaf(paths, array, seen) for paths, array in places_of(leaves_of(params))]
-    plans = planned(
-        leaves,
-        rules,
-        layout=None,
-        by_default=lambda leaf: leaf.axes is not None and not leaf.why_not,
-        extra=("activations",),
-    )
+    plans = layers.planned_layers(leaves, rules)
     for found in named(plans):
         users = [use for path in found.leaf.paths for use in seen.get(path, ())]
         check_activations(found, [use.layer for use in users if not use.of_products])

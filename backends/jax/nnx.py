@@ -20,7 +20,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, planned, quantized
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, quantized
 from aqt_lite.backends.jax import functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
@@ -381,14 +381,7 @@ def _plans(slots: dict[int, _Slot], rules: Rules | None, already: Sequence[str])
         )
         for slot in slots.values()
     ]
-    plans = planned(
-        leaves,
-        rules,
-        layout=None,
-        by_default=lambda leaf: leaf.axes is not None and not leaf.why_not,
-        extra=("activations",),
-        already=already,
-    )
+    plans = layers.planned_layers(leaves, rules, already)
     for found in named(plans):
         users = slots[id(found.leaf.array)].users
         without = [type(layer).__name__ for layer, kind in users if kind.of_products is None]
