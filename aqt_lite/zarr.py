@@ -1,8 +1,8 @@
 """zarr v3: codecs that quantize, and ``packbits``.
 
-Owns: the three codecs, their JSON, and how a chunk lies in bytes. Imports: zarr; the public functions, formats, the CF grid,
-streams of bits. ``import aqt_lite.zarr`` registers them; an installed aqt_lite is found by zarr itself, through entry
-points.
+Owns: the three codecs, their JSON, and how a chunk lies in bytes. Imports: zarr; the public functions, the table of
+formats, the CF grid, streams of bits. ``import aqt_lite.zarr`` registers them; an installed aqt_lite is found by zarr
+itself, through entry points.
 
 Each is the codec that turns an array into bytes, in place of ``bytes``: compressors follow it, and it may stand inside
 of shards. A chunk is decoded from its own bytes and the JSON alone.
