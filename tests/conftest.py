@@ -36,6 +36,11 @@ def pytest_collection_modifyitems(items):
                 raise pytest.UsageError(f"{item.nodeid}: exhaustive_where names no parameter {sorted(unknown)}")
             if all(parameters[name] == value for name, value in marker.kwargs.items()):
                 item.add_marker("exhaustive")
+        for marker in item.iter_markers("exhaustive_unless"):
+            if unknown := set(marker.kwargs) - set(parameters):
+                raise pytest.UsageError(f"{item.nodeid}: exhaustive_unless names no parameter {sorted(unknown)}")
+            if not all(parameters[name] in values for name, values in marker.kwargs.items()):
+                item.add_marker("exhaustive")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -88,6 +88,7 @@ NOTEBOOK = {
 }
 
 
+@pytest.mark.exhaustive_where(form=COMPILED)
 @pytest.mark.parametrize("form", FORMS)
 def test_notebook_values(form):
     results = FORMS[form]([problem for problem, _ in NOTEBOOK.values()])
@@ -116,6 +117,7 @@ def test_notebook_product(backend, mode):
 # ---- exact arithmetic
 
 
+@pytest.mark.exhaustive_where(dtype="float16")
 @pytest.mark.exhaustive_where(dtype="float64")
 @pytest.mark.exhaustive_where(dtype="bfloat16")  # float16 and float32 are its kind
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -130,6 +132,7 @@ def test_calibrated_blocks_are_exact_on_every_form(dtype):
     assert not disagreements(problems[::3], expected[::3], [COMPILED])  # compiling takes seconds for each
 
 
+@pytest.mark.exhaustive_where(dtype="float32")
 @pytest.mark.exhaustive_where(dtype="float64")
 @pytest.mark.exhaustive_where(dtype="bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -288,6 +291,7 @@ def granular_problems(dtype, which=slice(None)):
     return problems[which], expected[which]
 
 
+@pytest.mark.exhaustive_where(form=CONSTANT)
 @pytest.mark.parametrize("form", [form for form in FORMS if form not in (COMPILED, CONSTANT_QPARAMS)])
 def test_granularities(form):
     assert not disagreements(*granular_problems("float32"), [form])

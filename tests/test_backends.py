@@ -72,6 +72,7 @@ def test_numpy_alone_is_enough():
     assert python(program).strip() == "[]"
 
 
+@pytest.mark.exhaustive_where(first="torch")  # processes that import frameworks: seconds
 @pytest.mark.parametrize("first", ["jax", "torch"])
 def test_frameworks_may_be_imported_before_or_after(first):
     leaves = {"jax": "4", "torch": "3"}[first]  # JAX's trees have one that says what structure the others have
@@ -84,6 +85,7 @@ def test_frameworks_may_be_imported_before_or_after(first):
     assert python(f"import aqt_lite\n{tree}\n{use}").strip() == leaves
 
 
+@pytest.mark.exhaustive_where(look="aqt_lite.available_backends()")  # processes that import frameworks: seconds
 @pytest.mark.parametrize("look", ["aqt_lite.available_backends()", "find_spec('jax'), find_spec('torch')"])
 def test_a_look_up_before_the_import_changes_nothing(look):
     program = f"""

@@ -97,6 +97,7 @@ def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
     assert printed.split() == ["True", "-127", "-128", "[[128]]", "-3", "(4,", "36)", "uint8", "(4,", "2)"]
 
 
+@pytest.mark.exhaustive  # a quarter of a minute: three frameworks compile
 @needs("jax", "torch")
 def test_the_code_of_the_page_of_models_runs(tmp_path):
     for framework in ("equinox", "flax"):
@@ -146,6 +147,7 @@ def blocks_of_fields():
     return ["".join(re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)) for part in parts]
 
 
+@pytest.mark.exhaustive  # compresses fields
 def test_the_code_of_the_page_of_fields_runs_and_prints_what_it_says(tmp_path):
     code, _ = blocks_of_fields()
     checks = "assert later.sizes['time'] == 2 and codes.dtype == 'int8' and z.nbytes > 3 * z.nbytes_stored()\n"

@@ -122,6 +122,7 @@ def dots(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.exhaustive_where(form="jax", dtype="int8")  # each compiles for seconds
 @pytest.mark.exhaustive_where(dots="without", form="jax")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ def test_every_form_has_the_bits_of_the_reference(form, dots, dtype, scheme, gra
             assert_same_bits(np.asarray(FORMS[form](rows, q, bias)), by_the_reference(rows, q, bias))
 
 
+@pytest.mark.exhaustive_where(form="jax", mode="fast")  # each compiles for seconds
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 def test_nan_and_infinities_of_the_bias_are_seen(form, dots, mode):

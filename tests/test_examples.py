@@ -99,6 +99,7 @@ def test_demo_draws(demo, name):
     assert pixels.std() > 0.05
 
 
+@pytest.mark.exhaustive  # the demo once more
 def test_demo_fails_where_bits_differ():
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import demo;"
@@ -110,6 +111,7 @@ def test_demo_fails_where_bits_differ():
     assert "that is a bug" in output
 
 
+@pytest.mark.exhaustive  # trains and compiles for ten seconds
 def test_jax_model():
     output = run(EXAMPLES / "jax_model.py")
     table = rows(output)

@@ -473,6 +473,7 @@ LARGE_KINDS = {
 }
 
 
+@pytest.mark.exhaustive_unless(kind=["int8", "nf4"])
 @pytest.mark.parametrize("kind", LARGE_KINDS)
 def test_large_constants_inside_a_trace(kind):
     q = LARGE_KINDS[kind](LARGE)
@@ -508,6 +509,9 @@ WITH_ANY_ROWS = {
 }
 
 
+@pytest.mark.exhaustive_unless(
+    form=["per column", "groups", "nvfp4", "given scale", "reproducible", "W8A8"]
+)  # each compiles for a second and more
 @pytest.mark.parametrize("form", WITH_ANY_ROWS)
 def test_export_with_any_number_of_rows(form):
     (rows,) = jax.export.symbolic_shape("rows")

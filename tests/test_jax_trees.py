@@ -41,6 +41,7 @@ KINDS = {
     "for_dense": lambda x: quantize(x, "int4", granularity=PerGroup(32, axis=0)).for_dense(),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+few_kinds = pytest.mark.exhaustive_unless(kind=["uint4 affine", "nf4", "nvfp4", "for_dense"])  # seconds each
 
 # Pairs whose leaves have the same shapes and dtypes, and words of the error that names both.
 CONFUSIONS = {
@@ -183,6 +184,7 @@ def test_donation(kind):
 # ---- transformations, each kind of format
 
 
+@few_kinds
 @every_kind
 def test_jit_scan_vmap_cond_and_remat(kind):
     layers = [KINDS[kind](data(64, 64, seed=s)) for s in range(3)]
@@ -232,6 +234,7 @@ def test_gradient_of_scales_where_they_are_trained(kind):
         assert len(floats) == 1 + (q.offset is not None)
 
 
+@few_kinds
 @every_kind
 def test_shard_map_and_devices(kind):
     mesh = jax.make_mesh((1,), ("m",), axis_types=(AxisType.Auto,))
@@ -245,6 +248,7 @@ def test_shard_map_and_devices(kind):
     assert_same_bits(jax.jit(dequantize)(there), dequantize(q))
 
 
+@few_kinds
 @every_kind
 def test_shapes_under_jit(kind):
     q = KINDS[kind](SQUARE)

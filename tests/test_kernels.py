@@ -113,6 +113,7 @@ def error_of_a_row(y, exact):
     return np.sqrt(np.mean((y - exact) ** 2, axis=1)) / np.abs(exact).max(axis=1)
 
 
+@pytest.mark.exhaustive_where(mode="fast", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerGroup(100))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerBlock((30, 64)))
@@ -149,6 +150,8 @@ def test_products_are_as_exact_as_a_float32_product(with_loops, mode, dtype, sch
             assert np.sqrt(np.mean(ours**2)) <= 2 * max(np.sqrt(np.mean(theirs**2)), floor), (kind, linear, m)
 
 
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerChannel(0))  # each compiles for seconds
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerChannel(1))
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(64)], ids=str)
 def test_reproducible_products_have_the_same_bits_everywhere(granularity, backend):
     rng = np.random.default_rng(2)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::aqt_lite.SuspectValueWarning") 
 INTEGERS = ("int8", "uint8", "int16", "uint16")
 """Formats with zero points whose scales, for a 16-bit code, are not far from the rounding of the product itself."""
 
-EXAMPLES = {"numpy": 120, "torch": 40, "jax": 12}
+EXAMPLES = {"numpy": 120, "torch": 40, "jax": 8}
 SHAPE = (4, 12)
 TINY = 2.0**-125
 GRANULARITIES = {PerTensor(): (None, None), PerChannel(0): (1, None), PerGroup(5): (1, 5), PerBlock((3, 7)): (3, 7)}

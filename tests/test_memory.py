@@ -135,6 +135,7 @@ def test_codes_are_packed_by_words_as_by_columns(bits, monkeypatch):
                 assert_same_bits(back, np.ascontiguousarray(c))
 
 
+@pytest.mark.exhaustive_where(library="jax")  # the same kernels as torch, on the same memory: half a second each
 @pytest.mark.parametrize("library", SHARED)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=title)
 def test_large_arrays_of_every_format_have_the_bits_of_the_plain_operations(form, library):
@@ -167,6 +168,8 @@ def test_large_arrays_of_every_format_have_the_bits_of_the_plain_operations(form
             assert_same_bits(y, aqt_lite.linear(a, here, bias, mode="reproducible"))
 
 
+@pytest.mark.exhaustive_where(backend="jax", scheme="symmetric")  # each compiles for seconds
+@pytest.mark.exhaustive_where(backend="jax", granularity=PerChannel(1))
 @pytest.mark.parametrize("granularity", [PerGroup(32), PerBlock((6, 30)), PerChannel(1), PerChannel(0)], ids=str)
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 def test_reproducible_products_in_parts_have_the_same_bits(granularity, scheme, backend, monkeypatch):
@@ -253,12 +256,14 @@ def peak(*arguments):
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
 
 
+@pytest.mark.exhaustive_unless(call=[CALLS[i] for i in (0, 2, 7, 9)])  # a process each
 @linux
 @pytest.mark.parametrize("call", CALLS)
 def test_memory_beside_the_result_of_numpy(call):
     assert peak("numpy", call) < 0.5
 
 
+@pytest.mark.exhaustive_where(library="jax")  # whose memory is torch's, NumPy's in both
 @linux
 @pytest.mark.parametrize("library", ["torch", "jax"])
 @pytest.mark.parametrize("call", ["aqt_lite.quantize(x, 'nvfp4')", "aqt_lite.fake_quantize(x, nonfinite='ignore')"])
@@ -266,6 +271,7 @@ def test_memory_beside_the_result_of_libraries_that_share_memory(library, call):
     assert peak(library, call) < 0.5
 
 
+@pytest.mark.exhaustive_where(dtype="int4")
 @linux
 @pytest.mark.parametrize("call", ON_QARRAYS)
 @pytest.mark.parametrize("dtype", ["int4", "int3"])

@@ -236,6 +236,9 @@ def ndonnx():
         return pytest.importorskip("ndonnx", reason="ndonnx needs onnx, which has no wheel for every interpreter")
 
 
+@pytest.mark.exhaustive_where(check="reproducible products")  # seconds each
+@pytest.mark.exhaustive_where(check="non-finite values")
+@pytest.mark.exhaustive_where(check="integer_matmul")
 @pytest.mark.parametrize("check", conformance._CHECKS)
 def test_ndonnx_conforms(ndonnx, check):
     """The first comparisons of each check, in float32: every operation starts a runtime, and all take minutes."""

@@ -185,6 +185,8 @@ def test_large_matrices_show_means_of_blocks():
     assert ax.get_ylim() == (599.5, -0.5)
 
 
+@pytest.mark.exhaustive_where(most=50, shape=(600, 300))  # one part a cell: seconds
+@pytest.mark.exhaustive_where(order="F", shape=(600, 300))
 @pytest.mark.exhaustive_where(most=50, order="F")
 @pytest.mark.parametrize("most", [50, 3000])
 @pytest.mark.parametrize("order", ["C", "F"])

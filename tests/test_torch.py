@@ -55,6 +55,7 @@ def whole(f, backend="aot_eager"):
 # ---- compile
 
 
+@pytest.mark.exhaustive_where(scheme="symmetric")  # of which the other has all but the zero points
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_compiled_calls_have_the_bits_of_eager_ones(granularity, scheme):
@@ -352,6 +353,7 @@ AUTOCAST_FORMATS = [
 ]
 
 
+@pytest.mark.exhaustive_unless(how=AUTOCAST_FORMATS[:1])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 @pytest.mark.parametrize("how", AUTOCAST_FORMATS, ids=lambda how: how.get("dtype", "int8"))
 def test_products_under_autocast_compute_as_without_it(how, backend):
@@ -412,6 +414,7 @@ def modes_of(w):
             yield mode
 
 
+@pytest.mark.exhaustive_unless(how=[FORMATS[name] for name in ("int8", "ragged", "uint4", "mxfp4")])  # seconds each
 @of_each_format
 def test_one_exported_program_serves_any_number_of_rows(how):
     w, x = quantize(data(24, 40, seed=1), **how), data(6, 40)
@@ -445,6 +448,7 @@ def test_group_weights_of_two_shapes_in_one_compiled_function():
 # ---- formats
 
 
+@pytest.mark.exhaustive_unless(how=[FORMATS[name] for name in ("int4", "fp8", "mxfp4", "codebook")])  # seconds each
 @of_each_format
 def test_every_format_compiled(how):
     x = data(24, 40, seed=1)
