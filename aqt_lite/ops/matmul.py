@@ -195,19 +195,17 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     if not whole or w.scale is None or w.offset is not None:
         return None
     weight, spec = _as_stored(w)
-    integers = element.storage if element.unit in (None, 1.0) and element.zero_points else "int8"
-    plain = replace(spec, format=FORMATS[integers])
-    if element.zero_points and spec.format.scale is None:
-        return weight, plain  # as they are
-    return run(w._backend, reference.in_integers, weight, spec=spec), plain
+    return reference.as_integers(weight, spec=spec, b=w._backend)
 
 
-def _stored_product(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> Any:
+def _stored_product(
+    operation: Callable[..., Any], x: Array, w: QArray, bias: Array | None, contract: int, b: Backend
+) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
     if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must be positive there
         return NotImplemented
     static = {"contract": contract, "packed_length": w.packed_length}
-    kernel = kernel_for(b, reference.matmul_stored, static)
+    kernel = kernel_for(b, operation, static)
     if kernel is None:
         return NotImplemented
     weight, spec = _as_stored(w, packed=True)
@@ -225,12 +223,11 @@ def _float_product(
         y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
         if y is not NotImplemented:
             return y
-    elif (
-        mode == "fast"
-        and w.scale is not None
-        and (w.packed_length is not None or (w.scale.ndim and w.scale.shape[contract] > 1))
+    elif w.scale is not None and (
+        w.packed_length is not None or (mode == "fast" and w.scale.ndim and w.scale.shape[contract] > 1)
     ):
-        y = _stored_product(x, w, bias, stored, b)
+        as_stored = reference.matmul_stored if mode == "fast" else reference.matmul_reproducible_stored
+        y = _stored_product(as_stored, x, w, bias, stored, b)
         if y is not NotImplemented:
             return y
     found = _in_integers(w)
@@ -238,7 +235,7 @@ def _float_product(
         weight, spec = _as_stored(w)
         values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)
         return run(b, reference.matmul_of_values, x, values, bias, contract=stored)
-    operation = reference.matmul
+    operation: Callable[..., Array] = reference.matmul
     if mode == "reproducible" and 0 not in (*x.shape, *w.shape):
         operation = reference.matmul_reproducible
     weight, spec = found

@@ -1,6 +1,6 @@
 """Matrix products with a quantized weight: the plain form, and the forms with the same bits on every backend.
 
-Owns: the arithmetic that every kernel is tested against. Imports: affine, granularity, packing, the
+Owns: the arithmetic that every kernel is tested against. Imports: affine, formats, granularity, packing, the
 ``Backend`` interface.
 
 Throughout, ``x`` is (M, K), ``contract`` says which axis of the weight is summed over (0 for codes of shape (K, N), 1
@@ -20,22 +20,26 @@ from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.elements import float_type
+from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import Block
 from aqt_lite.packing import unpack
 
 __all__ = [
     "LONGEST_PIECE",
     "RUN",
+    "as_integers",
     "fixed_point_matmul",
     "has_integer_sums",
     "integer_matmul",
     "matmul",
     "matmul_integer",
     "matmul_reproducible",
+    "matmul_reproducible_stored",
     "matmul_stored",
     "of_columns",
     "one_per_column",
     "pieces",
+    "stored_as_integers",
     "sums_of_codes",
     "values_stored",
 ]
@@ -115,12 +119,37 @@ def matmul_stored(
 
 def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
     """The values of such a weight, as products use them."""
-    if packed_length is not None:
-        element = spec.element
-        signed = not element.storage.startswith("u")
-        codes = run(b, unpack, w.codes, bits=element.bits, length=packed_length, signed=signed)
-        w = w._replace(codes=codes)
+    w = _unpacked(w, spec, packed_length, b)
     return run(b, affine.dequantize, w, spec=unrounded(spec), out=spec.source.compute)
+
+
+def _unpacked(w: Coded, spec: Spec, packed_length: int | None, b: Backend) -> Coded:
+    if packed_length is None:
+        return w
+    element = spec.element
+    signed = not element.storage.startswith("u")
+    return w._replace(codes=run(b, unpack, w.codes, bits=element.bits, length=packed_length, signed=signed))
+
+
+def as_integers(w: Coded, *, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
+    """A weight, codes one an item, with integer codes of 8 or 16 bits and plain scales; and what it then means.
+
+    Its numbers are integers, or whole multiples of a power of two.
+    """
+    element = spec.element
+    plain = replace(
+        spec, format=FORMATS[element.storage if element.unit in (None, 1.0) and element.zero_points else "int8"]
+    )
+    if element.zero_points and spec.format.scale is None:
+        return w, plain  # as they are
+    return run(b, in_integers, w, spec=spec), plain
+
+
+def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> tuple[Coded, Spec]:
+    """The same of a weight as it is stored. NaN takes the place of scales that are plain numbers and not positive."""
+    if not isinstance(w.scale, tuple):
+        w = w._replace(scale=b.xp.where(w.scale > 0, w.scale, b.xp.full_like(w.scale, float("nan"))))
+    return as_integers(_unpacked(w, spec, packed_length, b), spec=spec, b=b)
 
 
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
@@ -217,6 +246,14 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
         return b.in_parts(of_columns, n, lambda: sizes()[1], axis=1, like=x)
 
     return b.in_parts(of_rows, rows, lambda: sizes()[0], axis=0, like=x)
+
+
+def matmul_reproducible_stored(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None, b: Backend
+) -> Array:
+    """``matmul_reproducible`` of a weight as it is stored, of any format that has a unit."""
+    w, plain = stored_as_integers(w, spec=spec, packed_length=packed_length, b=b)
+    return matmul_reproducible(x, w, bias, spec=plain, contract=contract, b=b)
 
 
 class _Left(NamedTuple):

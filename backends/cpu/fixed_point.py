@@ -7,19 +7,34 @@ bits. Imports: the operations, the runtime, ``integers``, and ``serve``, which s
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from aqt_lite import affine
+from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.stored import numbers_of_codes
+from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
 
-__all__ = ["fixed_point_matmul", "matmul_by_dots", "matmul_reproducible", "powers_of_two"]
+__all__ = [
+    "Groups",
+    "fixed_point_matmul",
+    "flushed",
+    "groups_of",
+    "matmul_by_dots",
+    "matmul_in_groups",
+    "matmul_reproducible",
+    "matmul_reproducible_stored",
+    "powers_of_two",
+]
 
 
 LONGEST_IN_FLOATS = 256
@@ -68,7 +83,134 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     return y.astype(x_dtype, copy=False)
 
 
-matmul_reproducible = functools.partial(_by_dots, fast=False)
+class Groups(NamedTuple):
+    """What ``groups.multiply`` takes of a weight (N, K) whose groups lie along K, beside its codes."""
+
+    halves: bool
+    """Whether two codes lie in a byte."""
+    flip: int
+    """What bytes differ by, bit by bit, from signed numbers."""
+    table: Array
+    """Numbers of codes of 4 bits, in multiples of their unit."""
+    scale: Array
+    """Of those multiples: for each row of the weight, or for all, and each group."""
+    zero: Array
+    """Zero points likewise, int32; empty where all are 0."""
+    size: int
+    """Codes in a group."""
+
+
+def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend) -> Groups:
+    """The operands of a weight whose codes are packed two a byte, or lie one a byte and are integers."""
+    xp, rows, unit = b.xp, w.codes.shape[0], spec.element.unit
+    size = spec.block[1]
+    assert size is not None
+    assert unit is not None
+    scale = affine.scales(w.scale, spec, b)
+    if unit != 1:
+        scale = scale * unit
+
+    def of_rows(blocks: Array) -> Array:
+        shared = spec.block[0] or 1
+        if shared > 1 and blocks.shape[0] > 1:
+            blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), xp)
+        return b.contiguous(blocks)
+
+    zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else xp.astype(w.zero_point, xp.int32)
+    flip = 128 if not packed and b.dtype_name(w.codes) == "uint8" else 0
+    return Groups(packed, flip, multiples_of_codes(spec.element, packed), of_rows(scale), of_rows(zero), size)
+
+
+@functools.lru_cache(maxsize=64)
+def multiples_of_codes(element: ElementType, packed: bool) -> Array:
+    """The numbers of 16 codes of 4 bits in multiples of their unit; 0 for those that stand for none. Else zeros."""
+    if not packed:
+        return np.zeros(16, np.float32)
+    assert element.unit is not None
+    return np.nan_to_num(numbers_of_codes(element) / np.float32(element.unit))
+
+
+class Rows(NamedTuple):
+    """Rows of x in fixed point, a group at a time: what ``groups.multiply`` takes of them."""
+
+    integers: Array
+    finer: Array
+    """What a second pass multiplies; empty where no group wants one."""
+    sums: Array
+    finer_sums: Array
+    row_exponent: Array
+    row_power: Array
+    many: Array
+    again: bool
+    bad: Array
+
+
+@np.errstate(all="ignore")
+def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, packed: bool) -> Any:
+    """``reference.matmul_reproducible`` of a weight (N, K) whose groups lie along K, to the bit."""
+    loops, powers, of_weight = runtime.group_loops(), powers_of_two(), groups_of(w, spec, packed, get_backend("numpy"))
+    (rows, inner), columns, x_dtype = x.shape, len(w.codes), x.dtype
+    codes = np.ascontiguousarray(w.codes).view(np.uint8)
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bias = np.zeros(columns, np.float32) if bias is None else flushed(bias.astype(np.float32, copy=False))
+    y = np.empty((rows, columns), dtype=np.float32)
+    for first in range(0, rows, loops.ROWS_AT_ONCE):
+        these = slice(first, first + loops.ROWS_AT_ONCE)
+        prepared = _rows_in_groups(x[these], of_weight, powers)
+
+        def some(start: int, stop: int, prepared: Rows = prepared, out: Array = y[these]) -> Any:
+            of_columns = codes[start:stop], *of_weight, inner
+            return loops.multiply(*of_columns, *prepared, powers, bias, start, out[:, start:stop])
+
+        if not all(map_ranges(some, columns, loops.COLUMNS, codes.size, CHUNKS_PER_CORE)):
+            return NotImplemented
+    return y.astype(x_dtype, copy=False)
+
+
+def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
+    loops, rows, size, groups = runtime.group_loops(), len(x), w.size, -(-x.shape[1] // w.size)
+    integers = aligned_empty((rows, loops.width_of_rows(x.shape[1], w.halves)), np.float64)
+    sums, row_power = np.empty((rows, groups), np.float64), np.empty((rows, groups), np.float32)
+    exponent, row_exponent = np.empty((rows, groups), np.int32), np.empty(rows, np.int32)
+    many, wants, bad = np.empty((rows, groups), np.uint8), np.empty(rows, np.uint8), np.empty(rows, np.uint8)
+
+    def prepare(a: int, b: int) -> None:
+        parts = (v[a:b] for v in (integers, sums, exponent, row_exponent, row_power, many, wants, bad))
+        loops.prepare(x[a:b], size, powers, *parts)
+
+    map_ranges(prepare, rows, 1, x.size)
+    again = bool(wants.any())
+    finer, finer_sums = (np.empty_like(a) if again else np.empty((0, 0), np.float64) for a in (integers, sums))
+
+    def refine(a: int, b: int) -> None:
+        loops.refine(x[a:b], size, powers, integers[a:b], exponent[a:b], many[a:b], finer[a:b], finer_sums[a:b])
+
+    if again:
+        map_ranges(refine, rows, 1, x.size)
+    return Rows(integers, finer, sums, finer_sums, row_exponent, row_power, many, again, bad)
+
+
+def flushed(x: Array) -> Array:
+    """Subnormal numbers as zeros."""
+    return np.where(np.abs(x) < reference.SMALLEST, np.float32(0), x)
+
+
+def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
+    """``reference.matmul_reproducible`` by the loops that serve."""
+    if serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=False):
+        return matmul_in_groups(x, w, bias, spec=spec, packed=False)
+    return _by_dots(x, w, bias, spec=spec, contract=contract, fast=False)
+
+
+def matmul_reproducible_stored(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+) -> Any:
+    """``reference.matmul_reproducible_stored`` where the loops read codes of 4 bits as they are packed."""
+    if packed_length is None or not serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=True):
+        return NotImplemented
+    return matmul_in_groups(x, w, bias, spec=spec, packed=True) if len(x) else NotImplemented
+
+
 matmul_by_dots = functools.partial(_by_dots, fast=True)
 
 

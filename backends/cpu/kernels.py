@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite.backends.cpu import quantize
-from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reproducible
+from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reproducible, matmul_reproducible_stored
 from aqt_lite.backends.cpu.floats import matmul
 from aqt_lite.backends.cpu.integers import integer_matmul
 from aqt_lite.backends.cpu.runtime import gated
@@ -19,6 +19,7 @@ KERNELS: Kernels = {
     reference.matmul: Kernel(gated(matmul)),
     reference.matmul_stored: Kernel(gated(matmul_stored), anything),
     reference.matmul_reproducible: Kernel(gated(matmul_reproducible)),
+    reference.matmul_reproducible_stored: Kernel(gated(matmul_reproducible_stored), anything),
     reference.integer_matmul: Kernel(gated(integer_matmul), anything),
     reference.fixed_point_matmul: Kernel(gated(fixed_point_matmul), anything),
 }

@@ -152,6 +152,18 @@ def decoding_loops() -> Any:
     return None if compiled_loops() is None else _loaded_decoding()
 
 
+def group_loops() -> Any:
+    """The loops for exact sums of groups, or None without numba."""
+    return None if compiled_loops() is None else _loaded_groups()
+
+
+@functools.cache
+def _loaded_groups() -> Any:
+    from aqt_lite.backends.cpu import groups
+
+    return groups
+
+
 @functools.cache
 def _loaded_decoding() -> Any:
     from aqt_lite.backends.cpu import decoding

@@ -40,6 +40,9 @@ MOST_ROWS_FOR_EINSUM = 2
 MOST_ROWS_ON_THE_RIGHT = 64
 """Rows of x up to which BLAS is faster with the weight on the left, though its result has to be transposed then."""
 
+LONGEST_GROUP = 512
+"""Length of groups up to which their sums are below 2^48: what rounds them to float32 then rounds once."""
+
 LARGEST_UNSCALED = 2.0**100
 """Magnitude of x below which sums of ``x * q`` stay finite for every length that memory can hold."""
 
@@ -109,6 +112,24 @@ def dots(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
         and w.codes.shape[1] <= reference.LONGEST_PIECE
         and runtime.integer_dots() is not None
     )
+
+
+def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether the loops serve that add up groups exactly: of integers of 8 bits, or of codes of 4 bits, packed."""
+    loops, bits = runtime.group_loops(), spec.element.bits
+    if loops is None or not (bits == 4 and loops.TABLES if packed else bits == 8):
+        return False
+    return in_short_groups(x_dtype, w, spec, contract)
+
+
+def in_short_groups(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether groups lie along the axis that is contracted, which lies last, and have sums that float64 holds."""
+    element, group = spec.element, spec.block[1]
+    if contract != 1 or w.scale is None or w.offset is not None or element.missing is not None or element.unit is None:
+        return False
+    if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
+        return False
+    return group is not None and 1 < group <= LONGEST_GROUP
 
 
 def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:

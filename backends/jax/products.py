@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,8 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
 
     dots = _dots_for(x, w, spec, contract)
     if dots is None:
-        return plain()
+        y = _by_groups(x, w, bias, spec, contract, None, plain)
+        return plain() if y is NotImplemented else y
     y, flags = dots.product(x, w, bias, spec)
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
 
@@ -183,6 +184,37 @@ def decoding_loops() -> Any:
     from aqt_lite.backends.jax import decoding
 
     return decoding
+
+
+@functools.cache
+def group_loops() -> Any:
+    """The primitive around exact sums of groups, or None where numba is missing."""
+    if not _is_one_cpu() or runtime.group_loops() is None:
+        return None
+    from aqt_lite.backends.jax import groups
+
+    return groups
+
+
+def _by_groups(
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    otherwise: Callable[[], Array],
+) -> Any:
+    """The reproducible product by those loops; ``otherwise`` where they find a scale that is no normal number."""
+    loops, packed = group_loops(), packed_length is not None
+    if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
+        return NotImplemented
+    if jax.sharding.get_abstract_mesh().manual_axes or not serve.sums_of_groups(
+        x.dtype.name, w, spec, contract, packed
+    ):
+        return NotImplemented
+    y, unserved = loops.product(x, w, bias, spec, packed)
+    return _unless(unserved, y, otherwise)
 
 
 def _by_decoding(
@@ -274,42 +306,72 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 # ---- weights as they are stored
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _stored_product(
-    spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
-) -> Array:
-    def otherwise() -> Array:
-        return _stored_reference(spec, contract, packed_length, x, w, bias)
+class _Form(NamedTuple):
+    """Of a product with a stored weight: where it is done, by what, and what it is."""
 
-    y = _by_decoding(x, w, bias, spec, contract, packed_length, otherwise)
+    loops: Callable[[], Any]
+    by_loops: Callable[..., Any]
+    serves: Callable[..., bool]
+    reference: Callable[..., Array]
+
+
+_FORMS = {
+    False: _Form(decoding_loops, _by_decoding, serve.decodes, reference.matmul_stored),
+    True: _Form(group_loops, _by_groups, serve.sums_of_groups, reference.matmul_reproducible_stored),
+}
+"""By whether the product is reproducible."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _stored_product(
+    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
+) -> Array:
+    form = _FORMS[reproducible]
+
+    def otherwise() -> Array:
+        b = get_backend("jax")
+        return form.reference(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
+
+    y = form.by_loops(x, w, bias, spec, contract, packed_length, otherwise)
     return otherwise() if y is NotImplemented else y
 
 
-def _stored_reference(
-    spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
+def _stored_in_steps(
+    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
 ) -> Array:
+    """The same in operations that have derivatives."""
     b = get_backend("jax")
-    return reference.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
+    if not reproducible:
+        return reference.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
+    w, plain = reference.stored_as_integers(w, spec=spec, packed_length=packed_length, b=b)
+    return _product(True, plain, contract, x, w, bias)
 
 
-def _stored_forward(spec: Spec, contract: int, packed_length: int | None, *operands: Any) -> Any:
-    return _stored_product(spec, contract, packed_length, *operands), operands
+def _stored_forward(reproducible: bool, spec: Spec, contract: int, packed_length: int | None, *operands: Any) -> Any:
+    return _stored_product(reproducible, spec, contract, packed_length, *operands), operands
 
 
-def _stored_backward(spec: Spec, contract: int, packed_length: int | None, operands: Any, dy: Any) -> Any:
-    return jax.vjp(partial(_stored_reference, spec, contract, packed_length), *operands)[1](dy)
+def _stored_backward(
+    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, operands: Any, dy: Any
+) -> Any:
+    return jax.vjp(partial(_stored_in_steps, reproducible, spec, contract, packed_length), *operands)[1](dy)
 
 
 _stored_product.defvjp(_stored_forward, _stored_backward)
-_jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1, 2))
+_jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1, 2, 3))
 
 
-def _stored(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None) -> Any:
-    """``reference.matmul_stored`` where the loops serve."""
-    known = decoding_loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
-    if not known or not serve.decodes(x.dtype.name, w, spec, contract, packed_length is not None):
-        return NotImplemented
-    return _jitted_stored(spec, contract, packed_length, x, w, bias)
+def _stored(reproducible: bool) -> Callable[..., Any]:
+    """A product with a stored weight where the loops serve."""
+    form = _FORMS[reproducible]
+
+    def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None) -> Any:
+        known = form.loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
+        if not known or not form.serves(x.dtype.name, w, spec, contract, packed_length is not None):
+            return NotImplemented
+        return _jitted_stored(reproducible, spec, contract, packed_length, x, w, bias)
+
+    return kernel
 
 
 # ---- the table
@@ -337,7 +399,8 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
 KERNELS: Kernels = {
     **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
-    reference.matmul_stored: Kernel(_stored, anything),
+    reference.matmul_stored: Kernel(_stored(reproducible=False), anything),
+    reference.matmul_reproducible_stored: Kernel(_stored(reproducible=True), anything),
     reference.matmul_reproducible: Kernel(keeping_shardings(_kernel(reproducible=True))),
     reference.integer_matmul: Kernel(integer_matmul, anything),
 }

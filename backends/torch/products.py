@@ -81,7 +81,7 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if not _may_write_in_place(x, w, bias) or not serve.bytes_and_float32(x, b.dtype_name(x), w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
     digits_serve = _is_worth_digits(w, contract)
-    y = _by_dots(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
+    y = _by_loops(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
     if y is not NotImplemented:
         return y
     if w.codes.numel() >= runtime.LARGE:
@@ -151,7 +151,7 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     b = get_backend("torch")
     if torch.compiler.is_compiling():  # which follows none of what NumPy does
         return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
-    y = _by_dots(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
+    y = _by_loops(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
     if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
         numpys = functools.partial(reference.matmul_reproducible, b=get_backend("numpy"))
         y = _on_numpy_memory(np.errstate(all="ignore")(numpys), x, w, bias, spec, contract)
@@ -160,9 +160,9 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
 
 
-def _by_dots(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
-    """NumPy's form with the processor's int8 dot products, where it serves."""
-    if torch.compiler.is_compiling() or runtime.integer_dots() is None:
+def _by_loops(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
+    """NumPy's form with exact sums of integers, where it serves."""
+    if torch.compiler.is_compiling() or runtime.compiled_loops() is None:
         return NotImplemented
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
@@ -307,9 +307,9 @@ def _without_derivatives(
         values = _dequantized_in_onnx(w, spec)
         if values is not None and not reproducible:
             return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
-    if _is_one_call(x, w, spec, contract):
-        group = -1 if spec.block[0] is None else spec.block[0]
-        static = reproducible, spec.element.name, spec.source.name, group
+    if _is_one_call(reproducible, x, w, spec, contract):
+        outer, inner = (-1 if size is None else size for size in spec.block)
+        static = reproducible, spec.element.name, spec.source.name, outer, inner
         return _eager_product(*static, x, w.codes, w.scale, w.zero_point, bias)
     return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
 
@@ -345,19 +345,21 @@ def _dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
 # ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does
 
 HAS_DOTS = runtime.integer_dots() is not None and hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+HAS_GROUPS = runtime.group_loops() is not None and hasattr(torch.compiler, "is_exporting")
 """Found out once, on import: a compiler that traces cannot."""
 
 
-def _is_one_call(x: Array, w: Coded, spec: Spec, contract: int) -> bool:
+def _is_one_call(reproducible: bool, x: Array, w: Coded, spec: Spec, contract: int) -> bool:
     """Not in an exported program, which has to run where there is no such operator."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and HAS_DOTS
-        and x.device.type == "cpu"
-        and spec.element.bits == 8
-        and _is_worth_digits(w, contract)
-    )
+    if not torch.compiler.is_compiling() or not (HAS_DOTS or HAS_GROUPS) or torch.compiler.is_exporting():
+        return False
+    if x.device.type != "cpu" or spec.element.bits != 8:
+        return False
+    if HAS_DOTS and _is_worth_digits(w, contract):
+        return True
+    if not (reproducible and HAS_GROUPS) or w.codes.numel() < runtime.LARGE:
+        return False
+    return serve.in_short_groups(get_backend("torch").dtype_name(x), w, spec, contract)
 
 
 @torch.library.custom_op("aqt_lite::product", mutates_args=())
@@ -365,14 +367,15 @@ def _eager_product(
     reproducible: bool,
     dtype: str,
     float_dtype: str,
-    group: int,
+    outer: int,
+    inner: int,
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    block = (None if group < 0 else group, None)
+    block = (None if outer < 0 else outer, None if inner < 0 else inner)
     spec = Spec(FORMATS[dtype], float_type(float_dtype), block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
     y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, 1)
@@ -380,16 +383,18 @@ def _eager_product(
 
 
 @_eager_product.register_fake
-def _(reproducible: Any, dtype: Any, float_dtype: Any, group: Any, x: Any, codes: Any, *others: Any) -> Any:
+def _(reproducible: Any, dtype: Any, float_dtype: Any, outer: Any, inner: Any, x: Any, codes: Any, *others: Any) -> Any:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
 @_eager_product.register_vmap
-def _(info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, group: Any, *tensors: Any) -> Any:
-    static = reproducible, dtype, float_dtype, group
+def _(
+    info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, outer: Any, inner: Any, *tensors: Any
+) -> Any:
+    static = reproducible, dtype, float_dtype, outer, inner
 
     def one(i: int) -> Any:
-        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[4:], strict=True))
+        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[5:], strict=True))
 
     return torch.stack([_eager_product(*static, *one(i)) for i in range(info.batch_size)]), 0
 
@@ -420,21 +425,38 @@ class _Stored(torch.autograd.Function):
 
 
 def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
-    """``reference.matmul_stored`` where NumPy's form serves; what is traced, and trained scales, go other ways."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return NotImplemented
-    packed = static["packed_length"] is not None
-    spec, contract = static["spec"], static["contract"]
+    """``reference.matmul_stored`` where NumPy's form serves; trained scales go other ways."""
     tensors = runtime.arrays_in((x, *w, bias))
-    if any(has_no_values(t) or wraps_tensors(t) or is_functorch(t) or not t.is_cpu for t in tensors):
-        return NotImplemented
-    if not serve.decodes(get_backend("torch").dtype_name(x), w, spec, contract, packed) or not len(x):
+    if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
         return _by_decoding(x, w, bias, **static)
     if any(t.requires_grad for t in runtime.arrays_in(tuple(w))):
         return NotImplemented
     return _Stored.apply(w, static, x, bias)  # type: ignore[no-untyped-call]
+
+
+def _reproducible_stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
+    """``reference.matmul_reproducible_stored`` where NumPy's form serves and there is no derivative to carry."""
+    tensors = runtime.arrays_in((x, *w, bias))
+    if not _may_be_read(tensors) or not _serves(serve.sums_of_groups, x, w, static):
+        return NotImplemented
+    if get_backend("torch").differentiates(*tensors):
+        return NotImplemented
+    form = functools.partial(fixed_point.matmul_reproducible_stored, packed_length=static["packed_length"])
+    return _on_numpy_memory(form, x, w, bias, static["spec"], static["contract"])
+
+
+def _may_be_read(tensors: list[Array]) -> bool:
+    """Whether tensors are plain ones on the CPU: what is traced goes other ways."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return not any(has_no_values(t) or wraps_tensors(t) or is_functorch(t) or not t.is_cpu for t in tensors)
+
+
+def _serves(rule: Callable[..., bool], x: Array, w: Coded, static: dict[str, Any]) -> bool:
+    packed, x_dtype = static["packed_length"] is not None, get_backend("torch").dtype_name(x)
+    return len(x) > 0 and rule(x_dtype, w, static["spec"], static["contract"], packed)
 
 
 # ---- the CPU library's forms
@@ -530,6 +552,7 @@ KERNELS: Kernels = {
     **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
+    reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),
     reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
     reference.matmul_of_values: Kernel(_of_values, anything),
     reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),

@@ -1,0 +1,535 @@
+"""Loops for reproducible products with groups along the contracted axis: exact sums of integers, in float64.
+
+Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
+own file changes, and not when another does; what the contract's constants are is written here once more. The loops hold
+no lock and start no thread. ``fixed_point`` calls them, and JAX's ``groups``; ``serve`` says what they are for.
+
+A row of x, in fixed point, is integers of 31 bits, a group of them at a time; codes less their zero points have 9. The
+sum of up to 512 products is an integer below 2^48: float64 holds it, and every partial sum, exactly, in whatever order.
+Rounding it once to float32 is what the contract's ``float32(high) * 2^24 + low`` does, for then ``high`` is below 2^24.
+
+Lanes are columns of the result. 16 rows of the weight, ``CHUNK`` bytes of each, are transposed in registers, and their
+codes become float64: (codes, 16). An entry of x, in all lanes, times one such row is added to 16 sums at once, so no
+sum crosses lanes, and what follows a group (scale, powers of two, the ordered sum of groups) is done to whole vectors.
+Multiplications and additions may be fused or not: they are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+__all__ = ["COLUMNS", "ROWS_AT_ONCE", "TABLES", "multiply", "prepare", "width_of_rows"]
+
+
+def _features() -> set[str]:
+    """Of the processor that numba compiles for; NUMBA_CPU_FEATURES may say another."""
+    return set(str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(","))
+
+
+_WIDE = "+avx512f" in _features()
+
+COLUMNS = 16
+"""Columns of the result, which are rows of the weight, in a tile."""
+
+CHUNK = 64
+"""Bytes of a row of the weight that are transposed at a time."""
+
+STRIP = 64
+"""Columns of the result whose codes are decoded before rows of x come by: they are read from memory once for all."""
+
+ROWS = 8 if _WIDE else 2
+"""Rows of x in a tile: the sums of each, 16 float64 numbers, are to fit the registers."""
+
+FEWER_ROWS = 4 if _WIDE else 2
+"""The same for what is left of a block of rows."""
+
+ROWS_AT_ONCE = 128
+"""Rows of x that are in fixed point at a time."""
+
+LARGEST_ZERO = 255
+"""Magnitude of a zero point, as of signed codes, up to which codes less their zero points have 9 bits."""
+
+# Those of aqt_lite.ops.reference, as the loops' types; the tests hold them against it.
+RUN = 16
+SMALLEST = np.float32(2.0**-126)
+SMALL = np.float32(2.0**18)
+MANY = 16
+MOST_FRACTION = np.int32(0x7E0000)  # of 127/64: its bits below the exponent's
+BITS = 30
+LEAST_DROP = np.float32(2.0**-60)
+FINER = 2.0**31
+
+
+_LOOKED_UP_IN = 16 if _WIDE else 8 if "+avx2" in _features() else 0
+
+TABLES = _LOOKED_UP_IN > 0
+"""Whether the processor permutes vectors of floats by other vectors, as codes of 4 bits want it."""
+
+_BYTE, _INT, _ADDRESS, _FLOAT, _DOUBLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_INTS, _FLOATS, _DOUBLES = (ir.VectorType(item, COLUMNS) for item in (_INT, _FLOAT, _DOUBLE))
+_EXACT = ("contract",)
+
+
+def _load(builder: Any, address: Any, its_type: Any) -> Any:
+    return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
+    return builder.add(base, builder.mul(index, _ADDRESS(size)))
+
+
+def _same(vector: Any, number: float) -> Any:
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
+    undefined = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(undefined, value, _INT(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
+
+
+def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
+
+
+def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
+    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    i = builder.phi(_ADDRESS)
+    carried = [builder.phi(total.type) for total in totals]
+    new = step(i, carried)
+    following = builder.add(i, _ADDRESS(1))
+    for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(next_one, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return new
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16 words, rows for columns: in four rounds, which swap halves of pairs 8, 4, 2 and 1 apart."""
+    for apart in (8, 4, 2, 1):
+        first = [i if i // apart % 2 == 0 else COLUMNS + i - apart for i in range(COLUMNS)]
+        second = [i + apart if i // apart % 2 == 0 else COLUMNS + i for i in range(COLUMNS)]
+        new = list(rows)
+        for i in range(COLUMNS):
+            if i // apart % 2 == 0:
+                new[i] = _shuffled(builder, rows[i], rows[i + apart], first)
+                new[i + apart] = _shuffled(builder, rows[i], rows[i + apart], second)
+        rows = new
+    return rows
+
+
+def _numbers_of_bytes(builder: Any, words: Any, table: Any) -> list[Any]:
+    """Of the four signed bytes of each word, as float64."""
+    found = []
+    for byte in range(4):
+        up = builder.shl(words, _same(_INTS, 24 - 8 * byte)) if byte < 3 else words
+        found.append(builder.sitofp(builder.ashr(up, _same(_INTS, 24)), _DOUBLES))
+    return found
+
+
+def _numbers_of_halves(builder: Any, words: Any, table: Any) -> list[Any]:
+    """Of the eight codes of 4 bits of each word: positions in a table of 16 floats."""
+    lanes = _LOOKED_UP_IN
+    floats, ints = ir.VectorType(_FLOAT, lanes), ir.VectorType(_INT, lanes)
+    name = "llvm.x86.avx512.permvar.sf.512" if lanes == 16 else "llvm.x86.avx2.permps"
+    found = builder.module.globals.get(name)
+    permute = found or ir.Function(builder.module, ir.FunctionType(floats, [floats, ints]), name)
+    parts = [_load(builder, _at(builder, table, _ADDRESS(i), 4), floats) for i in range(0, 16, lanes)]
+
+    def looked_up(positions: Any) -> Any:
+        """The instruction itself looks at no more bits of a position than it has lanes for."""
+        if lanes == 16:
+            return builder.call(permute, [parts[0], positions])
+        eighth = builder.icmp_signed("==", builder.and_(positions, _same(ints, 8)), _same(ints, 0))
+        return builder.select(eighth, *(builder.call(permute, [part, positions]) for part in parts))
+
+    numbers = []
+    for half in range(8):
+        positions = builder.lshr(words, _same(_INTS, 4 * half)) if half else words
+        cut = [_shuffled(builder, positions, positions, list(range(i, i + lanes))) for i in range(0, COLUMNS, lanes)]
+        values = [looked_up(part) for part in cut]
+        whole = values[0] if len(values) == 1 else _shuffled(builder, *values, list(range(COLUMNS)))
+        numbers.append(builder.fpext(whole, _DOUBLES))
+    return numbers
+
+
+def _decoder(numbers_of: Any) -> Any:
+    """Numbers of ``CHUNK`` bytes of up to 16 rows, as float64 (codes, 16); after the last row that one again.
+
+    Arguments: addresses and the stride of rows in bytes, how many there are, a table of 16 floats, and the word that
+    words differ by, bit by bit, from what is meant.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def decode(_: Any, w: Any, stride: Any, there: Any, table: Any, flip: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w, stride, there, table, flip, out = arguments
+            last, rows = builder.sub(there, _ADDRESS(1)), []
+            flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _INTS)
+            for i in range(COLUMNS):
+                r = builder.select(builder.icmp_signed("<", _ADDRESS(i), last), _ADDRESS(i), last)
+                rows.append(_load(builder, builder.add(w, builder.mul(r, stride)), _INTS))
+            place = out
+            for words in _transposed(builder, rows):
+                for number in numbers_of(builder, builder.xor(words, flipped), table):
+                    _store(builder, number, place)
+                    place = builder.add(place, _ADDRESS(8 * COLUMNS))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 6), generate
+
+    return decode
+
+
+_decode_bytes = _decoder(_numbers_of_bytes)
+_decode_halves = _decoder(_numbers_of_halves) if TABLES else _decode_bytes
+
+
+def _adder(rows: int, several: int = 1) -> Any:
+    """``sums[m, lane] += sum_k x[m, k] numbers[k, lane]`` over ``steps`` codes, in float64.
+
+    ``several``: codes in a step, each with sums of its own, so that additions need not wait for one another.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def add(_: Any, numbers: Any, x: Any, x_stride: Any, steps: Any, sums: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            numbers, x, x_stride, steps, sums = arguments
+            of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
+            places = [builder.add(sums, _ADDRESS(8 * COLUMNS * m)) for m in range(rows)]
+            totals = [_load(builder, place, _DOUBLES) for place in places]
+            totals += [_same(_DOUBLES, 0)] * (several - 1)
+
+            def step(i: Any, totals: list[Any]) -> list[Any]:
+                new = []
+                for part in range(several):
+                    k = builder.add(builder.mul(i, _ADDRESS(several)), _ADDRESS(part))
+                    codes = _load(builder, _at(builder, numbers, k, 8 * COLUMNS), _DOUBLES)
+                    for m in range(rows):
+                        entry = _in_all_lanes(builder, _load(builder, _at(builder, of_x[m], k, 8), _DOUBLE), _DOUBLES)
+                        product = builder.fmul(entry, codes, flags=_EXACT)
+                        new.append(builder.fadd(totals[m + part], product, flags=_EXACT))
+                return new
+
+            found = _loop(builder, steps, totals, step)
+            for extra in found[rows:]:  # of one row
+                found[0] = builder.fadd(found[0], extra)
+            for place, total in zip(places, found[:rows], strict=True):
+                _store(builder, total, place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 5), generate
+
+    return add
+
+
+_add_one, _add_one_by_fours, _add_fewer, _add_rows = _adder(1), _adder(1, 4), _adder(FEWER_ROWS), _adder(ROWS)
+
+
+def _ender() -> Any:
+    """Add the sums of a group, of one row of x, to ``run``; the sums are 0 then.
+
+    Addresses of the sums and of those of the second pass, which count where ``twice`` is not 0; of zero points
+    (float64); sums of the group's entries of x in either pass; addresses of the scales' significands and powers; the
+    power of the row's group; and the address of the sum of groups.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def end(
+        _: Any, sums: Any, finer: Any, twice: Any, zero: Any, of_x: Any, of_finer: Any, fraction: Any, power: Any,
+        row_power: Any, run: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, finer, twice, zero, of_x, of_finer, fraction, power, row_power, run = arguments
+            zeros = _load(builder, zero, _DOUBLES)
+
+            def rounded(place: Any, entries: Any) -> Any:
+                shift = builder.fmul(zeros, _in_all_lanes(builder, entries, _DOUBLES), flags=_EXACT)
+                total = builder.fsub(_load(builder, place, _DOUBLES), shift, flags=_EXACT)
+                _store(builder, _same(_DOUBLES, 0), place)
+                return builder.fptrunc(total, _FLOATS)
+
+            once = rounded(sums, of_x)
+            before, second, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.cbranch(builder.icmp_signed("!=", twice, _ADDRESS(0)), second, after)
+            builder.position_at_end(second)
+            small = builder.fmul(rounded(finer, of_finer), _same(_FLOATS, 1 / FINER))
+            both = builder.fadd(once, small)
+            builder.branch(after)
+            builder.position_at_end(after)
+            t = builder.phi(_FLOATS)
+            t.add_incoming(once, before)
+            t.add_incoming(both, second)
+            t = builder.fmul(t, _load(builder, fraction, _FLOATS))
+            factor = builder.fmul(_load(builder, power, _FLOATS), _in_all_lanes(builder, row_power, _FLOATS))
+            seen = builder.fcmp_ordered(">=", factor, _same(_FLOATS, float(LEAST_DROP)))
+            t = builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0)))
+            _store(builder, builder.fadd(_load(builder, run, _FLOATS), t), run)
+            return context.get_dummy_value()
+
+        return types.void(
+            *[types.intp] * 4, *[types.float64] * 2, *[types.intp] * 2, types.float32, types.intp
+        ), generate
+
+    return end
+
+
+_end_group = _ender()
+
+
+# ---- rows of x
+
+
+def width_of_rows(inner: int, halves: bool) -> int:
+    """Length of rows of x in fixed point: whole chunks of codes, zeros beyond K."""
+    chunk = CHUNK * (2 if halves else 1)
+    return -(-inner // chunk) * chunk
+
+
+@njit(nogil=True, cache=True)
+def prepare(
+    x: Any, size: Any, powers: Any, integers: Any, sums: Any, exponent: Any, row_exponent: Any, row_power: Any,
+    many: Any, wants: Any, bad: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """Groups of ``size`` entries of float32 rows as integers ``rint(x * 2^(30 - exponent))``, and their sums.
+
+    ``row_power`` is 2^(exponent - row_exponent), the latter the largest of a row. ``powers[i]`` is 2^(i - 256), 0 far
+    below. ``many`` says which groups of which rows want a second pass, ``wants`` which rows have such a group, ``bad``
+    which have a value that is not finite: they become zeros.
+    """
+    rows, inner = x.shape
+    groups = sums.shape[1]
+    bits = x.view(np.int32)
+    for m in range(rows):
+        pattern, row, out = bits[m], x[m], integers[m]
+        most = np.int32(0)
+        for k in range(inner):
+            most = max(most, pattern[k] & np.int32(0x7FFFFFFF))
+        bad[m] = most >= np.int32(0x7F800000)
+        wants[m] = 0
+        out[inner:] = 0
+        leading = np.int32(-127)
+        for g in range(groups):
+            start, stop = g * size, min(g * size + size, inner)
+            most = np.int32(0)
+            for k in range(start, stop):
+                most = max(most, pattern[k] & np.int32(0x7FFFFFFF))
+            many[m, g] = 0
+            if bad[m] or most < np.int32(0x00800000):  # subnormal numbers count as zeros
+                exponent[m, g], sums[m, g] = -127, 0
+                out[start:stop] = 0
+                continue
+            e = (most >> 23) - 127
+            if (most & np.int32(0x7FFFFF)) > MOST_FRACTION:  # a larger one would carry into a fifth digit
+                e += 1
+            half = (BITS - e) >> 1
+            first, second = powers[half + 256], powers[BITS - e - half + 256]
+            present, small, total = np.int32(0), np.int32(0), np.float64(0)
+            for k in range(start, stop):
+                v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
+                scaled = v * first * second
+                value = np.float64(np.rint(scaled))
+                out[k] = value
+                total += value
+                there = np.int32(v != 0)
+                present += there
+                small += there & np.int32(abs(scaled) < SMALL)
+            exponent[m, g], sums[m, g] = e, total
+            leading = max(leading, np.int32(e))
+            if small * MANY > present:
+                many[m, g] = wants[m] = 1
+        row_exponent[m] = leading
+        for g in range(groups):
+            row_power[m, g] = powers[exponent[m, g] - leading + 256]
+
+
+@njit(nogil=True, cache=True)
+def refine(x: Any, size: Any, powers: Any, integers: Any, exponent: Any, many: Any, finer: Any, sums: Any) -> None:
+    """``finer``: what ``prepare`` rounded away, times 2^31, where ``many`` asks for it; and its sums."""
+    for m in range(x.shape[0]):  # pragma: no cover - compiled
+        row, whole, out = x[m], integers[m], finer[m]
+        for g in range(sums.shape[1]):
+            start, stop = g * size, min(g * size + size, x.shape[1])
+            total = np.float64(0)
+            if many[m, g]:
+                half = (BITS - exponent[m, g]) >> 1
+                first, second = powers[half + 256], powers[BITS - exponent[m, g] - half + 256]
+                for k in range(start, stop):
+                    v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
+                    scaled = v * first * second
+                    value = np.float64(np.rint((scaled - np.float32(whole[k])) * np.float32(FINER)))
+                    out[k] = value
+                    total += value
+            else:
+                out[start:stop] = 0
+            sums[m, g] = total
+        out[x.shape[1] :] = 0
+
+
+# ---- the product
+
+
+@njit(nogil=True, cache=True)
+def _prepare_columns(
+    scale: Any, zero: Any, less: Any, first: Any, here: Any, powers: Any, fraction: Any, power: Any, zeros: Any,
+    exponent: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """Scales of a tile as significands and powers of two, by group and lane, and zero points; whether they are served.
+
+    ``exponent`` is the largest of a column, which ``power`` is relative to.
+    """
+    groups, served = fraction.shape[0], True
+    bits = scale.view(np.int32)
+    for lane in range(COLUMNS):
+        n = first + min(lane, here - 1)
+        row = bits[n if scale.shape[0] > 1 else 0]
+        largest = np.int32(0)
+        for g in range(groups):
+            of_exponent = row[g] & np.int32(0x7F800000)
+            largest = max(largest, of_exponent)
+            served &= (of_exponent != 0) & (of_exponent != np.int32(0x7F800000))
+        leading = largest >> 23
+        exponent[lane] = leading - 127
+        for g in range(groups):
+            of_exponent = (row[g] & np.int32(0x7F800000)) >> 23
+            power[g, lane] = powers[of_exponent - leading + 256]
+            fraction[g, lane] = np.int32((row[g] & np.int32(-0x7F800001)) | np.int32(0x3F800000))
+        if zero.shape[0] > 0:
+            points = zero[n if zero.shape[0] > 1 else 0]
+            for g in range(groups):
+                point = points[g] - less
+                zeros[g, lane] = point
+                served &= (point <= LARGEST_ZERO) & (point >= -LARGEST_ZERO)
+    return served
+
+
+@njit(nogil=True, cache=True)
+def _add_group(numbers: Any, x: Any, k: Any, steps: Any, sums: Any) -> None:  # pragma: no cover - compiled
+    """``sums[m, lane]`` of a part of a group of all rows of x."""
+    rows, by = x.shape[0], x.strides[0]
+    start, m = x.ctypes.data + 8 * k, 0
+    while m < rows:
+        entries, out = start + m * by, sums.ctypes.data + m * sums.strides[0]
+        if rows - m >= ROWS:
+            _add_rows(numbers, entries, by, steps, out)
+            m += ROWS
+        elif rows - m >= FEWER_ROWS:
+            _add_fewer(numbers, entries, by, steps, out)
+            m += FEWER_ROWS
+        elif steps % 4 == 0:
+            _add_one_by_fours(numbers, entries, by, steps // 4, out)
+            m += 1
+        else:
+            _add_one(numbers, entries, by, steps, out)
+            m += 1
+
+
+@njit(nogil=True, cache=True)
+def multiply(
+    w: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, size: Any, inner: Any, x: Any, finer: Any,
+    of_x: Any, of_finer: Any, row_exponent: Any, row_power: Any, many: Any, again: Any, bad: Any, powers: Any,
+    bias: Any, first_row: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """Columns of the result for the bytes ``w`` of as many rows of the weight; whether they are served.
+
+    ``x`` to ``bad`` are what ``prepare`` and ``refine`` made of rows of x. Codes are bytes that differ from signed ones
+    by ``flip``, or of 4 bits, ``halves``, with numbers in ``table``. Scales are (N or 1, groups), zero points likewise
+    or empty; ``first_row`` is the row of them, and of the bias, that ``w`` begins with. ``again``: whether there are
+    rows of ``finer``. Not served are scales that are not normal numbers, and zero points that no code is.
+    """
+    (rows, columns), groups = y.shape, of_x.shape[1]
+    chunk = CHUNK * 2 if halves else CHUNK
+    word, less = flip * 0x01010101, flip
+    tiles = STRIP // COLUMNS
+    numbers = np.empty((tiles, chunk, COLUMNS), dtype=np.float64)
+    sums = np.zeros((tiles, rows, COLUMNS), dtype=np.float64)
+    sums_of_finer = np.zeros((tiles, rows if again else 0, COLUMNS), dtype=np.float64)
+    run = np.zeros((tiles, rows, COLUMNS), dtype=np.float32)
+    total = np.empty((tiles, rows, COLUMNS), dtype=np.float32)
+    fraction = np.empty((tiles, groups, COLUMNS), dtype=np.int32)
+    power = np.empty((tiles, groups, COLUMNS), dtype=np.float32)
+    zeros = np.zeros((tiles, groups if zero.shape[0] > 0 else 1, COLUMNS), dtype=np.float64)
+    exponent = np.empty((tiles, COLUMNS), dtype=np.int32)
+    rest = np.zeros((COLUMNS, CHUNK), dtype=np.uint8)  # of the last chunk: no loop reads beyond the weight
+    whole = w.shape[1] // CHUNK * CHUNK
+    for strip in range(0, columns, STRIP):
+        used = (min(STRIP, columns - strip) + COLUMNS - 1) // COLUMNS
+        for t in range(used):
+            first = strip + t * COLUMNS
+            here = min(COLUMNS, columns - first)
+            if not _prepare_columns(
+                scale, zero, less, first_row + first, here, powers, fraction[t], power[t], zeros[t], exponent[t]
+            ):
+                return False
+        total[:] = 0
+        k = 0
+        while k < inner:
+            if k % chunk == 0:
+                at = k // 2 if halves else k
+                for t in range(used):
+                    first = strip + t * COLUMNS
+                    here = min(COLUMNS, columns - first)
+                    start, by = w.ctypes.data + first * w.strides[0] + at, w.strides[0]
+                    if at == whole:
+                        for n in range(here):
+                            rest[n, : w.shape[1] - whole] = w[first + n, whole:]
+                        start, by = rest.ctypes.data, CHUNK
+                    out = numbers[t].ctypes.data
+                    if halves:
+                        _decode_halves(start, by, here, table.ctypes.data, 0, out)
+                    else:
+                        _decode_bytes(start, by, here, table.ctypes.data, word, out)
+            g = k // size
+            stop = min((g + 1) * size, (k // chunk + 1) * chunk, inner)
+            for t in range(used):
+                of_codes = numbers[t].ctypes.data + (k % chunk) * 8 * COLUMNS
+                _add_group(of_codes, x, k, stop - k, sums[t])
+                if again:
+                    _add_group(of_codes, finer, k, stop - k, sums_of_finer[t])
+            k = stop
+            if k % size and k < inner:
+                continue
+            last_of_run = (g + 1) % RUN == 0 or k == inner
+            for t in range(used):
+                z = zeros[t].ctypes.data + (g * 8 * COLUMNS if zero.shape[0] > 0 else 0)
+                f, p = fraction[t, g].ctypes.data, power[t, g].ctypes.data
+                for m in range(rows):
+                    twice = np.int64(many[m, g])
+                    other = sums_of_finer[t, m].ctypes.data if again else 0
+                    left = of_finer[m, g] if again else 0.0
+                    _end_group(
+                        sums[t, m].ctypes.data, other, twice, z, of_x[m, g], left, f, p, row_power[m, g],
+                        run[t, m].ctypes.data,
+                    )  # fmt: skip
+                if last_of_run:
+                    for m in range(rows):
+                        for lane in range(COLUMNS):
+                            total[t, m, lane] += run[t, m, lane]
+                            run[t, m, lane] = 0
+        for t in range(used):
+            first = strip + t * COLUMNS
+            for m in range(rows):
+                for lane in range(min(COLUMNS, columns - first)):
+                    e = row_exponent[m] + exponent[t, lane] - BITS
+                    half = e >> 1
+                    v = total[t, m, lane] * powers[half + 256] * powers[e - half + 256]
+                    # NaN < t is False, so this order keeps NaN
+                    v = (np.float32(0) if abs(v) < SMALLEST else v) + bias[first_row + first + lane]
+                    v = np.float32(0) if abs(v) < SMALLEST else v
+                    y[m, first + lane] = np.float32(np.nan) if bad[m] else v
+    return True

@@ -1,0 +1,236 @@
+"""Reproducible products with groups, inside programs that XLA compiles, on a CPU with numba installed.
+
+Owns: the primitive ``group_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
+uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
+operations. Imports: the CPU library, the operations, ``ffi``, ``mapping``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from numba import njit
+
+from aqt_lite._log import announce_compilation
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import groups
+from aqt_lite.backends.cpu.fixed_point import groups_of, powers_of_two
+from aqt_lite.backends.cpu.groups import ROWS_AT_ONCE, STRIP, multiply, prepare, refine, width_of_rows
+from aqt_lite.backends.jax import ffi
+from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
+from aqt_lite.elements import FLOAT_TYPES
+from aqt_lite.formats import FORMATS
+from aqt_lite.ops import reference
+
+__all__ = ["product"]
+
+TARGET = "aqt_lite_group_product"
+
+# ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), then the table of their numbers, scales and zero
+# points as cpu.fixed_point.Groups has them, the bias, and powers of two. Attributes, by name: flip, halves, size.
+# Results: y (M, N) float32, and for each strip of columns 1 where it is not served; scratch: what rows of x become, of
+# whose words two make a float64, which JAX does not always have.
+
+
+@njit(nogil=True)
+def _rows(frame: Any) -> Any:  # pragma: no cover - compiled
+    """Rows of x and what they become: integers, finer, sums, finer sums, exponents, those of rows, powers, flags."""
+    x = operand(frame, 0)
+    m, width, pieces = dim(x, 0), dim(result(frame, 2), 1) // 2, dim(result(frame, 6), 1)
+    return (
+        array(x, (m, dim(x, 1)), np.float32),
+        array(result(frame, 2), (m, width), np.float64),
+        array(result(frame, 3), (m, width), np.float64),
+        array(result(frame, 4), (m, pieces), np.float64),
+        array(result(frame, 5), (m, pieces), np.float64),
+        array(result(frame, 6), (m, pieces), np.int32),
+        array(result(frame, 7), (m,), np.int32),
+        array(result(frame, 8), (m, pieces), np.float32),
+        array(result(frame, 9), (m, pieces), np.uint8),
+        array(result(frame, 10), (m,), np.uint8),
+        array(result(frame, 11), (m,), np.uint8),
+    )
+
+
+@njit(nogil=True)
+def _powers(frame: Any) -> Any:  # pragma: no cover - compiled
+    return array(operand(frame, 6), (dim(operand(frame, 6), 0),), np.float32)
+
+
+@njit(nogil=True)
+def _want_a_second_pass(wants: Any) -> Any:  # pragma: no cover - compiled
+    found = np.uint8(0)
+    for m in range(wants.shape[0]):
+        found |= wants[m]
+    return found != 0
+
+
+@njit(nogil=True)
+def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, integers, _, sums, _, exponent, row_exponent, row_power, many, wants, bad = _rows(frame)
+    rows = slice(start, stop)
+    prepare(
+        x[rows], attribute(frame, 2), _powers(frame), integers[rows], sums[rows], exponent[rows], row_exponent[rows],
+        row_power[rows], many[rows], wants[rows], bad[rows],
+    )  # fmt: skip
+
+
+@njit(nogil=True)
+def _refine(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, integers, finer, _, finer_sums, exponent, _, _, many, wants, _ = _rows(frame)
+    rows = slice(start, stop)
+    if _want_a_second_pass(wants):
+        refine(
+            x[rows], attribute(frame, 2), _powers(frame), integers[rows], exponent[rows], many[rows], finer[rows],
+            finer_sums[rows],
+        )  # fmt: skip
+
+
+@njit(nogil=True)
+def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, integers, finer, sums, finer_sums, _, row_exponent, row_power, many, wants, bad = _rows(frame)
+    codes, table, scale, zero = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
+    columns, flags = dim(codes, 0), result(frame, 1)
+    y = array(result(frame, 0), (x.shape[0], columns), np.float32)
+    served = multiply(
+        array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
+        attribute(frame, 1) != 0,
+        attribute(frame, 0),
+        array(table, (dim(table, 0),), np.float32),
+        array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
+        array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
+        attribute(frame, 2),
+        x.shape[1],
+        integers,
+        finer,
+        sums,
+        finer_sums,
+        row_exponent,
+        row_power,
+        many,
+        _want_a_second_pass(wants),
+        bad,
+        _powers(frame),
+        array(operand(frame, 5), (columns,), np.float32),
+        start,
+        y[:, start:stop],
+    )
+    array(flags, (dim(flags, 0),), np.int32)[start // STRIP] = 0 if served else 1
+
+
+_prepare_address, _refine_address = address_of(_prepare, 3), address_of(_refine, 3)
+_multiply_address = address_of(_multiply, 3)
+
+
+def _handler(version: int) -> Any:
+    """What XLA calls. What numba caches of it is of this ``version`` of the sources."""
+
+    def handler(frame: Any) -> Any:  # pragma: no cover - compiled
+        if describe(frame) or version < 0:
+            return OK
+        rows = dim(operand(frame, 0), 0)
+        error = parallel_for(frame, _prepare_address(), rows, 16)
+        if error == 0:
+            error = parallel_for(frame, _refine_address(), rows, 16)
+        return error if error != 0 else parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), STRIP)
+
+    return handler
+
+
+@functools.cache
+def is_registered() -> bool:
+    """Whether XLA has taken the loops, which are offered to it on the first call."""
+    version = version_of(sys.modules[__name__], groups, ffi)
+    announce_compilation("the handler that XLA calls")
+    return ffi.register(TARGET, _handler(version))
+
+
+# ---- what JAX sees
+
+_primitive = core.Primitive(TARGET)
+_primitive.multiple_results = True
+_bind: Any = _primitive.bind
+
+
+def _plain(
+    x: Array, codes: Array, table: Array, scale: Array, zero: Array, bias: Array, _: Array,
+    *, flip: int, halves: bool, size: int,
+) -> list[Array]:  # fmt: skip
+    """The same in XLA's own operations."""
+    if halves:
+        positions = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(codes.shape[0], -1)
+        codes = table[positions[:, : x.shape[1]].astype(jnp.int32)].astype(jnp.int8)
+    elif not flip:
+        codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
+    spec = Spec(FORMATS[codes.dtype.name], FLOAT_TYPES["float32"], block=(None if scale.shape[0] == 1 else 1, size))
+    w = Coded(codes, scale, zero if zero.size else None)
+    y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
+    flags, *scratch = _results(x, codes, table, scale, flip=flip, halves=halves, size=size)[1:]
+    return [y, jnp.zeros(flags.shape, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
+
+
+def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) -> list[Any]:
+    (rows, inner), columns = x.shape, codes.shape[0]
+    pieces, width = -(-inner // size), width_of_rows(inner, halves)
+    shapes = [
+        ((rows, columns), jnp.float32),
+        ((-(-columns // STRIP),), jnp.int32),
+        ((rows, 2 * width), jnp.uint32),
+        ((rows, 2 * width), jnp.uint32),
+        ((rows, 2 * pieces), jnp.uint32),
+        ((rows, 2 * pieces), jnp.uint32),
+        ((rows, pieces), jnp.int32),
+        ((rows,), jnp.int32),
+        ((rows, pieces), jnp.float32),
+        ((rows, pieces), jnp.uint8),
+        ((rows,), jnp.uint8),
+        ((rows,), jnp.uint8),
+    ]
+    return [jax.core.ShapedArray(*shape) for shape in shapes]
+
+
+def _batch(arrays: Any, axes: Any, **static: Any) -> Any:
+    return one_after_the_other(functools.partial(_bind, **static), arrays, axes)
+
+
+def _lower_on_cpu(context: Any, *operands: Any, flip: int, halves: bool, size: int) -> Any:
+    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
+    if exporting or not is_registered():
+        return _lower_plain(context, *operands, flip=flip, halves=halves, size=size)
+    return _lower_call(context, *operands, flip=np.int64(flip), halves=np.int64(halves), size=np.int64(size))
+
+
+_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
+_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
+batching.primitive_batchers[_primitive] = _batch
+_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
+_lower_call = jax.ffi.ffi_lowering(TARGET)
+mlir.register_lowering(_primitive, _lower_plain)
+mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+
+
+def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
+    """``reference.matmul_reproducible`` of a weight (N, K) in groups, and whether it has to be done otherwise."""
+    if not isinstance(w.scale, tuple):  # of which a compiler cannot tell whether they are positive
+        w = w._replace(scale=jnp.where(w.scale > 0, w.scale, jnp.nan))
+    halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"))
+    codes = w.codes if w.codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
+    bias = jnp.zeros(len(codes), jnp.float32) if bias is None else bias.astype(jnp.float32)
+    bias = jnp.where(jnp.abs(bias) < reference.SMALLEST, 0, bias)
+    operands = (codes, table, scale, zero, bias, powers_of_two())
+    parts = [
+        _bind(x[first : first + ROWS_AT_ONCE].astype(jnp.float32), *operands, flip=flip, halves=halves, size=size)[:2]
+        for first in range(0, x.shape[0], ROWS_AT_ONCE)
+    ]
+    y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))
+    return y.astype(x.dtype), jnp.any(flags != 0)
