@@ -545,7 +545,10 @@ class QArray(ArrayShapes, ArrayBytes):
         if not isinstance(scale, QArray):
             scale = scale if scale is not None and not masked and not b.has_values(scale) else self._positive(scale, b)
         else:  # of scales in groups, a format knows only those along the last axis
-            scale = scale.dequantize() if scale._has_groups else scale._checked()._coded()
+            grouped = scale._has_groups
+            scale = (
+                affine.without_too_small(scale.dequantize(), self._spec, b) if grouped else scale._checked()._coded()
+            )
         offset = offset.dequantize() if isinstance(offset, QArray) else offset
         if not self.trainable:
             scale, offset = (_constant(a, b) for a in (scale, offset))
