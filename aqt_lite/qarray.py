@@ -324,8 +324,11 @@ class QArray(ArrayShapes, ArrayBytes):
         >>> aqt_lite.quantize([1.0, -9999.0, 3.0], fill_value=-9999).mask
         array([False,  True, False])
         """
-        missing = self._element.missing
-        return None if missing is None else self.qvalue == missing
+        missing, b = self._element.missing, self._backend
+        if missing is None:
+            return None
+        codes = self.qvalue
+        return codes == b.constant(missing, b.dtype_name(codes), like=codes)
 
     def dequantize(self, dtype: Any = None, *, fill_value: float | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.

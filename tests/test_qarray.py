@@ -582,6 +582,18 @@ def test_square_weights_know_what_they_were_stored_for(backend):
     dense(x, w)
 
 
+@pytest.mark.parametrize(("name", "axis"), [("dense", 1), ("linear", 0)])
+def test_square_weights_with_groups_along_their_outputs_are_questioned(backend, name, axis):
+    made = np.random.default_rng(0).standard_normal((6, 6)).astype("float32")
+    x, w = backend.asarray(X[0, :, :6].copy()), quantize(backend.asarray(made), granularity=PerGroup(3, axis))
+    with pytest.warns(UserWarning, match=rf"^{name} reads w, which then has groups of 3 along its outputs"):
+        y = backend.to_numpy({"dense": dense, "linear": aqt_lite.linear}[name](x, w))
+    values = backend.to_numpy(w.dequantize())  # what is asked for is done
+    np.testing.assert_allclose(y, X[0, :, :6] @ (values if name == "dense" else values.T), rtol=1e-5, atol=1e-5)
+    if name == "dense":
+        dense(x, w.for_dense())  # which says for whom it is
+
+
 def test_scales_that_training_has_moved_are_not_used(backend):
     q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
     for bad in (-0.5, 0.0):
