@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aqt_lite.conversion import convert as convert
     from aqt_lite.files import load as load
     from aqt_lite.files import save as save
+    from aqt_lite.warming import warm_up as warm_up
 
 __all__ = [
     "ClippingWarning",
@@ -78,6 +79,7 @@ __all__ = [
     "stack",
     "tree_nbytes",
     "tree_report",
+    "warm_up",
 ]
 __version__ = "0.1.0"
 
@@ -90,6 +92,7 @@ _FROM = {
     "convert": "conversion",
     "load": "files",
     "save": "files",
+    "warm_up": "warming",
 }
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
