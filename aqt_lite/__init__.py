@@ -26,6 +26,7 @@ from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbyte
 if TYPE_CHECKING:
     from aqt_lite import cf as cf
     from aqt_lite import equinox as equinox
+    from aqt_lite import files as files
     from aqt_lite import jax as jax
     from aqt_lite import linen as linen
     from aqt_lite import nnx as nnx
@@ -85,7 +86,7 @@ __version__ = "0.1.0"
 
 
 _OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
-_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "files", "plots", "testing")  # most programs need none of them
 _FROM = {
     "Comparison": "comparison",
     "compare": "comparison",
