@@ -16,7 +16,6 @@ from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.dialects import Dialect
 from aqt_lite.elements import Codebook, Float, Integer
-from aqt_lite.files import load, save
 from aqt_lite.formats import Format, register_format
 from aqt_lite.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, einsum, linear
@@ -27,6 +26,7 @@ from aqt_lite.trees import dequantize_tree, plan_tree, quantize_tree, tree_nbyte
 if TYPE_CHECKING:
     from aqt_lite import cf as cf
     from aqt_lite import equinox as equinox
+    from aqt_lite import files as files
     from aqt_lite import jax as jax
     from aqt_lite import linen as linen
     from aqt_lite import nnx as nnx
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from aqt_lite.comparison import Comparison as Comparison
     from aqt_lite.comparison import compare as compare
     from aqt_lite.conversion import convert as convert
+    from aqt_lite.files import load as load
+    from aqt_lite.files import save as save
+    from aqt_lite.warming import warm_up as warm_up
 
 __all__ = [
     "ClippingWarning",
@@ -77,13 +80,21 @@ __all__ = [
     "stack",
     "tree_nbytes",
     "tree_report",
+    "warm_up",
 ]
 __version__ = "0.1.0"
 
 
 _OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
-_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
-_FROM = {"Comparison": "comparison", "compare": "comparison", "convert": "conversion"}
+_ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "files", "plots", "testing")  # most programs need none of them
+_FROM = {
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "convert": "conversion",
+    "load": "files",
+    "save": "files",
+    "warm_up": "warming",
+}
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 

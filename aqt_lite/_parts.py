@@ -1,6 +1,7 @@
 """Walking through large arrays part by part.
 
-Owns: boxes of an array of any backend, and of the QArray that stands for it. Imports: the container, granularity.
+Owns: boxes of an array of any backend, and of the QArray that stands for it. Imports: the container, the registry,
+granularity.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._registry import backend_of
 from aqt_lite.granularity import Block
 from aqt_lite.qarray import QArray
 
@@ -67,7 +69,10 @@ def touched(box: Box, sizes: tuple[int, ...]) -> tuple[slice, ...]:
 
 def part_of_array(array: Array, box: Box) -> Array:
     """A box of an array of any backend."""
-    return array if _is_whole(box, tuple(array.shape)) else array[_slices(box)]
+    if _is_whole(box, tuple(array.shape)):
+        return array
+    b = backend_of(array)
+    return array[_slices(box)] if b is None else b.part(array, _slices(box))
 
 
 def part_of(q: QArray, box: Box) -> QArray:

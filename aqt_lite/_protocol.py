@@ -106,6 +106,10 @@ class Backend(ExactArithmetic, ABC):
         values = self.to_numpy(x)
         return self.asarray(values.view("uint8" if values.dtype.itemsize == 1 else "int16"), like=x)
 
+    def part(self, x: Array, index: tuple[Any, ...]) -> Array:
+        """``x[index]``, of integers and slices that the program says: no values of the user's are moved by that."""
+        return x[index]
+
     def to_device(self, x: Array, device: Any) -> Array:
         """``x`` on another device."""
         return self.xp.to_device(x, device) if hasattr(self.xp, "to_device") else x.to_device(device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -17,9 +16,8 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +26,9 @@ from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
 from aqt_lite._protocol import Backend, Node, Ways
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "opened", "register_container", "ways_of"]
 
@@ -201,6 +202,8 @@ def _find(array_type: type, x: Array) -> Backend | None:
 
 @functools.cache
 def _plugins() -> tuple[EntryPoint, ...]:
+    from importlib.metadata import entry_points  # a tenth of what importing this package takes
+
     return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
@@ -282,8 +285,11 @@ def _load_or_warn(name: str) -> None:
         warnings.warn(f"backend={name!r} of aqt_lite cannot be used here ({problem})", RuntimeWarning, stacklevel=3)
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Loads a framework's adapter, which registers the containers, once the framework has been imported."""
+class _AfterImport:
+    """Loads a framework's adapter, which registers the containers, once the framework has been imported.
+
+    A finder of ``sys.meta_path`` without its base class, whose module imports a tenth of all that this package does.
+    """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.packing import bytes_of
 
@@ -69,8 +70,8 @@ class ArrayShapes:
                     raise IndexError(_has_groups(axis, size))
                 of_blocks.append(position if size == 1 else 0)
             axis += 1
-        xp = q._backend.xp
-        blocks = _on_blocks(q, lambda a: a[_as_index(of_blocks)] if _is_quantized(a) else _cut(a, of_blocks, xp))
+        b = q._backend
+        blocks = _on_blocks(q, lambda a: a[_as_index(of_blocks)] if _is_quantized(a) else _cut(a, of_blocks, b))
         cut = replace(_indexed(q, items), **blocks, block=tuple(block), ragged=())
         return replace(cut, ragged=cut._ragged_axes())
 
@@ -465,7 +466,7 @@ def _is_leading(q: QArray, axis: int) -> bool:
     return axis < q.ndim - (2 if q.transposed else 1) or (q.packed_length is None and not q.transposed)
 
 
-def _cut(a: Array, items: list[Any], xp: Any) -> Array:
+def _cut(a: Array, items: list[Any], b: Backend) -> Array:
     """``a`` indexed by integers, ranges and None; the standard has no steps backwards, and so no slices of them."""
     flipped, axis, index = [], 0, []
     for item in items:
@@ -476,8 +477,8 @@ def _cut(a: Array, items: list[Any], xp: Any) -> Array:
             item = slice(item[0], item[-1] + 1, item.step) if item else slice(0, 0)
         index.append(item)
         axis += not isinstance(item, int)
-    a = a[tuple(index)]
-    return xp.flip(a, axis=tuple(flipped)) if flipped else a
+    a = b.part(a, tuple(index))
+    return b.xp.flip(a, axis=tuple(flipped)) if flipped else a
 
 
 def _as_index(items: list[Any]) -> tuple[Any, ...]:
@@ -494,17 +495,17 @@ def _indexed(q: QArray, items: list[Any]) -> QArray:
 
     Items: one an axis, and None for new axes.
     """
-    tail, xp = 2 if q.transposed else 1, q._backend.xp  # axes that the layout is about
+    tail, b = 2 if q.transposed else 1, q._backend  # axes that the layout is about
     if q.packed_length is None and not q.transposed:
-        return replace(q, storage=_cut(q.storage, items, xp))
+        return replace(q, storage=_cut(q.storage, items, b))
     if q.ndim >= tail and all(isinstance(i, range) for i in items[-tail:]):
         if q.transposed:
             items = [*items[:-2], items[-1], items[-2]]
         if q.packed_length is None:
-            return replace(q, storage=_cut(q.storage, items, xp))
+            return replace(q, storage=_cut(q.storage, items, b))
         whole = range(int(q.storage.shape[-1]))
-        return _of_stream(replace(q, storage=_cut(q.storage, [*items[:-1], whole], xp)), items[-1])
-    plain = replace(q, storage=_cut(q.qvalue, items, xp), transposed=False, packed_length=None)
+        return _of_stream(replace(q, storage=_cut(q.storage, [*items[:-1], whole], b)), items[-1])
+    plain = replace(q, storage=_cut(q.qvalue, items, b), transposed=False, packed_length=None)
     return plain.packed() if q.packed_length is not None else plain
 
 
@@ -515,11 +516,11 @@ def _of_stream(q: QArray, span: range) -> QArray:
         return q
     low, high = (min(span), max(span) + 1) if span else (0, 0)
     first = low // 8 * 8  # where a byte begins with a code
-    window = q.storage[..., first * q.bits // 8 : bytes_of(high, q.bits)]
+    window = q._backend.part(q.storage, (..., slice(first * q.bits // 8, bytes_of(high, q.bits))))
     codes = replace(q, storage=window, packed_length=high - first)._stored_codes()
     every = [range(int(n)) for n in codes.shape[:-1]]
     inside = range(span.start - first, span.stop - first, span.step)
-    return replace(q, storage=_cut(codes, [*every, inside], q._backend.xp), packed_length=None).packed()
+    return replace(q, storage=_cut(codes, [*every, inside], q._backend), packed_length=None).packed()
 
 
 def _full_index(index: Any, ndim: int) -> list[Any]:

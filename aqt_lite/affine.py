@@ -55,6 +55,8 @@ __all__ = [
     "scales",
     "scales_of",
     "usable_qparams",
+    "usable_scales",
+    "without_too_small",
 ]
 
 
@@ -317,6 +319,21 @@ def scales(kept: Kept, spec: Spec, b: Backend) -> Array:
     return kept if spec.format.scale is None else dequantize(kept, spec=spec.of_scales, b=b)
 
 
+def usable_scales(kept: Kept, spec: Spec, b: Backend) -> Array:
+    """The same for reading codes: what was kept in few bits is 0 where its product with a number could be subnormal.
+
+    No scale that is chosen here is so small, and ``from_codes`` refuses plain ones; others' kept ones may be, as e8m0's
+    code 0, which is 2^-127.
+    """
+    numbers = scales(kept, spec, b)
+    return without_too_small(numbers, spec, b) if isinstance(kept, tuple) else numbers
+
+
+def without_too_small(numbers: Array, spec: Spec, b: Backend) -> Array:
+    """Scales, 0 in place of those whose product with the smallest number would be subnormal."""
+    return b.xp.where(b.xp.abs(numbers) < spec.least_to_keep(False), b.xp.zeros_like(numbers), numbers)
+
+
 def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
     """``scales`` as an operation of its own."""
     return scales(kept, spec, b)
@@ -446,7 +463,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
             steps = steps - xp.astype(zero, steps.dtype)
     x = xp.astype(steps, b.dtype(source.compute))
     if w.scale is not None:
-        scale = scales(w.scale, spec, b)
+        scale = usable_scales(w.scale, spec, b)
         if w.offset is None:
             x = x * spread(scale, shape, spec.block, xp)
         else:  # in halves, which cannot overflow; the clip keeps the addition from being fused with the product

@@ -5,12 +5,14 @@ Owns: validation and the error messages. Imports: everything below it.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -33,6 +35,8 @@ from aqt_lite.qarray import QArray
 
 __all__ = ["ClippingWarning", "choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Scheme = Literal["symmetric", "affine"]
 Nonfinite = Literal["raise", "ignore"]
 RoundingMode = Literal["half_even", "half_away", "toward_zero", "stochastic"]
@@ -58,7 +62,61 @@ class ClippingWarning(UserWarning):
     """
 
 
+# ---- dialects that make whole arrays
+
+
+def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
+    assert rules.whole is not None
+    made: QArray = rules.whole(x, dtype if isinstance(dtype, str) else format_of(dtype).name, backend=backend)
+    return made
+
+
+def _qparams_of_whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> tuple[Any, Array | None]:
+    q = _whole(rules, x, dtype, backend)
+    return q.scale, q.zero_point if q.offset is None else q.offset
+
+
+def _values_of_whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> Array:
+    x, b = as_float_array(x, "x", backend, may_detach=False)
+    values = _whole(rules, b.stop_gradient(x), dtype, None).dequantize()
+    return b.straight_through(x, values, b.xp.ones_like(x, dtype=b.xp.bool))
+
+
+def _or_whole(of_whole: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: ``of_whole`` in place of the function where its dialect makes whole arrays and chooses all else.
+
+    ValueError where an argument says anything but its default, whichever arguments there are.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+        free = ("x", "dtype", "dialect", "backend")
+        unsaid = {p.name: (None, p.default) for p in signature.parameters.values() if p.name not in free}
+        if "on_clip" in unsaid:
+            unsaid["on_clip"] = (None, "saturate")
+
+        @functools.wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            rules = dialect_of(kwargs.get("dialect", AQT_LITE))
+            if rules.whole is None:
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            for name, known in unsaid.items():
+                value = given.arguments[name]
+                if not (any(value is k for k in known) or (isinstance(value, str) and value in known)):
+                    raise ValueError(
+                        f"{name} is given, but dialect={rules.name!r} chooses all but the dtype itself: leave it out"
+                    )
+            return of_whole(rules, *(given.arguments[name] for name in ("x", "dtype", "backend")))
+
+        return call
+
+    return decorate
+
+
 @naming_the_argument
+@_or_whole(_whole)
 def quantize(
     x: Numbers,
     dtype: Any = "int8",
@@ -172,14 +230,6 @@ def quantize(
     >>> q.dtype, bool(abs(q.dequantize() - kelvin).max() <= 0.1)
     ('uint8', True)
     """
-    rules = dialect_of(dialect)
-    if rules.whole is not None:
-        _check_nothing_else(
-            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
-            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite, mask=mask,
-            fill_value=fill_value, missing=missing, on_clip=on_clip, max_abs_err=max_abs_err, max_rel_err=max_rel_err,
-        )  # fmt: skip
-        return _whole(rules, x, dtype, backend)
     bound = bound_of(max_abs_err, max_rel_err)
     x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
     rest = {
@@ -198,7 +248,7 @@ def quantize(
             dtype = with_missing(format_of(dtype))
         q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
     if scale is None:
-        warn_of_fill_values(x, q, stacklevel=4)
+        warn_of_fill_values(x, q, stacklevel=5)
     return q
 
 
@@ -221,6 +271,7 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray
 
 
 @naming_the_argument
+@_or_whole(_qparams_of_whole)
 def choose_qparams(
     x: Numbers,
     dtype: Any = "int8",
@@ -253,14 +304,6 @@ def choose_qparams(
     """
     if offset not in (None, "data"):
         raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
-    rules = dialect_of(dialect)
-    if rules.whole is not None:
-        _check_nothing_else(
-            rules, scheme=scheme, granularity=granularity, offset=offset, scale_dtype=scale_dtype,
-            scale_mode=scale_mode, nonfinite=nonfinite,
-        )  # fmt: skip
-        q = _whole(rules, x, dtype, backend)
-        return q.scale, q.zero_point if q.offset is None else q.offset
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend,
         offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,
@@ -303,6 +346,7 @@ def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None)
 
 
 @naming_the_argument
+@_or_whole(_values_of_whole)
 def fake_quantize(
     x: Numbers,
     dtype: Any = "int8",
@@ -332,15 +376,6 @@ def fake_quantize(
     >>> aqt_lite.fake_quantize(np.asarray([0.26, 1.0, -9.0], "float32"), scale=0.5, dtype="int8")
     array([ 0.5,  1. , -9. ], dtype=float32)
     """
-    rules = dialect_of(dialect)
-    if rules.whole is not None:
-        _check_nothing_else(
-            rules, scheme=scheme, granularity=granularity, scale=scale, zero_point=zero_point, offset=offset,
-            scale_dtype=scale_dtype, scale_mode=scale_mode, rounding=rounding, key=key, nonfinite=nonfinite,
-        )  # fmt: skip
-        x, b = as_float_array(x, "x", backend, may_detach=False)
-        values = _whole(rules, b.stop_gradient(x), dtype, None).dequantize()
-        return b.straight_through(x, values, b.xp.ones_like(x, dtype=b.xp.bool))
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key, may_detach=False,
@@ -480,25 +515,6 @@ def _prepare(
     if has_offset:
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
-
-
-_UNSAID = {"scheme": "symmetric", "rounding": "half_even", "nonfinite": "raise", "on_clip": "saturate"}
-
-
-def _check_nothing_else(rules: Dialect, **options: Any) -> None:
-    """ValueError where something is chosen that the dialect chooses itself."""
-    for name, value in options.items():
-        if value is not None and not (isinstance(value, str) and value == _UNSAID.get(name)):
-            raise ValueError(
-                f"{name} is given, but dialect={rules.name!r} chooses all but the dtype itself: leave it out"
-            )
-
-
-def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
-    assert rules.whole is not None
-    name = dtype if isinstance(dtype, str) else format_of(dtype).name
-    made: QArray = rules.whole(x, name, backend=backend)
-    return made
 
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
@@ -704,5 +720,5 @@ def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: s
     warnings.warn(
         f"{words}; they became the number next to them: use a larger scale, or on_clip='saturate' where that is meant",
         ClippingWarning,
-        stacklevel=5,
+        stacklevel=6,
     )

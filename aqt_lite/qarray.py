@@ -324,8 +324,11 @@ class QArray(ArrayShapes, ArrayBytes):
         >>> aqt_lite.quantize([1.0, -9999.0, 3.0], fill_value=-9999).mask
         array([False,  True, False])
         """
-        missing = self._element.missing
-        return None if missing is None else self.qvalue == missing
+        missing, b = self._element.missing, self._backend
+        if missing is None:
+            return None
+        codes = self.qvalue
+        return codes == b.constant(missing, b.dtype_name(codes), like=codes)
 
     def dequantize(self, dtype: Any = None, *, fill_value: float | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.
@@ -545,7 +548,10 @@ class QArray(ArrayShapes, ArrayBytes):
         if not isinstance(scale, QArray):
             scale = scale if scale is not None and not masked and not b.has_values(scale) else self._positive(scale, b)
         else:  # of scales in groups, a format knows only those along the last axis
-            scale = scale.dequantize() if scale._has_groups else scale._checked()._coded()
+            grouped = scale._has_groups
+            scale = (
+                affine.without_too_small(scale.dequantize(), self._spec, b) if grouped else scale._checked()._coded()
+            )
         offset = offset.dequantize() if isinstance(offset, QArray) else offset
         if not self.trainable:
             scale, offset = (_constant(a, b) for a in (scale, offset))

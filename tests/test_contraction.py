@@ -122,6 +122,25 @@ def test_batch_axes_that_storage_does_not_have_in_front(backend, subscripts, of_
     assert_close(backend.to_numpy(y), of_values(subscripts, x, q))
 
 
+@pytest.mark.exhaustive_where(backend="jax", subscripts="bk,hnk->bhn")
+@pytest.mark.parametrize(
+    "how", [{"dtype": "nvfp4"}, {"dtype": "q4_0", "dialect": "gguf"}], ids=lambda how: how["dtype"]
+)
+@pytest.mark.parametrize("subscripts", ["bk,hnk->bhn", "hk,hnk->hn"])
+def test_kept_scales_may_be_zero_or_negative(backend, how, subscripts):
+    """Of a block of zeros, or as ggml has them; they are no plain scales that training has moved."""
+    w = data(3, 6, 64, seed=1)
+    w[:, :, :32], w[1] = 0, 0
+    q, x = quantize(w, **how), data(*(2, 64) if subscripts[0] == "b" else (3, 64))
+    assert (q.scales <= 0).any()
+    moved, there, expected = q.to_backend(backend.name), backend.asarray(x), of_values(subscripts, x, q)
+    if backend.name == "jax":
+        assert_close(jax.jit(lambda x, q: einsum(subscripts, x, q))(there, moved), expected)
+        return
+    for mode in ("fast", "reproducible"):
+        assert_close(backend.to_numpy(einsum(subscripts, there, moved, mode=mode)), expected)
+
+
 def test_the_quantized_side_may_come_first(backend):
     x, q = data(3, 16), quantize(data(16, 2, 5, seed=1), granularity=PerBlock((-1, 1, 1))).to_backend(backend.name)
     y = einsum("ihd,bi->hbd", q, backend.asarray(x))

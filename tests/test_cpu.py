@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -155,3 +159,72 @@ def test_dots_serve_only_what_their_sums_hold(monkeypatch):
     assert not serve.dots(np.ones(long.codes.shape, np.float32), "float32", long, spec, 1)
     monkeypatch.setattr(runtime, "integer_dots", lambda: None)
     assert not serve.dots(x, "float32", w, spec, 1)
+
+
+# ---- threads, and what is compiled ahead of time
+
+
+def test_cores_are_the_least_of_what_is_allowed(monkeypatch):
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    monkeypatch.setattr(runtime, "_cores_of_control_group", list)
+    for said, cores in [({}, there), ({"OMP_NUM_THREADS": "1"}, 1), ({"NUMBA_NUM_THREADS": "1"}, 1),
+                        ({"OMP_NUM_THREADS": "1,4"}, 1), ({"OMP_NUM_THREADS": "many"}, there),
+                        ({"OMP_NUM_THREADS": "0"}, there), ({"OMP_NUM_THREADS": "9999"}, there)]:  # fmt: skip
+        for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+        assert runtime.cores.__wrapped__() == cores
+    monkeypatch.setattr(runtime, "_cores_of_control_group", lambda: [1])
+    assert runtime.cores.__wrapped__() == 1
+
+
+def test_control_groups_of_both_versions(tmp_path):
+    of_first, of_second = tmp_path / "first", tmp_path / "second"
+    (of_first / "cpu").mkdir(parents=True)
+    of_second.mkdir()
+    (of_first / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    of_group = runtime._cores_of_control_group
+    for quota, cores in (("150000", [2]), ("-1", []), ("5000", [1]), ("", [])):
+        (of_first / "cpu" / "cpu.cfs_quota_us").write_text(quota + "\n")
+        assert of_group(str(of_first)) == cores
+    for line, cores in (("300000 100000", [3]), ("max 100000", []), ("nonsense", [])):
+        (of_second / "cpu.max").write_text(line + "\n")
+        assert of_group(str(of_second)) == cores
+    assert of_group(str(tmp_path / "nowhere")) == []
+
+
+THREADS = """
+import sys, threading
+import numpy as np, aqt_lite
+from aqt_lite.backends.cpu import runtime
+x = np.ones((600, 700), "float32")
+w = aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0))
+def work():
+    for _ in range(3):
+        aqt_lite.linear(x[:4], w), aqt_lite.quantize(x), w.dequantize()
+callers = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in callers], [t.join() for t in callers]
+print(runtime.cores(), sum(t.name.startswith("aqt_lite") for t in threading.enumerate()))
+"""
+
+
+@pytest.mark.parametrize("said", ["", "1"])
+def test_many_callers_share_one_pool_of_threads(said):
+    environment = {**os.environ, "OMP_NUM_THREADS": said}
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, check=True)
+    cores, started = map(int, done.stdout.split())
+    assert started < cores
+    assert cores == 1 or not said
+
+
+def test_warming_up_compiles_what_large_arrays_reach(backend):
+    taken = aqt_lite.warm_up(shape=(512, 512), rows=[1, 4], modes=["fast", "reproducible"], backend=backend.name)
+    steps = [f"linear, {rows} rows, {mode}" for rows in (1, 4) for mode in ("fast", "reproducible")]
+    assert list(taken) == ["quantize", "dequantize", *steps]
+    assert all(seconds > 0 for seconds in taken.values())
+    loops = runtime.integer_dots() or runtime.compiled_loops()
+    if loops is not None and backend.name in ("numpy", "torch"):
+        assert any(getattr(f, "signatures", None) for f in vars(loops).values())
+    with pytest.raises(ValueError, match="modes='slow' is not known: use 'fast' or 'reproducible'"):
+        aqt_lite.warm_up(modes=["slow"], backend=backend.name)

@@ -638,6 +638,10 @@ def test_no_transfer_that_nobody_asked_for(shape):
         linear(w, w)
         dense(x, w.T.for_dense())
         w.take([1, 2])
+        packed = quantize(x, "int4", granularity=PerGroup(4))
+        _ = packed[1:3], packed[2], packed[:, 4:8], w.for_dense()[1:3]
+        aqt_lite.error_report(x, packed)
+        quantize(x, missing="nan").dequantize(fill_value=1.0)
         aqt_lite.stack([w, w])
         aqt_lite.concatenate([w, w])
         w.to_backend("numpy").to_backend("jax")

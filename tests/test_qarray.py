@@ -582,6 +582,18 @@ def test_square_weights_know_what_they_were_stored_for(backend):
     dense(x, w)
 
 
+@pytest.mark.parametrize(("name", "axis"), [("dense", 1), ("linear", 0)])
+def test_square_weights_with_groups_along_their_outputs_are_questioned(backend, name, axis):
+    made = np.random.default_rng(0).standard_normal((6, 6)).astype("float32")
+    x, w = backend.asarray(X[0, :, :6].copy()), quantize(backend.asarray(made), granularity=PerGroup(3, axis))
+    with pytest.warns(UserWarning, match=rf"^{name} reads w, which then has groups of 3 along its outputs"):
+        y = backend.to_numpy({"dense": dense, "linear": aqt_lite.linear}[name](x, w))
+    values = backend.to_numpy(w.dequantize())  # what is asked for is done
+    np.testing.assert_allclose(y, X[0, :, :6] @ (values if name == "dense" else values.T), rtol=1e-5, atol=1e-5)
+    if name == "dense":
+        dense(x, w.for_dense())  # which says for whom it is
+
+
 def test_scales_that_training_has_moved_are_not_used(backend):
     q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
     for bad in (-0.5, 0.0):
@@ -647,9 +659,28 @@ def test_from_codes_reads_packed_codes_and_scales_of_few_bits(backend):
         QArray.from_codes(q.qvalue, 0.3, dtype="mxfp4")
     with pytest.raises(ValueError, match=r"packed_length=66: 66 codes of mxfp4 take 33 bytes"):
         QArray.from_codes(q.storage, scales[0], dtype="mxfp4", packed_length=66, scale_dtype="float8_e8m0fnu")
-    least = backend.asarray(np.zeros((6, 2), "uint8"))  # 2^-127, below what is chosen here
-    small = QArray.from_codes(q.storage, least, dtype="mxfp4", packed_length=64, scale_dtype="float8_e8m0fnu")
-    assert np.all(np.abs(backend.to_numpy(small.dequantize())) < 2.0**-120)
+
+
+@pytest.mark.exhaustive_where(backend="jax", dtype="mxint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="mxfp6_e2m3")
+@pytest.mark.parametrize(("dtype", "first_usable"), [("mxfp4", 2), ("mxint8", 7), ("mxfp6_e2m3", 4)])
+def test_kept_scales_that_are_too_small_are_zero_everywhere(backend, dtype, first_usable):
+    """Codes of e8m0 from 2^-127 on, with which half a step may be subnormal: flushed to zero by some compilers."""
+    rng = np.random.default_rng(5)
+    codes, small = rng.integers(1, 8, (10, 32)), np.arange(10)[:, None].astype("uint8")
+    codes = codes.astype("int8" if dtype == "mxint8" else "uint8")
+    there = [backend.asarray(a) for a in (codes, small)]
+    q = QArray.from_codes(*there, dtype=dtype, scale_dtype="float8_e8m0fnu")
+    x = backend.asarray(np.full((2, 32), 2.0**40, "float32"))
+
+    def used(x, q):
+        return q.dequantize(), aqt_lite.linear(x, q, mode="reproducible")
+
+    for values, sums in [used(x, q), *([jax.jit(used)(x, q)] if backend.name == "jax" else [])]:
+        values, sums = backend.to_numpy(values), backend.to_numpy(sums)
+        assert not values[:first_usable].any()
+        assert np.abs(values[first_usable:]).min() >= 2.0**-126
+        assert_same_bits(sums, np.broadcast_to(values.astype("float64").sum(1) * 2.0**40, (2, 10)).astype("float32"))
 
 
 def test_scales_and_offsets_that_are_quantized_in_groups(backend):

@@ -342,7 +342,7 @@ def _merged_block(w: QArray, axes: tuple[int, ...]) -> int | None:
 
 def _one_scale_each(w: QArray, axes: tuple[int, ...]) -> QArray:
     """The same with a scale for each index of these axes."""
-    b, w = w._backend, _with_plain_scales(w)
+    b, kept, w = w._backend, w, _with_plain_scales(w)
     parts = {name: getattr(w, name) for name in ("scale", "zero_point", "offset")}
     for axis in axes:
         length, block = w.shape[axis], w.block[axis]
@@ -352,7 +352,7 @@ def _one_scale_each(w: QArray, axes: tuple[int, ...]) -> QArray:
         places = b.asarray(of_index, like=w.storage)
         parts = {name: None if a is None else b.xp.take(a, places, axis=axis) for name, a in parts.items()}
     block_of_each = tuple(1 if a in axes else n for a, n in enumerate(w.block))
-    return replace(w, **parts, block=block_of_each, ragged=())
+    return _as_kept(replace(w, **parts, block=block_of_each, ragged=()), kept)
 
 
 def _with_plain_scales(w: QArray) -> QArray:
@@ -364,11 +364,29 @@ def _with_plain_scales(w: QArray) -> QArray:
     return replace(w, **plain) if plain else w
 
 
+def _as_kept(w: QArray, was: QArray) -> QArray:
+    """``w`` with its plain scales as signs times magnitudes, where those of ``was`` were kept in few bits.
+
+    Such scales may be 0, as NVFP4 has it for a block of zeros, or negative, as ggml has them. Plain ones may not: there
+    it is training that has moved them.
+    """
+    scale: Any = w.scale
+    if not isinstance(was.scale, QArray) or isinstance(scale, QArray):
+        return w
+    xp = w._backend.xp
+    ones = xp.ones_like(scale)
+    signs = xp.where(scale == 0, ones * 0, xp.where(scale < 0, -ones, ones))  # 1 of NaN, which the magnitude says
+    sizes, each = xp.where(scale == 0, ones, xp.abs(scale)), (1,) * len(scale.shape)
+    compute = float_type(w.float_dtype).compute
+    kept = QArray(xp.astype(signs, xp.int8), sizes, None, "int8", each, compute, trainable=was.scale.trainable)
+    return replace(w, scale=kept)
+
+
 def _regrouped(
     w: QArray, order: tuple[int, ...], shape: tuple[int, ...], block: tuple[int | None, ...], parts: list[list[int]]
 ) -> QArray:
     """Codes and scales permuted and reshaped alike."""
-    xp, w = w._backend.xp, _with_plain_scales(w)
+    xp, kept, w = w._backend.xp, w, _with_plain_scales(w)
 
     def laid_out(a: Array) -> Array:
         a_shape = tuple(a.shape)
@@ -381,7 +399,7 @@ def _regrouped(
     }
     codes = xp.reshape(_ordered(w.qvalue, order, xp), shape)
     made = replace(w, storage=codes, **blocks, block=block, transposed=False, packed_length=None, ragged=())
-    return replace(made, ragged=made._ragged_axes())
+    return _as_kept(replace(made, ragged=made._ragged_axes()), kept)
 
 
 def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
@@ -399,7 +417,7 @@ def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
     w = w if len(axes) == 1 else w.reshape((math.prod(w.shape[: len(axes)]), *w.shape[len(axes) :]))
     nested = [a for a in (w.scale, w.offset) if isinstance(a, QArray)]
     if not all(w.ndim > 1 and a.scale is None and _in_front(a) for a in nested):
-        w = _with_plain_scales(w)
+        w = _as_kept(_with_plain_scales(w), w)
     return w if _in_front(w) else replace(w, storage=w.qvalue, transposed=False, packed_length=None)
 
 

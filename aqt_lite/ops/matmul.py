@@ -91,12 +91,8 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     if ready is None:
         w = w._checked()
     w_shape = w.shape if ready is None else ready.shape
-    if w.transposed and name == "linear" and w_shape[0] == w_shape[-1]:
-        warnings.warn(
-            f"linear reads w, which is stored as for_dense() does, as (out, in); its shape {w_shape} does not tell "
-            "whether that is meant: dense(x, w) reads it as (in, out)",
-            stacklevel=3,
-        )
+    if name in _OTHER and len(w_shape) == 2 and w_shape[0] == w_shape[1]:
+        _warn_of_the_other(name, w, contract)
     if len(w_shape) != 2:
         raise ValueError(
             f"w has shape {w_shape}: {name} takes a 2-dimensional weight; map over leading axes (vmap, scan)"
@@ -127,6 +123,29 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
         y = b.check_no_overflow(y, "float16")
     return y
+
+
+_OTHER = {"dense": ("linear", "(in, out)", "(out, in)"), "linear": ("dense", "(out, in)", "(in, out)")}
+"""Which function a square weight may have been made for, and how each of the two reads it."""
+
+
+def _warn_of_the_other(name: str, w: QArray, contract: int) -> None:
+    """A warning where a square weight looks as if it had been made for the other of ``dense`` and ``linear``."""
+    other, here, there = _OTHER[name]
+    size, length = w.block[1 - contract], w.shape[0]
+    if w.transposed:
+        if name == "dense":
+            return
+        why = "is stored as for_dense() does"
+    elif size is not None and 1 < size < length and w.block[contract] == 1:
+        why = f"then has groups of {size} along its outputs, and a scale for each input"
+    else:
+        return
+    warnings.warn(
+        f"{name} reads w, which {why}, as {here}; its shape {w.shape} does not tell whether that is meant: "
+        f"{other}(x, w) reads it as {there}",
+        stacklevel=4,
+    )
 
 
 class _Ready(NamedTuple):

@@ -155,7 +155,7 @@ def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Ba
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:
     """A weight of integers, or of whole multiples of a power of two, as integer codes and scales of those multiples."""
     unit = spec.element.unit
-    xp, scale = b.xp, affine.scales(w.scale, spec, b)
+    xp, scale = b.xp, affine.usable_scales(w.scale, spec, b)
     numbers = spec.element.decode(w.codes, b)
     if unit is None or (unit == 1 and b.dtype_name(numbers) in ("int8", "uint8")):
         return Coded(numbers, scale, w.zero_point)

@@ -97,8 +97,30 @@ def map_ranges(
 
 @functools.cache
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads that work at once, the caller's among them: the least of what the system and its user allow.
+
+    That is: the cores this process may run on, the processor time its control group has, rounded up, and
+    ``OMP_NUM_THREADS`` and ``NUMBA_NUM_THREADS`` where they are set. Asked once a process.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = (os.environ.get(name, "").partition(",")[0].strip() for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"))
+    return min([there, *(int(n) for n in asked if n.isdecimal() and int(n)), *_cores_of_control_group()])
+
+
+def _cores_of_control_group(root: str = "/sys/fs/cgroup") -> list[int]:
+    """What containers limit: of either version of Linux's control groups; nothing where there is no limit, or none."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        words = []
+        try:
+            for name in names:
+                with open(os.path.join(root, name)) as file:
+                    words += file.read().split()
+            quota, period = (int(word) for word in words)  # "max" is no number, and -1 no limit
+        except (OSError, ValueError):
+            continue
+        if quota > 0 < period:
+            return [-(-quota // period)]
+    return []
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:

@@ -58,6 +58,10 @@ class JaxBackend(Backend):
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return jnp.arange(start, stop, dtype=jnp.int32)
 
+    def part(self, x: Array, index: tuple[Any, ...]) -> Array:
+        with jax.transfer_guard_host_to_device("allow"):  # JAX moves the first index of a slice to the device
+            return x[index]
+
     def to_device(self, x: Array, device: Any) -> Array:
         return jax.device_put(x, device)
 

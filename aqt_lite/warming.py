@@ -1,0 +1,103 @@
+"""Compiling ahead of time what the first calls of a program would wait for.
+
+Owns: ``warm_up``. Imports: the public functions, the registry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from aqt_lite._arguments import one_of
+from aqt_lite._registry import get_backend
+from aqt_lite.api import Scheme, quantize
+from aqt_lite.elements import float_type
+from aqt_lite.formats import format_of
+from aqt_lite.granularity import Granularity, PerChannel
+from aqt_lite.ops import linear
+from aqt_lite.qarray import QArray
+
+__all__ = ["warm_up"]
+
+_MODES = ("fast", "reproducible")
+
+
+def warm_up(
+    dtype: Any = "int8",
+    *,
+    shape: tuple[int, int] = (512, 512),
+    rows: Sequence[int] = (1, 4, 64),
+    granularity: Granularity | None = None,
+    scheme: Scheme = "symmetric",
+    scale_dtype: Any = None,
+    float_dtype: Any = "float32",
+    modes: Sequence[Literal["fast", "reproducible"]] = ("fast",),
+    backend: str = "numpy",
+) -> dict[str, float]:
+    """Quantize, dequantize and multiply an array of ``shape``, so that what is compiled on first use is compiled now.
+
+    The loops of numba, those that XLA calls among them, serve every shape and are cached on disk: call this once after
+    an installation, as the user that will run the program, and each process loads them. XLA's own programs are compiled
+    for each shape and belong to the process, unless JAX's persistent cache is switched on: give the shapes that you
+    have, in the process that has them. docs/performance.md has times, cold and warm.
+
+    Parameters
+    ----------
+    dtype, granularity, scheme, scale_dtype
+        As in :func:`aqt_lite.quantize`; by default a scale for each output, or the groups of a block format.
+    shape : tuple of int
+        Of a weight (out, in). Arrays of fewer than 2^17 elements are not worth compiled loops, and reach none.
+    rows : sequence of int
+        Numbers of rows of the activations: few and many of them have forms of their own.
+    float_dtype : str
+        Type of weight and activations.
+    modes : sequence of {"fast", "reproducible"}
+        Of products.
+    backend : str
+
+    Returns
+    -------
+    dict
+        Seconds that each step took.
+
+    Raises
+    ------
+    ValueError
+        What ``quantize`` or ``linear`` refuse.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> list(aqt_lite.warm_up(shape=(8, 16), rows=[2]))
+    ['quantize', 'dequantize', 'linear, 2 rows, fast']
+    """
+    for mode in modes:
+        one_of("modes", mode, _MODES)
+    b, compute, values = get_backend(backend), float_type(float_dtype, "float_dtype").name, np.random.default_rng(0)
+    taken: dict[str, float] = {}
+
+    def made(*shape: int) -> Any:
+        return b.xp.astype(b.asarray(values.standard_normal(shape, dtype=np.float32)), b.dtype(compute))
+
+    def timed(what: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = call()
+        b.to_numpy(result.storage if isinstance(result, QArray) else result)  # compilers may go on beside
+        taken[what] = time.perf_counter() - start
+        return result
+
+    if granularity is None and format_of(dtype).group is None:
+        granularity = PerChannel(0)
+    w = made(*shape)
+    how: dict[str, Any] = {"granularity": granularity, "scheme": scheme, "scale_dtype": scale_dtype}
+    q = timed("quantize", lambda: quantize(w, dtype, **how))
+    timed("dequantize", q.dequantize)
+    for count in rows:
+        x = made(count, shape[1])
+        for mode in modes:
+            timed(f"linear, {count} rows, {mode}", partial(linear, x, q, mode=mode))
+    return taken
