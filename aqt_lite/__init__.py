@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from aqt_lite.comparison import Comparison as Comparison
     from aqt_lite.comparison import compare as compare
     from aqt_lite.conversion import convert as convert
+    from aqt_lite.significant import bit_information as bit_information
+    from aqt_lite.significant import bitround as bitround
+    from aqt_lite.significant import keepbits_for as keepbits_for
 
 __all__ = [
     "ClippingWarning",
@@ -56,6 +59,8 @@ __all__ = [
     "QArray",
     "SuspectValueWarning",
     "available_backends",
+    "bit_information",
+    "bitround",
     "choose_qparams",
     "compare",
     "concatenate",
@@ -67,6 +72,7 @@ __all__ = [
     "error_report",
     "fake_quantize",
     "int_limits",
+    "keepbits_for",
     "linear",
     "load",
     "plan_tree",
@@ -83,7 +89,14 @@ __version__ = "0.1.0"
 
 _OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
 _ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "plots", "testing")  # most programs need none of them
-_FROM = {"Comparison": "comparison", "compare": "comparison", "convert": "conversion"}
+_FROM = {
+    "Comparison": "comparison",
+    "bit_information": "significant",
+    "bitround": "significant",
+    "compare": "comparison",
+    "convert": "conversion",
+    "keepbits_for": "significant",
+}
 
 if not TYPE_CHECKING:  # type checkers take a module with __getattr__ to have every name
 

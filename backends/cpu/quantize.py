@@ -30,7 +30,16 @@ from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
 
-__all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with", "reaches_an_end"]
+__all__ = [
+    "FORMS",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "for_tiles",
+    "quantize",
+    "quantize_with",
+    "reaches_an_end",
+]
 
 TILE = BLOCK // 4
 """Elements of a tile: several arrays of it, which an operation makes on its way, fit a core's cache."""
@@ -90,7 +99,7 @@ def fake_quantize(
         codes = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
         values[tile.at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     with np.errstate(all="ignore"):
         return values, affine.scales(qparams.scale, spec, _numpy())
 
@@ -106,7 +115,7 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
         own = _cut(QParams(*qparams), tile)
         outside[tile.at] = affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     return outside
 
 
@@ -135,7 +144,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
         own = _cut(QParams(*w[1:]), tile)
         values[tile.at] = affine.dequantize(Coded(w.codes[tile.at], *own), spec=spec, out=out, b=_numpy())
 
-    _for_tiles(work, w.codes.shape, spec.block)
+    for_tiles(work, w.codes.shape, spec.block)
     return values
 
 
@@ -212,7 +221,8 @@ def _tiles(shape: tuple[int, ...], block: Block) -> list[Tile]:
     return found
 
 
-def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Block) -> None:
+def for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Block) -> None:
+    """Have ``work`` done for each tile of an array, on every core."""
     tiles = _tiles(shape, block)
 
     def some(start: int, stop: int) -> None:
@@ -250,7 +260,7 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
                 np.minimum(ends[0][tile.on_grid], low, out=ends[0][tile.on_grid])
             np.maximum(ends[-1][tile.on_grid], high, out=ends[-1][tile.on_grid])
 
-    _for_tiles(extrema, x.shape, spec.block)
+    for_tiles(extrema, x.shape, spec.block)
     kept, rows = spec.format.scale, replace(spec, block=(None, *((1,) * len(grid))))
     if kept is None or not kept.scaled:  # each block by itself
         parts = _tiles(grid, (1,) * len(grid))
@@ -282,7 +292,7 @@ def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: 
         own = _cut(qparams, tile)
         codes[tile.at] = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     return codes
 
 

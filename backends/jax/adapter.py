@@ -75,6 +75,12 @@ class JaxBackend(Backend):
     def is_traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)
 
+    def bits_of(self, x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.uint8 if x.dtype.itemsize == 1 else f"int{8 * x.dtype.itemsize}")
+
+    def floats_of(self, bits: Array, name: str) -> Array:
+        return jax.lax.bitcast_convert_type(bits, name)
+
     def reciprocal(self, x: Array) -> Array:
         width = x.dtype.itemsize * 8
         integer = jnp.int32 if width == 32 else jnp.int64  # overflow wraps, by XLA's definition
