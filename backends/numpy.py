@@ -74,7 +74,13 @@ class NumpyBackend(Backend):
         return True
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return without_warnings(function)
+        quiet = without_warnings(function)
+
+        @functools.wraps(function)
+        def call(*arrays: Any, **static: Any) -> Any:  # what kernels had part by part is needed as a whole
+            return quiet(*(np.asarray(a) if hasattr(a, "__array__") else a for a in arrays), **static)
+
+        return call
 
     def why_unusable(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):

@@ -138,7 +138,8 @@ def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
     kept, last = map(int, printed[5].split())
     assert 5 <= kept <= last < 23
     assert printed[6:8] == ["int8_nan True True", "True"]
-    assert printed[-2].startswith("missing values")
+    assert printed[-3].startswith("missing values")
+    assert printed[-2] == "True (24, 1, 1)"
     assert printed[-1].startswith("x has 1555200 values of 1555200 beyond the numbers that int8 has at this scale")
 
 

@@ -18,6 +18,7 @@ from aqt_lite.ops import reference
 
 KERNELS: Kernels = {
     **{operation: Kernel(gated(form), anything) for operation, form in quantize.FORMS.items()},
+    **{operation: Kernel(form, anything) for operation, form in quantize.INTO.items()},
     significant.bitrounded: Kernel(gated(bitrounded), anything),
     reference.matmul: Kernel(gated(matmul)),
     reference.matmul_stored: Kernel(gated(matmul_stored), anything),
