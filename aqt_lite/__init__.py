@@ -10,6 +10,7 @@ array([[   0., -127.],
 from typing import TYPE_CHECKING
 
 from aqt_lite._missing import SuspectValueWarning
+from aqt_lite._progress import progress
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
@@ -76,6 +77,7 @@ __all__ = [
     "linear",
     "load",
     "plan_tree",
+    "progress",
     "quantize",
     "quantize_tree",
     "register_format",

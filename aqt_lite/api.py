@@ -749,10 +749,10 @@ def _check_counted(counted: Any, x: Array, call: _Call, on_clip: str, stacklevel
     if not count:
         return
     first = tuple(int(i) for i in np.unravel_index(position, tuple(x.shape)))
-    value = x[first] if x.ndim else x[()] if isinstance(x, Marked) else x
+    value = (x if isinstance(x, Marked) else b.to_numpy(x))[first]
     words = (
         f"x has {count} values of {math.prod(x.shape)} beyond the numbers that {call.spec.format.name} has at this "
-        f"scale, the first at index {first}: {b.to_numpy(value)[()]}"
+        f"scale, the first at index {first}: {value}"
     )
     if on_clip == "raise":
         raise ValueError(f"{words}; use a larger scale, or on_clip='saturate'")

@@ -18,6 +18,7 @@ import numpy as np
 from aqt_lite._log import announce
 from aqt_lite._namespace import Array
 from aqt_lite._parts import boxes, memory_order, part_of, part_of_array
+from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite.elements import Float, float_type
 from aqt_lite.formats import FORMATS, Format, format_of, with_missing
@@ -205,7 +206,7 @@ def largest_error(x: Array, q: QArray, b: Backend, *, relative: bool = False, en
     source = float_type(q.float_dtype)
     worst = 0.0
     with np.errstate(all="ignore"):
-        for box in boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block):
+        for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):
             values, part = part_of_array(array, box).astype(np.float64), part_of(codes, box)
             finite = np.isfinite(values)
             for dtype in dict.fromkeys((source.name, source.compute)):

@@ -22,6 +22,7 @@ from aqt_lite._arguments import as_float_array, naming_the_argument
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._parts import boxes, memory_order, part_of_array
+from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.bounds import Bound, bound_of, error_of
@@ -191,7 +192,7 @@ def _each(look: Callable[..., _R], b: Backend, *arrays: Array) -> list[_R]:
     if b.is_deferred(first):
         found: list[_R] = b.on_chunks(look, *arrays)
         return found
-    parts = boxes(tuple(first.shape), _MOST_ELEMENTS, memory_order(first))
+    parts = over(boxes(tuple(first.shape), _MOST_ELEMENTS, memory_order(first)), math.prod(first.shape))
     return [look(*(np.asarray(b.to_numpy(part_of_array(x, box))) for x in arrays)) for box in parts]
 
 

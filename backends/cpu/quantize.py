@@ -457,12 +457,11 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
     height = max(1, BLOCK // math.prod(x.shape[1:]))
 
     def extrema(start: int, stop: int) -> tuple[Array, Array]:
-        lows, highs = [], []
-        for n in range(start, stop, height):
+        low, high = (end(x[start : min(start + height, stop)], axis=0) for end in (np.min, np.max))
+        for n in range(start + height, stop, height):
             part = x[n : min(n + height, stop)]
-            lows.append(part.min(axis=0))
-            highs.append(part.max(axis=0))
-        return np.min(lows, axis=0), np.max(highs, axis=0)
+            low, high = np.minimum(low, part.min(axis=0)), np.maximum(high, part.max(axis=0))
+        return low, high
 
     found = map_ranges(extrema, len(x), 1, x.size)
     ends = np.stack([np.min([lo for lo, _ in found], axis=0), np.max([hi for _, hi in found], axis=0)])
