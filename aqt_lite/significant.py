@@ -90,16 +90,14 @@ def bitrounded(x: Array, *, keepbits: int, b: Backend) -> Array:
     name = b.dtype_name(x)
     bits, fraction = _WIDTHS[name], significand_bits(name)
     drop = fraction - keepbits
-    xp, pattern = b.xp, b.bits_of(x)
-    if not drop:
-        return b.floats_of(pattern, name)
-    whole, kept = (1 << (bits - 1)) - 1, (1 << (bits - 1)) - (1 << drop)
-    infinite = whole - ((1 << fraction) - 1)
+    xp, pattern, whole = b.xp, b.bits_of(x), (1 << (bits - 1)) - 1
     size = pattern & whole
-    carried = (size + ((size >> drop) & 1) + ((1 << (drop - 1)) - 1)) & kept
-    finite = xp.clip(carried, 0, infinite - (1 << drop))
-    rounded = xp.where(size < infinite, finite, size)
-    return b.floats_of(rounded | (pattern ^ size), name)
+    sign = pattern ^ size
+    if drop:
+        infinite, kept = whole - ((1 << fraction) - 1), whole + 1 - (1 << drop)
+        carried = (size + ((size >> drop) & 1) + ((1 << (drop - 1)) - 1)) & kept
+        size = xp.where(size < infinite, xp.clip(carried, 0, infinite - (1 << drop)), size)
+    return b.floats_of(size | sign, name)
 
 
 _WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}

@@ -42,6 +42,9 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def floats_of(self, bits: Array, name: str) -> Array:
+        return bits.view(self.dtype(name))
+
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         fraction, exponent = np.frexp(x)
         zero = np.int32(-127 if x.dtype.itemsize == 4 else -1023)

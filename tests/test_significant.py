@@ -129,6 +129,11 @@ def test_layouts_and_byte_orders():
     assert_same_bits(bitround(np.float32(3.14159), 3), np.asarray(3.25, "float32"))
     assert bitround(np.zeros((0, 3), "float32"), 5).shape == (0, 3)
     assert bitround([1.0, 1.9], 0).tolist() == [1.0, 2.0]
+    assert keepbits_for(np.float32(1.25), max_rel_err=0) == 2
+    for whole in (small, torch.from_numpy(small.copy())):
+        same = bitround(whole, 23)
+        same[0, 0] = 7
+        assert whole[0, 0] == FIELD[0, 0], "the result has memory of its own"
 
 
 def test_arrays_of_dask_stay_lazy():
