@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-models test exhaustive pythons test-oracles check bench bench-quick bench-formats formats mismatches clean
+.PHONY: demo demo-models test exhaustive pythons test-oracles check bench bench-quick bench-formats bench-cluster bench-memory formats mismatches clean
 
 $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=python3.11 ..."'
@@ -56,6 +56,12 @@ bench-quick: $(READY)  ## the headline rows, in a minute
 
 bench-formats: $(READY)  ## speed of every kind of format on NumPy, beside int8
 	$(BIN)/python benchmarks/formats.py
+
+bench-memory: $(READY)  ## peak memory beside the result, and speed, of every path on NumPy
+	$(BIN)/python benchmarks/memory.py --write
+
+bench-cluster: $(READY)  ## an array larger than a worker's memory on one worker, on two, and one of them killed
+	$(BIN)/python benchmarks/cluster.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ array([[   0., -127.],
 from typing import TYPE_CHECKING
 
 from aqt_lite._missing import SuspectValueWarning
+from aqt_lite._progress import progress
 from aqt_lite._protocol import IntLimits
 from aqt_lite._registry import available_backends
 from aqt_lite._shapes import concatenate, stack
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from aqt_lite.conversion import convert as convert
     from aqt_lite.files import load as load
     from aqt_lite.files import save as save
+    from aqt_lite.significant import bit_information as bit_information
+    from aqt_lite.significant import bitround as bitround
+    from aqt_lite.significant import keepbits_for as keepbits_for
     from aqt_lite.warming import warm_up as warm_up
 
 __all__ = [
@@ -59,6 +63,8 @@ __all__ = [
     "QArray",
     "SuspectValueWarning",
     "available_backends",
+    "bit_information",
+    "bitround",
     "choose_qparams",
     "compare",
     "concatenate",
@@ -70,9 +76,11 @@ __all__ = [
     "error_report",
     "fake_quantize",
     "int_limits",
+    "keepbits_for",
     "linear",
     "load",
     "plan_tree",
+    "progress",
     "quantize",
     "quantize_tree",
     "register_format",
@@ -89,8 +97,11 @@ _OF_A_LIBRARY = ("equinox", "jax", "linen", "nnx", "torch", "xarray", "zarr")
 _ON_FIRST_USE = (*_OF_A_LIBRARY, "cf", "files", "plots", "testing")  # most programs need none of them
 _FROM = {
     "Comparison": "comparison",
+    "bit_information": "significant",
+    "bitround": "significant",
     "compare": "comparison",
     "convert": "conversion",
+    "keepbits_for": "significant",
     "load": "files",
     "save": "files",
     "warm_up": "warming",

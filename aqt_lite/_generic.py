@@ -120,6 +120,13 @@ class _Dask(GenericBackend):
         kernels: Kernels = importlib.import_module("aqt_lite.backends.dask").KERNELS
         return kernels.get(operation)
 
+    def on_chunks(self, look: Callable[..., Any], *arrays: Array) -> list[Any]:
+        dask: Any = importlib.import_module("dask")
+        first, *rest = arrays
+        cut = [first, *(a.rechunk(first.chunks) for a in rest)]
+        chunks = [a.to_delayed().ravel() for a in cut]
+        return list(dask.compute(*(dask.delayed(look)(*parts) for parts in zip(*chunks, strict=True))))
+
     def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
         return x.map_blocks(_checked, check=check, dtype=x.dtype, meta=x._meta)
 
@@ -140,6 +147,11 @@ class _Ndonnx(GenericBackend):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x.unwrap_numpy())
+
+    def bits_of(self, x: Array) -> Array:
+        if self.is_traced(x):
+            raise TypeError(f"{self.name} has no operator that reads a float's bits: round arrays with values")
+        return super().bits_of(x)
 
     def is_traced(self, x: Array) -> bool:
         try:

@@ -22,7 +22,7 @@ from aqt_lite._qparams import number_of_type
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.qarray import QArray
 
-__all__ = ["SuspectValueWarning", "marked", "warn_of_fill_values"]
+__all__ = ["Marked", "SuspectValueWarning", "marked", "warn_of_fill_values"]
 
 _SUSPECT = 1e15
 """How many times the median magnitude a value is that was hardly measured."""
@@ -38,6 +38,10 @@ _FEWEST = 100
 
 _SAMPLE = 1 << 16
 """Values that the median is taken of."""
+
+
+_TOGETHER = 1 << 20
+"""Elements of an array of NumPy up to which its missing values are marked in a copy."""
 
 
 class SuspectValueWarning(UserWarning):
@@ -77,7 +81,32 @@ def marked(x: Any, mask: Any, fill_value: Any, missing: str | None, *, tolerant:
     mask = None if mask is None else _mask_of(mask, x, b)
     if nan and mask is None and not fills:
         return x, True
+    if isinstance(x, np.ndarray) and x.size > _TOGETHER:
+        return Marked(x, mask, fills, nan, b), True
     return run(b, _with_nan, x, mask, fills=fills, nan_is_missing=nan), True
+
+
+class Marked:
+    """A large array of NumPy as it is with NaN where values are missing: made part by part, for whom parts will do."""
+
+    def __init__(
+        self, x: np.ndarray[Any, Any], mask: Any, fills: tuple[float, ...], nan_is_missing: bool, b: Backend
+    ) -> None:
+        self.source = x
+        self.shape, self.ndim, self.size, self.dtype = x.shape, x.ndim, x.size, x.dtype.newbyteorder("=")
+        self.flags = np.empty(0).flags  # as those of the parts
+        self._mask = None if mask is None else np.broadcast_to(mask, x.shape)
+        self._how: dict[str, Any] = {"fills": fills, "nan_is_missing": nan_is_missing, "b": b}
+
+    def __getitem__(self, at: Any) -> np.ndarray[Any, Any]:
+        with np.errstate(all="ignore"):
+            part: np.ndarray[Any, Any] = _with_nan(
+                self.source[at], None if self._mask is None else self._mask[at], **self._how
+            )
+        return part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return self[...] if dtype is None else self[...].astype(dtype)
 
 
 def _with_nan(x: Array, mask: Array | None, *, fills: tuple[float, ...], nan_is_missing: bool, b: Backend) -> Array:
@@ -126,9 +155,9 @@ def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
     if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
         return
     element = q._element
-    if float(b.to_numpy(q.scale).max()) * max(element.max, -element.min) < _EXTREME:
+    if float(b.to_numpy(b.xp.max(q.scale))) * max(element.max, -element.min) < _EXTREME:
         return
-    array, own = as_float_array(x, "x")
+    array, own = as_float_array(np.asarray(x) if isinstance(x, Marked) else x, "x")
     if own.has_values(array):
         found = _suspect(np.asarray(own.to_numpy(array)))
         if found is not None:

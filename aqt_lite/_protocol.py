@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from aqt_lite._arithmetic import ExactArithmetic
@@ -102,9 +103,15 @@ class Backend(ExactArithmetic, ABC):
         return self.xp.arange(start, stop, dtype=self.xp.int32, **where)
 
     def bits_of(self, x: Array) -> Array:
-        """The bit patterns of floats of 8 bits, as uint8, or of 16, as int16."""
+        """The bit patterns of floats of 8 bits, as uint8, or of 16, 32 or 64, as signed integers."""
         values = self.to_numpy(x)
-        return self.asarray(values.view("uint8" if values.dtype.itemsize == 1 else "int16"), like=x)
+        integer = np.dtype("uint8" if values.dtype.itemsize == 1 else f"i{values.dtype.itemsize}")
+        return self.asarray(values.view(integer.newbyteorder(values.dtype.byteorder)), like=x)
+
+    def floats_of(self, bits: Array, name: str) -> Array:
+        """The inverse, for floats of 16, 32 or 64 bits: those of type ``name`` that have the bit patterns."""
+        dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+        return self.asarray(self.to_numpy(bits).view(dtype), like=bits)
 
     def part(self, x: Array, index: tuple[Any, ...]) -> Array:
         """``x[index]``, of integers and slices that the program says: no values of the user's are moved by that."""
@@ -146,6 +153,10 @@ class Backend(ExactArithmetic, ABC):
     def computed(self, *arrays: Array | None) -> tuple[Array | None, ...]:
         """``arrays`` with their deferred computations run, all in one go; None stays None."""
         return arrays
+
+    def on_chunks(self, look: Callable[..., Any], *arrays: Array) -> list[Any]:
+        """What ``look`` says of each chunk of deferred arrays of one shape, as arrays of NumPy, all in one go."""
+        return [look(*(self.to_numpy(a) for a in arrays))]
 
     def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
         """``x``, whose values go through ``check`` when they are computed, where the library can be told so.

@@ -361,6 +361,23 @@ def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Arra
     return outside & xp.isfinite(v)
 
 
+def count_clipped(
+    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
+) -> tuple[Array, Array]:
+    """How many values are ``clipped``, and the position of the first."""
+    return _counted(clipped(x, qparams, key, spec=spec, recipe=recipe, b=b), b.xp)
+
+
+def count_beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> tuple[Array, Array]:
+    """How many values are ``beyond``, and the position of the first."""
+    return _counted(beyond(x, low, high, spec=spec, b=b), b.xp)
+
+
+def _counted(flags: Array, xp: Any) -> tuple[Array, Array]:
+    flat = xp.astype(xp.reshape(flags, (-1,)), xp.int32)
+    return xp.sum(flat), xp.argmax(flat)
+
+
 def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     """Scales as the format keeps them. What it has no number for becomes NaN, not the number next to it."""
     xp, form = b.xp, spec.format.scale

@@ -19,7 +19,8 @@ import numpy as np
 from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
-from aqt_lite._missing import marked, warn_of_fill_values
+from aqt_lite._into import can_write, check_out, encode_into, is_packed, storage_of
+from aqt_lite._missing import Marked, marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._protocol import Backend, IntLimits
@@ -138,6 +139,7 @@ def quantize(
     on_clip: OnClip | None = None,
     max_abs_err: float | None = None,
     max_rel_err: float | None = None,
+    out: AnyArray | None = None,
     backend: str | None = None,
 ) -> QArray:
     """Quantize an array: a code for each element, and a scale, perhaps a zero point or an offset, for each block.
@@ -197,6 +199,10 @@ def quantize(
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
         chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise; in dialects, which have no
         offsets, in either scheme that the dialect has for the type. docs/science.md.
+    out : numpy.ndarray, optional
+        Write the codes here, part by part: an array or a memory map, which becomes ``storage`` of the result. Of the
+        shape of ``x`` and the type that codes are kept in, int8 for "int8"; of packed codes, uint8 and as many bytes a
+        row as they take. Nothing is written where the call raises an error. NumPy only.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -238,6 +244,10 @@ def quantize(
     }  # fmt: skip
     if bound is not None:
         _check_free(bound, scale, zero_point, offset)
+        if out is not None:
+            raise ValueError(
+                f"out and {bound.argument} are both given: a bound tries several ways, so quantize first, and copy"
+            )
         q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
     else:
         if isinstance(dtype, str) and dtype == AUTO:
@@ -246,19 +256,29 @@ def quantize(
             )
         if may_miss:
             dtype = with_missing(format_of(dtype))
-        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, **rest)
+        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, out=out, **rest)
     if scale is None:
         warn_of_fill_values(x, q, stacklevel=5)
     return q
 
 
-def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray:
-    call = _prepare(x, dtype, **how)
+_MOST_UNPACKED = 1 << 27
+"""Codes that may lie unpacked in memory for a while, a byte each, before they are packed."""
+
+
+def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **how: Any) -> QArray:
+    call = _prepare(x.source if isinstance(x, Marked) else x, dtype, **how)
+    if isinstance(x, Marked):  # by parts where it stays
+        here = call.x is x.source
+        call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
     if on_clip is None:
         on_clip = "saturate" if call.given is None else "warn"
     one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
+    large = is_packed(call.spec, x.ndim) and math.prod(x.shape) > _MOST_UNPACKED if b.has_values(x) else False
+    if out is not None or (large and can_write(b)):
+        return _quantized_into(out, constant, call, on_clip)
     if call.given is None:
         w = run(b, affine.quantize, constant, call.key, **static)
     else:
@@ -267,6 +287,29 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> QArray
     q = QArray._of(w, call.spec)
     if on_clip != "saturate":
         _check_clipped(constant, w, q, call, on_clip)
+    return q
+
+
+def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str) -> QArray:
+    """Codes part by part into ``out``, or into memory for them as they are kept: nothing before all is checked."""
+    b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
+    shape, dtype = storage_of(tuple(x.shape), call.spec)
+    if out is None:
+        out = b.xp.empty(shape, dtype=b.dtype(dtype))
+    else:
+        source = x.source if isinstance(x, Marked) else x
+        check_out(out, shape, dtype, f"codes of {call.spec.format.name}", b, source)
+    if call.given is None:
+        qparams = run(b, affine.choose_qparams, x, **static)
+    else:
+        qparams = run(b, affine.usable_qparams, x, call.given, **static)
+    _check_finite(x, qparams.scale, call)
+    if on_clip == "raise":
+        _check_counted(run(b, affine.count_clipped, x, qparams, call.key, **static), x, call, on_clip)
+    run(b, encode_into, x, qparams, call.key, out, **static)
+    q = QArray._kept(out, qparams, call.spec, tuple(x.shape))
+    if on_clip == "warn":
+        _check_clipped(x, affine.Coded(q.storage, *qparams), q, call, on_clip, stacklevel=7)
     return q
 
 
@@ -317,7 +360,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
-def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None) -> Array:
+def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
     Parameters
@@ -328,11 +371,15 @@ def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None)
         it was rounded to a narrower source type.
     fill_value : float, optional
         What missing values become, instead of NaN; rounded to the type of the result.
+    out : numpy.ndarray, optional
+        Write the values here, part by part: an array or a memory map of the result's shape and type, which is returned.
+        NumPy only.
 
     Raises
     ------
     ValueError
-        A narrower ``dtype`` than the source's cannot hold a value (eager calls; traced ones give infinity).
+        A narrower ``dtype`` than the source's cannot hold a value (eager calls; traced ones give infinity). ``out``
+        has another shape or type, is read-only, or overlaps with ``q``.
 
     Examples
     --------
@@ -342,7 +389,7 @@ def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None)
     """
     if not isinstance(q, QArray):
         raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
-    return q.dequantize(dtype, fill_value=fill_value)
+    return q.dequantize(dtype, fill_value=fill_value, out=out)
 
 
 @naming_the_argument
@@ -549,7 +596,7 @@ def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
 
 
 def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
-    x, b = as_float_array(x, "x", rest["backend"])
+    x, b = as_float_array(np.asarray(x) if isinstance(x, Marked) else x, "x", rest["backend"])
     if not b.has_values(x):
         way = _HOW_TO_KNOW[b.is_traced(x)]
         raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
@@ -686,39 +733,46 @@ def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = N
     )
 
 
-def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> None:
+def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str, stacklevel: int = 6) -> None:
     """Warn or raise where values were clipped.
 
     A warning counts those that lost more than rounding takes: half of the step at the end.
     """
     b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
-    if not b.has_values(x) or not b.has_values(w.codes):
+    if not b.has_values(w.codes) or not b.has_values(w.codes if isinstance(x, Marked) else x):
         if on_clip == "warn":
             return
         raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
-    if not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
+    unpacked = q.packed_length is None or tuple(w.codes.shape) == q.shape
+    if unpacked and not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
         return
     if on_clip == "raise":
-        outside = run(b, affine.clipped, x, affine.QParams(*w[1:]), call.key, **static)
+        counted = run(b, affine.count_clipped, x, affine.QParams(*w[1:]), call.key, **static)
     else:
         compute = call.spec.source.compute
         ends = with_margin(*representable_range(q, slack=True), compute)
         with np.errstate(over="ignore"):
-            low, high = (b.asarray(end.astype(compute), like=x) for end in ends)
-        outside = run(b, affine.beyond, x, low, high, spec=call.spec)
-    outside = b.to_numpy(outside)
-    count = int(outside.sum())
+            like = w.codes if isinstance(x, Marked) else x
+            low, high = (b.asarray(end.astype(compute), like=like) for end in ends)
+        counted = run(b, affine.count_beyond, x, low, high, spec=call.spec)
+    _check_counted(counted, x, call, on_clip, stacklevel + 1)
+
+
+def _check_counted(counted: Any, x: Array, call: _Call, on_clip: str, stacklevel: int = 6) -> None:
+    b = call.b
+    count, position = (int(b.to_numpy(number)) for number in counted)
     if not count:
         return
-    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(outside)), outside.shape))
+    first = tuple(int(i) for i in np.unravel_index(position, tuple(x.shape)))
+    value = (x if isinstance(x, Marked) else b.to_numpy(x))[first]
     words = (
-        f"x has {count} values of {outside.size} beyond the numbers that {call.spec.format.name} has at this scale, "
-        f"the first at index {first}: {b.to_numpy(x)[first]}"
+        f"x has {count} values of {math.prod(x.shape)} beyond the numbers that {call.spec.format.name} has at this "
+        f"scale, the first at index {first}: {value}"
     )
     if on_clip == "raise":
         raise ValueError(f"{words}; use a larger scale, or on_clip='saturate'")
     warnings.warn(
         f"{words}; they became the number next to them: use a larger scale, or on_clip='saturate' where that is meant",
         ClippingWarning,
-        stacklevel=6,
+        stacklevel=stacklevel,
     )

@@ -18,6 +18,7 @@ import numpy as np
 from aqt_lite._log import announce
 from aqt_lite._namespace import Array
 from aqt_lite._parts import boxes, memory_order, part_of, part_of_array
+from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite.elements import Float, float_type
 from aqt_lite.formats import FORMATS, Format, format_of, with_missing
@@ -203,19 +204,23 @@ def largest_error(x: Array, q: QArray, b: Backend, *, relative: bool = False, en
         return 0.0
     array, codes = b.to_numpy(x), q.to_backend("numpy").unpacked()
     source = float_type(q.float_dtype)
-    measure = _relative if relative else _absolute
     worst = 0.0
     with np.errstate(all="ignore"):
-        for box in boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block):
+        for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):
             values, part = part_of_array(array, box).astype(np.float64), part_of(codes, box)
             finite = np.isfinite(values)
             for dtype in dict.fromkeys((source.name, source.compute)):
-                error = measure(values, part.dequantize(dtype).astype(np.float64))
+                error = error_of(values, part.dequantize(dtype).astype(np.float64), relative=relative)
                 error = np.where(np.isnan(error), math.inf, error)
                 worst = max(worst, float(error.max(where=finite, initial=0.0)))
             if worst > enough:
                 break
     return worst
+
+
+def error_of(x: _Numbers, y: _Numbers, *, relative: bool) -> _Numbers:
+    """The error of each of ``y``, which stands for ``x``, rounded up; both are float64."""
+    return _relative(x, y) if relative else _absolute(x, y)
 
 
 def _absolute(x: _Numbers, y: _Numbers) -> _Numbers:

@@ -24,6 +24,7 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._parts import boxes, memory_order
+from aqt_lite._progress import over
 from aqt_lite.qarray import QArray
 
 __all__ = ["DTYPES", "Packing", "check_bound", "check_within", "choose_packing", "limits_of"]
@@ -521,7 +522,7 @@ def _each_part(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R], start: t
         return []
     found = []
     stored = getattr(x, "chunks", None)  # of HDF5 and zarr: each is read once
-    for box in boxes(shape, _MOST_ELEMENTS, memory_order(x), stored):
+    for box in over(boxes(shape, _MOST_ELEMENTS, memory_order(x), stored), math.prod(shape)):
         part = x[tuple(slice(*limits) for limits in box)]
         found.append(look(_filled(part), tuple(s + first for s, (first, _) in zip(start, box, strict=True))))
     return found

@@ -28,6 +28,8 @@ _MOST_ELEMENTS = 1 << 21
 _EPILOG = """examples:
   aqt-lite pack in.nc out.nc --max-abs-err 0.05             every floating-point variable within 0.05
   aqt-lite pack in.nc out.nc --max-abs-err t=0.05,q=1e-6    these two, each in its own units
+  aqt-lite pack in.nc out.nc --max-rel-err 1e-3             floats with few bits, relative errors (BitRound)
+  aqt-lite pack in.nc out.nc --information 0.99             floats with the bits that carry information
   aqt-lite info out.nc
   aqt-lite unpack out.nc again.nc
 """
@@ -63,15 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"aqt-lite {aqt_lite.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    pack = commands.add_parser("pack", help="write integers that every reader unpacks to within a bound")
+    pack = commands.add_parser("pack", help="write integers or rounded floats that every reader has within a bound")
     pack.add_argument("source", help="file of netCDF, or store of zarr (its name ends in .zarr)")
     pack.add_argument("target", help="where to write; likewise")
-    pack.add_argument(
-        "--max-abs-err", required=True, type=_bounds, metavar="E",
-        help="largest error in units of the data: one number for all floating-point variables, or NAME=NUMBER,... for "
-        "those that are to be packed",
+    how = pack.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--max-abs-err", type=_numbers, metavar="E",
+        help="integers, with this largest error in units of the data: one number for all floating-point variables, or "
+        "NAME=NUMBER,... for those that are to be packed, as for the others",
     )  # fmt: skip
-    pack.add_argument("--dtype", default="auto", help="of the codes: auto, int8, int16, int32, uint8, uint16")
+    how.add_argument(
+        "--max-rel-err", type=_numbers, metavar="E", help="floats with the fewest bits that keep this relative error"
+    )
+    how.add_argument(
+        "--information", type=_numbers, metavar="SHARE",
+        help="floats with the fewest bits that keep this share of the information that neighbours share; 0.99 is usual",
+    )  # fmt: skip
+    how.add_argument("--keepbits", type=_counts, metavar="N", help="floats with N bits after the leading one")
+    pack.add_argument("--dtype", default="auto", help="of integers: auto, int8, int16, int32, uint8, uint16")
     pack.add_argument("--deflate", type=int, default=1, metavar="LEVEL", choices=range(10), help="0 to 9; 1 by default")
     pack.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     pack.set_defaults(run=_pack)
@@ -88,18 +99,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bounds(text: str) -> float | dict[str, float]:
+def _numbers(text: str, kind: Callable[[str], Any] = float) -> Any:
     """A number, or numbers by names."""
     try:
         if "=" not in text:
-            return float(text)
+            return kind(text)
         pairs = [part.rpartition("=") for part in text.split(",")]
-        found = {name.strip(): float(number) for name, _, number in pairs}
+        found = {name.strip(): kind(number) for name, _, number in pairs}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor NAME=NUMBER,NAME=NUMBER") from None
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {what} nor NAME=NUMBER,NAME=NUMBER") from None
     if "" in found or len(found) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} must name each variable once")
     return found
+
+
+def _counts(text: str) -> Any:
+    """A whole number, or whole numbers by names."""
+    return _numbers(text, int)
 
 
 # ---- the commands
@@ -108,23 +125,50 @@ def _bounds(text: str) -> float | dict[str, float]:
 def _pack(options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
+    names = ("max_abs_err", "max_rel_err", "information", "keepbits")
+    how = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    (asked,) = how.values()
+
     def chosen(raw: Any) -> list[Any]:
         floats = {name: v for name, v in raw.data_vars.items() if v.dtype.kind == "f" or _is_packed(v)}
-        if isinstance(options.max_abs_err, dict):
-            return [name for name in floats if name in options.max_abs_err]
+        if isinstance(asked, dict):
+            return [name for name in floats if name in asked]
         return [name for name, variable in floats.items() if not fields.is_time(variable)]
 
     _check_target(options)
     with _opened(options.source, chosen) as ds:
-        zarr = _is_store(options.target)
-        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=zarr)
-        bounds = fields.bounds_of(ds, options.max_abs_err)
-        for name, of_name in encoding.items():
-            of_name.update(_layout(ds[name], options))
-        _write(packed, encoding, options, lambda path: _check(ds, path, bounds))
+        if options.max_abs_err is None:
+            _write_rounded(ds, how, options)
+        else:
+            _write_packed(ds, options)
     with _opened(options.target) as again:
         print(_table(again))
     _print_sizes(options)
+
+
+def _write_packed(ds: Any, options: argparse.Namespace) -> None:
+    from aqt_lite import xarray as fields
+
+    packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=_is_store(options.target))
+    bounds = fields.bounds_of(ds, options.max_abs_err)
+    for name, of_name in encoding.items():
+        of_name.update(_layout(ds[name], options))
+    _write(packed, encoding, options, lambda path: _check(ds, path, bounds))
+
+
+def _write_rounded(ds: Any, how: dict[str, Any], options: argparse.Namespace) -> None:
+    """Floats of few significant bits, which are read again bit for bit."""
+    from aqt_lite import xarray as fields
+
+    if options.dtype != "auto":
+        raise ValueError("--dtype is for the integers of --max-abs-err; what is rounded stays of its type")
+    rounded = fields.bitround(ds, **how)
+    names = [name for name, variable in rounded.data_vars.items() if fields.KEPT in variable.attrs]
+    encoding: dict[Any, Any] = {
+        name: {"_FillValue": rounded[name].dtype.type("nan"), **fields.related(ds[name]), **_layout(ds[name], options)}
+        for name in names
+    }
+    _write(rounded, encoding, options, lambda path: _check(rounded, path, dict.fromkeys(names, 0.0)))
 
 
 def _unpack(options: argparse.Namespace) -> None:
@@ -279,15 +323,16 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _table(ds: Any) -> str:
-    """Variables, how they are kept, and the largest error that they were packed for."""
-    rows = [("variable", "shape", "kept as", "values", "bytes", "max abs err")]
+    """Variables, how they are kept, and the largest error that they were packed for, or the bits that they have."""
+    rows = [("variable", "shape", "kept as", "values", "bytes", "max abs err", "bits kept")]
     for name, variable in ds.data_vars.items():
         kept, said = variable.encoding.get("dtype", variable.dtype), variable.attrs
         size = variable.size * getattr(kept, "itemsize", variable.dtype.itemsize)
         values = "quantized" if "aqt_lite" in said else str(variable.dtype)
         shape = " x ".join(map(str, variable.shape)) or "1"
-        bound = said.get("max_abs_error")
-        rows.append((str(name), shape, str(kept), values, f"{size:,}", "" if bound is None else f"{float(bound):g}"))
+        bound, bits = said.get("max_abs_error"), said.get("quantization_nsb", "")
+        bound = "" if bound is None else f"{float(bound):g}"
+        rows.append((str(name), shape, str(kept), values, f"{size:,}", bound, str(bits)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

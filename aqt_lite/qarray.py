@@ -32,6 +32,7 @@ from aqt_lite import affine
 from aqt_lite._bytes import ArrayBytes
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
+from aqt_lite._into import can_write, check_out, decode_into, is_packed
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import (
@@ -62,6 +63,9 @@ from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, g
 from aqt_lite.packing import bytes_of, pack, unpack
 
 __all__ = ["CONTRACT_VERSION", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
+
+_TOGETHER = 1 << 27
+"""Elements up to which a byte for each, beside the result, does no harm."""
 
 CONTRACT_VERSION = 2
 """Version of docs/numerics.md that this library follows. Version 2 decodes all that version 1 does, alike."""
@@ -257,6 +261,17 @@ class QArray(ArrayShapes, ArrayBytes):
         q = cls(w.codes, scale, w.zero_point, spec.format.name, spec.block, spec.source.name, offset=w.offset)
         return replace(q, ragged=q._ragged_axes()).packed()
 
+    @classmethod
+    def _kept(cls, storage: Array, qparams: affine.QParams, spec: affine.Spec, shape: tuple[int, ...]) -> QArray:
+        """The container of codes that are in ``storage`` as they are kept, and of what goes with them."""
+        packed_length = shape[-1] if is_packed(spec, len(shape)) else None
+        scale = qparams.scale
+        if isinstance(scale, tuple):
+            scale = cls._of(affine.Coded(*scale), spec.of_scales)
+        q = cls(storage, scale, qparams.zero_point, spec.format.name, spec.block, spec.source.name,
+                offset=qparams.offset, packed_length=packed_length)  # fmt: skip
+        return replace(q, ragged=q._ragged_axes())
+
     # ---- what it is
 
     @property
@@ -330,7 +345,7 @@ class QArray(ArrayShapes, ArrayBytes):
         codes = self.qvalue
         return codes == b.constant(missing, b.dtype_name(codes), like=codes)
 
-    def dequantize(self, dtype: Any = None, *, fill_value: float | None = None) -> Array:
+    def dequantize(self, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`.
 
         Examples
@@ -341,13 +356,22 @@ class QArray(ArrayShapes, ArrayBytes):
         """
         b, q = self._backend, self._checked()
         source = float_type(self.float_dtype)
-        out = source if dtype is None else float_type(dtype)
-        values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=out.name)
-        if out.max < source.max and not b.is_traced(values):
-            values = b.check_no_overflow(values, out.name)
-        if fill_value is not None and (mask := q.mask) is not None:
-            fill = b.constant(number_of_type("fill_value", fill_value, out.name), out.name, like=values)
-            values = b.xp.where(mask, fill, values)
+        wanted = source if dtype is None else float_type(dtype)
+        fill = None if fill_value is None else number_of_type("fill_value", fill_value, wanted.name)
+        if out is not None:
+            check_out(out, q.shape, wanted.name, "the values", b, *q._arrays())
+        room = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
+        large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > room
+        if out is not None or (large and can_write(b)):
+            values = b.xp.empty(q.shape, dtype=b.dtype(wanted.name)) if out is None else out
+            codes = q.qvalue if q.packed_length is None else q.storage
+            run(b, decode_into, codes, q._qparams(), values, spec=q._spec, fill=fill)
+        else:
+            values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=wanted.name)
+            if fill is not None and (mask := q.mask) is not None:
+                values = b.xp.where(mask, b.constant(fill, wanted.name, like=values), values)
+        if wanted.max < source.max and not b.is_traced(values):
+            values = b.check_no_overflow(values, wanted.name)
         return values
 
     # ---- what can be done with it

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from aqt_lite import api, cf
+from aqt_lite import __version__, api, cf, significant
 from aqt_lite._document import unique
 from aqt_lite.granularity import Granularity, PerBlock
 from aqt_lite.qarray import QArray, described, rebuilt
@@ -36,6 +36,7 @@ __all__ = [
     "DataArrayAccessor",
     "DatasetAccessor",
     "RepackedWarning",
+    "bitround",
     "cf_encoding",
     "dequantize",
     "open_dataset",
@@ -53,6 +54,12 @@ where it was packed more than once."""
 
 UNPACKED = "unpacked_dtype"
 """Attribute of a packed variable of zarr, whose JSON loses that of ``scale_factor``: the type of the values."""
+
+BITROUND = "quantization_bitround"
+"""The variable that says how variables were rounded; those have its name in the attribute ``quantization``."""
+
+KEPT = "quantization_nsb"
+"""Attribute of a rounded variable: the bits of the significand that were kept, after the leading one."""
 
 _RELATED = (
     *("bounds", "cell_measures", "climatology", "formula_terms", "geometry", "grid_mapping"),
@@ -227,11 +234,16 @@ def bounds_of(ds: xr.Dataset, max_abs_err: Any) -> dict[Hashable, float]:
             raise ValueError(f"max_abs_err names {unknown[0]!r}; the Dataset has the variables {list(ds.data_vars)}")
         return dict(max_abs_err)
     cf.check_bound(max_abs_err)
-    floats = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
-    found = [name for name in floats if not is_time(ds[name]) and not _is_integer(ds[name])]
+    found = floats_of(ds)
     if not found:
         raise ValueError("the Dataset has no floating-point variable to pack")
     return dict.fromkeys(found, max_abs_err)
+
+
+def floats_of(ds: xr.Dataset) -> list[Hashable]:
+    """The variables that are numbers of the data, in units of their own."""
+    floats = [name for name, variable in ds.data_vars.items() if variable.dtype.kind == "f"]
+    return [name for name in floats if not is_time(ds[name]) and not _is_integer(ds[name])]
 
 
 def is_time(da: xr.DataArray) -> bool:
@@ -264,6 +276,113 @@ def _readable(obj: xr.DataArray) -> Any:
     if obj.chunks is not None or variable._in_memory:
         return variable.data
     return _Lazy(variable)
+
+
+# ---- fewer significant bits
+
+
+def bitround(
+    obj: xr.DataArray | xr.Dataset,
+    keepbits: int | Mapping[Hashable, int] | None = None,
+    *,
+    max_abs_err: float | Mapping[Hashable, float] | None = None,
+    max_rel_err: float | Mapping[Hashable, float] | None = None,
+    information: float | Mapping[Hashable, float] | None = None,
+    dim: Hashable | None = None,
+) -> xr.DataArray | xr.Dataset:
+    """Round a variable, or the floating-point variables of a Dataset, to few significant bits, for a compressor.
+
+    Values stay floats of their type, with their labels; files of netCDF and zarr become small where they are
+    compressed, and every reader has the same numbers. Attributes say how many bits were kept, as the CF conventions
+    (8.4.2, lossy compression via quantization) have it.
+
+    Parameters
+    ----------
+    obj : DataArray or Dataset
+        Arrays of Dask stay lazy where ``keepbits`` is given; where bits are chosen they are computed once for that.
+    keepbits : int, or mapping of names of variables to int, optional
+        As for :func:`aqt_lite.bitround`.
+    max_abs_err, max_rel_err, information : float, or mapping of names to floats, optional
+        In place of ``keepbits``: it is chosen for each variable by :func:`aqt_lite.keepbits_for`. A mapping says which
+        variables are rounded; one number serves all floating-point variables of a Dataset, but for times since a date.
+    dim : str, optional
+        For ``information``: neighbours along this dimension are compared; by default along each, and most bits win.
+
+    Returns
+    -------
+    DataArray or Dataset
+        A Dataset has one variable more, which says what was done. In files values are floats, NaN where missing.
+
+    Warns
+    -----
+    RepackedWarning
+        Values were packed before: errors add up.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, aqt_lite.xarray
+    >>> t = xr.DataArray(np.linspace(270, 305, 5, dtype="float32"), dims="x", name="t")
+    >>> t.aqt.bitround(max_rel_err=0.001).values
+    array([270.  , 278.75, 287.5 , 296.25, 305.  ], dtype=float32)
+    >>> t.aqt.bitround(7).attrs["quantization_nsb"]
+    np.int32(7)
+    """
+    if isinstance(obj, xr.DataArray):
+        for argument, value in (("keepbits", keepbits), ("max_abs_err", max_abs_err), ("max_rel_err", max_rel_err)):
+            if isinstance(value, Mapping):
+                raise TypeError(f"{argument} is a mapping, which is for Datasets: give one number for a DataArray")
+        return _bitrounded(obj, keepbits, max_abs_err, max_rel_err, information, dim=dim)
+    if not isinstance(obj, xr.Dataset):
+        raise TypeError(f"obj is a {type(obj).__name__}, not a DataArray or Dataset; aqt_lite.bitround takes arrays")
+    given = (keepbits, max_abs_err, max_rel_err, information)
+    names = _to_round(obj, [value for value in given if value is not None])
+
+    def of(name: Hashable) -> list[Any]:
+        return [value.get(name) if isinstance(value, Mapping) else value for value in given]
+
+    rounded = {name: _bitrounded(obj[name], *of(name), dim=dim if dim in obj[name].dims else None) for name in names}
+    said = xr.Variable((), np.int8(0), {"algorithm": "bitround", "implementation": f"aqt_lite {__version__}"})
+    return obj.assign({**rounded, BITROUND: said})
+
+
+def _to_round(ds: xr.Dataset, given: list[Any]) -> list[Hashable]:
+    if len(given) == 1 and isinstance(given[0], Mapping):
+        unknown = [name for name in given[0] if name not in ds.data_vars]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is named; the Dataset has the variables {list(ds.data_vars)}")
+        return list(given[0])
+    found = floats_of(ds)
+    if not found:
+        raise ValueError("the Dataset has no floating-point variable to round")
+    return found
+
+
+def _bitrounded(
+    da: xr.DataArray, keepbits: Any, max_abs_err: Any, max_rel_err: Any, information: Any, *, dim: Hashable | None
+) -> xr.DataArray:
+    chosen = {"max_abs_err": max_abs_err, "max_rel_err": max_rel_err, "information": information}
+    wanted = {name: value for name, value in chosen.items() if value is not None}
+    if (keepbits is not None) + len(wanted) != 1:
+        raise ValueError("give one of keepbits, max_abs_err, max_rel_err and information")
+    if dim is not None and (dim not in da.dims or "information" not in wanted):
+        raise ValueError(
+            f"dim={dim!r} is for information=, and a dimension of {_called(da)}, which has {list(da.dims)}"
+        )
+    try:
+        if keepbits is None:
+            axis = None if dim is None else da.dims.index(dim)
+            keepbits = significant.keepbits_for(da.data, axis=axis, **wanted)
+        values = significant.bitround(da.data, keepbits)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_called(da)}: {error}") from None
+    rounded = without_packing(da).copy(data=values)
+    if BOUND in rounded.attrs:
+        _warn(
+            f"{_called(da)} has the attribute {BOUND}={rounded.attrs.pop(BOUND)!r}: it was packed before, and rounding "
+            "adds to that error, so that the attribute is left out: round the original, or remove it"
+        )
+    rounded.attrs.update({"quantization": BITROUND, KEPT: np.int32(keepbits)})
+    return rounded
 
 
 # ---- quantized variables
@@ -912,6 +1031,10 @@ class _Accessor:
     ) -> xr.Dataset:
         """Codes and scales, with all labels: :func:`aqt_lite.xarray.quantize`."""
         return quantize(self._obj, dtype, granularity=granularity, **how)
+
+    def bitround(self, keepbits: Any = None, **how: Any) -> Any:
+        """The same values with few significant bits: :func:`aqt_lite.xarray.bitround`."""
+        return bitround(self._obj, keepbits, **how)
 
     def cf_encoding(self, *, max_abs_err: Any, dtype: Any = "auto", value_range: Any = None) -> dict[Any, Any]:
         """How to pack it: :func:`aqt_lite.xarray.cf_encoding`."""

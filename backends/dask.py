@@ -1,8 +1,8 @@
 """Dask's kernels: every chunk by NumPy's own, one task a chunk and step, where the operations would be hundreds.
 
 Owns: the table, and how arrays are cut so that no block of the contract crosses a chunk. Imports: ``affine``, packing,
-the registry; dask alone through the arrays that it is given. The adapter is in ``_generic``, with those of the other
-libraries that need little more than the standard.
+BitRound, the registry; dask alone through the arrays that it is given. The adapter is in ``_generic``, with those of
+the other libraries that need little more than the standard.
 
 What is computed for a chunk is the contract on that part of the array, with scales chosen from all of it: statistics of
 blocks that span chunks are left to the operations themselves, which reduce across them.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite import affine, packing
+from aqt_lite import affine, packing, significant
 from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -118,6 +118,10 @@ def _unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
     return stream.map_blocks(work, chunks=chunks, dtype=dtype, meta=np.empty((0,) * stream.ndim, dtype))
 
 
+def _bitrounded(x: Array, *, keepbits: int) -> Any:
+    return x.map_blocks(partial(_rounded_chunk, keepbits=keepbits), dtype=x.dtype, meta=x._meta)
+
+
 KERNELS: Kernels = {
     affine.quantize: Kernel(_quantize, anything),
     affine.quantize_with: Kernel(_quantize_with, anything),
@@ -126,6 +130,7 @@ KERNELS: Kernels = {
     affine.dequantize: Kernel(_dequantize, anything),
     packing.pack: Kernel(_pack, anything),
     packing.unpack: Kernel(_unpack, anything),
+    significant.bitrounded: Kernel(_bitrounded, anything),
 }
 
 
@@ -151,6 +156,10 @@ def _values_of_chunk(codes: Array, *leaves: Array, form: Any, spec: Spec, out: s
 
 def _packed_chunk(codes: Array, bits: int) -> Array:
     return run(_numpy(), packing.pack, codes, bits=bits)
+
+
+def _rounded_chunk(x: Array, keepbits: int) -> Array:
+    return run(_numpy(), significant.bitrounded, x, keepbits=keepbits)
 
 
 def _unpacked_chunk(stream: Array, bits: int, length: int, signed: bool, block_info: Any = None) -> Array:

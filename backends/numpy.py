@@ -42,6 +42,9 @@ class NumpyBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
 
+    def floats_of(self, bits: Array, name: str) -> Array:
+        return bits.view(self.dtype(name))
+
     def fraction_and_exponent(self, x: Array) -> tuple[Array, Array]:
         fraction, exponent = np.frexp(x)
         zero = np.int32(-127 if x.dtype.itemsize == 4 else -1023)
@@ -74,7 +77,13 @@ class NumpyBackend(Backend):
         return True
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return without_warnings(function)
+        quiet = without_warnings(function)
+
+        @functools.wraps(function)
+        def call(*arrays: Any, **static: Any) -> Any:  # what kernels had part by part is needed as a whole
+            return quiet(*(np.asarray(a) if hasattr(a, "__array__") else a for a in arrays), **static)
+
+        return call
 
     def why_unusable(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):

@@ -2,8 +2,8 @@
 
     python examples/fields.py [folder for the files and the picture, by default out]
 
-Needs matplotlib and ``aqt_lite[science]``; zfp is among the ways if zfpy is installed. Ends with exit status 1 if a
-single value is further away than its bound.
+Needs matplotlib and ``aqt_lite[science]``; zfp and SZ are among the ways if zfpy and pysz are installed. Ends with exit
+status 1 if a single value is further away than its bound.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import xarray as xr
-from numcodecs import BitRound, Blosc
+from numcodecs import Blosc
 from numpy_science import temperature_field
 
-from aqt_lite import cf
+from aqt_lite import bitround, cf, keepbits_for
 from aqt_lite.xarray import to_netcdf
 from aqt_lite.zarr import BoundCodec
 
@@ -68,9 +68,14 @@ def bound_codec(x: np.ndarray) -> Iterator[Cost]:
 
 
 def bit_rounding(x: np.ndarray) -> Iterator[Cost]:
-    for bits in range(7, 16):
-        again = BitRound(keepbits=bits).encode(x).view(np.float32).reshape(x.shape)
+    for bound in BOUNDS:
+        again = bitround(x, keepbits_for(x, max_abs_err=bound))
         yield Cost(largest_error(x, again), 8 * compressed(again) / x.size)
+
+
+def with_its_information(x: np.ndarray) -> Iterator[Cost]:
+    again = bitround(x, keepbits_for(x, information=0.99))
+    yield Cost(largest_error(x, again), 8 * compressed(again) / x.size)
 
 
 def zfp(x: np.ndarray) -> Iterator[Cost]:
@@ -81,15 +86,30 @@ def zfp(x: np.ndarray) -> Iterator[Cost]:
         yield Cost(largest_error(x, zfpy.decompress_numpy(data)), 8 * len(data) / x.size)
 
 
+def sz(x: np.ndarray) -> Iterator[Cost]:
+    from pysz import sz, szConfig, szErrorBoundMode
+
+    for bound in BOUNDS:
+        config = szConfig()
+        config.errorBoundMode, config.absErrorBound = szErrorBoundMode.ABS, bound
+        data, _ = sz.compress(x, config)
+        again, _ = sz.decompress(data, np.float32, x.shape)
+        yield Cost(largest_error(x, again), 8 * data.nbytes / x.size)
+
+
 def ways(x: np.ndarray) -> dict[str, list[Cost]]:
     found = {
         "CF, int8": list(cf_packing(x, "int8")),
         "CF, int16": list(cf_packing(x, "int16")),
         "aqt_lite.bound": list(bound_codec(x)),
         "BitRound": list(bit_rounding(x)),
+        "BitRound, 99%": list(with_its_information(x)),
     }
-    if importlib.util.find_spec("zfpy"):
-        found["zfp"] = list(zfp(x))
+    for name, package, way in (("zfp", "zfpy", zfp), ("SZ3", "pysz", sz)):
+        if importlib.util.find_spec(package):
+            found[name] = list(way(x))
+        else:
+            print(f"without {name}: {package} is not installed")
     return found
 
 

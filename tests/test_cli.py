@@ -49,6 +49,52 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("how", "bits"),
+    [
+        (["--keepbits", "t=9,p=4"], {"t": 9, "p": 4}),
+        (["--max-rel-err", "0.001"], {"t": 9, "p": None}),
+        (["--information", "t=0.99"], {"t": None}),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+@pytest.mark.parametrize("suffix", ["nc", "zarr"])
+def test_rounded_floats(how, bits, suffix, source, tmp_path, capsys):
+    out = tmp_path / f"out.{suffix}"
+    status, said, errors = run(capsys, "pack", source, out, *how)
+    assert (status, errors) == (0, "")
+    engine = {"engine": "zarr", "consolidated": False} if suffix == "zarr" else {}
+    with xr.open_dataset(source, decode_times=False) as a, xr.open_dataset(out, decode_times=False, **engine) as b:
+        for name, kept in bits.items():
+            kept = int(b[name].attrs["quantization_nsb"]) if kept is None else kept
+            assert_same_bits(b[name].values, aqt_lite.bitround(a[name].values, kept))
+            assert b[name].attrs["quantization_nsb"] == kept < 15
+            assert b[b[name].attrs["quantization"]].attrs["algorithm"] == "bitround"
+            assert b[name].attrs["units"] == a[name].attrs["units"]
+            assert f"  {kept}" in next(line for line in said.splitlines() if line.startswith(name))
+        if "p" not in bits:
+            assert b.p.identical(a.p)
+        assert b.n.identical(a.n)
+    assert run(capsys, "info", out)[0] == 0
+
+
+def test_rounding_is_refused_by_name(source, tmp_path, capsys):
+    out = tmp_path / "out.nc"
+    for how, words in [
+        (["--keepbits", "30"], "variable 't': keepbits=30: float32 has 23"),
+        (["--keepbits", "u=3"], "'u' is named; the Dataset has the variables"),
+        (["--information", "7"], "information=7.0: a share is above 0"),
+        (["--max-rel-err", "0.1", "--dtype", "int8"], "--dtype is for the integers"),
+    ]:
+        status, _, errors = run(capsys, "pack", source, out, *how)
+        assert status == 1
+        assert words in errors
+    assert names(tmp_path) == ["in.nc"]
+    for how in ([], ["--keepbits", "3.5"], ["--keepbits", "3", "--max-abs-err", "1"]):
+        with pytest.raises(SystemExit):
+            cli.main(["pack", str(source), str(out), *how])
+
+
 @pytest.mark.filterwarnings("always::aqt_lite.xarray.RepackedWarning")
 def test_there_and_back(source, tmp_path, capsys):
     out, back = tmp_path / "out.nc", tmp_path / "back.nc"

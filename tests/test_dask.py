@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import dask
 import dask.array as da
 import numpy as np
@@ -169,3 +173,29 @@ def test_a_cluster_of_two_processes():
         bad[7, 13] = np.inf
         with pytest.raises(ValueError, match=r"in the chunk at \(5, 7\), the first at index \(7, 13\)"):
             quantize(da.from_array(bad, chunks=(5, 7))).dequantize().compute()
+
+
+@pytest.mark.exhaustive  # three clusters are started
+def test_an_array_larger_than_a_worker_is_quantized_whoever_dies():
+    """1.2 GB where a worker has 700 MB; a worker is killed on the way, and the result is the same."""
+    script = Path(__file__).parent.parent / "benchmarks" / "cluster.py"
+    command = [sys.executable, str(script), "--gigabytes", "1.2", "--megabytes-a-worker", "700"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "the same results: yes" in done.stdout
+
+
+def test_masks_stay_lazy_and_bounds_say_how():
+    x, land = da.from_array(X, chunks=(5, 7)), X[0] > 0.5
+    here = quantize(X, mask=land)
+    for mask in (land, da.from_array(land, chunks=4)):
+        there = quantize(x, mask=mask)
+        assert all(isinstance(array, da.Array) for array in there._arrays())
+        assert_same_bits(there.to_backend("numpy"), here)
+        assert_same_bits(there.dequantize().compute(), here.dequantize())
+    there = quantize(x, fill_value=float(X[3, 3]), granularity=PerChannel(1))
+    assert_same_bits(there.to_backend("numpy"), quantize(X, fill_value=float(X[3, 3]), granularity=PerChannel(1)))
+    with pytest.raises(TypeError, match=r"max_abs_err=0.1 is checked on values, .* compute them first"):
+        quantize(x, max_abs_err=0.1)
+    with pytest.raises(TypeError, match="out is given, but arrays of dask"):
+        quantize(x, out=np.empty(X.shape, "i1"))

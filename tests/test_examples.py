@@ -143,6 +143,9 @@ def test_fields(tmp_path):
     found = [line.split() for line in output.splitlines() if line.startswith(("CF", "aqt_lite.bound"))]
     assert len(found) == 3 + 7 + 7  # int8 is refused the smaller bounds
     assert all(float(bits) < 9 and float(error) <= 1 for *_, error, bits in found)
+    found = [line.split() for line in output.splitlines() if line.startswith("BitRound  ")]
+    assert len(found) == 7
+    assert all(float(bits) < 9 and float(error) <= 1 for *_, error, bits in found)
     assert (tmp_path / "fields.png").stat().st_size > 50_000
 
 

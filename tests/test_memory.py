@@ -278,3 +278,51 @@ def test_memory_beside_the_result_of_libraries_that_share_memory(library, call):
 def test_memory_of_packed_codes(call, dtype):
     made = f"aqt_lite.quantize(x, {dtype!r}, granularity=PerGroup(32))"
     assert peak("numpy", call, made + (".unpacked()" if call == "q.packed()" else "")) < 0.5
+
+
+LIMITED = """
+import resource, re, sys
+import numpy as np
+import aqt_lite
+from aqt_lite import PerChannel, PerGroup
+folder, rows, room = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20
+x = np.lib.format.open_memmap(folder + "/x.npy", "w+", "f4", (rows, 4096))  # sparse: zeros take no room on the disk
+x[:: rows // 8] = np.linspace(-3, 3, 4096, dtype="f4")
+x = np.load(folder + "/x.npy", mmap_mode="r")
+def file(name, dtype, columns):
+    return np.lib.format.open_memmap(folder + "/" + name, "w+", dtype, (rows, columns))
+def all_of(x, files):
+    int8, int4, values = files
+    q = aqt_lite.quantize(x, out=int8)
+    q.dequantize(out=values)
+    assert (values[0] == q[0].dequantize()).all()
+    report = aqt_lite.error_report(x, q)
+    assert report.max_abs_error <= float(q.scale.max()) / 2 * 1.001
+    aqt_lite.quantize(x, granularity=PerChannel(0), mask=np.arange(4096) < 9, out=int8)
+    q = aqt_lite.quantize(x, "int4", granularity=PerGroup(32), out=int4)
+    q.dequantize(out=values)
+    assert abs(values[-1] - x[-1]).max() <= float(q.scale.max()) / 2 * 1.001
+small = np.array(x[:64])
+all_of(small, (np.empty((64, 4096), "i1"), np.empty((64, 2048), "u1"), np.empty((64, 4096), "f4")))
+files = file("8.npy", "i1", 4096), file("4.npy", "u1", 2048), file("v.npy", "f4", 4096)
+used = int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
+try:
+    np.ones(x.nbytes // 4 + room, "u1")
+except MemoryError:
+    all_of(x, files)
+else:
+    sys.exit("the limit does not hold")
+"""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("rows", "room"),
+    [(4096, 40), pytest.param(1 << 17, 200, marks=pytest.mark.exhaustive)],  # 64 MB; 2 GB
+)
+def test_arrays_larger_than_memory(tmp_path, rows, room):
+    """Anonymous memory is limited to far less than the array, the codes or the values take."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(rows), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

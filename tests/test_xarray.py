@@ -615,3 +615,47 @@ def test_folders_are_not_replaced_but_stores_by_stores(tmp_path, monkeypatch):
 def test_import_brings_no_xarray():
     code = "import sys, aqt_lite, aqt_lite.cf; assert not {'xarray', 'pandas', 'zarr'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rounding_keeps_labels_and_says_what_it_did():
+    rng = np.random.default_rng(0)
+    t = xr.DataArray(
+        (280 + rng.standard_normal((6, 30, 40)).cumsum(2)).astype("float32"),
+        {"time": np.arange(6), "lat": np.linspace(-9, 9, 30)},
+        ("time", "lat", "lon"),
+        name="t",
+        attrs={"units": "K"},
+    )
+    t.encoding = {"dtype": "int16", "scale_factor": 0.01, "zlib": True}
+    for how in ({"keepbits": 6}, {"max_abs_err": 0.3}, {"max_rel_err": 1e-3}, {"information": 0.99, "dim": "lon"}):
+        y = t.aqt.bitround(**how)
+        if "keepbits" not in how:
+            axis = {"axis": 2} if "dim" in how else {}
+            bits = aqt_lite.keepbits_for(t.values, **{k: v for k, v in how.items() if k != "dim"}, **axis)
+        else:
+            bits = 6
+        assert_same_bits(y.values, aqt_lite.bitround(t.values, bits))
+        assert y.attrs == {"units": "K", "quantization": "quantization_bitround", "quantization_nsb": bits}
+        assert y.encoding == {"zlib": True}, "it would be packed again"
+        assert y.coords.identical(t.coords)
+    assert t.encoding["dtype"] == "int16", "the original is as it was"
+    ds = xr.Dataset({"t": t, "n": ("time", np.arange(6)), "u": t.chunk({"lat": 7}) * 2})
+    rounded = ds.aqt.bitround(5)
+    assert_same_bits(rounded.u.values, aqt_lite.bitround(t.values * 2, 5))
+    assert rounded.n.identical(ds.n)
+    assert rounded.u.chunks is not None
+    assert rounded.quantization_bitround.attrs["algorithm"] == "bitround"
+    one = ds.aqt.bitround(max_rel_err={"u": 0.01})
+    assert one.t.identical(ds.t)
+    assert one.u.attrs["quantization_nsb"] == 6
+    with pytest.raises(ValueError, match="give one of keepbits"):
+        t.aqt.bitround()
+    with pytest.raises(ValueError, match="a dimension of variable 't'"):
+        t.aqt.bitround(information=0.9, dim="x")
+    with pytest.raises(ValueError, match="'v' is named"):
+        ds.aqt.bitround(keepbits={"v": 3})
+    with pytest.raises(TypeError, match="give one number"):
+        t.aqt.bitround({"t": 3})
+    t.attrs["max_abs_error"] = 0.1
+    with pytest.warns(aqt_lite.xarray.RepackedWarning, match="rounding adds to that error"):
+        assert "max_abs_error" not in t.aqt.bitround(5).attrs

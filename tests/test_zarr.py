@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tomllib
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numcodecs import PackBits
 
-from aqt_lite import PerBlock, cf, dequantize, quantize
+from aqt_lite import PerBlock, bitround, cf, dequantize, keepbits_for, quantize
 from aqt_lite._bits import stream_of, words_of
 from aqt_lite.testing import assert_same_bits
 from aqt_lite.zarr import BoundCodec, PackBitsCodec, QuantizeCodec, standard_codecs
@@ -353,3 +354,19 @@ def test_standard_codecs_refuse_what_float32_cannot_keep():
     with pytest.raises(ValueError, match="float32 cannot keep"):
         standard_codecs(X, max_abs_err=1e-3, dtype="int32")
     assert cf.choose_packing(X, max_abs_err=0.05, powers_of_two=True).scale_factor == 0.0625
+
+
+def test_the_codec_that_everybody_has_rounds_to_our_bits(tmp_path):
+    """``bitround`` of numcodecs, with the bits that keepbits_for chooses."""
+    from zarr.codecs.numcodecs import BitRound
+
+    x = (280 + np.random.default_rng(0).standard_normal((30, 40)).cumsum(1)).astype("float32")
+    bits = keepbits_for(x, information=0.99)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that numcodecs' codecs are not in the specification
+        z = zarr.create_array(
+            tmp_path / "a.zarr", shape=x.shape, chunks=(10, 40), dtype="float32", filters=[BitRound(keepbits=bits)]
+        )
+        z[:] = x
+        again = zarr.open_array(tmp_path / "a.zarr", mode="r")[:]
+    assert_same_bits(again, bitround(x, bits))

@@ -5,17 +5,21 @@ Owns: the table. Imports: the forms.
 
 from __future__ import annotations
 
+from aqt_lite import significant
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite.backends.cpu import quantize
 from aqt_lite.backends.cpu.fixed_point import fixed_point_matmul, matmul_reproducible, matmul_reproducible_stored
 from aqt_lite.backends.cpu.floats import matmul
 from aqt_lite.backends.cpu.integers import integer_matmul
 from aqt_lite.backends.cpu.runtime import gated
+from aqt_lite.backends.cpu.significant import bitrounded
 from aqt_lite.backends.cpu.stored import matmul_stored
 from aqt_lite.ops import reference
 
 KERNELS: Kernels = {
     **{operation: Kernel(gated(form), anything) for operation, form in quantize.FORMS.items()},
+    **{operation: Kernel(form, anything) for operation, form in quantize.INTO.items()},
+    significant.bitrounded: Kernel(gated(bitrounded), anything),
     reference.matmul: Kernel(gated(matmul)),
     reference.matmul_stored: Kernel(gated(matmul_stored), anything),
     reference.matmul_reproducible: Kernel(gated(matmul_reproducible)),

@@ -17,7 +17,7 @@ from aqt_lite import packing
 from aqt_lite._namespace import Array
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 
-__all__ = ["FORMS", "pack", "unpack"]
+__all__ = ["FORMS", "pack", "packed_rows", "unpack", "unpacked_rows"]
 
 TILE = BLOCK // 4
 """Codes at a time, whole words: the arrays made on the way fit a core's cache."""
@@ -44,6 +44,22 @@ def unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
     codes = aligned_empty((*stream.shape[:-1], length), np.int8 if signed else np.uint8)
     _for_tiles(lambda c, s: _unpack(s, bits, signed, c.view(np.uint8)), codes, np.ascontiguousarray(stream), bits)
     return codes
+
+
+def packed_rows(codes: Array, bits: int) -> Array:
+    """Codes of one byte as streams along the last axis: of few codes, at once."""
+    rows = np.ascontiguousarray(codes).view(np.uint8).reshape(-1, codes.shape[-1])
+    stream = np.empty((len(rows), packing.bytes_of(codes.shape[-1], bits)), np.uint8)
+    _pack(rows, bits, stream)
+    return stream.reshape(*codes.shape[:-1], -1)
+
+
+def unpacked_rows(stream: Array, bits: int, length: int, signed: bool) -> Array:
+    """The inverse."""
+    rows = np.ascontiguousarray(stream).reshape(-1, stream.shape[-1])
+    codes = np.empty((len(rows), length), np.uint8)
+    _unpack(rows, bits, signed, codes)
+    return codes.reshape(*stream.shape[:-1], length).view(np.int8 if signed else np.uint8)
 
 
 def _for_tiles(work: Callable[[Array, Array], None], codes: Array, stream: Array, bits: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import _into, affine
 from aqt_lite._blocks import reduced
 from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
@@ -29,8 +29,18 @@ from aqt_lite.backends.cpu import packed, runtime, serve
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
+from aqt_lite.packing import bytes_of
 
-__all__ = ["FORMS", "choose_qparams", "dequantize", "fake_quantize", "quantize", "quantize_with", "reaches_an_end"]
+__all__ = [
+    "FORMS",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "for_tiles",
+    "quantize",
+    "quantize_with",
+    "reaches_an_end",
+]
 
 TILE = BLOCK // 4
 """Elements of a tile: several arrays of it, which an operation makes on its way, fit a core's cache."""
@@ -90,7 +100,7 @@ def fake_quantize(
         codes = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
         values[tile.at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     with np.errstate(all="ignore"):
         return values, affine.scales(qparams.scale, spec, _numpy())
 
@@ -106,8 +116,40 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
         own = _cut(QParams(*qparams), tile)
         outside[tile.at] = affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     return outside
+
+
+def count_clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.count_clipped`` on tiles."""
+    if not _worth_tiles(x, spec):
+        return NotImplemented
+    spec = with_twins(spec)
+
+    def flags(tile: Tile) -> Array:
+        own = _cut(QParams(*qparams), tile)
+        return affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
+
+    return _counted(flags, x.shape, spec.block)
+
+
+def count_beyond(x: Array, low: Array, high: Array, *, spec: Spec) -> Any:
+    """``affine.count_beyond`` on tiles."""
+    if x.size < LARGE:
+        return NotImplemented
+
+    def flags(tile: Tile) -> Array:
+        ends = (end if end.size == 1 else end[tile.on_grid] for end in (low, high))
+        return affine.beyond(x[tile.at], *ends, spec=spec, b=_numpy())
+
+    return _counted(flags, x.shape, spec.block)
+
+
+def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe) -> Any:
+    """``affine.usable_qparams`` from the largest magnitudes of tiles."""
+    if not _worth_tiles(x, spec):
+        return NotImplemented
+    return _usable(x, given, with_twins(spec), recipe)
 
 
 def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe) -> Any:
@@ -135,13 +177,69 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
         own = _cut(QParams(*w[1:]), tile)
         values[tile.at] = affine.dequantize(Coded(w.codes[tile.at], *own), spec=spec, out=out, b=_numpy())
 
-    _for_tiles(work, w.codes.shape, spec.block)
+    for_tiles(work, w.codes.shape, spec.block)
     return values
 
 
 def scales_of(kept: Coded, *, spec: Spec) -> Any:
     """``affine.scales_of``: the scales dequantized."""
     return dequantize(Coded(*kept), spec=spec.of_scales)
+
+
+# ---- into memory that exists
+
+
+def encode_into(x: Array, qparams: QParams, key: Array | None, storage: Array, *, spec: Spec, recipe: Recipe) -> None:
+    """``_into.encode_into`` on tiles."""
+    if 0 in x.shape:
+        return
+    twins, bits = with_twins(spec), spec.element.bits
+    packs = _into.is_packed(spec, x.ndim)
+
+    def work(tile: Tile) -> None:
+        own = _cut(QParams(*qparams), tile)
+        codes = affine.encode(x[tile.at], own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
+        if packs:
+            storage[_of_stream(tile, bits)] = packed.packed_rows(codes, bits)
+        else:
+            storage[tile.at] = codes
+
+    for_tiles(work, x.shape, _block_to_cut(spec), 8 if packs else 1)
+
+
+def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None) -> None:
+    """``_into.decode_into`` on tiles."""
+    if 0 in values.shape:
+        return
+    twins, element = with_twins(spec), spec.element
+    packs = codes.shape != values.shape
+    signed = not element.storage.startswith("u")
+    name = values.dtype.name
+
+    def work(tile: Tile) -> None:
+        if packs:
+            length = tile.at[-1].stop - tile.at[-1].start
+            part = packed.unpacked_rows(codes[_of_stream(tile, element.bits)], element.bits, length, signed)
+        else:
+            part = codes[tile.at]
+        own = _cut(QParams(*qparams), tile)
+        found = affine.dequantize(Coded(part, *own), spec=twins, out=name, b=_numpy())
+        if fill is not None and element.missing is not None:
+            found = np.where(part == element.missing, found.dtype.type(fill), found)
+        values[tile.at] = found
+
+    for_tiles(work, values.shape, _block_to_cut(spec), 8 if packs else 1)
+
+
+def _block_to_cut(spec: Spec) -> Block | None:
+    """The blocks that tiles go along; None where the array cannot be cut."""
+    return spec.block if _scales_can_be_cut(spec) else None
+
+
+def _of_stream(tile: Tile, bits: int) -> tuple[slice, ...]:
+    """The bytes of a tile in the array of packed codes."""
+    *lead, last = tile.at
+    return (*lead, slice(last.start * bits // 8, bytes_of(last.stop, bits)))
 
 
 # ---- tiles
@@ -174,10 +272,11 @@ class Tile(NamedTuple):
     """The position of its first element."""
 
 
-def _tiles(shape: tuple[int, ...], block: Block) -> list[Tile]:
+def _tiles(shape: tuple[int, ...], block: Block, multiple: int = 1) -> list[Tile]:
     """Tiles that make up the array: one index of the first axes, a range of one axis, and the whole of the rest.
 
     Along that axis a tile is some whole blocks or a part of one, so that its parameters meet it as the array's do.
+    Along the last axis tiles begin at multiples of ``multiple``; where blocks do not, one tile takes all of it.
     """
     axis, row = len(shape), 1
     while axis and row * shape[axis - 1] <= TILE:
@@ -187,16 +286,21 @@ def _tiles(shape: tuple[int, ...], block: Block) -> list[Tile]:
     axis -= 1
     length, size, room = shape[axis], block[axis], max(1, TILE // row)
     unit = length if size is None else min(size, length)
+    last = multiple if axis == len(shape) - 1 else 1
     step = unit * (room // unit)
+    if unit < length and unit % last:  # so many blocks end at a multiple
+        unit *= last // math.gcd(unit, last)
+        step = unit * max(1, room // unit)
     whole = [(n, min(n + (step or unit), length)) for n in range(0, length, step or unit)]
     parts = [] if step else [-(-(stop - start) // room) for start, stop in whole]  # of blocks that are too large
     cuts = (
         whole
         if step
         else [
-            (start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
+            (start + (stop - start) * i // count // last * last, end)
             for (start, stop), count in zip(whole, parts, strict=True)
             for i in range(count)
+            for end in [stop if i == count - 1 else start + (stop - start) * (i + 1) // count // last * last]
         ]
     )
     rest = shape[axis + 1 :]
@@ -212,14 +316,34 @@ def _tiles(shape: tuple[int, ...], block: Block) -> list[Tile]:
     return found
 
 
-def _for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Block) -> None:
-    tiles = _tiles(shape, block)
+def for_tiles(work: Callable[[Tile], None], shape: tuple[int, ...], block: Block | None, multiple: int = 1) -> None:
+    """Have ``work`` done for each tile of an array, on every core; for all at once where there are no blocks to cut."""
+    if block is None:
+        everything = tuple(slice(0, n) for n in shape)
+        tiles = [Tile(everything, (slice(None),) * len(shape), 0)]
+    else:
+        tiles = _tiles(shape, block, multiple)
 
     def some(start: int, stop: int) -> None:
         for tile in tiles[start:stop]:
             work(tile)
 
     map_ranges(some, len(tiles), 1, chunks_per_core=CHUNKS_PER_CORE)
+
+
+def _counted(flags: Callable[[Tile], Array], shape: tuple[int, ...], block: Block) -> tuple[Array, Array]:
+    """How many there are in all tiles, and the position of the first."""
+    found: list[tuple[int, int]] = []  # appending is atomic
+
+    def work(tile: Tile) -> None:
+        here = flags(tile)
+        count = int(np.count_nonzero(here))
+        if count:
+            found.append((tile.first + int(np.argmax(here)), count))
+
+    for_tiles(work, shape, block)
+    first, _ = min(found, default=(0, 0))
+    return np.asarray(sum(count for _, count in found)), np.asarray(first)
 
 
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
@@ -250,7 +374,7 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
                 np.minimum(ends[0][tile.on_grid], low, out=ends[0][tile.on_grid])
             np.maximum(ends[-1][tile.on_grid], high, out=ends[-1][tile.on_grid])
 
-    _for_tiles(extrema, x.shape, spec.block)
+    for_tiles(extrema, x.shape, spec.block)
     kept, rows = spec.format.scale, replace(spec, block=(None, *((1,) * len(grid))))
     if kept is None or not kept.scaled:  # each block by itself
         parts = _tiles(grid, (1,) * len(grid))
@@ -282,7 +406,7 @@ def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: 
         own = _cut(qparams, tile)
         codes[tile.at] = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
-    _for_tiles(work, x.shape, spec.block)
+    for_tiles(work, x.shape, spec.block)
     return codes
 
 
@@ -333,12 +457,11 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
     height = max(1, BLOCK // math.prod(x.shape[1:]))
 
     def extrema(start: int, stop: int) -> tuple[Array, Array]:
-        lows, highs = [], []
-        for n in range(start, stop, height):
+        low, high = (end(x[start : min(start + height, stop)], axis=0) for end in (np.min, np.max))
+        for n in range(start + height, stop, height):
             part = x[n : min(n + height, stop)]
-            lows.append(part.min(axis=0))
-            highs.append(part.max(axis=0))
-        return np.min(lows, axis=0), np.max(highs, axis=0)
+            low, high = np.minimum(low, part.min(axis=0)), np.maximum(high, part.max(axis=0))
+        return low, high
 
     found = map_ranges(extrema, len(x), 1, x.size)
     ends = np.stack([np.min([lo for lo, _ in found], axis=0), np.max([hi for _, hi in found], axis=0)])
@@ -434,7 +557,10 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.quantize: quantize,
     affine.quantize_with: quantize_with,
     affine.choose_qparams: choose_qparams,
+    affine.usable_qparams: usable_qparams,
     affine.clipped: clipped,
+    affine.count_clipped: count_clipped,
+    affine.count_beyond: count_beyond,
     affine.reaches_an_end: reaches_an_end,
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
@@ -442,3 +568,6 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     **packed.FORMS,
 }
 """The forms, each under its operation: they know every format."""
+
+INTO: dict[Callable[..., Any], Callable[..., Any]] = {_into.encode_into: encode_into, _into.decode_into: decode_into}
+"""Those that write into arrays that they are given."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
+from aqt_lite._progress import told
 
 LARGE = 1 << 17
 """Arrays of fewer elements are not worth threads, nor the time that loading compiled loops takes."""
@@ -60,11 +61,19 @@ def map_ranges(
     if elements < LARGE:
         with np.errstate(all="ignore"):
             return [work(0, length)]
-    units = -(-length // multiple)
-    chunks = min(cores() * chunks_per_core, units)
+    units, listener = -(-length // multiple), told()
+    chunks = min(cores() * chunks_per_core if listener is None else max(100, cores()), units)
     bounds = [min(units * i // chunks * multiple, length) for i in range(chunks + 1)]
     results: list[Any] = [None] * chunks
     changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
+    telling, done = threading.Lock(), 0
+
+    def tell(part: int) -> None:
+        nonlocal done
+        with telling:
+            done += part
+            if listener is not None:
+                listener(done, length)
 
     def claim() -> None:
         nonlocal begun, ended
@@ -76,6 +85,7 @@ def map_ranges(
                     i, begun = begun, begun + 1
                 try:
                     results[i] = work(bounds[i], bounds[i + 1])
+                    tell(bounds[i + 1] - bounds[i])
                 except BaseException as failure:
                     failures.append(failure)
                 finally:

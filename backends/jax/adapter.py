@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,10 @@ class JaxBackend(Backend):
         return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            # Over several processes, all of which run the same program, and so ask for the same.
+            gathered = importlib.import_module("jax.experimental.multihost_utils").process_allgather(x, tiled=True)
+            return np.asarray(gathered)
         return np.asarray(jax.device_get(x))  # likewise
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
@@ -78,6 +83,12 @@ class JaxBackend(Backend):
 
     def is_traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)
+
+    def bits_of(self, x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.uint8 if x.dtype.itemsize == 1 else f"int{8 * x.dtype.itemsize}")
+
+    def floats_of(self, bits: Array, name: str) -> Array:
+        return jax.lax.bitcast_convert_type(bits, name)
 
     def reciprocal(self, x: Array) -> Array:
         width = x.dtype.itemsize * 8

@@ -392,6 +392,8 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     affine.scales_of: None,
     affine.clipped: None,
     affine.beyond: None,
+    affine.count_clipped: None,
+    affine.count_beyond: None,
     packing.pack: None,
     packing.unpack: None,
 }

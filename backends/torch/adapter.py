@@ -41,7 +41,10 @@ class TorchBackend(Backend):
         return torch.tensor(value, dtype=self.dtype(dtype), device=like.device)  # torch.compile knows no NumPy scalar
 
     def bits_of(self, x: Array) -> Array:
-        return x.view(torch.uint8 if x.element_size() == 1 else torch.int16)
+        return _bitcast(x, getattr(torch, "uint8" if x.element_size() == 1 else f"int{8 * x.element_size()}"))
+
+    def floats_of(self, bits: Array, name: str) -> Array:
+        return _bitcast(bits, getattr(torch, name))
 
     def to_device(self, x: Array, device: Any) -> Array:
         return x.to(device)

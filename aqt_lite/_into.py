@@ -1,0 +1,71 @@
+"""Codes and values that are written into memory that exists: ``out=``, a file's pages for instance.
+
+Owns: the checks of ``out``, and the two operations, which libraries have whose arrays can be written to. Imports:
+``affine``, packing, dispatch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._dispatch import kernel_for
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite.affine import QParams, Recipe, Spec
+from aqt_lite.packing import bytes_of
+
+__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "storage_of"]
+
+
+def encode_into(
+    x: Array, qparams: QParams, key: Array | None, storage: Array, *, spec: Spec, recipe: Recipe, b: Backend
+) -> None:
+    """The codes of ``x`` in ``storage``, packed where they have fewer than 8 bits."""
+    raise TypeError(_refusal(b))
+
+
+def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, b: Backend) -> None:
+    """What codes stand for in ``values``; ``fill`` where they are missing. Of fewer elements, codes are packed."""
+    raise TypeError(_refusal(b))
+
+
+def can_write(b: Backend) -> bool:
+    """Whether the operations above are there."""
+    return kernel_for(b, encode_into, {}) is not None
+
+
+def _refusal(b: Backend) -> str:
+    return f"out is given, but arrays of {b.name} are not written to here: leave it out, or pass arrays of NumPy"
+
+
+def is_packed(spec: Spec, ndim: int) -> bool:
+    """Whether codes are kept as a dense stream of bits."""
+    return spec.element.bits < 8 and ndim > 0
+
+
+def storage_of(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of the codes as they are kept."""
+    if not is_packed(spec, len(shape)):
+        return shape, spec.element.storage
+    return (*shape[:-1], bytes_of(shape[-1], spec.element.bits)), "uint8"
+
+
+def check_out(out: Any, shape: tuple[int, ...], name: str, what: str, b: Backend, *sources: Any) -> None:
+    """An error where ``out`` is no array that ``what``, of that shape and type, can be written into.
+
+    It must not overlap with ``sources``, which are read meanwhile.
+    """
+    if not can_write(b):
+        raise TypeError(_refusal(b))
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out is a {type(out).__name__}: give an array of NumPy, or a memory map")
+    dtype = np.dtype(b.dtype(name))
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype}{out.shape}: it must be {dtype}{shape}, which {what} take")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only: open its file with mode='r+' or 'w+', or give a copy")
+    for source in sources:
+        if isinstance(source, np.ndarray) and np.may_share_memory(out, source):
+            raise ValueError("out overlaps in memory with what is read: give memory of its own")

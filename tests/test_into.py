@@ -1,0 +1,182 @@
+"""``out=``: codes and values written into memory that exists have the bits of those that are returned."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from optional import jnp, torch
+
+import aqt_lite
+from aqt_lite import ClippingWarning, PerBlock, PerChannel, PerGroup, PerTensor, dequantize, quantize
+from aqt_lite.backends.cpu import quantize as forms
+from aqt_lite.testing import assert_same_bits
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((37, 203)).astype("float32")
+
+
+@pytest.fixture(params=["few tiles", "many tiles"])
+def _tiles(request, monkeypatch):
+    if request.param == "many tiles":
+        monkeypatch.setattr(forms, "TILE", 48)
+        monkeypatch.setattr(forms, "LARGE", 2)
+
+
+CALLS = [
+    ("int8", {}),
+    ("int8", {"granularity": PerGroup(32), "scheme": "affine"}),
+    ("uint8", {"scheme": "affine", "granularity": PerBlock((5, 7))}),
+    ("int16", {"granularity": PerChannel(1)}),
+    ("int4", {"granularity": PerGroup(32)}),
+    ("int3", {"granularity": PerGroup(5)}),
+    ("int5", {}),
+    ("int8", {"scheme": "affine", "offset": "data"}),
+    ("nf4", {"granularity": PerGroup(64), "scale_dtype": "int8"}),
+    ("float8_e4m3fn", {"scale_dtype": "bfloat16"}),
+    ("mxfp4", {}),
+    ("nvfp4", {}),
+    ("int8", {"rounding": "stochastic", "key": 3}),
+    ("int8", {"scale": 0.02, "on_clip": "saturate"}),
+    ("int4", {"scale": np.full((37, 1), 0.5), "granularity": PerChannel(0), "on_clip": "saturate"}),
+    ("int8", {"mask": X[0] > 1}),
+    ("int4", {"missing": "nan", "granularity": PerGroup(8)}),
+    ("int8", {"dialect": "torchao"}),
+]
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("dtype", "how"), CALLS, ids=str)
+def test_the_bits_of_what_is_returned(dtype, how):
+    for x in (X, X.T.copy().T, X[:, ::2], X.astype(">f4")[:3], X[:0]):
+        if x.shape != X.shape and ("mask" in how or "scale" in how):
+            continue
+        wanted = quantize(x, dtype, **how)
+        out = np.full(wanted.storage.shape, 77, wanted.storage.dtype)
+        q = quantize(x, dtype, out=out, **how)
+        assert q.storage is out
+        assert_same_bits(q, wanted)
+        values = np.empty(x.shape, "float32")
+        assert q.dequantize(out=values) is values
+        assert_same_bits(values, wanted.dequantize())
+        if wanted.mask is not None:
+            assert_same_bits(dequantize(q, fill_value=-9.0, out=values), wanted.dequantize(fill_value=-9.0))
+
+
+@pytest.mark.parametrize("ndim", [0, 1, 3])
+def test_every_number_of_dimensions(ndim):
+    x = X.ravel()[: 7**ndim].reshape((7,) * ndim)
+    for dtype in ("int8", "int4"):
+        wanted = quantize(x, dtype)
+        out = np.empty_like(wanted.storage)
+        assert_same_bits(quantize(x, dtype, out=out), wanted)
+        assert_same_bits(wanted.dequantize("float64", out=np.empty(x.shape)), wanted.dequantize("float64"))
+
+
+def test_memory_maps(tmp_path):
+    out = np.lib.format.open_memmap(tmp_path / "codes.npy", "w+", "u1", (37, 102))
+    q = quantize(X, "int4", out=out, granularity=PerChannel(0))
+    out.flush()
+    assert_same_bits(np.load(tmp_path / "codes.npy"), quantize(X, "int4", granularity=PerChannel(0)).storage)
+    values = np.lib.format.open_memmap(tmp_path / "values.npy", "w+", "f4", X.shape)
+    q.dequantize(out=values)
+    assert_same_bits(np.load(tmp_path / "values.npy"), q.dequantize())
+
+
+def test_what_cannot_be_written_into_is_refused():
+    q = quantize(X)
+    read_only = np.empty(X.shape, "i1")
+    read_only.flags.writeable = False
+    for out, words in [
+        (np.empty((37, 202), "i1"), r"out is int8\(37, 202\): it must be int8\(37, 203\), which codes of int8 take"),
+        (np.empty(X.shape, "u1"), "out is uint8"),
+        (np.empty(X.shape, ">i2"), "out is >i2"),
+        (read_only, "read-only"),
+        (X.view("i1")[:, : X.shape[1]], "overlaps"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            quantize(X, out=out)
+    with pytest.raises(ValueError, match=r"it must be uint8\(37, 102\)"):
+        quantize(X, "int4", out=np.empty(X.shape, "i1"))
+    with pytest.raises(TypeError, match="out is a list"):
+        quantize(X, out=[1])
+    with pytest.raises(ValueError, match="out and max_abs_err are both given"):
+        quantize(X, max_abs_err=0.1, out=np.empty(X.shape, "i1"))
+    with pytest.raises(ValueError, match="out is given, but dialect='gguf'"):
+        quantize(X[:32, :32], "q8_0", dialect="gguf", out=np.empty((32, 32), "i1"))
+    with pytest.raises(ValueError, match="it must be float64"):
+        q.dequantize("float64", out=np.empty(X.shape, "f4"))
+    codes = np.zeros((4, 40), "i1")
+    with pytest.raises(ValueError, match="overlaps"):
+        aqt_lite.QArray.from_codes(codes[:, ::4], 1.0).dequantize(out=codes.view("f4"))
+
+
+def test_other_libraries_are_refused():
+    for x in (jnp.asarray(X), torch.from_numpy(X)):
+        with pytest.raises(TypeError, match="out is given, but arrays of"):
+            quantize(x, out=np.empty(X.shape, "i1"))
+        with pytest.raises(TypeError, match="out is given, but arrays of"):
+            quantize(x).dequantize(out=np.empty(X.shape, "f4"))
+
+
+def test_nothing_is_written_where_a_call_is_refused():
+    out = np.full(X.shape, 5, "i1")
+    bad = X.copy()
+    bad[3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"non-finite values of 7511, the first at index \(3, 4\)"):
+        quantize(bad, out=out)
+    with pytest.raises(ValueError, match="beyond the numbers that int8 has"):
+        quantize(X, scale=0.001, on_clip="raise", out=out)
+    assert (out == 5).all()
+    with pytest.warns(ClippingWarning, match="beyond the numbers") as found:
+        quantize(X, scale=0.001, out=out)
+    assert found[0].filename == __file__
+    with pytest.warns(ClippingWarning) as plain:
+        quantize(X, scale=0.001)
+    assert str(found[0].message) == str(plain[0].message)
+    assert plain[0].filename == __file__
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_clipped_values_are_counted_part_by_part():
+    x = X.copy()
+    x[20, 150] = 100
+    x[30, 1] = -100
+    for granularity in (PerTensor(), PerChannel(0), PerBlock((5, 20))):
+        grid = quantize(x, granularity=granularity).scale.shape
+        with pytest.warns(ClippingWarning, match=r"2 values of 7511 .* first at index \(20, 150\): 100.0"):
+            quantize(x, scale=np.full(grid, 0.1), granularity=granularity)
+        with pytest.raises(ValueError, match=r"2 values of 7511 .* first at index \(20, 150\): 100.0"):
+            quantize(x, scale=np.full(grid, 0.1), granularity=granularity, on_clip="raise")
+
+
+def test_large_masked_arrays_are_marked_part_by_part(monkeypatch):
+    from aqt_lite import _missing
+
+    x = np.tile(X, (8, 3))
+    x[5, 7], x[0, 7], x[0, 9] = 1e20, 2, 0
+    calls = [
+        {"mask": x[0] > 1},
+        {"mask": x > 1, "granularity": PerGroup(32)},
+        {"fill_value": [1e20, float(x[0, 0])]},
+        {"fill_value": 1e20, "scale": 0.03, "on_clip": "saturate"},
+        {"mask": x > 1, "max_abs_err": 0.1, "dtype": "auto"},
+        {"mask": x > 1, "dtype": "float8_e4m3fn"},
+        {"mask": x > 1, "dtype": "int8", "scale_dtype": "int8", "granularity": PerGroup(32)},
+    ]
+    wanted = [quantize(x, **how) for how in calls]
+    monkeypatch.setattr(_missing, "_TOGETHER", 1000)
+    for how, q in zip(calls, wanted, strict=True):
+        assert_same_bits(quantize(x, **how), q)
+        assert_same_bits(quantize(x.astype(">f4"), **how), q)
+        assert_same_bits(quantize(x, backend="torch", **how), q)
+    x[9, 9] = np.inf
+    with pytest.raises(ValueError, match=r"infinite, or NaN .* first at index \(9, 9\)"):
+        quantize(x, mask=x[0] > 1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        x[9, 9] = 1e20
+        quantize(x, mask=x[0] > 1)
+    assert [w.category.__name__ for w in found] == ["SuspectValueWarning"]
+    assert found[0].filename == __file__

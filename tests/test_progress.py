@@ -1,0 +1,68 @@
+"""Progress: who asks is told, in order, up to the end; a bar is drawn on a terminal alone."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+import aqt_lite
+from aqt_lite.testing import assert_same_bits
+
+X = np.random.default_rng(0).standard_normal((1500, 1000)).astype("float32")
+Q = aqt_lite.quantize(X)
+CALLS = [
+    lambda: aqt_lite.quantize(X),
+    lambda: aqt_lite.quantize(X, "mxfp4"),
+    lambda: aqt_lite.quantize(X, out=np.empty(X.shape, "i1")),
+    lambda: aqt_lite.quantize(X, max_abs_err=0.1),
+    lambda: Q.dequantize(),
+    lambda: aqt_lite.error_report(X, Q),
+    lambda: aqt_lite.bitround(X, 5),
+    lambda: aqt_lite.keepbits_for(X, max_rel_err=0.01),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_every_pass_is_told_to_its_end(number):
+    seen = []
+    with aqt_lite.progress(lambda done, of: seen.append((done, of))):
+        result = CALLS[number]()
+    wanted = CALLS[number]()
+    if isinstance(result, np.ndarray | aqt_lite.QArray):
+        assert_same_bits(result, wanted)
+    else:
+        assert result == wanted
+    starts = [0, *(i + 1 for i, (done, of) in enumerate(seen) if done == of)]
+    assert starts[-1] == len(seen), "a pass that did not end"
+    assert len(seen) >= 5
+    for start, stop in itertools.pairwise(starts):
+        done = [d for d, _ in seen[start:stop]]
+        assert done == sorted(done)
+    before = len(seen)
+    CALLS[number]()
+    assert len(seen) == before, "it is told no longer"
+
+
+def test_what_a_callback_raises_ends_the_call():
+    def stop(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), aqt_lite.progress(stop):
+        aqt_lite.quantize(X)
+    with pytest.raises(TypeError, match="callback is a int"), aqt_lite.progress(3):
+        pass
+
+
+def test_a_bar_on_a_terminal_alone(monkeypatch):
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        with aqt_lite.progress():
+            aqt_lite.quantize(X)
+        drawn = stream.getvalue()
+        assert drawn.endswith("#] 100%\n") if terminal else drawn == ""
