@@ -31,7 +31,8 @@ def held(name, forms, every=1):
     for case in golden.cases(name)[::every]:
         x, found = recorded(name, *case)
         problems.append(golden.problem(name, *case, x))
-        q = quantize(x, case[0], scheme=case[1], granularity=golden.granularity_of(case[0]), dialect=name)
+        how = golden.asked(case[1])
+        q = quantize(x, case[0], **how, granularity=golden.granularity_of(case[0]), dialect=name)
         wanted.append(golden.as_bits(found, bits_of(q), case[0]))
     return disagreements(problems, wanted, forms)
 
