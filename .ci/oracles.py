@@ -2,8 +2,9 @@
 
     .venv/bin/python .ci/oracles.py [--seeds N] [--write] [name ...]
 
-What it is given goes to tests/oracles/dialects.py; without names also to arrays.py, beside it. The environment is a directory of its own under build/oracles, which
-sees the development set-up and holds the originals beside it.
+What it is given goes to tests/oracles/dialects.py, and where it names no dialect also to arrays.py beside it. The
+environment is a directory of its own under build/oracles, which sees the development set-up and holds the originals
+beside it.
 """
 
 from __future__ import annotations

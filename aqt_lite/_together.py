@@ -3,10 +3,10 @@
 Owns: those rules, as functions of arrays that ``Dialect.together`` names. Imports: arrays in blocks, elements.
 
 A rule is called by ``affine.quantize`` as ``rule(x, known, encode, spec, b)``: values in the type of the arithmetic,
-what is subnormal being 0; the same with 0 for what does not count for statistics; ``encode(v)``, which gives the codes of
-the numbers next to ``v`` and where ``v`` lies inside their range; what codes mean; the backend. It gives
-codes, where values were inside, scales (codes and scales of their own where the format keeps them so), zero points,
-offsets. As in ``affine``, nothing is added to a product that a compiler could fuse with it.
+what is subnormal being 0; the same with 0 for what does not count for statistics; ``encode(v)``, which gives the codes
+of the numbers next to ``v`` and where ``v`` lies inside their range; what codes mean; the backend. It gives codes,
+where values were inside, scales (codes and scales of their own where the format keeps them so), zero points, offsets.
+As in ``affine``, nothing is added to a product that a compiler could fuse with it.
 
 NVFP4 has a float32 scale for the tensor and scales in e4m3 for groups of 16. Where codes come from a product or a
 quotient of the two, that is not one with their product. A tensor whose largest magnitude lies below 2^-105 counts as
@@ -124,7 +124,7 @@ def ceil_of_logarithm(x: Array, known: Array, encode: Encode, spec: Any, b: Back
 
 
 def _where_logarithms_step() -> tuple[float, ...]:
-    """For each power of two from 2^-126 on, the least float32 whose logarithm, as XLA takes it, lies above the exponent.
+    """For each power of two from 2^-126 on, the least float32 whose logarithm in XLA lies above the exponent.
 
     That is the natural logarithm times 1/ln 2, both rounded to float32.
     """
@@ -191,7 +191,7 @@ def four_bits(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> 
 
 
 def by_range(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> Made:
-    """TinyGEMM of torchao: codes cover [min x, max x], and what is kept beside the scale is the value of the middle one.
+    """TinyGEMM of torchao: codes cover [min x, max x]; beside the scale the value of the middle code is kept.
 
     Original codes are unsigned: those here, which are signed, lie half their number lower.
     """

@@ -80,6 +80,9 @@ class Dialect:
     together : callable, optional
         A rule that makes codes and scales together (:mod:`aqt_lite._together`), for a library whose codes are made of
         more than the scales that it keeps. Other fields then say what it serves.
+    keeps_largest, inverse_tensor_scale : bool
+        What it stores as the scales of given codes (``QArray.from_codes(dialect=)``): the largest magnitude of a block,
+        which is the scale times the largest number; as the scale of all scales what they are divided by.
     whole : callable, optional
         ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
         Nothing but the dtype can then be chosen.
@@ -122,6 +125,8 @@ class Dialect:
     offsets: tuple[str, ...] = ()
     plain_scales: bool = False
     together: Callable[..., Any] | None = None
+    keeps_largest: bool = False
+    inverse_tensor_scale: bool = False
     whole: Callable[..., Any] | None = None
     source: str = ""
 
@@ -268,7 +273,7 @@ DIALECTS = {
                 "mxfp8_e4m3",
                 "mxfp4",
                 "nvfp4",
-            ),  # fmt: skip
+            ),
             affine=_of_bits(4, 8, unsigned=False),
             reach="half range",
             narrow_from=None,
@@ -300,7 +305,9 @@ DIALECTS = {
             least_scale=_NORMAL,
             instead=_EPS,
             of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
-            of_formats=(("nvfp4", Dialect("compressed-tensors", together=_together.by_quotient)),),
+            of_formats=(
+                ("nvfp4", Dialect("compressed-tensors", together=_together.by_quotient, inverse_tensor_scale=True)),
+            ),
             source="compressed-tensors 0.20.0: calculate_qparams, quantize; NVFP4: generate_gparam",
         ),
         Dialect(
@@ -320,7 +327,15 @@ DIALECTS = {
             of_formats=(
                 ("nf4", Dialect("bitsandbytes", together=_together.four_bits)),
                 ("bnb_fp4", Dialect("bitsandbytes", together=_together.four_bits)),
-                ("int8", Dialect("bitsandbytes", narrow_from=None, together=_together.by_inverse_of_quotient)),
+                (
+                    "int8",
+                    Dialect(
+                        "bitsandbytes",
+                        narrow_from=None,
+                        together=_together.by_inverse_of_quotient,
+                        keeps_largest=True,
+                    ),
+                ),
             ),
             source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit; int8: int8_vectorwise_quant",
         ),

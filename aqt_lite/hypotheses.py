@@ -720,7 +720,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     how = {"rounding": changed["rounding"]} if "rounding" in changed else {}
     if "reach" in fields:
         fields["reaches"] = ()
-    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
+    every: dict[str, Any] = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
     every["of_formats"] = ()
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(

@@ -1,4 +1,4 @@
-"""Holds dialects whose rules are about whole arrays against the originals: tensor scales, and blocks of flattened arrays.
+"""Holds dialects whose rules are about whole arrays against the originals: tensor scales, blocks of flattened arrays.
 
     python tests/oracles/arrays.py [--seeds N]    fresh random data through the originals and ours
     python tests/oracles/arrays.py --write        write tests/golden/dialect_arrays.npz anew

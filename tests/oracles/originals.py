@@ -234,7 +234,8 @@ def compressed_nvfp4(x: np.ndarray) -> tuple[np.ndarray, ...]:
 
     rows, kept = torch.from_numpy(np.ascontiguousarray(x)), torch.float8_e4m3fn
     args = QuantizationArgs(
-        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, scale_dtype=kept, zp_dtype=kept
+        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, scale_dtype=kept,
+        zp_dtype=kept,
     )  # fmt: skip
     overall = generate_gparam(rows.min(), rows.max())
     groups = rows.reshape(len(rows), -1, 16)
