@@ -190,6 +190,13 @@ def test_codes_that_mean_something_else_where_they_were_stored(backend):
         QArray.from_codes(q.qvalue, 1.0, dtype="nvfp4", tensor_scale=2.0)
 
 
+def test_scales_that_bitsandbytes_quantized_too(backend):
+    """Read as a codebook with an offset, they give the values that bitsandbytes reads."""
+    recorded = np.load(arrays.FILE)
+    parts = {key.partition("/")[2]: recorded[key] for key in recorded if key.startswith("double quantized/")}
+    assert_same_bits(arrays.read_double_quantized(parts, backend).dequantize(), backend.asarray(parts["values"]))
+
+
 def test_ragged_groups_and_blocks_of_two_axes():
     x = np.random.default_rng(0).standard_normal((6, 70)).astype(np.float32)
     q = quantize(x, granularity=PerGroup(32), dialect="torchao")

@@ -26,7 +26,9 @@ from forms import ALL_FORMS, Bits, Call, Problem, differing
 from oracles.dialects import LIVE
 from oracles.originals import ORIGINALS, bitsandbytes_blocks, compressed_nvfp4, torchao_nvfp4
 
-from aqt_lite import PerGroup
+from aqt_lite import Codebook, PerGroup, QArray
+from aqt_lite._registry import get_backend
+from aqt_lite.testing import Backend, mismatches
 
 FILE = Path(__file__).parent.parent / "golden" / "dialect_arrays.npz"
 
@@ -101,6 +103,36 @@ def expected(case: Case) -> tuple[np.ndarray, ...]:
         return codes, scale, inverse, np.zeros(0, np.float32)
 
 
+def double_quantized(seed: int) -> dict[str, np.ndarray]:
+    """What bitsandbytes stores where absmax is quantized, too, and the values that it reads: two groups of absmax."""
+    import torch
+    from bitsandbytes import functional
+
+    x = flat(np.random.default_rng(seed), 64 * 300, 64)
+    packed, state = functional.quantize_4bit(
+        torch.from_numpy(x), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    high = packed.numpy().reshape(-1) >> 4
+    return {
+        "codes": np.stack([high, packed.numpy().reshape(-1) & 15], -1).reshape(-1),
+        "absmax": state.absmax.numpy(),
+        "absmax2": state.state2.absmax.numpy(),
+        "table": state.state2.code.numpy(),
+        "mean": state.offset.numpy(),
+        "values": functional.dequantize_4bit(packed, state).numpy().reshape(-1),
+    }
+
+
+def read_double_quantized(parts: dict[str, np.ndarray], b: Backend) -> QArray:
+    """The same in our terms: codes of absmax less its mean, the table as a codebook, the mean as an offset."""
+    table, there = Codebook("bnb_dynamic", tuple(parts["table"].tolist())), b.asarray
+    offset, size = float(parts["mean"]), PerGroup(256)
+    absmax = QArray.from_codes(
+        there(parts["absmax"]), there(parts["absmax2"]), offset=offset, dtype=table, granularity=size
+    )
+    return QArray.from_codes(there(parts["codes"]), absmax, dtype="nf4", granularity=PerGroup(64))
+
+
 def as_bits(found: tuple[np.ndarray, ...], mine: Bits) -> Bits:
     """The original's numbers in the shapes of ours."""
     codes, scale, tensor, values = found
@@ -129,7 +161,12 @@ def live(seeds: list[int]) -> int:
         print(
             f"| `{name}` | {by} | {len(parts)} | {numbers:,} | " + " | ".join(str(wrong[f][name]) for f in LIVE) + " |"
         )
-    return sum(sum(counts.values()) for counts in wrong.values())
+    nested = 0
+    for seed in seeds:
+        parts = double_quantized(seed)
+        nested += mismatches(read_double_quantized(parts, get_backend("numpy")).dequantize(), parts["values"])
+    print(f"values of double-quantized nf4 that differ: {nested}")
+    return nested + sum(sum(counts.values()) for counts in wrong.values())
 
 
 def write() -> None:
@@ -139,6 +176,7 @@ def write() -> None:
         arrays[f"{case.key}/x"] = case.x
         for part, found in zip(("codes", "scale", "tensor_scale", "values"), expected(case), strict=True):
             arrays[f"{case.key}/{part}"] = np.asarray(found)
+    arrays.update({f"double quantized/{part}": found for part, found in double_quantized(0).items()})
     names = dict.fromkeys(case.dialect for case in cases(0))
     made = json.dumps({name: ORIGINALS[name].versions() for name in names}, sort_keys=True)
     np.savez_compressed(FILE, allow_pickle=False, made_by=np.asarray(made), **arrays)
