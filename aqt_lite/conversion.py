@@ -54,8 +54,8 @@ def convert(
         True: real offsets, ``-zero_point * scale``, instead of zero points. False: zero points instead of offsets.
     dialect : str or Dialect, optional
         What that library can store: one of its formats (the same, if it has it, else the narrowest that holds all
-        codes), scales as plain numbers or as a block format has them, zero points. How codes and scales were chosen stays what
-        it was.
+        codes), scales as plain numbers or as a block format has them, zero points. How codes and scales were chosen
+        stays what it was.
 
     Returns
     -------
