@@ -2,8 +2,9 @@
 
     .venv/bin/python .ci/oracles.py [--seeds N] [--write] [name ...]
 
-What it is given goes to tests/oracles/dialects.py. The environment is a directory of its own under build/oracles, which
-sees the development set-up and holds the originals beside it.
+What it is given goes to tests/oracles/dialects.py, and where it names no dialect also to arrays.py beside it. The
+environment is a directory of its own under build/oracles, which sees the development set-up and holds the originals
+beside it.
 """
 
 from __future__ import annotations
@@ -36,5 +37,9 @@ def prepared() -> Path:
 
 if __name__ == "__main__":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [prepared(), "-W", "ignore", ROOT / "tests" / "oracles" / "dialects.py", *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    named = any(not argument.lstrip("-").isdigit() and not argument.startswith("-") for argument in sys.argv[1:])
+    python, codes = prepared(), []
+    for script in ("dialects.py",) if named else ("dialects.py", "arrays.py"):
+        command = [python, "-W", "ignore", ROOT / "tests" / "oracles" / script, *sys.argv[1:]]
+        codes.append(subprocess.run(command, env=environment, check=False).returncode)
+    sys.exit(max(codes, key=abs))

@@ -201,6 +201,8 @@ class Recipe:
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Scale, and zero point or offset, of every block: arrays of the grid's shape."""
     xp, source, rules = b.xp, spec.source, recipe.dialect
+    if rules.together is not None:
+        return _together(x, spec, recipe, b)[0]
     x = _computable(x, spec, b)
     known = counted(x, spec, recipe, xp)
     if known is not None:
@@ -398,8 +400,25 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
 
 def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Coded:
     """Codes, scale, zero point and offset, calibrated on ``x`` itself."""
+    if recipe.dialect.together is not None:
+        made, codes, _ = _together(x, spec, recipe, b)
+        return Coded(codes, *made)
     qparams = choose_qparams(x, spec=spec, recipe=recipe, b=b)
     return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+
+
+def _together(x: Array, spec: Spec, recipe: Recipe, b: Backend) -> tuple[QParams, Array, Array]:
+    """Parameters, codes, and where clipping left them unchanged, by a dialect's rule that makes them together."""
+    assert recipe.dialect.together is not None
+    v = _flushed(_computable(x, spec, b), spec, b.xp)
+    known = counted(v, spec, recipe, b.xp)
+
+    def encode_numbers(numbers: Array) -> tuple[Array, Array]:
+        return spec.element.encode(numbers, None, recipe.narrow(spec), recipe.rounding, None, b)
+
+    there = v if known is None else b.xp.where(known, v, b.xp.zeros_like(v))
+    codes, inside, scale, zero, offset = recipe.dialect.together(v, there, encode_numbers, spec, b)
+    return QParams(Coded(*scale) if isinstance(scale, tuple) else scale, zero, offset), codes, inside
 
 
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
@@ -503,6 +522,10 @@ def fake_quantize(
     The gradient goes straight through where ``x`` lies inside the range of the numbers, and is 0 where it is clipped.
     """
     constant = b.stop_gradient(x)
+    if given is None and recipe.dialect.together is not None:
+        qparams, codes, inside = _together(constant, spec, recipe, b)
+        values = dequantize(Coded(codes, *qparams), spec=spec, b=b)
+        return b.straight_through(x, values, inside), scales(qparams.scale, spec, b)
     if given is None:
         qparams = choose_qparams(constant, spec=spec, recipe=recipe, b=b)
     else:
@@ -521,7 +544,7 @@ def _encoded(
     v = _computable(x, spec, b)
     normal = float_type(spec.source.compute).tiny / 2
     if recipe.keeps_tiny:
-        v = xp.where(xp.abs(v) < normal, v * 0.0, v)
+        v = _flushed(v, spec, xp)
     if scale is not None:
         scale = scales(scale, spec, b)
         if recipe.dialect.kept_of_zeros is not None:  # the scale of zeros may be subnormal
@@ -563,6 +586,11 @@ def _in_steps(x: Array, scale: Array, block: Block, spec: Spec, divides: bool, b
         inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
     v = x * spread(inverse, tuple(x.shape), block, xp)
     return v if headroom == 1 else v * spread(room, tuple(x.shape), block, xp)
+
+
+def _flushed(x: Array, spec: Spec, xp: Any) -> Array:
+    """``x``, 0 of its sign where it is subnormal."""
+    return xp.where(xp.abs(x) < float_type(spec.source.compute).tiny / 2, x * 0.0, x)
 
 
 def _without_tiny(x: Array, spec: Spec, xp: Any) -> Array:

@@ -30,7 +30,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
+from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -566,16 +566,23 @@ def _prepare(
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
     """ValueError where the original has no such thing."""
-    if recipe.offset:
-        raise ValueError(f"dialect={rules.name!r} has zero points, and no offsets: leave offset out")
+    if recipe.offset and form.name not in rules.offsets:
+        has = f"has offsets for {', '.join(rules.offsets)}" if rules.offsets else "has zero points, and no offsets"
+        raise ValueError(f"dialect={rules.name!r} {has}: leave offset out")
     if scale_dtype is not None:
         raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
     scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
-    known = rules.formats(scheme)
+    known = None if recipe.offset else rules.formats(scheme)
     if known is not None and form.name not in known:
         what = "scales for" if given else scheme
         raise ValueError(
             f"dialect={rules.name!r} has no {what} {form.name}: it has {', '.join(known) or 'none'}; 'aqt_lite' has all"
+        )
+    if recipe.dialect.together is not None and recipe.rounding != "half_even":
+        raise ValueError(f"dialect={rules.name!r} rounds {form.name} as its original does: leave rounding out")
+    if given and recipe.dialect.together is not None and form.name not in (rules.given or ()):
+        raise ValueError(
+            f"dialect={rules.name!r} makes codes of {form.name} together with their scales: leave scale out"
         )
 
 
@@ -607,7 +614,8 @@ def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss
     def make(form: Format, way: Way) -> QArray:
         return _quantized(x, form, **way, **rest)
 
-    has_offsets = dialect_of(rest["dialect"]) is AQT_LITE
+    rules = dialect_of(rest["dialect"])
+    has_offsets = rules is AQT_LITE or bool(rules.offsets)
     return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss, offsets=has_offsets)
 
 
@@ -616,6 +624,8 @@ def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rule
     part = rules.for_format(form).power_rounding
     if part is not None and scale_mode is None and form.top == "power of two":
         form = replace(form, scale_rounding=part)
+    if rules.for_format(form).plain_scales and form.scale is not None and form.scale.name in SCALE_FORMATS:
+        form = replace(form, scale=SCALE_FORMATS[form.scale.name])
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))

@@ -54,7 +54,8 @@ def convert(
         True: real offsets, ``-zero_point * scale``, instead of zero points. False: zero points instead of offsets.
     dialect : str or Dialect, optional
         What that library can store: one of its formats (the same, if it has it, else the narrowest that holds all
-        codes), scales as plain numbers, zero points. How codes and scales were chosen stays what it was.
+        codes), scales as plain numbers or as a block format has them, zero points. How codes and scales were chosen
+        stays what it was.
 
     Returns
     -------
@@ -98,12 +99,14 @@ def convert(
             f"dialect={rules.name!r} stores blocks of its own: quantize the floats with it, or see to_bytes"
         )
     if rules is not None:
-        scale_dtype, offset = "float32", False
+        scale_dtype, offset = "float32", None if rules.offsets and given.offset.any() else False
     made = _with_other_blocks(given, granularity)
     made = _with_zeros(made, offset)
     form = _format_for(made, rules) if dtype is None else format_of(dtype)
     if rules is not None and dtype is not None:
         _check_stored(rules, form, made)
+    if rules is not None and form.scale is not None and form.name == given.format.name:
+        scale_dtype = form.scale.name if rules.for_format(form).plain_scales else None  # as the format has them
     codes, made = _in_format(q, made, form, b)
     result = _assembled(q, codes, made, scale_dtype, b)
     _check_exact(given, read_side(result, "the result"))
@@ -171,6 +174,8 @@ def _all_fit(fits: _Numbers, numbers: _Numbers, argument: str, what: str) -> Non
 
 def _stored(rules: Dialect, side: Side) -> tuple[str, ...] | None:
     """Formats that a library stores in the scheme of a side; None: all."""
+    if side.offset.any() and rules.offsets:
+        return rules.offsets
     scheme = "symmetric" if (side.zero_point == side.element.middle).all() else "affine"
     found = [rules.formats(s) for s in (scheme, "given")]
     if found[0] == ():

@@ -1,6 +1,7 @@
 """Dialects: how other libraries choose scales, zero points and codes.
 
-Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements and formats, as types of arguments alone.
+Owns: ``Dialect``, the table of dialects, and their look-up. Imports: elements and formats, as types of arguments alone;
+rules that no fields say.
 
 A dialect is one record below, or one that a user writes and hands to ``dialect=``; ``affine`` reads its fields, and
 nothing in the library asks for its name. Each is held against its original (tests/test_dialects.py); docs/dialects.md
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from aqt_lite import _together
 from aqt_lite.elements import ElementType
 from aqt_lite.formats import Format
 
@@ -63,11 +66,23 @@ class Dialect:
         By default ``least_scale``.
     of_floats, of_blocks : Dialect, optional
         Rules for element types that are floats, and for block formats, where they are others.
+    of_formats : tuple of (str, Dialect)
+        Rules for formats that are exceptions.
     power_rounding : float, optional
         Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
         the format or ``scale_mode=`` says.
     kept_of_zeros : int, optional
         The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    offsets : tuple of str
+        Formats for which it has ``offset="data"``.
+    plain_scales : bool
+        Whether scales that are kept in few bits have no scale of their own, in formats in which they otherwise do.
+    together : callable, optional
+        A rule that makes codes and scales together (:mod:`aqt_lite._together`), for a library whose codes are made of
+        more than the scales that it keeps. Other fields then say what it serves.
+    keeps_largest, inverse_tensor_scale : bool
+        What it stores as the scales of given codes (``QArray.from_codes(dialect=)``): the largest magnitude of a block,
+        which is the scale times the largest number; as the scale of all scales what they are divided by.
     whole : callable, optional
         ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
         Nothing but the dtype can then be chosen.
@@ -106,6 +121,12 @@ class Dialect:
     of_blocks: Dialect | None = None
     power_rounding: float | None = None
     kept_of_zeros: int | None = None
+    of_formats: tuple[tuple[str, Dialect], ...] = ()
+    offsets: tuple[str, ...] = ()
+    plain_scales: bool = False
+    together: Callable[..., Any] | None = None
+    keeps_largest: bool = False
+    inverse_tensor_scale: bool = False
     whole: Callable[..., Any] | None = None
     source: str = ""
 
@@ -124,6 +145,9 @@ class Dialect:
 
     def for_format(self, form: Format) -> Dialect:
         """The rules for a format."""
+        for name, rules in self.of_formats:
+            if name == form.name:
+                return rules
         if form.scale is not None:
             return self.of_blocks or self
         return self if form.element.zero_points else self.of_floats or self
@@ -198,7 +222,7 @@ DIALECTS = {
         ),
         Dialect(
             "torchao",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8, "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4"),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8), *_FLOAT8, "mxfp8_e4m3", "mxfp8_e5m2", "mxfp4", "nvfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8),
             reach="half range",
             narrow_from=None,
@@ -206,7 +230,26 @@ DIALECTS = {
             least_scale=_NORMAL,
             of_floats=Dialect("torchao", divides_range=True, divides=True),
             of_blocks=Dialect("torchao", kept_of_zeros=0),
-            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8; MX: to_mx",
+            of_formats=(("nvfp4", Dialect("torchao", together=_together.two_levels)),),
+            source="torchao 0.18.0: choose_qparams_affine, quantize_affine; float8: _choose_scale_float8; MX: to_mx; "
+            "NVFP4: NVFP4Tensor.to_nvfp4 with per_tensor_amax_to_scale",
+        ),
+        Dialect(
+            "torchao_no_tensor_scale",
+            symmetric=("nvfp4",),
+            affine=(),
+            plain_scales=True,
+            together=partial(_together.one_level, divides=True, least=2.0**-6),
+            source="torchao 0.18.0: NVFP4Tensor.to_nvfp4 without per_tensor_scale",
+        ),
+        Dialect(
+            "torchao_tinygemm",
+            symmetric=(),
+            affine=(),
+            offsets=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+            narrow_from=None,
+            together=_together.by_range,
+            source="torchao 0.18.0: _choose_qparams_affine_tinygemm, _quantize_affine_tinygemm",
         ),
         Dialect(
             "torchao_no_clipping",
@@ -220,7 +263,17 @@ DIALECTS = {
         ),
         Dialect(
             "qwix",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), *_FLOAT8),
+            symmetric=(
+                *_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+                *_FLOAT8,
+                "float8_e4m3fnuz",
+                "float8_e5m2fnuz",
+                "float4_e2m1fn",
+                "nf4",
+                "mxfp8_e4m3",
+                "mxfp4",
+                "nvfp4",
+            ),
             affine=_of_bits(4, 8, unsigned=False),
             reach="half range",
             narrow_from=None,
@@ -228,11 +281,20 @@ DIALECTS = {
             divides_zero=True,
             least_scale=2.0**-63,
             instead=1.0,
+            of_formats=(
+                ("nf4", Dialect("qwix", together=_together.by_distance)),
+                ("mxfp8_e4m3", Dialect("qwix", together=_together.ceil_of_logarithm)),
+                ("mxfp4", Dialect("qwix", together=_together.ceil_of_logarithm)),
+                (
+                    "nvfp4",
+                    Dialect("qwix", plain_scales=True, together=partial(_together.one_level, divides=False, least=0.0)),
+                ),
+            ),
             source="qwix 0.1.8 with jax 0.10.2 on a CPU: quantize with absmax or minmax",
         ),
         Dialect(
             "compressed-tensors",
-            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn", "mxfp8_e4m3", "mxfp4"),
+            symmetric=(*_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False), "float8_e4m3fn", "mxfp8_e4m3", "mxfp4", "nvfp4"),
             affine=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
             reach="half range",
             narrow_from=None,
@@ -243,7 +305,10 @@ DIALECTS = {
             least_scale=_NORMAL,
             instead=_EPS,
             of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
-            source="compressed-tensors 0.20.0: calculate_qparams, quantize",
+            of_formats=(
+                ("nvfp4", Dialect("compressed-tensors", together=_together.by_quotient, inverse_tensor_scale=True)),
+            ),
+            source="compressed-tensors 0.20.0: calculate_qparams, quantize; NVFP4: generate_gparam",
         ),
         Dialect(
             "quanto",
@@ -256,9 +321,23 @@ DIALECTS = {
         ),
         Dialect(
             "bitsandbytes",
-            symmetric=("nf4",),
+            symmetric=("nf4", "bnb_fp4", "int8"),
             affine=(),
-            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit, whole blocks",
+            given=("nf4",),
+            of_formats=(
+                ("nf4", Dialect("bitsandbytes", together=_together.four_bits)),
+                ("bnb_fp4", Dialect("bitsandbytes", together=_together.four_bits)),
+                (
+                    "int8",
+                    Dialect(
+                        "bitsandbytes",
+                        narrow_from=None,
+                        together=_together.by_inverse_of_quotient,
+                        keeps_largest=True,
+                    ),
+                ),
+            ),
+            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit; int8: int8_vectorwise_quant",
         ),
         Dialect(
             "tflite",

@@ -611,7 +611,13 @@ def _scheme(side: Side) -> str:
 def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None = None, **how: Any) -> QArray:
     if dialect.whole is not None:
         return quantize(x, side.format.name, dialect=dialect)
-    own = {"scale_dtype": side.scale_dtype} if side.scale_dtype else {}
+    own = (
+        {"scale_dtype": side.scale_dtype}
+        if side.scale_dtype and not dialect.for_format(side.format).plain_scales
+        else {}
+    )
+    if dialect.offsets and side.offset.any():
+        return _quantized(x, side, dialect=dialect, scheme="affine", offset="data", **own, **how)
     return _quantized(x, side, dialect=dialect, scheme=scheme or _scheme(side), **own, **how)
 
 
@@ -648,7 +654,7 @@ def _with_given(x: _Numbers, side: Side, *, dialect: Dialect, rounding: str) -> 
 
 def _by_fields() -> list[Dialect]:
     """Dialects that their fields describe."""
-    return [d for d in DIALECTS.values() if d.whole is None]
+    return [d for d in DIALECTS.values() if d.whole is None and d.together is None]
 
 
 def named_rules() -> Iterator[Rule]:
@@ -714,7 +720,8 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     how = {"rounding": changed["rounding"]} if "rounding" in changed else {}
     if "reach" in fields:
         fields["reaches"] = ()
-    every = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
+    every: dict[str, Any] = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
+    every["of_formats"] = ()
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,

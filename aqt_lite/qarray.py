@@ -47,6 +47,7 @@ from aqt_lite._qparams import (
 )
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes, kind_in_words
+from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
     DERIVED,
@@ -59,7 +60,7 @@ from aqt_lite.formats import (
     register_format,
     scale_format_of,
 )
-from aqt_lite.granularity import Block, Granularity, block_of, granularity_of, grid_of
+from aqt_lite.granularity import Block, Granularity, PerTensor, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of, pack, unpack
 
 __all__ = ["CONTRACT_VERSION", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
@@ -148,8 +149,10 @@ class QArray(ArrayShapes, ArrayBytes):
         offset: Numbers | QArray | None = None,
         dtype: Any = None,
         scale_dtype: Any = None,
+        tensor_scale: Numbers | None = None,
         packed_length: int | None = None,
         granularity: Granularity | None = None,
+        dialect: str | Dialect = "aqt_lite",
         float_dtype: Any = "float32",
     ) -> QArray:
         """Wrap codes, scales and zero points made elsewhere, after checking every invariant.
@@ -175,10 +178,17 @@ class QArray(ArrayShapes, ArrayBytes):
             Format in which scales are kept, "float8_e8m0fnu" or "float16" for instance: ``scale`` is then an array of
             that type, its bit patterns as integers, or numbers that it holds exactly. By default as the format has
             it; float16 and bfloat16 numbers are widened where it says nothing.
+        tensor_scale : number or array of one, optional
+            The scale of all scales, for formats whose scales are kept with one: "nvfp4". ``scale`` then has the scales
+            themselves, in float8_e4m3fn or as its bit patterns.
         packed_length : int, optional
             Codes along the last axis, where ``qvalue`` holds the bytes of a packed ``storage`` instead of codes.
         granularity : PerTensor, PerChannel, PerGroup or PerBlock, optional
             By default the format's own.
+        dialect : str or Dialect, optional
+            Whose ``scale`` and ``tensor_scale`` these are, where a library means something else by them: the row-wise
+            scales of bitsandbytes' int8 are largest magnitudes, 127 times as large, and the global scale of
+            compressed-tensors' NVFP4 is the reciprocal of the tensor scale. Others store what this library does.
 
         Raises
         ------
@@ -199,6 +209,9 @@ class QArray(ArrayShapes, ArrayBytes):
         ...     stream, exponents, dtype="mxfp4", packed_length=4, scale_dtype="float8_e8m0fnu"
         ... ).dequantize()
         array([[1., 2., 3., 4.]], dtype=float32)
+        >>> rows = aqt_lite.QArray.from_codes(codes, 63.5, dialect="bitsandbytes")  # SCB of a row
+        >>> rows.dequantize()
+        array([-63.5,   0. ,  32. ], dtype=float32)
         """
         b = backend_of(qvalue)
         if b is None:
@@ -215,6 +228,7 @@ class QArray(ArrayShapes, ArrayBytes):
         granularity = form.granularity if granularity is None else granularity
         shape = tuple(qvalue.shape)
         block = block_of(granularity, len(shape))
+        scale = _as_meant(scale, tensor_scale, form, dialect_of(dialect).for_format(form), source.compute, b)
         if scale is None and form.name not in SCALE_FORMATS:
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
         plain = affine.Spec(replace(form, scale=None, scaled=True), source, block)
@@ -802,6 +816,29 @@ def _in_few_bits(scale: Any, kept: Format, grid: tuple[int, ...], place: Callabl
             first = here[here != there].flat[0]
             raise ValueError(f"scale={first:.9g} is no number of {kept.name}, in which scales are kept: round it first")
     return found
+
+
+def _as_meant(scale: Any, tensor: Any, form: Format, rules: Dialect, compute: str, b: Backend) -> Any:
+    """Scales in this library's meaning: the value of a step, the scale of all scales being a factor."""
+    if rules.keeps_largest and scale is not None:
+        if isinstance(scale, QArray):
+            raise TypeError(f"scale is a QArray: dialect={rules.name!r} keeps largest magnitudes, as plain numbers")
+        whole = scale if backend_of(scale) is b else np.asarray(scale, compute)
+        scale = whole * float(np.dtype(compute).type(1 / form.element.top))
+    if tensor is None:
+        return scale
+    if form.scale is None or not form.scale.scaled:
+        raise ValueError(f"tensor_scale is given, but scales of {form.name} have no scale of their own: leave it out")
+    if isinstance(scale, QArray) or backend_of(scale) is not b:
+        kind = "QArray, which has its scale" if isinstance(scale, QArray) else type(scale).__name__
+        raise TypeError(f"scale is a {kind}: beside tensor_scale give an array of {form.scale.name} of {b.name}")
+    ones = (1,) * scale.ndim
+    tensor = b.xp.reshape(
+        tensor if backend_of(tensor) is b else b.asarray(np.asarray(tensor, compute), like=scale), ones
+    )
+    if rules.inverse_tensor_scale:
+        tensor = b.reciprocal(b.xp.astype(tensor, b.dtype(compute)))
+    return QArray.from_codes(scale, tensor, dtype=form.scale.name, granularity=PerTensor())
 
 
 def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> QArray:

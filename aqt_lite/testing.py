@@ -3,6 +3,9 @@
 Owns: ``mismatches``, ``assert_same_bits``, ``assert_same`` and the conformance suite ``check_backend``. Imports: the
 public package. Whoever writes an adapter subclasses ``Backend``, registers it under the entry-point group
 ``aqt_lite.backends``, and runs ``check_backend(name)``.
+
+Golden vectors, for implementations in any language: docs/golden.md says what is in tests/golden, under CC0, and has a
+test of a port that holds it against another library's numbers with ``assert_same``.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ HEAD = (
 
 def row(d: Dialect) -> list[str]:
     """A dialect's line; of floats, where their rules are others, a second one."""
+    if d.together is not None:
+        offsets = f"{names(d.offsets)}, with offsets" if d.offsets else names(d.affine)
+        return [f"`{d.name}`", names(d.symmetric), offsets, *["its own rule"] * 6, d.source]
     scale = "divided" if d.divides_range else "times the reciprocal"
     code = "x / scale" if d.divides else "x · (1/scale)"
     added = "before rounding" if d.zero_first else "after rounding"

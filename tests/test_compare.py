@@ -14,6 +14,7 @@ import aqt_lite
 from aqt_lite import Dialect, PerChannel, PerGroup, PerTensor, QArray, compare, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.dialects import DIALECTS
+from aqt_lite.formats import FORMATS
 from aqt_lite.hypotheses import HYPOTHESES
 from aqt_lite.packing import unpack
 from aqt_lite.testing import assert_same
@@ -256,10 +257,29 @@ def test_a_dialect_is_recognized(name, q):
         assert name in (found.explanation.name, *found.explanation.also), str(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("torchao", "nvfp4"), ("compressed-tensors", "nvfp4"), ("qwix", "nvfp4"), ("qwix", "mxfp4"), ("qwix", "nf4"),
+     ("bitsandbytes", "bnb_fp4"), ("torchao_tinygemm", "int4")],
+)  # fmt: skip
+def test_a_dialect_that_makes_codes_and_scales_together_is_recognized(name, dtype):
+    how = {"offset": "data", "granularity": PerGroup(32)} if DIALECTS[name].offsets else {}
+    x = X if FORMATS[dtype].scale or how else X.reshape(-1)[:1000]
+    how = how or {} if FORMATS[dtype].scale else {"granularity": PerGroup(64), **how}
+    q = quantize(x, dtype, dialect=name, **how)
+    found = compare(q, x)
+    if name == "qwix" and dtype == "nf4":  # other codes at midpoints alone
+        assert found.equal
+    else:
+        assert found.explanation is not None, str(found)
+        assert name in (found.explanation.name, *found.explanation.also), str(found)
+
+
 def test_a_dialect_is_recognized_in_codes_of_other_libraries():
     """Golden vectors that the originals made."""
     vectors = np.load(golden.FILE)
-    cases = {n: [c for c in golden.cases(n) if c[0] in ("int8", "uint8")] for n in DIALECTS if n in golden.ORIGINALS}
+    names = [n for n in DIALECTS if n in golden.ORIGINALS]
+    cases = {n: [c for c in golden.cases(n) if c[0] in ("int8", "uint8") and c[1] != "offsets"] for n in names}
     assert sum(map(bool, cases.values())) >= 9
     for name, (dtype, scheme) in ((name, found[0]) for name, found in cases.items() if found):
         x = vectors["x/8"]
@@ -267,6 +287,9 @@ def test_a_dialect_is_recognized_in_codes_of_other_libraries():
         usable = scale > 0  # where the original has no scale for zeros, it has no value for them
         parts = (c[usable], scale[usable][:, None], zero[usable][:, None])
         found = compare(parts, x[usable])
+        if found.equal:  # its codes differ from this library's at few ties, and at none of these
+            assert name == "bitsandbytes"
+            continue
         assert found.explanation is not None, str(found)
         assert name in (found.explanation.name, *found.explanation.also), str(found)
 

@@ -10,7 +10,7 @@ import pytest
 from optional import jax, jnp
 
 import aqt_lite
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, convert, quantize
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, compare, convert, quantize
 from aqt_lite.dialects import DIALECTS
 from aqt_lite.formats import FORMATS
 from aqt_lite.testing import assert_same_bits
@@ -229,6 +229,62 @@ def test_what_is_refused():
 
 def test_dialects_store_what_they_make():
     for d in (d for d in DIALECTS.values() if d.whole is None):
-        for form in (d.formats("symmetric") or ("int8",))[:3]:
-            q = quantize(X, form, granularity=ROWS, dialect=d)
-            assert_same_bits(convert(q, dialect=d), q)
+        known = d.formats("symmetric")
+        for form in ("int8",) if known is None else (*known[:3], *known[-1:]):
+            q = quantize(X, form, granularity=None if FORMATS[form].scale else ROWS, dialect=d)
+            assert_same_bits(convert(q, dialect=d).dequantize(), q.dequantize())
+            assert compare(convert(q, dialect=d), q).equal
+        for form in d.offsets[:1]:
+            q = quantize(X, form, granularity=ROWS, offset="data", dialect=d)
+            assert compare(convert(q, dialect=d), q).equal
+
+
+def test_the_conventions_of_stored_weights_with_each_other():
+    """What files of one library are in another's terms: exact, or refused with the reason."""
+    for block_type, plain in (("q4_0", "int4"), ("q8_0", "int8")):  # ggml's blocks and integers in groups of 32
+        q = quantize(X, block_type, dialect="gguf")
+        made = held(convert(q, plain), q)
+        assert (made.dtype, made.granularity, made.scale.dtype) == (plain, PerGroup(32), "float16")
+        again = convert(made, block_type)
+        assert bytes(again.to_bytes("gguf")) == bytes(q.to_bytes("gguf"))
+    four = quantize(X, "int4", granularity=PerGroup(32), scale_dtype="float16")
+    assert held(convert(four, "q4_0"), four).to_bytes("q4_0").shape == (16, 36)
+
+    columns = quantize(X, "uint4", scheme="affine", granularity=PerGroup(16, 0))  # as GPTQ and AWQ have them: (in, out)
+    second = columns.to_bytes("gptq")  # codes are the same in both versions of GPTQ, zero points 1 less in the first
+    zeros = QArray.from_codes(
+        np.asarray(columns.zero_point).astype(np.uint8), 1.0, 0, dtype="uint4", granularity=PerTensor()
+    )
+    first = np.asarray(zeros.to_bytes("gptq_zeros"))
+    read = QArray.from_bytes(first, "gptq_zeros", zeros.shape, scale=1.0, zero_point=0, dtype="uint4")
+    np.testing.assert_array_equal(read.qvalue, zeros.qvalue)
+    assert (np.asarray(first)[0, 0] & 15) == zeros.qvalue[0, 0] - 1
+    awq = columns.to_bytes("awq")
+    how = {"scale": columns.scale, "zero_point": columns.zero_point, "granularity": PerGroup(16, 0), "dtype": "uint4"}
+    for data, layout in ((second, "gptq"), (awq, "awq")):
+        assert_same_bits(QArray.from_bytes(data, layout, columns.shape, **how), columns)
+
+    scale = np.full((16, 2), 0.25, np.float32)  # MLX: an offset for each group, here a whole number of scales
+    mlx = QArray.from_codes(
+        np.random.default_rng(0).integers(0, 16, (16, 64)).astype(np.uint8), scale, offset=scale * -7, dtype="uint4",
+        granularity=PerGroup(32),
+    )  # fmt: skip
+    affine = held(convert(mlx, offset=False), mlx)
+    assert (affine.zero_point == 7).all()
+    assert_same_bits(convert(affine, offset=True), mlx)
+
+
+def test_nvfp4_of_libraries_with_each_other():
+    two = quantize(X, "nvfp4", dialect="torchao")
+    plain = held(convert(two, scale_dtype="float32"), two)
+    assert_same_bits(plain.dequantize(), two.dequantize())
+    with pytest.raises(ValueError, match="scale_dtype='float8_e4m3fn'"):  # products with the tensor scale are no e4m3
+        convert(two, scale_dtype="float8_e4m3fn")
+    one = quantize(X, "nvfp4", dialect="torchao_no_tensor_scale")
+    with_one = QArray.from_codes(one.qvalue, one.scale.qvalue, tensor_scale=1.0, dtype="nvfp4")
+    assert_same_bits(with_one.dequantize(), one.dequantize())
+    assert_same_bits(convert(with_one, scale_dtype="float8_e4m3fn"), one)
+    inverse = QArray.from_codes(  # a power of two: its reciprocal is exact
+        one.qvalue, one.scale.qvalue, tensor_scale=4.0, dtype="nvfp4", dialect="compressed-tensors"
+    )
+    assert_same_bits(inverse.dequantize(), one.dequantize() / 4)

@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 from forms import COMPILED, CONSTANT, JAX, JIT, NUMPY, STRICT, TORCH, Bits, Call, Problem, bits_of, disagreements
 from optional import jax, jnp, needs, torch
+from oracles import arrays
 from oracles import dialects as golden
 
 import aqt_lite
-from aqt_lite import Dialect, PerChannel, PerGroup, PerTensor, choose_qparams, dequantize, fake_quantize, quantize
+from aqt_lite import (
+    Dialect,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QArray,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from aqt_lite.dialects import DIALECTS
 from aqt_lite.testing import assert_same_bits
 
@@ -31,7 +42,8 @@ def held(name, forms, every=1):
     for case in golden.cases(name)[::every]:
         x, found = recorded(name, *case)
         problems.append(golden.problem(name, *case, x))
-        q = quantize(x, case[0], scheme=case[1], granularity=golden.granularity_of(case[0]), dialect=name)
+        how = golden.asked(case[1])
+        q = quantize(x, case[0], **how, granularity=golden.granularity_of(case[0]), dialect=name)
         wanted.append(golden.as_bits(found, bits_of(q), case[0]))
     return disagreements(problems, wanted, forms)
 
@@ -71,7 +83,8 @@ def test_what_is_hardly_a_number_has_the_same_bits_everywhere(name):
     x = np.tile(np.asarray(rows, np.float32), 16)
     chosen = [(n, case) for n in (NAMES if name == "all" else [name]) for case in golden.cases(n)]
     if name == "all":
-        chosen = [(n, c) for n, c in chosen if c in (golden.cases(n)[0], golden.cases(n)[-1]) or c[0][0] in "fm"]
+        chosen = [(n, c) for n, c in chosen if c in (golden.cases(n)[0], golden.cases(n)[-1]) or c[0][0] in "fmn"]
+        chosen = [(n, c) for n, c in chosen if n != "qwix" or c[0][0] != "f"]  # by the same fields as integers
     problems = [golden.problem(n, *case, x) for n, case in chosen]
     wanted = [problem.call(x) for problem in problems]
     wanted = [w._replace(scale=w.scale._replace(values=None)) if type(w.scale) is Bits else w for w in wanted]
@@ -84,7 +97,7 @@ def test_a_rule_knows_no_granularity(name):
     cases = [case for case in golden.cases(name) if golden.granularity_of(case[0])]
     for dtype, scheme in cases[:: max(len(cases) // 3, 1)]:
         x, _ = recorded(name, dtype, scheme)
-        how = {"dtype": dtype, "scheme": scheme, "dialect": name}
+        how = {"dtype": dtype, **golden.asked(scheme), "dialect": name}
         rows = quantize(x, granularity=PerChannel(0), **how)
         groups = quantize(x.reshape(-1), granularity=PerGroup(x.shape[1]), **how)
         columns = quantize(x.T, granularity=PerChannel(1), **how)
@@ -98,11 +111,90 @@ def test_a_rule_knows_no_granularity(name):
         assert_same_bits(fake_quantize(x, granularity=PerChannel(0), **how), dequantize(rows))
         scale, zero_point = choose_qparams(x, granularity=PerChannel(0), **how)
         assert_same_bits(scale, rows.scale)
-        if zero_point is not None:
+        if rows.offset is not None:
+            assert_same_bits(zero_point, rows.offset)
+        elif zero_point is not None:
             assert_same_bits(zero_point, rows.zero_point)
             if dtype in (DIALECTS[name].formats("given") or ()):
                 given = quantize(x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point)
                 assert_same_bits(given.zero_point, rows.zero_point)
+
+
+def test_whole_arrays_are_the_originals():
+    """Tensor scales of NVFP4, and blocks of flattened arrays, the last of them short, of bitsandbytes."""
+    recorded = np.load(arrays.FILE)
+    versions = json.loads(str(recorded["made_by"]))
+    assert versions == {name: json.loads(str(VECTORS["made_by"]))[name] for name in versions}
+    cases = [case._replace(x=recorded[f"{case.key}/x"]) for case in arrays.cases(0)]
+    parts = ("codes", "scale", "tensor_scale", "values")
+    found = [tuple(recorded[f"{case.key}/{part}"] for part in parts) for case in cases]
+    problems = [case.problem() for case in cases]
+    wanted = [arrays.as_bits(f, problem.call(problem.x)) for f, problem in zip(found, problems, strict=True)]
+    assert disagreements(problems, wanted, (NUMPY, TORCH)) == {}
+    some = (0, 3, 13, 22)  # a tensor of each library, short blocks of both tables
+    few, of_few = ([these[i] for i in some] for these in (problems, wanted))
+    assert disagreements(few, of_few, (STRICT, JIT)) == {}
+
+
+def test_codes_that_are_made_together_with_their_scales(backend):
+    x = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+    there = backend.asarray(x)
+    for name, dtype, how in [
+        ("torchao", "nvfp4", {}), ("torchao_no_tensor_scale", "nvfp4", {}), ("compressed-tensors", "nvfp4", {}),
+        ("qwix", "mxfp4", {}), ("qwix", "nf4", {}), ("bitsandbytes", "int8", {}), ("bitsandbytes", "bnb_fp4", {}),
+        ("torchao_tinygemm", "int4", {"offset": "data"}),
+    ]:  # fmt: skip
+        q = quantize(there, dtype, dialect=name, **how)
+        assert_same_bits(fake_quantize(there, dtype, dialect=name, **how), q.dequantize())
+        for empty in ((0, 32), (3, 0)):
+            assert quantize(backend.asarray(np.zeros(empty, np.float32)), dtype, dialect=name, **how).shape == empty
+        bad = x.copy()
+        bad[0, 3] = np.nan
+        with pytest.raises(ValueError, match="x has 1 non-finite values of 64"):
+            quantize(backend.asarray(bad), dtype, dialect=name, **how)
+        ignored = quantize(backend.asarray(bad), dtype, dialect=name, nonfinite="ignore", **how)
+        assert np.isfinite(backend.to_numpy(ignored.dequantize())).all()
+        with pytest.raises(ValueError, match=r"rounds .* as its original does: leave rounding out"):
+            quantize(there, dtype, dialect=name, rounding="half_away", **how)
+        with pytest.raises(ValueError, match=r"leave scale out|has no scales for"):
+            quantize(there, dtype, dialect=name, scale=0.5)
+    assert quantize(there, "nvfp4", dialect="qwix").scale.scale is None
+    zeros = quantize(there * 0, "nvfp4", dialect="compressed-tensors")
+    assert not backend.to_numpy(zeros.dequantize()).any()
+    with pytest.raises(ValueError, match="dialect='torchao_tinygemm' has offsets for int2, int3"):
+        quantize(there, "uint4", offset="data", dialect="torchao_tinygemm")
+
+
+def test_codes_that_mean_something_else_where_they_were_stored(backend):
+    """What the originals stored, recorded, and read by from_codes in their own terms."""
+    recorded = np.load(arrays.FILE)
+    for case in (c for c in arrays.cases(0) if c.dtype == "nvfp4" and "e" not in c.key.rpartition("/")[2]):
+        codes, scale, tensor, values = (
+            recorded[f"{case.key}/{part}"] for part in ("codes", "scale", "tensor_scale", "values")
+        )
+        stored = tensor if case.dialect == "torchao" else np.float32(1) / tensor  # the global scale, but for rounding
+        parts = [backend.asarray(np.asarray(a)) for a in (codes, scale, stored)]
+        q = QArray.from_codes(*parts[:2], tensor_scale=parts[2], dtype="nvfp4", dialect=case.dialect)
+        np.testing.assert_allclose(backend.to_numpy(q.scale.scale).reshape(()), tensor, rtol=2**-23)
+        if case.dialect == "torchao":
+            np.testing.assert_array_equal(backend.to_numpy(q.dequantize()), values)
+            assert_same_bits(q, quantize(backend.asarray(recorded[f"{case.key}/x"]), "nvfp4", dialect="torchao"))
+    x = golden.rows("int8", 4)[:4]
+    made = quantize(backend.asarray(x), granularity=PerChannel(0), dialect="bitsandbytes")
+    largest = backend.asarray(np.abs(x).max(1))
+    again = QArray.from_codes(made.qvalue, largest, granularity=PerChannel(0), dialect="bitsandbytes")
+    assert_same_bits(again, made)
+    with pytest.raises(ValueError, match="tensor_scale is given, but scales of int8 have no scale of their own"):
+        QArray.from_codes(made.qvalue, largest, granularity=PerChannel(0), tensor_scale=2.0)
+    with pytest.raises(TypeError, match="scale is a float: beside tensor_scale give an array of float8_e4m3fn"):
+        QArray.from_codes(q.qvalue, 1.0, dtype="nvfp4", tensor_scale=2.0)
+
+
+def test_scales_that_bitsandbytes_quantized_too(backend):
+    """Read as a codebook with an offset, they give the values that bitsandbytes reads."""
+    recorded = np.load(arrays.FILE)
+    parts = {key.partition("/")[2]: recorded[key] for key in recorded if key.startswith("double quantized/")}
+    assert_same_bits(arrays.read_double_quantized(parts, backend).dequantize(), backend.asarray(parts["values"]))
 
 
 def test_ragged_groups_and_blocks_of_two_axes():
@@ -222,7 +314,7 @@ def test_bad_values_are_refused_in_every_dialect(backend):
         for bad in (np.nan, np.inf):
             x = backend.asarray(np.asarray([1.0, bad, -2.0], np.float32))
             with pytest.raises(ValueError, match="x has 1 non-finite values of 3, the first at index"):
-                quantize(x, dtype, scheme=scheme, dialect=name)
+                quantize(x, dtype, **golden.asked(scheme), dialect=name)
     with pytest.raises(
         ValueError, match="the range of a block overflows float32"
     ):  # the range of these overflows where it is not halved first

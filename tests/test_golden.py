@@ -238,7 +238,7 @@ def test_encoding_keeps_every_bit(dtype):
 
 def test_the_page_runs_without_this_library(capsys):
     """docs/golden.md's example, run as a third party would run it, agrees on every case and finds a planted error."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "golden.md").read_text(), re.DOTALL)
+    example, of_dialects = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "golden.md").read_text(), re.DOTALL)
     assert "aqt_lite" not in example
     here = Path.cwd()
     os.chdir(ROOT)
@@ -251,5 +251,9 @@ def test_the_page_runs_without_this_library(capsys):
         assert broken != example
         exec(compile(broken, "golden.md", "exec"), {})
         assert " 0 wrong" not in capsys.readouterr().out
+        exec(compile(of_dialects, "golden.md", "exec"), {})
+        other = of_dialects.replace('dialect="torchao"', 'dialect="tflite"')
+        with pytest.raises(AssertionError, match="They differ"):
+            exec(compile(other, "golden.md", "exec"), {})
     finally:
         os.chdir(here)

@@ -38,7 +38,12 @@ LIVE = (NUMPY, TORCH, JIT)
 def cases(name: str) -> list[tuple[str, str]]:
     """(format, scheme) of everything that a dialect has scales for."""
     d = DIALECTS[name]
-    return [(f, scheme) for scheme in ("symmetric", "affine") for f in d.formats(scheme) or ()]
+    return [(f, scheme) for scheme in ("symmetric", "affine", "offsets") for f in d.formats(scheme) or ()]
+
+
+def asked(scheme: str) -> dict[str, str]:
+    """What says so to ``quantize``."""
+    return {"offset": "data"} if scheme == "offsets" else {"scheme": scheme}
 
 
 def rows(dtype: str, seed: int) -> np.ndarray:
@@ -48,7 +53,7 @@ def rows(dtype: str, seed: int) -> np.ndarray:
 
 def problem(name: str, dtype: str, scheme: str, x: np.ndarray) -> Problem:
     """Our call."""
-    return Problem(x, Call(dtype, scheme, granularity_of(dtype), dialect=name))
+    return Problem(x, Call(dtype, **asked(scheme), granularity=granularity_of(dtype), dialect=name))
 
 
 def granularity_of(dtype: str) -> Any:
@@ -57,16 +62,17 @@ def granularity_of(dtype: str) -> Any:
 
 
 def expected(original: Original, dtype: str, scheme: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Codes, scales and zero points of the original, in the dtypes that ours have."""
+    """Codes, scales and zero points (or offsets) of the original, in the dtypes that ours have."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         codes, scale, zero = original.quantize(x, dtype, scheme)
+    kind = np.float32 if scheme == "offsets" else np.int32
     storage = np.dtype(FORMATS[dtype].element.storage)
     element = FORMATS[dtype].element
     codes = codes.view(storage) if isinstance(element, Float) else codes.astype(storage)
     if element.bits < 8 and storage.kind == "i" and isinstance(element, Float):  # the sign is the highest bit
         codes = np.where(codes >= 1 << (element.bits - 1), codes - (1 << element.bits), codes).astype(storage)
-    zeros = np.zeros(len(x), np.int32) if zero is None else zero.astype(np.int32)
+    zeros = np.zeros(len(x), kind) if zero is None else zero.astype(kind)
     return codes, scale if FORMATS[dtype].scale else scale.astype(np.float32), zeros
 
 
@@ -84,6 +90,8 @@ def as_bits(found: tuple[np.ndarray, ...], mine: Bits, dtype: str) -> Bits:
     element, none = FORMATS[dtype].element, unusable(found)
     codes[none] = element.numbers.index(0.0) if isinstance(element, Codebook) else 0
     scale[none] = 1.0
+    if mine.offset is not None:
+        return Bits(codes, scale[:, None], None, mine.values, zero[:, None])
     if mine.zero_point is None:
         assert not zero.any()
     return Bits(codes, scale[:, None], None if mine.zero_point is None else zero[:, None], mine.values)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
-"""Codes of (rows, columns); float32 scales and int32 zero points, one a row; of block formats the codes of scales."""
+"""Codes of (rows, columns); float32 scales and int32 zero points, or float32 offsets, one a row; of block formats the
+codes of scales."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,46 @@ def _nibbles(packed: np.ndarray, low_first: bool) -> np.ndarray:
     return np.stack(parts, -1).reshape(*packed.shape[:-1], -1)
 
 
+def torchao_nvfp4(x: np.ndarray, *, with_tensor_scale: bool = True) -> tuple[np.ndarray, ...]:
+    """Codes, those of scales, None, the tensor scale, values."""
+    import torch
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+    rows = torch.from_numpy(np.ascontiguousarray(x))
+    tensor = per_tensor_amax_to_scale(rows.abs().max()) if with_tensor_scale else None
+    made = NVFP4Tensor.to_nvfp4(rows, per_tensor_scale=tensor)
+    codes = _nibbles(made.qdata.view(torch.uint8).numpy(), low_first=True)
+    tensor = np.float32(1) if tensor is None else tensor.numpy()
+    return codes, made.scale.view(torch.uint8).numpy(), None, tensor, made.dequantize().numpy()
+
+
+def _torchao_no_tensor_scale(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    return torchao_nvfp4(x, with_tensor_scale=False)[:3]
+
+
+def _torchao_tinygemm(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    """Its unsigned codes less half their number: then what it calls a zero point is the offset.
+
+    The least scale, 2^-126 by default, is an argument there; constant blocks have it.
+    """
+    import torch
+    from torchao.quantization import quant_primitives as ao
+
+    bits = _bits(dtype)[1]
+    rows, block, codes = torch.from_numpy(x), (1, x.shape[1]), (torch.uint8, 0, (1 << bits) - 1)
+    scale, middle = ao._choose_qparams_affine_tinygemm(rows, ao.MappingType.ASYMMETRIC, block, *codes, eps=2.0**-100)
+    found = ao._quantize_affine_tinygemm(rows, block, scale, middle, *codes).numpy().astype(np.int16) - (
+        1 << (bits - 1)
+    )
+    return found, scale.numpy().reshape(-1), middle.numpy().reshape(-1)
+
+
 def _torchao_mx(x: np.ndarray, dtype: str) -> Found:
     import torch
     from torchao.prototype.mx_formats.mx_tensor import to_mx
 
+    if dtype == "nvfp4":
+        return torchao_nvfp4(x)[:3]
     kinds = {"mxfp8_e4m3": "float8_e4m3fn", "mxfp8_e5m2": "float8_e5m2", "mxfp4": "float4_e2m1fn_x2"}
     scale, codes = to_mx(torch.from_numpy(x), getattr(torch, kinds[dtype]), 32)
     codes = codes.view(torch.uint8).numpy()
@@ -120,7 +157,7 @@ def _torchao_mx(x: np.ndarray, dtype: str) -> Found:
 
 
 def _torchao(x: np.ndarray, dtype: str, scheme: str, mapping: str | None = None) -> Found:
-    if dtype.startswith("mx"):
+    if dtype.startswith(("mx", "nv")):
         return _torchao_mx(x, dtype)
     import torch
     from torchao.quantization import quant_primitives as ao
@@ -147,16 +184,66 @@ def _qwix(x: np.ndarray, dtype: str, scheme: str) -> Found:
     import jax.numpy as jnp
     import qwix
 
+    if dtype.startswith(("mx", "nv")):
+        return _qwix_blocks(x, dtype)
     method = "absmax" if scheme == "symmetric" else "minmax"
     kind = dtype if dtype in ("int2", "int3", "int5", "int6", "int7", "nf4") else getattr(jnp, dtype)
     found = qwix.quantize(jnp.asarray(x), kind, channelwise_axes=(0,), calibration_method=method)
-    codes = np.asarray(found.qvalue)
-    codes = codes.view(np.uint8) if codes.dtype.name.startswith("float8") else codes.astype(np.int16)
+    codes = _bits_of_codes(np.asarray(found.qvalue))
     zero = None if found.zero_point is None else np.asarray(found.zero_point).astype(np.int32).reshape(-1)
     return codes, np.asarray(found.scale).reshape(-1), zero
 
 
+def _bits_of_codes(codes: np.ndarray) -> np.ndarray:
+    if not codes.dtype.name.startswith("float"):
+        return codes.astype(np.int16)
+    return codes.view(np.uint8) & (15 if codes.dtype.name.startswith("float4") else 255)
+
+
+def _qwix_blocks(x: np.ndarray, dtype: str) -> Found:
+    """A scale that e4m3 rounds to 0, by which it then divides, makes zeros here."""
+    import jax.numpy as jnp
+    import ml_dtypes
+    import qwix
+
+    group = 16 if dtype == "nvfp4" else 32
+    found = qwix.quantize(
+        jnp.asarray(x), dtype.removesuffix("_e4m3"), channelwise_axes=(0,), tiled_axes={1: group}
+    )  # fmt: skip
+    codes, scale = _bits_of_codes(np.asarray(found.qvalue)), np.asarray(found.scale)
+    if dtype != "nvfp4":
+        return codes, (np.log2(scale.astype(np.float64)) + 127).astype(np.uint8), None
+    nothing = np.repeat(scale == 0, group, axis=1)
+    return (
+        np.where(nothing, np.signbit(x) * np.uint8(8), codes),
+        scale.astype(ml_dtypes.float8_e4m3fn).view(np.uint8),
+        None,
+    )
+
+
 # ---- compressed-tensors
+
+
+def compressed_nvfp4(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes, those of scales, None, the global scale, values."""
+    import torch
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    rows, kept = torch.from_numpy(np.ascontiguousarray(x)), torch.float8_e4m3fn
+    args = QuantizationArgs(
+        num_bits=4, type="float", symmetric=True, strategy="tensor_group", group_size=16, scale_dtype=kept,
+        zp_dtype=kept,
+    )  # fmt: skip
+    overall = generate_gparam(rows.min(), rows.max())
+    groups = rows.reshape(len(rows), -1, 16)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=overall)
+    found = quantize(rows, scale, None, args, global_scale=overall)
+    values = dequantize(found, scale, None, args, global_scale=overall).numpy()
+    codes = _nibbles(pack_fp4_to_uint8(found).numpy(), low_first=True)
+    return codes, scale.to(kept).view(torch.uint8).numpy(), None, overall.numpy(), values
 
 
 def _compressed_mx(rows: Any, dtype: str) -> Found:
@@ -191,6 +278,8 @@ def _compressed_tensors(x: np.ndarray, dtype: str, scheme: str) -> Found:
     rows = torch.from_numpy(x)
     if dtype.startswith("mx"):
         return _compressed_mx(rows, dtype)
+    if dtype == "nvfp4":
+        return compressed_nvfp4(x)[:3]
     is_float = dtype.startswith("float8")
     bits = 8 if is_float else _bits(dtype)[1]
     args = QuantizationArgs(
@@ -225,9 +314,21 @@ def _bitsandbytes(x: np.ndarray, dtype: str, scheme: str) -> Found:
     import torch
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(torch.from_numpy(x), blocksize=x.shape[1], quant_type=dtype)
-    codes = _nibbles(packed.numpy().reshape(len(x), -1), low_first=False)
-    return codes, state.absmax.numpy(), None
+    if dtype == "int8":
+        codes, largest, _ = functional.int8_vectorwise_quant(torch.from_numpy(x))
+        return codes.numpy(), largest.numpy() * np.float32(1 / 127), None
+    codes, scale = bitsandbytes_blocks(x, dtype, x.shape[1])
+    return codes.reshape(x.shape), scale, None
+
+
+def bitsandbytes_blocks(x: np.ndarray, dtype: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of all elements in their order, and a scale for each block of ``size`` of them."""
+    import torch
+    from bitsandbytes import functional
+
+    kind = dtype.removeprefix("bnb_")
+    packed, state = functional.quantize_4bit(torch.from_numpy(x), blocksize=size, quant_type=kind)
+    return _nibbles(packed.numpy().reshape(-1), low_first=False)[: x.size], state.absmax.numpy()
 
 
 # ---- TFLite
@@ -267,6 +368,8 @@ ORIGINALS: dict[str, Original] = {
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
     ),
+    "torchao_no_tensor_scale": Original(("torchao", "torch"), _torchao_no_tensor_scale),
+    "torchao_tinygemm": Original(("torchao", "torch"), _torchao_tinygemm),
     "qwix": Original(("qwix", "jax"), _qwix),
     "compressed-tensors": Original(("compressed-tensors", "torch"), _compressed_tensors),
     "quanto": Original(("optimum-quanto", "torch"), _quanto),
