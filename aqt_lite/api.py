@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
+from aqt_lite import affine, ggml, mlx  # noqa: F401 - ggml and mlx add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._missing import marked, warn_of_fill_values
@@ -27,7 +27,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_MODES, Format, format_of, scale_format_of, with_missing
+from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -448,7 +448,7 @@ def _prepare(
     recipe = affine.Recipe(
         symmetric=scheme == "symmetric" and zero_point is None and not has_offset,
         offset=has_offset,
-        rounding=rounding,  # type: ignore[arg-type]
+        rounding=rules.for_format(form).rounding if rounding == "half_even" else rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
         dialect=rules.for_format(form),
     )
@@ -473,7 +473,15 @@ def _prepare(
         scale = _kept_scale(scale, spec, grid_of(tuple(x.shape), spec.block), b)
     else:
         scale = placed(
-            "scale", scale, source.compute, partial(check_scale, spec=spec, least=affine.least_scale(spec, recipe))
+            "scale",
+            scale,
+            source.compute,
+            partial(
+                check_scale,
+                spec=spec,
+                least=affine.least_scale(spec, recipe),
+                signed=recipe.dialect.signed_scales,
+            ),
         )
     if zero_point is not None:
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
@@ -503,12 +511,13 @@ def _whole(rules: Dialect, x: Any, dtype: Any, backend: str | None) -> QArray:
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
     """ValueError where the original has no such thing."""
-    if recipe.offset:
-        raise ValueError(f"dialect={rules.name!r} has zero points, and no offsets: leave offset out")
+    if recipe.offset and form.name not in rules.offsets:
+        has = f"has offsets for {', '.join(rules.offsets)}" if rules.offsets else "has zero points, and no offsets"
+        raise ValueError(f"dialect={rules.name!r} {has}: leave offset out")
     if scale_dtype is not None:
         raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
     scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
-    known = rules.formats(scheme)
+    known = None if recipe.offset else rules.formats(scheme)
     if known is not None and form.name not in known:
         what = "scales for" if given else scheme
         raise ValueError(
@@ -544,15 +553,21 @@ def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss
     def make(form: Format, way: Way) -> QArray:
         return _quantized(x, form, **way, **rest)
 
-    has_offsets = dialect_of(rest["dialect"]) is AQT_LITE
+    rules = dialect_of(rest["dialect"])
+    has_offsets = rules is AQT_LITE or bool(rules.offsets)
     return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss, offsets=has_offsets)
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
     form = format_of(dtype)
-    part = rules.for_format(form).power_rounding
+    own = rules.for_format(form)
+    if scale_mode is None and form.top == "power of two":
+        scale_mode = own.scale_mode
+    part = own.power_rounding
     if part is not None and scale_mode is None and form.top == "power of two":
         form = replace(form, scale_rounding=part)
+    if own.plain_scales and form.scale is not None and form.scale.name in SCALE_FORMATS:
+        form = replace(form, scale=SCALE_FORMATS[form.scale.name])
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))

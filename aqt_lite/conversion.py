@@ -98,7 +98,7 @@ def convert(
             f"dialect={rules.name!r} stores blocks of its own: quantize the floats with it, or see to_bytes"
         )
     if rules is not None:
-        scale_dtype, offset = "float32", False
+        scale_dtype, offset = "float32", bool(rules.offsets)
     made = _with_other_blocks(given, granularity)
     made = _with_zeros(made, offset)
     form = _format_for(made, rules) if dtype is None else format_of(dtype)
@@ -172,6 +172,8 @@ def _all_fit(fits: _Numbers, numbers: _Numbers, argument: str, what: str) -> Non
 def _stored(rules: Dialect, side: Side) -> tuple[str, ...] | None:
     """Formats that a library stores in the scheme of a side; None: all."""
     scheme = "symmetric" if (side.zero_point == side.element.middle).all() else "affine"
+    if side.offset.any():
+        scheme = "offsets"
     found = [rules.formats(s) for s in (scheme, "given")]
     if found[0] == ():
         return ()

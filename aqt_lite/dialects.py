@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aqt_lite.elements import ElementType
+from aqt_lite.elements import ElementType, Rounding
 from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
-Reach = Literal["top", "half range", "each side"]
+Reach = Literal["top", "half range", "each side", "lowest"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
@@ -35,10 +35,11 @@ class Dialect:
         Formats whose scales the original chooses in either scheme; None: all.
     given : tuple of str, optional
         Formats that it has with given scales; None: the same.
-    reach : {"top", "half range", "each side"}
+    reach : {"top", "half range", "each side", "lowest"}
         What the largest magnitude of a block becomes, where the scheme is symmetric: the largest number that has an
-        opposite (127 of int8); half the range of the numbers (127.5); or that on its own side, whichever side asks for
-        the larger scale (-128 or 127).
+        opposite (127 of int8); half the range of the numbers (127.5); that on its own side, whichever side asks for
+        the larger scale (-128 or 127); or the lowest number (-128), whatever its sign, by a scale that is negative
+        where the entry is positive. Of two such entries the negative one counts.
     reaches : tuple of (str, float)
         What it becomes in formats that are exceptions.
     narrow_from : int, optional
@@ -63,11 +64,34 @@ class Dialect:
         By default ``least_scale``.
     of_floats, of_blocks : Dialect, optional
         Rules for element types that are floats, and for block formats, where they are others.
+    of_formats : tuple of (str, Dialect)
+        Rules for formats that are exceptions.
     power_rounding : float, optional
         Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
         the format or ``scale_mode=`` says.
     kept_of_zeros : int, optional
         The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    rounding : str or float
+        How values, and zero points, are rounded where ``rounding=`` asks for nothing else.
+    zero_in_range : bool
+        Whether ranges are widened to hold zero, in the affine scheme.
+    range_of_zeros : tuple of two floats, optional
+        The range that a block of zeros counts as.
+    one_sided : bool
+        Whether, where the scheme is symmetric, the range of a block without values below zero has none either, and so
+        half the scale: its larger half saturates.
+    minus_zero : bool
+        Whether -0 is made, of element types that have it.
+    offsets : tuple of str
+        Formats for which it has ``offset="data"``.
+    of_range : callable, optional
+        ``of_range(low, high, steps, b)`` gives scale and offset of blocks with values from ``low`` to ``high``, for
+        ``steps`` steps from the lowest code to the highest, where no field says the rule. Scales may be negative.
+    scale_mode : str, optional
+        Where scales are powers of two, what ``scale_mode=`` is by default.
+    plain_scales : bool
+        Whether scales that are kept in few bits have no scale of their own, in formats in which they otherwise do:
+        larger ones become the largest that there is, and small ones 0.
     whole : callable, optional
         ``whole(x, dtype, backend=)`` makes the whole array, for a library that searches, or whose rules no field says.
         Nothing but the dtype can then be chosen.
@@ -106,12 +130,24 @@ class Dialect:
     of_blocks: Dialect | None = None
     power_rounding: float | None = None
     kept_of_zeros: int | None = None
+    rounding: Rounding = "half_even"
+    zero_in_range: bool = True
+    range_of_zeros: tuple[float, float] | None = None
+    one_sided: bool = False
+    minus_zero: bool = True
+    offsets: tuple[str, ...] = ()
+    of_range: Callable[..., Any] | None = None
+    scale_mode: str | None = None
+    plain_scales: bool = False
+    of_formats: tuple[tuple[str, Dialect], ...] = ()
     whole: Callable[..., Any] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.reach not in ("top", "half range", "each side"):
-            raise ValueError(f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range' or 'each side'")
+        if self.reach not in ("top", "half range", "each side", "lowest"):
+            raise ValueError(
+                f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range', 'each side' or 'lowest'"
+            )
         for field, value in (
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),
@@ -121,9 +157,15 @@ class Dialect:
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
+        low, high = self.range_of_zeros or (-1.0, 1.0)
+        if not (low <= 0 <= high and low < high):
+            raise ValueError(f"Dialect({self.name!r}): range_of_zeros={self.range_of_zeros}: give a range that holds 0")
 
     def for_format(self, form: Format) -> Dialect:
         """The rules for a format."""
+        for name, rules in self.of_formats:
+            if name == form.name:
+                return rules
         if form.scale is not None:
             return self.of_blocks or self
         return self if form.element.zero_points else self.of_floats or self
@@ -135,6 +177,11 @@ class Dialect:
             return chosen
         return tuple(dict.fromkeys(self.symmetric + self.affine))
 
+    @property
+    def signed_scales(self) -> bool:
+        """Whether scales may be negative."""
+        return self.reach == "lowest" or self.of_range is not None
+
     def narrow(self, element: ElementType) -> bool:
         """Whether symmetric codes reach no farther below zero than above it."""
         return self.narrow_from is not None and element.bits >= self.narrow_from
@@ -144,6 +191,8 @@ class Dialect:
         for name, number in self.reaches:
             if name == element.name:
                 return number
+        if self.reach == "lowest":
+            return -element.min if element.middle == 0 else float(element.middle - element.codes[0])
         return (element.max - element.min) / 2 if self.reach == "half range" else None
 
 
@@ -173,6 +222,20 @@ DIALECTS = {
             least_scale=_NORMAL,
             instead=1.0,
             source="onnxruntime 1.32.0: QuantizeLinear, DynamicQuantizeLinear; symmetric: quantization.quantize_data",
+        ),
+        Dialect(
+            "onnxruntime",
+            symmetric=("int4", "uint2", "uint4", "uint8"),
+            affine=("uint2", "uint4", "uint8"),
+            reach="lowest",
+            narrow_from=None,
+            divides_range=True,
+            zero_first=True,
+            rounding="half_away",
+            zero_of_zeros=0,
+            least_scale=_NORMAL,
+            instead=1.0,
+            source="onnxruntime 1.32.0: quantize_matmul_2bits, _4bits, _8bits; int4: quantize_qdq_matmul_4bits",
         ),
         Dialect(
             "torch",

@@ -612,6 +612,8 @@ def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None
     if dialect.whole is not None:
         return quantize(x, side.format.name, dialect=dialect)
     own = {"scale_dtype": side.scale_dtype} if side.scale_dtype else {}
+    if dialect.offsets and side.offset.any():
+        return _quantized(x, side, dialect=dialect, offset="data", **own, **how)
     return _quantized(x, side, dialect=dialect, scheme=scheme or _scheme(side), **own, **how)
 
 
@@ -678,7 +680,7 @@ def named_rules() -> Iterator[Rule]:
 
 
 _FIELDS: dict[str, tuple[Any, ...]] = {
-    "reach": ("top", "half range", "each side"),
+    "reach": ("top", "half range", "each side", "lowest"),
     "narrow_from": (2, 8, None),
     "divides_range": (False, True),
     "divides": (False, True),

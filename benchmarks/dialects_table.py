@@ -27,13 +27,21 @@ HEAD = (
 
 def row(d: Dialect) -> list[str]:
     """A dialect's line; of floats, where their rules are others, a second one."""
-    scale = "divided" if d.divides_range else "times the reciprocal"
-    code = "x / scale" if d.divides else "x · (1/scale)"
+    scale = "divided" if d.divides_range else "times the reciprocal" if d.of_range is None else "a rule of its own"
+    code = ("x / scale" if d.divides else "x · (1/scale)") + _ROUNDINGS.get(d.rounding, "")
     added = "before rounding" if d.zero_first else "after rounding"
     return [
-        f"`{d.name}`", names(d.symmetric), names(d.affine), largest(d), left_out(d), scale, code, added, small(d),
+        f"`{d.name}`", names(d.symmetric), affine(d), largest(d), left_out(d), scale, code, added, small(d),
         d.source,
     ]  # fmt: skip
+
+
+_ROUNDINGS = {"half_away": ", halves away from zero"}
+
+
+def affine(d: Dialect) -> str:
+    """Formats with zero points, or with offsets."""
+    return f"{names(d.offsets)}, with offsets" if d.offsets else names(d.affine)
 
 
 def names(formats: tuple[str, ...] | None) -> str:
@@ -58,6 +66,7 @@ def largest(d: Dialect) -> str:
         "top": "127",
         "half range": "127.5",
         "each side": "−128 or 127, whichever asks for more",
+        "lowest": "−128, by a scale of either sign",
     }[d.reach]
     return "; ".join([said, *(f"{name}: {number:g}" for name, number in d.reaches)])
 

@@ -31,7 +31,8 @@ def held(name, forms, every=1):
     for case in golden.cases(name)[::every]:
         x, found = recorded(name, *case)
         problems.append(golden.problem(name, *case, x))
-        q = quantize(x, case[0], scheme=case[1], granularity=golden.granularity_of(case[0]), dialect=name)
+        how = {"granularity": golden.granularity_of(case[0]), "dialect": name, **golden.asked(case[1])}
+        q = quantize(problems[-1].x, case[0], **how)
         wanted.append(golden.as_bits(found, bits_of(q), case[0]))
     return disagreements(problems, wanted, forms)
 
@@ -84,7 +85,7 @@ def test_a_rule_knows_no_granularity(name):
     cases = [case for case in golden.cases(name) if golden.granularity_of(case[0])]
     for dtype, scheme in cases[:: max(len(cases) // 3, 1)]:
         x, _ = recorded(name, dtype, scheme)
-        how = {"dtype": dtype, "scheme": scheme, "dialect": name}
+        how = {"dtype": dtype, "dialect": name, **golden.asked(scheme)}
         rows = quantize(x, granularity=PerChannel(0), **how)
         groups = quantize(x.reshape(-1), granularity=PerGroup(x.shape[1]), **how)
         columns = quantize(x.T, granularity=PerChannel(1), **how)
@@ -98,10 +99,17 @@ def test_a_rule_knows_no_granularity(name):
         assert_same_bits(fake_quantize(x, granularity=PerChannel(0), **how), dequantize(rows))
         scale, zero_point = choose_qparams(x, granularity=PerChannel(0), **how)
         assert_same_bits(scale, rows.scale)
-        if zero_point is not None:
+        if scheme == "offsets":
+            assert_same_bits(zero_point, rows.offset)
+            how |= {"offset": zero_point, "on_clip": "saturate"}
+            given = quantize(x, granularity=PerChannel(0), **how, scale=scale)
+            assert_same_bits(given.qvalue, rows.qvalue)
+        elif zero_point is not None:
             assert_same_bits(zero_point, rows.zero_point)
             if dtype in (DIALECTS[name].formats("given") or ()):
-                given = quantize(x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point)
+                given = quantize(
+                    x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point, on_clip="saturate"
+                )
                 assert_same_bits(given.zero_point, rows.zero_point)
 
 
@@ -201,6 +209,8 @@ def test_what_a_dialect_has_not():
         (r"dialect='onnx' has zero points, and no offsets: leave offset out", {"offset": "data"}),
         (r"keeps scales in the dtype of its arithmetic: leave scale_dtype out", {"scale_dtype": "float16"}),
         (r"dialect='torchy' is not known: use one of 'aqt_lite', 'onnx', .* or a Dialect", {"dialect": "torchy"}),
+        (r"dialect='mlx' has offsets for uint2, uint3, .*: leave offset out", {"dialect": "mlx", "offset": "data"}),
+        (r"dialect='mlx' has no affine uint4: it has none", {"dialect": "mlx", "dtype": "uint4", "scheme": "affine"}),
         (r"dialect='quanto' has no scales for int4", {"dialect": "quanto", "dtype": "int4", "scale": 0.1}),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -208,9 +218,10 @@ def test_what_a_dialect_has_not():
     with pytest.raises(TypeError, match=r"dialect is a int: give a name, or an aqt_lite\.Dialect"):
         quantize(x, dialect=3)
     for words, how in [
-        ("reach='max': use 'top', 'half range' or 'each side'", {"reach": "max"}),
+        ("reach='max': use 'top', 'half range', 'each side' or 'lowest'", {"reach": "max"}),
         ("least_scale=-1.0: give a normal float32", {"least_scale": -1.0}),
         ("instead=1.0 without least_scale", {"instead": 1.0}),
+        (r"range_of_zeros=\(1.0, 2.0\): give a range that holds 0", {"range_of_zeros": (1.0, 2.0)}),
     ]:
         with pytest.raises(ValueError, match=words):
             Dialect("wrong", **how)
@@ -222,7 +233,7 @@ def test_bad_values_are_refused_in_every_dialect(backend):
         for bad in (np.nan, np.inf):
             x = backend.asarray(np.asarray([1.0, bad, -2.0], np.float32))
             with pytest.raises(ValueError, match="x has 1 non-finite values of 3, the first at index"):
-                quantize(x, dtype, scheme=scheme, dialect=name)
+                quantize(x, dtype, **golden.asked(scheme), dialect=name)
     with pytest.raises(
         ValueError, match="the range of a block overflows float32"
     ):  # the range of these overflows where it is not halved first

@@ -94,7 +94,8 @@ def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
     assert script("dialects_table").filled(text) == text, "run python benchmarks/dialects_table.py --write"
     printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
     assert "`compressed-tensors`" in text
-    assert printed.split() == ["True", "-127", "-128", "[[128]]", "-3", "(4,", "36)", "uint8", "(4,", "2)"]
+    stored = ["(8,", "4)", "True", "(8,", "1,", "16)"]
+    assert printed.split() == ["True", "-127", "-128", "[[128]]", "-3", "(4,", "36)", *stored, "uint8", "(4,", "2)"]
 
 
 @needs("jax", "torch")

@@ -204,7 +204,7 @@ def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
 
 def _stored_product(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
-    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must be positive there
+    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must not be 0 there
         return NotImplemented
     static = {"contract": contract, "packed_length": w.packed_length}
     kernel = kernel_for(b, reference.matmul_stored, static)

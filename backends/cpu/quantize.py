@@ -236,7 +236,9 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
         low = None
         known = affine.counted(part, spec, recipe, np)
         if known is not None:
-            fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
+            fill = (
+                (math.inf, -math.inf) if recipe.may_lack_zero and not magnitudes else (0, 0)
+            )  # as affine leaves them out
             if not magnitudes:
                 low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)
             part = np.where(known, part, source.type(fill[1]))
@@ -401,7 +403,7 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
     s = np.broadcast_to(scale.reshape(-1, 1), (rows[0], 1))
     z = None if zero_point is None else np.broadcast_to(zero_point.reshape(-1, 1), (rows[0], 1))
     # (q - z) * s is at most 65535 * s: beyond float32 only for scales that are not usual
-    may_overflow = bool((scale > spec.source.max / (1 << 17)).any())
+    may_overflow = bool((np.abs(scale) > spec.source.max / (1 << 17)).any())
     height = max(1, BLOCK // rows[1])
 
     def work(start: int, stop: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
-"""Codes of (rows, columns); float32 scales and int32 zero points, one a row; of block formats the codes of scales."""
+"""Codes of (rows, columns); float32 scales and int32 zero points, or float32 offsets, one a row; of block formats the
+codes of scales."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Original:
     packages: tuple[str, ...]
     quantize: Callable[[np.ndarray, str, str], Found]
     """(x, dtype, scheme): a scale for each row."""
+    limits: tuple[tuple[str, float], ...] = ()
+    """Magnitudes from which on it makes no sense of values, by format."""
 
     def versions(self) -> dict[str, str]:
         """Raises PackageNotFoundError where one is not installed."""
@@ -98,6 +101,49 @@ def _onnx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     found = [quant_utils.quantize_data(row, kind, symmetric=True) for row in x]
     zero, scale, codes = (np.stack([np.asarray(f[i]) for f in found]) for i in range(3))
     return codes, scale.astype(np.float32), zero.astype(np.int32)
+
+
+# ---- ONNX Runtime's MatMulNBits
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of some bits along the last axis, as a dense stream of bits from the lowest on."""
+    whole = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return (whole * (1 << np.arange(bits))).sum(-1)
+
+
+def _matmul_nbits(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from onnxruntime.capi import _pybind_state as ort
+
+    (signed, bits), (rows, columns), symmetric = _bits(dtype), x.shape, scheme == "symmetric"
+    scale, weight = np.zeros((rows, 1), np.float32), np.ascontiguousarray(x.T)  # a column is a block
+    if signed:
+        packed, zero = np.zeros(x.size // 2, np.uint8), np.zeros(-(-rows // 2), np.uint8)
+        ort.quantize_qdq_matmul_4bits(packed, weight, scale.reshape(1, -1), zero, columns, rows, columns, True)
+        codes = _unpacked(packed, 4).reshape(columns, rows).T
+        return np.where(codes > 7, codes - 16, codes), scale.reshape(-1), None
+    packed, zero = np.zeros((rows, 1, columns * bits // 8), np.uint8), np.zeros((rows, 1), np.uint8)
+    quantize = getattr(ort, f"quantize_matmul_{bits}bits")
+    quantize(packed, weight, scale, zero, columns, rows, columns, symmetric)
+    zeros = np.full(rows, 1 << (bits - 1)) if symmetric else zero.reshape(-1) & ((1 << bits) - 1)
+    return _unpacked(packed.reshape(rows, -1), bits), scale.reshape(-1), zeros
+
+
+# ---- MLX
+
+
+def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import mlx.core as mx
+
+    bits = 8 if dtype == "mxfp8_e4m3" else 4 if scheme == "symmetric" else _bits(dtype)[1]
+    mode = "affine" if scheme == "offsets" else dtype.partition("_")[0]
+    group = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": x.shape[1]}[mode]
+    with mx.stream(mx.cpu):
+        packed, *rest = (np.array(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
+    codes = _unpacked(packed.view(np.uint8), bits)
+    if mode == "affine":
+        return codes, rest[0].reshape(-1), rest[1].reshape(-1)
+    return codes.astype(np.uint8), rest[0], None
 
 
 # ---- torchao
@@ -263,6 +309,8 @@ ORIGINALS: dict[str, Original] = {
     "torch": Original(("torch",), _torch),
     "torch_per_channel": Original(("torch",), functools.partial(_torch, encode=_quantized_tensor)),
     "onnx": Original(("onnxruntime", "onnx"), _onnx),
+    "onnxruntime": Original(("onnxruntime",), _matmul_nbits),
+    "mlx": Original(("mlx",), _mlx, limits=(("nvfp4", 2.0**33),)),
     "torchao": Original(("torchao", "torch"), _torchao),
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
