@@ -205,6 +205,8 @@ def _of_bits(*bits: int, unsigned: bool = True) -> tuple[str, ...]:
     return tuple(f"{sign}int{n}" for sign in ("", "u")[: 1 + unsigned] for n in bits)
 
 
+_UNSIGNED = tuple(f"uint{bits}" for bits in range(2, 9))
+
 DIALECTS = {
     d.name: d
     for d in [
@@ -307,6 +309,31 @@ DIALECTS = {
             instead=_EPS,
             of_blocks=Dialect("compressed-tensors", power_rounding=0.75, kept_of_zeros=0),
             source="compressed-tensors 0.20.0: calculate_qparams, quantize",
+        ),
+        Dialect(
+            "gptq",
+            symmetric=_UNSIGNED,
+            affine=_UNSIGNED,
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            range_of_zeros=(-1.0, 1.0),
+            one_sided=True,
+            least_scale=_NORMAL,
+            source="gptqmodel 7.7.0: Quantizer.find_params and quantize, without a search (mse=0)",
+        ),
+        Dialect(
+            "awq",
+            symmetric=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+            affine=_UNSIGNED,
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            zero_in_range=False,
+            least_range=1e-5,
+            least_scale=_NORMAL,
+            source="autoawq 0.2.9: AwqQuantizer.pseudo_quantize_tensor of float32",
         ),
         Dialect(
             "quanto",

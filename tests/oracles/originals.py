@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from oracles.pieces import definition
+
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
 """Codes of (rows, columns); float32 scales and int32 zero points, or float32 offsets, one a row; of block formats the
 codes of scales."""
@@ -144,6 +146,39 @@ def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     if mode == "affine":
         return codes, rest[0].reshape(-1), rest[1].reshape(-1)
     return codes.astype(np.uint8), rest[0], None
+
+
+# ---- GPTQ and AWQ, without their calibration
+
+
+def _gptq(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from types import SimpleNamespace
+
+    import torch
+
+    names = {"torch": torch, "nn": torch.nn, "BaseQuantizeConfig": None, "HF_OPTIMUM": ""}
+    for name in ("_replace_zero_scale", "quantize", "Quantizer"):
+        names[name] = definition("gptqmodel", "gptqmodel/quantization/quantizer.py", name, **names)
+    quantizer = names["Quantizer"](SimpleNamespace(sym=scheme == "symmetric", mse=0.0, bits=_bits(dtype)[1]))
+    quantizer.configure(perchannel=True)
+    rows = torch.from_numpy(x)
+    quantizer.find_params(rows, weight=True)
+    values = quantizer.quantize(rows)
+    scale, zero = quantizer.scale.double(), quantizer.zero
+    codes = torch.round(values.double() / scale) + zero  # it gives codes times scales, each product rounded once
+    return codes.numpy(), quantizer.scale.numpy().reshape(-1), zero.numpy().reshape(-1)
+
+
+def _awq(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from types import SimpleNamespace
+
+    import torch
+
+    quantize = definition("autoawq", "awq/quantize/quantizer.py", "AwqQuantizer.pseudo_quantize_tensor", torch=torch)
+    settings = SimpleNamespace(w_bit=_bits(dtype)[1], group_size=x.shape[1], zero_point=scheme == "affine")
+    values, scale, zero = quantize(settings, torch.from_numpy(x))
+    codes = torch.round(values.double() / scale.double()) + (0 if zero is None else zero)  # as above
+    return codes.numpy(), scale.numpy().reshape(-1), None if zero is None else zero.numpy().reshape(-1)
 
 
 # ---- torchao
@@ -311,6 +346,8 @@ ORIGINALS: dict[str, Original] = {
     "onnx": Original(("onnxruntime", "onnx"), _onnx),
     "onnxruntime": Original(("onnxruntime",), _matmul_nbits),
     "mlx": Original(("mlx",), _mlx, limits=(("nvfp4", 2.0**33),)),
+    "gptq": Original(("gptqmodel", "torch"), _gptq),
+    "awq": Original(("autoawq", "torch"), _awq),
     "torchao": Original(("torchao", "torch"), _torchao),
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
