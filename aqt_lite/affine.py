@@ -75,12 +75,25 @@ class Coded(NamedTuple):
     """A number for each block, added to the block's values."""
 
 
+class Steps(NamedTuple):
+    """``x * factor + shift``: what libraries round that compute the inverse of a scale first."""
+
+    factor: Array
+    shift: Array | None = None
+
+
 class QParams(NamedTuple):
     """All of ``Coded`` but the codes."""
 
     scale: Kept
     zero_point: Array | None = None
     offset: Kept = None
+    steps: Steps | None = None
+    """How codes are made, where that is not from the others."""
+
+    def beside(self, codes: Array) -> Coded:
+        """With codes that were made by them."""
+        return Coded(codes, *self[:3])
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         x = xp.where(known, x, xp.zeros_like(x))
 
     lo: Any = None
-    hi, offset = lo, lo
+    hi, offset, steps = lo, lo, None
     if recipe.of_magnitudes:
         amax = reduced(xp.abs(x), spec.block, b.largest, xp)
         statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
@@ -218,13 +231,16 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
             instead = xp.full_like(statistic, max(map(abs, rules.range_of_zeros)))
             statistic = xp.where(statistic == 0, instead, statistic)
         scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
+        if rules.inverse:
+            steps, scale = Steps(scale), _inverted(scale, b)
     else:
         lo, hi = _ends(x, known, spec, recipe, b)
         if recipe.symmetric:
             scale = _of_both_sides(lo, hi, recipe, spec, b)
         elif recipe.offset and rules.of_range is not None:
             first, last = spec.element.codes
-            scale, offset = rules.of_range(lo, hi, last - first, b)
+            scale, offset, *others = rules.of_range(lo, hi, last - first, b)
+            steps = Steps(*others) if others else None
         elif rules.divides_range:
             scale = _over(hi - lo, 2 * largest_of(spec, recipe), recipe, spec, b)
         else:  # halved first: cannot overflow
@@ -243,10 +259,10 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     if recipe.offset:
         if offset is None:
             offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
-        return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)))
+        return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)), steps)
     if recipe.symmetric:
         middle = spec.element.middle
-        return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None)
+        return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None, None, steps)
     shift = _zero_point(lo, hi, scales(kept, spec, b), recipe, spec, b)
     return QParams(kept, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32))
 
@@ -337,9 +353,24 @@ def _over(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backen
         least = float(np.dtype(spec.source.compute).type(rules.least_range))
         instead = least if rules.range_instead is None else rules.range_instead
         statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
+    if rules.added:
+        statistic = statistic + float(np.dtype(spec.source.compute).type(rules.added))
+    if rules.inverse:  # of the scale
+        usable = xp.isfinite(statistic) & (statistic > 0)
+        statistic = xp.where(usable, statistic, xp.ones_like(statistic))
+        factor = b.quotient(xp.full_like(statistic, number if rules.divides_range else 1.0), statistic)
+        factor = factor if rules.divides_range else factor * number
+        return xp.where(usable, factor, xp.full_like(factor, float("nan")))
     if rules.divides_range:
         return b.quotient(statistic, xp.full_like(statistic, number))
     return statistic * _inverse(number, spec)
+
+
+def _inverted(x: Array, b: Backend) -> Array:
+    """``1/x``; NaN where that is too large."""
+    usable = x >= float_type(b.dtype_name(x)).tiny / 2
+    inverse = b.quotient(b.xp.ones_like(x), b.xp.where(usable, x, b.xp.ones_like(x)))
+    return b.xp.where(usable, inverse, b.xp.full_like(x, float("nan")))
 
 
 def _usable_scale(scale: Array, spec: Spec, recipe: Recipe, b: Backend) -> Array:
@@ -414,7 +445,7 @@ def _keep(scale: Array, spec: Spec, b: Backend, *, saturates: bool = False) -> K
 def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Coded:
     """Codes, scale, zero point and offset, calibrated on ``x`` itself."""
     qparams = choose_qparams(x, spec=spec, recipe=recipe, b=b)
-    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+    return qparams.beside(encode(x, qparams, key, spec=spec, recipe=recipe, b=b))
 
 
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
@@ -424,7 +455,7 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     block with a non-finite value.
     """
     xp = b.xp
-    scale, zero_point, offset = given
+    scale, zero_point, offset, _ = given
     numbers = scales(scale, spec, b) if isinstance(scale, tuple) else scale
     least, size = least_scale(spec, recipe), xp.abs(numbers) if recipe.dialect.signed_scales else numbers
     usable = (size >= least) & (size <= spec.greatest)
@@ -466,7 +497,7 @@ def quantize_with(
 ) -> Coded:
     """Codes for a given scale, and zero point or offset."""
     qparams = usable_qparams(x, given, spec=spec, recipe=recipe, b=b)
-    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+    return qparams.beside(encode(x, qparams, key, spec=spec, recipe=recipe, b=b))
 
 
 def encode(
@@ -523,7 +554,7 @@ def fake_quantize(
     else:
         qparams = usable_qparams(constant, QParams(*given), spec=spec, recipe=recipe, b=b)
     codes, inside = _encoded(constant, qparams, key, spec, recipe, 0, b)
-    values = dequantize(Coded(codes, *qparams), spec=spec, b=b)
+    values = dequantize(qparams.beside(codes), spec=spec, b=b)
     return b.straight_through(x, values, inside), scales(qparams.scale, spec, b)
 
 
@@ -532,12 +563,17 @@ def _encoded(
 ) -> tuple[Array, Array]:
     """Codes, and where clipping left them unchanged."""
     xp, shape = b.xp, tuple(x.shape)
-    scale, zero, offset = qparams
+    scale, zero, offset, steps = qparams
     v = _computable(x, spec, b)
     normal = float_type(spec.source.compute).tiny / 2
     if recipe.keeps_tiny:
         v = xp.where(xp.abs(v) < normal, v * 0.0, v)
-    if scale is not None:
+    if steps is not None:
+        v = v * spread(steps[0], shape, spec.block, xp)
+        if steps[1] is not None:  # the clip keeps the addition from being fused with the product
+            most = float_type(spec.source.compute).max
+            v = xp.clip(v, -most, most) + spread(steps[1], shape, spec.block, xp)
+    elif scale is not None:
         scale = scales(scale, spec, b)
         if recipe.dialect.kept_of_zeros is not None:  # the scale of zeros may be subnormal
             nothing = scale < normal

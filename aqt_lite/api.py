@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite import affine, ggml, mlx  # noqa: F401 - ggml and mlx add their dialects
+from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._missing import marked, warn_of_fill_values

@@ -87,6 +87,13 @@ class Dialect:
     of_range : callable, optional
         ``of_range(low, high, steps, b)`` gives scale and offset of blocks with values from ``low`` to ``high``, for
         ``steps`` steps from the lowest code to the highest, where no field says the rule. Scales may be negative.
+        Where codes are ``x * factor + shift``, rounded, it gives these two as well.
+    inverse : bool
+        Whether what is computed, and multiplied by, is the inverse of a scale, which is its reciprocal then: the number
+        that a statistic becomes divided by it, or (without ``divides_range``) times its reciprocal. Of the symmetric
+        scheme alone, with ``reach`` "top" or "half range".
+    added : float
+        What is added to statistics.
     scale_mode : str, optional
         Where scales are powers of two, what ``scale_mode=`` is by default.
     plain_scales : bool
@@ -137,6 +144,8 @@ class Dialect:
     minus_zero: bool = True
     offsets: tuple[str, ...] = ()
     of_range: Callable[..., Any] | None = None
+    inverse: bool = False
+    added: float = 0.0
     scale_mode: str | None = None
     plain_scales: bool = False
     of_formats: tuple[tuple[str, Dialect], ...] = ()
@@ -152,11 +161,18 @@ class Dialect:
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),
             ("instead", self.instead),
+            ("added", self.added),
         ):
             if value is not None and not (value == 0 or 2.0**-126 <= value <= 2.0**126):
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
+        if self.inverse and (self.reach not in ("top", "half range") or self.one_sided or self.affine != ()):
+            raise ValueError(
+                f"Dialect({self.name!r}): inverse=True is for reach='top' or 'half range', and for affine=()"
+            )
+        if self.inverse and not (self.added or self.least_range):
+            raise ValueError(f"Dialect({self.name!r}): inverse=True needs added or least_range: zeros have no inverse")
         low, high = self.range_of_zeros or (-1.0, 1.0)
         if not (low <= 0 <= high and low < high):
             raise ValueError(f"Dialect({self.name!r}): range_of_zeros={self.range_of_zeros}: give a range that holds 0")
@@ -334,6 +350,33 @@ DIALECTS = {
             least_range=1e-5,
             least_scale=_NORMAL,
             source="autoawq 0.2.9: AwqQuantizer.pseudo_quantize_tensor of float32",
+        ),
+        Dialect(
+            "keras",
+            symmetric=("int4", "int8"),
+            affine=(),
+            divides_range=True,
+            inverse=True,
+            added=1e-7,
+            least_scale=_NORMAL,
+            source="keras 3.15.1 with NumPy: quantizers.abs_max_quantize",
+        ),
+        Dialect(
+            "modelopt",
+            symmetric=("int4", "int8", "float8_e4m3fn"),
+            affine=(),
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            of_formats=(
+                (
+                    "int4",
+                    Dialect(
+                        "modelopt", affine=(), narrow_from=None, inverse=True, least_range=_NORMAL, range_instead=7.0
+                    ),
+                ),
+            ),
+            source="nvidia-modelopt 0.47.0 on a CPU: INT8QTensor, INT4QTensor, FP8QTensor",
         ),
         Dialect(
             "quanto",

@@ -537,7 +537,7 @@ class QArray(ArrayShapes, ArrayBytes):
 
     def _coded(self) -> affine.Coded:
         """Its arrays as ``affine`` takes them, codes in the order of the axes."""
-        return affine.Coded(self.qvalue, *self._qparams())
+        return self._qparams().beside(self.qvalue)
 
     def _qparams(self, *, masked: bool = True) -> affine.QParams:
         """Unless ``masked``, whoever takes traced scales sees to those that are 0."""

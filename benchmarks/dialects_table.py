@@ -27,8 +27,13 @@ HEAD = (
 
 def row(d: Dialect) -> list[str]:
     """A dialect's line; of floats, where their rules are others, a second one."""
-    scale = "divided" if d.divides_range else "times the reciprocal" if d.of_range is None else "a rule of its own"
-    code = ("x / scale" if d.divides else "x · (1/scale)") + _ROUNDINGS.get(d.rounding, "")
+    scale = "divided" if d.divides_range else "times the reciprocal"
+    code = "x / scale" if d.divides else "x · (1/scale)"
+    if d.of_range is not None:
+        scale = "a rule of its own"
+    if d.inverse:
+        scale, code = f"its inverse is {scale}", "x · inverse"
+    code += _ROUNDINGS.get(d.rounding, "")
     added = "before rounding" if d.zero_first else "after rounding"
     return [
         f"`{d.name}`", names(d.symmetric), affine(d), largest(d), left_out(d), scale, code, added, small(d),
@@ -79,6 +84,10 @@ def left_out(d: Dialect) -> str:
 
 def small(d: Dialect) -> str:
     """What becomes of blocks that are zero or nearly so."""
+    if d.range_of_zeros is not None:
+        return f"zeros have range {d.range_of_zeros[0]:g} to {d.range_of_zeros[1]:g}"
+    if d.added:
+        return f"{d.added:g} is added to the statistic"
     if d.least_range:
         instead = "" if d.range_instead is None else f" as {d.range_instead:g}"
         return f"a range below {_power(d.least_range)} counts{instead or ' as that'}"

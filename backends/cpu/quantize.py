@@ -56,7 +56,7 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
         return NotImplemented
     spec = with_twins(spec)
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
-    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
+    return qparams.beside(_encoded(x, qparams, key, spec, recipe))
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
@@ -72,7 +72,7 @@ def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: S
         return NotImplemented
     spec = with_twins(spec)
     qparams = _usable(x, given, spec, recipe)
-    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
+    return qparams.beside(_encoded(x, qparams, key, spec, recipe))
 
 
 def fake_quantize(
@@ -88,7 +88,7 @@ def fake_quantize(
     def work(tile: Tile) -> None:
         own = _cut(qparams, tile)
         codes = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
-        values[tile.at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
+        values[tile.at] = affine.dequantize(own.beside(codes), spec=spec, b=_numpy())
 
     _for_tiles(work, x.shape, spec.block)
     with np.errstate(all="ignore"):
@@ -133,7 +133,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
     def work(tile: Tile) -> None:
         own = _cut(QParams(*w[1:]), tile)
-        values[tile.at] = affine.dequantize(Coded(w.codes[tile.at], *own), spec=spec, out=out, b=_numpy())
+        values[tile.at] = affine.dequantize(own.beside(w.codes[tile.at]), spec=spec, out=out, b=_numpy())
 
     _for_tiles(work, w.codes.shape, spec.block)
     return values
@@ -349,7 +349,7 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
         return NotImplemented
     with np.errstate(all="ignore"):
         a_column = replace(spec, block=(None, 1))
-        scale, zero_point, _ = affine.choose_qparams(ends, spec=a_column, recipe=recipe, b=_numpy())
+        scale, zero_point, *_ = affine.choose_qparams(ends, spec=a_column, recipe=recipe, b=_numpy())
         inverse = np.float32(1) / scale[0]
     zero = None if zero_point is None else zero_point[0].astype(np.float32)
     codes = aligned_empty(x.shape, spec.element.storage)

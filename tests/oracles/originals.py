@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 from oracles.pieces import definition
 
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
@@ -179,6 +179,51 @@ def _awq(x: np.ndarray, dtype: str, scheme: str) -> Found:
     values, scale, zero = quantize(settings, torch.from_numpy(x))
     codes = torch.round(values.double() / scale.double()) + (0 if zero is None else zero)  # as above
     return codes.numpy(), scale.numpy().reshape(-1), None if zero is None else zero.numpy().reshape(-1)
+
+
+# ---- HQQ
+
+
+def _hqq(x: np.ndarray, dtype: str, scheme: str, round_zero: bool = False) -> Found:
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    codes, said = Quantizer.quantize(
+        torch.from_numpy(x), nbits=_bits(dtype)[1], group_size=x.shape[1], optimize=False, round_zero=round_zero,
+        axis=1, bitpack=False, device="cpu",
+    )  # fmt: skip
+    offset = -said["zero"] * said["scale"]
+    return codes.numpy(), said["scale"].numpy().reshape(-1), offset.numpy().reshape(-1)
+
+
+# ---- Keras
+
+
+def _keras(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    import keras
+
+    ends = {"int4": (-8, 7), "int8": (-127, 127)}[dtype]  # those of its layers
+    codes, inverse = keras.quantizers.abs_max_quantize(x, axis=1, value_range=ends, dtype="int8")
+    return np.asarray(codes), np.float32(1) / np.asarray(inverse).reshape(-1), None
+
+
+# ---- ModelOpt
+
+
+def _modelopt(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from modelopt.torch.quantization import qtensor
+
+    rows = torch.from_numpy(x)
+    if dtype == "int4":
+        made, inverse = qtensor.INT4QTensor.quantize(rows, block_size=x.shape[1])
+        codes = _nibbles(made._quantized_data.numpy().reshape(len(x), -1), low_first=False).astype(np.int8) - 8
+        return codes, 1 / inverse.numpy().reshape(-1), None
+    kind = {"int8": qtensor.INT8QTensor, "float8_e4m3fn": qtensor.FP8QTensor}[dtype]
+    made, scale = kind.quantize(rows, axis=0)
+    codes = made._quantized_data
+    return (codes if dtype == "int8" else codes.view(torch.uint8)).numpy(), scale.numpy().reshape(-1), None
 
 
 # ---- torchao
@@ -348,6 +393,10 @@ ORIGINALS: dict[str, Original] = {
     "mlx": Original(("mlx",), _mlx, limits=(("nvfp4", 2.0**33),)),
     "gptq": Original(("gptqmodel", "torch"), _gptq),
     "awq": Original(("autoawq", "torch"), _awq),
+    "hqq": Original(("hqq", "torch"), _hqq),
+    "hqq_round_zero": Original(("hqq", "torch"), functools.partial(_hqq, round_zero=True)),
+    "keras": Original(("keras", "numpy"), _keras),
+    "modelopt": Original(("nvidia-modelopt", "torch"), _modelopt),
     "torchao": Original(("torchao", "torch"), _torchao),
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
