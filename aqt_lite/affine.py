@@ -356,7 +356,8 @@ def _over(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backen
     if rules.added:
         statistic = statistic + float(np.dtype(spec.source.compute).type(rules.added))
     if rules.inverse:  # of the scale
-        usable = xp.isfinite(statistic) & (statistic > 0)
+        most = min(spec.source.huge * (number if rules.divides_range else 1.0), float_type(spec.source.compute).max)
+        usable = (statistic > 0) & (statistic <= most)  # else it is subnormal
         statistic = xp.where(usable, statistic, xp.ones_like(statistic))
         factor = b.quotient(xp.full_like(statistic, number if rules.divides_range else 1.0), statistic)
         factor = factor if rules.divides_range else factor * number
