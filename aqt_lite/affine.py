@@ -230,9 +230,11 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         if rules.range_of_zeros is not None:
             instead = xp.full_like(statistic, max(map(abs, rules.range_of_zeros)))
             statistic = xp.where(statistic == 0, instead, statistic)
-        scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
         if rules.inverse:
-            steps, scale = Steps(scale), _inverted(scale, b)
+            steps = Steps(_factor(statistic, largest_of(spec, recipe), recipe, spec, b))
+            scale = _inverted(steps.factor, b)
+        else:
+            scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
     else:
         lo, hi = _ends(x, known, spec, recipe, b)
         if recipe.symmetric:
@@ -349,22 +351,34 @@ def _inverse(number: float, spec: Spec) -> float:
 def _over(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backend) -> Array:
     """The scale at which a statistic becomes that number."""
     rules, xp = recipe.dialect, b.xp
-    if rules.least_range:
-        least = float(np.dtype(spec.source.compute).type(rules.least_range))
-        instead = least if rules.range_instead is None else rules.range_instead
-        statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
-    if rules.added:
-        statistic = statistic + float(np.dtype(spec.source.compute).type(rules.added))
-    if rules.inverse:  # of the scale
-        most = min(spec.source.huge * (number if rules.divides_range else 1.0), float_type(spec.source.compute).max)
-        usable = (statistic > 0) & (statistic <= most)  # else it is subnormal
-        statistic = xp.where(usable, statistic, xp.ones_like(statistic))
-        factor = b.quotient(xp.full_like(statistic, number if rules.divides_range else 1.0), statistic)
-        factor = factor if rules.divides_range else factor * number
-        return xp.where(usable, factor, xp.full_like(factor, float("nan")))
+    statistic = _amended(statistic, recipe, spec, xp)
     if rules.divides_range:
         return b.quotient(statistic, xp.full_like(statistic, number))
     return statistic * _inverse(number, spec)
+
+
+def _factor(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backend) -> Array:
+    """The inverse of that scale, where it is what is computed; NaN where it is subnormal."""
+    rules, xp = recipe.dialect, b.xp
+    statistic = _amended(statistic, recipe, spec, xp)
+    most = min(spec.source.huge * (number if rules.divides_range else 1.0), float_type(spec.source.compute).max)
+    usable = (statistic > 0) & (statistic <= most)
+    statistic = xp.where(usable, statistic, xp.ones_like(statistic))
+    if rules.divides_range:
+        factor = b.quotient(xp.full_like(statistic, number), statistic)
+    else:
+        factor = b.quotient(xp.ones_like(statistic), statistic) * number
+    return xp.where(usable, factor, xp.full_like(factor, float("nan")))
+
+
+def _amended(statistic: Array, recipe: Recipe, spec: Spec, xp: Any) -> Array:
+    """Statistics that a dialect replaces, or adds something to."""
+    rules, number = recipe.dialect, np.dtype(spec.source.compute).type
+    if rules.least_range:
+        least = float(number(rules.least_range))
+        instead = least if rules.range_instead is None else rules.range_instead
+        statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
+    return statistic + float(number(rules.added)) if rules.added else statistic
 
 
 def _inverted(x: Array, b: Backend) -> Array:

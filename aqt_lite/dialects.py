@@ -90,8 +90,8 @@ class Dialect:
         Where codes are ``x * factor + shift``, rounded, it gives these two as well.
     inverse : bool
         Whether what is computed, and multiplied by, is the inverse of a scale, which is its reciprocal then: the number
-        that a statistic becomes divided by it, or (without ``divides_range``) times its reciprocal. Of the symmetric
-        scheme alone, with ``reach`` "top" or "half range".
+        that a statistic becomes divided by it, or (without ``divides_range``) times its reciprocal. So it is in the
+        symmetric scheme with ``reach`` "top" or "half range" alone.
     added : float
         What is added to statistics.
     scale_mode : str, optional
@@ -167,10 +167,6 @@ class Dialect:
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
-        if self.inverse and (self.reach not in ("top", "half range") or self.one_sided or self.affine != ()):
-            raise ValueError(
-                f"Dialect({self.name!r}): inverse=True is for reach='top' or 'half range', and for affine=()"
-            )
         if self.inverse and not (self.added or self.least_range):
             raise ValueError(f"Dialect({self.name!r}): inverse=True needs added or least_range: zeros have no inverse")
         low, high = self.range_of_zeros or (-1.0, 1.0)

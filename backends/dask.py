@@ -146,7 +146,7 @@ def _codes_of_chunk(x: Array, *leaves: Array, form: Any, spec: Spec, recipe: Rec
 
 
 def _values_of_chunk(codes: Array, *leaves: Array, form: Any, spec: Spec, out: str | None) -> Array:
-    return run(_numpy(), affine.dequantize, Coded(codes, *_rebuilt(form, iter(leaves))), spec=spec, out=out)
+    return run(_numpy(), affine.dequantize, Coded(codes, *_rebuilt(form, iter(leaves))[:3]), spec=spec, out=out)
 
 
 def _packed_chunk(codes: Array, bits: int) -> Array:
