@@ -23,6 +23,7 @@ __all__ = ["over_range"]
 
 _NARROW = float(np.float32(1e-4))
 _MOST = 2e4
+_NORMAL = 2.0**-126
 _LARGEST = 2.0**126
 """Its reciprocal is normal."""
 
@@ -65,7 +66,7 @@ def over_range(
     inverse = xp.where(inverse > _MOST, xp.full_like(inverse, _MOST), inverse)
     scale = b.quotient(ones, inverse)
     zero = -low * inverse
-    zero = xp.round(zero) if round_zero else zero
+    zero = xp.round(zero) if round_zero else xp.where(xp.abs(zero) < _NORMAL, xp.zeros_like(zero), zero)
     return xp.where(known, scale, xp.full_like(scale, float("nan"))), -zero * scale, inverse, zero
 
 

@@ -208,6 +208,10 @@ def test_products_with_negative_scales(backend):
         for mode in ("fast",) if "offset" in how else ("fast", "reproducible"):
             y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q, mode=mode))
             np.testing.assert_allclose(y, x @ values.T, rtol=1e-3, atol=1e-3)
+        if backend.name == "jax":
+            np.testing.assert_array_equal(jax.jit(dequantize)(q), values)
+            y = jax.jit(aqt_lite.linear)(backend.asarray(x), q)
+            np.testing.assert_allclose(y, x @ values.T, rtol=1e-3, atol=1e-3)
 
 
 def test_negative_scales_are_stored_and_read(tmp_path):
