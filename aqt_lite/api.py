@@ -111,7 +111,8 @@ def quantize(
     scale_mode : {"floor", "ceil", "even", "rceil"}, optional
         How scales that are powers of two are chosen, by the names that torchao gives the rules; block formats: "floor".
     rounding : {"half_even", "half_away", "toward_zero", "stochastic"}
-        By default halves to even, or as the dialect has it. Stochastic: away from zero with the probability of the part that is left, by noise made from ``key``.
+        By default halves to even, or as the dialect has it. Stochastic: away from zero with the probability of the part
+        that is left, by noise made from ``key``.
     key : int, or array of two 32-bit integers
         For stochastic rounding: the same key gives the same codes on every backend. An array holds the upper and the
         lower half of the integer; of a key of ``jax.random`` give ``jax.random.key_data(key)``.

@@ -66,7 +66,7 @@ def over_range(
     inverse = xp.where(inverse > _MOST, xp.full_like(inverse, _MOST), inverse)
     scale = b.quotient(ones, inverse)
     zero = -low * inverse
-    zero = xp.round(zero) if round_zero else xp.where(xp.abs(zero) < _NORMAL, xp.zeros_like(zero), zero)
+    zero = xp.round(zero) if round_zero else xp.where(xp.abs(zero) < _NORMAL, zero * 0.0, zero)
     return xp.where(known, scale, xp.full_like(scale, float("nan"))), -zero * scale, inverse, zero
 
 
