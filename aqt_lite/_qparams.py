@@ -33,14 +33,21 @@ __all__ = [
 ]
 
 
-def check_scale(scale: Any, spec: Spec, least: float) -> None:
-    """ValueError where a scale is none that ``quantize`` could have chosen: ``least`` is the least of those."""
+def check_scale(scale: Any, spec: Spec, least: float, *, signed: bool = False) -> None:
+    """ValueError where a scale is none that ``quantize`` could have chosen: ``least`` is the least of those.
+
+    ``signed``: whether it may be negative, as some libraries' are.
+    """
     greatest = spec.greatest
-    if _is_number(scale) and (least <= scale <= greatest or (scale == 0 and spec.zero_scale == 0)):
+    if _is_number(scale) and (
+        least <= (abs(scale) if signed else scale) <= greatest or (scale == 0 and spec.zero_scale == 0)
+    ):
         return
-    expected = f"positive and finite, between {least:.3g} and {greatest:.3g} for {spec.source.name} values"
+    kind = "finite and not 0, its magnitude" if signed else "positive and finite,"
+    expected = f"{kind} between {least:.3g} and {greatest:.3g} for {spec.source.name} values"
     wide = _real("scale", scale)
-    bad = ~((wide >= least) & (wide <= greatest))
+    size = np.abs(wide) if signed else wide
+    bad = ~((size >= least) & (size <= greatest))
     if spec.zero_scale == 0:
         bad &= wide != 0
     if not bad.any():
@@ -50,7 +57,7 @@ def check_scale(scale: Any, spec: Spec, least: float) -> None:
     way = ""
     if first == 0:
         way = "; for a block of zeros give scale 1 and the code of zero"
-    elif first < 0:
+    elif first < 0 and not signed:
         way = "; a negative scale is a positive one with every code negated"
     which = "it" if not wide.ndim else "every scale"
     raise ValueError(f"scale={shown}: {which} must be {expected}{count}{way}")

@@ -32,7 +32,7 @@ def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _N
         bottom, top = (low - zero) * scale + offset, (high - zero) * scale + offset
         if slack:
             bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
-    return bottom, top
+    return np.minimum(bottom, top), np.maximum(bottom, top)  # scales may be negative
 
 
 def scales_of_blocks(q: QArray) -> _Numbers:

@@ -31,7 +31,7 @@ from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
 from aqt_lite.dialects import AQT_LITE, Dialect
-from aqt_lite.elements import ElementType, FloatType, Rounding, float_type
+from aqt_lite.elements import ElementType, FloatType, Rounding, float_type, rounded
 from aqt_lite.formats import Format
 from aqt_lite.granularity import Block, block_of
 
@@ -77,12 +77,25 @@ class Coded(NamedTuple):
     """A number for each block, added to the block's values."""
 
 
+class Steps(NamedTuple):
+    """``x * factor + shift``: what libraries round that compute the inverse of a scale first."""
+
+    factor: Array
+    shift: Array | None = None
+
+
 class QParams(NamedTuple):
     """All of ``Coded`` but the codes."""
 
     scale: Kept
     zero_point: Array | None = None
     offset: Kept = None
+    steps: Steps | None = None
+    """How codes are made, where that is not from the others."""
+
+    def beside(self, codes: Array) -> Coded:
+        """With codes that were made by them."""
+        return Coded(codes, *self[:3])
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,12 @@ class Recipe:
     @property
     def of_magnitudes(self) -> bool:
         """Whether scales are chosen from magnitudes alone."""
-        return self.symmetric and self.dialect.reach != "each side"
+        return self.symmetric and self.dialect.reach not in ("each side", "lowest") and not self.dialect.one_sided
+
+    @property
+    def may_lack_zero(self) -> bool:
+        """Whether a range is that of the values alone, which may all lie on one side of zero."""
+        return self.offset or not (self.symmetric or self.dialect.zero_in_range)
 
     def centred(self, spec: Spec) -> bool:
         """Whether numbers reach as far below zero (or the offset) as above it."""
@@ -208,55 +226,102 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
     if known is not None:
         x = xp.where(known, x, xp.zeros_like(x))
 
+    lo: Any = None
+    hi, offset, steps = lo, lo, None
     if recipe.of_magnitudes:
         amax = reduced(xp.abs(x), spec.block, b.largest, xp)
         statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)
-        scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
+        if rules.range_of_zeros is not None:
+            instead = xp.full_like(statistic, max(map(abs, rules.range_of_zeros)))
+            statistic = xp.where(statistic == 0, instead, statistic)
+        if rules.inverse:
+            steps = Steps(_factor(statistic, largest_of(spec, recipe), recipe, spec, b))
+            scale = _inverted(steps.factor, b)
+        else:
+            scale = _over(statistic, largest_of(spec, recipe), recipe, spec, b)
     else:
-        low = high = x
-        if recipe.offset and known is not None:  # 0 might lie far from the values that are there
-            low, high = (xp.where(known, x, xp.full_like(x, end)) for end in (math.inf, -math.inf))
-        lo, hi = reduced(low, spec.block, xp.min, xp), reduced(high, spec.block, b.largest, xp)
-        if recipe.offset:
-            if known is not None:
-                lo, hi = (xp.where(lo > hi, xp.zeros_like(end), end) for end in (lo, hi))
-            lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
-        else:  # zero belongs to every range: it is then represented exactly
-            lo = xp.where(lo > -source.tiny, xp.zeros_like(lo), lo)
-            hi = xp.where(hi < source.tiny, xp.zeros_like(hi), hi)
+        lo, hi = _ends(x, known, spec, recipe, b)
         if recipe.symmetric:
-            low, most = spec.element.range_of(recipe.narrow(spec))
-            below, above = _over(-lo, -low, recipe, spec, b), _over(hi, most, recipe, spec, b)
-            scale = xp.where(below > above, below, above)
+            scale = _of_both_sides(lo, hi, recipe, spec, b)
+        elif recipe.offset and rules.of_range is not None:
+            first, last = spec.element.codes
+            scale, offset, *others = rules.of_range(lo, hi, last - first, b)
+            steps = Steps(*others) if others else None
         elif rules.divides_range:
             scale = _over(hi - lo, 2 * largest_of(spec, recipe), recipe, spec, b)
         else:  # halved first: cannot overflow
             scale = _over(hi * 0.5 - lo * 0.5, largest_of(spec, recipe), recipe, spec, b)
 
-    finite, of_nothing = xp.isfinite(scale), scale == 0
-    scale = _usable_scale(scale, spec, recipe, b)
+    finite, of_nothing, negative = xp.isfinite(scale), scale == 0, scale < 0
+    scale = _usable_scale(xp.abs(scale) if rules.signed_scales else scale, spec, recipe, b)
+    if rules.signed_scales:
+        scale = xp.where(negative, -scale, scale)
     scale = xp.where(finite, scale, xp.full_like(scale, float("nan")))  # loud: dequantizes to NaN
-    kept = _keep(scale, spec, b)
+    kept = _keep(scale, spec, b, saturates=rules.plain_scales)
     if rules.kept_of_zeros is not None and isinstance(kept, Coded) and kept.scale is None:
         code = xp.full_like(kept.codes, rules.kept_of_zeros)
         kept = kept._replace(codes=xp.where(of_nothing, code, kept.codes))
 
     if recipe.offset:
-        offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
-        return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)))
+        if offset is None:
+            offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
+        return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)), steps)
     if recipe.symmetric:
         middle = spec.element.middle
-        return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None)
+        return QParams(kept, xp.full_like(scale, middle, dtype=xp.int32) if middle else None, None, steps)
+    shift = _zero_point(lo, hi, scales(kept, spec, b), recipe, spec, b)
+    return QParams(kept, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32))
+
+
+def _ends(x: Array, known: Array | None, spec: Spec, recipe: Recipe, b: Backend) -> tuple[Array, Array]:
+    """The range of each block, with 0 in it or without."""
+    xp, tiny = b.xp, spec.source.tiny
+    low = high = x
+    if recipe.may_lack_zero and known is not None:  # 0 might lie far from the values that are there
+        low, high = (xp.where(known, x, xp.full_like(x, end)) for end in (math.inf, -math.inf))
+    lo, hi = reduced(low, spec.block, xp.min, xp), reduced(high, spec.block, b.largest, xp)
+    if recipe.may_lack_zero:
+        if known is not None:
+            lo, hi = (xp.where(lo > hi, xp.zeros_like(end), end) for end in (lo, hi))
+        lo, hi = _without_tiny(lo, spec, xp), _without_tiny(hi, spec, xp)
+    else:  # zero belongs to the range: it is then represented exactly
+        lo = xp.where(lo > -tiny, xp.zeros_like(lo), lo)
+        hi = xp.where(hi < tiny, xp.zeros_like(hi), hi)
+    if recipe.dialect.range_of_zeros is not None:
+        nothing = (lo == 0) & (hi == 0)
+        ends = zip((lo, hi), recipe.dialect.range_of_zeros, strict=True)
+        lo, hi = (xp.where(nothing, xp.full_like(end, instead), end) for end, instead in ends)
+    return lo, hi
+
+
+def _of_both_sides(lo: Array, hi: Array, recipe: Recipe, spec: Spec, b: Backend) -> Array:
+    """Scales of symmetric codes, where the sign of the largest entry matters."""
+    xp, rules = b.xp, recipe.dialect
+    if rules.reach == "each side":
+        low, most = spec.element.range_of(recipe.narrow(spec))
+        below, above = _over(-lo, -low, recipe, spec, b), _over(hi, most, recipe, spec, b)
+        return xp.where(below > above, below, above)
+    positive = hi > -lo
+    scale = _over(xp.where(positive, hi, -lo), largest_of(spec, recipe), recipe, spec, b)
+    if rules.reach == "lowest":
+        scale = xp.where(positive, -scale, scale)
+    return xp.where(lo < 0, scale, scale * 0.5) if rules.one_sided else scale
+
+
+def _zero_point(lo: Array, hi: Array, scale: Array, recipe: Recipe, spec: Spec, b: Backend) -> Array:
+    """The code of zero for a range, as a whole float."""
+    xp, rules = b.xp, recipe.dialect
     qmin, qmax = spec.element.zero_codes
     divides = rules.divides_range if rules.divides_zero is None else rules.divides_zero
-    steps = _in_steps(lo, scales(kept, spec, b), (1,) * lo.ndim, spec, divides, b)
+    steps = _in_steps(lo, scale, (1,) * lo.ndim, spec, divides, b)
     if rules.zero_first:  # the clip keeps a product from being fused with the subtraction
-        shift = xp.clip(xp.round(qmin - xp.clip(steps, -_FAR, _FAR)), float(qmin), float(qmax))
+        shift = rounded(qmin - xp.clip(steps, -_FAR, _FAR), rules.rounding, xp)
     else:
-        shift = xp.clip(qmin - xp.round(steps), float(qmin), float(qmax))
+        shift = qmin - rounded(steps, rules.rounding, xp)
+    shift = xp.clip(shift, float(qmin), float(qmax))
     if rules.zero_of_zeros is not None:
         shift = xp.where((lo == 0) & (hi == 0), xp.full_like(shift, rules.zero_of_zeros), shift)
-    return QParams(kept, xp.astype(xp.where(finite, shift, xp.zeros_like(shift)), xp.int32))
+    return shift
 
 
 def largest_of(spec: Spec, recipe: Recipe) -> float:
@@ -290,13 +355,41 @@ def _inverse(number: float, spec: Spec) -> float:
 def _over(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backend) -> Array:
     """The scale at which a statistic becomes that number."""
     rules, xp = recipe.dialect, b.xp
-    if rules.least_range:
-        least = float(np.dtype(spec.source.compute).type(rules.least_range))
-        instead = least if rules.range_instead is None else rules.range_instead
-        statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
+    statistic = _amended(statistic, recipe, spec, xp)
     if rules.divides_range:
         return b.quotient(statistic, xp.full_like(statistic, number))
     return statistic * _inverse(number, spec)
+
+
+def _factor(statistic: Array, number: float, recipe: Recipe, spec: Spec, b: Backend) -> Array:
+    """The inverse of that scale, where it is what is computed; NaN where it is subnormal."""
+    rules, xp = recipe.dialect, b.xp
+    statistic = _amended(statistic, recipe, spec, xp)
+    most = min(spec.source.huge * (number if rules.divides_range else 1.0), float_type(spec.source.compute).max)
+    usable = (statistic > 0) & (statistic <= most)
+    statistic = xp.where(usable, statistic, xp.ones_like(statistic))
+    if rules.divides_range:
+        factor = b.quotient(xp.full_like(statistic, number), statistic)
+    else:
+        factor = b.quotient(xp.ones_like(statistic), statistic) * number
+    return xp.where(usable, factor, xp.full_like(factor, float("nan")))
+
+
+def _amended(statistic: Array, recipe: Recipe, spec: Spec, xp: Any) -> Array:
+    """Statistics that a dialect replaces, or adds something to."""
+    rules, number = recipe.dialect, np.dtype(spec.source.compute).type
+    if rules.least_range:
+        least = float(number(rules.least_range))
+        instead = least if rules.range_instead is None else rules.range_instead
+        statistic = xp.where(statistic < least, xp.full_like(statistic, instead), statistic)
+    return statistic + float(number(rules.added)) if rules.added else statistic
+
+
+def _inverted(x: Array, b: Backend) -> Array:
+    """``1/x``; NaN where that is too large."""
+    usable = x >= float_type(b.dtype_name(x)).tiny / 2
+    inverse = b.quotient(b.xp.ones_like(x), b.xp.where(usable, x, b.xp.ones_like(x)))
+    return b.xp.where(usable, inverse, b.xp.full_like(x, float("nan")))
 
 
 def _usable_scale(scale: Array, spec: Spec, recipe: Recipe, b: Backend) -> Array:
@@ -380,8 +473,8 @@ def _counted(flags: Array, xp: Any) -> tuple[Array, Array]:
     return xp.sum(flat), xp.argmax(flat)
 
 
-def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
-    """Scales as the format keeps them. What it has no number for becomes NaN, not the number next to it."""
+def _keep(scale: Array, spec: Spec, b: Backend, *, saturates: bool = False) -> Kept:
+    """Scales as the format keeps them. What it has no number for becomes NaN, or, if it ``saturates``, the next one."""
     xp, form = b.xp, spec.format.scale
     if form is None:
         return scale
@@ -393,6 +486,8 @@ def _keep(scale: Array, spec: Spec, b: Backend) -> Kept:
     if beyond > element.max:  # what is rounded down to the largest number
         most = float_type(spec.source.compute).max
         fits = fits | ((scale > element.max) & (scale < beyond if beyond <= most else scale <= most))
+    if saturates:
+        fits, inner = xp.isfinite(scale), replace(inner, floor=0.0)
     scale = xp.where(fits, scale, xp.full_like(scale, float("nan")))
     codes = encode(scale, QParams(None), spec=inner, recipe=recipe, b=b)
     return Coded(xp.where(fits, codes, xp.full_like(codes, element.nan)), None)
@@ -402,9 +497,9 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, 
     """Codes, scale, zero point and offset, calibrated on ``x`` itself."""
     if recipe.dialect.together is not None:
         made, codes, _ = _together(x, spec, recipe, b)
-        return Coded(codes, *made)
+        return made.beside(codes)
     qparams = choose_qparams(x, spec=spec, recipe=recipe, b=b)
-    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+    return qparams.beside(encode(x, qparams, key, spec=spec, recipe=recipe, b=b))
 
 
 def _together(x: Array, spec: Spec, recipe: Recipe, b: Backend) -> tuple[QParams, Array, Array]:
@@ -428,10 +523,10 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     block with a non-finite value.
     """
     xp = b.xp
-    scale, zero_point, offset = given
+    scale, zero_point, offset, _ = given
     numbers = scales(scale, spec, b) if isinstance(scale, tuple) else scale
-    least = least_scale(spec, recipe)
-    usable = (numbers >= least) & (numbers <= spec.greatest)
+    least, size = least_scale(spec, recipe), xp.abs(numbers) if recipe.dialect.signed_scales else numbers
+    usable = (size >= least) & (size <= spec.greatest)
     if spec.zero_scale == 0:
         usable = usable | (numbers == 0)
     if zero_point is not None:
@@ -470,7 +565,7 @@ def quantize_with(
 ) -> Coded:
     """Codes for a given scale, and zero point or offset."""
     qparams = usable_qparams(x, given, spec=spec, recipe=recipe, b=b)
-    return Coded(encode(x, qparams, key, spec=spec, recipe=recipe, b=b), *qparams)
+    return qparams.beside(encode(x, qparams, key, spec=spec, recipe=recipe, b=b))
 
 
 def encode(
@@ -524,14 +619,14 @@ def fake_quantize(
     constant = b.stop_gradient(x)
     if given is None and recipe.dialect.together is not None:
         qparams, codes, inside = _together(constant, spec, recipe, b)
-        values = dequantize(Coded(codes, *qparams), spec=spec, b=b)
+        values = dequantize(qparams.beside(codes), spec=spec, b=b)
         return b.straight_through(x, values, inside), scales(qparams.scale, spec, b)
     if given is None:
         qparams = choose_qparams(constant, spec=spec, recipe=recipe, b=b)
     else:
         qparams = usable_qparams(constant, QParams(*given), spec=spec, recipe=recipe, b=b)
     codes, inside = _encoded(constant, qparams, key, spec, recipe, 0, b)
-    values = dequantize(Coded(codes, *qparams), spec=spec, b=b)
+    values = dequantize(qparams.beside(codes), spec=spec, b=b)
     return b.straight_through(x, values, inside), scales(qparams.scale, spec, b)
 
 
@@ -540,12 +635,17 @@ def _encoded(
 ) -> tuple[Array, Array]:
     """Codes, and where clipping left them unchanged."""
     xp, shape = b.xp, tuple(x.shape)
-    scale, zero, offset = qparams
+    scale, zero, offset, steps = qparams
     v = _computable(x, spec, b)
     normal = float_type(spec.source.compute).tiny / 2
     if recipe.keeps_tiny:
         v = _flushed(v, spec, xp)
-    if scale is not None:
+    if steps is not None:
+        v = v * spread(steps[0], shape, spec.block, xp)
+        if steps[1] is not None:  # the clip keeps the addition from being fused with the product
+            most = float_type(spec.source.compute).max
+            v = xp.clip(v, -most, most) + spread(steps[1], shape, spec.block, xp)
+    elif scale is not None:
         scale = scales(scale, spec, b)
         if recipe.dialect.kept_of_zeros is not None:  # the scale of zeros may be subnormal
             nothing = scale < normal
@@ -554,7 +654,8 @@ def _encoded(
         if offset is not None:  # in halves, as in dequantize
             v = _without_tiny(v, spec, xp) * 0.5 - spread(offset * 0.5, shape, spec.block, xp)
             v, scale = _without_tiny(v, spec, xp), scale * 0.5
-        v = _in_steps(v, scale, spec.block, spec, recipe.dialect.divides, b)
+        rules = recipe.dialect
+        v = _in_steps(v, scale, spec.block, spec, rules.divides, b, signed=rules.signed_scales)
     if spec.floor:  # a scale that is not 0 is not kept as 0
         v = xp.where((x > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
     if zero is not None:
@@ -563,16 +664,24 @@ def _encoded(
             v = xp.where(xp.isnan(v), zero, xp.clip(v, -_FAR, _FAR) + zero)
             zero = xp.zeros_like(zero)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
-    return spec.element.encode(v, zero, recipe.narrow(spec), recipe.rounding, drawn, b)
+    codes, inside = spec.element.encode(v, zero, recipe.narrow(spec), recipe.rounding, drawn, b)
+    if not recipe.dialect.minus_zero and spec.element.minus_zero is not None:
+        codes = xp.where(codes == spec.element.minus_zero, xp.zeros_like(codes), codes)
+    return codes, inside
 
 
 _FAR = 2.0**22
 """Farther from zero than any code, and near enough for what is added to be exact."""
 
 
-def _in_steps(x: Array, scale: Array, block: Block, spec: Spec, divides: bool, b: Backend) -> Array:
-    """``x / scale``; 0 where the scale was kept as 0."""
+def _in_steps(
+    x: Array, scale: Array, block: Block, spec: Spec, divides: bool, b: Backend, *, signed: bool = False
+) -> Array:
+    """``x / scale``; 0 where the scale was kept as 0. ``signed``: scales may be negative."""
     xp, headroom = b.xp, spec.headroom
+    if signed:  # the sign changes no rounding
+        turned = spread(scale < 0, tuple(x.shape), block, xp)
+        x, scale = xp.where(turned, -x, x), xp.abs(scale)
     may_be_zero = spec.zero_scale == 0
     zero = scale == 0
     if may_be_zero:

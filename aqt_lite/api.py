@@ -16,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
-from aqt_lite import affine, ggml  # noqa: F401 - ggml adds its dialect
+from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._into import can_write, check_out, encode_into, is_packed, storage_of
@@ -171,7 +171,8 @@ def quantize(
     scale_mode : {"floor", "ceil", "even", "rceil"}, optional
         How scales that are powers of two are chosen, by the names that torchao gives the rules; block formats: "floor".
     rounding : {"half_even", "half_away", "toward_zero", "stochastic"}
-        Stochastic: away from zero with the probability of the part that is left, by noise made from ``key``.
+        By default halves to even, or as the dialect has it. Stochastic: away from zero with the probability of the part
+        that is left, by noise made from ``key``.
     key : int, or array of two 32-bit integers
         For stochastic rounding: the same key gives the same codes on every backend. An array holds the upper and the
         lower half of the integer; of a key of ``jax.random`` give ``jax.random.key_data(key)``.
@@ -309,7 +310,7 @@ def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str) -> QArray:
     run(b, encode_into, x, qparams, call.key, out, **static)
     q = QArray._kept(out, qparams, call.spec, tuple(x.shape))
     if on_clip == "warn":
-        _check_clipped(x, affine.Coded(q.storage, *qparams), q, call, on_clip, stacklevel=7)
+        _check_clipped(x, qparams.beside(q.storage), q, call, on_clip, stacklevel=7)
     return q
 
 
@@ -530,7 +531,7 @@ def _prepare(
     recipe = affine.Recipe(
         symmetric=scheme == "symmetric" and zero_point is None and not has_offset,
         offset=has_offset,
-        rounding=rounding,  # type: ignore[arg-type]
+        rounding=rules.for_format(form).rounding if rounding == "half_even" else rounding,  # type: ignore[arg-type]
         ignore_nonfinite=nonfinite == "ignore",
         dialect=rules.for_format(form),
     )
@@ -555,7 +556,15 @@ def _prepare(
         scale = _kept_scale(scale, spec, grid_of(tuple(x.shape), spec.block), b)
     else:
         scale = placed(
-            "scale", scale, source.compute, partial(check_scale, spec=spec, least=affine.least_scale(spec, recipe))
+            "scale",
+            scale,
+            source.compute,
+            partial(
+                check_scale,
+                spec=spec,
+                least=affine.least_scale(spec, recipe),
+                signed=recipe.dialect.signed_scales,
+            ),
         )
     if zero_point is not None:
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
@@ -621,10 +630,13 @@ def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
     form = format_of(dtype)
-    part = rules.for_format(form).power_rounding
+    own = rules.for_format(form)
+    if scale_mode is None and form.top == "power of two":
+        scale_mode = own.scale_mode
+    part = own.power_rounding
     if part is not None and scale_mode is None and form.top == "power of two":
         form = replace(form, scale_rounding=part)
-    if rules.for_format(form).plain_scales and form.scale is not None and form.scale.name in SCALE_FORMATS:
+    if own.plain_scales and form.scale is not None and form.scale.name in SCALE_FORMATS:
         form = replace(form, scale=SCALE_FORMATS[form.scale.name])
     if scale_dtype is not None:
         plain = scale_dtype in ("float32", "float64")

@@ -177,6 +177,8 @@ def _stored(rules: Dialect, side: Side) -> tuple[str, ...] | None:
     if side.offset.any() and rules.offsets:
         return rules.offsets
     scheme = "symmetric" if (side.zero_point == side.element.middle).all() else "affine"
+    if side.offset.any():
+        scheme = "offsets"
     found = [rules.formats(s) for s in (scheme, "given")]
     if found[0] == ():
         return ()

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
-from aqt_lite.elements import ElementType
+from aqt_lite.elements import ElementType, Rounding
 from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
-Reach = Literal["top", "half range", "each side"]
+Reach = Literal["top", "half range", "each side", "lowest"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
@@ -38,10 +38,11 @@ class Dialect:
         Formats whose scales the original chooses in either scheme; None: all.
     given : tuple of str, optional
         Formats that it has with given scales; None: the same.
-    reach : {"top", "half range", "each side"}
+    reach : {"top", "half range", "each side", "lowest"}
         What the largest magnitude of a block becomes, where the scheme is symmetric: the largest number that has an
-        opposite (127 of int8); half the range of the numbers (127.5); or that on its own side, whichever side asks for
-        the larger scale (-128 or 127).
+        opposite (127 of int8); half the range of the numbers (127.5); that on its own side, whichever side asks for
+        the larger scale (-128 or 127); or the lowest number (-128), whatever its sign, by a scale that is negative
+        where the entry is positive. Of two such entries the negative one counts.
     reaches : tuple of (str, float)
         What it becomes in formats that are exceptions.
     narrow_from : int, optional
@@ -73,10 +74,34 @@ class Dialect:
         the format or ``scale_mode=`` says.
     kept_of_zeros : int, optional
         The code of the scale of a block of zeros, where scales are kept in a format without 0.
+    rounding : str or float
+        How values, and zero points, are rounded where ``rounding=`` asks for nothing else.
+    zero_in_range : bool
+        Whether ranges are widened to hold zero, in the affine scheme.
+    range_of_zeros : tuple of two floats, optional
+        The range that a block of zeros counts as.
+    one_sided : bool
+        Whether, where the scheme is symmetric, the range of a block without values below zero has none either, and so
+        half the scale: its larger half saturates.
+    minus_zero : bool
+        Whether -0 is made, of element types that have it.
     offsets : tuple of str
         Formats for which it has ``offset="data"``.
+    of_range : callable, optional
+        ``of_range(low, high, steps, b)`` gives scale and offset of blocks with values from ``low`` to ``high``, for
+        ``steps`` steps from the lowest code to the highest, where no field says the rule. Scales may be negative.
+        Where codes are ``x * factor + shift``, rounded, it gives these two as well.
+    inverse : bool
+        Whether what is computed, and multiplied by, is the inverse of a scale, which is its reciprocal then: the number
+        that a statistic becomes divided by it, or (without ``divides_range``) times its reciprocal. So it is in the
+        symmetric scheme with ``reach`` "top" or "half range" alone.
+    added : float
+        What is added to statistics.
+    scale_mode : str, optional
+        Where scales are powers of two, what ``scale_mode=`` is by default.
     plain_scales : bool
-        Whether scales that are kept in few bits have no scale of their own, in formats in which they otherwise do.
+        Whether scales that are kept in few bits have no scale of their own, in formats in which they otherwise do:
+        larger ones become the largest that there is, and small ones 0.
     together : callable, optional
         A rule that makes codes and scales together (:mod:`aqt_lite._together`), for a library whose codes are made of
         more than the scales that it keeps. Other fields then say what it serves.
@@ -121,9 +146,18 @@ class Dialect:
     of_blocks: Dialect | None = None
     power_rounding: float | None = None
     kept_of_zeros: int | None = None
-    of_formats: tuple[tuple[str, Dialect], ...] = ()
+    rounding: Rounding = "half_even"
+    zero_in_range: bool = True
+    range_of_zeros: tuple[float, float] | None = None
+    one_sided: bool = False
+    minus_zero: bool = True
     offsets: tuple[str, ...] = ()
+    of_range: Callable[..., Any] | None = None
+    inverse: bool = False
+    added: float = 0.0
+    scale_mode: str | None = None
     plain_scales: bool = False
+    of_formats: tuple[tuple[str, Dialect], ...] = ()
     together: Callable[..., Any] | None = None
     keeps_largest: bool = False
     inverse_tensor_scale: bool = False
@@ -131,17 +165,25 @@ class Dialect:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.reach not in ("top", "half range", "each side"):
-            raise ValueError(f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range' or 'each side'")
+        if self.reach not in ("top", "half range", "each side", "lowest"):
+            raise ValueError(
+                f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range', 'each side' or 'lowest'"
+            )
         for field, value in (
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),
             ("instead", self.instead),
+            ("added", self.added),
         ):
             if value is not None and not (value == 0 or 2.0**-126 <= value <= 2.0**126):
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
+        if self.inverse and not (self.added or self.least_range):
+            raise ValueError(f"Dialect({self.name!r}): inverse=True needs added or least_range: zeros have no inverse")
+        low, high = self.range_of_zeros or (-1.0, 1.0)
+        if not (low <= 0 <= high and low < high):
+            raise ValueError(f"Dialect({self.name!r}): range_of_zeros={self.range_of_zeros}: give a range that holds 0")
 
     def for_format(self, form: Format) -> Dialect:
         """The rules for a format."""
@@ -159,6 +201,11 @@ class Dialect:
             return chosen
         return tuple(dict.fromkeys(self.symmetric + self.affine))
 
+    @property
+    def signed_scales(self) -> bool:
+        """Whether scales may be negative."""
+        return self.reach == "lowest" or self.of_range is not None
+
     def narrow(self, element: ElementType) -> bool:
         """Whether symmetric codes reach no farther below zero than above it."""
         return self.narrow_from is not None and element.bits >= self.narrow_from
@@ -168,6 +215,8 @@ class Dialect:
         for name, number in self.reaches:
             if name == element.name:
                 return number
+        if self.reach == "lowest":
+            return -element.min if element.middle == 0 else float(element.middle - element.codes[0])
         return (element.max - element.min) / 2 if self.reach == "half range" else None
 
 
@@ -179,6 +228,8 @@ _EPS, _NORMAL = 2.0**-23, 2.0**-126  # of float32
 def _of_bits(*bits: int, unsigned: bool = True) -> tuple[str, ...]:
     return tuple(f"{sign}int{n}" for sign in ("", "u")[: 1 + unsigned] for n in bits)
 
+
+_UNSIGNED = tuple(f"uint{bits}" for bits in range(2, 9))
 
 DIALECTS = {
     d.name: d
@@ -197,6 +248,20 @@ DIALECTS = {
             least_scale=_NORMAL,
             instead=1.0,
             source="onnxruntime 1.32.0: QuantizeLinear, DynamicQuantizeLinear; symmetric: quantization.quantize_data",
+        ),
+        Dialect(
+            "onnxruntime",
+            symmetric=("int4", "uint2", "uint4", "uint8"),
+            affine=("uint2", "uint4", "uint8"),
+            reach="lowest",
+            narrow_from=None,
+            divides_range=True,
+            zero_first=True,
+            rounding="half_away",
+            zero_of_zeros=0,
+            least_scale=_NORMAL,
+            instead=1.0,
+            source="onnxruntime 1.32.0: quantize_matmul_2bits, _4bits, _8bits; int4: quantize_qdq_matmul_4bits",
         ),
         Dialect(
             "torch",
@@ -309,6 +374,58 @@ DIALECTS = {
                 ("nvfp4", Dialect("compressed-tensors", together=_together.by_quotient, inverse_tensor_scale=True)),
             ),
             source="compressed-tensors 0.20.0: calculate_qparams, quantize; NVFP4: generate_gparam",
+        ),
+        Dialect(
+            "gptq",
+            symmetric=_UNSIGNED,
+            affine=_UNSIGNED,
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            range_of_zeros=(-1.0, 1.0),
+            one_sided=True,
+            least_scale=_NORMAL,
+            source="gptqmodel 7.7.0: Quantizer.find_params and quantize, without a search (mse=0)",
+        ),
+        Dialect(
+            "awq",
+            symmetric=_of_bits(2, 3, 4, 5, 6, 7, 8, unsigned=False),
+            affine=_UNSIGNED,
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            zero_in_range=False,
+            least_range=1e-5,
+            least_scale=_NORMAL,
+            source="autoawq 0.2.9: AwqQuantizer.pseudo_quantize_tensor of float32",
+        ),
+        Dialect(
+            "keras",
+            symmetric=("int4", "int8"),
+            affine=(),
+            divides_range=True,
+            inverse=True,
+            added=1e-7,
+            least_scale=_NORMAL,
+            source="keras 3.15.1 with NumPy: quantizers.abs_max_quantize",
+        ),
+        Dialect(
+            "modelopt",
+            symmetric=("int4", "int8", "float8_e4m3fn"),
+            affine=(),
+            narrow_from=None,
+            divides_range=True,
+            divides=True,
+            of_formats=(
+                (
+                    "int4",
+                    Dialect(
+                        "modelopt", affine=(), narrow_from=None, inverse=True, least_range=_NORMAL, range_instead=7.0
+                    ),
+                ),
+            ),
+            source="nvidia-modelopt 0.47.0 on a CPU: INT8QTensor, INT4QTensor, FP8QTensor",
         ),
         Dialect(
             "quanto",

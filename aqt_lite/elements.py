@@ -37,7 +37,7 @@ __all__ = [
     "rounded",
 ]
 
-Rounding = Literal["half_even", "half_away", "toward_zero", "up", "stochastic"] | float
+Rounding = Literal["half_even", "half_away", "half_toward_zero", "toward_zero", "up", "stochastic"] | float
 """How a number between two neighbours is rounded. "up" is away from zero wherever anything is left; a fraction t in
 (0, 1) rounds away from zero from that part of the way on."""
 
@@ -69,6 +69,8 @@ class ElementType(ABC):
     """Whether 0 is one of the numbers."""
     nan: int | None = None
     """A code of NaN, where there is one."""
+    minus_zero: int | None = None
+    """The code of -0, where zero has two."""
     missing: int | None = None
     """The code of values that are missing, where there is one: NaN is given it, and it reads back as NaN."""
     middle: int = 0
@@ -139,6 +141,8 @@ def rounded(v: Array, rounding: Rounding, xp: Any, noise: Array | None = None) -
         away = xp.zeros_like(whole)
     elif rounding == "up":
         away = xp.astype(size > whole, whole.dtype)
+    elif rounding == "half_toward_zero":
+        away = xp.astype(size > whole + 0.5, whole.dtype)
     elif rounding == "stochastic":
         assert noise is not None
         away = xp.astype(size >= whole + (1 - xp.astype(noise, whole.dtype) * 2.0**-NOISE_BITS), whole.dtype)
@@ -295,6 +299,10 @@ class Float(ElementType):
     @property
     def has_zero(self) -> bool:  # type: ignore[override]
         return self.subnormal
+
+    @property
+    def minus_zero(self) -> int | None:  # type: ignore[override]
+        return (-(1 << 15) if self.bits == 16 else 1 << (self.bits - 1)) if self.signed and self.negative_zero else None
 
     @property
     def lowest(self) -> int:

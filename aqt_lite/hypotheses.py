@@ -684,7 +684,7 @@ def named_rules() -> Iterator[Rule]:
 
 
 _FIELDS: dict[str, tuple[Any, ...]] = {
-    "reach": ("top", "half range", "each side"),
+    "reach": ("top", "half range", "each side", "lowest"),
     "narrow_from": (2, 8, None),
     "divides_range": (False, True),
     "divides": (False, True),

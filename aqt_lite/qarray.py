@@ -165,8 +165,8 @@ class QArray(ArrayShapes, ArrayBytes):
         scale : number, list, array or QArray; None for formats of scales
             With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
             array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are
-            positive, finite and within the range that :func:`aqt_lite.quantize` keeps. A QArray stays one; its numbers
-            only have to be finite, since other libraries have negative ones.
+            finite, not 0, and their magnitudes within the range that :func:`aqt_lite.quantize` keeps; they may be
+            negative, as those of some libraries are. A QArray stays one; its numbers only have to be finite.
         zero_point : integer, list or array, optional
             Codes of the value 0.0. Unsigned integers need them, or an ``offset``.
         offset : number, list, array or QArray, optional
@@ -256,7 +256,7 @@ class QArray(ArrayShapes, ArrayBytes):
                 return _nested(argument, value, grid_of(shape, block), b)
             return on_grid(argument, value, qvalue, "qvalue", shape, granularity, spec, b, kept_as, check, exact=True)
 
-        of_scales = partial(check_scale, spec=spec, least=spec.least_to_keep(offset is not None))
+        of_scales = partial(check_scale, spec=spec, least=spec.least_to_keep(offset is not None), signed=True)
         scale = placed("scale", scale, source.compute, of_scales)
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
         zero_point = placed("zero_point", zero_point, "int32", partial(check_zero_point, spec=spec))
@@ -578,13 +578,13 @@ class QArray(ArrayShapes, ArrayBytes):
 
     def _coded(self) -> affine.Coded:
         """Its arrays as ``affine`` takes them, codes in the order of the axes."""
-        return affine.Coded(self.qvalue, *self._qparams())
+        return self._qparams().beside(self.qvalue)
 
     def _qparams(self, *, masked: bool = True) -> affine.QParams:
-        """Unless ``masked``, whoever takes traced scales sees to those that are not positive."""
+        """Unless ``masked``, whoever takes traced scales sees to those that are 0."""
         b, scale, offset = self._backend, self.scale, self.offset
         if not isinstance(scale, QArray):
-            scale = scale if scale is not None and not masked and not b.has_values(scale) else self._positive(scale, b)
+            scale = scale if scale is not None and not masked and not b.has_values(scale) else self._usable(scale, b)
         else:  # of scales in groups, a format knows only those along the last axis
             grouped = scale._has_groups
             scale = (
@@ -595,22 +595,22 @@ class QArray(ArrayShapes, ArrayBytes):
             scale, offset = (_constant(a, b) for a in (scale, offset))
         return affine.QParams(scale, self.zero_point, offset)
 
-    def _positive(self, scale: Array | None, b: Backend) -> Array | None:
-        """``scale``, after looking once whether all are above zero; NaN in place of the others where a compiler traces.
+    def _usable(self, scale: Array | None, b: Backend) -> Array | None:
+        """``scale``, after looking once whether one is 0; NaN in its place where a compiler traces.
 
         Training and tree utilities may have moved scales since they were chosen. NaN speaks for itself.
         """
-        if scale is None or "_has_positive_scales" in self.__dict__:
+        if scale is None or "_has_usable_scales" in self.__dict__:
             return scale
         if not b.has_values(scale):
-            return b.xp.where(scale <= 0, b.xp.full_like(scale, float("nan")), scale)
+            return b.xp.where(scale == 0, b.xp.full_like(scale, float("nan")), scale)
         values = b.to_numpy(scale)
-        if (values <= 0).any():
+        if (values == 0).any():
             raise ValueError(
-                f"this QArray has {int((values <= 0).sum())} scales of {values.size} that are not positive, the "
-                f"smallest {values.min():.6g}: they were changed since they were chosen; quantize the values again"
+                f"this QArray has {int((values == 0).sum())} scales of {values.size} that are 0: they were changed "
+                "since they were chosen; quantize the values again"
             )
-        self.__dict__["_has_positive_scales"] = True
+        self.__dict__["_has_usable_scales"] = True
         return scale
 
     def _stored_codes(self) -> Array:
@@ -694,7 +694,7 @@ class QArray(ArrayShapes, ArrayBytes):
         if isinstance(scale, QArray):
             _nested("scale", scale, grid, b)
         elif scale is not None:
-            check_scale(scale, spec, spec.least_to_keep(offset is not None))
+            check_scale(scale, spec, spec.least_to_keep(offset is not None), signed=True)
         if isinstance(offset, QArray):
             _nested("offset", offset, grid, b)
         elif offset is not None:

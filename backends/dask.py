@@ -151,7 +151,7 @@ def _codes_of_chunk(x: Array, *leaves: Array, form: Any, spec: Spec, recipe: Rec
 
 
 def _values_of_chunk(codes: Array, *leaves: Array, form: Any, spec: Spec, out: str | None) -> Array:
-    return run(_numpy(), affine.dequantize, Coded(codes, *_rebuilt(form, iter(leaves))), spec=spec, out=out)
+    return run(_numpy(), affine.dequantize, Coded(codes, *_rebuilt(form, iter(leaves))[:3]), spec=spec, out=out)
 
 
 def _packed_chunk(codes: Array, bits: int) -> Array:
@@ -196,7 +196,7 @@ def _adapter_of(x: Array) -> Any:
 def _with_codes(x: Array, qparams: QParams, spec: Spec, recipe: Recipe) -> Any:
     leaves = _leaves_beside(x, qparams, spec.block)
     if leaves is None:
-        return Coded(affine.encode(x, qparams, spec=spec, recipe=recipe, b=_adapter_of(x)), *qparams)
+        return qparams.beside(affine.encode(x, qparams, spec=spec, recipe=recipe, b=_adapter_of(x)))
     dtype = affine.encode(
         np.zeros((1,) * x.ndim, x.dtype),
         _rebuilt(qparams, (np.ones((1,) * leaf.ndim, leaf.dtype) for leaf in _leaves(qparams))),
@@ -206,7 +206,7 @@ def _with_codes(x: Array, qparams: QParams, spec: Spec, recipe: Recipe) -> Any:
     ).dtype
     work = partial(_codes_of_chunk, form=_form(qparams), spec=spec, recipe=recipe)
     codes = x.map_blocks(work, *leaves, chunks=x.chunks, dtype=dtype, meta=np.empty((0,) * x.ndim, dtype))
-    return Coded(codes, *qparams)
+    return qparams.beside(codes)
 
 
 def _aligned(x: Array, block: Block) -> Array:

@@ -32,11 +32,24 @@ def row(d: Dialect) -> list[str]:
         return [f"`{d.name}`", names(d.symmetric), offsets, *["its own rule"] * 6, d.source]
     scale = "divided" if d.divides_range else "times the reciprocal"
     code = "x / scale" if d.divides else "x · (1/scale)"
+    if d.of_range is not None:
+        scale = "a rule of its own"
+    if d.inverse:
+        scale, code = f"its inverse is {scale}", "x · inverse"
+    code += _ROUNDINGS.get(d.rounding, "")
     added = "before rounding" if d.zero_first else "after rounding"
     return [
-        f"`{d.name}`", names(d.symmetric), names(d.affine), largest(d), left_out(d), scale, code, added, small(d),
+        f"`{d.name}`", names(d.symmetric), affine(d), largest(d), left_out(d), scale, code, added, small(d),
         d.source,
     ]  # fmt: skip
+
+
+_ROUNDINGS = {"half_away": ", halves away from zero"}
+
+
+def affine(d: Dialect) -> str:
+    """Formats with zero points, or with offsets."""
+    return f"{names(d.offsets)}, with offsets" if d.offsets else names(d.affine)
 
 
 def names(formats: tuple[str, ...] | None) -> str:
@@ -61,6 +74,7 @@ def largest(d: Dialect) -> str:
         "top": "127",
         "half range": "127.5",
         "each side": "−128 or 127, whichever asks for more",
+        "lowest": "−128, by a scale of either sign",
     }[d.reach]
     return "; ".join([said, *(f"{name}: {number:g}" for name, number in d.reaches)])
 
@@ -73,6 +87,10 @@ def left_out(d: Dialect) -> str:
 
 def small(d: Dialect) -> str:
     """What becomes of blocks that are zero or nearly so."""
+    if d.range_of_zeros is not None:
+        return f"zeros have range {d.range_of_zeros[0]:g} to {d.range_of_zeros[1]:g}"
+    if d.added:
+        return f"{d.added:g} is added to the statistic"
     if d.least_range:
         instead = "" if d.range_instead is None else f" as {d.range_instead:g}"
         return f"a range below {_power(d.least_range)} counts{instead or ' as that'}"

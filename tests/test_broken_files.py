@@ -238,8 +238,8 @@ def nan_of_e8m0():
 
 
 VALUES = {
-    "NaN": (lambda: with_values(quantize(X), "scale", np.nan), "scale=nan: every scale must be positive"),
-    "negative": (lambda: with_values(quantize(X), "scale", -0.5), "scale=-0.5: every scale must be positive"),
+    "NaN": (lambda: with_values(quantize(X), "scale", np.nan), "scale=nan: every scale must be finite and not 0"),
+    "zero": (lambda: with_values(quantize(X), "scale", 0.0), "scale=0.0: every scale must be finite and not 0"),
     "zero point": (
         lambda: with_values(quantize(X, "uint4", scheme="affine"), "zero_point", 16),
         "zero_point=16: must be a code of uint4",

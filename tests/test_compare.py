@@ -11,7 +11,7 @@ from optional import jax, jnp, torch
 from oracles import dialects as golden
 
 import aqt_lite
-from aqt_lite import Dialect, PerChannel, PerGroup, PerTensor, QArray, compare, quantize
+from aqt_lite import Dialect, PerChannel, PerGroup, PerTensor, QArray, compare, convert, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.dialects import DIALECTS
 from aqt_lite.formats import FORMATS
@@ -278,13 +278,13 @@ def test_a_dialect_that_makes_codes_and_scales_together_is_recognized(name, dtyp
 def test_a_dialect_is_recognized_in_codes_of_other_libraries():
     """Golden vectors that the originals made."""
     vectors = np.load(golden.FILE)
-    names = [n for n in DIALECTS if n in golden.ORIGINALS]
-    cases = {n: [c for c in golden.cases(n) if c[0] in ("int8", "uint8") and c[1] != "offsets"] for n in names}
+    known = {n: [c for c in golden.cases(n) if c[1] != "offsets"] for n in DIALECTS if n in golden.ORIGINALS}
+    cases = {n: [c for c in found if c[0] in ("int8", "uint8")] for n, found in known.items()}
     assert sum(map(bool, cases.values())) >= 9
     for name, (dtype, scheme) in ((name, found[0]) for name, found in cases.items() if found):
         x = vectors["x/8"]
         c, scale, zero = (vectors[f"{name}/{dtype}/{scheme}/{part}"] for part in ("codes", "scale", "zero_point"))
-        usable = scale > 0  # where the original has no scale for zeros, it has no value for them
+        usable = scale != 0  # where the original has no scale for zeros, it has no value for them
         parts = (c[usable], scale[usable][:, None], zero[usable][:, None])
         found = compare(parts, x[usable])
         if found.equal:  # its codes differ from this library's at few ties, and at none of these
@@ -292,6 +292,16 @@ def test_a_dialect_is_recognized_in_codes_of_other_libraries():
             continue
         assert found.explanation is not None, str(found)
         assert name in (found.explanation.name, *found.explanation.also), str(found)
+
+
+def test_negative_scales_and_offsets_of_a_dialect_are_recognized():
+    for name, how in (("onnxruntime", {}), ("mlx", {"offset": "data"})):
+        q = quantize(X, "uint4", granularity=PerGroup(32), dialect=name, **how)
+        assert (q.scale < 0).any()
+        found = compare(q, X)
+        assert found.explanation is not None, str(found)
+        assert name in (found.explanation.name, *found.explanation.also), str(found)
+        assert_same(convert(q, dialect=name), q)
 
 
 FIELDS = {  # what is said of a dialect that is as this library's but for these fields
@@ -330,8 +340,8 @@ def test_a_rounding_is_recognized(rounding):
 def test_two_changes_of_rules_are_recognized():
     x = golden.rows("int8", 11)
     x = x[np.abs(x).max(1) > 1e-20]
-    q = quantize(x, granularity=ROWS, rounding="half_away", dialect=Dialect("mine", divides_range=True))
-    assert compare(q, x).explanation.name == "aqt_lite, divides_range=True, rounding='half_away'"
+    q = quantize(x, granularity=ROWS, rounding="toward_zero", dialect=Dialect("mine", divides_range=True))
+    assert compare(q, x).explanation.name == "aqt_lite, divides_range=True, rounding='toward_zero'"
 
 
 @pytest.mark.parametrize("mode", ["ceil", "even", "rceil"])

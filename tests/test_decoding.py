@@ -206,10 +206,10 @@ def test_transformations_of_jax():
 
 
 @needs("jax")
-def test_scales_that_are_not_positive_give_nan_under_jit():
+def test_scales_of_zero_give_nan_under_jit():
     q = quantize(jnp.asarray(weight(520, 330)), "int4", granularity=PerGroup(32))
     x = jnp.asarray(weight(3, 330, seed=4))
-    for bad in (-1.0, 0.0, -0.0, float("nan")):
+    for bad in (0.0, -0.0, float("nan")):
         y = jax.jit(lambda s: linear(x, replace(q, scale=s)))(q.scale.at[5, 2].set(bad))
         assert np.isnan(np.asarray(y)[:, 5]).all()
         assert np.isfinite(np.delete(np.asarray(y), 5, axis=1)).all()

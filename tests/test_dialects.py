@@ -42,8 +42,8 @@ def held(name, forms, every=1):
     for case in golden.cases(name)[::every]:
         x, found = recorded(name, *case)
         problems.append(golden.problem(name, *case, x))
-        how = golden.asked(case[1])
-        q = quantize(x, case[0], **how, granularity=golden.granularity_of(case[0]), dialect=name)
+        how = {"granularity": golden.granularity_of(case[0]), "dialect": name, **golden.asked(case[1])}
+        q = quantize(problems[-1].x, case[0], **how)
         wanted.append(golden.as_bits(found, bits_of(q), case[0]))
     return disagreements(problems, wanted, forms)
 
@@ -61,7 +61,7 @@ def test_every_dialect_is_held_against_its_original():
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_scales_and_zero_points_are_the_originals(name):
     assert held(name, (NUMPY, TORCH)) == {}
-    assert held(name, (STRICT, JIT), every=4) == {}
+    assert held(name, (STRICT, JIT), every=max(4, len(golden.cases(name)) // 2)) == {}  # the others: exhaustive
 
 
 @pytest.mark.exhaustive
@@ -83,7 +83,7 @@ def test_what_is_hardly_a_number_has_the_same_bits_everywhere(name):
     x = np.tile(np.asarray(rows, np.float32), 16)
     chosen = [(n, case) for n in (NAMES if name == "all" else [name]) for case in golden.cases(n)]
     if name == "all":
-        chosen = [(n, c) for n, c in chosen if c in (golden.cases(n)[0], golden.cases(n)[-1]) or c[0][0] in "fmn"]
+        chosen = [(n, c) for n, c in chosen if c == golden.cases(n)[-1] or c[0][0] in "mn"]
         chosen = [(n, c) for n, c in chosen if n != "qwix" or c[0][0] != "f"]  # by the same fields as integers
     problems = [golden.problem(n, *case, x) for n, case in chosen]
     wanted = [problem.call(x) for problem in problems]
@@ -97,7 +97,7 @@ def test_a_rule_knows_no_granularity(name):
     cases = [case for case in golden.cases(name) if golden.granularity_of(case[0])]
     for dtype, scheme in cases[:: max(len(cases) // 3, 1)]:
         x, _ = recorded(name, dtype, scheme)
-        how = {"dtype": dtype, **golden.asked(scheme), "dialect": name}
+        how = {"dtype": dtype, "dialect": name, **golden.asked(scheme)}
         rows = quantize(x, granularity=PerChannel(0), **how)
         groups = quantize(x.reshape(-1), granularity=PerGroup(x.shape[1]), **how)
         columns = quantize(x.T, granularity=PerChannel(1), **how)
@@ -111,12 +111,17 @@ def test_a_rule_knows_no_granularity(name):
         assert_same_bits(fake_quantize(x, granularity=PerChannel(0), **how), dequantize(rows))
         scale, zero_point = choose_qparams(x, granularity=PerChannel(0), **how)
         assert_same_bits(scale, rows.scale)
-        if rows.offset is not None:
+        if scheme == "offsets":
             assert_same_bits(zero_point, rows.offset)
+            how |= {"offset": zero_point, "on_clip": "saturate"}
+            given = quantize(x, granularity=PerChannel(0), **how, scale=scale)
+            assert np.abs(given.qvalue.astype(int) - rows.qvalue).max() <= 1  # a code may be made of other factors
         elif zero_point is not None:
             assert_same_bits(zero_point, rows.zero_point)
             if dtype in (DIALECTS[name].formats("given") or ()):
-                given = quantize(x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point)
+                given = quantize(
+                    x, granularity=PerChannel(0), **how, scale=scale, zero_point=zero_point, on_clip="saturate"
+                )
                 assert_same_bits(given.zero_point, rows.zero_point)
 
 
@@ -230,6 +235,88 @@ def test_the_operator_of_onnx_with_given_scales(dtype):
     np.testing.assert_array_equal(q.qvalue, wanted)
 
 
+@pytest.mark.parametrize(("dtype", "scheme"), [("uint4", "symmetric"), ("uint4", "affine"), ("uint8", "symmetric")])
+def test_the_operator_of_matmul_nbits_reads_our_bytes(dtype, scheme):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: requirements-dev.txt has what needs it")
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: requirements-dev.txt has it")
+    rng, bits = np.random.default_rng(4), int(dtype[4:])
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 160), (3, 160)))
+    q = quantize(w, dtype, scheme=scheme, granularity=PerGroup(32), dialect="onnxruntime")
+    assert scheme == "affine" or (q.scale < 0).any()
+    inputs = {"x": x, "b": q.to_bytes("dense").reshape(5, 5, 4 * bits), "s": q.scale.reshape(-1)}
+    if scheme == "affine":
+        zeros = aqt_lite.layouts.LAYOUTS["dense"].holding(dtype, bits)
+        inputs["z"] = zeros.packed({"codes": q.zero_point}).reshape(-1)
+    node = onnx.helper.make_node(
+        "MatMulNBits", list(inputs), ["y"], domain="com.microsoft", K=160, N=5, bits=bits, block_size=32
+    )
+    kinds = {n: onnx.helper.np_dtype_to_tensor_dtype(a.dtype) for n, a in inputs.items()}
+    infos = [onnx.helper.make_tensor_value_info(n, kinds[n], a.shape) for n, a in inputs.items()]
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (3, 5))
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", infos, [out]), opset_imports=opsets, ir_version=10
+    )
+    (y,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)
+    np.testing.assert_allclose(y, x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_mlx_reads_our_words():
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed: requirements-dev.txt has it")
+    w = np.random.default_rng(5).standard_normal((4, 256)).astype(np.float32)
+    with mx.stream(mx.cpu):
+        for bits, group in ((2, 32), (3, 64), (4, 64), (5, 128), (6, 32), (8, 128)):
+            q = quantize(w, f"uint{bits}", offset="data", granularity=PerGroup(group), dialect="mlx")
+            words = q.to_bytes("dense_int32").view(np.uint32)
+            theirs = [np.array(a) for a in mx.quantize(mx.array(w), group_size=group, bits=bits)]
+            for mine, wanted in zip((words, q.scale, q.offset), theirs, strict=True):
+                np.testing.assert_array_equal(mine, wanted)
+            values = mx.dequantize(*map(mx.array, theirs), group_size=group, bits=bits)
+            np.testing.assert_allclose(np.array(values), q.dequantize(), rtol=1e-6, atol=1e-6)
+        for name, group in (("mxfp4", 32), ("nvfp4", 16)):
+            q = quantize(w, name, dialect="mlx")
+            words, scale = q.to_bytes("dense_int32").view(np.uint32), q.scale.qvalue
+            values = mx.dequantize(
+                mx.array(words), mx.array(scale), group_size=group, bits=4, mode=name, dtype=mx.float32
+            )
+            np.testing.assert_array_equal(np.array(values), q.dequantize())
+
+
+def test_products_with_negative_scales(backend):
+    """Plain ones, with offsets and zero points, of weights large enough for compiled loops."""
+    rng = np.random.default_rng(6)
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((520, 320), (3, 320)))
+    for dtype, how in (
+        ("uint4", {"dialect": "mlx", "offset": "data"}),
+        ("uint4", {"dialect": "onnxruntime"}),
+    ):
+        q = quantize(backend.asarray(w), dtype, granularity=PerGroup(32), **how)
+        assert (backend.to_numpy(q.scale) < 0).any()
+        values = backend.to_numpy(q.dequantize())
+        assert np.abs(values - w).max() < 0.5
+        for mode in ("fast",) if "offset" in how else ("fast", "reproducible"):
+            y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q, mode=mode))
+            np.testing.assert_allclose(y, x @ values.T, rtol=1e-3, atol=1e-3)
+        if backend.name == "jax":
+            np.testing.assert_array_equal(jax.jit(dequantize)(q), values)
+            y = jax.jit(aqt_lite.linear)(backend.asarray(x), q)
+            np.testing.assert_allclose(y, x @ values.T, rtol=1e-3, atol=1e-3)
+
+
+def test_negative_scales_are_stored_and_read(tmp_path):
+    x = np.random.default_rng(7).standard_normal((2, 64)).astype(np.float32)
+    q = quantize(x, "uint4", granularity=PerGroup(32), dialect="onnxruntime")
+    aqt_lite.save(tmp_path / "q.safetensors", {"w": q})
+    assert_same_bits(aqt_lite.load(tmp_path / "q.safetensors")["w"], q)
+    again = aqt_lite.QArray.from_codes(q.qvalue, q.scale, q.zero_point, dtype="uint4", granularity=PerGroup(32))
+    assert_same_bits(again, q)
+    assert aqt_lite.error_report(x, q).max_abs_error < 0.5
+    with pytest.raises(ValueError, match="a negative scale is a positive one with every code negated"):
+        quantize(x, scale=-0.1)
+    given = quantize(x, "int4", scale=-0.25, dialect="onnxruntime", on_clip="saturate")
+    np.testing.assert_array_equal(given.qvalue, np.clip(np.rint(x / -0.25), -8, 7))
+
+
 def zero_of(dtype, rows):
     """Zero points of every parity, where the type has them."""
     element = aqt_lite.formats.FORMATS[dtype].element
@@ -293,6 +380,8 @@ def test_what_a_dialect_has_not():
         (r"dialect='onnx' has zero points, and no offsets: leave offset out", {"offset": "data"}),
         (r"keeps scales in the dtype of its arithmetic: leave scale_dtype out", {"scale_dtype": "float16"}),
         (r"dialect='torchy' is not known: use one of 'aqt_lite', 'onnx', .* or a Dialect", {"dialect": "torchy"}),
+        (r"dialect='mlx' has offsets for uint2, uint3, .*: leave offset out", {"dialect": "mlx", "offset": "data"}),
+        (r"dialect='mlx' has no affine uint4: it has none", {"dialect": "mlx", "dtype": "uint4", "scheme": "affine"}),
         (r"dialect='quanto' has no scales for int4", {"dialect": "quanto", "dtype": "int4", "scale": 0.1}),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -300,9 +389,10 @@ def test_what_a_dialect_has_not():
     with pytest.raises(TypeError, match=r"dialect is a int: give a name, or an aqt_lite\.Dialect"):
         quantize(x, dialect=3)
     for words, how in [
-        ("reach='max': use 'top', 'half range' or 'each side'", {"reach": "max"}),
+        ("reach='max': use 'top', 'half range', 'each side' or 'lowest'", {"reach": "max"}),
         ("least_scale=-1.0: give a normal float32", {"least_scale": -1.0}),
         ("instead=1.0 without least_scale", {"instead": 1.0}),
+        (r"range_of_zeros=\(1.0, 2.0\): give a range that holds 0", {"range_of_zeros": (1.0, 2.0)}),
     ]:
         with pytest.raises(ValueError, match=words):
             Dialect("wrong", **how)

@@ -95,7 +95,21 @@ def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
     printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
     assert "`compressed-tensors`" in text
     made = ["float8_e4m3fn", "(64,", "4)", "(128,)", "(64,", "128)", "True", "(4,)", "True"]
-    assert printed.split() == ["True", "-127", "-128", "[[128]]", "-3", "(4,", "36)", *made, "uint8", "(4,", "2)"]
+    stored = ["(8,", "4)", "True", "(8,", "1,", "16)"]
+    assert printed.split() == [
+        "True",
+        "-127",
+        "-128",
+        "[[128]]",
+        "-3",
+        "(4,",
+        "36)",
+        *made,
+        *stored,
+        "uint8",
+        "(4,",
+        "2)",
+    ]
 
 
 @pytest.mark.exhaustive  # a quarter of a minute: three frameworks compile

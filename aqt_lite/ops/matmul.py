@@ -190,7 +190,7 @@ def _as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine
     ``packed``: codes as they are kept, and traced scales unseen. Else codes are one an item, and scales that are not
     positive NaN.
     """
-    scale, zero_point, offset = w._qparams(masked=not packed)
+    scale, zero_point, offset, _ = w._qparams(masked=not packed)
     spec, b = w._spec, w._backend
     if w.transposed:
         scale, zero_point, offset = (
@@ -221,7 +221,7 @@ def _stored_product(
     operation: Callable[..., Any], x: Array, w: QArray, bias: Array | None, contract: int, b: Backend
 ) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
-    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must be positive there
+    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must not be 0 there
         return NotImplemented
     static = {"contract": contract, "packed_length": w.packed_length}
     kernel = kernel_for(b, operation, static)

@@ -109,10 +109,10 @@ def matmul_stored(
 ) -> Array:
     """``matmul`` of a weight as it is stored, of any format: codes that may be packed, scales as they are kept.
 
-    NaN takes the place of scales that are plain numbers and not positive.
+    NaN takes the place of scales that are plain numbers and 0.
     """
     if w.scale is not None and not isinstance(w.scale, tuple):
-        w = w._replace(scale=b.xp.where(w.scale > 0, w.scale, b.xp.full_like(w.scale, float("nan"))))
+        w = w._replace(scale=b.xp.where(w.scale == 0, b.xp.full_like(w.scale, float("nan")), w.scale))
     values = values_stored(w, spec=spec, packed_length=packed_length, b=b)
     return matmul_of_values(x, values, bias, contract=contract, b=b)
 

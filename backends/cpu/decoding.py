@@ -338,7 +338,7 @@ def _as_floats(integers: Any, less: Any, out: Any) -> None:  # pragma: no cover 
 
 @njit(nogil=True, cache=True)
 def _largest(patterns: Any, ignored: Any, less: Any) -> Any:  # pragma: no cover - compiled
-    """The largest of the bits of some floats: they order as the floats do, and put negative ones and NaN on top.
+    """The largest of the bits of some floats: they order as the floats do, and put NaN, and negative ones, on top.
 
     Some bits are ignored, and ``less`` is taken off: 1 puts 0 on top, too.
     """
@@ -434,7 +434,7 @@ def multiply(
     numbers that ``of_scales`` lists; zero points, where there are any, are integers. ``size`` is the length of a group,
     a whole number of vectors, and may be longer than K. ``y`` is (M, N of w); ``first_row`` is the row of scales, zero
     points and bias that w begins with. The answer is False where a value might be beyond float32, which dequantizing
-    would clip, and where a scale is NaN or, not being kept as a code, not positive.
+    would clip, and where a scale is NaN or, not being kept as a code, 0.
     """
     rows, columns = y.shape[0], w.shape[0]
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
@@ -456,7 +456,7 @@ def multiply(
             s_start = scales.ctypes.data
         else:
             numbers = scale[start : start + here] if scale.shape[0] > 1 else scale
-            most = max(most, _largest(numbers.view(np.uint32), np.uint32(0), np.uint32(1)))
+            most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(1)))
             s_start = numbers.ctypes.data
         if shifted:
             _as_floats(zero[start:] if zero.shape[0] > 1 else zero, np.int32(flip), zeros[:here])

@@ -66,7 +66,7 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
         return NotImplemented
     spec = with_twins(spec)
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
-    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
+    return qparams.beside(_encoded(x, qparams, key, spec, recipe))
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
@@ -82,7 +82,7 @@ def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: S
         return NotImplemented
     spec = with_twins(spec)
     qparams = _usable(x, given, spec, recipe)
-    return Coded(_encoded(x, qparams, key, spec, recipe), *qparams)
+    return qparams.beside(_encoded(x, qparams, key, spec, recipe))
 
 
 def fake_quantize(
@@ -98,7 +98,7 @@ def fake_quantize(
     def work(tile: Tile) -> None:
         own = _cut(qparams, tile)
         codes = affine.encode(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
-        values[tile.at] = affine.dequantize(Coded(codes, *own), spec=spec, b=_numpy())
+        values[tile.at] = affine.dequantize(own.beside(codes), spec=spec, b=_numpy())
 
     for_tiles(work, x.shape, spec.block)
     with np.errstate(all="ignore"):
@@ -175,7 +175,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
     def work(tile: Tile) -> None:
         own = _cut(QParams(*w[1:]), tile)
-        values[tile.at] = affine.dequantize(Coded(w.codes[tile.at], *own), spec=spec, out=out, b=_numpy())
+        values[tile.at] = affine.dequantize(own.beside(w.codes[tile.at]), spec=spec, out=out, b=_numpy())
 
     for_tiles(work, w.codes.shape, spec.block)
     return values
@@ -223,7 +223,7 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
         else:
             part = codes[tile.at]
         own = _cut(QParams(*qparams), tile)
-        found = affine.dequantize(Coded(part, *own), spec=twins, out=name, b=_numpy())
+        found = affine.dequantize(own.beside(part), spec=twins, out=name, b=_numpy())
         if fill is not None and element.missing is not None:
             found = np.where(part == element.missing, found.dtype.type(fill), found)
         values[tile.at] = found
@@ -360,7 +360,9 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
         low = None
         known = affine.counted(part, spec, recipe, np)
         if known is not None:
-            fill = (math.inf, -math.inf) if recipe.offset and not magnitudes else (0, 0)  # as affine leaves them out
+            fill = (
+                (math.inf, -math.inf) if recipe.may_lack_zero and not magnitudes else (0, 0)
+            )  # as affine leaves them out
             if not magnitudes:
                 low = reduced(np.where(known, part, source.type(fill[0])), spec.block, np.min, np)
             part = np.where(known, part, source.type(fill[1]))
@@ -470,7 +472,7 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
         return NotImplemented
     with np.errstate(all="ignore"):
         a_column = replace(spec, block=(None, 1))
-        scale, zero_point, _ = affine.choose_qparams(ends, spec=a_column, recipe=recipe, b=_numpy())
+        scale, zero_point, *_ = affine.choose_qparams(ends, spec=a_column, recipe=recipe, b=_numpy())
         inverse = np.float32(1) / scale[0]
     zero = None if zero_point is None else zero_point[0].astype(np.float32)
     codes = aligned_empty(x.shape, spec.element.storage)
@@ -524,7 +526,7 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
     s = np.broadcast_to(scale.reshape(-1, 1), (rows[0], 1))
     z = None if zero_point is None else np.broadcast_to(zero_point.reshape(-1, 1), (rows[0], 1))
     # (q - z) * s is at most 65535 * s: beyond float32 only for scales that are not usual
-    may_overflow = bool((scale > spec.source.max / (1 << 17)).any())
+    may_overflow = bool((np.abs(scale) > spec.source.max / (1 << 17)).any())
     height = max(1, BLOCK // rows[1])
 
     def work(start: int, stop: int) -> None:

@@ -129,7 +129,7 @@ def _plain(
     scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
     y = x @ (values * spread(scale)).T + bias
     flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size)[1:]
-    small = jnp.all((scale < 2.0**100) & ((scale > 0) | (numbers.size > 0)))
+    small = jnp.all((jnp.abs(scale) < 2.0**100) & ((scale != 0) | (numbers.size > 0)))
     return [y, jnp.full(flags.shape, ~small, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 
@@ -177,7 +177,7 @@ mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
 def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
     """``reference.matmul_stored`` of a weight (N, K), and whether it has to be done otherwise.
 
-    So it is where a scale is not positive, or so large that values might have to be clipped.
+    So it is where a scale is 0, or so large that values might have to be clipped.
     """
     halves, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"))
     bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)

@@ -226,7 +226,7 @@ def _by_decoding(
     packed_length: int | None,
     otherwise: Callable[[], Array],
 ) -> Any:
-    """The product by those loops; ``otherwise`` where they find a scale that is not positive, or is huge."""
+    """The product by those loops; ``otherwise`` where they find a scale that is 0, or is huge."""
     loops, packed = decoding_loops(), packed_length is not None
     if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
         return NotImplemented

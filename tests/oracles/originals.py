@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from oracles.pieces import definition
 
 Found = tuple[np.ndarray, np.ndarray, "np.ndarray | None"]
 """Codes of (rows, columns); float32 scales and int32 zero points, or float32 offsets, one a row; of block formats the
@@ -26,6 +28,8 @@ class Original:
     packages: tuple[str, ...]
     quantize: Callable[[np.ndarray, str, str], Found]
     """(x, dtype, scheme): a scale for each row."""
+    limits: tuple[tuple[str, float], ...] = ()
+    """Magnitudes from which on it makes no sense of values, by format."""
 
     def versions(self) -> dict[str, str]:
         """Raises PackageNotFoundError where one is not installed."""
@@ -99,6 +103,127 @@ def _onnx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     found = [quant_utils.quantize_data(row, kind, symmetric=True) for row in x]
     zero, scale, codes = (np.stack([np.asarray(f[i]) for f in found]) for i in range(3))
     return codes, scale.astype(np.float32), zero.astype(np.int32)
+
+
+# ---- ONNX Runtime's MatMulNBits
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of some bits along the last axis, as a dense stream of bits from the lowest on."""
+    whole = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*packed.shape[:-1], -1, bits)
+    return (whole * (1 << np.arange(bits))).sum(-1)
+
+
+def _matmul_nbits(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from onnxruntime.capi import _pybind_state as ort
+
+    (signed, bits), (rows, columns), symmetric = _bits(dtype), x.shape, scheme == "symmetric"
+    scale, weight = np.zeros((rows, 1), np.float32), np.ascontiguousarray(x.T)  # a column is a block
+    if signed:
+        packed, zero = np.zeros(x.size // 2, np.uint8), np.zeros(-(-rows // 2), np.uint8)
+        ort.quantize_qdq_matmul_4bits(packed, weight, scale.reshape(1, -1), zero, columns, rows, columns, True)
+        codes = _unpacked(packed, 4).reshape(columns, rows).T
+        return np.where(codes > 7, codes - 16, codes), scale.reshape(-1), None
+    packed, zero = np.zeros((rows, 1, columns * bits // 8), np.uint8), np.zeros((rows, 1), np.uint8)
+    quantize = getattr(ort, f"quantize_matmul_{bits}bits")
+    quantize(packed, weight, scale, zero, columns, rows, columns, symmetric)
+    zeros = np.full(rows, 1 << (bits - 1)) if symmetric else zero.reshape(-1) & ((1 << bits) - 1)
+    return _unpacked(packed.reshape(rows, -1), bits), scale.reshape(-1), zeros
+
+
+# ---- MLX
+
+
+def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import mlx.core as mx
+
+    bits = 8 if dtype == "mxfp8_e4m3" else 4 if scheme == "symmetric" else _bits(dtype)[1]
+    mode = "affine" if scheme == "offsets" else dtype.partition("_")[0]
+    group = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": x.shape[1]}[mode]
+    with mx.stream(mx.cpu):
+        packed, *rest = (np.array(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
+    codes = _unpacked(packed.view(np.uint8), bits)
+    if mode == "affine":
+        return codes, rest[0].reshape(-1), rest[1].reshape(-1)
+    return codes.astype(np.uint8), rest[0], None
+
+
+# ---- GPTQ and AWQ, without their calibration
+
+
+def _gptq(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from types import SimpleNamespace
+
+    import torch
+
+    names = {"torch": torch, "nn": torch.nn, "BaseQuantizeConfig": None, "HF_OPTIMUM": ""}
+    for name in ("_replace_zero_scale", "quantize", "Quantizer"):
+        names[name] = definition("gptqmodel", "gptqmodel/quantization/quantizer.py", name, **names)
+    quantizer = names["Quantizer"](SimpleNamespace(sym=scheme == "symmetric", mse=0.0, bits=_bits(dtype)[1]))
+    quantizer.configure(perchannel=True)
+    rows = torch.from_numpy(x)
+    quantizer.find_params(rows, weight=True)
+    values = quantizer.quantize(rows)
+    scale, zero = quantizer.scale.double(), quantizer.zero
+    codes = torch.round(values.double() / scale) + zero  # it gives codes times scales, each product rounded once
+    return codes.numpy(), quantizer.scale.numpy().reshape(-1), zero.numpy().reshape(-1)
+
+
+def _awq(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    from types import SimpleNamespace
+
+    import torch
+
+    quantize = definition("autoawq", "awq/quantize/quantizer.py", "AwqQuantizer.pseudo_quantize_tensor", torch=torch)
+    settings = SimpleNamespace(w_bit=_bits(dtype)[1], group_size=x.shape[1], zero_point=scheme == "affine")
+    values, scale, zero = quantize(settings, torch.from_numpy(x))
+    codes = torch.round(values.double() / scale.double()) + (0 if zero is None else zero)  # as above
+    return codes.numpy(), scale.numpy().reshape(-1), None if zero is None else zero.numpy().reshape(-1)
+
+
+# ---- HQQ
+
+
+def _hqq(x: np.ndarray, dtype: str, scheme: str, round_zero: bool = False) -> Found:
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    codes, said = Quantizer.quantize(
+        torch.from_numpy(x), nbits=_bits(dtype)[1], group_size=x.shape[1], optimize=False, round_zero=round_zero,
+        axis=1, bitpack=False, device="cpu",
+    )  # fmt: skip
+    offset = -said["zero"] * said["scale"]
+    return codes.numpy(), said["scale"].numpy().reshape(-1), offset.numpy().reshape(-1)
+
+
+# ---- Keras
+
+
+def _keras(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    import keras
+
+    ends = {"int4": (-8, 7), "int8": (-127, 127)}[dtype]  # those of its layers
+    codes, inverse = keras.quantizers.abs_max_quantize(x, axis=1, value_range=ends, dtype="int8")
+    return np.asarray(codes), np.float32(1) / np.asarray(inverse).reshape(-1), None
+
+
+# ---- ModelOpt
+
+
+def _modelopt(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    from modelopt.torch.quantization import qtensor
+
+    rows = torch.from_numpy(x)
+    if dtype == "int4":
+        made, inverse = qtensor.INT4QTensor.quantize(rows, block_size=x.shape[1])
+        codes = _nibbles(made._quantized_data.numpy().reshape(len(x), -1), low_first=False).astype(np.int8) - 8
+        return codes, 1 / inverse.numpy().reshape(-1), None
+    kind = {"int8": qtensor.INT8QTensor, "float8_e4m3fn": qtensor.FP8QTensor}[dtype]
+    made, scale = kind.quantize(rows, axis=0)
+    codes = made._quantized_data
+    return (codes if dtype == "int8" else codes.view(torch.uint8)).numpy(), scale.numpy().reshape(-1), None
 
 
 # ---- torchao
@@ -364,6 +489,14 @@ ORIGINALS: dict[str, Original] = {
     "torch": Original(("torch",), _torch),
     "torch_per_channel": Original(("torch",), functools.partial(_torch, encode=_quantized_tensor)),
     "onnx": Original(("onnxruntime", "onnx"), _onnx),
+    "onnxruntime": Original(("onnxruntime",), _matmul_nbits),
+    "mlx": Original(("mlx",), _mlx, limits=(("nvfp4", 2.0**33),)),
+    "gptq": Original(("gptqmodel", "torch"), _gptq),
+    "awq": Original(("autoawq", "torch"), _awq),
+    "hqq": Original(("hqq", "torch"), _hqq),
+    "hqq_round_zero": Original(("hqq", "torch"), functools.partial(_hqq, round_zero=True)),
+    "keras": Original(("keras", "numpy"), _keras),
+    "modelopt": Original(("nvidia-modelopt", "torch"), _modelopt),
     "torchao": Original(("torchao", "torch"), _torchao),
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
