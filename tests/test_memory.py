@@ -272,3 +272,13 @@ def test_memory_beside_the_result_of_libraries_that_share_memory(library, call):
 def test_memory_of_packed_codes(call, dtype):
     made = f"aqt_lite.quantize(x, {dtype!r}, granularity=PerGroup(32))"
     assert peak("numpy", call, made + (".unpacked()" if call == "q.packed()" else "")) < 0.5
+
+
+@linux
+@pytest.mark.exhaustive  # seconds each
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_memory_of_reproducible_products_with_groups(library):
+    """Sums of every group at once would take 128 times the result: 128 MB."""
+    made = "aqt_lite.quantize(x[:1024, :1024], granularity=PerGroup(8)).to_backend(backend.name)"
+    share = peak(library, "q.version and aqt_lite.linear(x[:256, :1024], q, mode='reproducible')", made)
+    assert share * 4 * 4096**2 < 48 * 2**20
