@@ -326,3 +326,13 @@ def test_arrays_larger_than_memory(tmp_path, rows, room):
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(rows), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@linux
+@pytest.mark.exhaustive  # seconds each
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+def test_memory_of_reproducible_products_with_groups(library):
+    """Sums of every group at once would take 128 times the result: 128 MB."""
+    made = "aqt_lite.quantize(x[:1024, :1024], granularity=PerGroup(8)).to_backend(backend.name)"
+    share = peak(library, "q.version and aqt_lite.linear(x[:256, :1024], q, mode='reproducible')", made)
+    assert share * 4 * 4096**2 < 48 * 2**20

@@ -111,9 +111,7 @@ def matmul_stored(
 
     NaN takes the place of scales that are plain numbers and 0.
     """
-    if w.scale is not None and not isinstance(w.scale, tuple):
-        w = w._replace(scale=b.xp.where(w.scale == 0, b.xp.full_like(w.scale, float("nan")), w.scale))
-    values = values_stored(w, spec=spec, packed_length=packed_length, b=b)
+    values = values_stored(_without_zero_scales(w, b), spec=spec, packed_length=packed_length, b=b)
     return matmul_of_values(x, values, bias, contract=contract, b=b)
 
 
@@ -146,10 +144,14 @@ def as_integers(w: Coded, *, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
 
 
 def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> tuple[Coded, Spec]:
-    """The same of a weight as it is stored. NaN takes the place of scales that are plain numbers and not positive."""
-    if not isinstance(w.scale, tuple):
-        w = w._replace(scale=b.xp.where(w.scale > 0, w.scale, b.xp.full_like(w.scale, float("nan"))))
-    return as_integers(_unpacked(w, spec, packed_length, b), spec=spec, b=b)
+    """The same of a weight as it is stored. NaN takes the place of scales that are plain numbers and 0."""
+    return as_integers(_unpacked(_without_zero_scales(w, b), spec, packed_length, b), spec=spec, b=b)
+
+
+def _without_zero_scales(w: Coded, b: Backend) -> Coded:
+    if w.scale is None or isinstance(w.scale, tuple):
+        return w
+    return w._replace(scale=b.xp.where(w.scale == 0, b.xp.full_like(w.scale, float("nan")), w.scale))
 
 
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:

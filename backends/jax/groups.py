@@ -221,8 +221,6 @@ mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
 
 def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in groups, and whether it has to be done otherwise."""
-    if not isinstance(w.scale, tuple):  # of which a compiler cannot tell whether they are positive
-        w = w._replace(scale=jnp.where(w.scale > 0, w.scale, jnp.nan))
     halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"))
     codes = w.codes if w.codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
     bias = jnp.zeros(len(codes), jnp.float32) if bias is None else bias.astype(jnp.float32)
