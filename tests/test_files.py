@@ -527,6 +527,11 @@ def test_a_kind_of_numbers_that_only_a_program_knows(tmp_path):
 
 CONFUSIONS = {
     "layout": (quantize(X[:, :6]), quantize(X[:, :6]).for_dense(), "stored as for_dense"),
+    "runs": (
+        quantize(X.reshape(6, 4, 10)[:4, :, :4]).for_dense(1, 2),
+        quantize(X.reshape(6, 4, 10)[:4, :, :4]).for_dense(2, 1),
+        r"stored as for_dense\(1, 2\) does.*stored as for_dense\(2, 1\) does",
+    ),
     "block": (quantize(X, granularity=PerGroup(8)), quantize(X, granularity=PerGroup(9)), r"\(1, 8\).*\(1, 9\)"),
     "format": (quantize(X, "int4"), quantize(X, "nf4"), "int4 of.*nf4 of"),
     "source": (quantize(X), quantize(X.astype(ml_dtypes.bfloat16)), "of float32.*of bfloat16"),

@@ -14,6 +14,7 @@ from flax import nnx
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray
+from aqt_lite.backends.jax.products import decoding_loops
 from aqt_lite.nnx import QuantizedEmbed, QuantizedParam, plan, quantize_, quantized_weights
 from aqt_lite.testing import assert_same_bits
 
@@ -154,6 +155,28 @@ def test_linear_layers_keep_the_fast_form():
 
 
 # ---- look-ups
+
+
+def test_attention_reads_its_kernels_as_they_are_stored():
+    """Codes of (in, heads, width) and (heads, width, out) lie input after input, and no product unpacks them."""
+    attention = drawn(lambda: nnx.MultiHeadAttention(4, 64, decode=False, rngs=rngs()))
+    quantize_(attention, [("*", {"dtype": "int4", "granularity": PerGroup(16)})])
+    kernels = [getattr(attention, name).kernel[...] for name in ("query", "out")]
+    assert [(q.shape, q.storage.shape, q.transposed) for q in kernels] == [
+        ((64, 4, 16), (4, 16, 32), (1, 2)),
+        ((4, 16, 64), (64, 4, 8), (2, 1)),
+    ]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32))
+    assert_close(called(attention, x), called(with_values(attention), x))
+    if decoding_loops() is not None:  # which packed codes are handed to; else XLA's own operations decode them
+        for made in (
+            lambda: nnx.LinearGeneral(256, (8, 32), rngs=rngs()),
+            lambda: nnx.LinearGeneral((8, 32), 256, axis=(-2, -1), rngs=rngs()),
+        ):
+            large = quantize_(drawn(made), [("kernel", {"dtype": "int4", "granularity": PerGroup(32)})])
+            program = str(jax.make_jaxpr(lambda x, layer=large: layer(x))(jnp.ones((1, *large.in_features))))
+            assert program.count("aqt_lite_decoding_product[") == 1
+            assert "u8[256,128]" in program
 
 
 def test_an_embedding_looks_up_rows():
