@@ -66,12 +66,12 @@ class Axes:
     each: tuple[int, ...] = ()
     """Along which there is one weight after the other: layers of a scan, experts."""
 
-    @property
-    def for_dense(self) -> tuple[int, int] | None:
-        """How many of inputs and outputs there are, where they follow each other: what ``for_dense`` is told."""
-        in_order = (*self.each, *self.inputs, *self.outputs)
+    def for_dense(self, ndim: int) -> tuple[int, int] | None:
+        """How many of inputs and outputs there are, where all axes follow each other: what ``for_dense`` is told."""
         counts = len(self.inputs), len(self.outputs)
-        if in_order != tuple(range(len(in_order))) or not 1 <= min(counts) <= max(counts) <= MOST_SWAPPED:
+        if (*self.each, *self.inputs, *self.outputs) != tuple(range(ndim)) or not 1 <= min(counts) <= max(
+            counts
+        ) <= MOST_SWAPPED:
             return None
         return counts
 
@@ -356,7 +356,7 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
             said = f"dialect={dialect_of(spec['dialect']).name!r}, which makes {granularity_of(example.block)},"
             _check_serves(said, example.block, shape, axes, words)
     others = {key: spec[key] for key in extra if key in spec}
-    return Planned(leaf, arguments, None if axes is None else axes.for_dense, others, example)
+    return Planned(leaf, arguments, None if axes is None else axes.for_dense(len(shape)), others, example)
 
 
 _ROLES = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}
