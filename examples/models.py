@@ -249,10 +249,14 @@ def of_numpy(weights: dict[str, np.ndarray], rules: Any) -> tuple[dict[str, QArr
 
     def layer(name: str) -> Callable[[Any], Any]:
         w, bias = params[name]["weight"], weights.get(f"{NAMES[name]}.bias")
+
+        def product(x: Any) -> Any:  # of two matrices: of three axes NumPy would make many small ones
+            return (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], len(w)) + bias
+
         if kind_of(name) == "table":
             return lambda ids: w[ids].dequantize() if isinstance(w, QArray) else w[ids]
         if kind_of(name) == "linear":
-            return lambda x: aqt_lite.linear(x, w, bias) if isinstance(w, QArray) else x @ w.T + bias
+            return lambda x: aqt_lite.linear(x, w, bias) if isinstance(w, QArray) else product(x)
 
         def norm(x: Any) -> Any:
             return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPSILON) * w + bias

@@ -250,6 +250,44 @@ def test_through_a_file(tmp_path):
     assert_same_bits(apply(again, IDS), apply(small, IDS))
 
 
+def test_through_bytes_of_flax():
+    """flax.serialization: every bit, and no template of another kind."""
+    model = nn.Sequential([nn.Embed(50, 16), nn.DenseGeneral((4, 8)), nn.DenseGeneral(6, axis=(-2, -1))])
+    rules = [("layers_0/*", {"dtype": "nvfp4"}), ("layers_1/*", INT4), ("*", {"scheme": "affine"})]
+    variables = made(model, IDS)
+    small = quantize(model, variables, IDS, rules=rules)
+    data = flax.serialization.to_bytes(small)
+    again = flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, small), data)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(small)))
+    apply = jax.jit(with_quantized_layers(model.apply))
+    assert_same_bits(apply(again, IDS), apply(small, IDS))
+    assert len(data) < 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(small)) + 3 * 400
+    others = [
+        ([("layers_1/*", {**INT4, "dtype": "nf4"}), *rules], "layers_1/kernel: .* dtype int4 and nf4"),
+        (
+            [("layers_1/*", {**INT4, "granularity": PerGroup(4)}), *rules],
+            "layers_1/kernel: .* block .8, 1, 1. and .4, 1, 1.",
+        ),
+        ([("layers_2/*", {}), *rules], "layers_2/kernel: the template has no zero_point"),
+        ([("layers_0/*", {"dtype": "mxfp4"}), *rules], "layers_0/embedding: .* dtype nvfp4 and mxfp4"),
+    ]
+    for changed, words in others:
+        template = quantize(model, variables, IDS, rules=changed[:1] + [r for r in rules if r[0] != changed[0][0]])
+        with pytest.raises(ValueError, match=words):
+            flax.serialization.from_bytes(template, data)
+    with pytest.raises(ValueError, match=r"the template is a QArray, .* and the state has a ndarray there"):
+        flax.serialization.from_bytes(small, flax.serialization.to_bytes(variables))
+    kernel = small["params"]["layers_1"]["kernel"]
+    plain = {
+        "w": jax.tree.map(
+            jnp.asarray, aqt_lite.quantize(np.asarray(kernel.dequantize()), "int4", granularity=PerGroup(8, 0))
+        )
+    }
+    with pytest.raises(ValueError, match=r"transposed .1, 2. and False"):
+        flax.serialization.from_bytes(plain, flax.serialization.to_bytes({"w": kernel}))
+
+
 def test_training_beside():
     model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(6)])
     small = quantize(model, made(model, X), X, rules=[("layers_0/*", {})])

@@ -27,12 +27,14 @@ from flax.linen import dtypes
 
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
-from aqt_lite.backends.jax import functions, layers
+from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
 from aqt_lite.trees import Progress, TreePlan, leaves_of, places_of, quantized_as_planned
 
 __all__ = ["plan", "quantize", "with_quantized_layers"]
+
+flax_state.register()
 
 
 def quantize(
