@@ -727,6 +727,27 @@ def test_other_ways_to_save_keep_every_bit_or_name_this_one(kind, tmp_path):
             refused()
 
 
+SAVERS = {
+    "h5py": lambda m, path, q: m.File(path, "w").create_dataset("w", data=q),
+    "xarray": lambda m, path, q: m.Dataset({"w": (("x", "y"), q)}).to_netcdf(path),
+    "zarr": lambda m, path, q: m.save(path, q),
+    "safetensors.numpy": lambda m, path, q: m.save_file({"w": q}, path),
+    "safetensors.torch": lambda m, path, q: m.save_file({"w": q.to_backend("torch")}, path),
+    "safetensors.flax": lambda m, path, q: m.save_file({"w": q.to_backend("jax")}, path),
+    "json": lambda m, path, q: Path(path).write_text(m.dumps({"w": q})),
+}
+
+
+@pytest.mark.parametrize("library", SAVERS)
+def test_savers_of_others_do_not_write_floats_in_silence(library, tmp_path):
+    module = pytest.importorskip(library, reason=f"{library} is not installed: requirements-dev.txt has it")
+    path, q = tmp_path / "file", quantize(np.ones((64, 64), "float32"))
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        SAVERS[library](module, str(path), q)
+    written = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    assert written < q.nbytes
+
+
 @needs("torch")
 def test_torch_loads_formats_of_ones_own_without_trusting_the_file(tmp_path):
     q = quantize(torch.as_tensor(X), SEVEN)
