@@ -248,6 +248,19 @@ def test_a_model_in_three_lines():
     assert_close(remat(model, IDS), called(with_values(model), IDS))
 
 
+def test_what_shows_a_model_and_what_maps_over_its_rows(capsys):
+    model = quantize_(drawn(lambda: nnx.Linear(16, 6, rngs=rngs())), [("kernel", INT4)])
+    nnx.display(model)
+    shown = capsys.readouterr().out
+    assert "QuantizedParam" in shown
+    assert "int4" in shown
+    mapped = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))
+    assert_close(nnx.jit(mapped)(model, X), called(model, X))
+    with pytest.raises(ValueError, match="Could not convert QArray"):  # as docs/models.md says, with the way
+        nnx.tabulate(model, X)
+    assert_close(called(model, X), called(with_values(model), X))
+
+
 def test_without_rules_every_weight_of_known_layers():
     model = quantize_(drawn(lambda: Model(rngs())))
     assert len(quantized_weights(model)) == 6 + 1
