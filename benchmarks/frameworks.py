@@ -51,7 +51,8 @@ def of_nnx(weights: list[np.ndarray], how: dict):
         return nnx.Linear(**sizes, use_bias=False, kernel_init=lambda *_: jnp.asarray(w.T), rngs=nnx.Rngs(0))
 
     model = aqt_lite.nnx.quantize_(nnx.Sequential(*map(layer, weights)), [("*", how)])
-    return nnx.cached_partial(nnx.jit(lambda model, x: model(x)), model)
+    graph, state = nnx.split(model)  # nnx.jit returns all variables, too, as copies
+    return functools.partial(jax.jit(lambda state, x: nnx.merge(graph, state)(x)), state)
 
 
 def of_linen(weights: list[np.ndarray], how: dict):

@@ -301,8 +301,9 @@ def of_nnx(weights: dict[str, np.ndarray], rules: Any) -> tuple[dict[str, QArray
     if rules is not None:
         aqt_lite.nnx.quantize_(model, rules)
     found = {path.split("/")[1]: q for path, q in aqt_lite.nnx.quantized_weights(model).items()}
-    run = nnx.jit(lambda model, ids, mask: model(ids, mask))
-    return _by_name(found), lambda ids, mask: run(model, jnp.asarray(ids), jnp.asarray(mask))
+    graph, state = nnx.split(model)  # nnx.jit would return all variables at each call, as copies
+    run = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
+    return _by_name(found), lambda ids, mask: run(state, jnp.asarray(ids), jnp.asarray(mask))
 
 
 def _by_name(found: dict[str, QArray]) -> dict[str, QArray]:
