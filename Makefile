@@ -18,7 +18,7 @@ $(READY): requirements-dev.txt pyproject.toml
 demo: $(READY)  ## the main job on real data: pictures and tables under out/
 	$(BIN)/python examples/demo.py
 
-demo-models: $(READY)  ## a sentence encoder of 22.7 million weights in four frameworks; downloads 84 MB once
+demo-models: $(READY)  ## a sentence encoder of 22.7 million weights in four frameworks; downloads 122 MB once
 	$(BIN)/python examples/models.py
 
 test: $(READY)  ## tests and doctests, without the exhaustive ones

@@ -27,26 +27,41 @@ LENGTH = 16
 _AXES = 4
 _WHOLE_AXIS = 0
 _LONGEST = (1 << 16) - 1
+_RUNS = tuple((first, second) for first in range(1, 5) for second in range(1, 5) if (first, second) != (1, 1))
 _TRANSPOSED, _PACKED = 1, 2  # flags; two more bits are the type of the values, the upper four the contract's version
 
 
 @functools.lru_cache(maxsize=4096)
 def encoded(
-    dtype: str, block: Block, float_dtype: str, transposed: bool, packed_length: int | None, version: int
+    dtype: str,
+    block: Block,
+    float_dtype: str,
+    transposed: bool | tuple[int, int],
+    packed_length: int | None,
+    version: int,
 ) -> bytes:
     """The mark of a structure. What is longer than 16 bits is kept modulo that, block lengths up to that."""
     lengths = [_WHOLE_AXIS if n is None else min(n, _LONGEST) for n in block[-_AXES:]]
     lengths = [_WHOLE_AXIS] * (_AXES - len(lengths)) + lengths
-    flags = _TRANSPOSED * transposed + _PACKED * (packed_length is not None)
+    flags = _TRANSPOSED * bool(transposed) + _PACKED * (packed_length is not None)
     flags += (list(FLOAT_TYPES).index(float_dtype) << 2) + ((version & 15) << 4)
     numbers = [(packed_length or 0) & _LONGEST, *lengths]
     body = _name_as_bytes(dtype) + bytes([flags]) + b"".join(n.to_bytes(2, "little") for n in numbers)
-    return _checksum(body) + body
+    return _checksum(body, transposed) + body
+
+
+def layout_in_words(transposed: bool | tuple[int, int]) -> str:
+    """How codes are stored that are not in the order of their axes."""
+    return f"stored as for_dense({', '.join(map(str, transposed)) if isinstance(transposed, tuple) else ''}) does"
 
 
 def in_words(mark: bytes) -> str | None:
     """The structure that a mark says; None where these bytes are no mark."""
-    if len(mark) != LENGTH or _checksum(mark[2:]) != mark[:2]:
+    if len(mark) != LENGTH:
+        return None
+    layouts: tuple[bool | tuple[int, int], ...] = (True, *_RUNS) if mark[5] & _TRANSPOSED else (False,)
+    layout = next((each for each in layouts if _checksum(mark[2:], each) == mark[:2]), None)
+    if layout is None:
         return None
     known = {_name_as_bytes(name): name for name in (*SCALE_FORMATS, *FORMATS, *DERIVED)}
     name, flags = known.get(mark[2:5], "an unknown format"), mark[5]
@@ -56,7 +71,7 @@ def in_words(mark: bytes) -> str | None:
     block = ", ".join("whole axis" if n == _WHOLE_AXIS else str(n) for n in lengths)
     words = f"{name} of {list(FLOAT_TYPES)[flags >> 2 & 3]} in blocks of (..., {block})"
     if flags & _TRANSPOSED:
-        words += ", stored as for_dense() does"
+        words += f", {layout_in_words(layout)}"
     if flags & _PACKED:
         words += f", {packed} codes packed"
     return words + f", contract {flags >> 4}"
@@ -78,5 +93,7 @@ def _name_as_bytes(name: str) -> bytes:
     return zlib.crc32(name.encode()).to_bytes(4, "little")[:3]
 
 
-def _checksum(body: bytes) -> bytes:
-    return (zlib.crc32(body) & _LONGEST).to_bytes(2, "little")
+def _checksum(body: bytes, transposed: bool | tuple[int, int]) -> bytes:
+    """It differs with the runs of axes that are swapped, for which there is no room beside it."""
+    runs = bytes(transposed) if isinstance(transposed, tuple) else b""
+    return (zlib.crc32(body + runs) & _LONGEST).to_bytes(2, "little")

@@ -20,6 +20,7 @@ import numpy as np
 from aqt_lite._arguments import SAID_ELSEWHERE, check_floats
 from aqt_lite._foreign import refusal
 from aqt_lite._registry import backend_of
+from aqt_lite._shapes import Swapped, swapped_forth
 from aqt_lite.api import quantize
 from aqt_lite.bounds import AUTO
 from aqt_lite.dialects import AQT_LITE, dialect_of
@@ -27,7 +28,7 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import format_of
 from aqt_lite.granularity import Block, Granularity, PerGroup, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of
-from aqt_lite.qarray import QArray
+from aqt_lite.qarray import MOST_SWAPPED, QArray
 
 __all__ = [
     "LAYOUTS",
@@ -65,11 +66,14 @@ class Axes:
     each: tuple[int, ...] = ()
     """Along which there is one weight after the other: layers of a scan, experts."""
 
-    @property
-    def are_for_dense(self) -> bool:
-        """Whether each weight is a matrix (in, out)."""
-        n = len(self.each)
-        return (self.each, self.inputs, self.outputs) == (tuple(range(n)), (n,), (n + 1,))
+    def for_dense(self, ndim: int) -> tuple[int, int] | None:
+        """How many of inputs and outputs there are, where all axes follow each other: what ``for_dense`` is told."""
+        counts = len(self.inputs), len(self.outputs)
+        if (*self.each, *self.inputs, *self.outputs) != tuple(range(ndim)) or not 1 <= min(counts) <= max(
+            counts
+        ) <= MOST_SWAPPED:
+            return None
+        return counts
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class Planned:
     leaf: Leaf
     arguments: dict[str, Any] | None
     """Of ``quantize``; None where the leaf stays as it is."""
-    for_dense: bool = False
+    for_dense: tuple[int, int] | None = None
+    """How many axes of inputs and of outputs its codes are stored for."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the spec that are not ``quantize``'s."""
     example: QArray | None = None
@@ -123,7 +128,7 @@ class Planned:
         shape = tuple(self.leaf.array.shape)
         if self.example is None:
             return nbytes_of_array(self.leaf.array)
-        return _nbytes_as(self.example, shape, swapped=self.for_dense)
+        return _nbytes_as(self.example, shape, swapped=self.for_dense or False)
 
 
 def nbytes_of_array(x: Any) -> int:
@@ -135,9 +140,9 @@ def nbytes_of_array(x: Any) -> int:
     return 0 if b is None else int(math.prod(x.shape) * np.zeros(0).astype(b.dtype_name(x)).itemsize)
 
 
-def _nbytes_as(q: QArray, shape: tuple[int, ...], *, swapped: bool = False) -> int:
+def _nbytes_as(q: QArray, shape: tuple[int, ...], *, swapped: Swapped = False) -> int:
     """Bytes of an array of that shape that is quantized as ``q`` is."""
-    stored = (*shape[:-2], shape[-1], shape[-2]) if swapped else shape
+    stored = swapped_forth(shape, swapped)
     if q.bits < 8 and stored:
         total = math.prod(stored[:-1]) * bytes_of(stored[-1], q.bits)
     else:
@@ -351,7 +356,7 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
             said = f"dialect={dialect_of(spec['dialect']).name!r}, which makes {granularity_of(example.block)},"
             _check_serves(said, example.block, shape, axes, words)
     others = {key: spec[key] for key in extra if key in spec}
-    return Planned(leaf, arguments, axes is not None and axes.are_for_dense, others, example)
+    return Planned(leaf, arguments, None if axes is None else axes.for_dense(len(shape)), others, example)
 
 
 _ROLES = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}
@@ -497,7 +502,7 @@ def quantized(plan: Planned) -> QArray:
     assert plan.arguments is not None
     with naming(plan.leaf.path):
         q = quantize(plan.leaf.array, **plan.arguments)
-        return q.for_dense() if plan.for_dense else q
+        return q if plan.for_dense is None else q.for_dense(*plan.for_dense)
 
 
 class naming:  # noqa: N801 - a context manager that reads like a phrase

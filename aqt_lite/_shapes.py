@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,22 @@ from aqt_lite.packing import bytes_of
 if TYPE_CHECKING:
     from aqt_lite.qarray import QArray
 
-__all__ = ["ArrayShapes", "concatenate", "register_products", "stack"]
+__all__ = [
+    "ArrayShapes",
+    "Swapped",
+    "axes_of_layout",
+    "concatenate",
+    "lengths_swapped",
+    "register_products",
+    "stack",
+    "swapped_back",
+    "swapped_forth",
+]
+
+Swapped = bool | tuple[int, int]
+"""Of the array's last axes, which runs storage keeps swapped: none, the last two axes, or runs of so many."""
+
+_T = TypeVar("_T")
 
 _product: list[Callable[..., Array]] = []
 
@@ -30,6 +45,29 @@ _product: list[Callable[..., Array]] = []
 def register_products(of_right: Callable[..., Array], of_left: Callable[..., Array]) -> None:
     """What ``x @ q`` and ``q @ x`` mean: the products build on the container, and not the other way round."""
     _product[:] = [of_right, of_left]
+
+
+def lengths_swapped(swapped: Swapped) -> tuple[int, int]:
+    """How many axes each run has, in the order of the array."""
+    return swapped if isinstance(swapped, tuple) else (1, 1) if swapped else (0, 0)
+
+
+def swapped_back(of_storage: Sequence[_T], swapped: Swapped) -> tuple[_T, ...]:
+    """What there is for each axis of storage, in the order of the array's axes."""
+    first, second = lengths_swapped(swapped)
+    lead = len(of_storage) - first - second
+    return (*of_storage[:lead], *of_storage[lead + second :], *of_storage[lead : lead + second])
+
+
+def swapped_forth(of_array: Sequence[_T], swapped: Swapped) -> tuple[_T, ...]:
+    """What there is for each axis of the array, in the order of storage."""
+    first, second = lengths_swapped(swapped)
+    return swapped_back(of_array, (second, first))
+
+
+def axes_of_layout(q: QArray) -> int:
+    """How many of the last axes the layout of the codes is about."""
+    return sum(lengths_swapped(q.transposed)) or (q.packed_length is not None)
 
 
 class ArrayShapes:
@@ -152,6 +190,8 @@ class ArrayShapes:
         xp = q._backend.xp
         blocks = _on_blocks(q, lambda a: a.mT if _is_quantized(a) else xp.matrix_transpose(a))
         block, ragged = ((*e[:-2], e[-1], e[-2]) if e else () for e in (q.block, q.ragged))
+        if isinstance(q.transposed, tuple):
+            return _laid_out_anew(replace(q, storage=xp.matrix_transpose(q.qvalue), **blocks, block=block), q)
         return replace(q, **blocks, block=block, ragged=ragged, transposed=not q.transposed)
 
     def transpose(self: QArray, *axes: Any) -> QArray:  # type: ignore[misc]
@@ -205,7 +245,7 @@ class ArrayShapes:
         grid_lead = new_lead if each else (1,) * len(new_lead)
         blocks = _on_blocks(q, lambda a: _reshaped(a, (*grid_lead, *tuple(a.shape)[lead:]), xp))
         block = ((1,) if each else (None,)) * len(new_lead) + q.block[lead:]
-        if tail >= (2 if q.transposed else 1):  # the axes that the layout is about
+        if tail >= (axes_of_layout(q) or 1):
             stored = tuple(q.storage.shape)[lead:]
             cut = replace(q, storage=xp.reshape(q.storage, (*new_lead, *stored)), **blocks, block=block, ragged=())
             return replace(cut, ragged=cut._ragged_axes())
@@ -463,7 +503,7 @@ def _is_index_array(index: Any) -> bool:
 
 def _is_leading(q: QArray, axis: int) -> bool:
     """Whether no layout is about the axis."""
-    return axis < q.ndim - (2 if q.transposed else 1) or (q.packed_length is None and not q.transposed)
+    return axis < q.ndim - axes_of_layout(q)
 
 
 def _cut(a: Array, items: list[Any], b: Backend) -> Array:
@@ -495,12 +535,12 @@ def _indexed(q: QArray, items: list[Any]) -> QArray:
 
     Items: one an axis, and None for new axes.
     """
-    tail, b = 2 if q.transposed else 1, q._backend  # axes that the layout is about
-    if q.packed_length is None and not q.transposed:
+    tail, b = axes_of_layout(q), q._backend
+    if not tail:
         return replace(q, storage=_cut(q.storage, items, b))
     if q.ndim >= tail and all(isinstance(i, range) for i in items[-tail:]):
         if q.transposed:
-            items = [*items[:-2], items[-1], items[-2]]
+            items = list(swapped_forth(items, q.transposed))
         if q.packed_length is None:
             return replace(q, storage=_cut(q.storage, items, b))
         whole = range(int(q.storage.shape[-1]))

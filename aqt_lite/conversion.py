@@ -14,6 +14,7 @@ import numpy as np
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
+from aqt_lite._shapes import lengths_swapped
 from aqt_lite._sides import Side, differences, read_side, values_that_differ
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import ElementType
@@ -302,7 +303,7 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
     except ValueError as error:
         raise ValueError(str(error) if scale_dtype is None else f"scale_dtype={scale_dtype!r}: {error}") from None
     made = made.with_trainable_scales(q.trainable)
-    made = made.for_dense() if q.transposed else made
+    made = made.for_dense(*lengths_swapped(q.transposed)) if q.transposed else made
     return made if q.packed_length is not None or q.bits >= 8 else made.unpacked()
 
 

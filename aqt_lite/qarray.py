@@ -7,8 +7,8 @@ the like, is in ``_shapes``, and its bytes in other libraries' order in ``_bytes
 Invariants, for ``q`` with ``n`` dimensions:
 
 - ``q.qvalue`` has the array's shape and one code an item; ``q.storage`` is how the codes are kept: with the last two
-  axes swapped where ``q.transposed``, and with ``q.packed_length`` codes of its last axis in a stream of bits where
-  that is not None.
+  axes swapped where ``q.transposed``, or two runs of axes where that says their lengths, and with ``q.packed_length``
+  codes of its last axis in a stream of bits where that is not None.
 - ``q.block`` has n entries, each a block length or None for the whole axis.
 - ``q.scale`` has shape ``ceil(shape / block)`` (1 for None): numbers of dtype float32, or float64 for float64 sources;
   or a QArray of that shape, where scales are kept in a format of fewer bits (and may be negative, as ggml's are); or
@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import _mark, affine
 from aqt_lite._bytes import ArrayBytes
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
@@ -46,7 +46,7 @@ from aqt_lite._qparams import (
     unusable_codes,
 )
 from aqt_lite._registry import backend_of, get_backend, register_container
-from aqt_lite._shapes import ArrayShapes, kind_in_words
+from aqt_lite._shapes import ArrayShapes, Swapped, kind_in_words, lengths_swapped, swapped_back
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
@@ -63,7 +63,7 @@ from aqt_lite.formats import (
 from aqt_lite.granularity import Block, Granularity, PerTensor, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of, pack, unpack
 
-__all__ = ["CONTRACT_VERSION", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
+__all__ = ["CONTRACT_VERSION", "MOST_SWAPPED", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
 
 _TOGETHER = 1 << 27
 """Elements up to which a byte for each, beside the result, does no harm."""
@@ -96,8 +96,9 @@ class QArray(ArrayShapes, ArrayBytes):
         been mapped over (``vmap``, ``scan``) or added by mapping.
     float_dtype : str
         Type of the values that were quantized, and of what :meth:`dequantize` returns.
-    transposed : bool
-        Whether ``storage`` keeps the last two axes swapped (see :meth:`for_dense`).
+    transposed : bool or (int, int)
+        Whether ``storage`` keeps the last two axes swapped (see :meth:`for_dense`); ``(inputs, outputs)`` where so many
+        axes are swapped with so many behind them.
     packed_length : int or None
         Codes along the last axis of ``storage`` where it is a stream of bits (see :mod:`aqt_lite.packing`).
     offset : array, QArray or None
@@ -130,7 +131,7 @@ class QArray(ArrayShapes, ArrayBytes):
     dtype: str = "int8"
     block: Block = field(default=())
     float_dtype: str = "float32"
-    transposed: bool = False
+    transposed: Swapped = False
     packed_length: int | None = None
     offset: Array | QArray | None = None
     ragged: Block = field(default=())
@@ -292,7 +293,10 @@ class QArray(ArrayShapes, ArrayBytes):
     def qvalue(self) -> Array:
         """The codes, one an element, as integers: of the format's numbers, or their bit patterns."""
         codes = self._stored_codes()
-        return self._backend.xp.matrix_transpose(codes) if self.transposed else codes
+        if not self.transposed:
+            return codes
+        order = swapped_back(range(codes.ndim), self.transposed)
+        return self._backend.xp.permute_dims(codes, order)
 
     @property
     def scales(self) -> Array:
@@ -305,7 +309,7 @@ class QArray(ArrayShapes, ArrayBytes):
         shape = tuple(self.storage.shape)
         if self.packed_length is not None:
             shape = (*shape[:-1], self.packed_length)
-        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        return swapped_back(shape, self.transposed) if self.transposed else shape
 
     @property
     def ndim(self) -> int:
@@ -424,11 +428,22 @@ class QArray(ArrayShapes, ArrayBytes):
         b = self._backend
         return self._with_each(lambda a: b.xp.asarray(a, copy=True))
 
-    def for_dense(self) -> QArray:
+    def for_dense(self, inputs: int = 1, outputs: int = 1) -> QArray:
         """The same array, its codes stored as (..., out, in): the order in which :func:`aqt_lite.dense` reads fastest.
 
         Shapes, scales and everything else stay as they are: only ``storage`` is laid out anew, once. A weight for
         :func:`aqt_lite.linear` is in that order already.
+
+        Parameters
+        ----------
+        inputs, outputs : int
+            How many axes a product sums over, and how many of its result are behind them, where a weight is more than a
+            matrix: heads of attention, (in, heads, width) or (heads, width, out). From 1 to 4.
+
+        Raises
+        ------
+        ValueError
+            It has fewer axes.
 
         Examples
         --------
@@ -436,14 +451,24 @@ class QArray(ArrayShapes, ArrayBytes):
         >>> w = aqt_lite.quantize([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).for_dense()
         >>> w.shape, w.storage.shape, aqt_lite.dense([1.0, 1.0], w).shape
         ((2, 3), (3, 2), (3,))
+        >>> heads = aqt_lite.quantize([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]] * 4).for_dense(1, 2)
+        >>> heads.shape, heads.storage.shape
+        ((4, 2, 3), (2, 3, 4))
         """
-        if self.ndim < 2:
-            raise ValueError(f"for_dense() of shape {self.shape}: a weight has at least 2 dimensions, (in, out)")
-        if self.transposed:
+        for name, count in (("inputs", inputs), ("outputs", outputs)):
+            if type(count) is not int or not 1 <= count <= MOST_SWAPPED:
+                raise ValueError(f"for_dense: {name}={count!r}: give a number of axes from 1 to {MOST_SWAPPED}")
+        if self.ndim < inputs + outputs:
+            said = "(in, out)" if inputs == outputs == 1 else f"{inputs} of inputs and {outputs} of outputs"
+            raise ValueError(
+                f"for_dense() of shape {self.shape}: a weight has at least {inputs + outputs} dimensions, {said}"
+            )
+        swapped: Swapped = True if inputs == outputs == 1 else (inputs, outputs)
+        if self.transposed == swapped:
             return self
         b = self._backend
-        codes = b.contiguous(b.xp.matrix_transpose(self._stored_codes()))
-        turned = replace(self, storage=codes, transposed=True, packed_length=None)
+        codes = b.contiguous(b.xp.permute_dims(self.qvalue, swapped_back(range(self.ndim), (outputs, inputs))))
+        turned = replace(self, storage=codes, transposed=swapped, packed_length=None)
         return turned if self.packed_length is None else turned.packed()
 
     def packed(self) -> QArray:
@@ -596,19 +621,22 @@ class QArray(ArrayShapes, ArrayBytes):
         return affine.QParams(scale, self.zero_point, offset)
 
     def _usable(self, scale: Array | None, b: Backend) -> Array | None:
-        """``scale``, after looking once whether one is 0; NaN in its place where a compiler traces.
+        """``scale``, after looking once whether one is 0, or negative and trained; NaN there where a compiler traces.
 
         Training and tree utilities may have moved scales since they were chosen. NaN speaks for itself.
         """
         if scale is None or "_has_usable_scales" in self.__dict__:
             return scale
         if not b.has_values(scale):
-            return b.xp.where(scale == 0, b.xp.full_like(scale, float("nan")), scale)
+            wrong = scale <= 0 if self.trainable else scale == 0
+            return b.xp.where(wrong, b.xp.full_like(scale, float("nan")), scale)
         values = b.to_numpy(scale)
-        if (values == 0).any():
+        bad = values <= 0 if self.trainable else values == 0
+        if bad.any():
             raise ValueError(
-                f"this QArray has {int((values == 0).sum())} scales of {values.size} that are 0: they were changed "
-                "since they were chosen; quantize the values again"
+                f"this QArray has {int(bad.sum())} scales of {values.size} that are "
+                f"{'not positive' if self.trainable else '0'}: they were changed since they were chosen; "
+                "quantize the values again"
             )
         self.__dict__["_has_usable_scales"] = True
         return scale
@@ -728,6 +756,7 @@ class QArray(ArrayShapes, ArrayBytes):
 
 
 _LEAVES = ("storage", "scale", "zero_point", "offset")
+MOST_SWAPPED = 4  # axes of each run in for_dense(), of which the mark has room for so many
 _PART = 1 << 20  # codes that are looked at in one go; whole bytes of a stream
 _BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values(), *DERIVED.values()])
 
@@ -890,7 +919,7 @@ def in_words(q: QArray) -> str:
     """What a file or a template holds, for who has to tell it from another."""
     words = f"{kind_in_words(q)}, shape {q.shape}"
     if q.transposed:
-        words += ", stored as for_dense() does"
+        words += f", {_mark.layout_in_words(q.transposed)}"
     if q.packed_length is not None:
         words += f", {q.packed_length} codes packed"
     return words + (", trainable" if q.trainable else "")
@@ -920,7 +949,7 @@ def checked_for_a_file(q: QArray, *, check_values: bool = True) -> None:
     With ``check_values``, scales, zero points and offsets are looked at, and codes where there are bits of no number.
     """
     element, storage = q._element, q.storage
-    if storage.ndim < (2 if q.transposed else 0 if q.packed_length is None else 1):
+    if storage.ndim < (sum(lengths_swapped(q.transposed)) or (q.packed_length is not None)):
         raise ValueError(f"a QArray's storage has shape {tuple(storage.shape)}: too few axes for how it is laid out")
     if q.packed_length is not None and element.bits >= 8:
         raise ValueError(f"a QArray has packed_length={q.packed_length}, but codes of {q.dtype} take whole bytes")
@@ -950,11 +979,20 @@ def _are_lengths(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(n is None or (_is_count(n) and n) for n in value)
 
 
+def _are_runs(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(_is_count(n) and 1 <= n <= MOST_SWAPPED for n in value)
+        and tuple(value) != (1, 1)  # which is True
+    )
+
+
 _SAID_AS: dict[str, Callable[[Any], bool]] = {  # for each field that is no array, whether a value is one of its own
     "dtype": lambda value: isinstance(value, str),
     "block": _are_lengths,
     "float_dtype": lambda value: isinstance(value, str),
-    "transposed": lambda value: isinstance(value, bool),
+    "transposed": lambda value: isinstance(value, bool) or _are_runs(value),
     "packed_length": lambda value: value is None or _is_count(value),
     "ragged": _are_lengths,
     "trainable": lambda value: isinstance(value, bool),

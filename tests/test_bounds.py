@@ -18,6 +18,7 @@ from optional import jax, jnp, needs, torch
 
 from aqt_lite import (
     ClippingWarning,
+    Dialect,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -260,7 +261,7 @@ def test_types_that_cannot_serve_are_passed_by():
     with pytest.raises(ValueError, match=r"none of uint2, .*, uint16 can keep max_rel_err=1e-09"):
         quantize(x, "auto", max_rel_err=1e-9, scheme="affine")
     with pytest.raises(ValueError, match=r"dtype='auto': none of uint2, .* can be had as asked; of int16: dialect="):
-        quantize(x, "auto", max_abs_err=1.0, dialect="bitsandbytes")
+        quantize(x, "auto", max_abs_err=1.0, dialect=Dialect("nf4 alone", symmetric=("nf4",), affine=()))
     with pytest.raises(ValueError, match=r"^scale_dtype='float16' cannot hold 1 of the scales"):
         quantize(x * np.float32(1e30), "auto", max_abs_err=1.0, scale_dtype="float16")
 

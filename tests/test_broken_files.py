@@ -168,6 +168,9 @@ DOCUMENTS = {
     "contract": (qarray(version=3), "leaf 'w': this QArray follows version 3 of the contract.*upgrade aqt_lite"),
     "fields": (qarray(layout="tiled"), "leaf 'w': a QArray is described by .* upgrade"),
     "field": (qarray(transposed=1), "leaf 'w': a QArray has transposed=1"),
+    "runs of no axis": (qarray(transposed=[0, 2]), r"leaf 'w': a QArray has transposed=\[0, 2\]"),
+    "runs of one": (qarray(transposed=[1, 1]), r"leaf 'w': a QArray has transposed=\[1, 1\]"),
+    "runs of many": (qarray(transposed=[1, 2]), "leaf 'w': a QArray's storage has shape .*too few axes"),
     "format": (qarray(dtype="log4"), "leaf 'w': format 'log4' is not among the formats of the document"),
     "unknown format": (
         tree(lambda t, d: (t["w"]["qarray"].update(dtype="log4"), d["formats"].update(log4=None))),

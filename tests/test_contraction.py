@@ -223,6 +223,38 @@ def test_what_merges():
             assert same_parts(shared, np.arange(24) // (merged or 24))
 
 
+@pytest.mark.parametrize(
+    ("shape", "runs", "how"),
+    [
+        ((64, 4, 16), (1, 2), {"dtype": "int4", "granularity": PerGroup(32, 0)}),
+        ((4, 64, 48), (2, 1), {"dtype": "int4", "granularity": PerGroup(32, 1), "scale_dtype": "float16"}),
+        ((4, 64, 48), (2, 1), {"granularity": PerBlock((-1, -1, 1))}),
+        ((3, 4, 64, 48), (3, 1), {"dtype": "nvfp4", "granularity": PerGroup(16, 2)}),
+        ((48, 4, 64), None, {"dtype": "nf4", "granularity": PerGroup(32)}),
+    ],
+)
+def test_codes_that_are_stored_run_after_run_are_read_as_they_lie(shape, runs, how):
+    """Neither unpacked nor copied; so are scales of few bits."""
+    q = quantize(data(*shape), **how)
+    q = q if runs is None else q.for_dense(*runs)
+    inputs, outputs = runs or (2, 1)
+    axes = tuple(range(inputs)), tuple(range(inputs, inputs + outputs))
+    matrix, contract = contraction._as_matrix(q, *(((1, 2), (0,)) if runs is None else axes))
+    assert np.shares_memory(matrix.storage, q.storage)
+    assert (matrix.packed_length is None) == (q.packed_length is None)
+    assert contract == (1 if runs is None else 0)
+    assert matrix.transposed == (runs is not None)
+    assert_same_bits(matrix.dequantize(), q.dequantize().reshape(matrix.shape))
+    assert type(matrix.scale) is type(q.scale) or q.dtype == "nvfp4"
+
+
+def test_rows_that_fill_up_their_last_byte_are_no_rows_of_the_matrix():
+    q = quantize(data(4, 5, 6), "int4", granularity=PerBlock((-1, -1, 1))).for_dense(2, 1)
+    matrix, _ = contraction._as_matrix(q, (0, 1), (2,))
+    assert matrix.packed_length is None
+    assert_same_bits(matrix.dequantize(), q.dequantize().reshape(20, 6))
+
+
 def test_a_weight_that_would_be_torn_has_no_reproducible_product():
     q = quantize(data(4, 16, 6), granularity=PerBlock((-1, 1, 1)))
     with pytest.raises(ValueError, match="would tear apart its blocks"):

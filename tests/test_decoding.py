@@ -190,7 +190,11 @@ def test_transformations_of_jax():
         np.testing.assert_allclose(np.asarray(y), np.asarray(expected), rtol=1e-4, atol=2e-4)
 
     same(jax.jit(linear)(x, q, bias), expected)
-    same(jax.vmap(lambda row: linear(row, q, bias))(x), expected)
+    by_rows = jax.vmap(lambda row: linear(row, q, bias))
+    same(by_rows(x), expected)
+    assert "cond[" in str(
+        jax.make_jaxpr(by_rows)(x)
+    )  # one condition for all rows: mapped, it would be a choice of both
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), q)
     same(jax.vmap(lambda w: linear(x, w, bias))(stacked)[1], expected)
     same(jax.lax.scan(lambda c, w: (c, linear(x, w, bias)), 0, stacked)[1][0], expected)

@@ -129,6 +129,18 @@ def test_the_code_of_the_page_of_models_runs(tmp_path):
     assert "SQNR, dB" in printed
 
 
+@needs("jax", "torch")
+def test_the_code_of_the_page_of_training_runs_and_what_is_trained_is_better(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    printed = run_in_a_fresh_interpreter("".join(blocks), tmp_path)
+    afterwards, trained, of_codes, torchs, before, adapted = map(float, re.findall(r"\d+\.\d\d\b", printed))
+    assert trained < 0.5 * afterwards
+    assert of_codes == before == trained
+    assert "True" in printed
+    assert torchs < 0.5 * afterwards
+    assert adapted < 0.9 * before
+
+
 @needs("jax")
 def test_the_code_of_the_page_of_files_runs_and_prints_what_it_says(tmp_path):
     pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")

@@ -527,6 +527,11 @@ def test_a_kind_of_numbers_that_only_a_program_knows(tmp_path):
 
 CONFUSIONS = {
     "layout": (quantize(X[:, :6]), quantize(X[:, :6]).for_dense(), "stored as for_dense"),
+    "runs": (
+        quantize(X.reshape(6, 4, 10)[:4, :, :4]).for_dense(1, 2),
+        quantize(X.reshape(6, 4, 10)[:4, :, :4]).for_dense(2, 1),
+        r"stored as for_dense\(1, 2\) does.*stored as for_dense\(2, 1\) does",
+    ),
     "block": (quantize(X, granularity=PerGroup(8)), quantize(X, granularity=PerGroup(9)), r"\(1, 8\).*\(1, 9\)"),
     "format": (quantize(X, "int4"), quantize(X, "nf4"), "int4 of.*nf4 of"),
     "source": (quantize(X), quantize(X.astype(ml_dtypes.bfloat16)), "of float32.*of bfloat16"),
@@ -720,6 +725,27 @@ def test_other_ways_to_save_keep_every_bit_or_name_this_one(kind, tmp_path):
     for refused in (lambda: np.save(tmp_path / "q", q), lambda: np.savez(tmp_path / "q", q=q)):
         with pytest.raises(TypeError, match=r"to store it, take aqt_lite.save\(path, q\)"):
             refused()
+
+
+SAVERS = {
+    "h5py": lambda m, path, q: m.File(path, "w").create_dataset("w", data=q),
+    "xarray": lambda m, path, q: m.Dataset({"w": (("x", "y"), q)}).to_netcdf(path),
+    "zarr": lambda m, path, q: m.save(path, q),
+    "safetensors.numpy": lambda m, path, q: m.save_file({"w": q}, path),
+    "safetensors.torch": lambda m, path, q: m.save_file({"w": q.to_backend("torch")}, path),
+    "safetensors.flax": lambda m, path, q: m.save_file({"w": q.to_backend("jax")}, path),
+    "json": lambda m, path, q: Path(path).write_text(m.dumps({"w": q})),
+}
+
+
+@pytest.mark.parametrize("library", SAVERS)
+def test_savers_of_others_do_not_write_floats_in_silence(library, tmp_path):
+    module = pytest.importorskip(library, reason=f"{library} is not installed: requirements-dev.txt has it")
+    path, q = tmp_path / "file", quantize(np.ones((64, 64), "float32"))
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        SAVERS[library](module, str(path), q)
+    written = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
+    assert written < q.nbytes
 
 
 @needs("torch")

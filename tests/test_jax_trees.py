@@ -67,6 +67,16 @@ CONFUSIONS = {
         "float8_e4m3fn.*float8_e5m2",
     ),
     "values": (lambda: quantize(SQUARE), lambda: quantize(SQUARE.astype("bfloat16")), "float32.*bfloat16"),
+    "runs": (
+        lambda: quantize(SQUARE.reshape(16, 16, 16)).for_dense(1, 2),
+        lambda: quantize(SQUARE.reshape(16, 16, 16)).for_dense(2, 1),
+        r"stored as for_dense\(1, 2\).*stored as for_dense\(2, 1\)",
+    ),
+    "runs and a matrix": (
+        lambda: quantize(SQUARE.reshape(16, 16, 16)).for_dense(1, 2),
+        lambda: quantize(SQUARE.reshape(16, 16, 16)).for_dense(),
+        r"stored as for_dense\(1, 2\).*stored as for_dense\(\)",
+    ),
     "lengths": (
         lambda: quantize(data(4, 63), "int4"),
         lambda: quantize(data(4, 64), "int4"),

@@ -103,7 +103,9 @@ def test_groups_run_along_the_inputs(name):
     small = quantize(layer, made(layer, X), X, rules=[("kernel", INT4)])
     q = small["params"]["kernel"]
     assert q.scale.size == q.size // 8
-    assert q.transposed == (name in ("Dense", "Dense, no bias", "DenseGeneral, batched"))
+    runs = {"DenseGeneral": (1, 2), "DenseGeneral, two axes": (2, 1), "Einsum": (1, 2), "Einsum with dots": (1, 2)}
+    assert q.transposed == runs.get(name, True)
+    assert q.packed_length == 16
     check(layer, small, X)
 
 
@@ -248,6 +250,44 @@ def test_through_a_file(tmp_path):
     assert_same_bits(apply(again, IDS), apply(small, IDS))
 
 
+def test_through_bytes_of_flax():
+    """flax.serialization: every bit, and no template of another kind."""
+    model = nn.Sequential([nn.Embed(50, 16), nn.DenseGeneral((4, 8)), nn.DenseGeneral(6, axis=(-2, -1))])
+    rules = [("layers_0/*", {"dtype": "nvfp4"}), ("layers_1/*", INT4), ("*", {"scheme": "affine"})]
+    variables = made(model, IDS)
+    small = quantize(model, variables, IDS, rules=rules)
+    data = flax.serialization.to_bytes(small)
+    again = flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, small), data)
+    assert jax.tree.structure(again) == jax.tree.structure(small)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(small)))
+    apply = jax.jit(with_quantized_layers(model.apply))
+    assert_same_bits(apply(again, IDS), apply(small, IDS))
+    assert len(data) < 1.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(small)) + 3 * 400
+    others = [
+        ([("layers_1/*", {**INT4, "dtype": "nf4"}), *rules], "layers_1/kernel: .* dtype int4 and nf4"),
+        (
+            [("layers_1/*", {**INT4, "granularity": PerGroup(4)}), *rules],
+            "layers_1/kernel: .* block .8, 1, 1. and .4, 1, 1.",
+        ),
+        ([("layers_2/*", {}), *rules], "layers_2/kernel: the template has no zero_point"),
+        ([("layers_0/*", {"dtype": "mxfp4"}), *rules], "layers_0/embedding: .* dtype nvfp4 and mxfp4"),
+    ]
+    for changed, words in others:
+        template = quantize(model, variables, IDS, rules=changed[:1] + [r for r in rules if r[0] != changed[0][0]])
+        with pytest.raises(ValueError, match=words):
+            flax.serialization.from_bytes(template, data)
+    with pytest.raises(ValueError, match=r"the template is a QArray, .* and the state has a ndarray there"):
+        flax.serialization.from_bytes(small, flax.serialization.to_bytes(variables))
+    kernel = small["params"]["layers_1"]["kernel"]
+    plain = {
+        "w": jax.tree.map(
+            jnp.asarray, aqt_lite.quantize(np.asarray(kernel.dequantize()), "int4", granularity=PerGroup(8, 0))
+        )
+    }
+    with pytest.raises(ValueError, match=r"transposed .1, 2. and False"):
+        flax.serialization.from_bytes(plain, flax.serialization.to_bytes({"w": kernel}))
+
+
 def test_training_beside():
     model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(6)])
     small = quantize(model, made(model, X), X, rules=[("layers_0/*", {})])
@@ -342,6 +382,79 @@ def test_layers_whose_kernel_is_made_anew_at_each_call(name):
     by_hand = {**variables, "params": aqt_lite.quantize_tree(variables["params"], [(refused[0], {})])}
     with pytest.raises(ValueError, match=f"has a quantized parameter, but it is inside {name}"):
         with_quantized_layers(model.apply)(by_hand, X, **how)
+
+
+class Doubled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.map_variables(nn.Dense, "params", lambda p: jax.tree.map(lambda a: 2 * a, p), init=True)
+        return layer(6)(x)
+
+
+class DoubledStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.map_variables(nn.Dense, "batch_stats", lambda p: jax.tree.map(lambda a: 2 * a, p), init=True)
+        return layer(6)(x)
+
+
+def test_parameters_that_a_function_maps_are_left_alone_or_refused():
+    """It would double codes, as int8, and scales, too."""
+    model, variables = Doubled(), made(Doubled(), X)
+    (name,) = variables["params"]
+    assert isinstance(quantize(model, variables, X)["params"][name]["kernel"], jax.Array)
+    with pytest.raises(ValueError, match=r"kernel cannot be quantized.*: it is inside nn.map_variables"):
+        quantize(model, variables, X, rules=[("*", {})])
+    kernel = aqt_lite.quantize(variables["params"][name]["kernel"], granularity=PerChannel(1))
+    by_hand = {"params": {name: {**variables["params"][name], "kernel": kernel}}}
+    for apply in (with_quantized_layers(model.apply), jax.jit(with_quantized_layers(model.apply))):
+        with pytest.raises(ValueError, match=f"{name} has a quantized parameter, but it is inside nn.map_variables"):
+            apply(by_hand, X)
+    model = DoubledStatistics()
+    check(model, quantize(model, made(model, X), X), X)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_under_vmap_and_jit(shared):
+    class Many(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"variable_axes": {"params": None if shared else 0}, "split_rngs": {"params": not shared}}
+            return nn.jit(nn.Dense)(4)(nn.vmap(nn.DenseGeneral, in_axes=0, **axes)((4, 2)).__call__(x).reshape(3, 6, 8))
+
+    model = Many()
+    small = quantize(model, made(model, X), X, rules=[("*kernel", INT4)])
+    kernels = [q for q in jax.tree.leaves(small, is_leaf=lambda a: isinstance(a, QArray)) if isinstance(q, QArray)]
+    assert sorted(q.shape for q in kernels) == sorted([(8, 4), (16, 4, 2) if shared else (3, 16, 4, 2)])
+    check(model, small, X)
+
+
+def test_boxes_stay_around_what_they_hold():
+    """Names of axes for partitioning, which Flax keeps around parameters."""
+    named = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = nn.Sequential([nn.Dense(8, kernel_init=named), nn.Dense(6)])
+    variables = made(model, X)
+    assert "layers_0/kernel  " in str(plan(model, variables, X, rules=[("*/kernel", INT4)]))
+    small = quantize(model, variables, X, rules=[("*/kernel", INT4)])
+    box = small["params"]["layers_0"]["kernel"]
+    assert isinstance(box, nn.Partitioned)
+    assert box.names == ("in", "out")
+    assert_same_bits(
+        box.value,
+        aqt_lite.quantize(
+            variables["params"]["layers_0"]["kernel"].value, "int4", granularity=PerGroup(8, 0)
+        ).for_dense(),
+    )
+    y = jax.jit(with_quantized_layers(model.apply))(small, X)
+    assert_close(y, jax.jit(model.apply)(dequantize_tree(nn.meta.unbox(small)), X))
+
+
+def test_shapes_will_do_as_arguments():
+    model, shape = nn.Dense(6), jax.ShapeDtypeStruct(X.shape, X.dtype)
+    variables = made(model, X)
+    assert_same_bits(
+        quantize(model, variables, shape)["params"]["kernel"], quantize(model, variables, X)["params"]["kernel"]
+    )
 
 
 def test_layers_along_another_axis():

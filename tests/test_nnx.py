@@ -14,6 +14,7 @@ from flax import nnx
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray
+from aqt_lite.backends.jax.products import decoding_loops
 from aqt_lite.nnx import QuantizedEmbed, QuantizedParam, plan, quantize_, quantized_weights
 from aqt_lite.testing import assert_same_bits
 
@@ -156,6 +157,28 @@ def test_linear_layers_keep_the_fast_form():
 # ---- look-ups
 
 
+def test_attention_reads_its_kernels_as_they_are_stored():
+    """Codes of (in, heads, width) and (heads, width, out) lie input after input, and no product unpacks them."""
+    attention = drawn(lambda: nnx.MultiHeadAttention(4, 64, decode=False, rngs=rngs()))
+    quantize_(attention, [("*", {"dtype": "int4", "granularity": PerGroup(16)})])
+    kernels = [getattr(attention, name).kernel[...] for name in ("query", "out")]
+    assert [(q.shape, q.storage.shape, q.transposed) for q in kernels] == [
+        ((64, 4, 16), (4, 16, 32), (1, 2)),
+        ((4, 16, 64), (64, 4, 8), (2, 1)),
+    ]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32))
+    assert_close(called(attention, x), called(with_values(attention), x))
+    if decoding_loops() is not None:  # which packed codes are handed to; else XLA's own operations decode them
+        for made in (
+            lambda: nnx.LinearGeneral(256, (8, 32), rngs=rngs()),
+            lambda: nnx.LinearGeneral((8, 32), 256, axis=(-2, -1), rngs=rngs()),
+        ):
+            large = quantize_(drawn(made), [("kernel", {"dtype": "int4", "granularity": PerGroup(32)})])
+            program = str(jax.make_jaxpr(lambda x, layer=large: layer(x))(jnp.ones((1, *large.in_features))))
+            assert program.count("aqt_lite_decoding_product[") == 1
+            assert "u8[256,128]" in program
+
+
 def test_an_embedding_looks_up_rows():
     table = drawn(lambda: nnx.Embed(50, 16, rngs=rngs()))
     quantize_(table, [("embedding", INT4)])
@@ -223,6 +246,19 @@ def test_a_model_in_three_lines():
     assert isinstance(model.blocks[0].attention.query.kernel, nnx.Param)
     remat = nnx.jit(nnx.remat(lambda model, ids: model(ids)))
     assert_close(remat(model, IDS), called(with_values(model), IDS))
+
+
+def test_what_shows_a_model_and_what_maps_over_its_rows(capsys):
+    model = quantize_(drawn(lambda: nnx.Linear(16, 6, rngs=rngs())), [("kernel", INT4)])
+    nnx.display(model)
+    shown = capsys.readouterr().out
+    assert "QuantizedParam" in shown
+    assert "int4" in shown
+    mapped = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))
+    assert_close(nnx.jit(mapped)(model, X), called(model, X))
+    with pytest.raises(ValueError, match="Could not convert QArray"):  # as docs/models.md says, with the way
+        nnx.tabulate(model, X)
+    assert_close(called(model, X), called(with_values(model), X))
 
 
 def test_without_rules_every_weight_of_known_layers():

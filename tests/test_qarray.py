@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,18 @@ import pytest
 from optional import jax, jnp
 
 import aqt_lite
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, dequantize, linear, quantize
+from aqt_lite import (
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QArray,
+    concatenate,
+    dense,
+    dequantize,
+    linear,
+    quantize,
+)
 from aqt_lite.granularity import grid_of
 from aqt_lite.testing import assert_same_bits
 
@@ -460,6 +472,41 @@ def test_shapes(backend, dtype, how, layout):
 
 
 @KIND
+@pytest.mark.parametrize("runs", [(1, 2), (2, 1), (3, 1)])
+def test_runs_of_axes_that_are_swapped(dtype, how, runs):
+    """Heads of attention: (in, heads, width) stored as (heads, width, in), and all that arrays can do kept true."""
+    shape, granularity = (2, 6, 4, 10), PerBlock((1, 3, 1, 5))
+    values = np.resize(X, shape) * np.arange(1, 13, dtype="float32").reshape(2, 6, 1, 1)
+    q = quantize(values, dtype, granularity=granularity, **how)
+    turned, expected = q.for_dense(*runs), array_of(q)
+    lead = 4 - sum(runs)
+    assert turned.transposed == runs
+    assert turned.shape == shape
+    assert turned._stored_codes().shape == (*shape[:lead], *shape[lead + runs[0] :], *shape[lead : lead + runs[0]])
+    assert turned.for_dense(*runs) is turned
+    assert_same_bits(turned.unpacked().for_dense().for_dense(*runs).packed(), turned)
+    for index in (0, (..., 2, slice(None)), slice(1, 2), (slice(None), slice(3, 6)), (1, slice(0, 3), 1), (..., None)):
+        check(turned[index], expected[index])
+    assert turned[:, 3:, 1:].transposed == runs
+    for order in itertools.permutations(range(4)):
+        check(turned.transpose(order), expected.transpose(order))
+    check(turned.mT, expected.swapaxes(-1, -2))
+    check(turned.take([1, 0, 1]), expected[[1, 0, 1]])
+    check(turned.take([2, 0], 2), expected[:, :, [2, 0]])
+    check(turned.reshape(1, 2, 6, 4, 10), expected[None])
+    check(concatenate([turned, turned], 1), np.concatenate([expected] * 2, 1))
+
+
+def test_runs_that_cannot_be():
+    q = quantize(X)
+    for arguments, words in [((2, 2), "at least 4 dimensions, 2 of inputs and 2 of outputs"), ((0, 1), "inputs=0"), (
+        (1, 5), "outputs=5: give a number of axes from 1 to 4"
+    ), ((True, 1), "inputs=True")]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            q.for_dense(*arguments)
+
+
+@KIND
 @LAYOUT
 def test_rows_by_index(backend, dtype, how, layout):
     q = layout(quantize(backend.asarray(X), dtype, granularity=PerGroup(4), **how))
@@ -594,7 +641,15 @@ def test_square_weights_with_groups_along_their_outputs_are_questioned(backend, 
 
 
 def test_scales_that_training_has_moved_are_not_used(backend):
+    """Trained ones, where they have become negative, either; others may be: libraries store such."""
     q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
+    trained = quantize(backend.asarray(X[0]), "int4", granularity=PerGroup(4)).with_trainable_scales()
+    turned = dataclasses.replace(trained, scale=-trained.scale)
+    for use in (dequantize, lambda q: aqt_lite.linear(backend.asarray(X[1]), q)):
+        with pytest.raises(ValueError, match=r"scales of \d+ that are not positive: they were changed"):
+            use(turned)
+        if backend.name == "jax":
+            assert np.isnan(np.asarray(jax.jit(use)(turned))).all()
     for bad in (-0.0, 0.0):
         scale = np.array(backend.to_numpy(q.scale))
         scale[1] = bad

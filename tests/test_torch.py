@@ -26,6 +26,7 @@ from aqt_lite import (
     linear,
     quantize,
 )
+from aqt_lite.backends.torch import products
 from aqt_lite.testing import assert_same_bits
 
 pytestmark = [
@@ -95,6 +96,39 @@ def test_compiled_linear_of_arguments_and_constants(mode):
             assert_same_bits(y, expected)
         else:
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+STORED = [
+    {"dtype": "int4", "granularity": PerGroup(32)},
+    {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(64)},
+    {"dtype": "nf4", "granularity": PerGroup(64), "scale_dtype": "float16"},
+    {"dtype": "mxfp4"},
+]
+
+
+@pytest.mark.skipif(products.LANES == 0, reason="no compiled loops here, which need numba and AVX2")
+@pytest.mark.parametrize("how", [STORED[0], *(pytest.param(how, marks=pytest.mark.exhaustive) for how in STORED[1:])])
+def test_weights_in_groups_are_one_operator_of_what_is_compiled(how):
+    """They stay packed, and have the bits of an eager call."""
+    graphs = []
+
+    def recording(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    x, w = torch.randn(3, 256), quantize(torch.randn(4096, 256), **how)
+    with torch.no_grad():
+        torch.compiler.reset()
+        for bias in (None, torch.randn(4096)):
+            for given in (x, x.to(torch.bfloat16)):
+                compiled = torch.compile(linear, fullgraph=True, backend=recording)
+                assert_same_bits(compiled(given, w, bias), linear(given, w, bias))
+    assert all("aqt_lite.stored_product" in graph for graph in graphs)
+    turned = torch.compile(
+        lambda x: torch.vmap(lambda row: linear(row[None], w)[0])(x), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        assert_same_bits(turned(x), torch.cat([linear(row[None], w) for row in x]))
 
 
 def test_compiled_non_finite_values_are_loud():

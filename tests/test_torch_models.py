@@ -151,6 +151,34 @@ def test_convolutions(dimensions):
     assert layer.half()(x.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_and_groups_are_those_of_the_float_layer(mode):
+    layer = nn.Conv2d(4, 6, (3, 2), padding=(2, 1), dilation=(1, 2), groups=2, padding_mode=mode)
+    plain, x = copy.deepcopy(layer), torch.randn(2, 4, 7, 8)
+    q = quantized_weights(quantize_(layer))["weight"]
+    plain.weight.data = q.dequantize()
+    assert_same_bits(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_transposed_convolutions(dimensions):
+    kind = getattr(nn, f"ConvTranspose{dimensions}d")
+    layer = kind(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2, dilation=2)
+    x, weight = torch.randn(2, 4, *(5,) * dimensions), layer.weight.clone()
+    plain = copy.deepcopy(layer)
+    quantize_(layer, [("weight", {"dtype": "int4", "granularity": PerGroup(2)})])
+    assert type(layer) is getattr(aqt_lite.torch, f"QuantizedConvTranspose{dimensions}d")
+    assert_same_bits(layer.weight.qarray, quantize(weight, "int4", granularity=PerGroup(2, axis=0)))
+    plain.weight.data = layer.weight.qarray.dequantize()
+    assert_same_bits(layer(x), plain(x))
+    size = [n - 1 for n in plain(x).shape[2:]]
+    assert_same_bits(layer(x, output_size=size), plain(x, output_size=size))
+    each_output = quantized_weights(quantize_(kind(4, 6, 3)))["weight"]
+    assert each_output.granularity == PerChannel(1)
+    with pytest.raises(ValueError, match="its layer says what its axes are for"):
+        quantize_(kind(4, 6, 3), [("weight", {"layout": "linear"})])
+
+
 # ---- the rest of a model stays
 
 
@@ -491,6 +519,78 @@ def test_compiled_gradients():
         return v.grad
 
     close(gradient(whole(model.of_vectors)), gradient(model.of_vectors), 1e-4)
+
+
+# ---- several processes
+
+
+@pytest.fixture
+def _one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.usefixtures("_one_process")
+def test_distributed_data_parallel_takes_a_quantized_model():
+    model = made(RULES["groups"])
+    expected, before = model(IDS), {path: q.copy() for path, q in quantized_weights(model).items()}
+    parallel = nn.parallel.DistributedDataParallel(model)
+    with torch.enable_grad():
+        y = parallel(IDS)
+        y.square().mean().backward()
+    assert_same_bits(y.detach(), expected)
+    for path, q in quantized_weights(model).items():
+        assert_same_bits(q, before[path])
+    assert model.up.bias.grad is not None
+    again = nn.parallel.DistributedDataParallel(made(RULES["groups"], seed=1))
+    again.load_state_dict(parallel.state_dict())
+    assert_same_bits(again(IDS), expected)
+
+
+IN_EACH_PROCESS = """
+import sys, torch
+from torch import nn
+import aqt_lite.torch
+from aqt_lite import PerGroup
+
+rank, path = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+torch.manual_seed(rank)  # so that they differ but for what is sent
+model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+aqt_lite.torch.quantize_(model, [("1.*", dict(dtype="int4", granularity=PerGroup(32))), ("0.*", {}), ("3.*", None)])
+own = model[1].weight.qarray.copy()
+parallel = nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+ids = torch.arange(16).reshape(2, 8)[rank]
+for _ in range(3):
+    optimizer.zero_grad()
+    parallel(ids).square().mean().backward()
+    optimizer.step()
+sums = [sum(float(t.double().sum()) for t in tensors) for tensors in (model.parameters(), model.buffers())]
+changed = bool((own.storage != model[1].weight.qarray.storage).any())
+print(changed, *sums, float(parallel(torch.arange(50)).double().sum()))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.exhaustive  # two interpreters
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_two_processes_train_the_model_of_the_first(tmp_path):
+    """Codes, scales and parameters are those of the first process in both, and stay alike."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_EACH_PROCESS, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=200)[0].split() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert [words[0] for words in said] == ["False", "True"]
+    assert said[0][1:] == said[1][1:]
 
 
 # ---- what is not done

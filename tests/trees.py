@@ -40,6 +40,7 @@ KINDS = {
     "own codebook": lambda: quantize(X, SEVEN),
     "double": double_quantized,
     "for_dense": lambda: quantize(X, "int4", granularity=PerGroup(3, axis=0)).for_dense(),
+    "heads": lambda: quantize(X.reshape(6, 4, 10), "int4", granularity=PerGroup(3, axis=0)).for_dense(1, 2),
     "trainable": lambda: quantize(X).with_trainable_scales(),
     "bfloat16": lambda: quantize(X.astype(ml_dtypes.bfloat16), "nf4"),
     "float64": lambda: quantize(X.astype("float64"), granularity=PerChannel(1)),

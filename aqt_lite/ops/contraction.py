@@ -23,11 +23,13 @@ from aqt_lite._arguments import one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
+from aqt_lite._shapes import axes_of_layout, swapped_forth
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import Mode, as_operand, product
+from aqt_lite.packing import bytes_of
 from aqt_lite.qarray import QArray
 
 __all__ = ["DimensionNumbers", "dot_general", "einsum"]
@@ -309,10 +311,7 @@ def _as_matrix(w: QArray, w_in: tuple[int, ...], w_out: tuple[int, ...]) -> tupl
     if _merged_block(w, w_in) is _TORN:
         return None
     w = _one_scale_each(w, w_out) if outputs_torn else w
-    order = tuple(a for part in parts for a in part)
-    shape = tuple([math.prod([w.shape[a] for a in part]) for part in parts])
-    block = tuple(_merged_block(w, part) for part in parts)
-    return _regrouped(w, order, shape, block, [list(part) for part in parts]), parts.index(w_in)
+    return _regrouped(w, parts), parts.index(w_in)
 
 
 _TORN = -1
@@ -382,24 +381,48 @@ def _as_kept(w: QArray, was: QArray) -> QArray:
     return replace(w, scale=kept)
 
 
-def _regrouped(
-    w: QArray, order: tuple[int, ...], shape: tuple[int, ...], block: tuple[int | None, ...], parts: list[list[int]]
-) -> QArray:
-    """Codes and scales permuted and reshaped alike."""
-    xp, kept, w = w._backend.xp, w, _with_plain_scales(w)
+def _regrouped(w: QArray, parts: list[tuple[int, ...]]) -> QArray:
+    """The matrix of two runs of axes: codes and scales reshaped alike, and permuted where they lie otherwise.
 
-    def laid_out(a: Array) -> Array:
-        a_shape = tuple(a.shape)
-        merged = tuple([math.prod([a_shape[axis] for axis in part]) for part in parts])
-        return xp.reshape(_ordered(a, order, xp), merged)
+    Codes that are stored run after run stay as they are stored, packed or not.
+    """
+    xp, order = w._backend.xp, tuple(a for part in parts for a in part)
+    block = tuple(_merged_block(w, part) for part in parts)
+
+    def merged(shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple([math.prod([shape[axis] for axis in part]) for part in parts])
+
+    def laid_out(a: Any) -> Any:
+        if isinstance(a, QArray) and order == tuple(range(w.ndim)) and a.scale is None and not a._has_groups:
+            return replace(a, block=(None,) * a.ndim).reshape(merged(a.shape))
+        a = a.dequantize(float_type(w.float_dtype).compute) if isinstance(a, QArray) else a
+        return xp.reshape(_ordered(a, order, xp), merged(a.shape))
 
     blocks: dict[str, Any] = {
         name: None if getattr(w, name) is None else laid_out(getattr(w, name))
         for name in ("scale", "zero_point", "offset")
     }
-    codes = xp.reshape(_ordered(w.qvalue, order, xp), shape)
-    made = replace(w, storage=codes, **blocks, block=block, transposed=False, packed_length=None, ragged=())
-    return _as_kept(replace(made, ragged=made._ragged_axes()), kept)
+    stored = _as_it_lies(w, parts)
+    if stored is None:
+        codes = xp.reshape(_ordered(w.qvalue, order, xp), merged(w.shape))
+        stored = {"storage": codes, "transposed": False, "packed_length": None}
+    made = replace(w, **stored, **blocks, block=block, ragged=())
+    return _as_kept(replace(made, ragged=made._ragged_axes()), w)
+
+
+def _as_it_lies(w: QArray, parts: list[tuple[int, ...]]) -> dict[str, Any] | None:
+    """How its codes are those of the matrix already, in either order of the runs; None where they lie otherwise."""
+    of_storage = swapped_forth(range(w.ndim), w.transposed)
+    if of_storage not in ((*parts[0], *parts[1]), (*parts[1], *parts[0])):
+        return None
+    transposed = of_storage != (*parts[0], *parts[1])
+    runs = parts[::-1] if transposed else parts
+    first, last = (math.prod([w.shape[a] for a in run]) for run in runs)
+    packed = w.packed_length is not None
+    if packed and last != w.packed_length and (not runs[1] or w.packed_length * w.bits % 8):  # type: ignore[operator]
+        return None  # rows that fill up their last byte, or that there are none of
+    storage = w._backend.xp.reshape(w.storage, (first, bytes_of(last, w.bits) if packed else last))
+    return {"storage": storage, "transposed": transposed, "packed_length": last if packed else None}
 
 
 def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
@@ -423,4 +446,4 @@ def _stacked(w: QArray, axes: tuple[int, ...]) -> QArray | None:
 
 def _in_front(w: QArray) -> bool:
     """Whether the first axis is the first of the storage, too: no layout is about it."""
-    return w.ndim > (2 if w.transposed else 0 if w.packed_length is None else 1)
+    return w.ndim > axes_of_layout(w)

@@ -190,7 +190,7 @@ def _as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine
     ``packed``: codes as they are kept, and traced scales unseen. Else codes are one an item, and scales that are not
     positive NaN.
     """
-    scale, zero_point, offset, _ = w._qparams(masked=not packed)
+    scale, zero_point, offset, _ = w._qparams(masked=not packed or w.trainable)
     spec, b = w._spec, w._backend
     if w.transposed:
         scale, zero_point, offset = (

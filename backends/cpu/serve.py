@@ -137,14 +137,20 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
 
     Groups, where the contracted axis has some, are to be whole vectors; that axis lies last.
     """
-    loops, element = runtime.decoding_loops(), spec.element
-    if loops is None or contract != 1 or w.scale is None or w.offset is not None or element.missing is not None:
+    loops = runtime.decoding_loops()
+    return loops is not None and decodes_in_vectors(loops.LANES, x_dtype, w, spec, contract, packed)
+
+
+def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """The same where loops are known to be there, of so many codes at once: compilers trace no search for them."""
+    element = spec.element
+    if contract != 1 or w.scale is None or w.offset is not None or element.missing is not None:
         return False
     if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
         return False
     known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
     small = max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
-    return known and small and (spec.block[1] or 0) % (loops.LANES * (2 if packed else 1)) == 0
+    return known and small and (spec.block[1] or 0) % (lanes * (2 if packed else 1)) == 0
 
 
 def is_worth_floats(rows: int, codes: int) -> bool:

@@ -150,12 +150,8 @@ def _batch(arrays: Any, axes: Any, **static: Any) -> Any:
     x = jnp.moveaxis(arrays[0], axes[0], 0)  # more rows of one product
     y, flags, _ = bind(x.reshape(-1, x.shape[-1]), *arrays[1:])
     scratch = _results(x[0], arrays[1], **static)[2]
-    results = [
-        y.reshape(*x.shape[:2], y.shape[-1]),
-        jnp.broadcast_to(flags, (len(x), *flags.shape)),
-        jnp.zeros((len(x), *scratch.shape), scratch.dtype),
-    ]
-    return results, [0] * len(results)
+    results = [y.reshape(*x.shape[:2], y.shape[-1]), flags, jnp.zeros((len(x), *scratch.shape), scratch.dtype)]
+    return results, [0, None, 0]  # flags are about scales: mapped, they would ask for both forms
 
 
 def _lower_on_cpu(context: Any, *operands: Any, flip: int, halves: bool, size: int) -> Any:

@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict, freeze
+from flax.core import FrozenDict, freeze, lift
+from flax.core.scope import in_filter
 from flax.linen import dtypes
 
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
-from aqt_lite.backends.jax import functions, layers
+from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
 from aqt_lite.trees import Progress, TreePlan, leaves_of, places_of, quantized_as_planned
 
 __all__ = ["plan", "quantize", "with_quantized_layers"]
+
+flax_state.register()
 
 
 def quantize(
@@ -45,7 +49,7 @@ def quantize(
         As ``model.apply`` takes them, with the collection ``"params"``.
     *args, **kwargs
         What ``model.apply`` takes after the variables: from a call with them, of which nothing is computed, it is seen
-        what each layer does with its kernel. Shapes matter, values do not.
+        what each layer does with its kernel. Shapes matter, values do not: ``jax.ShapeDtypeStruct`` will do.
     rules : list of (pattern, spec), optional
         As for :func:`aqt_lite.quantize_tree`; paths are those below ``"params"``, ``"encoder/Dense_0/kernel"``. A spec
         may have ``activations="int8"`` for Dense, DenseGeneral and Einsum, which :func:`with_quantized_layers` reads.
@@ -83,9 +87,10 @@ def quantize(
     >>> jax.jit(aqt_lite.linen.with_quantized_layers(model.apply))(small, x).shape
     (2, 10)
     """
-    params = _params_of(variables)
+    boxed = _params_of(variables)
+    params = nn.meta.unbox(boxed)
     made = quantized_as_planned(params, _plans(model, variables, params, args, kwargs, rules), progress)
-    found = {**variables, "params": made}
+    found = {**variables, "params": nn.meta.replace_boxed(boxed, made)}
     return freeze(found) if isinstance(variables, FrozenDict) else found
 
 
@@ -105,7 +110,7 @@ def plan(model: Any, variables: Any, *args: Any, rules: Rules | None = None, **k
     kernel    (64, 32)  float32  int8, PerChannel(axis=1), for dense   8192   2176
     2 leaves                                                           8320   2304  (3.61x smaller)
     """
-    params = _params_of(variables)
+    params = nn.meta.unbox(_params_of(variables))
     return TreePlan(tuple(_plans(model, variables, params, args, kwargs, rules)))
 
 
@@ -146,6 +151,8 @@ def with_quantized_layers(function: Callable[..., Any], rules: Rules | None = No
         if not layers.has_quantized(tuple(params.values())):
             return run(*args, **kwargs)
         _check(context.module)
+        if _is_inside_map_variables():
+            raise ValueError(f"{'/'.join(context.module.scope.path)} has a quantized parameter, but {_WHY_NOT_MAPPED}")
         path = "/".join((*context.module.scope.path, method.weight))
         activations = (spec_of(path) or {}).get("activations")
         return method.compute(context.module, params, activations, *args, **kwargs)
@@ -317,6 +324,28 @@ def _why_not_inside(around: Any) -> str:
     return f"it is inside {type(around).__name__}, which makes another one of it at each call"
 
 
+_WHY_NOT_MAPPED = (
+    "it is inside nn.map_variables, whose function would compute with its codes as if they were values: leave it as it "
+    "is, or quantize what that function makes of it"
+)
+
+
+def _is_inside_map_variables() -> bool:
+    """Whether parameters are seen through a function of ``nn.map_variables``: the stack alone says so.
+
+    What other transformations make of parameters are their slices; this one may make anything of the leaves.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == lift.__file__ and code.co_qualname.startswith(f"{lift.map_variables.__name__}."):
+            mapped = frame.f_locals.get("mapped_collections", True)  # all, where Flax calls them otherwise
+            if in_filter(mapped, "params"):
+                return True
+        frame = frame.f_back
+    return False
+
+
 def _why_not(module: Any) -> str:
     """Why a layer cannot use a quantized parameter; empty where it can."""
     for attribute, known in _HOOKS.items():
@@ -368,16 +397,24 @@ def _seen_in_a_call(model: Any, variables: Any, args: Any, kwargs: Any) -> dict[
                 shape,
                 method.axes(module, len(shape), *args, **kwargs),
                 method.of_products,
-                _why_not_inside(around[-1]) if around else _why_not(module),
+                _why_not_inside(around[-1])
+                if around
+                else _WHY_NOT_MAPPED
+                if _is_inside_map_variables()
+                else _why_not(module),
             )
             found.setdefault("/".join((*module.scope.path, method.weight)), []).append(seen)
         return y
 
-    def call(variables: Any) -> Any:
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    shapes = {at: leaf for at, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+
+    def call(variables: Any, given: Any) -> Any:
+        args, kwargs = jax.tree.unflatten(structure, [given.get(at, leaf) for at, leaf in enumerate(leaves)])
         with nn.intercept_methods(interceptor):
             return model.apply(variables, *args, **kwargs)
 
-    jax.eval_shape(call, variables)
+    jax.eval_shape(call, variables, shapes)
     return found
 
 

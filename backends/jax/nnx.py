@@ -21,12 +21,14 @@ from jax import lax
 
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, quantized
-from aqt_lite.backends.jax import functions, layers
+from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
 from aqt_lite.trees import Progress, TreePlan, layout_of, with_progress
 
 __all__ = ["QuantizedEmbed", "QuantizedParam", "plan", "quantize_", "quantized_weights"]
+
+flax_state.register()
 
 
 class QuantizedParam(nnx.Variable[QArray]):

@@ -20,7 +20,7 @@ from torch import nn
 
 from aqt_lite import _mark
 from aqt_lite._registry import get_backend
-from aqt_lite._rules import Leaf, Planned, Rules, check_activations, naming, planned, quantized
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import linear
@@ -31,6 +31,9 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedConv3d",
+    "QuantizedConvTranspose1d",
+    "QuantizedConvTranspose2d",
+    "QuantizedConvTranspose3d",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedWeight",
@@ -276,6 +279,42 @@ class QuantizedConv3d(nn.Conv3d):
         return y
 
 
+class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_convolution(self, input, output_size, nn.functional.conv_transpose1d)
+
+
+class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_convolution(self, input, output_size, nn.functional.conv_transpose2d)
+
+
+class QuantizedConvTranspose3d(nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
+
+    weight: QuantizedWeight  # type: ignore[assignment]
+
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return _transposed_convolution(self, input, output_size, nn.functional.conv_transpose3d)
+
+
+def _transposed_convolution(
+    layer: Any, input: torch.Tensor, output_size: list[int] | None, function: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    sizes = (layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation)
+    padding = layer._output_padding(input, output_size, *sizes)
+    values = _values(layer.weight, input)
+    return function(input, values, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+
 def _values(weight: QuantizedWeight, like: torch.Tensor) -> torch.Tensor:
     values: torch.Tensor = weight.qarray.dequantize()
     return values.to(dtype=like.dtype)
@@ -287,7 +326,13 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
 }
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 # ---- models
@@ -295,6 +340,8 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 
 def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progress = None) -> nn.Module:
     """Quantize the weights of a model in place: those of Linear, Embedding and Conv layers that rules choose.
+
+    Those are Conv1d to Conv3d and ConvTranspose1d to ConvTranspose3d.
 
     Parameters
     ----------
@@ -320,6 +367,13 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
 
     Notes
     -----
+    Convolutions dequantize their weight at each call: that saves memory, not time. The weight of a ConvTranspose is
+    (in, out, ...), so that its groups and scales lie along other axes; where it has ``groups``, the outputs at the same
+    place of each share a scale.
+
+    Buffers are what ``DistributedDataParallel`` sends from the first process to the others before each forward pass,
+    codes among them; say ``broadcast_buffers=False`` where every process has quantized or loaded the same model.
+
     Quantized before anything is exchanged: beside the model, memory is needed for the codes and for one weight.
     Subclasses of these layers (``nn.MultiheadAttention`` has one) may use their weights in other ways, and stay.
 
@@ -404,6 +458,11 @@ def _slots(model: nn.Module) -> _Slots:
     return found
 
 
+def _axes(layers: list[nn.Module]) -> Axes | None:
+    """What the axes of a weight are for where that is not (out, in, ...)."""
+    return Axes((1,), (0,)) if any(isinstance(layer, _TRANSPOSED) for layer in layers) else None
+
+
 def _why_not(layer: nn.Module, name: str) -> str:
     """Why a parameter of a layer cannot be quantized; empty where it can."""
     kind = type(layer)
@@ -422,8 +481,8 @@ def _already(model: nn.Module) -> list[str]:
 
 def _plans(slots: _Slots, rules: Rules | None, already: list[str]) -> list[Planned]:
     leaves = [
-        Leaf(paths[0], parameter, None if why else "linear", tuple(paths[1:]), why)
-        for paths, _, parameter, why in slots.values()
+        Leaf(paths[0], parameter, None if why else "linear", tuple(paths[1:]), why, _axes(layers))
+        for paths, layers, parameter, why in slots.values()
     ]
     plans = planned(
         leaves,

@@ -29,7 +29,7 @@ from aqt_lite.backends.torch.adapter import (
     wraps_tensors,
 )
 from aqt_lite.elements import float_type
-from aqt_lite.formats import FORMATS
+from aqt_lite.formats import FORMATS, Format, element_type
 from aqt_lite.ops import derivative, reference
 
 MOST_ROWS_AS_DIGITS = 64
@@ -344,8 +344,9 @@ def _dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
 
 # ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does
 
-HAS_DOTS = runtime.integer_dots() is not None and hasattr(torch.compiler, "is_exporting")  # of torch 2.7
-HAS_GROUPS = runtime.group_loops() is not None and hasattr(torch.compiler, "is_exporting")
+HAS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+HAS_DOTS = runtime.integer_dots() is not None and HAS_EXPORTING
+HAS_GROUPS = runtime.group_loops() is not None and HAS_EXPORTING
 """Found out once, on import: a compiler that traces cannot."""
 
 
@@ -425,7 +426,9 @@ class _Stored(torch.autograd.Function):
 
 
 def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
-    """``reference.matmul_stored`` where NumPy's form serves; trained scales go other ways."""
+    """``reference.matmul_stored`` where NumPy's form serves; what is traced, and trained scales, go other ways."""
+    if torch.compiler.is_compiling():
+        return _as_one_call(x, w, bias, **static)
     tensors = runtime.arrays_in((x, *w, bias))
     if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
         return NotImplemented
@@ -457,6 +460,81 @@ def _may_be_read(tensors: list[Array]) -> bool:
 def _serves(rule: Callable[..., bool], x: Array, w: Coded, static: dict[str, Any]) -> bool:
     packed, x_dtype = static["packed_length"] is not None, get_backend("torch").dtype_name(x)
     return len(x) > 0 and rule(x_dtype, w, static["spec"], static["contract"], packed)
+
+
+LANES = 0 if runtime.decoding_loops() is None or not HAS_EXPORTING else runtime.decoding_loops().LANES
+"""Codes that the compiled loops take at once, 0 without loops; found out on import: a compiler that traces cannot."""
+
+
+def _as_one_call(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+) -> Any:
+    """The same inside what torch.compile makes: one operator, which runs as an eager call does, where that serves.
+
+    Not in an exported program, and not where derivatives are recorded.
+    """
+    b, kept = get_backend("torch"), w.scale
+    numbers, of_scales = (kept.codes, kept.scale) if isinstance(kept, Coded) else (kept, None)
+    plain = isinstance(numbers, torch.Tensor) and (of_scales is None or isinstance(of_scales, torch.Tensor))
+    others = (kept.zero_point, kept.offset) if isinstance(kept, Coded) else ()
+    if (
+        not LANES
+        or torch.compiler.is_exporting()
+        or x.device.type != "cpu"
+        or not plain
+        or any(a is not None for a in others)
+    ):
+        return NotImplemented
+    if not serve.decodes_in_vectors(LANES, b.dtype_name(x), w, spec, contract, packed_length is not None):
+        return NotImplemented
+    tensors = (x, w.codes, numbers, of_scales, w.zero_point, bias)
+    if b.differentiates(*tensors):
+        return NotImplemented
+    names = (spec.format.name, "" if spec.format.scale is None else spec.format.scale.name, spec.source.name)
+    lengths = [-1 if n is None else n for n in (*spec.block, packed_length)]
+    return _eager_stored(*names, lengths, *tensors)
+
+
+@torch.library.custom_op("aqt_lite::stored_product", mutates_args=())
+def _eager_stored(
+    dtype: str,
+    scale_dtype: str,
+    float_dtype: str,
+    lengths: list[int],
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    of_scales: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    kept = None
+    if scale_dtype:
+        kept = Format(scale_dtype, element_type(scale_dtype), scaled=of_scales is not None)
+    *block, packed_length = (None if n < 0 else n for n in lengths)
+    spec = Spec(Format(dtype, element_type(dtype), scale=kept), float_type(float_dtype), tuple(block))
+    w = Coded(codes, scale if kept is None else Coded(scale, of_scales), zero_point)
+    static: dict[str, Any] = {"spec": spec, "contract": 1, "packed_length": packed_length}
+    y = _without_autocast(_by_decoding)(x, w, bias, **static)
+    if y is NotImplemented:
+        y = _without_autocast(reference.matmul_stored)(x, w, bias, **static, b=get_backend("torch"))
+    return y.contiguous()  # type: ignore[no-any-return]
+
+
+@_eager_stored.register_fake
+def _(*arguments: Any) -> Any:
+    x, codes = arguments[4:6]
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@_eager_stored.register_vmap
+def _(info: Any, axes: Any, *arguments: Any) -> Any:
+    static, tensors = arguments[:4], arguments[4:]
+
+    def one(i: int) -> Any:
+        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[4:], strict=True))
+
+    return torch.stack([_eager_stored(*static, *one(i)) for i in range(info.batch_size)]), 0
 
 
 # ---- the CPU library's forms

@@ -55,7 +55,9 @@ def values_of(said, parts, element):
         each = stream[..., : said["packed_length"] * bits].reshape(*codes.shape[:-1], said["packed_length"], bits)
         codes = (each.astype(int) << np.arange(bits)).sum(axis=-1)
     if said["transposed"]:
-        codes = np.swapaxes(codes, -1, -2)
+        first, second = (1, 1) if said["transposed"] is True else said["transposed"]
+        lead = codes.ndim - first - second
+        codes = np.moveaxis(codes, range(lead + second, codes.ndim), range(lead, lead + first))
     table = np.asarray([number_of(code, element) for code in range(1 << bits_of(element))])
     values = table[codes.astype(int) & (len(table) - 1)]
     compute = "float64" if said["float_dtype"] == "float64" else "float32"
