@@ -236,6 +236,11 @@ class Backend(ExactArithmetic, ABC):
         """``y``, whose derivative with respect to ``x`` is 1 where ``inside`` and 0 elsewhere."""
         return y
 
+    def unusable_as_nan(self, scale: Array, positive: bool) -> Array:
+        """Traced scales with NaN for 0 and, if they are to be ``positive``, for negative ones."""
+        wrong = scale <= 0 if positive else scale == 0
+        return self.xp.where(wrong, self.xp.full_like(scale, float("nan")), scale)
+
     def computed_once(self, x: Array) -> Array:
         """``x``, for a compiler that would otherwise compute it anew at every mention."""
         return x

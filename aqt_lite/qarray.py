@@ -628,8 +628,7 @@ class QArray(ArrayShapes, ArrayBytes):
         if scale is None or "_has_usable_scales" in self.__dict__:
             return scale
         if not b.has_values(scale):
-            wrong = scale <= 0 if self.trainable else scale == 0
-            return b.xp.where(wrong, b.xp.full_like(scale, float("nan")), scale)
+            return b.unusable_as_nan(scale, positive=self.trainable)
         values = b.to_numpy(scale)
         bad = values <= 0 if self.trainable else values == 0
         if bad.any():

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -702,3 +703,47 @@ def test_modules_forget_a_qarray_that_is_a_plain_attribute():
     again.codes.zero_()
     again.load_state_dict(Layer().state_dict())
     assert_same_bits(again.codes, W.qvalue)
+
+
+# ---- ONNX
+
+
+def exported_to_onnx(q, mode="fast"):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: requirements-dev.txt has it")
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return linear(x, q, mode=mode)
+
+    x = torch.linspace(-1, 1, 192).reshape(3, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        return torch.onnx.export(Layer(), (x,), dynamo=True, verbose=False, opset_version=21).model_proto, x
+
+
+@pytest.mark.exhaustive  # seconds each
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"granularity": PerChannel(0)},
+        {"dtype": "uint8", "scheme": "affine"},
+        {"dtype": "int8", "granularity": PerGroup(32)},
+        {"dtype": "int4", "granularity": PerGroup(32)},
+        {"dtype": "nf4", "granularity": PerChannel(0)},
+        {"dtype": "float8_e4m3fn", "granularity": PerChannel(0)},
+    ],
+    ids=str,
+)
+def test_onnx_holds_codes(how):
+    """As integers: no float of the model is as long as the weight."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: requirements-dev.txt has it")
+    q = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), **how)
+    model, x = exported_to_onnx(q)
+    assert "DequantizeLinear" in [node.op_type for node in model.graph.node]
+    floats = [int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == 1]
+    assert max(floats) <= 256
+    exact = runtime.SessionOptions()  # optimized, the runtime rounds activations to 8 bits of its own accord
+    exact.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(model.SerializeToString(), exact, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(y, linear(x, q).numpy(), rtol=1e-5, atol=1e-5)

@@ -140,6 +140,16 @@ class TorchBackend(Backend):
         # -(x.detach() - x) is -0.0, with the derivative 1, and y + -0.0 has the bits of y
         return y.detach() + torch.where(inside, -(x.detach() - x), -0.0)
 
+    def unusable_as_nan(self, scale: Array, positive: bool) -> Array:
+        """Inside what torch.compile makes, one call of NumPy.
+
+        A loop of its own would start the compiler's threads, which go on spinning while the product runs.
+        """
+        compiles = torch.compiler.is_compiling() and HAS_IS_EXPORTING and not torch.compiler.is_exporting()
+        if not compiles or scale.device.type != "cpu" or scale.dtype != torch.float32 or self.differentiates(scale):
+            return super().unusable_as_nan(scale, positive)
+        return _unusable_as_nan(scale, positive)
+
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
         def with_keys(node: Any) -> Any:  # None is a leaf to torch, but no tensor: it becomes part of the structure
             leaves, static = flatten(node)
@@ -176,6 +186,22 @@ def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:
 
 
 HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+
+
+@torch.library.custom_op("aqt_lite::unusable_as_nan", mutates_args=())
+def _unusable_as_nan(scale: torch.Tensor, positive: bool) -> torch.Tensor:
+    values = scale.numpy(force=True)
+    return torch.from_numpy(np.where(values <= 0 if positive else values == 0, np.float32(np.nan), values))
+
+
+@_unusable_as_nan.register_fake
+def _(scale: Any, positive: Any) -> Any:
+    return torch.empty_like(scale, memory_format=torch.contiguous_format)
+
+
+@_unusable_as_nan.register_vmap
+def _(info: Any, axes: Any, scale: Any, positive: Any) -> Any:
+    return _unusable_as_nan(scale, positive), axes[0]
 
 
 def makes_onnx() -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from aqt_lite import affine
 from aqt_lite._blocks import spread
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -28,6 +29,7 @@ from aqt_lite.backends.torch.adapter import (
     without_memory,
     wraps_tensors,
 )
+from aqt_lite.backends.torch.onnx import dequantized, with_codes_in_onnx
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS, Format, element_type
 from aqt_lite.ops import derivative, reference
@@ -304,7 +306,7 @@ def _without_derivatives(
     reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
 ) -> Array:
     if makes_onnx():
-        values = _dequantized_in_onnx(w, spec)
+        values = dequantized(w, spec)
         if values is not None and not reproducible:
             return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(reproducible, x, w, spec, contract):
@@ -312,34 +314,6 @@ def _without_derivatives(
         static = reproducible, spec.element.name, spec.source.name, outer, inner
         return _eager_product(*static, x, w.codes, w.scale, w.zero_point, bias)
     return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
-
-
-def _dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
-    """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for other blocks."""
-    scale: Any = w.scale
-    zero = w.zero_point
-    along = [axis for axis, n in enumerate(scale.shape) if n > 1]
-    attributes: Any = {}
-    version = 13
-    if spec.element.bits != 8 or not hasattr(torch.onnx, "ops"):  # torch.onnx.ops: of torch 2.8
-        return None
-    if not along:
-        scale, zero = (None if a is None else a.reshape(()) for a in (scale, zero))
-    elif len(along) == 1 and spec.block[along[0]] == 1:
-        attributes["axis"] = along[0]
-        scale, zero = (None if a is None else a.reshape(-1) for a in (scale, zero))
-    elif spec.block.count(1) == 1 and None not in spec.block:
-        grouped = 1 - spec.block.index(1)
-        size, version = spec.block[grouped], 21
-        assert size is not None
-        attributes.update(axis=grouped, block_size=size)
-    else:
-        return None
-    inputs: Any = (w.codes, scale) if zero is None else (w.codes, scale, zero.to(w.codes.dtype))
-    values: Array = torch.onnx.ops.symbolic(
-        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=tuple(w.codes.shape), version=version
-    )
-    return values
 
 
 # ---- inside what torch.compile makes, where compiled loops serve: one operator, which runs as an eager call does
@@ -628,6 +602,9 @@ def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: 
 
 KERNELS: Kernels = {
     **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
+    affine.dequantize: Kernel(
+        with_codes_in_onnx(_of_large(runtime.gated(quantize.FORMS[affine.dequantize]))), anything
+    ),
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
     reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),
