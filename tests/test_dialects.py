@@ -71,7 +71,7 @@ def test_compiled_forms_give_the_originals_numbers(name):
     assert held(name, (CONSTANT, COMPILED), every=4) == {}
 
 
-@pytest.mark.parametrize("name", ["all", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("all", *NAMES)])
 def test_what_is_hardly_a_number_has_the_same_bits_everywhere(name):
     """Subnormal values and -0: compilers flush them, processors do not."""
     rows = [

@@ -129,6 +129,7 @@ def test_the_code_of_the_page_of_models_runs(tmp_path):
     assert "SQNR, dB" in printed
 
 
+@pytest.mark.exhaustive  # trains and compiles for ten seconds
 @needs("jax", "torch")
 def test_the_code_of_the_page_of_training_runs_and_what_is_trained_is_better(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)

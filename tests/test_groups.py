@@ -118,7 +118,10 @@ def test_the_largest_sums_are_exact():
     for value in (np.float32(127 / 64), np.nextafter(np.float32(127 / 64), np.float32(0)), np.float32(-1.0000001)):
         x = np.full((1, 512), value, np.float32)
         assert_same_bits(linear(x, q, mode="reproducible"), without_kernels(x, q, None))
-    assert (1 << reference.BITS + 1) * 255 * serve.LONGEST_GROUP < 1 << 48
+    for zero in (300, 383, -100):  # no code's: whoever replaces them by others
+        moved = replace(q, zero_point=np.full((3, 1), zero, np.int32))
+        assert_same_bits(linear(x, moved, mode="reproducible"), without_kernels(x, moved, None))
+    assert 127 / 64 * 2.0**reference.BITS * (128 + LOOPS.LARGEST_ZERO) * serve.LONGEST_GROUP < 2.0**48
 
 
 @needs_loops
@@ -229,6 +232,9 @@ def test_transformations_of_jax():
         y = jax.jit(lambda s: linear(x[0], replace(q, scale=s), mode="reproducible"))(q.scale.at[5, 2].set(bad))
         assert np.isnan(np.asarray(y)[:, 5]).all()
         assert np.isfinite(np.delete(np.asarray(y), 5, axis=1)).all()
+    function = jax.jit(lambda s: linear(x[0], replace(q, scale=s), mode="reproducible"))
+    zero = q.scale.at[5, 2].set(0.0)
+    assert_same_bits(jax.export.export(function)(zero).call(zero), function(zero))
 
 
 @needs_loops

@@ -113,6 +113,8 @@ def error_of_a_row(y, exact):
     return np.sqrt(np.mean((y - exact) ** 2, axis=1)) / np.abs(exact).max(axis=1)
 
 
+@pytest.mark.exhaustive_where(mode="reproducible", granularity=PerBlock((30, 64)))
+@pytest.mark.exhaustive_where(mode="reproducible", granularity=PerGroup(100))
 @pytest.mark.exhaustive_where(mode="fast", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerGroup(100))

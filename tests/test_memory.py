@@ -75,6 +75,7 @@ def schemes(form):
         yield Recipe(symmetric=False)
 
 
+@pytest.mark.exhaustive_unless(form=EVERY[::3])
 @pytest.mark.parametrize("form", EVERY, ids=title)
 def test_tiles_have_the_bits_of_the_whole(form, small_tiles):
     rng, served = np.random.default_rng(0), 0
@@ -135,6 +136,7 @@ def test_codes_are_packed_by_words_as_by_columns(bits, monkeypatch):
                 assert_same_bits(back, np.ascontiguousarray(c))
 
 
+@pytest.mark.exhaustive_unless(form=[*FORMATS.values()][::3])
 @pytest.mark.exhaustive_where(library="jax")  # the same kernels as torch, on the same memory: half a second each
 @pytest.mark.parametrize("library", SHARED)
 @pytest.mark.parametrize("form", FORMATS.values(), ids=title)

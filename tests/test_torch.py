@@ -747,3 +747,15 @@ def test_onnx_holds_codes(how):
     session = runtime.InferenceSession(model.SerializeToString(), exact, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     np.testing.assert_allclose(y, linear(x, q).numpy(), rtol=1e-5, atol=1e-5)
+
+
+# ---- torch.func
+
+
+@pytest.mark.parametrize("how", [{}, {"dtype": "int4", "granularity": PerGroup(32)}], ids=str)
+def test_torch_func_of_a_weight_that_was_not_used_before(how):
+    w, x = data(512, 640, seed=3), data(4, 640)  # large enough for compiled loops
+    for mode in ("fast", "reproducible"):
+        q = quantize(w, **how)
+        dx = torch.func.grad(lambda x, q=q, mode=mode: linear(x, q, mode=mode).sum())(x)
+        torch.testing.assert_close(dx, dequantize(q).sum(0).expand(4, -1), rtol=1e-4, atol=1e-3)

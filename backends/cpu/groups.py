@@ -4,9 +4,10 @@ Owns: the loops, and the numba intrinsics in them. One file, because what numba 
 own file changes, and not when another does; what the contract's constants are is written here once more. The loops hold
 no lock and start no thread. ``fixed_point`` calls them, and JAX's ``groups``; ``serve`` says what they are for.
 
-A row of x, in fixed point, is integers of 31 bits, a group of them at a time; codes less their zero points have 9. The
-sum of up to 512 products is an integer below 2^48: float64 holds it, and every partial sum, exactly, in whatever order.
-Rounding it once to float32 is what the contract's ``float32(high) * 2^24 + low`` does, for then ``high`` is below 2^24.
+A row of x, in fixed point, is integers of 31 bits, a group of them at a time; codes less their zero points have 9, the
+sign among them. The sum of up to 512 products is an integer below 2^48: float64 holds it, and every partial sum,
+exactly, in whatever order. Rounding it once to float32 is what the contract's ``float32(high) * 2^24 + low`` does, for
+then ``high`` is below 2^24.
 
 Lanes are columns of the result. 16 rows of the weight, ``CHUNK`` bytes of each, are transposed in registers, and their
 codes become float64: (codes, 16). An entry of x, in all lanes, times one such row is added to 16 sums at once, so no
@@ -52,8 +53,8 @@ FEWER_ROWS = 4 if _WIDE else 2
 ROWS_AT_ONCE = 128
 """Rows of x that are in fixed point at a time."""
 
-LARGEST_ZERO = 255
-"""Magnitude of a zero point, as of signed codes, up to which codes less their zero points have 9 bits."""
+LARGEST_ZERO = 128
+"""Magnitude of a zero point, as of signed codes, up to which codes less their zero points have 9 bits with the sign."""
 
 # Those of aqt_lite.ops.reference, as the loops' types; the tests hold them against it.
 RUN = 16

@@ -76,7 +76,9 @@ def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
         start,
         y[:, start:stop],
     )
-    array(flags, (dim(flags, 0),), np.int32)[start // STRIP] = 0 if small else 1
+    of_strips = array(flags, (dim(flags, 0),), np.int32)
+    for strip in range(start // STRIP, (stop + STRIP - 1) // STRIP):  # all of them, where there is one thread
+        of_strips[strip] = 0 if small else 1
 
 
 _arrange_address, _multiply_address = address_of(_arrange, 3), address_of(_multiply, 3)

@@ -125,7 +125,9 @@ def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
         start,
         y[:, start:stop],
     )
-    array(flags, (dim(flags, 0),), np.int32)[start // STRIP] = 0 if served else 1
+    of_strips = array(flags, (dim(flags, 0),), np.int32)
+    for strip in range(start // STRIP, (stop + STRIP - 1) // STRIP):  # all of them, where there is one thread
+        of_strips[strip] = 0 if served else 1
 
 
 _prepare_address, _refine_address = address_of(_prepare, 3), address_of(_refine, 3)
@@ -176,7 +178,8 @@ def _plain(
     w = Coded(codes, scale, zero if zero.size else None)
     y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
     flags, *scratch = _results(x, codes, table, scale, flip=flip, halves=halves, size=size)[1:]
-    return [y, jnp.zeros(flags.shape, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
+    unserved = jnp.any((scale == 0) | ~jnp.isfinite(scale))  # of which only the caller knows what they mean
+    return [y, jnp.full(flags.shape, unserved, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 
 def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) -> list[Any]:

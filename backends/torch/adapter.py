@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,10 @@ class TorchBackend(Backend):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         if not wraps_tensors(x) and not has_its_memory(x):
             raise ValueError(f"a tensor {without_memory(x)}")
+        with outside_transformations():
+            return self._in_memory(x)
+
+    def _in_memory(self, x: Array) -> np.ndarray[Any, Any]:
         x = x.detach().cpu()
         own = getattr(ml_dtypes, self.dtype_name(x), None)
         if own is not None:
@@ -186,6 +191,18 @@ def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:
 
 
 HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
+
+
+_NO_TRANSFORMATION: Any = contextlib.nullcontext()
+
+
+def outside_transformations() -> Any:
+    """A context in which plain tensors have memory, also where a function is transformed (``torch.func``)."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return _NO_TRANSFORMATION
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 @torch.library.custom_op("aqt_lite::unusable_as_nan", mutates_args=())

@@ -20,7 +20,6 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.torch.adapter import makes_onnx
-from aqt_lite.elements import ElementType
 from aqt_lite.formats import Format
 
 __all__ = ["dequantized", "with_codes_in_onnx"]
@@ -55,10 +54,10 @@ def dequantized(w: Coded, spec: Spec) -> Array | None:
 
 
 @functools.cache
-def _looked_up(kind: type[ElementType]) -> type[ElementType]:
+def _looked_up(kind: Any) -> Any:
     """A kind of element type whose codes are positions in a table of its numbers, looked up when the program runs."""
 
-    class InOnnx(kind):  # type: ignore[valid-type, misc]
+    class InOnnx(kind):  # type: ignore[misc]
         def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
             if codes.dtype not in (torch.int8, torch.uint8) or compute != "float32":
                 return super().decode(codes, b, compute)
@@ -77,8 +76,9 @@ def _looked_up(kind: type[ElementType]) -> type[ElementType]:
 
 
 def _in_onnx(form: Format) -> Format:
-    element = form.element
-    numbers = _looked_up(type(element))(**{f.name: getattr(element, f.name) for f in fields(element) if f.init})
+    element: Any = form.element  # a dataclass of its kind
+    kind: Any = type(element)
+    numbers = _looked_up(kind)(**{f.name: getattr(element, f.name) for f in fields(element) if f.init})
     return replace(form, element=numbers, scale=None if form.scale is None else _in_onnx(form.scale))
 
 

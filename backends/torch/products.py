@@ -26,6 +26,7 @@ from aqt_lite.backends.torch.adapter import (
     has_no_values,
     is_functorch,
     makes_onnx,
+    outside_transformations,
     without_memory,
     wraps_tensors,
 )
@@ -482,9 +483,7 @@ def _eager_stored(
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    kept = None
-    if scale_dtype:
-        kept = Format(scale_dtype, element_type(scale_dtype), scaled=of_scales is not None)
+    kept = Format(scale_dtype, element_type(scale_dtype), scaled=of_scales is not None) if scale_dtype else None
     *block, packed_length = (None if n < 0 else n for n in lengths)
     spec = Spec(Format(dtype, element_type(dtype), scale=kept), float_type(float_dtype), tuple(block))
     w = Coded(codes, scale if kept is None else Coded(scale, of_scales), zero_point)
@@ -516,9 +515,10 @@ def _(info: Any, axes: Any, *arguments: Any) -> Any:
 
 def _shared(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
     """A product of the CPU library on the memory of plain tensors: without the time that each step of torch takes."""
-    x, *weight, bias = runtime.admitted(_as_numpy((x, *w, bias)))
-    y = form(x, Coded(*weight), bias, **static)
-    return y if y is NotImplemented else torch.from_numpy(y)
+    with outside_transformations():
+        x, *weight, bias = runtime.admitted(_as_numpy((x, *w, bias)))
+        y = form(x, Coded(*weight), bias, **static)
+        return y if y is NotImplemented else torch.from_numpy(y)
 
 
 def _as_numpy(tensors: Any) -> list[Any]:
@@ -551,8 +551,9 @@ def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
         first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
         if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
-        result = form(*runtime.on_each(lambda t: t.numpy(force=True), arrays), **static)
-        return result if result is NotImplemented else runtime.on_each(_from_numpy, result)
+        with outside_transformations():
+            result = form(*runtime.on_each(lambda t: t.numpy(force=True), arrays), **static)
+            return result if result is NotImplemented else runtime.on_each(_from_numpy, result)
 
     return kernel
 
