@@ -20,6 +20,7 @@ from aqt_lite.layouts import LAYOUTS, Family, Layout, Leaf, layout_of
 
 if TYPE_CHECKING:
     from aqt_lite._protocol import Backend
+    from aqt_lite.dialects import Dialect
     from aqt_lite.qarray import QArray
 
 __all__ = ["ArrayBytes"]
@@ -79,7 +80,9 @@ class ArrayBytes:
         offset: Numbers | QArray | None = None,
         dtype: Any = None,
         scale_dtype: Any = None,
+        tensor_scale: Numbers | None = None,
         granularity: Granularity | None = None,
+        dialect: str | Dialect | None = None,
         float_dtype: Any = "float32",
         backend: str | None = None,
     ) -> QArray:
@@ -93,7 +96,7 @@ class ArrayBytes:
             As for :meth:`to_bytes`.
         shape : tuple of int
             Of the array of elements.
-        scale, zero_point, offset, scale_dtype, granularity : optional
+        scale, zero_point, offset, scale_dtype, tensor_scale, granularity, dialect : optional
             As for :meth:`from_codes`, where the layout is about codes alone; block types of ggml have them in ``data``.
         dtype : str, optional
             Format of the codes, where the layout does not say it.
@@ -129,13 +132,13 @@ class ArrayBytes:
         codes = found.unpacked(data, shape, signed=signed)
         target = get_backend(backend) if backend is not None else b or get_backend("numpy")
         given: dict[str, Any] = {"scale": scale, "zero_point": zero_point, "offset": offset}
-        given.update(scale_dtype=scale_dtype, granularity=granularity)
+        given.update(scale_dtype=scale_dtype, tensor_scale=tensor_scale, granularity=granularity, dialect=dialect)
+        given = {name: value for name, value in given.items() if value is not None}
         if len(found.leaves) == 1:
             stored = target.asarray(codes["codes"].astype(form.element.storage))
-            return cls.from_codes(stored, dtype=form.name, float_dtype=float_dtype, **given)
-        superfluous = [name for name, value in given.items() if value is not None]
-        if superfluous:
-            raise ValueError(f"{superfluous[0]} is given, but the bytes of layout {found.name!r} say it themselves")
+            return cls.from_codes(stored, given.pop("scale", None), dtype=form.name, float_dtype=float_dtype, **given)
+        if given:
+            raise ValueError(f"{next(iter(given))} is given, but the bytes of layout {found.name!r} say it themselves")
         for leaf in found.leaves:
             _check(leaf, codes[leaf.name], leaf.dtype or form.name, found)
         return _built(cls, "codes", found, codes, form.name, float_dtype, target)

@@ -152,7 +152,8 @@ def read_side(given: Any, argument: str, like: Side | None = None) -> Side:
         return _of_qarray(given, argument)
     if not isinstance(given, tuple):
         raise TypeError(
-            refusal(given, argument)
+            _of_layer(given, argument)
+            or refusal(given, argument)
             or f"{argument} is a {type(given).__name__}: give a QArray, or a tuple (codes, scale) or (codes, scale, "
             "zero_point)"
         )
@@ -178,11 +179,27 @@ def _host(x: Any, argument: str) -> _Numbers:
     if isinstance(x, int | float | list) and not isinstance(x, bool):  # text: floats are rounded to float32
         values = np.asarray(x)
         return values.astype(np.float32) if values.dtype.kind == "f" else values
+    if layers := _of_layer(x, argument):  # which says that it is torch's, and is no array
+        raise TypeError(layers)
     b = backend_of(x)
     if b is None:
         raise TypeError(refusal(x, argument) or f"{argument} is a {type(x).__name__}: give an array")
     _check_known(b, x, argument)
     return np.asarray(b.to_numpy(x))
+
+
+def _of_layer(given: Any, argument: str) -> str | None:
+    """What to pass in place of a layer's quantized weight, of torch or Flax NNX; None where it is none."""
+    read = getattr(given, "get_value", None)
+    ways = {"qarray": lambda: getattr(given, "qarray", None), "get_value()": read if callable(read) else lambda: None}
+    for way, value in ways.items():
+        try:
+            held = value()
+        except TypeError:  # another library's, with arguments of its own
+            continue
+        if isinstance(held, QArray):
+            return f"{argument} is a layer's {type(given).__name__}, which holds a QArray: pass {argument}.{way}"
+    return None
 
 
 def _check_known(b: Backend, x: Any, argument: str) -> None:

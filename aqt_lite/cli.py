@@ -223,7 +223,13 @@ def _opened(path: str, decoded: Callable[[Any], list[Any]] = _packed_in, *, valu
     from aqt_lite import xarray as fields
 
     how: dict[str, Any] = {"engine": "zarr", "consolidated": False} if _is_store(path) else {}
-    groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
+    try:
+        groups = [name for name in xr.open_groups(path, decode_times=False, **how) if name != "/"]
+    except PermissionError:
+        raise
+    except (OSError, ValueError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{path} is no file of netCDF or store of zarr that can be read: {why}") from None
     if groups:
         raise ValueError(f"{path} has the groups {', '.join(groups)}, and a file without groups is written: split it")
     # Bounds of cells and the like are coordinates: a bound in units of the data is not for them.
@@ -325,7 +331,10 @@ def _same(a: Any, b: Any) -> bool:
 def _table(ds: Any) -> str:
     """Variables, how they are kept, and the largest error that they were packed for, or the bits that they have."""
     rows = [("variable", "shape", "kept as", "values", "bytes", "max abs err", "bits kept")]
+    notes = {str(variable.attrs.get("quantization")) for variable in ds.data_vars.values()}  # of CF: no data in them
     for name, variable in ds.data_vars.items():
+        if name in notes and not variable.ndim:
+            continue
         kept, said = variable.encoding.get("dtype", variable.dtype), variable.attrs
         size = variable.size * getattr(kept, "itemsize", variable.dtype.itemsize)
         values = "quantized" if "aqt_lite" in said else str(variable.dtype)

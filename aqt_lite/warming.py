@@ -5,6 +5,7 @@ Owns: ``warm_up``. Imports: the public functions, the registry.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,19 +24,19 @@ from aqt_lite.qarray import QArray
 
 __all__ = ["warm_up"]
 
-_MODES = ("fast", "reproducible")
+_MODES: tuple[Literal["fast", "reproducible"], ...] = ("fast", "reproducible")
 
 
 def warm_up(
     dtype: Any = "int8",
     *,
-    shape: tuple[int, int] = (512, 512),
+    shape: Sequence[int] = (512, 512),
     rows: Sequence[int] = (1, 4, 64),
     granularity: Granularity | None = None,
     scheme: Scheme = "symmetric",
     scale_dtype: Any = None,
     float_dtype: Any = "float32",
-    modes: Sequence[Literal["fast", "reproducible"]] = ("fast",),
+    modes: Sequence[Literal["fast", "reproducible"]] | None = None,
     backend: str = "numpy",
 ) -> dict[str, float]:
     """Quantize, dequantize and multiply an array of ``shape``, so that what is compiled on first use is compiled now.
@@ -55,8 +56,8 @@ def warm_up(
         Numbers of rows of the activations: few and many of them have forms of their own.
     float_dtype : str
         Type of weight and activations.
-    modes : sequence of {"fast", "reproducible"}
-        Of products.
+    modes : sequence of {"fast", "reproducible"}, optional
+        Of products. By default "fast", and "reproducible" where the array has such products.
     backend : str
 
     Returns
@@ -66,16 +67,23 @@ def warm_up(
 
     Raises
     ------
-    ValueError
-        What ``quantize`` or ``linear`` refuse.
+    ValueError, TypeError
+        A shape that is not two lengths, rows that are no numbers from 1 on, a mode that is not known; what ``quantize``
+        or ``linear`` refuse.
 
     Examples
     --------
     >>> import aqt_lite
     >>> list(aqt_lite.warm_up(shape=(8, 16), rows=[2]))
-    ['quantize', 'dequantize', 'linear, 2 rows, fast']
+    ['quantize', 'dequantize', 'linear, 2 rows, fast', 'linear, 2 rows, reproducible']
     """
-    for mode in modes:
+    shape = _lengths("shape", shape, "two lengths (out, in), shape=(512, 512)")
+    if len(shape) != 2:
+        raise ValueError(f"shape={shape!r}: give two lengths (out, in), shape=(512, 512)")
+    rows = _lengths("rows", rows, "a sequence of numbers from 1 on, rows=(1, 4, 64)")
+    if isinstance(modes, str):
+        raise TypeError(f"modes={modes!r} is text: give a sequence, modes=({modes!r},)")
+    for mode in modes or ():
         one_of("modes", mode, _MODES)
     b, compute, values = get_backend(backend), float_type(float_dtype, "float_dtype").name, np.random.default_rng(0)
     taken: dict[str, float] = {}
@@ -98,6 +106,21 @@ def warm_up(
     timed("dequantize", q.dequantize)
     for count in rows:
         x = made(count, shape[1])
-        for mode in modes:
-            timed(f"linear, {count} rows, {mode}", partial(linear, x, q, mode=mode))
+        for mode in _MODES if modes is None else modes:
+            try:
+                timed(f"linear, {count} rows, {mode}", partial(linear, x, q, mode=mode))
+            except ValueError:
+                if modes is not None or mode == "fast":  # else nobody asked for what this array does not have
+                    raise
     return taken
+
+
+def _lengths(argument: str, given: Any, wanted: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, or an error that says what is wanted."""
+    try:
+        found = tuple(operator.index(n) for n in given)
+    except TypeError:
+        raise TypeError(f"{argument}={given!r}: give {wanted}") from None
+    if min(found, default=1) < 1:
+        raise ValueError(f"{argument}={given!r}: give {wanted}")
+    return found

@@ -13,6 +13,7 @@ and the attributes of the values, units for instance, which are not those of cod
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -171,8 +172,8 @@ def cf_encoding(
     said = [name for name in _OF_PACKED if name in obj.attrs]
     if said:
         raise ValueError(
-            f"{_called(obj)} has the attribute {said[0]}={obj.attrs[said[0]]!r}, which readers would compare with "
-            "codes: take it out of attrs first"
+            f"{_called(obj)} has the attribute {said[0]}={_plain(obj.attrs[said[0]])}, which readers would compare "
+            "with codes: take it out of attrs first"
         )
     try:
         packing = cf.choose_packing(_readable(obj), max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
@@ -193,7 +194,10 @@ def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
         numbers = np.zeros(0)
     earlier = numbers.item() if numbers.size == 1 else math.nan
     if not 0 <= earlier < math.inf:
-        _warn(f"{_called(da)} has the attribute {BOUND}={da.attrs[BOUND]!r}, which is no bound: {bound!r} replaces it")
+        _warn(
+            f"{_called(da)} has the attribute {BOUND}={_plain(da.attrs[BOUND])}, which is no bound: "
+            f"{bound!r} replaces it"
+        )
         return bound
     total = earlier + bound
     if Fraction(total) < Fraction(earlier) + Fraction(bound):
@@ -204,6 +208,11 @@ def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
         "if these are other values"
     )
     return total
+
+
+def _plain(value: Any) -> str:
+    """The repr of an attribute, numbers of NumPy, which files give, as numbers."""
+    return repr(value.item() if isinstance(value, np.generic) else value)
 
 
 def _warn(message: str) -> None:
@@ -293,8 +302,8 @@ def bitround(
     """Round a variable, or the floating-point variables of a Dataset, to few significant bits, for a compressor.
 
     Values stay floats of their type, with their labels; files of netCDF and zarr become small where they are
-    compressed, and every reader has the same numbers. Attributes say how many bits were kept, as the CF conventions
-    (8.4.2, lossy compression via quantization) have it.
+    compressed, and every reader has the same numbers. The attribute ``quantization_nsb`` says how many bits were kept,
+    as the CF conventions (8.4.2, lossy compression via quantization) have it.
 
     Parameters
     ----------
@@ -311,7 +320,8 @@ def bitround(
     Returns
     -------
     DataArray or Dataset
-        A Dataset has one variable more, which says what was done. In files values are floats, NaN where missing.
+        A Dataset has one variable more, which says what was done, as CF has it, and rounded variables name it in their
+        attribute ``quantization``; a DataArray has no place for it. In files values are floats, NaN where missing.
 
     Warns
     -----
@@ -323,7 +333,7 @@ def bitround(
     >>> import numpy as np, xarray as xr, aqt_lite.xarray
     >>> t = xr.DataArray(np.linspace(270, 305, 5, dtype="float32"), dims="x", name="t")
     >>> t.aqt.bitround(max_rel_err=0.001).values
-    array([270.  , 278.75, 287.5 , 296.25, 305.  ], dtype=float32)
+    array([270. , 279. , 287.5, 296. , 305. ], dtype=float32)
     >>> t.aqt.bitround(7).attrs["quantization_nsb"]
     np.int32(7)
     """
@@ -341,6 +351,8 @@ def bitround(
         return [value.get(name) if isinstance(value, Mapping) else value for value in given]
 
     rounded = {name: _bitrounded(obj[name], *of(name), dim=dim if dim in obj[name].dims else None) for name in names}
+    for da in rounded.values():
+        da.attrs["quantization"] = BITROUND
     said = xr.Variable((), np.int8(0), {"algorithm": "bitround", "implementation": f"aqt_lite {__version__}"})
     return obj.assign({**rounded, BITROUND: said})
 
@@ -378,10 +390,11 @@ def _bitrounded(
     rounded = without_packing(da).copy(data=values)
     if BOUND in rounded.attrs:
         _warn(
-            f"{_called(da)} has the attribute {BOUND}={rounded.attrs.pop(BOUND)!r}: it was packed before, and rounding "
-            "adds to that error, so that the attribute is left out: round the original, or remove it"
+            f"{_called(da)} has the attribute {BOUND}={_plain(rounded.attrs.pop(BOUND))}: it was packed before, and "
+            "rounding adds to that error, so that the attribute is left out: round the original, or remove it"
         )
-    rounded.attrs.update({"quantization": BITROUND, KEPT: np.int32(keepbits)})
+    rounded.attrs.pop("quantization", None)  # it names a variable that a DataArray does not have
+    rounded.attrs[KEPT] = np.int32(keepbits)
     return rounded
 
 
@@ -958,6 +971,23 @@ def _check_whole(kwargs: Mapping[str, Any]) -> None:
             )
 
 
+_DEFLATED = {"zlib": True, "shuffle": True, "complevel": 1}
+"""How packed variables are compressed where nobody says how: as the command line does it."""
+_SAYS_STORAGE = {"zlib", "compression", "contiguous"}
+"""Entries of an encoding that say whether a variable is compressed."""
+
+
+def _compresses(engine: Any, form: Any) -> bool:
+    """Whether files that xarray writes so may be compressed: netCDF-4, by an engine that has it."""
+    if engine is None:
+        order = xr.get_options().get(  # type: ignore[no-untyped-call]
+            "netcdf_engine_order", ("netcdf4", "h5netcdf", "scipy")
+        )
+        modules = {"netcdf4": "netCDF4", "h5netcdf": "h5netcdf", "scipy": "scipy"}
+        engine = next((name for name in order if importlib.util.find_spec(modules[name])), "scipy")
+    return engine in ("netcdf4", "h5netcdf") and form in (None, "NETCDF4", "NETCDF4_CLASSIC")
+
+
 def to_netcdf(
     obj: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
@@ -980,13 +1010,17 @@ def to_netcdf(
     max_abs_err, dtype
         As for :func:`cf_encoding`.
     encoding : mapping, optional
-        Of xarray, for the rest: ``{"t": {"zlib": True}}``.
+        Of xarray, for the rest: ``{"t": {"complevel": 4}}``, or ``{"t": {"zlib": False}}`` for codes as they are.
     **kwargs
         Of xarray's ``to_netcdf``, but for ``mode="a"``, ``group`` and ``compute=False``: the file is made as a whole.
     """
     _check_whole(kwargs)
     check_replaceable(path, store=False)
     ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    if _compresses(kwargs.get("engine"), kwargs.get("format")):
+        for name in bounds_of(ds, max_abs_err):
+            if ds[name].ndim and not _SAYS_STORAGE & chosen[name].keys():
+                chosen[name] = {**_DEFLATED, **chosen[name]}
     written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs), store=False)
 
 

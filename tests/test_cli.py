@@ -75,7 +75,10 @@ def test_rounded_floats(how, bits, suffix, source, tmp_path, capsys):
         if "p" not in bits:
             assert b.p.identical(a.p)
         assert b.n.identical(a.n)
-    assert run(capsys, "info", out)[0] == 0
+    status, listed, _ = run(capsys, "info", out)
+    assert status == 0
+    assert {line.split()[0] for line in listed.splitlines()[1:-1]} == set(a.data_vars)
+    assert "quantization_bitround" not in said
 
 
 def test_rounding_is_refused_by_name(source, tmp_path, capsys):
@@ -312,12 +315,13 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
         ),
         (["pack", source, out, "--max-abs-err", "-1", "--overwrite"], "max_abs_err=-1.0: give a positive"),
         (["pack", source, out, "--max-abs-err", "1", "--dtype", "int4", "--overwrite"], "dtype='int4': codes are"),
-        (["info", out], "out.nc|did not find a match"),
+        (["info", out], "out.nc is no file of netCDF or store of zarr that can be read: .+"),
     ]
     for arguments, message in cases:
         status, said, errors = run(capsys, *arguments)
         assert (status, said) == (1, "")
         assert errors.startswith("aqt-lite: ")
+        assert errors.count("\n") == 1
         assert re.search(message, errors), errors
 
     def damaged(*_):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from optional import jax, jnp, torch
+from optional import jax, jnp, needs, torch
 from oracles import dialects as golden
 
 import aqt_lite
@@ -620,6 +620,31 @@ def test_what_is_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             compare(a, q)
+
+
+@needs("torch")
+def test_a_layer_of_torch_is_told_where_its_codes_are():
+    import aqt_lite.torch as of_torch
+
+    layer = of_torch.quantize_(torch.nn.Linear(32, 8))
+    q = layer.weight.qarray
+    assert compare(q, q).equal
+    for a, b, words in [(layer.weight, q, "pass a.qarray"), (q, layer.weight, "pass b.qarray")]:
+        with pytest.raises(TypeError, match=f"which holds a QArray: {words}"):
+            compare(a, b)
+
+
+@needs("jax")
+def test_a_layer_of_nnx_is_told_where_its_codes_are():
+    nnx = pytest.importorskip("flax.nnx", reason="flax is not installed: requirements-dev.txt has it")
+    import aqt_lite.nnx as of_nnx
+
+    layer = of_nnx.quantize_(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
+    q = layer.kernel.get_value()
+    assert compare(q, layer.kernel[...]).equal
+    for a, b, words in [(layer.kernel, q, "pass a.get_value"), (q, layer.kernel, "pass b.get_value")]:
+        with pytest.raises(TypeError, match=f"which holds a QArray: {words}"):
+            compare(a, b)
 
 
 def test_traced_arrays_are_refused():

@@ -219,7 +219,7 @@ def test_many_callers_share_one_pool_of_threads(said):
 
 
 def test_warming_up_compiles_what_large_arrays_reach(backend):
-    taken = aqt_lite.warm_up(shape=(512, 512), rows=[1, 4], modes=["fast", "reproducible"], backend=backend.name)
+    taken = aqt_lite.warm_up(shape=(512, 512), rows=[1, 4], backend=backend.name)
     steps = [f"linear, {rows} rows, {mode}" for rows in (1, 4) for mode in ("fast", "reproducible")]
     assert list(taken) == ["quantize", "dequantize", *steps]
     assert all(seconds > 0 for seconds in taken.values())
@@ -228,3 +228,20 @@ def test_warming_up_compiles_what_large_arrays_reach(backend):
         assert any(getattr(f, "signatures", None) for f in vars(loops).values())
     with pytest.raises(ValueError, match="modes='slow' is not known: use 'fast' or 'reproducible'"):
         aqt_lite.warm_up(modes=["slow"], backend=backend.name)
+
+
+def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
+    small = {"shape": (8, 64), "rows": [2]}
+    assert "linear, 2 rows, reproducible" in aqt_lite.warm_up("int4", granularity=aqt_lite.PerGroup(32), **small)
+    assert list(aqt_lite.warm_up("nf4", **small)) == ["quantize", "dequantize", "linear, 2 rows, fast"]
+    for kind, words, how in [
+        (ValueError, "mode='reproducible' is not possible", {"dtype": "nf4", "modes": ["reproducible"], **small}),
+        (ValueError, r"shape=\(3,\): give two lengths \(out, in\)", {"shape": (3,)}),
+        (ValueError, r"shape=\(0, 8\): give two lengths", {"shape": (0, 8)}),
+        (TypeError, "shape=8: give two lengths", {"shape": 8}),
+        (TypeError, "rows=3: give a sequence", {"rows": 3}),
+        (ValueError, r"rows=\[0\]: give a sequence of numbers from 1 on", {"rows": [0]}),
+        (TypeError, r"modes='fast' is text: give a sequence, modes=\('fast',\)", {"modes": "fast"}),
+    ]:
+        with pytest.raises(kind, match=words):
+            aqt_lite.warm_up(**how)

@@ -454,6 +454,24 @@ def test_the_stream_of_this_library_is_the_layout_dense(backend, dtype):
     assert_same_bits(again, q)
 
 
+def test_scales_of_a_dialect_beside_bytes_are_read_as_beside_codes():
+    w = np.random.default_rng(0).standard_normal((4, 64)).astype("float32")
+    q = aqt_lite.quantize(w, "nvfp4", dialect="compressed-tensors")
+    kept = {"scale": q.scale.qvalue, "tensor_scale": 1 / q.scale.scale, "dialect": "compressed-tensors"}
+    again = QArray.from_bytes(q.to_bytes("dense"), "dense", q.shape, dtype="nvfp4", **kept)
+    of_codes = QArray.from_codes(q.qvalue, dtype="nvfp4", **kept)
+    assert_same_bits(again, of_codes)
+    assert not np.array_equal(
+        again.dequantize(),
+        QArray.from_bytes(
+            q.to_bytes("dense"), "dense", q.shape, dtype="nvfp4", **kept | {"dialect": None}
+        ).dequantize(),
+    )
+    for name, value in [("tensor_scale", 1.0), ("dialect", "gptq")]:
+        with pytest.raises(ValueError, match=f"{name} is given, but the bytes of layout 'q4_0' say it themselves"):
+            QArray.from_bytes(bytes(18), "q4_0", (1, 32), **{name: value})
+
+
 def test_a_layout_of_ones_own():
     columns = Layout(
         "in_columns",

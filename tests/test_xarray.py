@@ -422,9 +422,9 @@ def test_what_does_not_belong_to_a_quantized_dataset_is_told():
         q.drop_vars("t_scale").aqt.dequantize()
     with pytest.raises(ValueError, match="the attribute aqt_lite is not what quantize wrote"):
         q.assign(t=q.t.assign_attrs(aqt_lite="{}")).aqt.dequantize()
-    nothing = q.t_scale.copy(data=0 * q.t_scale.values)
+    zero = q.t_scale.copy(data=0 * q.t_scale.values)
     with pytest.raises(ValueError, match=r"variable 't': .*scale"):
-        q.assign(t_scale=nothing).aqt.dequantize()
+        q.assign(t_scale=zero).aqt.dequantize()
     with pytest.raises(ValueError, match="has no quantized variable"):
         full().to_dataset().aqt.dequantize()
     with pytest.raises(TypeError, match="variable 't' is quantized already"):
@@ -475,6 +475,26 @@ def test_a_packed_file_says_its_bound_and_keeps_valid_limits(tmp_path):
         t.aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=0.05)
     t.aqt.to_zarr(tmp_path / "t.zarr", max_abs_err=1.0, overwrite=True, consolidated=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.nc", "t.zarr"]
+
+
+@pytest.mark.parametrize("how", [{}, {"engine": "netcdf4"}, {"engine": "h5netcdf"}], ids=str)
+def test_codes_are_deflated_unless_the_caller_says_otherwise(tmp_path, how):
+    ds = field().to_dataset().assign(alone=np.float32(1.5))
+    said = {"given": {"complevel": 4}, "plain": {"zlib": False}, "whole": {"contiguous": True}}
+    for name, of_t in {"default": {}, **said}.items():
+        ds.aqt.to_netcdf(tmp_path / name, max_abs_err=0.05, encoding={"t": of_t}, **how)
+        with xr.open_dataset(tmp_path / name, engine=how.get("engine")) as found:
+            assert found.t.encoding.get("zlib", False) == (name in ("default", "given"))
+            assert found.t.encoding.get("complevel", 0) == {"default": 1, "given": 4}.get(name, 0)
+            assert np.nanmax(np.abs(found.t.values.astype(float) - X)) <= 0.05
+            assert abs(found.alone - 1.5) <= 0.05
+
+
+@pytest.mark.parametrize("how", [{"engine": "scipy"}, {"format": "NETCDF3_64BIT"}], ids=str)
+def test_files_that_cannot_be_compressed_are_written_as_they_can_be(tmp_path, how):
+    field().aqt.to_netcdf(tmp_path / "t.nc", max_abs_err=0.05, **how)
+    with xr.open_dataset(tmp_path / "t.nc") as found:
+        assert np.nanmax(np.abs(found.t.values.astype(float) - X)) <= 0.05
 
 
 def test_a_file_that_was_packed_before_is_packed_anew(tmp_path):
@@ -635,7 +655,7 @@ def test_rounding_keeps_labels_and_says_what_it_did():
         else:
             bits = 6
         assert_same_bits(y.values, aqt_lite.bitround(t.values, bits))
-        assert y.attrs == {"units": "K", "quantization": "quantization_bitround", "quantization_nsb": bits}
+        assert y.attrs == {"units": "K", "quantization_nsb": bits}, "a DataArray has no variable to refer to"
         assert y.encoding == {"zlib": True}, "it would be packed again"
         assert y.coords.identical(t.coords)
     assert t.encoding["dtype"] == "int16", "the original is as it was"
@@ -644,7 +664,8 @@ def test_rounding_keeps_labels_and_says_what_it_did():
     assert_same_bits(rounded.u.values, aqt_lite.bitround(t.values * 2, 5))
     assert rounded.n.identical(ds.n)
     assert rounded.u.chunks is not None
-    assert rounded.quantization_bitround.attrs["algorithm"] == "bitround"
+    assert rounded[rounded.t.attrs["quantization"]].attrs["algorithm"] == "bitround"
+    assert "quantization" not in rounded.t.aqt.bitround(4).attrs
     one = ds.aqt.bitround(max_rel_err={"u": 0.01})
     assert one.t.identical(ds.t)
     assert one.u.attrs["quantization_nsb"] == 6
@@ -656,6 +677,6 @@ def test_rounding_keeps_labels_and_says_what_it_did():
         ds.aqt.bitround(keepbits={"v": 3})
     with pytest.raises(TypeError, match="give one number"):
         t.aqt.bitround({"t": 3})
-    t.attrs["max_abs_error"] = 0.1
-    with pytest.warns(aqt_lite.xarray.RepackedWarning, match="rounding adds to that error"):
+    t.attrs["max_abs_error"] = np.float64(0.1)
+    with pytest.warns(aqt_lite.xarray.RepackedWarning, match="max_abs_error=0.1: .* rounding adds to that error"):
         assert "max_abs_error" not in t.aqt.bitround(5).attrs
