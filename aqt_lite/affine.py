@@ -435,10 +435,24 @@ def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
 
 
 def clipped(
-    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
+    x: Array,
+    qparams: QParams | None,
+    key: Array | None = None,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+    first: int = 0,
+    b: Backend,
 ) -> Array:
-    """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped.
+
+    Without parameters: by a dialect's rule that makes them and the codes together.
+    """
+    if qparams is None:
+        inside = _together(x, spec, recipe, b)[2]
+    else:
+        inside = _encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    outside = ~inside
     passes = recipe.ignore_nonfinite or spec.element.missing is not None
     return outside & ~b.xp.isnan(x) if passes else outside
 
@@ -457,7 +471,7 @@ def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Arra
 
 
 def count_clipped(
-    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
+    x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
 ) -> tuple[Array, Array]:
     """How many values are ``clipped``, and the position of the first."""
     return _counted(clipped(x, qparams, key, spec=spec, recipe=recipe, b=b), b.xp)

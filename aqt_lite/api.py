@@ -270,7 +270,7 @@ _MOST_UNPACKED = 1 << 27
 def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **how: Any) -> QArray:
     call = _prepare(x.source if isinstance(x, Marked) else x, dtype, **how)
     if isinstance(x, Marked):  # by parts where it stays
-        here = call.x is x.source
+        here = call.x is x.source and not call.together
         call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
     if on_clip is None:
         on_clip = "saturate" if call.given is None else "warn"
@@ -278,7 +278,7 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **ho
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
     large = is_packed(call.spec, x.ndim) and math.prod(x.shape) > _MOST_UNPACKED if b.has_values(x) else False
-    if out is not None or (large and can_write(b)):
+    if out is not None or (large and can_write(b) and not call.together):
         return _quantized_into(out, constant, call, on_clip)
     if call.given is None:
         w = run(b, affine.quantize, constant, call.key, **static)
@@ -300,6 +300,14 @@ def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str) -> QArray:
     else:
         source = x.source if isinstance(x, Marked) else x
         check_out(out, shape, dtype, f"codes of {call.spec.format.name}", b, source)
+    if call.together:
+        w = run(b, affine.quantize, x, **static)
+        _check_finite(x, w.scale, call)
+        q = QArray._of(w, call.spec)
+        if on_clip != "saturate":
+            _check_clipped(x, w, q, call, on_clip, stacklevel=7)
+        out[...] = q.storage
+        return replace(q, storage=out)
     if call.given is None:
         qparams = run(b, affine.choose_qparams, x, **static)
     else:
@@ -473,6 +481,11 @@ class _Call:
     recipe: affine.Recipe
     given: affine.QParams | None
     key: Array | None
+
+    @property
+    def together(self) -> bool:
+        """Whether a rule of the dialect makes codes and scales together, of the whole array."""
+        return self.given is None and self.recipe.dialect.together is not None
 
 
 def _prepare(
@@ -769,7 +782,8 @@ def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: s
     if unpacked and not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
         return
     if on_clip == "raise":
-        counted = run(b, affine.count_clipped, x, affine.QParams(*w[1:]), call.key, **static)
+        qparams = None if call.together else affine.QParams(*w[1:])
+        counted = run(b, affine.count_clipped, x, qparams, call.key, **static)
     else:
         compute = call.spec.source.compute
         ends = with_margin(*representable_range(q, slack=True), compute)
