@@ -533,8 +533,8 @@ def _together(x: Array, spec: Spec, recipe: Recipe, b: Backend) -> tuple[QParams
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Given parameters as the format keeps them, the scale NaN in blocks where they cannot be used.
 
-    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a
-    block with a non-finite value.
+    Unusable are a scale outside [least, greatest] (but for a dialect's own of a block of zeros), a zero point that is
+    no code, an offset that is not finite, and a block with a non-finite value.
     """
     xp = b.xp
     scale, zero_point, offset, _ = given
@@ -550,11 +550,15 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     if offset is not None:
         usable = usable & xp.isfinite(offset)
         offset = xp.where(xp.isfinite(offset), _without_tiny(offset, spec, xp), xp.zeros_like(offset))
-    if not recipe.ignore_nonfinite:
+    of_zeros = recipe.dialect.kept_of_zeros if isinstance(scale, tuple) and scale[1] is None else None
+    if not recipe.ignore_nonfinite or of_zeros is not None:
         size = xp.abs(_computable(x, spec, b))
         known = counted(size, spec, recipe, xp)
         size = size if known is None else xp.where(known, size, xp.zeros_like(size))
-        usable = usable & xp.isfinite(reduced(size, spec.block, b.largest, xp))
+        amax = reduced(size, spec.block, b.largest, xp)
+        if of_zeros is not None:  # which may be subnormal
+            usable = usable | ((scale[0] == of_zeros) & (amax < spec.source.tiny))
+        usable = usable & xp.isfinite(amax)
     if isinstance(scale, tuple):
         return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
     scale = xp.where(usable, scale, xp.full_like(scale, float("nan")))
