@@ -435,10 +435,24 @@ def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:
 
 
 def clipped(
-    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, first: int = 0, b: Backend
+    x: Array,
+    qparams: QParams | None,
+    key: Array | None = None,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+    first: int = 0,
+    b: Backend,
 ) -> Array:
-    """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped."""
-    outside = ~_encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    """Where ``x`` lies outside the range of the numbers, and so was not rounded but clipped.
+
+    Without parameters: by a dialect's rule that makes them and the codes together.
+    """
+    if qparams is None:
+        inside = _together(x, spec, recipe, b)[2]
+    else:
+        inside = _encoded(x, QParams(*qparams), key, spec, recipe, first, b)[1]
+    outside = ~inside
     passes = recipe.ignore_nonfinite or spec.element.missing is not None
     return outside & ~b.xp.isnan(x) if passes else outside
 
@@ -457,7 +471,7 @@ def beyond(x: Array, low: Array, high: Array, *, spec: Spec, b: Backend) -> Arra
 
 
 def count_clipped(
-    x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
+    x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend
 ) -> tuple[Array, Array]:
     """How many values are ``clipped``, and the position of the first."""
     return _counted(clipped(x, qparams, key, spec=spec, recipe=recipe, b=b), b.xp)
@@ -519,8 +533,8 @@ def _together(x: Array, spec: Spec, recipe: Recipe, b: Backend) -> tuple[QParams
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Given parameters as the format keeps them, the scale NaN in blocks where they cannot be used.
 
-    Unusable are a scale outside [least, greatest], a zero point that is no code, an offset that is not finite, and a
-    block with a non-finite value.
+    Unusable are a scale outside [least, greatest] (but for a dialect's own of a block of zeros), a zero point that is
+    no code, an offset that is not finite, and a block with a non-finite value.
     """
     xp = b.xp
     scale, zero_point, offset, _ = given
@@ -536,11 +550,15 @@ def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe, b: B
     if offset is not None:
         usable = usable & xp.isfinite(offset)
         offset = xp.where(xp.isfinite(offset), _without_tiny(offset, spec, xp), xp.zeros_like(offset))
-    if not recipe.ignore_nonfinite:
+    of_zeros = recipe.dialect.kept_of_zeros if isinstance(scale, tuple) and scale[1] is None else None
+    if not recipe.ignore_nonfinite or of_zeros is not None:
         size = xp.abs(_computable(x, spec, b))
         known = counted(size, spec, recipe, xp)
         size = size if known is None else xp.where(known, size, xp.zeros_like(size))
-        usable = usable & xp.isfinite(reduced(size, spec.block, b.largest, xp))
+        amax = reduced(size, spec.block, b.largest, xp)
+        if of_zeros is not None:  # which may be subnormal
+            usable = usable | ((scale[0] == of_zeros) & (amax < spec.source.tiny))
+        usable = usable & xp.isfinite(amax)
     if isinstance(scale, tuple):
         return QParams(_marked(Coded(*scale), ~usable, spec, b), zero_point, offset)
     scale = xp.where(usable, scale, xp.full_like(scale, float("nan")))

@@ -238,6 +238,7 @@ def quantize(
     ('uint8', True)
     """
     bound = bound_of(max_abs_err, max_rel_err)
+    read = (x, mask, getattr(x, "mask", None))
     x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
     rest = {
         "granularity": granularity, "scale_dtype": scale_dtype, "scale_mode": scale_mode, "rounding": rounding,
@@ -257,7 +258,8 @@ def quantize(
             )
         if may_miss:
             dtype = with_missing(format_of(dtype))
-        q = _quantized(x, dtype, scheme=scheme, scale=scale, zero_point=zero_point, offset=offset, out=out, **rest)
+        given: dict[str, Any] = {"scheme": scheme, "scale": scale, "zero_point": zero_point, "offset": offset}
+        q = _quantized(x, dtype, **given, out=out, read=read, **rest)
     if scale is None:
         warn_of_fill_values(x, q, stacklevel=5)
     return q
@@ -267,10 +269,13 @@ _MOST_UNPACKED = 1 << 27
 """Codes that may lie unpacked in memory for a while, a byte each, before they are packed."""
 
 
-def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **how: Any) -> QArray:
+def _quantized(
+    x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, read: tuple[Any, ...] = (), **how: Any
+) -> QArray:
+    """``read``: what ``out`` must not overlap with."""
     call = _prepare(x.source if isinstance(x, Marked) else x, dtype, **how)
     if isinstance(x, Marked):  # by parts where it stays
-        here = call.x is x.source
+        here = call.x is x.source and not call.together
         call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
     if on_clip is None:
         on_clip = "saturate" if call.given is None else "warn"
@@ -278,8 +283,8 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **ho
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
     large = is_packed(call.spec, x.ndim) and math.prod(x.shape) > _MOST_UNPACKED if b.has_values(x) else False
-    if out is not None or (large and can_write(b)):
-        return _quantized_into(out, constant, call, on_clip)
+    if out is not None or (large and can_write(b) and not call.together):
+        return _quantized_into(out, constant, call, on_clip, read)
     if call.given is None:
         w = run(b, affine.quantize, constant, call.key, **static)
     else:
@@ -291,7 +296,7 @@ def _quantized(x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, **ho
     return q
 
 
-def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str) -> QArray:
+def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str, read: tuple[Any, ...]) -> QArray:
     """Codes part by part into ``out``, or into memory for them as they are kept: nothing before all is checked."""
     b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
     shape, dtype = storage_of(tuple(x.shape), call.spec)
@@ -299,7 +304,15 @@ def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str) -> QArray:
         out = b.xp.empty(shape, dtype=b.dtype(dtype))
     else:
         source = x.source if isinstance(x, Marked) else x
-        check_out(out, shape, dtype, f"codes of {call.spec.format.name}", b, source)
+        check_out(out, shape, dtype, f"codes of {call.spec.format.name}", b, source, *read)
+    if call.together:
+        w = run(b, affine.quantize, x, **static)
+        _check_finite(x, w.scale, call)
+        q = QArray._of(w, call.spec)
+        if on_clip != "saturate":
+            _check_clipped(x, w, q, call, on_clip, stacklevel=7)
+        out[...] = q.storage
+        return replace(q, storage=out)
     if call.given is None:
         qparams = run(b, affine.choose_qparams, x, **static)
     else:
@@ -330,6 +343,9 @@ def choose_qparams(
     backend: str | None = None,
 ) -> tuple[Array | QArray, Array | None]:
     """Scale, and zero point or offset, that :func:`quantize` would use for ``x``; parameters as there.
+
+    Given back to :func:`quantize` they make the same codes, except in dialects that compute the inverse of a scale
+    first (int4 of keras and modelopt, hqq), where codes at ties may differ.
 
     Returns
     -------
@@ -379,8 +395,8 @@ def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None,
     Raises
     ------
     ValueError
-        A narrower ``dtype`` than the source's cannot hold a value (eager calls; traced ones give infinity). ``out``
-        has another shape or type, is read-only, or overlaps with ``q``.
+        A narrower ``dtype`` than the source's cannot hold a value (eager calls; traced ones give infinity): ``out`` has
+        been written to then. ``out`` has another shape or type, is read-only, or overlaps with ``q``.
 
     Examples
     --------
@@ -473,6 +489,11 @@ class _Call:
     recipe: affine.Recipe
     given: affine.QParams | None
     key: Array | None
+
+    @property
+    def together(self) -> bool:
+        """Whether a rule of the dialect makes codes and scales together, of the whole array."""
+        return self.given is None and self.recipe.dialect.together is not None
 
 
 def _prepare(
@@ -575,18 +596,29 @@ def _prepare(
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
     """ValueError where the original has no such thing."""
+    restricted = any(known is not None for known in (rules.symmetric, rules.affine, rules.given))
+    if form.element.missing is not None and restricted:
+        raise ValueError(
+            f"dialect={rules.name!r} has no codes for missing values: leave mask, fill_value and missing out, or use "
+            "dialect='aqt_lite', which has"
+        )
     if recipe.offset and form.name not in rules.offsets:
-        has = f"has offsets for {', '.join(rules.offsets)}" if rules.offsets else "has zero points, and no offsets"
-        raise ValueError(f"dialect={rules.name!r} {has}: leave offset out")
+        if rules.offsets:
+            raise ValueError(
+                f"dialect={rules.name!r} has no offsets for {form.name}: take one of {', '.join(rules.offsets)}, or "
+                "leave offset out"
+            )
+        raise ValueError(f"dialect={rules.name!r} has zero points, and no offsets: leave offset out")
     if scale_dtype is not None:
         raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
     scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
     known = None if recipe.offset else rules.formats(scheme)
     if known is not None and form.name not in known:
         what = "scales for" if given else scheme
-        raise ValueError(
-            f"dialect={rules.name!r} has no {what} {form.name}: it has {', '.join(known) or 'none'}; 'aqt_lite' has all"
-        )
+        has = ", ".join(known) or "none"
+        if rules.offsets:
+            has += f", with offset='data' {', '.join(rules.offsets)}"
+        raise ValueError(f"dialect={rules.name!r} has no {what} {form.name}: it has {has}; 'aqt_lite' has all")
     if recipe.dialect.together is not None and recipe.rounding != "half_even":
         raise ValueError(f"dialect={rules.name!r} rounds {form.name} as its original does: leave rounding out")
     if given and recipe.dialect.together is not None and form.name not in (rules.given or ()):
@@ -723,7 +755,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
             "'float8_e8m0fnu'"
         )
     rules = call.recipe.dialect
-    if rules is not AQT_LITE and not call.recipe.ignore_nonfinite:
+    if rules is not AQT_LITE:  # with nonfinite="ignore", too: statistics are then of finite values
         raise ValueError(
             f"dialect={rules.name!r}: the range of a block overflows {spec.source.compute}, as in the original: "
             "divide x by a power of two, or use dialect='aqt_lite', which has no such limit"
@@ -769,7 +801,8 @@ def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: s
     if unpacked and not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
         return
     if on_clip == "raise":
-        counted = run(b, affine.count_clipped, x, affine.QParams(*w[1:]), call.key, **static)
+        qparams = None if call.together else affine.QParams(*w[1:])
+        counted = run(b, affine.count_clipped, x, qparams, call.key, **static)
     else:
         compute = call.spec.source.compute
         ends = with_margin(*representable_range(q, slack=True), compute)

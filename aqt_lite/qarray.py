@@ -21,6 +21,7 @@ Invariants, for ``q`` with ``n`` dimensions:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -364,7 +365,7 @@ class QArray(ArrayShapes, ArrayBytes):
         return codes == b.constant(missing, b.dtype_name(codes), like=codes)
 
     def dequantize(self, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
-        """The values, as :func:`aqt_lite.dequantize`.
+        """The values, as :func:`aqt_lite.dequantize`: where a narrower type overflows, ``out`` has been written to.
 
         Examples
         --------
@@ -852,6 +853,8 @@ def _as_meant(scale: Any, tensor: Any, form: Format, rules: Dialect, compute: st
         if isinstance(scale, QArray):
             raise TypeError(f"scale is a QArray: dialect={rules.name!r} keeps largest magnitudes, as plain numbers")
         whole = scale if backend_of(scale) is b else np.asarray(scale, compute)
+        if backend_of(scale) is b and b.dtype_name(scale) in ("float16", "bfloat16"):  # else the product is rounded
+            whole = b.xp.astype(scale, b.dtype(compute))
         scale = whole * float(np.dtype(compute).type(1 / form.element.top))
     if tensor is None:
         return scale
@@ -860,13 +863,29 @@ def _as_meant(scale: Any, tensor: Any, form: Format, rules: Dialect, compute: st
     if isinstance(scale, QArray) or backend_of(scale) is not b:
         kind = "QArray, which has its scale" if isinstance(scale, QArray) else type(scale).__name__
         raise TypeError(f"scale is a {kind}: beside tensor_scale give an array of {form.scale.name} of {b.name}")
-    ones = (1,) * scale.ndim
-    tensor = b.xp.reshape(
-        tensor if backend_of(tensor) is b else b.asarray(np.asarray(tensor, compute), like=scale), ones
-    )
+    tensor = b.xp.reshape(_tensor_scale(tensor, scale, compute, b), (1,) * scale.ndim)
     if rules.inverse_tensor_scale:
         tensor = b.reciprocal(b.xp.astype(tensor, b.dtype(compute)))
     return QArray.from_codes(scale, tensor, dtype=form.scale.name, granularity=PerTensor())
+
+
+def _tensor_scale(tensor: Any, scale: Array, compute: str, b: Backend) -> Array:
+    """One number, positive and finite, beside an array of scales."""
+    other = backend_of(tensor)
+    if other is not None and other is not b and other.name != "numpy":
+        raise TypeError(f"tensor_scale is a {other.name} array but scale is {b.name}: give both from one backend")
+    if other is not b:
+        number = np.asarray(tensor)
+        if number.dtype.kind not in "fiu":
+            raise TypeError(f"tensor_scale is a {type(tensor).__name__}: give a number, or an array of one")
+        tensor = b.asarray(number.astype(compute), like=scale)
+    if math.prod(tensor.shape) != 1:
+        raise ValueError(f"tensor_scale has shape {tuple(tensor.shape)}: give one number, the scale of all scales")
+    if b.has_values(tensor):
+        value = float(np.asarray(b.to_numpy(tensor), np.float64).reshape(()))
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"tensor_scale={value}: it must be positive and finite")
+    return tensor
 
 
 def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> QArray:

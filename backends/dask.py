@@ -32,9 +32,14 @@ _Chunks = tuple[tuple[int, ...], ...]
 def _quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     if not _is_cut(x):
         return NotImplemented
-    if not _in_chunks(recipe):
+    if not _in_chunks(recipe) or _needs_all(spec, recipe):
         return affine.quantize(_without_empty(x), key, spec=spec, recipe=recipe, b=_adapter_of(x))
-    x = _aligned(x, spec.block)
+    x = _aligned(_whole_blocks(x, spec, recipe), spec.block)
+    if recipe.dialect.together is not None:
+        dtype = spec.element.storage
+        work = partial(_codes_with_scales_of_chunk, spec=spec, recipe=recipe)
+        codes = x.map_blocks(work, chunks=x.chunks, dtype=dtype, meta=np.empty((0,) * x.ndim, dtype))
+        return _choose_qparams(x, spec=spec, recipe=recipe).beside(codes)
     return _with_codes(x, _choose_qparams(x, spec=spec, recipe=recipe), spec, recipe)
 
 
@@ -63,7 +68,7 @@ def _fake_quantize(
 def _choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     if not _is_cut(x):
         return NotImplemented
-    kept, x = spec.format.scale, _without_empty(x)
+    kept, x = spec.format.scale, _whole_blocks(_without_empty(x), spec, recipe)
     spans = any(size is None and len(chunks) > 1 for size, chunks in zip(spec.block, x.chunks, strict=True))
     if not _in_chunks(recipe) or spans or (kept is not None and kept.scaled):
         return affine.choose_qparams(x, spec=spec, recipe=recipe, b=_adapter_of(x))
@@ -150,6 +155,10 @@ def _codes_of_chunk(x: Array, *leaves: Array, form: Any, spec: Spec, recipe: Rec
     return affine.encode(x, _rebuilt(form, iter(leaves)), spec=spec, recipe=recipe, b=_numpy())
 
 
+def _codes_with_scales_of_chunk(x: Array, spec: Spec, recipe: Recipe) -> Array:
+    return run(_numpy(), affine.quantize, x, spec=spec, recipe=recipe).codes
+
+
 def _values_of_chunk(codes: Array, *leaves: Array, form: Any, spec: Spec, out: str | None) -> Array:
     return run(_numpy(), affine.dequantize, Coded(codes, *_rebuilt(form, iter(leaves))[:3]), spec=spec, out=out)
 
@@ -180,6 +189,22 @@ def _is_cut(x: Array) -> bool:
 def _in_chunks(recipe: Recipe) -> bool:
     """Whether chunks can be rounded by themselves. Noise is drawn by the position in the whole array."""
     return recipe.rounding != "stochastic"
+
+
+def _whole_blocks(x: Array, spec: Spec, recipe: Recipe) -> Array:
+    """``x`` in chunks that hold whole blocks, where a dialect makes codes and scales together.
+
+    Such a rule sees more of a block than its scale: blocks do not span chunks, however large they are.
+    """
+    if recipe.dialect.together is None:
+        return x
+    return x.rechunk({axis: -1 for axis, size in enumerate(spec.block) if size is None})
+
+
+def _needs_all(spec: Spec, recipe: Recipe) -> bool:
+    """Whether a dialect makes codes and scales together, by what it finds in the whole array."""
+    kept = spec.format.scale
+    return recipe.dialect.together is not None and kept is not None and kept.scaled
 
 
 def _without_empty(x: Array) -> Array:

@@ -167,7 +167,7 @@ def test_codes_that_are_made_together_with_their_scales(backend):
     assert quantize(there, "nvfp4", dialect="qwix").scale.scale is None
     zeros = quantize(there * 0, "nvfp4", dialect="compressed-tensors")
     assert not backend.to_numpy(zeros.dequantize()).any()
-    with pytest.raises(ValueError, match="dialect='torchao_tinygemm' has offsets for int2, int3"):
+    with pytest.raises(ValueError, match="dialect='torchao_tinygemm' has no offsets for uint4: take one of int2, int3"):
         quantize(there, "uint4", offset="data", dialect="torchao_tinygemm")
 
 
@@ -381,8 +381,15 @@ def test_what_a_dialect_has_not():
         (r"dialect='onnx' has zero points, and no offsets: leave offset out", {"offset": "data"}),
         (r"keeps scales in the dtype of its arithmetic: leave scale_dtype out", {"scale_dtype": "float16"}),
         (r"dialect='torchy' is not known: use one of 'aqt_lite', 'onnx', .* or a Dialect", {"dialect": "torchy"}),
-        (r"dialect='mlx' has offsets for uint2, uint3, .*: leave offset out", {"dialect": "mlx", "offset": "data"}),
-        (r"dialect='mlx' has no affine uint4: it has none", {"dialect": "mlx", "dtype": "uint4", "scheme": "affine"}),
+        (
+            r"dialect='mlx' has no offsets for int8: take one of uint2, uint3, .*, or leave",
+            {"dialect": "mlx", "offset": "data"},
+        ),
+        (
+            r"dialect='mlx' has no affine uint4: it has none, with offset='data' uint2, .*; 'aqt_lite' has all",
+            {"dialect": "mlx", "dtype": "uint4", "scheme": "affine"},
+        ),
+        (r"dialect='onnx' has no codes for missing values: leave mask, ", {"missing": "nan"}),
         (r"dialect='quanto' has no scales for int4", {"dialect": "quanto", "dtype": "int4", "scale": 0.1}),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -410,6 +417,49 @@ def test_bad_values_are_refused_in_every_dialect(backend):
         ValueError, match="the range of a block overflows float32"
     ):  # the range of these overflows where it is not halved first
         quantize(backend.asarray(np.asarray([3e38, -3e38], np.float32)), scheme="affine", dialect="torch")
+    x = backend.asarray(np.asarray([3e38, -3e38, np.nan, np.inf], np.float32))
+    with pytest.raises(ValueError, match="the range of a block overflows float32"):
+        quantize(x, scheme="affine", dialect="torch", nonfinite="ignore")
+    assert np.isfinite(backend.to_numpy(quantize(x[2:], dialect="torch", nonfinite="ignore").dequantize())).all()
+
+
+@pytest.mark.parametrize("dialect", ["torchao", "compressed-tensors"])
+def test_the_scale_of_a_block_of_zeros_may_be_given_back(dialect, backend):
+    x = np.zeros((2, 64), np.float32)
+    x[1, 32:] = np.arange(-16, 16)
+    there = backend.asarray(x)
+    scale, _ = choose_qparams(there, "mxfp4", dialect=dialect)
+    assert_same_bits(
+        quantize(there, "mxfp4", scale=scale, dialect=dialect, on_clip="saturate"),
+        quantize(there, "mxfp4", dialect=dialect),
+    )
+    large = np.zeros((4096, 64), np.float32)
+    chosen, _ = choose_qparams(large, "mxfp4", dialect=dialect)
+    assert not quantize(large, "mxfp4", scale=chosen, dialect=dialect).qvalue.any()
+    with pytest.raises(ValueError, match="scale"):  # no scale of other values
+        quantize(there + 1, "mxfp4", scale=scale, dialect=dialect)
+
+
+def test_scales_of_sixteen_bits_that_are_largest_magnitudes(backend):
+    largest = np.asarray([1.5, 77.0], np.float16)
+    codes = backend.asarray(np.ones((2, 3), np.int8))
+    if backend.name == "array_api_strict":
+        return  # which has no such type
+    rows = QArray.from_codes(codes, backend.asarray(largest), granularity=PerChannel(0), dialect="bitsandbytes")
+    wanted = largest.astype(np.float32) * np.float32(1 / 127)
+    assert (backend.to_numpy(rows.scale).ravel() == wanted).all()
+
+
+def test_tensor_scales_that_are_none():
+    codes, scales = np.zeros((1, 16), np.uint8), np.full((1, 1), 56, np.uint8)
+    for bad in (0.0, -1.0, np.nan, np.inf, np.float32([np.nan])):
+        with pytest.raises(ValueError, match=r"tensor_scale=.*: it must be positive and finite"):
+            QArray.from_codes(codes, scales, tensor_scale=bad, dtype="nvfp4")
+    with pytest.raises(ValueError, match=r"tensor_scale has shape \(2,\)"):
+        QArray.from_codes(codes, scales, tensor_scale=[1.0, 2.0], dtype="nvfp4")
+    for bad in ("1", True, object()):
+        with pytest.raises(TypeError, match=r"tensor_scale is a .*: give a number"):
+            QArray.from_codes(codes, scales, tensor_scale=bad, dtype="nvfp4")
 
 
 def test_a_dialect_that_makes_whole_arrays(backend):

@@ -180,3 +180,17 @@ def test_large_masked_arrays_are_marked_part_by_part(monkeypatch):
         quantize(x, mask=x[0] > 1)
     assert [w.category.__name__ for w in found] == ["SuspectValueWarning"]
     assert found[0].filename == __file__
+
+
+def test_memory_that_is_read_or_shared():
+    for n in (4, 1 << 21):  # marked in a copy, and part by part
+        mask = np.zeros(n, bool)
+        x = np.ones(n, "float32")
+        with pytest.raises(ValueError, match="out overlaps in memory"):
+            quantize(x, mask=mask, out=mask.view("int8"))
+        masked = np.ma.MaskedArray(x, mask)
+        with pytest.raises(ValueError, match="out overlaps in memory"):
+            quantize(masked, out=np.ma.getmask(masked).view("int8"))
+    shared = np.lib.stride_tricks.as_strided(np.zeros(10, "int8"), (6, 10), (0, 1))
+    with pytest.raises(ValueError, match="out is broadcast"):
+        quantize(X[:6, :10], out=shared)

@@ -48,7 +48,7 @@ TILE = BLOCK // 4
 
 def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.quantize`` with every core: one pass over memory, or two where a scale spans parts of it."""
-    if 0 in x.shape:
+    if 0 in x.shape or recipe.dialect.together is not None:
         return NotImplemented
     result = NotImplemented
     if plain_integers({"spec": spec, "recipe": recipe}) and serve.float32_as_it_lies(x, recipe):
@@ -71,7 +71,7 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.choose_qparams`` from the extrema of tiles."""
-    if not _worth_tiles(x, spec):
+    if not _worth_tiles(x, spec) or recipe.dialect.together is not None:
         return NotImplemented
     return _of_extrema(x, with_twins(spec), recipe, affine.choose_qparams)
 
@@ -89,7 +89,7 @@ def fake_quantize(
     x: Array, given: QParams | None = None, key: Array | None = None, *, spec: Spec, recipe: Recipe
 ) -> Any:
     """``affine.fake_quantize`` on tiles, without derivatives."""
-    if not _worth_tiles(x, spec):
+    if not _worth_tiles(x, spec) or (given is None and recipe.dialect.together is not None):
         return NotImplemented
     spec = with_twins(spec)
     qparams = choose_qparams(x, spec=spec, recipe=recipe) if given is None else _usable(x, given, spec, recipe)
@@ -105,9 +105,9 @@ def fake_quantize(
         return values, affine.scales(qparams.scale, spec, _numpy())
 
 
-def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+def clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.clipped`` on tiles."""
-    if not _worth_tiles(x, spec):
+    if qparams is None or not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
     outside = aligned_empty(x.shape, np.bool_)
@@ -120,9 +120,9 @@ def clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec,
     return outside
 
 
-def count_clipped(x: Array, qparams: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+def count_clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
     """``affine.count_clipped`` on tiles."""
-    if not _worth_tiles(x, spec):
+    if qparams is None or not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
 
