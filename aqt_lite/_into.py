@@ -66,7 +66,7 @@ def check_out(out: Any, shape: tuple[int, ...], name: str, what: str, b: Backend
         raise ValueError(f"out is {out.dtype}{out.shape}: it must be {dtype}{shape}, which {what} take")
     if not out.flags.writeable:
         raise ValueError("out is read-only: open its file with mode='r+' or 'w+', or give a copy")
-    if any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+    if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError("out is broadcast: several of its elements lie in the same memory; give memory of its own")
     for source in sources:
         if isinstance(source, np.ndarray) and np.may_share_memory(out, source):

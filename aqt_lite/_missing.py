@@ -155,7 +155,7 @@ def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
     if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
         return
     element = q._element
-    if float(b.to_numpy(b.xp.max(q.scale))) * max(element.max, -element.min) < _EXTREME:
+    if float(np.abs(b.to_numpy(q.scale)).max()) * max(element.max, -element.min) < _EXTREME:
         return
     array, own = as_float_array(np.asarray(x) if isinstance(x, Marked) else x, "x")
     if own.has_values(array):
