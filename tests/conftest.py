@@ -31,15 +31,16 @@ def pytest_collection_modifyitems(items):
         absent = [name for name in WITHOUT if any(name in re.findall(r"\w+", string) for string in strings)]
         if absent:
             item.add_marker(needs(*absent))
-        for marker in item.iter_markers("exhaustive_where"):
+        for marker in item.iter_markers():
+            if marker.name not in ("exhaustive_where", "exhaustive_unless"):
+                continue
             if unknown := set(marker.kwargs) - set(parameters):
-                raise pytest.UsageError(f"{item.nodeid}: exhaustive_where names no parameter {sorted(unknown)}")
-            if all(parameters[name] == value for name, value in marker.kwargs.items()):
-                item.add_marker("exhaustive")
-        for marker in item.iter_markers("exhaustive_unless"):
-            if unknown := set(marker.kwargs) - set(parameters):
-                raise pytest.UsageError(f"{item.nodeid}: exhaustive_unless names no parameter {sorted(unknown)}")
-            if not all(parameters[name] in values for name, values in marker.kwargs.items()):
+                raise pytest.UsageError(f"{item.nodeid}: {marker.name} names no parameter {sorted(unknown)}")
+            if marker.name == "exhaustive_where":
+                matches = all(parameters[name] == value for name, value in marker.kwargs.items())
+            else:
+                matches = any(parameters[name] not in values for name, values in marker.kwargs.items())
+            if matches:
                 item.add_marker("exhaustive")
 
 

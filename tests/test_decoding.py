@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from optional import jax, jnp, needs, torch
+from processors import run_without_avx_512
 
 from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, dense, linear, quantize
 from aqt_lite._registry import get_backend
@@ -236,14 +234,6 @@ def test_derivatives_of_torch(dtype):
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
-    from numba.core.registry import cpu_target
-
-    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
-    without = ",".join("-" + f[1:] if f.startswith(("+avx512", "+avx10")) else f for f in features)
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": without}
-    code = "from aqt_lite.backends.cpu import runtime; assert runtime.decoding_loops().LANES == 8"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    tests = [f"{__file__}::{test.__name__}" for test in (test_a_row_with_a_single_one_gives_the_values_of_dequantize,)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_without_avx_512(
+        __file__, [test_a_row_with_a_single_one_gives_the_values_of_dequantize], "runtime.decoding_loops().LANES == 8"
+    )

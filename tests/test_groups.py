@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from optional import jax, jnp, needs, torch
+from processors import run_without_avx_512
 from test_dots import hard_rows
 
 import aqt_lite
@@ -217,7 +215,9 @@ def test_transformations_of_jax():
     q = quantize(jnp.asarray(w), "int4", granularity=PerGroup(32))
     x = jnp.asarray(weight(12, 330, seed=6).reshape(3, 4, 330))
     expected = jnp.stack([linear(part, q, mode="reproducible") for part in x])
-    assert_same_bits(jax.vmap(lambda x: linear(x, q, mode="reproducible"))(x), expected)
+    by_parts = jax.vmap(lambda x: linear(x, q, mode="reproducible"))
+    assert_same_bits(by_parts(x), expected)
+    assert "cond[" in str(jax.make_jaxpr(by_parts)(x))  # one condition for all rows: mapped, it would be both branches
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), q)
     assert_same_bits(jax.vmap(lambda w: linear(x[0], w, mode="reproducible"))(stacked)[1], expected[0])
     assert_same_bits(
@@ -240,14 +240,4 @@ def test_transformations_of_jax():
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
-    from numba.core.registry import cpu_target
-
-    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
-    without = ",".join("-" + f[1:] if f.startswith(("+avx512", "+avx10")) else f for f in features)
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": without}
-    code = "from aqt_lite.backends.cpu import runtime; assert runtime.group_loops().ROWS == 2"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    tests = [f"{__file__}::{t.__name__}" for t in (test_the_loops_have_the_bits_of_the_reference,)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_without_avx_512(__file__, [test_the_loops_have_the_bits_of_the_reference], "runtime.group_loops().ROWS == 2")

@@ -366,8 +366,8 @@ def _with_plain_scales(w: QArray) -> QArray:
 def _as_kept(w: QArray, was: QArray) -> QArray:
     """``w`` with its plain scales as signs times magnitudes, where those of ``was`` were kept in few bits.
 
-    Such scales may be 0, as NVFP4 has it for a block of zeros, or negative, as ggml has them. Plain ones may not: there
-    it is training that has moved them.
+    Such scales may be 0, as NVFP4 has it for a block of zeros, or negative, as ggml has them. Plain ones may not be 0,
+    nor, trained, negative: there it is training that has moved them.
     """
     scale: Any = w.scale
     if not isinstance(was.scale, QArray) or isinstance(scale, QArray):

@@ -29,6 +29,7 @@ __all__ = [
     "RUN",
     "as_integers",
     "fixed_point_matmul",
+    "flushed",
     "has_integer_sums",
     "integer_matmul",
     "matmul",
@@ -281,9 +282,9 @@ def _scales_belong_to_x(scale: Array, inner: int | None) -> bool:
 def _left_side(x: Array, w: Coded, inner: int | None, contract: int, b: Backend) -> _Left:
     """Step 1."""
     xp, out = b.xp, b.dtype_name(x)
-    x = _flushed(xp.astype(x, xp.float32), xp)
+    x = flushed(xp.astype(x, xp.float32), xp)
     if _scales_belong_to_x(w.scale, inner):
-        x, inner = _flushed(x * xp.reshape(w.scale, (1, -1)), xp), None
+        x, inner = flushed(x * xp.reshape(w.scale, (1, -1)), xp), None
     bad_row = ~xp.isfinite(b.largest(xp.abs(x), axis=1, keepdims=True))
     x = xp.where(bad_row, xp.zeros_like(x), x)
     x = _cut(x, pieces(x.shape[1], inner), xp)
@@ -413,7 +414,7 @@ def of_columns(w: Coded, bias: Array | None, *, spec: Spec, b: Backend) -> tuple
     zero = xp.zeros_like(exponent)
     if w.zero_point is not None:
         zero = vector(w.zero_point) - (128 if b.dtype_name(w.codes) == "uint8" else 0)
-    bias = xp.zeros_like(fraction) if bias is None else _flushed(xp.astype(bias, xp.float32), xp)
+    bias = xp.zeros_like(fraction) if bias is None else flushed(xp.astype(bias, xp.float32), xp)
     return fraction, exponent, zero, bias
 
 
@@ -511,7 +512,8 @@ def _per_piece(columns: Array, groups: list[int], xp: Any) -> Array:
     return xp.expand_dims(xp.stack([columns[:, g] for g in groups]), axis=1)
 
 
-def _flushed(x: Array, xp: Any) -> Array:
+def flushed(x: Array, xp: Any) -> Array:
+    """Subnormal numbers as zeros."""
     return xp.where(xp.abs(x) < SMALLEST, xp.zeros_like(x), x)
 
 
@@ -524,8 +526,8 @@ def _scaled(x: Array, e: Array, b: Backend) -> Array:
 def _finish(y: Array, exponent: Array, bias: Array | None, out: str, b: Backend) -> Array:
     """``y * 2^exponent + bias``, subnormal numbers flushed, in dtype ``out``."""
     xp = b.xp
-    y = _flushed(_scaled(y, exponent, b), xp)
+    y = flushed(_scaled(y, exponent, b), xp)
     if bias is not None:
-        bias = xp.expand_dims(_flushed(xp.astype(bias, xp.float32), xp), axis=0)
-        y = _flushed(y + bias, xp)
+        bias = xp.expand_dims(flushed(xp.astype(bias, xp.float32), xp), axis=0)
+        y = flushed(y + bias, xp)
     return xp.astype(y, b.dtype(out))

@@ -27,7 +27,6 @@ from aqt_lite.ops import reference
 __all__ = [
     "Groups",
     "fixed_point_matmul",
-    "flushed",
     "groups_of",
     "matmul_by_dots",
     "matmul_in_groups",
@@ -152,7 +151,7 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     (rows, inner), columns, x_dtype = x.shape, len(w.codes), x.dtype
     codes = np.ascontiguousarray(w.codes).view(np.uint8)
     x = np.ascontiguousarray(x, dtype=np.float32)
-    bias = np.zeros(columns, np.float32) if bias is None else flushed(bias.astype(np.float32, copy=False))
+    bias = np.zeros(columns, np.float32) if bias is None else reference.flushed(bias.astype(np.float32, copy=False), np)
     y = np.empty((rows, columns), dtype=np.float32)
     for first in range(0, rows, loops.ROWS_AT_ONCE):
         these = slice(first, first + loops.ROWS_AT_ONCE)
@@ -188,11 +187,6 @@ def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
     if again:
         map_ranges(refine, rows, 1, x.size)
     return Rows(integers, finer, sums, finer_sums, row_exponent, row_power, many, again, bad)
-
-
-def flushed(x: Array) -> Array:
-    """Subnormal numbers as zeros."""
-    return np.where(np.abs(x) < reference.SMALLEST, np.float32(0), x)
 
 
 def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:

@@ -2,7 +2,7 @@
 
 Owns: the primitive ``decoding_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
 uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
-operations. Imports: the CPU library, ``ffi``, ``mapping``.
+operations. Imports: the CPU library, ``ffi``, ``primitives``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import batching, mlir
 from numba import njit
 
 from aqt_lite._log import announce_compilation
@@ -26,7 +24,7 @@ from aqt_lite.backends.cpu import decoding, stored
 from aqt_lite.backends.cpu.decoding import STRIP, arrange, multiply, shape_of_arranged
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
-from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
+from aqt_lite.backends.jax.primitives import primitive, version_of
 
 __all__ = ["product"]
 
@@ -106,10 +104,6 @@ def is_registered() -> bool:
 
 # ---- what JAX sees
 
-_primitive = core.Primitive(TARGET)
-_primitive.multiple_results = True
-_bind: Any = _primitive.bind
-
 
 def _plain(
     x: Array, codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array, bias: Array,
@@ -145,31 +139,7 @@ def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) ->
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
-def _batch(arrays: Any, axes: Any, **static: Any) -> Any:
-    bind = functools.partial(_bind, **static)
-    if axes[0] is None or any(axis is not None for axis in axes[1:]):
-        return one_after_the_other(bind, arrays, axes)
-    x = jnp.moveaxis(arrays[0], axes[0], 0)  # more rows of one product
-    y, flags, _ = bind(x.reshape(-1, x.shape[-1]), *arrays[1:])
-    scratch = _results(x[0], arrays[1], **static)[2]
-    results = [y.reshape(*x.shape[:2], y.shape[-1]), flags, jnp.zeros((len(x), *scratch.shape), scratch.dtype)]
-    return results, [0, None, 0]  # flags are about scales: mapped, they would ask for both forms
-
-
-def _lower_on_cpu(context: Any, *operands: Any, flip: int, halves: bool, size: int) -> Any:
-    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
-    if exporting or not is_registered():
-        return _lower_plain(context, *operands, flip=flip, halves=halves, size=size)
-    return _lower_call(context, *operands, flip=np.int64(flip), halves=np.int64(halves), size=np.int64(size))
-
-
-_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
-_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
-batching.primitive_batchers[_primitive] = _batch
-_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
-_lower_call = jax.ffi.ffi_lowering(TARGET)
-mlir.register_lowering(_primitive, _lower_plain)
-mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+_bind = primitive(TARGET, _plain, _results, is_registered)
 
 
 def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:

@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import batching, mlir
 from numba import njit
 
 from aqt_lite._log import announce_compilation
@@ -36,7 +34,7 @@ from aqt_lite.backends.cpu.dots import (
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
-from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
+from aqt_lite.backends.jax.primitives import primitive, version_of
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
@@ -120,28 +118,25 @@ def is_registered() -> bool:
 
 # ---- what JAX sees
 
-_primitive = core.Primitive(TARGET)
-_primitive.multiple_results = True
-_bind: Any = _primitive.bind
 
-
-def _plain(x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bias: Array, _: Array) -> list[Array]:
+def _plain(
+    x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bias: Array, _: Array, *, unsigned: int
+) -> list[Array]:
     """The same in XLA's own operations."""
     b = get_backend("jax")
-    unsigned = w.dtype == jnp.uint8
     half = exponent >> 1  # in two steps: a scale may be smaller than the smallest power that there is
     scale = (fraction * b.power_of_two(half) * b.power_of_two(exponent - half))[:, None]
-    zero_point = zero[:, None] + (128 if unsigned else 0)
+    zero_point = zero[:, None] + 128 * unsigned
     spec = Spec(FORMATS[w.dtype.name], FLOAT_TYPES["float32"], block=(1, None))
     y = reference.matmul_reproducible(x, Coded(w, scale, zero_point), bias, spec=spec, contract=1, b=b)
     flags = jnp.where(
         reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE
     )  # no second pass is left
-    scratch = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w)[2:]]
+    scratch = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w, unsigned=unsigned)[2:]]
     return [y, flags.astype(jnp.int32), *scratch]
 
 
-def _results(x: Any, w: Any, *_: Any) -> list[Any]:
+def _results(x: Any, w: Any, *_: Any, unsigned: int) -> list[Any]:
     (rows, inner), columns = x.shape, w.shape[0]
     panels = shape_of_panels(rows, inner, 4)
     shapes = [
@@ -155,30 +150,7 @@ def _results(x: Any, w: Any, *_: Any) -> list[Any]:
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
-def _batch(arrays: Any, axes: Any) -> Any:
-    if axes[0] is None or any(axis is not None for axis in axes[1:]):
-        return one_after_the_other(_bind, arrays, axes)
-    x = jnp.moveaxis(arrays[0], axes[0], 0)  # more rows of one product
-    y, flags, *_ = _bind(x.reshape(-1, x.shape[-1]), *arrays[1:])
-    scratch = [jnp.zeros((len(x), *a.shape), a.dtype) for a in _results(x[0], arrays[1])[2:]]
-    results = [y.reshape(*x.shape[:2], y.shape[-1]), flags.reshape(x.shape[:2]), *scratch]
-    return results, [0] * len(results)
-
-
-def _lower_on_cpu(context: Any, x: Any, w: Any, *others: Any) -> Any:
-    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
-    if exporting or not is_registered():
-        return _lower_plain(context, x, w, *others)
-    return _lower_call(context, x, w, *others, unsigned=np.int64(context.avals_in[1].dtype == jnp.uint8))
-
-
-_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
-_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
-batching.primitive_batchers[_primitive] = _batch
-_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
-_lower_call = jax.ffi.ffi_lowering(TARGET)
-mlir.register_lowering(_primitive, _lower_plain)
-mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+_bind = primitive(TARGET, _plain, _results, is_registered)
 
 
 def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> tuple[Array, Array]:
@@ -188,6 +160,9 @@ def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> tuple[Array, 
     """
     vectors = reference.of_columns(w, bias, spec=spec, b=get_backend("jax"))
     arrays = (w.codes, *vectors, powers_of_two())
-    parts = [_bind(x[part].astype(jnp.float32), *arrays)[:2] for part in parts_of_rows(x.shape[0], 4)]
+    unsigned = int(w.codes.dtype == jnp.uint8)
+    parts = [
+        _bind(x[part].astype(jnp.float32), *arrays, unsigned=unsigned)[:2] for part in parts_of_rows(x.shape[0], 4)
+    ]
     y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))
     return y.astype(x.dtype), flags

@@ -2,7 +2,7 @@
 
 Owns: the primitive ``group_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
 uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
-operations. Imports: the CPU library, the operations, ``ffi``, ``mapping``.
+operations. Imports: the CPU library, the operations, ``ffi``, ``primitives``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.interpreters import batching, mlir
 from numba import njit
 
 from aqt_lite._log import announce_compilation
@@ -27,7 +25,7 @@ from aqt_lite.backends.cpu.fixed_point import groups_of, powers_of_two
 from aqt_lite.backends.cpu.groups import ROWS_AT_ONCE, STRIP, multiply, prepare, refine, width_of_rows
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
-from aqt_lite.backends.jax.mapping import one_after_the_other, version_of
+from aqt_lite.backends.jax.primitives import primitive, version_of
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
@@ -159,10 +157,6 @@ def is_registered() -> bool:
 
 # ---- what JAX sees
 
-_primitive = core.Primitive(TARGET)
-_primitive.multiple_results = True
-_bind: Any = _primitive.bind
-
 
 def _plain(
     x: Array, codes: Array, table: Array, scale: Array, zero: Array, bias: Array, _: Array,
@@ -202,32 +196,14 @@ def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) ->
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
-def _batch(arrays: Any, axes: Any, **static: Any) -> Any:
-    return one_after_the_other(functools.partial(_bind, **static), arrays, axes)
-
-
-def _lower_on_cpu(context: Any, *operands: Any, flip: int, halves: bool, size: int) -> Any:
-    exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
-    if exporting or not is_registered():
-        return _lower_plain(context, *operands, flip=flip, halves=halves, size=size)
-    return _lower_call(context, *operands, flip=np.int64(flip), halves=np.int64(halves), size=np.int64(size))
-
-
-_primitive.def_abstract_eval(_results)  # type: ignore[no-untyped-call]
-_primitive.def_impl(_plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
-batching.primitive_batchers[_primitive] = _batch
-_lower_plain = mlir.lower_fun(_plain, multiple_results=True)
-_lower_call = jax.ffi.ffi_lowering(TARGET)
-mlir.register_lowering(_primitive, _lower_plain)
-mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
+_bind = primitive(TARGET, _plain, _results, is_registered)
 
 
 def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in groups, and whether it has to be done otherwise."""
     halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"))
     codes = w.codes if w.codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
-    bias = jnp.zeros(len(codes), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    bias = jnp.where(jnp.abs(bias) < reference.SMALLEST, 0, bias)
+    bias = jnp.zeros(len(codes), jnp.float32) if bias is None else reference.flushed(bias.astype(jnp.float32), jnp)
     operands = (codes, table, scale, zero, bias, powers_of_two())
     parts = [
         _bind(x[first : first + ROWS_AT_ONCE].astype(jnp.float32), *operands, flip=flip, halves=halves, size=size)[:2]

@@ -79,7 +79,7 @@ def _by_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     def blockwise() -> Array:
         return _blockwise(x, w, bias, spec, contract)
 
-    y = _by_decoding(x, w, bias, spec, contract, None, blockwise)
+    y = _by_loops(False, x, w, bias, spec, contract, None, blockwise)
     return blockwise() if y is NotImplemented else y
 
 
@@ -142,7 +142,7 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
 
     dots = _dots_for(x, w, spec, contract)
     if dots is None:
-        y = _by_groups(x, w, bias, spec, contract, None, plain)
+        y = _by_loops(True, x, w, bias, spec, contract, None, plain)
         return plain() if y is NotImplemented else y
     y, flags = dots.product(x, w, bias, spec)
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
@@ -196,7 +196,23 @@ def group_loops() -> Any:
     return groups
 
 
-def _by_groups(
+class _Form(NamedTuple):
+    """Of a product with a stored weight: what does it where that serves, and what it is."""
+
+    loops: Callable[[], Any]
+    serves: Callable[..., bool]
+    reference: Callable[..., Array]
+
+
+_FORMS = {
+    False: _Form(decoding_loops, serve.decodes, reference.matmul_stored),
+    True: _Form(group_loops, serve.sums_of_groups, reference.matmul_reproducible_stored),
+}
+"""By whether the product is reproducible."""
+
+
+def _by_loops(
+    reproducible: bool,
     x: Array,
     w: Coded,
     bias: Array | None,
@@ -205,35 +221,15 @@ def _by_groups(
     packed_length: int | None,
     otherwise: Callable[[], Array],
 ) -> Any:
-    """The reproducible product by those loops; ``otherwise`` where they find a scale that is no normal number."""
-    loops, packed = group_loops(), packed_length is not None
+    """The product by those loops; ``otherwise`` where they find a scale that they do not serve, such as 0."""
+    form, packed = _FORMS[reproducible], packed_length is not None
+    loops = form.loops()
     if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
         return NotImplemented
-    if jax.sharding.get_abstract_mesh().manual_axes or not serve.sums_of_groups(
-        x.dtype.name, w, spec, contract, packed
-    ):
+    if jax.sharding.get_abstract_mesh().manual_axes or not form.serves(x.dtype.name, w, spec, contract, packed):
         return NotImplemented
     y, unserved = loops.product(x, w, bias, spec, packed)
     return _unless(unserved, y, otherwise)
-
-
-def _by_decoding(
-    x: Array,
-    w: Coded,
-    bias: Array | None,
-    spec: Spec,
-    contract: int,
-    packed_length: int | None,
-    otherwise: Callable[[], Array],
-) -> Any:
-    """The product by those loops; ``otherwise`` where they find a scale that is 0, or is huge."""
-    loops, packed = decoding_loops(), packed_length is not None
-    if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
-        return NotImplemented
-    if jax.sharding.get_abstract_mesh().manual_axes or not serve.decodes(x.dtype.name, w, spec, contract, packed):
-        return NotImplemented
-    y, large = loops.product(x, w, bias, spec, packed)
-    return _unless(large, y, otherwise)
 
 
 def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
@@ -249,16 +245,12 @@ def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
 # ---- what is mapped over
 
 
-@functools.cache
-def _mapping(reproducible: bool, spec: Spec, contract: int) -> Callable[..., Array]:
+def _rows_at_once(form: Callable[[Array, Coded, Array | None], Array]) -> Callable[..., Array]:
     """The product, of which ``vmap`` over x alone makes one of more rows: a layer of Equinox takes one vector.
 
     Mapped as it is written, each row would have a condition of its own, and so both branches.
     """
-
-    @jax.custom_batching.custom_vmap
-    def product(x: Array, w: Coded, bias: Array | None) -> Array:
-        return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
+    product = jax.custom_batching.custom_vmap(form)
 
     @product.def_vmap
     def of_rows(size: int, batched: Any, x: Array, w: Coded, bias: Array | None) -> tuple[Array, bool]:
@@ -266,10 +258,14 @@ def _mapping(reproducible: bool, spec: Spec, contract: int) -> Callable[..., Arr
             y = product(x.reshape(-1, x.shape[-1]), w, bias)
             return y.reshape(*x.shape[:2], y.shape[-1]), True
         axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
-        plain = partial(_reproducible if reproducible else _fast, spec=spec, contract=contract)
-        return jax.vmap(plain, in_axes=tuple(axes), axis_size=size)(x, w, bias), True
+        return jax.vmap(form, in_axes=tuple(axes), axis_size=size)(x, w, bias), True
 
     return product
+
+
+@functools.cache
+def _mapping(reproducible: bool, spec: Spec, contract: int) -> Callable[..., Array]:
+    return _rows_at_once(partial(_reproducible if reproducible else _fast, spec=spec, contract=contract))
 
 
 # ---- the derivative
@@ -306,34 +302,26 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 # ---- weights as they are stored
 
 
-class _Form(NamedTuple):
-    """Of a product with a stored weight: where it is done, by what, and what it is."""
-
-    loops: Callable[[], Any]
-    by_loops: Callable[..., Any]
-    serves: Callable[..., bool]
-    reference: Callable[..., Array]
-
-
-_FORMS = {
-    False: _Form(decoding_loops, _by_decoding, serve.decodes, reference.matmul_stored),
-    True: _Form(group_loops, _by_groups, serve.sums_of_groups, reference.matmul_reproducible_stored),
-}
-"""By whether the product is reproducible."""
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _stored_product(
     reproducible: bool, spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
 ) -> Array:
-    form = _FORMS[reproducible]
+    return _mapping_of_stored(reproducible, spec, contract, packed_length)(x, w, bias)
 
-    def otherwise() -> Array:
-        b = get_backend("jax")
-        return form.reference(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
 
-    y = form.by_loops(x, w, bias, spec, contract, packed_length, otherwise)
-    return otherwise() if y is NotImplemented else y
+@functools.cache
+def _mapping_of_stored(
+    reproducible: bool, spec: Spec, contract: int, packed_length: int | None
+) -> Callable[..., Array]:
+    def product(x: Array, w: Coded, bias: Array | None) -> Array:
+        def otherwise() -> Array:
+            static = {"contract": contract, "packed_length": packed_length}
+            return _FORMS[reproducible].reference(x, w, bias, spec=spec, **static, b=get_backend("jax"))
+
+        y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise)
+        return otherwise() if y is NotImplemented else y
+
+    return _rows_at_once(product)
 
 
 def _stored_in_steps(

@@ -22,10 +22,10 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.torch.adapter import makes_onnx
 from aqt_lite.formats import Format
 
-__all__ = ["dequantized", "with_codes_in_onnx"]
+__all__ = ["dequantized_in_onnx", "with_codes_in_onnx"]
 
 
-def dequantized(w: Coded, spec: Spec) -> Array | None:
+def dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
     """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for other blocks."""
     scale: Any = w.scale
     zero = w.zero_point

@@ -30,7 +30,7 @@ from aqt_lite.backends.torch.adapter import (
     without_memory,
     wraps_tensors,
 )
-from aqt_lite.backends.torch.onnx import dequantized, with_codes_in_onnx
+from aqt_lite.backends.torch.onnx import dequantized_in_onnx, with_codes_in_onnx
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS, Format, element_type
 from aqt_lite.ops import derivative, reference
@@ -307,7 +307,7 @@ def _without_derivatives(
     reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
 ) -> Array:
     if makes_onnx():
-        values = dequantized(w, spec)
+        values = dequantized_in_onnx(w, spec)
         if values is not None and not reproducible:
             return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(reproducible, x, w, spec, contract):
