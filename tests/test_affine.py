@@ -357,6 +357,7 @@ def test_signalling_nan_is_refused_as_any_nan(dtype, bits):
         aqt_lite.quantize(x)
 
 
+@pytest.mark.exhaustive  # test_formats and test_missing have such values
 def test_ignored_non_finite_values_are_exact_on_every_form():
     x = np.concatenate([BROKEN, [[np.nan] * 3, [np.inf, -np.inf, np.inf], [3e38, -3e38, np.nan]]]).astype("float32")
     column = np.full((len(x), 1), 0.25, dtype="float32")

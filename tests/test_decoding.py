@@ -89,6 +89,7 @@ def test_sums_are_exact_to_float32(how, rows):
         assert_exact_to_float32(y, x, q.dequantize(), bias)
 
 
+@pytest.mark.exhaustive_where(backend="jax")  # by programs of their own; test_transformations_of_jax has one
 @of_each_kind
 def test_every_backend_multiplies_so(backend, how):
     how = how if how["dtype"] == "mxfp4" else {**how, "granularity": PerGroup(64)}

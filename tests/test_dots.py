@@ -220,6 +220,7 @@ def test_a_jitted_product_calls_the_compiled_loops_and_an_exported_one_does_not(
     assert_same_bits(exported.call(x), function(x, weight))
 
 
+@pytest.mark.exhaustive  # a quarter of a minute; test_jax and test_decoding have some of either mode
 @pytest.mark.exhaustive_where(dots="without")
 @pytest.mark.exhaustive_where(mode="fast")
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
@@ -321,6 +322,7 @@ def large_weight():
     )
 
 
+@pytest.mark.exhaustive  # ten seconds; test_torch has a compiled product
 @pytest.mark.exhaustive_where(mode="fast")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.filterwarnings(

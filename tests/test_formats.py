@@ -145,6 +145,7 @@ def on_numpy(problems):
     return FORMS[NUMPY](problems)
 
 
+@pytest.mark.exhaustive_where(dtype="float16")  # of the kind of bfloat16
 @pytest.mark.parametrize("form", [STRICT, TORCH])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_format_has_the_same_bits_eagerly(form, dtype):
@@ -161,6 +162,7 @@ def some_of(step, dtype, first=0):
     return found
 
 
+@pytest.mark.exhaustive_where(form=CONSTANT)  # test_golden has some
 @pytest.mark.exhaustive_where(dtype="float64")
 @pytest.mark.exhaustive_where(form=CONSTANT_QPARAMS)
 @pytest.mark.parametrize(
@@ -196,6 +198,7 @@ def test_every_format_has_the_same_bits_on_every_form(form, dtype, step, first):
     assert not disagreements(problems, on_numpy(problems), [form])
 
 
+@pytest.mark.exhaustive_where(dtype="float16")
 @pytest.mark.parametrize("form", [TORCH, JIT])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_finite_16_bit_value_has_the_same_code_in_every_format(form, dtype):

@@ -463,6 +463,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.exhaustive_where(kind="jax")  # a process each
 @pytest.mark.exhaustive_where(rows=64)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("kind", ["numpy", "numpy alone", "torch", "jax"])

@@ -394,6 +394,7 @@ def check(part, values):
     assert all(len(e) in (0, values.ndim) for e in (part.block, part.ragged))
 
 
+@pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
 @KIND
 @LAYOUT
 def test_layouts_survive_indexing(backend, dtype, how, layout):
@@ -423,6 +424,7 @@ def test_layouts_survive_indexing(backend, dtype, how, layout):
         check(q[index], values[index])
 
 
+@pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
 @KIND
 @LAYOUT
 def test_streams_are_sliced_anywhere(backend, dtype, how, layout):
@@ -443,6 +445,7 @@ def test_streams_are_sliced_anywhere(backend, dtype, how, layout):
         check(q[:, start:stop:step], values[:, start:stop:step])
 
 
+@pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
 @KIND
 @LAYOUT
 def test_shapes(backend, dtype, how, layout):
@@ -506,6 +509,7 @@ def test_runs_that_cannot_be():
             q.for_dense(*arguments)
 
 
+@pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
 @KIND
 @LAYOUT
 def test_rows_by_index(backend, dtype, how, layout):
@@ -527,6 +531,7 @@ def test_rows_by_index(backend, dtype, how, layout):
         q.take(backend.asarray(np.ones(2, "float32")))
 
 
+@pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
 @KIND
 @LAYOUT
 def test_joined(backend, dtype, how, layout):

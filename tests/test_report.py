@@ -170,6 +170,7 @@ def plain(x, q):
     return np.mean(error[finite] ** 2), np.abs(error).max(), 10 * math.log10(signal / noise), blocks
 
 
+@pytest.mark.exhaustive_unless(parts=[(10, 4), (1000, 3)])
 @pytest.mark.parametrize("parts", [(1, 1), (10, 4), (24, 1000), (1000, 3)], ids=str)
 @pytest.mark.parametrize("order", ["C", "F", "reversed"])
 @pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRANULARITIES, ids=str)
@@ -228,6 +229,7 @@ def test_magnitudes_may_differ_between_parts(monkeypatch, tiny, first):
     assert whole.max_abs_error > 1e165
 
 
+@pytest.mark.exhaustive_unless(granularity=[PerChannel(1), PerGroup(16)])
 @pytest.mark.parametrize(
     ("shape", "granularity"),
     [

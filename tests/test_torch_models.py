@@ -496,6 +496,7 @@ def test_compiled_in_one_graph(kind):
     close(whole(model)(IDS), model(IDS))
 
 
+@pytest.mark.exhaustive_where(kind="activations")
 @some
 def test_exported_for_any_batch(kind):
     rules = RULES[kind]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqt_lite import affine
-from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
@@ -20,7 +19,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
-from aqt_lite.backends.cpu.stored import numbers_of_codes
+from aqt_lite.backends.cpu.stored import blocks_of_rows, numbers_of_codes
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
 
@@ -110,10 +109,7 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend) -> Groups:
         scale = scale * unit
 
     def of_rows(blocks: Array) -> Array:
-        shared = spec.block[0] or 1
-        if shared > 1 and blocks.shape[0] > 1:
-            blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), xp)
-        return b.contiguous(blocks)
+        return blocks_of_rows(blocks, rows, spec, b)
 
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else xp.astype(w.zero_point, xp.int32)
     flip = 128 if not packed and b.dtype_name(w.codes) == "uint8" else 0

@@ -66,13 +66,12 @@ BITS = 30
 LEAST_DROP = np.float32(2.0**-60)
 FINER = 2.0**31
 
-
 _LOOKED_UP_IN = 16 if _WIDE else 8 if "+avx2" in _features() else 0
 
 TABLES = _LOOKED_UP_IN > 0
 """Whether the processor permutes vectors of floats by other vectors, as codes of 4 bits want it."""
 
-_BYTE, _INT, _ADDRESS, _FLOAT, _DOUBLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_INT, _ADDRESS, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 _INTS, _FLOATS, _DOUBLES = (ir.VectorType(item, COLUMNS) for item in (_INT, _FLOAT, _DOUBLE))
 _EXACT = ("contract",)
 

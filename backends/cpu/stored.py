@@ -22,7 +22,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
 from aqt_lite.elements import ElementType
 
-__all__ = ["Operands", "matmul_stored", "numbers_of_codes", "operands_of"]
+__all__ = ["Operands", "blocks_of_rows", "matmul_stored", "numbers_of_codes", "operands_of"]
 
 _NOTHING = np.empty(0, dtype=np.float32)
 
@@ -87,7 +87,7 @@ def _arranged(x: Array, halves: bool) -> Array:
 
 def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend) -> Operands:
     """The loops' operands of a weight (N, ``inner``), whose codes are packed two a byte or lie one a byte."""
-    loops, rows, xp = runtime.decoding_loops(), w.codes.shape[0], b.xp
+    loops, rows = runtime.decoding_loops(), w.codes.shape[0]
     vector = loops.LANES * (2 if halves else 1)
     size = spec.block[1] or max(-(-inner // vector), 1) * vector
     flip = 128 if not halves and b.dtype_name(w.codes) == "uint8" else 0
@@ -95,13 +95,18 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend) -> O
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else w.zero_point
 
     def of_rows(blocks: Array) -> Array:
-        shared = spec.block[0] or 1
-        if shared > 1 and blocks.shape[0] > 1:
-            blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), xp)
-        return b.contiguous(blocks)
+        return blocks_of_rows(blocks, rows, spec, b)
 
     table = numbers_of_codes(spec.element) if halves else _NOTHING
     return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+
+
+def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend) -> Array:
+    """Scales or zero points for each row of a weight, or for all, and each group."""
+    shared = spec.block[0] or 1
+    if shared > 1 and blocks.shape[0] > 1:
+        blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), b.xp)
+    return b.contiguous(blocks)
 
 
 def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
