@@ -227,7 +227,9 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         x = xp.where(known, x, xp.zeros_like(x))
 
     lo: Any = None
-    hi, offset, steps = lo, lo, None
+    hi: Any = None
+    offset: Any = None
+    steps: Steps | None = None
     if recipe.of_magnitudes:
         amax = reduced(xp.abs(x), spec.block, b.largest, xp)
         statistic = xp.where(amax < source.tiny, xp.zeros_like(amax), amax)

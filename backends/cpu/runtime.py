@@ -70,9 +70,9 @@ def map_ranges(
 
     def tell(part: int) -> None:
         nonlocal done
-        with telling:
-            done += part
-            if listener is not None:
+        if listener is not None:
+            with telling:
+                done += part
                 listener(done, length)
 
     def claim() -> None:

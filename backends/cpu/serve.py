@@ -124,12 +124,16 @@ def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bo
 
 def in_short_groups(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     """Whether groups lie along the axis that is contracted, which lies last, and have sums that float64 holds."""
-    element, group = spec.element, spec.block[1]
-    if contract != 1 or w.scale is None or w.offset is not None or element.missing is not None or element.unit is None:
-        return False
-    if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
+    group = spec.block[1]
+    if not _in_scaled_codes(x_dtype, w, spec, contract) or spec.element.unit is None:
         return False
     return group is not None and 1 < group <= LONGEST_GROUP
+
+
+def _in_scaled_codes(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether numbers times scales are all that there is, nothing of it float64 or empty, and are summed along rows."""
+    plain = w.scale is not None and w.offset is None and spec.element.missing is None
+    return plain and contract == 1 and "float64" not in (x_dtype, spec.source.compute) and 0 not in w.codes.shape
 
 
 def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
@@ -144,9 +148,7 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
 def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
     """The same where loops are known to be there, of so many codes at once: compilers trace no search for them."""
     element = spec.element
-    if contract != 1 or w.scale is None or w.offset is not None or element.missing is not None:
-        return False
-    if "float64" in (x_dtype, spec.source.compute) or 0 in w.codes.shape:
+    if not _in_scaled_codes(x_dtype, w, spec, contract):
         return False
     known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
     small = max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
