@@ -9,11 +9,16 @@ import sys
 
 def run_without_avx_512(file, tests, check):
     """Run tests of a file where ``check``, a statement about the loops, holds."""
+    run_without(("+avx512", "+avx10"), file, tests, check, NUMBA_CPU_NAME="haswell")
+
+
+def run_without(features, file, tests, check, **variables):
+    """The same without those features of the processor whose names begin so."""
     from numba.core.registry import cpu_target
 
-    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
-    without = ",".join("-" + f[1:] if f.startswith(("+avx512", "+avx10")) else f for f in features)
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": without}
+    every = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
+    without = ",".join("-" + f[1:] if f.startswith(features) else f for f in every)
+    environment = {**os.environ, "NUMBA_CPU_FEATURES": without, **variables}
     code = f"from aqt_lite.backends.cpu import runtime; assert {check}"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     names = [f"{file}::{test.__name__}" for test in tests]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from optional import jax, jnp, needs, torch
-from processors import run_without_avx_512
+from processors import run_without, run_without_avx_512
 from test_dots import hard_rows
 
 import aqt_lite
@@ -120,6 +120,26 @@ def test_the_largest_sums_are_exact():
         moved = replace(q, zero_point=np.full((3, 1), zero, np.int32))
         assert_same_bits(linear(x, moved, mode="reproducible"), without_kernels(x, moved, None))
     assert 127 / 64 * 2.0**reference.BITS * (128 + LOOPS.LARGEST_ZERO) * serve.LONGEST_GROUP < 2.0**48
+
+
+@needs_loops
+def test_the_largest_sums_of_digits_are_exact(calls):
+    """Digits of -128 beside codes at the ends: what int32 holds of one digit's sum, and of two in one."""
+    entry = np.float32((63 << 24) - (128 << 16) - (128 << 8) - 128)
+    assert int(entry) == (63 << 24) - 128 * (1 + 256 + 65536)
+    for size in (8, 256, 260, 264, 512):
+        x = np.full((3, 1024), entry)
+        x[1], x[2, ::2] = -entry, np.nextafter(entry, np.float32(0))
+        ends = np.tile(np.asarray([[255], [0], [128]], np.uint8), (6, 1024))
+        ends[:9, 1::3] = 0
+        zero_point = np.full((18, -(-1024 // size)), 255, np.int32)
+        unsigned = aqt_lite.QArray.from_codes(ends, np.ones_like(zero_point, np.float32), zero_point, dtype="uint8",
+                                              granularity=PerGroup(size))  # fmt: skip
+        wide = quantize(np.where(ends > 100, 1, -1).astype(np.float32), "iq4_nl", granularity=PerGroup(size))
+        for q in (unsigned, wide):
+            assert_same_bits(linear(x, q, mode="reproducible"), without_kernels(x, q, None))
+    assert all(calls)
+    assert len(calls) == 10
 
 
 @needs_loops
@@ -241,3 +261,10 @@ def test_transformations_of_jax():
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
     run_without_avx_512(__file__, [test_the_loops_have_the_bits_of_the_reference], "runtime.group_loops().ROWS == 2")
+
+
+@needs_loops
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+def test_processors_without_integer_dot_products():
+    loops = [test_the_loops_have_the_bits_of_the_reference, test_the_largest_sums_of_digits_are_exact]
+    run_without(("+avx512vnni",), __file__, loops, "not runtime.group_loops().DOTS")

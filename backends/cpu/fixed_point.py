@@ -171,14 +171,14 @@ def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
 
     def prepare(a: int, b: int) -> None:
         parts = (v[a:b] for v in (integers, sums, exponent, row_exponent, row_power, many, wants, bad))
-        loops.prepare(x[a:b], size, powers, *parts)
+        loops.prepare(x[a:b], size, w.halves, powers, *parts)
 
     map_ranges(prepare, rows, 1, x.size)
     again = bool(wants.any())
     finer, finer_sums = (np.empty_like(a) if again else np.empty((0, 0), np.float64) for a in (integers, sums))
 
     def refine(a: int, b: int) -> None:
-        loops.refine(x[a:b], size, powers, integers[a:b], exponent[a:b], many[a:b], finer[a:b], finer_sums[a:b])
+        loops.refine(x[a:b], size, w.halves, powers, exponent[a:b], many[a:b], finer[a:b], finer_sums[a:b])
 
     if again:
         map_ranges(refine, rows, 1, x.size)

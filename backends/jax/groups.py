@@ -78,19 +78,19 @@ def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
     x, integers, _, sums, _, exponent, row_exponent, row_power, many, wants, bad = _rows(frame)
     rows = slice(start, stop)
     prepare(
-        x[rows], attribute(frame, 2), _powers(frame), integers[rows], sums[rows], exponent[rows], row_exponent[rows],
-        row_power[rows], many[rows], wants[rows], bad[rows],
+        x[rows], attribute(frame, 2), attribute(frame, 1) != 0, _powers(frame), integers[rows], sums[rows],
+        exponent[rows], row_exponent[rows], row_power[rows], many[rows], wants[rows], bad[rows],
     )  # fmt: skip
 
 
 @njit(nogil=True)
 def _refine(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    x, integers, finer, _, finer_sums, exponent, _, _, many, wants, _ = _rows(frame)
+    x, _, finer, _, finer_sums, exponent, _, _, many, wants, _ = _rows(frame)
     rows = slice(start, stop)
     if _want_a_second_pass(wants):
         refine(
-            x[rows], attribute(frame, 2), _powers(frame), integers[rows], exponent[rows], many[rows], finer[rows],
-            finer_sums[rows],
+            x[rows], attribute(frame, 2), attribute(frame, 1) != 0, _powers(frame), exponent[rows], many[rows],
+            finer[rows], finer_sums[rows],
         )  # fmt: skip
 
 
