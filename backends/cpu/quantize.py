@@ -207,6 +207,27 @@ def encode_into(x: Array, qparams: QParams, key: Array | None, storage: Array, *
     for_tiles(work, x.shape, _block_to_cut(spec), 8 if packs else 1)
 
 
+def look_at_values(
+    x: Array, qparams: QParams, key: Array | None, look: Callable[..., bool], *, spec: Spec, recipe: Recipe
+) -> None:
+    """``_into.look_at_values`` on tiles."""
+    if 0 in x.shape:
+        return
+    twins, ended = with_twins(spec), threading.Event()
+    names = dict.fromkeys((spec.source.name, spec.source.compute))
+
+    def work(tile: Tile) -> None:
+        if ended.is_set():
+            return
+        own, part = _cut(QParams(*qparams), tile), x[tile.at]
+        codes = affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
+        values = (affine.dequantize(own.beside(codes), spec=twins, out=name, b=_numpy()) for name in names)
+        if not look(part, *values):
+            ended.set()
+
+    for_tiles(work, x.shape, _block_to_cut(spec))
+
+
 def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None) -> None:
     """``_into.decode_into`` on tiles."""
     if 0 in values.shape:
@@ -571,5 +592,9 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """The forms, each under its operation: they know every format."""
 
-INTO: dict[Callable[..., Any], Callable[..., Any]] = {_into.encode_into: encode_into, _into.decode_into: decode_into}
-"""Those that write into arrays that they are given."""
+INTO: dict[Callable[..., Any], Callable[..., Any]] = {
+    _into.encode_into: encode_into,
+    _into.decode_into: decode_into,
+    _into.look_at_values: look_at_values,
+}
+"""Those that need no memory for a result."""
