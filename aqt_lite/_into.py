@@ -17,7 +17,8 @@ from aqt_lite._protocol import Backend
 from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
-__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "look_at_values", "storage_of"]
+__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "look_at_codes", "look_at_values",
+           "storage_of"]  # fmt: skip
 
 
 def encode_into(
@@ -46,6 +47,13 @@ def look_at_values(
 
     Values are of the type of ``x``, and of that of the arithmetic if it is another. It ends where ``look`` says False.
     """
+    raise TypeError(_refusal(b))
+
+
+def look_at_codes(
+    x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec, b: Backend
+) -> None:
+    """What ``codes``, packed where they have fewer elements, stand for: as ``look_at_values``."""
     raise TypeError(_refusal(b))
 
 

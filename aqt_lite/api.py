@@ -268,7 +268,7 @@ def quantize(
 
 
 _LOOKED_AT = 1 << 20
-"""Elements that are searched together for values that are not finite."""
+"""Elements that are searched together for values that are not finite, or kept in codes that may not do."""
 
 _MOST_UNPACKED = 1 << 27
 """Codes that may lie unpacked in memory for a while, a byte each, before they are packed."""
@@ -693,8 +693,11 @@ def _within(
     if out is not None:
         _check_out_of(out, dtype, tuple(source.shape), b, (source, *read))
 
+    auto = isinstance(dtype, str) and dtype == AUTO
+    unwritten = out is not None or (auto and can_write(b) and math.prod(source.shape) > _LOOKED_AT)
+
     def make(form: Format, way: Way) -> Attempt:
-        if out is not None:
+        if unwritten:
             call, on_clip = _prepared(x, form, **way, **rest)
             if not call.together:
                 return _Unwritten(out, call, on_clip, read, bound, _checked_qparams(call.x, call))
@@ -739,7 +742,7 @@ def _check_out_of(out: Any, dtype: Any, shape: tuple[int, ...], b: Backend, read
 
 @dataclass(frozen=True)
 class _Unwritten:
-    """An array whose codes are to be in ``out``: measured part by part before one is written."""
+    """An array whose codes are to be in ``out``, or in memory of their own: measured before one is written."""
 
     out: Any
     call: _Call

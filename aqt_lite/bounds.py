@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aqt_lite._dispatch import run
+from aqt_lite._into import can_write, look_at_codes
 from aqt_lite._log import announce
 from aqt_lite._namespace import Array
 from aqt_lite._parts import boxes, memory_order, part_of, part_of_array
@@ -323,8 +325,12 @@ def largest_error(x: Array, q: QArray, b: Backend, *, relative: bool = False, en
     if not q.size:
         return 0.0
     array = x if backend_of(x) is None else b.to_numpy(x)  # what is no array makes its parts itself
-    codes = q.to_backend("numpy").unpacked()
     largest = Largest(relative, enough)
+    if can_write(b) and q.size > MOST_ELEMENTS and memory_order(array) == list(range(q.ndim)) and not q.transposed:
+        parts = q._checked()
+        run(b, look_at_codes, array, q.storage, parts._qparams(), largest, spec=parts._spec)
+        return largest.error
+    codes = q.to_backend("numpy").unpacked()
     for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):
         if not largest(part_of_array(array, box), *_read(part_of(codes, box))):
             break
@@ -357,16 +363,27 @@ def _read(q: QArray) -> list[Array]:
 
 
 def error_of_part(x: _Numbers, *read: _Numbers, relative: bool) -> float:
-    """The largest error of the values of ``x`` that are finite, in any of ``read``."""
-    worst = 0.0
+    """The largest error of the values of ``x`` that are finite, in any of ``read``.
+
+    Rounded errors are taken first, for they are fast. Only the largest of those can be the largest error.
+    """
+    values = np.asarray(x).astype(np.float64)
+    return max(_error_of(values, part.astype(np.float64), relative) for part in read)
+
+
+def _error_of(x: _Numbers, y: _Numbers, relative: bool) -> float:
     with np.errstate(all="ignore"):
-        values = np.asarray(x).astype(np.float64)
-        finite = np.isfinite(values)
-        for part in read:
-            error = error_of(values, part.astype(np.float64), relative=relative)
-            error = np.where(np.isnan(error), math.inf, error)
-            worst = max(worst, float(error.max(where=finite, initial=0.0)))
-    return worst
+        size = np.asarray(np.abs(x - y))
+        if relative:
+            np.divide(size, np.abs(x), out=size, where=size != 0)
+        largest = float(size.max(initial=0.0))
+        if not math.isfinite(largest):
+            np.copyto(size, 0, where=~np.isfinite(x))
+            largest = float(size.max())
+            if not math.isfinite(largest):
+                return math.inf
+        here = (size == largest) & np.isfinite(x) if not largest else size == largest
+        return float(error_of(x[here], y[here], relative=relative).max(initial=0.0))
 
 
 def error_of(x: _Numbers, y: _Numbers, *, relative: bool) -> _Numbers:

@@ -82,6 +82,11 @@ ROWS = [
     ("quantize, fill_value=", "", "aqt_lite.quantize(x, fill_value=1e20)"),
     ("quantize, int8, max_abs_err=", "", "aqt_lite.quantize(x, 'int8', max_abs_err=0.05)"),
     ("quantize, 'auto', max_abs_err=", "", "aqt_lite.quantize(x, 'auto', max_abs_err=0.05)"),
+    (
+        "quantize, int8, max_abs_err=, mask=",
+        "mask = x[0] > 1",
+        "aqt_lite.quantize(x, 'int8', max_abs_err=0.05, mask=mask)",
+    ),
     ("quantize, int8, from a memory map", "", "aqt_lite.quantize(mapped)"),
     ("fake_quantize, int8", "", "aqt_lite.fake_quantize(x)"),
     ("fake_quantize, mxfp4", "", "aqt_lite.fake_quantize(x, 'mxfp4')"),
@@ -103,6 +108,16 @@ ROWS = [
         "quantize, int4, memory map in, out= a memory map",
         OUT.format("'u1'", "(x.shape[0], x.shape[1] // 2)"),
         "aqt_lite.quantize(mapped, 'int4', granularity=PerGroup(32), out=out)",
+    ),
+    (
+        "quantize, int8, max_abs_err=, memory map in, out= a memory map",
+        OUT.format("'i1'", "x.shape"),
+        "aqt_lite.quantize(mapped, max_abs_err=0.05, out=out)",
+    ),
+    (
+        "quantize, 'auto', max_abs_err=, missing='nan', memory map in, out= a memory map",
+        OUT.format("'i1'", "x.shape"),
+        "aqt_lite.quantize(mapped, 'auto', max_abs_err=0.05, missing='nan', out=out)",
     ),
     (
         "dequantize, int8, out= a memory map",
