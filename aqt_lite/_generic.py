@@ -17,6 +17,7 @@ import numpy as np
 from aqt_lite._foreign import refusal
 from aqt_lite._kernels import Kernel, Kernels
 from aqt_lite._namespace import Array, array_namespace, device_of, is_lazy
+from aqt_lite._progress import over_tasks
 from aqt_lite._protocol import Backend, IntLimits, overflow_of
 
 __all__ = ["GenericBackend"]
@@ -125,7 +126,9 @@ class _Dask(GenericBackend):
         first, *rest = arrays
         cut = [first, *(a.rechunk(first.chunks) for a in rest)]
         chunks = [a.to_delayed().ravel() for a in cut]
-        return list(dask.compute(*(dask.delayed(look)(*parts) for parts in zip(*chunks, strict=True))))
+        tasks = [dask.delayed(look)(*parts) for parts in zip(*chunks, strict=True)]
+        with over_tasks(tasks):
+            return list(dask.compute(*tasks))
 
     def largest_of_chunks(self, look: Callable[..., float], *arrays: Array) -> Array:
         first, *rest = arrays
