@@ -268,6 +268,34 @@ def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
     assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
 
 
+def test_what_other_tools_packed_is_packed_anew(tmp_path, capsys):
+    """Codes whose sign an attribute tells, and a missing_value without _FillValue, beside float64 attributes."""
+    said = {
+        "u": ("i1", {"_Unsigned": "true", "scale_factor": np.float32(0.1), "add_offset": np.float32(10)}, np.int8(-1)),
+        "n": ("i2", {"scale_factor": 0.001, "add_offset": 290.0, "missing_value": np.int16(-32767)}, None),
+    }
+    with netCDF4.Dataset(tmp_path / "in.nc", "w") as file:
+        file.createDimension("x", 200)
+        for name, (kind, attributes, fill) in said.items():
+            v = file.createVariable(name, kind, ("x",), fill_value=fill)
+            v.set_auto_maskandscale(False)
+            v.setncatts(attributes)
+            v[:] = np.arange(-100, 100).astype(kind)
+            v[3] = attributes.get("missing_value", fill)
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.01")
+    assert (status, errors) == (0, "")
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
+        assert a["u"][:].max() > 30
+        for name in said:
+            assert not {"_Unsigned", "missing_value"} & set(b[name].ncattrs())
+            x, y = (np.ma.filled(file[name][:].astype("f8"), np.nan) for file in (a, b))
+            assert np.isnan(x[3])
+            assert np.array_equal(np.isnan(x), np.isnan(y))
+            assert (
+                np.nanmax(np.abs(x - y)) <= 0.01 + 1e-6
+            )  # netCDF4 decodes what others packed with roundings of its own
+
+
 def test_variables_without_axes(tmp_path, capsys):
     ds = xr.Dataset({"p0": xr.DataArray(np.float32(3.3)), "gap": np.nan, "a": ("x", np.linspace(0, 9, 50, dtype="f4"))})
     ds.to_netcdf(tmp_path / "in.nc")
