@@ -1,5 +1,7 @@
 """Runs the core tests on the wheel: on other Pythons, on the lowest declared versions, and with NumPy alone.
 
+Those of files run with the newest zarr, which is not for every Python, and with pyarrow.
+
     .venv/bin/python .ci/other_pythons.py [part of an environment's name]
 
 Each environment is a directory of its own under build/pythons. All go without torch: of its many versions and Pythons
@@ -25,6 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE = ["golden", "granularity", "laws", "qarray", "report", "files", "broken_files", "backends.py::test_conformance"]
 LIBRARIES = ["plots"]  # tests that need matplotlib
+OF_FILES = ["zarr", "containers", "docs.py::test_the_code_of_tables_runs"]
 MINUTES = 15  # for the tests of one environment: more means that something hangs
 
 TEST_TOOLS = ("array-api-strict", "hypothesis", "pytest", "pytest-xdist", "safetensors")
@@ -56,15 +59,28 @@ class Environment:
     python: str
     requirements: list[str]
     without: list[str]
+    tests: tuple[str, ...] = tuple(CORE)
 
 
 REQUIRED = names_of(PROJECT["dependencies"])
 OF_ITS_TIME = "pyparsing<3.3"  # later ones warn about the way in which the lowest matplotlib calls them
 EVERYTHING = pinned([*REQUIRED, "jax", "jaxlib", "numba", "matplotlib", *TEST_TOOLS])
+FILES = pinned(["xarray", "netCDF4", "h5netcdf", "h5py", "dask", "distributed"])
+FILES += ["zarr==3.4.2", "cast-value-rs==0.5.1", "pyarrow==26.0.1"]  # for Python 3.12 on; too large for every day
+WITH_PLOTS = (*CORE, *LIBRARIES)
 ENVIRONMENTS = [
-    Environment("3.12", "3.12", EVERYTHING, ["torch"]),
-    Environment("3.13", "3.13", EVERYTHING, ["torch"]),
-    Environment("lowest versions", "3.11", [*lowest("jax", "fast", "plot", "test"), OF_ITS_TIME], ["torch"]),
+    Environment("3.12", "3.12", EVERYTHING, ["torch"], WITH_PLOTS),
+    Environment("3.13", "3.13", EVERYTHING, ["torch"], WITH_PLOTS),
+    Environment(
+        "files",
+        "3.12",
+        [*pinned([*REQUIRED, *TEST_TOOLS]), *FILES],
+        ["jax", "torch", "numba", "matplotlib"],
+        tuple(OF_FILES),
+    ),
+    Environment(
+        "lowest versions", "3.11", [*lowest("jax", "fast", "plot", "test"), OF_ITS_TIME], ["torch"], WITH_PLOTS
+    ),
     Environment("NumPy alone", "3.11", pinned([*REQUIRED, *TEST_TOOLS]), ["jax", "torch", "numba", "matplotlib"]),
 ]
 
@@ -92,6 +108,7 @@ def installed(python: Path) -> str:
     version, found = json.loads(subprocess.check_output([python, "-c", ask], text=True))
     found = {name.lower().replace("_", "-"): v for name, v in found.items()}
     names = ("numpy", "array-api-compat", "array-api-strict", "ml-dtypes", "jax", "numba", "matplotlib")
+    names += ("zarr", "cast-value-rs", "pyarrow")
     return f"Python {version}, " + ", ".join(f"{n} {found[n]}" for n in names if n in found)
 
 
@@ -116,7 +133,7 @@ def run(environment: Environment, wheel: Path) -> tuple[bool, str]:
     if base is None:
         return True, f"{environment.name}: NOT RUN, there is no Python {environment.python} here"
     python = prepared(environment, base, wheel)
-    names = CORE if "matplotlib" in environment.without else CORE + LIBRARIES
+    names = environment.tests
     tests = [f"tests/test_{name}" + ("" if ".py" in name else ".py") for name in names]
     variables = {
         **os.environ,

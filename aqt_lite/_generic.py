@@ -17,6 +17,7 @@ import numpy as np
 from aqt_lite._foreign import refusal
 from aqt_lite._kernels import Kernel, Kernels
 from aqt_lite._namespace import Array, array_namespace, device_of, is_lazy
+from aqt_lite._progress import over_tasks
 from aqt_lite._protocol import Backend, IntLimits, overflow_of
 
 __all__ = ["GenericBackend"]
@@ -125,10 +126,25 @@ class _Dask(GenericBackend):
         first, *rest = arrays
         cut = [first, *(a.rechunk(first.chunks) for a in rest)]
         chunks = [a.to_delayed().ravel() for a in cut]
-        return list(dask.compute(*(dask.delayed(look)(*parts) for parts in zip(*chunks, strict=True))))
+        tasks = [dask.delayed(look)(*parts) for parts in zip(*chunks, strict=True)]
+        with over_tasks(tasks):
+            return list(dask.compute(*tasks))
 
-    def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
-        return x.map_blocks(_checked, check=check, dtype=x.dtype, meta=x._meta)
+    def largest_of_chunks(self, look: Callable[..., float], *arrays: Array) -> Array:
+        first, *rest = arrays
+        numbers = first.map_blocks(
+            _number_of,
+            *(a.rechunk(first.chunks) for a in rest),
+            look=look,
+            chunks=tuple((1,) * n for n in first.numblocks),
+            dtype=np.float64,
+            meta=np.empty((0,) * first.ndim),
+        )
+        return numbers.max()
+
+    def check_when_computed(self, x: Array, check: Callable[..., None], *beside: Array) -> Array:
+        cut = (a.rechunk(x.chunks) for a in beside)
+        return x.map_blocks(_checked, *cut, check=check, dtype=x.dtype, meta=x._meta)
 
     def check_no_overflow(self, values: Array, argument: str) -> Array:
         return self.check_when_computed(values, partial(_no_infinity, argument=argument))
@@ -215,12 +231,18 @@ def _library(xp: Any) -> str:
 
 def _checked(
     chunk: np.ndarray[Any, Any],
-    check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None],
+    *beside: np.ndarray[Any, Any],
+    check: Callable[..., None],
     block_info: Any = None,
 ) -> np.ndarray[Any, Any]:
-    """``chunk``, after ``check(chunk, index of its first element)``; Dask fills in ``block_info`` by its name."""
-    check(chunk, tuple(start for start, _ in block_info[0]["array-location"]))
+    """``chunk``, after ``check``, which is told where it begins; Dask fills in ``block_info`` by its name."""
+    check(chunk, tuple(start for start, _ in block_info[0]["array-location"]), *beside)
     return chunk
+
+
+def _number_of(*chunks: np.ndarray[Any, Any], look: Callable[..., float]) -> np.ndarray[Any, Any]:
+    """What ``look`` says of chunks of several arrays, with their axes."""
+    return np.full((1,) * chunks[0].ndim, look(*chunks))
 
 
 def _no_infinity(values: np.ndarray[Any, Any], start: tuple[int, ...], argument: str) -> None:

@@ -1,11 +1,12 @@
 """Codes and values that are written into memory that exists: ``out=``, a file's pages for instance.
 
-Owns: the checks of ``out``, and the two operations, which libraries have whose arrays can be written to. Imports:
-``affine``, packing, dispatch.
+Owns: the checks of ``out``, and the operations that need no memory beside it, which libraries have whose arrays can be
+written to. Imports: ``affine``, packing, dispatch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from aqt_lite._protocol import Backend
 from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
-__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "storage_of"]
+__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "look_at_codes", "look_at_values",
+           "storage_of"]  # fmt: skip
 
 
 def encode_into(
@@ -28,6 +30,30 @@ def encode_into(
 
 def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, b: Backend) -> None:
     """What codes stand for in ``values``; ``fill`` where they are missing. Of fewer elements, codes are packed."""
+    raise TypeError(_refusal(b))
+
+
+def look_at_values(
+    x: Array,
+    qparams: QParams,
+    key: Array | None,
+    look: Callable[..., bool],
+    *,
+    spec: Spec,
+    recipe: Recipe,
+    b: Backend,
+) -> None:
+    """What the codes of ``x`` would stand for, without the codes: ``look(x, values, ...)`` of each part of both.
+
+    Values are of the type of ``x``, and of that of the arithmetic if it is another. It ends where ``look`` says False.
+    """
+    raise TypeError(_refusal(b))
+
+
+def look_at_codes(
+    x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec, b: Backend
+) -> None:
+    """What ``codes``, packed where they have fewer elements, stand for: as ``look_at_values``."""
     raise TypeError(_refusal(b))
 
 

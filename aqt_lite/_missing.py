@@ -10,6 +10,7 @@ here masks and fill values become NaN; and NaN that nobody calls missing becomes
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
+from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import number_of_type
 from aqt_lite._registry import backend_of, get_backend
@@ -157,29 +159,48 @@ def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
     element = q._element
     if float(np.abs(b.to_numpy(q.scale)).max()) * max(element.max, -element.min) < _EXTREME:
         return
-    array, own = as_float_array(np.asarray(x) if isinstance(x, Marked) else x, "x")
-    if own.has_values(array):
-        found = _suspect(np.asarray(own.to_numpy(array)))
+    if not isinstance(x, Marked):
+        array, own = as_float_array(x, "x")
+        x = np.asarray(own.to_numpy(array)) if own.has_values(array) else None
+    if x is not None:
+        found = _suspect(x)
         if found is not None:
             warnings.warn(found, SuspectValueWarning, stacklevel=stacklevel)
 
 
-def _suspect(values: np.ndarray[Any, Any]) -> str | None:
+def _suspect(values: Any) -> str | None:
+    """What to say of a value that is far from all others; part by part, for the array may be larger than memory."""
     with np.errstate(all="ignore"):
-        size = np.abs(values).ravel()
-        size = size[np.isfinite(size) & (size != 0)]
-        if size.size < _FEWEST:
+        count, largest = 0, 0.0
+        for _, size in _magnitudes(values):
+            count, largest = count + size.size, max(largest, size.max(initial=0))
+        if count < _FEWEST:
             return None
-        largest = size.max()
-        median = float(np.median(size[:: -(-size.size // _SAMPLE)].astype(np.float64)))
-        rest = size[size != largest].max(initial=0)
-        places = values[np.abs(values) == largest]
+        step, first = -(-count // _SAMPLE), 0
+        sample, places = [], []
+        rest = 0.0
+        for part, size in _magnitudes(values):
+            sample.append(size[first::step].astype(np.float64))
+            first = (first - size.size) % step
+            rest = max(rest, size[size != largest].max(initial=0))
+            far = part[np.abs(part) == largest]
+            places.append((far.size, far[:1], bool((far != far[:1]).any())))
+        median = float(np.median(np.concatenate(sample)))
     if not (float(largest) > _SUSPECT * median and float(largest) > _ALONE * float(rest) and rest):
         return None
-    if (places != places[0]).any():
+    kinds = np.concatenate([one for _, one, _ in places])
+    if any(several for *_, several in places) or (kinds != kinds[0]).any():
         return None
-    value, times = str(places[0]), float(largest) / median
+    value, times, number = str(kinds[0]), float(largest) / median, sum(n for n, *_ in places)
     return (
-        f"x has {places.size} values of {value}, {times:.0e} times the median magnitude, and the scale is theirs: if "
-        f"that stands for what is missing, pass fill_value={value}"
+        f"x has {number} values of {value}, {times:.0e} times the median magnitude, and the scale is "
+        f"theirs: if that stands for what is missing, pass fill_value={value}"
     )
+
+
+def _magnitudes(values: Any) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Parts of an array, and the magnitudes of their numbers that are neither 0 nor infinite."""
+    for box in boxes(tuple(values.shape), _TOGETHER, range(values.ndim)) if values.size else ():
+        part = np.asarray(values[tuple(slice(*ends) for ends in box)])
+        size = np.abs(part).ravel()
+        yield part, size[np.isfinite(size) & (size != 0)]

@@ -5,15 +5,16 @@ Owns: :func:`progress`, and who is told inside of it. Imports: nothing of this p
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["over", "progress", "told"]
+__all__ = ["over", "over_tasks", "progress", "told"]
 
 Told = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -24,6 +25,8 @@ _told: ContextVar[Told | None] = ContextVar("aqt_lite_progress", default=None)
 @contextmanager
 def progress(callback: Told | None = None) -> Iterator[None]:
     """Inside, work on large NumPy arrays says how far it is: on a terminal, or to a callback.
+
+    So does what Dask is asked to compute by one of its own schedulers; of a cluster's, its dashboard tells.
 
     Parameters
     ----------
@@ -70,6 +73,28 @@ def over(boxes: Iterator[Any], size: int) -> Iterator[Any]:
         yield box
         done += math.prod(stop - start for start, stop in box)
         listener(done, size)
+
+
+@contextmanager
+def over_tasks(tasks: Iterable[Any]) -> Iterator[None]:
+    """Inside, tasks of Dask that are computed are told when they are done; what they do themselves is not."""
+    listener, keys = _told.get(), {task.key for task in tasks}
+    if listener is None or not keys:
+        yield
+        return
+    done: set[Any] = set()
+
+    def after(key: Any, *_: Any) -> None:
+        if key in keys:
+            done.add(key)
+            listener(len(done), len(keys))
+
+    token = _told.set(None)
+    try:
+        with importlib.import_module("dask.callbacks").Callback(posttask=after):
+            yield
+    finally:
+        _told.reset(token)
 
 
 class _Bar:

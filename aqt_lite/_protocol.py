@@ -158,10 +158,15 @@ class Backend(ExactArithmetic, ABC):
         """What ``look`` says of each chunk of deferred arrays of one shape, as arrays of NumPy, all in one go."""
         return [look(*(self.to_numpy(a) for a in arrays))]
 
-    def check_when_computed(self, x: Array, check: Callable[[np.ndarray[Any, Any], tuple[int, ...]], None]) -> Array:
+    def largest_of_chunks(self, look: Callable[..., float], *arrays: Array) -> Array:
+        """The largest number that ``look`` gives of a chunk, as ``on_chunks``: float64, deferred as they are."""
+        return np.asarray(max(self.on_chunks(look, *arrays), default=0.0))
+
+    def check_when_computed(self, x: Array, check: Callable[..., None], *beside: Array) -> Array:
         """``x``, whose values go through ``check`` when they are computed, where the library can be told so.
 
-        Called with each part of the values, and the index in ``x`` of its first element. Raises what ``check`` raises.
+        Called with each part of the values, the index in ``x`` of its first element, and the same part of each of
+        ``beside``, which have the shape of ``x``. Raises what ``check`` raises.
         """
         return x
 

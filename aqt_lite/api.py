@@ -19,18 +19,19 @@ import numpy as np
 from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
-from aqt_lite._into import can_write, check_out, encode_into, is_packed, storage_of
+from aqt_lite._into import can_write, check_out, encode_into, is_packed, look_at_values, storage_of
 from aqt_lite._missing import Marked, marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
+from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.bounds import AUTO, Bound, Way, bound_of, quantize_within
+from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, largest_error, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
-from aqt_lite.elements import float_type, integer_type
-from aqt_lite.formats import SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
+from aqt_lite.elements import Integer, float_type, integer_type
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
 from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
@@ -199,11 +200,14 @@ def quantize(
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
         chosen with ``offset="data"``, unless ``scheme`` or ``offset`` say otherwise; in dialects, which have no
-        offsets, in either scheme that the dialect has for the type. docs/science.md.
+        offsets, in either scheme that the dialect has for the type. With Dask each chunk is checked when it is
+        computed, and where there is a choice (of "auto", and of relative bounds) ``x`` is computed once to choose.
+        docs/science.md.
     out : numpy.ndarray, optional
         Write the codes here, part by part: an array or a memory map, which becomes ``storage`` of the result. Of the
         shape of ``x`` and the type that codes are kept in, int8 for "int8"; of packed codes, uint8 and as many bytes a
-        row as they take. Nothing is written where the call raises an error. NumPy only.
+        row as they take. Nothing is written where the call raises an error. With a bound and "auto", the narrowest type
+        that ``out`` can hold. NumPy only.
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -219,6 +223,8 @@ def quantize(
     ValueError
         Non-finite values; unusable scale or zero point; an unknown dtype, scheme, dialect or backend; a bound that the
         dtype cannot keep, with the least that it can.
+    RuntimeError
+        Codes in ``out`` that do not keep the bound, because ``x`` or ``out`` changed while they were written.
 
     Examples
     --------
@@ -246,11 +252,7 @@ def quantize(
     }  # fmt: skip
     if bound is not None:
         _check_free(bound, scale, zero_point, offset)
-        if out is not None:
-            raise ValueError(
-                f"out and {bound.argument} are both given: a bound tries several ways, so quantize first, and copy"
-            )
-        q = _within(bound, x, dtype, scheme, offset, may_miss, rest)
+        q = _within(bound, x, dtype, scheme, offset, may_miss, out, read, rest)
     else:
         if isinstance(dtype, str) and dtype == AUTO:
             raise ValueError(
@@ -265,6 +267,9 @@ def quantize(
     return q
 
 
+_LOOKED_AT = 1 << 20
+"""Elements that are searched together for values that are not finite, or kept in codes that may not do."""
+
 _MOST_UNPACKED = 1 << 27
 """Codes that may lie unpacked in memory for a while, a byte each, before they are packed."""
 
@@ -273,13 +278,7 @@ def _quantized(
     x: Any, dtype: Any, *, on_clip: str | None, out: Any = None, read: tuple[Any, ...] = (), **how: Any
 ) -> QArray:
     """``read``: what ``out`` must not overlap with."""
-    call = _prepare(x.source if isinstance(x, Marked) else x, dtype, **how)
-    if isinstance(x, Marked):  # by parts where it stays
-        here = call.x is x.source and not call.together
-        call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
-    if on_clip is None:
-        on_clip = "saturate" if call.given is None else "warn"
-    one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
+    call, on_clip = _prepared(x, dtype, on_clip=on_clip, **how)
     x, b, static = call.x, call.b, {"spec": call.spec, "recipe": call.recipe}
     constant = b.stop_gradient(x)
     large = is_packed(call.spec, x.ndim) and math.prod(x.shape) > _MOST_UNPACKED if b.has_values(x) else False
@@ -296,8 +295,30 @@ def _quantized(
     return q
 
 
-def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str, read: tuple[Any, ...]) -> QArray:
-    """Codes part by part into ``out``, or into memory for them as they are kept: nothing before all is checked."""
+def _prepared(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> tuple[_Call, str]:
+    """The call, of a ``Marked`` array by parts where it stays, and what becomes of values beyond the numbers."""
+    call = _prepare(x.source if isinstance(x, Marked) else x, dtype, **how)
+    if isinstance(x, Marked):
+        here = call.x is x.source and not call.together
+        call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
+    if on_clip is None:
+        on_clip = "saturate" if call.given is None else "warn"
+    one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
+    return call, on_clip
+
+
+def _quantized_into(
+    out: Any,
+    x: Array,
+    call: _Call,
+    on_clip: str,
+    read: tuple[Any, ...],
+    qparams: affine.QParams | None = None,
+) -> QArray:
+    """Codes part by part into ``out``, or into memory for them as they are kept: nothing before all is checked.
+
+    ``qparams``: what was chosen for ``x``, and checked, before.
+    """
     b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
     shape, dtype = storage_of(tuple(x.shape), call.spec)
     if out is None:
@@ -313,11 +334,8 @@ def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str, read: tuple[A
             _check_clipped(x, w, q, call, on_clip, stacklevel=7)
         out[...] = q.storage
         return replace(q, storage=out)
-    if call.given is None:
-        qparams = run(b, affine.choose_qparams, x, **static)
-    else:
-        qparams = run(b, affine.usable_qparams, x, call.given, **static)
-    _check_finite(x, qparams.scale, call)
+    if qparams is None:
+        qparams = _checked_qparams(x, call)
     if on_clip == "raise":
         _check_counted(run(b, affine.count_clipped, x, qparams, call.key, **static), x, call, on_clip)
     run(b, encode_into, x, qparams, call.key, out, **static)
@@ -325,6 +343,16 @@ def _quantized_into(out: Any, x: Array, call: _Call, on_clip: str, read: tuple[A
     if on_clip == "warn":
         _check_clipped(x, qparams.beside(q.storage), q, call, on_clip, stacklevel=7)
     return q
+
+
+def _checked_qparams(x: Array, call: _Call) -> affine.QParams:
+    static = {"spec": call.spec, "recipe": call.recipe}
+    if call.given is None:
+        qparams = run(call.b, affine.choose_qparams, x, **static)
+    else:
+        qparams = run(call.b, affine.usable_qparams, x, call.given, **static)
+    _check_finite(x, qparams.scale, call)
+    return qparams  # type: ignore[no-any-return]
 
 
 @naming_the_argument
@@ -627,12 +655,6 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
         )
 
 
-_HOW_TO_KNOW = {
-    True: "quantize outside the compiled function",
-    False: "compute them first, for instance with x.compute()",
-}
-
-
 def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
     """ValueError where something is given that a bound is to choose."""
     for name, value in (("scale", scale), ("zero_point", zero_point), ("offset", offset)):
@@ -643,21 +665,130 @@ def _check_free(bound: Bound, scale: Any, zero_point: Any, offset: Any) -> None:
             )
 
 
-def _within(bound: Bound, x: Any, dtype: Any, scheme: str, offset: Any, may_miss: bool, rest: dict[str, Any]) -> QArray:
-    x, b = as_float_array(np.asarray(x) if isinstance(x, Marked) else x, "x", rest["backend"])
-    if not b.has_values(x):
-        way = _HOW_TO_KNOW[b.is_traced(x)]
-        raise TypeError(f"{bound} is checked on values, but those of x are not known yet: {way}")
+def _within(
+    bound: Bound,
+    x: Any,
+    dtype: Any,
+    scheme: str,
+    offset: Any,
+    may_miss: bool,
+    out: Any,
+    read: tuple[Any, ...],
+    rest: dict[str, Any],
+) -> QArray:
+    """``out``: nothing is written into it before a way is known that keeps the bound."""
+    source, b = as_float_array(x.source if isinstance(x, Marked) else x, "x", rest["backend"])
+    if isinstance(x, Marked) and source is not x.source:
+        x = as_float_array(np.asarray(x), "x", rest["backend"])[0]
+    elif not isinstance(x, Marked):
+        x = source
+    if b.is_traced(source):
+        raise TypeError(
+            f"{bound} is checked on values, but those of x are not known yet: quantize outside the compiled function"
+        )
+    deferred = b.is_deferred(source)
     asked: Way = {}  # where the default may be replaced
     if offset is not None or scheme != "symmetric":
         asked = {"scheme": scheme, "offset": offset}
+    if out is not None:
+        _check_out_of(out, dtype, tuple(source.shape), b, (source, *read))
 
-    def make(form: Format, way: Way) -> QArray:
-        return _quantized(x, form, **way, **rest)
+    auto = isinstance(dtype, str) and dtype == AUTO
+    unwritten = out is not None or (auto and can_write(b) and math.prod(source.shape) > _LOOKED_AT)
+
+    def make(form: Format, way: Way) -> Attempt:
+        if unwritten:
+            call, on_clip = _prepared(x, form, **way, **rest)
+            if not call.together:
+                return _Unwritten(out, call, on_clip, read, bound, _checked_qparams(call.x, call))
+        q = _quantized(x, form, **way, **rest)
+        if deferred:
+            return Later(x, q, b, bound)
+        held = Held(x, q, b, bound.relative)
+        return held if out is None else _Copied(held, out)
 
     rules = dialect_of(rest["dialect"])
-    has_offsets = rules is AQT_LITE or bool(rules.offsets)
-    return quantize_within(x, b, dtype, bound, asked, make, missing=may_miss, offsets=has_offsets)
+    return quantize_within(
+        dtype,
+        bound,
+        asked,
+        make,
+        missing=may_miss,
+        offsets=rules is AQT_LITE or bool(rules.offsets),
+        fits=None if out is None else partial(_is_kept_as, tuple(source.shape), out),
+        later=b if deferred else None,
+    )
+
+
+def _is_kept_as(shape: tuple[int, ...], out: Any, form: Format) -> bool:
+    """Whether codes of a format are kept in an array of the shape and type of ``out``."""
+    kept_as, name = storage_of(shape, affine.Spec(form, float_type("float32"), (1,) * len(shape)))
+    return bool(out.shape == kept_as and out.dtype == name)
+
+
+def _check_out_of(out: Any, dtype: Any, shape: tuple[int, ...], b: Backend, read: tuple[Any, ...]) -> None:
+    """An error where nothing could be written into ``out``, before anything is tried."""
+    form, what = None, f"codes of {dtype}"
+    if not (isinstance(dtype, str) and dtype == AUTO):
+        form = format_of(dtype)
+    elif isinstance(out, np.ndarray):
+        integers = (known for known in FORMATS.values() if type(known.element) is Integer)
+        form = next((known for known in integers if _is_kept_as(shape, out, known)), None)
+    if form is None:
+        form, what = format_of("uint8"), "codes of uint8"
+    kept_as, name = storage_of(shape, affine.Spec(form, float_type("float32"), (1,) * len(shape)))
+    check_out(out, kept_as, name, what, b, *read)
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    """An array whose codes are to be in ``out``, or in memory of their own: measured before one is written."""
+
+    out: Any
+    call: _Call
+    on_clip: str
+    read: tuple[Any, ...]
+    bound: Bound
+    qparams: affine.QParams
+
+    @property
+    def dtype(self) -> str:
+        return self.call.spec.format.name
+
+    def error(self, enough: float) -> float:
+        call, largest = self.call, Largest(self.bound.relative, enough)
+        run(call.b, look_at_values, call.x, self.qparams, call.key, largest, spec=call.spec, recipe=call.recipe)
+        return largest.error
+
+    def take(self) -> QArray:
+        """What was written is measured once more: nobody else knows what is in a file by now."""
+        call = self.call
+        q = _quantized_into(self.out, call.x, call, self.on_clip, self.read, self.qparams)
+        error = largest_error(call.x, q, call.b, relative=self.bound.relative, enough=self.bound.value)
+        if error > self.bound.value:
+            raise RuntimeError(
+                f"out has codes that do not keep {self.bound}: an error is {error!r}; did x or out change meanwhile?"
+            )
+        return q
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """An array that a dialect makes as a whole, to be copied into ``out``."""
+
+    held: Held
+    out: Any
+
+    @property
+    def dtype(self) -> str:
+        return self.held.dtype
+
+    def error(self, enough: float) -> float:
+        return self.held.error(enough)
+
+    def take(self) -> QArray:
+        self.out[...] = self.held.q.storage
+        return replace(self.held.q, storage=self.out)
 
 
 def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rules: Dialect) -> Format:
@@ -745,7 +876,7 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
     if not b.has_nan(numbers):
         return
     if not call.recipe.ignore_nonfinite:
-        _check_chunk(b.to_numpy(x), may_miss=spec.element.missing is not None)
+        _check_chunk(x if isinstance(x, Marked) else b.to_numpy(x), may_miss=spec.element.missing is not None)
     form = spec.format.scale
     if form is not None:
         count = int(b.to_numpy(b.xp.sum(b.xp.astype(b.xp.isnan(numbers), b.xp.int32))))
@@ -762,29 +893,32 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         )
 
 
-def _check_chunk(values: np.ndarray[Any, Any], start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
+def _check_chunk(values: Any, start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:
     """ValueError where ``x``, or its chunk that begins at index ``start``, has values that are not finite.
 
-    Where values ``may_miss``, NaN says that they do.
+    Where values ``may_miss``, NaN says that they do. Part by part: the array may be larger than memory.
     """
-    with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
-        bad = np.isinf(values) if may_miss else ~np.isfinite(values)
-    if not bad.any():
+    count, first, infinite = 0, None, False
+    for box in boxes(tuple(values.shape), _LOOKED_AT, range(values.ndim)) if values.size else ():
+        part = values[tuple(slice(*ends) for ends in box)]
+        with np.errstate(invalid="ignore"):  # 16-bit types are converted first, which a signalling NaN disturbs
+            bad = np.isinf(part) if may_miss else ~np.isfinite(part)
+            infinite = infinite or (bad.any() and bool(np.isinf(part).any()))
+        count += int(bad.sum())
+        if first is None and bad.any():
+            at = np.unravel_index(np.argmax(bad), bad.shape)
+            first = tuple(int(i) + n for i, (n, _) in zip(at, box, strict=True))
+    if first is None:
         return
     where = "" if start is None else f" in the chunk at {start}"
-    offsets = start or (0,) * bad.ndim
-    first = tuple(int(i) + o for i, o in zip(np.unravel_index(np.argmax(bad), bad.shape), offsets, strict=True))
+    first = tuple(i + n for i, n in zip(first, start or (0,) * len(first), strict=True))
     kind, way = "non-finite values", "pass nonfinite='ignore' (NaN is coded as zero, infinities as the largest)"
-    with np.errstate(invalid="ignore"):
-        all_nan = not np.isinf(values).any()
-    if all_nan and not may_miss:
+    if not infinite and not may_miss:
         way = f"pass missing='nan' to quantize where NaN stands for missing values, or {way.removeprefix('pass ')}"
     if may_miss:
         kind = "values that are infinite, or NaN and not said to be missing,"
         way = "pass missing='nan' for NaN, or nonfinite='ignore' (infinities become the largest code)"
-    raise ValueError(
-        f"x has {int(bad.sum())} {kind} of {bad.size}{where}, the first at index {first}: mend them, or {way}"
-    )
+    raise ValueError(f"x has {count} {kind} of {values.size}{where}, the first at index {first}: mend them, or {way}")
 
 
 def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str, stacklevel: int = 6) -> None:

@@ -3,34 +3,42 @@
 Owns: what a bound is, which types are tried for it, and errors that no rounding understates. Imports: the container,
 formats, parts of arrays. Everything is measured on NumPy, on the result itself, and nothing is estimated.
 
-How to quantize is an argument: this module tries, measures, and says what was kept.
+How to quantize is an argument: this module tries, measures, and says what was kept. What is tried is an ``Attempt``: an
+array with its codes (``Held``), one whose codes will be computed (``Later``), or what a caller makes of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
+from aqt_lite._dispatch import run
+from aqt_lite._into import can_write, look_at_codes
 from aqt_lite._log import announce
 from aqt_lite._namespace import Array
 from aqt_lite._parts import boxes, memory_order, part_of, part_of_array
 from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
+from aqt_lite._registry import backend_of
 from aqt_lite.elements import Float, float_type
 from aqt_lite.formats import FORMATS, Format, format_of, with_missing
 from aqt_lite.qarray import QArray
 
-__all__ = ["AUTO", "Bound", "bound_of", "largest_error", "quantize_within"]
+__all__ = ["AUTO", "Attempt", "Bound", "Held", "Largest", "Later", "bound_of", "largest_error", "quantize_within"]
 
 AUTO = "auto"
 """The dtype that stands for the narrowest type that keeps a bound."""
 
 MOST_ELEMENTS = 1 << 16
 """Elements looked at together: what is made of them stays in a core's cache."""
+
+_PIECE = 1 << 14
+"""Elements of float64 that are worked on together: four times as many take four times as long an element."""
 
 _MARGIN = 1 + 2.0**-50
 """More than what a quotient of two rounded numbers loses: a difference and a division, each half a unit."""
@@ -71,6 +79,100 @@ def _number(argument: str, value: Any) -> float:
     return number
 
 
+# ---- what is tried
+
+
+class Attempt(Protocol):
+    """A way of quantizing that is measured before anybody has it."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the format."""
+
+    def error(self, enough: float) -> float:
+        """The largest error, as ``largest_error`` has it: where there is one above ``enough``, any of those."""
+
+    def take(self) -> QArray:
+        """The array."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An array whose codes are in memory."""
+
+    x: Array
+    q: QArray
+    b: Backend
+    relative: bool
+
+    @property
+    def dtype(self) -> str:
+        """Name of the format."""
+        return self.q.dtype
+
+    def error(self, enough: float) -> float:
+        """Of the codes as they are."""
+        return largest_error(self.x, self.q, self.b, relative=self.relative, enough=enough)
+
+    def take(self) -> QArray:
+        """The array itself."""
+        return self.q
+
+
+class Later:
+    """An array whose codes are computed when somebody asks: they are checked then, chunk by chunk."""
+
+    def __init__(self, x: Array, q: QArray, b: Backend, bound: Bound) -> None:
+        self._x, self._q, self._b, self._bound = x, q, b, bound
+        self._known: float | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the format."""
+        return self._q.dtype
+
+    def error(self, enough: float) -> float:
+        """Of all chunks, which are computed if nobody has measured them yet."""
+        if self._known is None:
+            self.measure([self], self._b)
+        assert self._known is not None
+        return self._known
+
+    def take(self) -> QArray:
+        """The array, whose chunks raise an error when they are computed and do not keep the bound."""
+        q = self._q.unpacked()
+        check = partial(_check_chunk, dtype=q.dtype, bound=self._bound)
+        return replace(q, storage=self._b.check_when_computed(q.storage, check, self._x, *_read(q))).packed()
+
+    @staticmethod
+    def measure(attempts: list[Later], b: Backend) -> None:
+        """Compute the errors of all, in one go over the array."""
+        look = [partial(_error_of_chunk, relative=a._bound.relative) for a in attempts]
+        errors = [
+            b.largest_of_chunks(f, a._x, *_read(a._q)) if a._q.size else None
+            for f, a in zip(look, attempts, strict=True)
+        ]
+        for attempt, error in zip(attempts, b.computed(*errors), strict=True):
+            attempt._known = 0.0 if error is None else float(b.to_numpy(error))
+
+
+def _error_of_chunk(x: _Numbers, *read: _Numbers, relative: bool) -> float:
+    boxes_of = boxes(x.shape, MOST_ELEMENTS, memory_order(x)) if x.size else ()
+    return max((error_of_part(*(part_of_array(a, box) for a in (x, *read)), relative=relative) for box in boxes_of),
+               default=0.0)  # fmt: skip
+
+
+def _check_chunk(
+    codes: _Numbers, start: tuple[int, ...], x: _Numbers, *read: _Numbers, dtype: str, bound: Bound
+) -> None:
+    error = _error_of_chunk(x, *read, relative=bound.relative)
+    if error > bound.value:
+        raise ValueError(
+            f"{dtype} cannot keep {bound}: in the chunk at {start} an error is {error!r}; use a wider dtype, smaller "
+            f"blocks (granularity=), or dtype={AUTO!r}, which computes the array to find the narrowest"
+        )
+
+
 # ---- which type
 
 
@@ -78,13 +180,11 @@ Way = dict[str, Any]
 """Arguments of ``quantize`` that say where the numbers of a type lie."""
 
 
-Make = Callable[[Format, Way], QArray]
-"""Quantizes into a format, in a way."""
+Make = Callable[[Format, Way], Attempt]
+"""Tries a format, in a way."""
 
 
 def quantize_within(
-    x: Array,
-    b: Backend,
     dtype: Any,
     bound: Bound,
     asked: Way,
@@ -92,47 +192,69 @@ def quantize_within(
     *,
     missing: bool = False,
     offsets: bool = True,
+    fits: Callable[[Format], bool] | None = None,
+    later: Backend | None = None,
 ) -> QArray:
     """What ``make`` gives of ``dtype``, or of the narrowest type, so that every finite value keeps the bound.
 
     ``asked`` is the way that the caller insists on; empty where any will do. ``missing``: whether values may miss;
-    ``offsets``: whether the dialect has offsets. A way that ``make`` refuses is passed by. ValueError, with what can be
-    kept, where the bound cannot; that of ``make`` where it refuses all.
+    ``offsets``: whether the dialect has offsets; ``fits``: which of the types that nobody asked for will do. A way that
+    ``make`` refuses is passed by. ValueError, with what can be kept, where the bound cannot; that of ``make`` where it
+    refuses all. ``later``: the backend of attempts whose codes are computed later. A single one is taken as it is, and
+    errors of several are computed together.
     """
     auto = isinstance(dtype, str) and dtype == AUTO
     asked_for = None if auto else format_of(dtype)
     if asked_for is not None:
         missing = missing or asked_for.element.missing is not None
         asked_for = with_missing(asked_for) if missing else asked_for
-    known = candidates(bound, missing, offsets)
+    known = candidates(bound, missing, offsets, fits)
     tried = known if asked_for is None else [asked_for]
+    if not tried:
+        names = ", ".join(form.name for form in candidates(bound, missing, offsets))
+        raise ValueError(
+            f"out is an array for codes of none of {names}, which dtype={AUTO!r} tries: give one for those"
+        )
     refusals: list[ValueError] = []
 
     def ways(form: Format) -> list[Way]:
         return [asked] if asked else ways_of(form, bound, offsets)
 
-    def made(form: Format) -> Iterator[QArray]:
-        for way in ways(form):
-            try:
-                q = make(form, way)
-            except ValueError as error:
-                refusals.append(error)
-            else:
-                yield q
+    def made(forms: Iterable[Format]) -> Iterator[Attempt]:
+        for form in forms:
+            for way in ways(form):
+                try:
+                    attempt = make(form, way)
+                except ValueError as error:
+                    refusals.append(error)
+                else:
+                    yield attempt
 
-    def kept(form: Format) -> QArray | None:
-        errors = ((largest_error(x, q, b, relative=bound.relative, enough=bound.value), q) for q in made(form))
-        return next((q for error, q in errors if error <= bound.value), None)
+    def measured(forms: Iterable[Format]) -> Iterable[Attempt]:
+        if later is None:
+            return made(forms)
+        attempts = list(made(forms))
+        Later.measure(attempts, later)  # type: ignore[arg-type]  # what make gives then
+        return attempts
 
-    for form in tried:
-        found = kept(form)
-        if found is not None:
-            announce(f"{bound}: {found.dtype} keeps it, in {found.nbytes} bytes")
-            return found
-    if len(refusals) == sum(len(ways(form)) for form in tried):
+    def kept(attempts: Iterable[Attempt]) -> Attempt | None:
+        return next((a for a in attempts if a.error(bound.value) <= bound.value), None)
+
+    count = sum(len(ways(form)) for form in tried)
+    if later is not None and count == 1:
+        found = next(made(tried), None)
+    else:
+        attempts = measured(tried)
+        found = kept(attempts)
+    if found is not None:
+        q = found.take()
+        announce(f"{bound}: {q.dtype} {'is to keep' if later is not None else 'keeps'} it, in {q.nbytes} bytes")
+        return q
+    if len(refusals) == count:
         raise _refusal(refusals, tried)
-    errors = {form.name: [largest_error(x, q, b, relative=bound.relative) for q in made(form)] for form in tried}
-    least = {name: min(each) for name, each in errors.items() if each}
+    least: dict[str, float] = {}
+    for attempt in made(tried) if later is None else attempts:
+        least[attempt.dtype] = min(attempt.error(math.inf), least.get(attempt.dtype, math.inf))
     best, reached = min(least.items(), key=lambda pair: pair[1])
     words = f"keeps {bound.argument}={reached!r} here"
     if math.isinf(reached):
@@ -141,8 +263,8 @@ def quantize_within(
     if auto:
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
     wider = (f for f in known if f.element.bits >= tried[0].element.bits and f.name != tried[0].name)
-    better = next((f for f in wider if kept(f) is not None), None)
-    way = smaller if better is None else f"dtype={better.name!r} does, and dtype={AUTO!r} finds the narrowest"
+    better = kept(measured(wider))
+    way = smaller if better is None else f"dtype={better.dtype!r} does, and dtype={AUTO!r} finds the narrowest"
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
 
 
@@ -159,14 +281,17 @@ _UNSIGNED, _SIGNED = ([FORMATS[f"{sign}int{bits}"] for bits in _SIZES] for sign 
 _FLOATS = [form for form in FORMATS.values() if type(form.element) is Float and form.scale is None]
 
 
-def candidates(bound: Bound, missing: bool = False, offsets: bool = True) -> list[Format]:
+def candidates(
+    bound: Bound, missing: bool = False, offsets: bool = True, fits: Callable[[Format], bool] | None = None
+) -> list[Format]:
     """Types from the narrowest on: integers, and for relative errors the floats of 8 bits before the integers of 8.
 
     Unsigned ones use every code. Where values may be ``missing``, signed ones do, but for the code of those. Where
-    there are no ``offsets``, as in dialects, which may have either, both are tried.
+    there are no ``offsets``, as in dialects, which may have either, both are tried; where not all ``fits``, too.
     """
-    integers = _SIGNED if missing else _UNSIGNED if offsets else [*_UNSIGNED, *_SIGNED]
+    integers = _SIGNED if missing else _UNSIGNED if offsets and fits is None else [*_UNSIGNED, *_SIGNED]
     found = sorted([*(_FLOATS if bound.relative else ()), *integers], key=_bits)
+    found = [f for f in found if fits is None or fits(f)]
     return [with_missing(f) for f in found if f.element.bits >= 8 or f in _SIGNED] if missing else found
 
 
@@ -202,20 +327,70 @@ def largest_error(x: Array, q: QArray, b: Backend, *, relative: bool = False, en
     """
     if not q.size:
         return 0.0
-    array, codes = b.to_numpy(x), q.to_backend("numpy").unpacked()
+    array = x if backend_of(x) is None else b.to_numpy(x)  # what is no array makes its parts itself
+    largest = Largest(relative, enough)
+    if can_write(b) and q.size > MOST_ELEMENTS and memory_order(array) == list(range(q.ndim)) and not q.transposed:
+        parts = q._checked()
+        run(b, look_at_codes, array, q.storage, parts._qparams(), largest, spec=parts._spec)
+        return largest.error
+    codes = q.to_backend("numpy").unpacked()
+    for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):
+        if not largest(part_of_array(array, box), *_read(part_of(codes, box))):
+            break
+    return largest.error
+
+
+class Largest:
+    """The largest error of parts that are looked at one after the other, or by several threads."""
+
+    def __init__(self, relative: bool, enough: float = math.inf) -> None:
+        self._relative, self._enough = relative, enough
+        self._found: list[float] = [0.0]
+
+    def __call__(self, x: _Numbers, *read: _Numbers) -> bool:
+        """Whether nothing above ``enough`` was seen, and it is worth going on."""
+        error = error_of_part(x, *read, relative=self._relative)
+        self._found.append(error)  # atomic
+        return error <= self._enough
+
+    @property
+    def error(self) -> float:
+        """Of all that were seen."""
+        return max(self._found)
+
+
+def _read(q: QArray) -> list[Array]:
+    """Values of ``q`` in its own type, and in the wider one of the arithmetic if that is another."""
     source = float_type(q.float_dtype)
-    worst = 0.0
+    return [q.dequantize(dtype) for dtype in dict.fromkeys((source.name, source.compute))]
+
+
+def error_of_part(x: _Numbers, *read: _Numbers, relative: bool) -> float:
+    """The largest error of the values of ``x`` that are finite, in any of ``read``.
+
+    Rounded errors are taken first, for they are fast. Only the largest of those can be the largest error.
+    """
+    flat, *others = (np.asarray(a).reshape(-1) for a in (x, *read))
+    found = [0.0]
+    for start in range(0, flat.size, _PIECE):
+        values = flat[start : start + _PIECE].astype(np.float64)
+        found += [_error_of(values, y[start : start + _PIECE].astype(np.float64), relative) for y in others]
+    return max(found)
+
+
+def _error_of(x: _Numbers, y: _Numbers, relative: bool) -> float:
     with np.errstate(all="ignore"):
-        for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):
-            values, part = part_of_array(array, box).astype(np.float64), part_of(codes, box)
-            finite = np.isfinite(values)
-            for dtype in dict.fromkeys((source.name, source.compute)):
-                error = error_of(values, part.dequantize(dtype).astype(np.float64), relative=relative)
-                error = np.where(np.isnan(error), math.inf, error)
-                worst = max(worst, float(error.max(where=finite, initial=0.0)))
-            if worst > enough:
-                break
-    return worst
+        size = np.asarray(np.abs(x - y))
+        if relative:
+            np.divide(size, np.abs(x), out=size, where=size != 0)
+        largest = float(size.max(initial=0.0))
+        if not math.isfinite(largest):
+            np.copyto(size, 0, where=~np.isfinite(x))
+            largest = float(size.max())
+            if not math.isfinite(largest):
+                return math.inf
+        here = (size == largest) & np.isfinite(x) if not largest else size == largest
+        return float(error_of(x[here], y[here], relative=relative).max(initial=0.0))
 
 
 def error_of(x: _Numbers, y: _Numbers, *, relative: bool) -> _Numbers:

@@ -24,7 +24,7 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._parts import boxes, memory_order
-from aqt_lite._progress import over
+from aqt_lite._progress import over, over_tasks
 from aqt_lite.qarray import QArray
 
 __all__ = ["DTYPES", "Packing", "check_bound", "check_within", "choose_packing", "limits_of"]
@@ -538,7 +538,8 @@ def _each_chunk(x: Any, look: Callable[[_Numbers, tuple[int, ...]], _R]) -> list
         dask.delayed(_each_part)(chunks[index], look, tuple(int(s[i]) for s, i in zip(starts, index, strict=True)))
         for index in np.ndindex(chunks.shape)
     ]
-    return [result for results in dask.compute(*tasks) for result in results]
+    with over_tasks(tasks):
+        return [result for results in dask.compute(*tasks) for result in results]
 
 
 def check_within(x: _Numbers, read: _Numbers, bound: float, start: tuple[int, ...] = ()) -> None:

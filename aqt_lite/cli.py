@@ -1,4 +1,4 @@
-"""The command line: ``aqt-lite pack``, ``unpack`` and ``info``, for files of netCDF and stores of zarr.
+"""The command line: ``aqt-lite pack``, ``unpack``, ``verify`` and ``info``, for files of netCDF and stores of zarr.
 
 Owns: arguments, what is printed, and the check that reads again what was written. Imports: ``aqt_lite.xarray`` when a
 command runs, so that ``--help`` needs nothing.
@@ -14,7 +14,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import aqt_lite
@@ -31,6 +32,7 @@ _EPILOG = """examples:
   aqt-lite pack in.nc out.nc --max-rel-err 1e-3             floats with few bits, relative errors (BitRound)
   aqt-lite pack in.nc out.nc --information 0.99             floats with the bits that carry information
   aqt-lite info out.nc
+  aqt-lite verify in.nc out.nc                              compare once more, when files have been copied
   aqt-lite unpack out.nc again.nc
 """
 
@@ -93,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     unpack.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     unpack.set_defaults(run=_unpack)
 
+    verify = commands.add_parser("verify", help="compare a packed file with its source, element by element")
+    verify.add_argument("source", help="the file that was packed")
+    verify.add_argument("target", help="the file that was made of it")
+    verify.set_defaults(run=_verify)
+
     info = commands.add_parser("info", help="say what is in a file, and what its bounds are")
     info.add_argument("source")
     info.set_defaults(run=_info)
@@ -149,7 +156,8 @@ def _pack(options: argparse.Namespace) -> None:
 def _write_packed(ds: Any, options: argparse.Namespace) -> None:
     from aqt_lite import xarray as fields
 
-    packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=_is_store(options.target))
+    with _telling("choosing"):
+        packed, encoding = fields.packed(ds, options.max_abs_err, options.dtype, says_type=_is_store(options.target))
     bounds = fields.bounds_of(ds, options.max_abs_err)
     for name, of_name in encoding.items():
         of_name.update(_layout(ds[name], options))
@@ -162,7 +170,8 @@ def _write_rounded(ds: Any, how: dict[str, Any], options: argparse.Namespace) ->
 
     if options.dtype != "auto":
         raise ValueError("--dtype is for the integers of --max-abs-err; what is rounded stays of its type")
-    rounded = fields.bitround(ds, **how)
+    with _telling("choosing"):
+        rounded = fields.bitround(ds, **how)
     names = [name for name, variable in rounded.data_vars.items() if fields.KEPT in variable.attrs]
     encoding: dict[Any, Any] = {
         name: {"_FillValue": rounded[name].dtype.type("nan"), **fields.related(ds[name]), **_layout(ds[name], options)}
@@ -190,6 +199,33 @@ def _unpack(options: argparse.Namespace) -> None:
         }
         _write(bare, encoding, options, lambda path: _check(ds, path, dict.fromkeys(names, 0.0)))
     _print_sizes(options)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    """What the target says of its own variables, held against the source."""
+    from aqt_lite import xarray as fields
+
+    for path in (options.source, options.target):
+        _check_source(path)
+    with _opened(options.target) as again:
+        said = {name: variable.attrs for name, variable in again.data_vars.items()}
+        table = _table(again)
+    quantized = [name for name, attrs in said.items() if fields.ATTRIBUTE in attrs]
+    if quantized:
+        raise ValueError(f"variable {quantized[0]!r} is quantized, and states no bound: compare with error_report")
+    bounds = {name: float(attrs[fields.BOUND]) for name, attrs in said.items() if fields.BOUND in attrs}
+    kept = {name: int(attrs[fields.KEPT]) for name, attrs in said.items() if fields.KEPT in attrs}
+    if not (bounds or kept):
+        raise ValueError(f"{options.target} states no bound ({fields.BOUND}) and no bits kept ({fields.KEPT})")
+    with _opened(options.source, lambda raw: [*bounds, *kept]) as ds:
+        missing = [name for name in (*bounds, *kept) if name not in ds.data_vars]
+        if missing:
+            raise ValueError(
+                f"{options.source} has no variable {missing[0]!r}, of which {options.target} states a bound"
+            )
+        _check(fields.bitround(ds, kept) if kept else ds, options.target, {**bounds, **dict.fromkeys(kept, 0.0)})
+    print(table)
+    print(f"{options.target} holds {options.source}: {len(bounds) + len(kept)} variables as stated, all others exactly")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -266,11 +302,17 @@ def _write(ds: Any, encoding: dict[Any, Any], options: argparse.Namespace, check
 
     store = _is_store(options.target)
 
+    ds = ds.copy(deep=False)
+    for name, variable in ds.variables.items():
+        # xarray gives a variable of which nothing is said all coordinates that there are, and refuses them in encoding=
+        stated = {"coordinates": variable.encoding.get("coordinates")}
+        variable.encoding = {**encoding.get(name, variable.encoding), **stated}
+
     def write(beside: str) -> None:
         if store:
-            fields.without_codecs(ds).to_zarr(beside, encoding=encoding, consolidated=False)
+            fields.without_codecs(ds).to_zarr(beside, consolidated=False)
         else:
-            ds.to_netcdf(beside, encoding=encoding, format="NETCDF4")
+            ds.to_netcdf(beside, format="NETCDF4")
         check(beside)
 
     fields.written(options.target, write, store=store, sources=[options.source])
@@ -358,6 +400,19 @@ def _bytes_of(path: str) -> int:
     if not os.path.isdir(path):
         return os.path.getsize(path)
     return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Inside, whoever looks at all values shows how far that is, where there is a terminal to show it on."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with aqt_lite.progress(
+        lambda done, of: print(f"\r{what}: {100 * done // max(of, 1):3d}%", end="", file=sys.stderr, flush=True)
+    ):
+        yield
+    print(file=sys.stderr)
 
 
 def _progress(what: str) -> Callable[[int, int], None]:

@@ -104,8 +104,10 @@ def _dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
 
 def _pack(codes: Array, *, bits: int) -> Any:
-    if not codes.ndim or 0 in codes.shape:
+    if not codes.ndim:
         return NotImplemented
+    if 0 in codes.shape:  # there is nothing to cut
+        return _adapter_of(codes).xp.zeros((*codes.shape[:-1], packing.bytes_of(codes.shape[-1], bits)), dtype=np.uint8)
     codes = _aligned(codes, (*(1,) * (codes.ndim - 1), 8))  # eight codes end with a whole byte
     chunks = (*codes.chunks[:-1], tuple(packing.bytes_of(n, bits) for n in codes.chunks[-1]))
     meta = np.empty((0,) * codes.ndim, np.uint8)
@@ -113,8 +115,10 @@ def _pack(codes: Array, *, bits: int) -> Any:
 
 
 def _unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
-    if not stream.ndim or 0 in stream.shape:
+    if not stream.ndim:
         return NotImplemented
+    if 0 in stream.shape:
+        return _adapter_of(stream).xp.zeros((*stream.shape[:-1], length), dtype=np.int8 if signed else np.uint8)
     stream = _aligned(stream, (*(1,) * (stream.ndim - 1), bits))
     ends = np.minimum(np.cumsum(stream.chunks[-1]) * 8 // bits, length)
     chunks = (*stream.chunks[:-1], tuple(np.diff(ends, prepend=0).tolist()))

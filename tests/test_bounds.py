@@ -309,11 +309,6 @@ def test_nor_where_torch_has_none():
         quantize(torch.empty(3, device="meta"), "auto", max_abs_err=0.1)
 
 
-def test_nor_where_they_are_not_computed_yet():
-    with pytest.raises(TypeError, match=r"x\.compute\(\)"):
-        quantize(da.from_array(KELVIN), "auto", max_abs_err=0.1)
-
-
 def test_models_by_rules():
     tree = {"sst": KELVIN, "rain": np.abs(KELVIN - 290)}
     whole = {"granularity": PerTensor()}

@@ -199,17 +199,26 @@ def test_what_describes_the_fields_is_left_as_it_is(tmp_path, capsys):
             "start": ("time", np.asarray([0.1, 0.2, 0.3]), {"units": "days since 2000-01-01"}),
             "name": ("time", ["a", "bc", "d"]),
             "none": (("empty",), np.zeros(0, "float32")),
+            "n": ("time", np.arange(3, dtype="int32")),
         },
         {
             "time": ("time", [0.5, 1.7, 3.0], {"units": "days since 2000-01-01", "bounds": "time_bnds"}),
             "lat": ("lat", np.linspace(-90, 90, 40), {"bounds": "lat_bnds"}),
+            "height": ((), 2.0),
+            "zone": ("time", np.arange(3)),
         },
     )
+    for name in set(ds.data_vars) - {"t"}:
+        ds[name].encoding["coordinates"] = None
+    ds["t"].encoding["coordinates"] = "height"
     ds.to_netcdf(tmp_path / "in.nc")
     status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.5")
     assert (status, errors) == (0, "")
     with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
         assert set(a.variables) == set(b.variables)
+        assert [name for name in b.variables if "coordinates" in b[name].ncattrs()] == ["t"]
+        assert b["t"].coordinates == "height"
+        assert b.ncattrs() == a.ncattrs() == ["coordinates"]  # of the file: zone, which no variable names
         for name in set(a.variables) - {"t", "none"}:
             assert a[name].dtype == b[name].dtype
             assert np.array_equal(a[name][...], b[name][...])
@@ -257,6 +266,34 @@ def test_what_is_not_packed_is_copied_bit_for_bit(tmp_path, capsys, ends):
                 np.testing.assert_allclose(found.t.values, [1.5, np.nan, 3], atol=0.1)
     status, _, errors = run(capsys, "pack", source, out, "--max-abs-err", "flag=1", "--overwrite")
     assert (status, "variable 'flag': x has dtype int16" in errors) == (1, True)
+
+
+def test_what_other_tools_packed_is_packed_anew(tmp_path, capsys):
+    """Codes whose sign an attribute tells, and a missing_value without _FillValue, beside float64 attributes."""
+    said = {
+        "u": ("i1", {"_Unsigned": "true", "scale_factor": np.float32(0.1), "add_offset": np.float32(10)}, np.int8(-1)),
+        "n": ("i2", {"scale_factor": 0.001, "add_offset": 290.0, "missing_value": np.int16(-32767)}, None),
+    }
+    with netCDF4.Dataset(tmp_path / "in.nc", "w") as file:
+        file.createDimension("x", 200)
+        for name, (kind, attributes, fill) in said.items():
+            v = file.createVariable(name, kind, ("x",), fill_value=fill)
+            v.set_auto_maskandscale(False)
+            v.setncatts(attributes)
+            v[:] = np.arange(-100, 100).astype(kind)
+            v[3] = attributes.get("missing_value", fill)
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.01")
+    assert (status, errors) == (0, "")
+    with netCDF4.Dataset(tmp_path / "in.nc") as a, netCDF4.Dataset(tmp_path / "out.nc") as b:
+        assert a["u"][:].max() > 30
+        for name in said:
+            assert not {"_Unsigned", "missing_value"} & set(b[name].ncattrs())
+            x, y = (np.ma.filled(file[name][:].astype("f8"), np.nan) for file in (a, b))
+            assert np.isnan(x[3])
+            assert np.array_equal(np.isnan(x), np.isnan(y))
+            assert (
+                np.nanmax(np.abs(x - y)) <= 0.01 + 1e-6
+            )  # netCDF4 decodes what others packed with roundings of its own
 
 
 def test_variables_without_axes(tmp_path, capsys):
@@ -380,6 +417,41 @@ def test_a_written_file_that_differs_is_noticed(source, tmp_path):
                 aqt_lite.xarray.check_within(ds.t, again.t[1:], 0.05)
 
 
+@pytest.mark.parametrize("how", ["--max-abs-err", "--keepbits"])
+@pytest.mark.parametrize("suffix", ["nc", "zarr"])
+def test_a_packed_file_is_verified(how, suffix, source, tmp_path, capsys):
+    out = tmp_path / f"out.{suffix}"
+    run(capsys, "pack", source, out, how, "t=1,p=8" if how == "--max-abs-err" else "t=3,p=8")
+    status, said, errors = run(capsys, "verify", source, out)
+    assert (status, errors) == (0, "")
+    assert said.endswith(f"{out} holds {source}: 2 variables as stated, all others exactly\n")
+    with netCDF4.Dataset(source, "a") as file:
+        file["t"][1, 2, 3] += 100
+    status, said, errors = run(capsys, "verify", source, out)
+    assert (status, said) == (1, "")
+    assert "variable 't': 1 values of 6000 are further than" in errors
+    assert "(1, 2, 3)" in errors
+
+
+def test_what_cannot_be_verified_is_said(source, tmp_path, capsys):
+    q, out, other = tmp_path / "q.nc", tmp_path / "out.nc", tmp_path / "other.nc"
+    aqt_lite.xarray.quantize(xr.DataArray(X, name="t"), missing="nan").to_netcdf(q)
+    run(capsys, "pack", source, out, "--max-abs-err", "p=1")
+    xr.Dataset({"n": ("x", [1, 2])}).to_netcdf(other)
+    with netCDF4.Dataset(out, "a") as file:
+        file["n"][0] = 7
+    for a, b, said in [
+        (source, source, "states no bound (max_abs_error) and no bits kept (quantization_nsb)"),
+        (source, q, "variable 't' is quantized, and states no bound: compare with error_report"),
+        (other, out, "other.nc has no variable 'p', of which"),
+        (source, out, "variable 'n' is not read again as it was written"),
+        (source, tmp_path / "none.nc", "none.nc does not exist"),
+    ]:
+        status, printed, errors = run(capsys, "verify", a, b)
+        assert (status, printed) == (1, "")
+        assert said in errors
+
+
 def test_files_with_groups_are_refused(source, tmp_path, capsys):
     with netCDF4.Dataset(source, "a") as file:
         file.createGroup("model")
@@ -392,6 +464,9 @@ def test_progress_is_shown_on_a_terminal_only(source, tmp_path, capsys, monkeypa
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     _, _, errors = run(capsys, "pack", source, tmp_path / "out.nc", "--max-abs-err", "1")
     assert "checking t: 100%\n" in errors
+    assert "choosing: 100%\n" in errors
+    _, _, errors = run(capsys, "pack", source, tmp_path / "out.nc", "--max-rel-err", "1e-3", "--overwrite")
+    assert "choosing: 100%\n" in errors
 
 
 def test_the_command_needs_nothing_for_help_and_says_what_is_missing(tmp_path, capsys):

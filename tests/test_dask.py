@@ -185,7 +185,75 @@ def test_an_array_larger_than_a_worker_is_quantized_whoever_dies():
     assert "the same results: yes" in done.stdout
 
 
-def test_masks_stay_lazy_and_bounds_say_how():
+def count_chunks(x):
+    """``x``, and how many of its chunks have been computed."""
+    seen = []
+
+    def one(chunk):
+        seen.append(1)
+        return chunk
+
+    return x.map_blocks(one, dtype=x.dtype, meta=x._meta), seen
+
+
+ONE_WAY = [
+    ("int8", {"max_abs_err": 0.1}),
+    ("int4", {"max_abs_err": 0.3, "granularity": PerGroup(7), "missing": "nan"}),
+    ("mxfp8_e4m3", {"max_abs_err": 0.3}),
+    ("uint16", {"max_rel_err": 0.5, "scheme": "affine"}),
+]
+SEVERAL_WAYS = [
+    ("auto", {"max_abs_err": 0.1}),
+    ("auto", {"max_abs_err": 0.1, "granularity": PerChannel(0), "mask": X > 1}),
+    ("auto", {"max_rel_err": 0.07}),
+    ("uint16", {"max_rel_err": 0.5}),
+    ("auto", {"max_abs_err": 0.1, "dialect": "onnx"}),
+]
+
+
+@settings(max_examples=10, deadline=None)
+@given(chunks=chunkings(X.shape), how=st.sampled_from(ONE_WAY + SEVERAL_WAYS))
+def test_bounds_have_the_bits_of_the_whole(chunks, how):
+    """Lazily where one way is left to try; else by one computation of the array, for all of them together."""
+    dtype, options = how
+    x, seen = count_chunks(da.from_array(X, chunks=chunks))
+    there, here = quantize(x, dtype, **options), quantize(X, dtype, **options)
+    assert len(seen) == (0 if how in ONE_WAY else x.npartitions)
+    assert all(isinstance(array, da.Array) for array in there._arrays())
+    assert_same_bits(there.to_backend("numpy"), here)
+    assert_same_bits(there.dequantize().compute(), here.dequantize())
+
+
+def test_bounds_that_are_not_kept():
+    x = da.from_array(X, chunks=(5, 10))
+    worst = np.unravel_index(np.argmax(np.abs(X - quantize(X, scheme="affine", offset="data").dequantize())), X.shape)
+    q = quantize(x, "int8", max_abs_err=1e-6, granularity=PerChannel(0))
+    with pytest.raises(ValueError, match=r"int8 cannot keep max_abs_err=1e-06: in the chunk at \(\d+, \d+\) an error"):
+        q.dequantize().compute()
+    e = error_report(X, quantize(X, offset="data", scheme="affine")).max_abs_error * 0.999
+    with pytest.raises(ValueError, match=rf"in the chunk at \({worst[0] // 5 * 5}, {worst[1] // 10 * 10}\) an error"):
+        quantize(x, "int8", max_abs_err=e).dequantize().compute()
+    x, seen = count_chunks(x)
+    with pytest.raises(ValueError, match=r"none of uint2, .* can keep") as there:
+        quantize(x, "auto", max_abs_err=1e-9)
+    with pytest.raises(ValueError, match=r"none of uint2, .* can keep") as here:
+        quantize(X, "auto", max_abs_err=1e-9)
+    assert str(there.value) == str(here.value)
+    assert len(seen) == x.npartitions
+    bad = X.copy()
+    bad[7, 13] = np.nan
+    with pytest.raises(ValueError, match=r"in the chunk at \(5, 10\), the first at index \(7, 13\)"):
+        quantize(da.from_array(bad, chunks=(5, 10)), "auto", max_abs_err=0.1)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (3, 0)])
+def test_bounds_of_empty_arrays_and_of_one_number(shape):
+    for dtype in ("auto", "int8"):
+        q = quantize(da.full(shape, 3.5, dtype="f4"), dtype, max_abs_err=0.1)
+        assert_same_bits(q.to_backend("numpy"), quantize(np.full(shape, 3.5, "f4"), dtype, max_abs_err=0.1))
+
+
+def test_masks_stay_lazy():
     x, land = da.from_array(X, chunks=(5, 7)), X[0] > 0.5
     here = quantize(X, mask=land)
     for mask in (land, da.from_array(land, chunks=4)):
@@ -195,7 +263,5 @@ def test_masks_stay_lazy_and_bounds_say_how():
         assert_same_bits(there.dequantize().compute(), here.dequantize())
     there = quantize(x, fill_value=float(X[3, 3]), granularity=PerChannel(1))
     assert_same_bits(there.to_backend("numpy"), quantize(X, fill_value=float(X[3, 3]), granularity=PerChannel(1)))
-    with pytest.raises(TypeError, match=r"max_abs_err=0.1 is checked on values, .* compute them first"):
-        quantize(x, max_abs_err=0.1)
     with pytest.raises(TypeError, match="out is given, but arrays of dask"):
         quantize(x, out=np.empty(X.shape, "i1"))

@@ -101,8 +101,6 @@ def test_what_cannot_be_written_into_is_refused():
         quantize(X, "int4", out=np.empty(X.shape, "i1"))
     with pytest.raises(TypeError, match="out is a list"):
         quantize(X, out=[1])
-    with pytest.raises(ValueError, match="out and max_abs_err are both given"):
-        quantize(X, max_abs_err=0.1, out=np.empty(X.shape, "i1"))
     with pytest.raises(ValueError, match="out is given, but dialect='gguf'"):
         quantize(X[:32, :32], "q8_0", dialect="gguf", out=np.empty((32, 32), "i1"))
     with pytest.raises(ValueError, match="it must be float64"):
@@ -180,6 +178,95 @@ def test_large_masked_arrays_are_marked_part_by_part(monkeypatch):
         quantize(x, mask=x[0] > 1)
     assert [w.category.__name__ for w in found] == ["SuspectValueWarning"]
     assert found[0].filename == __file__
+
+
+BOUNDS = [
+    ("int8", {"max_abs_err": 0.1}),
+    ("int8", {"max_abs_err": 0.1, "scheme": "affine", "granularity": PerBlock((5, 7))}),
+    ("auto", {"max_abs_err": 0.1, "granularity": PerGroup(32)}),
+    ("auto", {"max_abs_err": 2e-4}),
+    ("int4", {"max_abs_err": 0.4, "missing": "nan"}),
+    ("auto", {"max_rel_err": 0.07}),
+    ("mxfp8_e4m3", {"max_abs_err": 0.3}),
+    ("auto", {"max_abs_err": 0.1, "mask": X > 1, "granularity": PerChannel(0)}),
+    ("int8", {"max_abs_err": 0.1, "rounding": "stochastic", "key": 3}),
+    ("auto", {"max_abs_err": 0.1, "dialect": "keras"}),
+    ("nf4", {"max_abs_err": 1.0, "granularity": PerGroup(64), "scale_dtype": "int8"}),
+]
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("dtype", "how"), BOUNDS, ids=str)
+def test_bounds_have_the_bits_of_what_is_returned(dtype, how, monkeypatch):
+    from aqt_lite import _missing
+
+    wanted = quantize(X, dtype, **how)
+    monkeypatch.setattr(_missing, "_TOGETHER", 1000)  # masks are marked part by part
+    out = np.full(wanted.storage.shape, 77, wanted.storage.dtype)
+    q = quantize(X, wanted.dtype, out=out, **how)
+    assert q.storage is out
+    assert_same_bits(q, wanted)
+    monkeypatch.setattr(aqt_lite.api, "_LOOKED_AT", 100)  # types that do not keep it leave no codes
+    assert_same_bits(quantize(X, dtype, **how), wanted)
+    if dtype == "auto" and how.get("max_abs_err"):
+        again = quantize(X, "auto", out=np.empty_like(out), **how)
+        assert (again.bits, again.storage.dtype) == (q.bits, out.dtype)
+
+
+def test_nothing_is_written_where_a_bound_is_not_kept():
+    out = np.full(X.shape, 5, "i1")
+    for how, words in [
+        ({"max_abs_err": 1e-3}, "int8 cannot keep max_abs_err=0.001: it keeps max_abs_err=0.01.* smaller blocks"),
+        ({"max_rel_err": 1e-3, "dtype": "auto"}, "none of .*int8 can keep max_rel_err=0.001"),
+        ({"max_abs_err": 0.1, "dtype": "uint8"}, r"out is int8\(37, 203\): it must be uint8"),
+        ({"max_abs_err": 0.1, "dtype": "auto", "x": X[:3]}, "out is int8"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            quantize(how.pop("x", X), out=out, **how)
+        assert (out == 5).all()
+    with pytest.raises(ValueError, match=r"out is an array for codes of none of int2_nan, .* which dtype='auto' tries"):
+        quantize(X, "auto", max_abs_err=0.1, mask=X > 1, out=out.view("u1"))
+    assert quantize(X, "auto", max_abs_err=0.1, out=np.empty(X.shape, "i2")).dtype == "int16"  # as out is
+
+
+def test_what_changes_while_it_is_written_is_noticed(monkeypatch):
+    from aqt_lite import bounds
+
+    x = X.copy()
+
+    def encoded(out, x, *rest):
+        q = encode(out, x, *rest)
+        x[3, 4] += 1
+        return q
+
+    encode = aqt_lite.api._quantized_into
+    monkeypatch.setattr(aqt_lite.api, "_quantized_into", encoded)
+    with pytest.raises(RuntimeError, match=r"out has codes that do not keep max_abs_err=0\.1: an error is .* change"):
+        quantize(x, max_abs_err=0.1, out=np.empty(X.shape, "i1"))
+    assert bounds.Largest(relative=False)(X, X)
+
+
+def test_bad_values_of_large_arrays_are_found_part_by_part(monkeypatch):
+    from aqt_lite import _missing
+
+    monkeypatch.setattr(aqt_lite.api, "_LOOKED_AT", 50)
+    monkeypatch.setattr(_missing, "_TOGETHER", 50)
+    x = X.copy()
+    x[30, 1] = x[20, 150] = x[20, 151] = np.nan
+    with pytest.raises(
+        ValueError, match=r"3 non-finite values of 7511, the first at index \(20, 150\): .*missing='nan'"
+    ):
+        quantize(x)
+    x[3, 3] = np.inf
+    with pytest.raises(ValueError, match=r"1 values that are infinite, or NaN .* first at index \(3, 3\)"):
+        quantize(x, missing="nan")
+    x[3, 3] = x[30, 3] = 1e20
+    with pytest.warns(aqt_lite.SuspectValueWarning, match=r"2 values of 1e\+20, 1e\+20 times the median"):
+        quantize(x, missing="nan")
+    x[30, 3] = -1e20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize(x, missing="nan")  # two kinds of them
 
 
 def test_memory_that_is_read_or_shared():

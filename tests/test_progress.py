@@ -6,10 +6,13 @@ import io
 import itertools
 import sys
 
+import dask
+import dask.array as da
 import numpy as np
 import pytest
 
 import aqt_lite
+from aqt_lite import cf
 from aqt_lite.testing import assert_same_bits
 
 X = np.random.default_rng(0).standard_normal((1500, 1000)).astype("float32")
@@ -45,6 +48,17 @@ def test_every_pass_is_told_to_its_end(number):
     before = len(seen)
     CALLS[number]()
     assert len(seen) == before, "it is told no longer"
+
+
+def test_chunks_of_dask_are_told():
+    x = da.from_array(X[:90, :90], chunks=(30, 45))
+    for scheduler in ("synchronous", "threads"):
+        seen: list[tuple[int, int]] = []
+        with dask.config.set(scheduler=scheduler), aqt_lite.progress(lambda *told, seen=seen: seen.append(told)):
+            cf.choose_packing(x, max_abs_err=0.1)
+            aqt_lite.keepbits_for(x, max_rel_err=0.01)
+        assert seen == [(n, 6) for n in range(1, 7)] * (len(seen) // 6)
+        assert len(seen) >= 18
 
 
 def test_what_a_callback_raises_ends_the_call():

@@ -207,28 +207,65 @@ def encode_into(x: Array, qparams: QParams, key: Array | None, storage: Array, *
     for_tiles(work, x.shape, _block_to_cut(spec), 8 if packs else 1)
 
 
+def look_at_values(
+    x: Array, qparams: QParams, key: Array | None, look: Callable[..., bool], *, spec: Spec, recipe: Recipe
+) -> None:
+    """``_into.look_at_values`` on tiles."""
+    twins = with_twins(spec)
+
+    def codes_of(tile: Tile, part: Array, own: QParams) -> Array:
+        return affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
+
+    _look(x, qparams, codes_of, look, spec)
+
+
+def look_at_codes(x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec) -> None:
+    """``_into.look_at_codes`` on tiles."""
+    _look(x, qparams, lambda tile, *_: _codes_of_tile(codes, tile, x.shape, spec), look, spec)
+
+
+def _look(x: Array, qparams: QParams, codes_of: Callable[..., Array], look: Callable[..., bool], spec: Spec) -> None:
+    if 0 in x.shape:
+        return
+    twins, ended = with_twins(spec), threading.Event()
+    names = dict.fromkeys((spec.source.name, spec.source.compute))
+
+    def work(tile: Tile) -> None:
+        if ended.is_set():
+            return
+        own, part = _cut(QParams(*qparams), tile), x[tile.at]
+        w = own.beside(codes_of(tile, part, own))
+        if not look(part, *(affine.dequantize(w, spec=twins, out=name, b=_numpy()) for name in names)):
+            ended.set()
+
+    for_tiles(work, x.shape, _block_to_cut(spec), 8 if _into.is_packed(spec, x.ndim) else 1)
+
+
 def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None) -> None:
     """``_into.decode_into`` on tiles."""
     if 0 in values.shape:
         return
     twins, element = with_twins(spec), spec.element
-    packs = codes.shape != values.shape
-    signed = not element.storage.startswith("u")
     name = values.dtype.name
 
     def work(tile: Tile) -> None:
-        if packs:
-            length = tile.at[-1].stop - tile.at[-1].start
-            part = packed.unpacked_rows(codes[_of_stream(tile, element.bits)], element.bits, length, signed)
-        else:
-            part = codes[tile.at]
+        part = _codes_of_tile(codes, tile, values.shape, spec)
         own = _cut(QParams(*qparams), tile)
         found = affine.dequantize(own.beside(part), spec=twins, out=name, b=_numpy())
         if fill is not None and element.missing is not None:
             found = np.where(part == element.missing, found.dtype.type(fill), found)
         values[tile.at] = found
 
-    for_tiles(work, values.shape, _block_to_cut(spec), 8 if packs else 1)
+    for_tiles(work, values.shape, _block_to_cut(spec), 8 if codes.shape != values.shape else 1)
+
+
+def _codes_of_tile(codes: Array, tile: Tile, shape: tuple[int, ...], spec: Spec) -> Array:
+    """A tile of the codes of an array of that shape, of which there are fewer elements where they are packed."""
+    if codes.shape == shape:
+        return codes[tile.at]
+    bits, length = spec.element.bits, tile.at[-1].stop - tile.at[-1].start
+    signed = not spec.element.storage.startswith("u")
+    return packed.unpacked_rows(codes[_of_stream(tile, bits)], bits, length, signed)
 
 
 def _block_to_cut(spec: Spec) -> Block | None:
@@ -571,5 +608,10 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """The forms, each under its operation: they know every format."""
 
-INTO: dict[Callable[..., Any], Callable[..., Any]] = {_into.encode_into: encode_into, _into.decode_into: decode_into}
-"""Those that write into arrays that they are given."""
+INTO: dict[Callable[..., Any], Callable[..., Any]] = {
+    _into.encode_into: encode_into,
+    _into.decode_into: decode_into,
+    _into.look_at_codes: look_at_codes,
+    _into.look_at_values: look_at_values,
+}
+"""Those that need no memory for a result."""
