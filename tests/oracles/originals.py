@@ -174,6 +174,12 @@ def _matmul_nbits(x: np.ndarray, dtype: str, scheme: str) -> Found:
 # ---- MLX
 
 
+def _widened(a: Any) -> np.ndarray:
+    import mlx.core as mx
+
+    return np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
+
+
 def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     import mlx.core as mx
 
@@ -181,7 +187,7 @@ def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     mode = "affine" if scheme == "offsets" else dtype.partition("_")[0]
     group = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": x.shape[1]}[mode]
     with mx.stream(mx.cpu):
-        packed, *rest = (np.array(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
+        packed, *rest = (_widened(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
     codes = _unpacked(packed.view(np.uint8), bits)
     if mode == "affine":
         return codes, rest[0].reshape(-1), rest[1].reshape(-1)
