@@ -206,7 +206,7 @@ def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_pa
     shown = re.findall(r"```\n(They .*?)```", text, flags=re.DOTALL)[0]
     assert printed.startswith(shown)
     first, counts, fields, converted, refused = printed.removeprefix(shown).splitlines()
-    assert first == "torch ('torch_per_channel', 'torchao')"
+    assert first == "torch ('torch_per_channel', 'torch_per_tensor', 'torchao')"
     assert 0 < int(counts.split()[1]) <= int(counts.split()[0])
     assert fields == "aqt_lite, divides=True"
     assert converted == "-8 (64, 8) uint8"
