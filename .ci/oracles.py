@@ -2,9 +2,9 @@
 
     .venv/bin/python .ci/oracles.py [--seeds N] [--write] [name ...]
 
-What it is given goes to tests/oracles/dialects.py, and where it names no dialect also to arrays.py beside it. The
-environment is a directory of its own under build/oracles, which sees the development set-up and holds the originals
-beside it.
+What it is given goes to tests/oracles/dialects.py, and where it names no dialect also to arrays.py beside it, and to
+blocks.py, of which libraries.py writes the golden vectors. The environment is a directory of its own under
+build/oracles, which sees the development set-up and holds the originals beside it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def prepared() -> Path:
 if __name__ == "__main__":
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     named = any(not argument.lstrip("-").isdigit() and not argument.startswith("-") for argument in sys.argv[1:])
+    scripts = ("dialects.py", "arrays.py", "blocks.py")[: 1 if named else 2 if "--write" in sys.argv else 3]
     python, codes = prepared(), []
-    for script in ("dialects.py",) if named else ("dialects.py", "arrays.py"):
+    for script in scripts:
         command = [python, "-W", "ignore", ROOT / "tests" / "oracles" / script, *sys.argv[1:]]
         codes.append(subprocess.run(command, env=environment, check=False).returncode)
     sys.exit(max(codes, key=abs))

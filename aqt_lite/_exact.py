@@ -1,6 +1,7 @@
 """Arithmetic that is exact on hardware whose division is not.
 
-Owns: the correctly rounded reciprocal and quotient. Imports: nothing of this package.
+Owns: the correctly rounded reciprocal and quotient, and what a fused multiply-add rounds to. Imports: nothing of this
+package.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from aqt_lite._namespace import Array
 
-__all__ = ["quotient", "reciprocal"]
+__all__ = ["quotient", "reciprocal", "rounded_fused"]
 
 
 def reciprocal(
@@ -129,3 +130,48 @@ def quotient(
     size = xp.where(i == 0, xp.zeros_like(mantissa), mantissa)
     size = xp.where(xp.isfinite(x), size, xp.abs(x))
     return xp.where(xp.isnan(y), y, xp.where(bitcast(x, bits) < 0, -size, size))  # of -0, too
+
+
+def rounded_fused(
+    x: Array, y: Array, z: Array, *, xp: Any, bits_of: Callable[[Array], Array], floats_of: Callable[[Array], Array]
+) -> Array:
+    """``round(x * y + z)`` of float32, the sum rounded once as a fused multiply-add does, and then half to even.
+
+    Product and sum rounded one after the other tell all apart but sums next to a tie, half an odd number. There the
+    distance of ``x * y`` from ``tie - z`` decides, which is exact: 24 bits are cut into twice 12, so that no product is
+    rounded (and none can be fused wrongly), and ``x_high * y_high - (tie - z)`` and what follows cancel without a rest.
+    A sum within half a unit in the last place of the tie is rounded to it, and that to the even neighbour.
+
+    Parameters
+    ----------
+    x, y, z : array
+        float32 of one shape; ``y`` positive and normal, ``z`` whole numbers below 2^16. Where ``x * y`` is beyond 2^20,
+        or NaN, so is the result, about.
+    bits_of, floats_of : callable
+        Bit patterns of float32 as int32, and back.
+    """
+    large, small = y > 2.0**32, y < 2.0**-32  # brought near 1, so that halves of numbers are normal
+    factor = xp.where(large, xp.full_like(y, 2.0**-64), xp.where(small, xp.full_like(y, 2.0**64), xp.ones_like(y)))
+    inverse = xp.where(large, xp.full_like(y, 2.0**64), xp.where(small, xp.full_like(y, 2.0**-64), xp.ones_like(y)))
+    x, y = x * inverse, y * factor
+    product = xp.clip(x * y, -_FAR, _FAR)  # the clip keeps the product from being fused with the addition
+    near = xp.abs(product) < _FAR
+    x = xp.where(near, x, xp.zeros_like(x))
+    below = xp.floor(product + z)
+    tie = below + 0.5
+    x_high, y_high = (floats_of(bits_of(v) & -4096) for v in (x, y))
+    x_low, y_low = x - x_high, y - y_high
+    distance = ((x_high * y_high - (tie - z)) + x_high * y_low) + x_low * y_high  # but for x_low * y_low
+    half = floats_of(bits_of(tie) & 0x7F800000) * 2.0**-24  # of a unit in the last place of the tie
+    closer = half * 0.5  # on the side of zero of a power of two
+    up = xp.where(tie == -0.5, closer, half)
+    down = xp.where(tie == 0.5, closer, half)
+    rest = x_low * y_low
+    above, under = (distance - up) + rest > 0, (distance + down) + rest < 0
+    even = below - 2 * xp.floor(below * 0.5) == 0
+    goes_up = above | ~(under | even)
+    found = below + xp.where(goes_up, xp.ones_like(below), xp.zeros_like(below))
+    return xp.where(near, found, product + z)
+
+
+_FAR = 2.0**20

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "by_distance",
     "by_inverse_of_quotient",
+    "by_places",
+    "by_product",
     "by_quotient",
     "by_range",
     "ceil_of_logarithm",
@@ -47,6 +51,8 @@ _LEAST_BLOCK = 2.0**-119
 _LEAST_E4M3 = 2.0**-6
 """The smallest e4m3 with a leading 1, below which torchao has no scale."""
 _E4M3_OF_NOTHING = 0.125
+_LEAST_OF_MODELOPT = 2.0**-9
+_PLACES = 1 << 16
 _LEAST_OF_QWIX = 2.0**-63
 """Scales below it become 1 there."""
 
@@ -69,19 +75,30 @@ def by_quotient(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -
 
     The tensor scale kept is the reciprocal of the global one. A scale that is rounded to 0 becomes 1/8.
     """
-    xp = b.xp
     blocks, tensor = _largest(known, spec, b)
     usable, tensor = _usable(tensor, b)
     most = spec.format.scale.element.max * spec.element.max
     overall = _or_one(_times_inverse(most, tensor, b), usable, b)
     scale, numbers = _kept(_sixths(blocks, spec, b) * _like(overall, blocks, b), spec, b, of_zeros=_E4M3_OF_NOTHING)
     divisor = b.quotient(numbers, _like(overall, numbers, b))
-    divisor = xp.broadcast_to(spread(divisor, tuple(x.shape), spec.block, xp), tuple(x.shape))
-    v = b.quotient(x, divisor)
-    subnormal = (x < 0) & (v == 0) & (xp.abs(x) * 2.0**75 > divisor * 2.0**-75)  # a quotient above 2^-150
-    v = xp.where(subnormal, xp.full_like(v, -_LEAST_E4M3), v)  # which becomes -0; -0 itself becomes 0
-    codes, inside = encode(xp.where(v == 0, xp.zeros_like(v), v))
+    codes, inside = encode(_negatives_kept(x, divisor, spec, b))
     return codes, inside, (scale, _marked(b.reciprocal(overall), known, b)), None, None
+
+
+def by_product(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> Made:
+    """NVFP4 of ModelOpt: x over ``block scale * tensor scale``, the former at least 2^-9, and 1 for zeros."""
+    xp = b.xp
+    blocks, tensor = _largest(known, spec, b)
+    usable, tensor = _usable(tensor, b)
+    tensor = b.quotient(tensor, xp.full_like(tensor, spec.format.scale.element.max * spec.element.max))
+    tensor = _or_one(tensor, usable, b)
+    whole = _like(tensor * spec.element.max, blocks, b)
+    finite = xp.where(xp.isfinite(blocks), blocks, xp.zeros_like(blocks))
+    steps = b.quotient(finite, whole)
+    nothing = finite * 2.0**75 <= whole * 2.0**-75  # a quotient of 0, or one that float32 rounds to 0
+    scale, numbers = _kept(xp.where(nothing, xp.ones_like(steps), steps), spec, b, least=_LEAST_OF_MODELOPT)
+    codes, inside = encode(_negatives_kept(x, numbers * _like(tensor, numbers, b), spec, b))
+    return codes, inside, (scale, _marked(tensor, known, b)), None, None
 
 
 def one_level(x: Array, known: Array, encode: Encode, spec: Any, b: Backend, *, divides: bool, least: float) -> Made:
@@ -190,6 +207,42 @@ def four_bits(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> 
     return codes, inside, xp.where(xp.isfinite(amax), scale, xp.full_like(scale, float("nan"))), None, None
 
 
+def by_places(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> Made:
+    """Codebooks of bitsandbytes: x over the largest magnitude, by way of 65,536 places from -1 to 1.
+
+    Each place has the code of the number next to it.
+    """
+    xp, shape = b.xp, tuple(x.shape)
+    amax = reduced(xp.abs(known), spec.block, b.largest, xp)
+    there = (amax >= spec.source.tiny) & (amax < spec.source.huge)
+    scale = _or_one(amax, there, b)
+    v = x * spread(b.reciprocal(scale), shape, spec.block, xp)
+    from_one = xp.clip(v, -1.0, 1.0) + 1.0  # clipped: keeps the product from being fused with the addition
+    steps = b.constant(_where_places_step(spec.element.numbers), b.dtype_name(v), like=v)
+    found = xp.searchsorted(steps, xp.reshape(from_one, (-1,)), side="right")
+    codes = xp.reshape(xp.astype(found, b.dtype(spec.element.storage)), shape)
+    nothing, _ = encode(xp.zeros_like(v))
+    codes = xp.where(spread(there, shape, spec.block, xp) & (v == v), codes, nothing)
+    scale = xp.where(amax < spec.source.huge, scale, xp.full_like(scale, float("nan")))
+    return codes, (v >= spec.element.min) & (v <= spec.element.max), scale, None, None
+
+
+@lru_cache(maxsize=16)
+def _where_places_step(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    """For each code but the first, the least float32 of ``1 + v`` that has it, or a larger one."""
+    if numbers[0] < -1 or numbers[-1] > 1 or any(a >= b for a, b in pairwise(numbers)):
+        raise ValueError("dtype: codebooks of 8 bits of this dialect have increasing numbers from -1 to 1")
+    ordered = np.asarray(numbers)
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    codes = np.searchsorted(middles, np.arange(_PLACES) * (2 / (_PLACES - 1)) - 1, side="left")
+    first = np.searchsorted(codes, np.arange(1, len(numbers)), side="left")  # the first place of each code
+    half = np.float32((_PLACES - 1) / 2)
+    near = ((first - 0.5) / float(half)).astype(np.float32).view(np.int32)[:, None] + np.arange(-8, 9, dtype=np.int32)
+    floats = near.astype(np.int32).view(np.float32)
+    places = (floats * half + np.float32(0.5)).astype(np.int64)
+    return tuple(np.where(places >= first[:, None], floats, np.float32(np.inf)).min(1).tolist())
+
+
 def by_range(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> Made:
     """TinyGEMM of torchao: codes cover [min x, max x]; beside the scale the value of the middle code is kept.
 
@@ -229,6 +282,16 @@ def _usable(tensor: Array, b: Backend) -> tuple[Array, Array]:
 
 def _or_one(a: Array, usable: Array, b: Backend) -> Array:
     return b.xp.where(usable, a, b.xp.ones_like(a))
+
+
+def _negatives_kept(x: Array, divisor: Array, spec: Any, b: Backend) -> Array:
+    """``x / divisor``, a number for each block; what becomes -0 is below zero, and -0 itself is 0."""
+    xp, shape = b.xp, tuple(x.shape)
+    divisor = xp.broadcast_to(spread(divisor, shape, spec.block, xp), shape)
+    v = b.quotient(x, divisor)
+    subnormal = (x < 0) & (v == 0) & (xp.abs(x) * 2.0**75 > divisor * 2.0**-75)  # a quotient above 2^-150
+    v = xp.where(subnormal, xp.full_like(v, -_LEAST_E4M3), v)  # which becomes -0
+    return xp.where(v == 0, xp.zeros_like(v), v)
 
 
 def _times_inverse(number: float, a: Array, b: Backend) -> Array:

@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aqt_lite._blocks import reduced, spread
 from aqt_lite._dispatch import run
+from aqt_lite._exact import rounded_fused
 from aqt_lite._namespace import Array
 from aqt_lite._noise import noise
 from aqt_lite._protocol import Backend
@@ -680,7 +682,9 @@ def _encoded(
         v = xp.where((x > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
     if zero is not None:
         zero = spread(xp.astype(zero, v.dtype), shape, spec.block, xp)
-        if recipe.dialect.zero_first:  # clipped far off, so that a product is not fused with the addition
+        if recipe.dialect.fused and steps is None and spec.source.compute == "float32":
+            v, zero = _fused(x, scale, zero, spec, b), xp.zeros_like(zero)
+        elif recipe.dialect.zero_first:  # clipped far off, so that a product is not fused with the addition
             v = xp.where(xp.isnan(v), zero, xp.clip(v, -_FAR, _FAR) + zero)
             zero = xp.zeros_like(zero)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
@@ -715,6 +719,16 @@ def _in_steps(
         inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
     v = x * spread(inverse, tuple(x.shape), block, xp)
     return v if headroom == 1 else v * spread(room, tuple(x.shape), block, xp)
+
+
+def _fused(x: Array, scale: Array, zero: Array, spec: Spec, b: Backend) -> Array:
+    """``x * (1 / scale) + zero``, rounded to float32 at once and then to a whole number; ``zero`` for NaN."""
+    xp, shape = b.xp, tuple(x.shape)
+    v = _flushed(_computable(x, spec, b), spec, xp)
+    inverse = xp.broadcast_to(spread(b.reciprocal(scale), shape, spec.block, xp), shape)
+    zero, floats = xp.broadcast_to(zero, shape), partial(b.floats_of, name="float32")
+    found = rounded_fused(v, inverse, zero, xp=xp, bits_of=b.bits_of, floats_of=floats)
+    return xp.where(xp.isnan(found), zero, found)
 
 
 def _flushed(x: Array, spec: Spec, xp: Any) -> Array:

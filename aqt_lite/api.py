@@ -641,7 +641,8 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
         raise ValueError(f"dialect={rules.name!r} keeps scales in the dtype of its arithmetic: leave scale_dtype out")
     scheme = "given" if given else "symmetric" if recipe.symmetric else "affine"
     known = None if recipe.offset else rules.formats(scheme)
-    if known is not None and form.name not in known:
+    known_codebook = scheme == "symmetric" and rules.takes_codebook(form)
+    if known is not None and form.name not in known and not known_codebook:
         what = "scales for" if given else scheme
         has = ", ".join(known) or "none"
         if rules.offsets:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
-from aqt_lite.elements import ElementType, Rounding
+from aqt_lite.elements import Codebook, ElementType, Rounding
 from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
@@ -54,6 +54,9 @@ class Dialect:
         Whether values are divided by the scale; else they are multiplied by its rounded reciprocal.
     zero_first : bool
         Whether the zero point is added before rounding. At ties an odd zero point then tells the two apart.
+    fused : bool
+        Whether ``x * (1 / scale)`` and the addition of the zero point are rounded once, as by a processor's fused
+        multiply-add; with ``zero_first``, without ``divides``. In float64 they are rounded one after the other.
     divides_zero : bool, optional
         Whether the zero point is found by dividing by the scale; None: as ``divides_range``.
     zero_of_zeros : int, optional
@@ -69,6 +72,8 @@ class Dialect:
         Rules for element types that are floats, and for block formats, where they are others.
     of_formats : tuple of (str, Dialect)
         Rules for formats that are exceptions.
+    of_codebooks : Dialect, optional
+        Rules for codebooks of 8 bits, which come with the data.
     power_rounding : float, optional
         Where scales are powers of two, the part of the way to the next one from which on they are rounded up; None: as
         the format or ``scale_mode=`` says.
@@ -136,6 +141,7 @@ class Dialect:
     divides_range: bool = False
     divides: bool = False
     zero_first: bool = False
+    fused: bool = False
     divides_zero: bool | None = None
     zero_of_zeros: int | None = None
     least_range: float = 0.0
@@ -158,6 +164,7 @@ class Dialect:
     scale_mode: str | None = None
     plain_scales: bool = False
     of_formats: tuple[tuple[str, Dialect], ...] = ()
+    of_codebooks: Dialect | None = None
     together: Callable[..., Any] | None = None
     keeps_largest: bool = False
     inverse_tensor_scale: bool = False
@@ -190,6 +197,8 @@ class Dialect:
         for name, rules in self.of_formats:
             if name == form.name:
                 return rules
+        if self.of_codebooks is not None and self.takes_codebook(form):
+            return self.of_codebooks
         if form.scale is not None:
             return self.of_blocks or self
         return self if form.element.zero_points else self.of_floats or self
@@ -200,6 +209,10 @@ class Dialect:
         if chosen is not None or scheme != "given" or self.symmetric is None or self.affine is None:
             return chosen
         return tuple(dict.fromkeys(self.symmetric + self.affine))
+
+    def takes_codebook(self, form: Format) -> bool:
+        """Whether a format is a codebook of 8 bits, which comes with the data, and there are rules for those."""
+        return self.of_codebooks is not None and isinstance(form.element, Codebook) and form.element.bits == 8
 
     @property
     def signed_scales(self) -> bool:
@@ -272,7 +285,8 @@ DIALECTS = {
             narrow_from=None,
             divides_range=True,
             least_scale=_EPS,
-            source="torch 2.13.0: MinMaxObserver; quantized_decomposed.quantize_per_tensor; fake_quantize",
+            source="torch 2.13.0: MinMaxObserver; quantized_decomposed.quantize_per_tensor, quantize_per_channel, "
+            "choose_qparams, choose_qparams_symmetric; fake_quantize",
         ),
         Dialect(
             "torch_per_channel",
@@ -283,7 +297,30 @@ DIALECTS = {
             divides_range=True,
             zero_first=True,
             least_scale=_EPS,
-            source="torch 2.13.0: PerChannelMinMaxObserver, quantize_per_channel (quantized tensors)",
+            source="torch 2.13.0: PerChannelMinMaxObserver, quantize_per_channel (quantized tensors); "
+            "quantized_decomposed.quantize_per_channel_group",
+        ),
+        Dialect(
+            "torch_per_tensor",
+            symmetric=("int8", "uint8"),
+            affine=("int8", "uint8"),
+            reach="half range",
+            narrow_from=None,
+            divides_range=True,
+            zero_first=True,
+            fused=True,
+            least_scale=_EPS,
+            source="torch 2.13.0 on a CPU with AVX2 and FMA: MinMaxObserver, quantize_per_tensor (quantized tensors)",
+        ),
+        Dialect(
+            "torch_per_token",
+            symmetric=("int8",),
+            affine=(),
+            narrow_from=None,
+            divides_range=True,
+            least_range=1e-5,
+            least_scale=_NORMAL,
+            source="torch 2.13.0: quantized_decomposed.choose_qparams_per_token, quantize_per_token",
         ),
         Dialect(
             "torchao",
@@ -315,6 +352,16 @@ DIALECTS = {
             narrow_from=None,
             together=_together.by_range,
             source="torchao 0.18.0: _choose_qparams_affine_tinygemm, _quantize_affine_tinygemm",
+        ),
+        Dialect(
+            "torchao_no_zero",
+            symmetric=(),
+            affine=_of_bits(2, 3, 4, 5, 6, 7, 8),
+            narrow_from=None,
+            divides_range=True,
+            zero_in_range=False,
+            least_scale=_NORMAL,
+            source="torchao 0.18.0: _choose_qparams_affine_dont_preserve_zero, quantize_affine",
         ),
         Dialect(
             "torchao_no_clipping",
@@ -412,12 +459,13 @@ DIALECTS = {
         ),
         Dialect(
             "modelopt",
-            symmetric=("int4", "int8", "float8_e4m3fn"),
+            symmetric=("int4", "int8", "float8_e4m3fn", "nvfp4"),
             affine=(),
             narrow_from=None,
             divides_range=True,
             divides=True,
             of_formats=(
+                ("nvfp4", Dialect("modelopt", together=_together.by_product)),
                 (
                     "int4",
                     Dialect(
@@ -425,7 +473,7 @@ DIALECTS = {
                     ),
                 ),
             ),
-            source="nvidia-modelopt 0.47.0 on a CPU: INT8QTensor, INT4QTensor, FP8QTensor",
+            source="nvidia-modelopt 0.47.0 on a CPU: INT8QTensor, INT4QTensor, FP8QTensor, NVFP4QTensor",
         ),
         Dialect(
             "quanto",
@@ -454,7 +502,9 @@ DIALECTS = {
                     ),
                 ),
             ),
-            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit; int8: int8_vectorwise_quant",
+            of_codebooks=Dialect("bitsandbytes", together=_together.by_places),
+            source="bitsandbytes 0.50.2 on a CPU: functional.quantize_4bit; int8: int8_vectorwise_quant; codebooks: "
+            "quantize_blockwise",
         ),
         Dialect(
             "tflite",

@@ -721,7 +721,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     if "reach" in fields:
         fields["reaches"] = ()
     every: dict[str, Any] = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
-    every["of_formats"] = ()
+    every |= {"of_formats": (), "of_codebooks": None}
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,

@@ -38,6 +38,8 @@ def row(d: Dialect) -> list[str]:
         scale, code = f"its inverse is {scale}", "x · inverse"
     code += _ROUNDINGS.get(d.rounding, "")
     added = "before rounding" if d.zero_first else "after rounding"
+    if d.fused:
+        added += ", fused"
     return [
         f"`{d.name}`", names(d.symmetric), affine(d), largest(d), left_out(d), scale, code, added, small(d),
         d.source,

@@ -308,7 +308,7 @@ FIELDS = {  # what is said of a dialect that is as this library's but for these 
     "aqt": {"reach": "half range"},
     "torchao_no_clipping, divides_range=False": {"reach": "each side", "narrow_from": None},
     "qwix": {"narrow_from": None, "reach": "half range"},
-    "aqt_lite, divides_range=True": {"divides_range": True},
+    "torch_per_token": {"divides_range": True},
     "aqt_lite, divides=True": {"divides": True},
     "aqt_lite, zero_first=True": {"zero_first": True},
     "qwix, divides=True": {"zero_first": True, "divides": True},
@@ -341,7 +341,7 @@ def test_two_changes_of_rules_are_recognized():
     x = golden.rows("int8", 11)
     x = x[np.abs(x).max(1) > 1e-20]
     q = quantize(x, granularity=ROWS, rounding="toward_zero", dialect=Dialect("mine", divides_range=True))
-    assert compare(q, x).explanation.name == "aqt_lite, divides_range=True, rounding='toward_zero'"
+    assert compare(q, x).explanation.name == "torch_per_token, rounding='toward_zero'"
 
 
 @pytest.mark.parametrize("mode", ["ceil", "even", "rceil"])

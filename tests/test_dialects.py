@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from forms import COMPILED, CONSTANT, JAX, JIT, NUMPY, STRICT, TORCH, Bits, Call, Problem, bits_of, disagreements
+from forms import COMPILED, CONSTANT, FORMS, JAX, JIT, NUMPY, STRICT, TORCH, Bits, Call, Problem, bits_of, disagreements
 from optional import jax, jnp, needs, torch
 from oracles import arrays
 from oracles import dialects as golden
@@ -147,6 +147,7 @@ def test_codes_that_are_made_together_with_their_scales(backend):
     there = backend.asarray(x)
     for name, dtype, how in [
         ("torchao", "nvfp4", {}), ("torchao_no_tensor_scale", "nvfp4", {}), ("compressed-tensors", "nvfp4", {}),
+        ("modelopt", "nvfp4", {}), ("bitsandbytes", arrays.dynamic(), {}),
         ("qwix", "mxfp4", {}), ("qwix", "nf4", {}), ("bitsandbytes", "int8", {}), ("bitsandbytes", "bnb_fp4", {}),
         ("torchao_tinygemm", "int4", {"offset": "data"}),
     ]:  # fmt: skip
@@ -178,13 +179,14 @@ def test_codes_that_mean_something_else_where_they_were_stored(backend):
         codes, scale, tensor, values = (
             recorded[f"{case.key}/{part}"] for part in ("codes", "scale", "tensor_scale", "values")
         )
-        stored = tensor if case.dialect == "torchao" else np.float32(1) / tensor  # the global scale, but for rounding
+        multiplies = case.dialect != "compressed-tensors"
+        stored = tensor if multiplies else np.float32(1) / tensor  # the global scale, but for rounding
         parts = [backend.asarray(np.asarray(a)) for a in (codes, scale, stored)]
         q = QArray.from_codes(*parts[:2], tensor_scale=parts[2], dtype="nvfp4", dialect=case.dialect)
         np.testing.assert_allclose(backend.to_numpy(q.scale.scale).reshape(()), tensor, rtol=2**-23)
-        if case.dialect == "torchao":
+        if multiplies:
             np.testing.assert_array_equal(backend.to_numpy(q.dequantize()), values)
-            assert_same_bits(q, quantize(backend.asarray(recorded[f"{case.key}/x"]), "nvfp4", dialect="torchao"))
+            assert_same_bits(q, quantize(backend.asarray(recorded[f"{case.key}/x"]), "nvfp4", dialect=case.dialect))
     x = golden.rows("int8", 4)[:4]
     made = quantize(backend.asarray(x), granularity=PerChannel(0), dialect="bitsandbytes")
     largest = backend.asarray(np.abs(x).max(1))
@@ -201,6 +203,51 @@ def test_scales_that_bitsandbytes_quantized_too(backend):
     recorded = np.load(arrays.FILE)
     parts = {key.partition("/")[2]: recorded[key] for key in recorded if key.startswith("double quantized/")}
     assert_same_bits(arrays.read_double_quantized(parts, backend).dequantize(), backend.asarray(parts["values"]))
+
+
+def test_scales_are_quantized_as_bitsandbytes_does(backend):
+    """Codes of absmax less a given mean, and their scales; codes of the array are those of the exact absmax."""
+    recorded = np.load(arrays.FILE)
+    parts = {key.partition("/")[2]: recorded[key] for key in recorded if key.startswith("double quantized/")}
+    x = arrays.flat(np.random.default_rng(0), 64 * 300, 64)
+    q = quantize(backend.asarray(x), "nf4", granularity=PerGroup(64), dialect="bitsandbytes")
+    np.testing.assert_array_equal(backend.to_numpy(q.qvalue), parts["codes"])
+    largest = np.abs(x).reshape(-1, 64).max(1)  # of which the scale is 1 where it is 0
+    absmax = quantize(
+        backend.asarray(largest - parts["mean"]), arrays.dynamic(), granularity=PerGroup(256), dialect="bitsandbytes"
+    )
+    np.testing.assert_array_equal(backend.to_numpy(absmax.qvalue), parts["absmax"])
+    np.testing.assert_array_equal(backend.to_numpy(absmax.scale), parts["absmax2"])
+
+
+def test_codebooks_of_a_dialect_are_of_eight_bits_in_order():
+    x, table = np.linspace(-1, 1, 64, dtype="float32"), arrays.dynamic()
+    for name, numbers in (("downwards", table.numbers[::-1]), ("twice", tuple(2 * n for n in table.numbers))):
+        with pytest.raises(
+            ValueError, match="codebooks of 8 bits of this dialect have increasing numbers from -1 to 1"
+        ):
+            quantize(x, aqt_lite.Codebook(name, numbers), dialect="bitsandbytes")
+    with pytest.raises(ValueError, match="dialect='bitsandbytes' has no symmetric iq4_nl"):
+        quantize(x, "iq4_nl", dialect="bitsandbytes")
+    with pytest.raises(ValueError, match="dialect='torch' has no symmetric bnb_dynamic"):
+        quantize(x, table, dialect="torch")
+
+
+@pytest.mark.parametrize("form", [NUMPY, TORCH, JIT, STRICT])
+def test_a_fused_sum_of_any_scale_is_rounded_once(form):
+    """Given scales and zero points, values next to ties: what float64 computes of them, rounded to float32."""
+    rng = np.random.default_rng(3)
+    scale = np.ldexp(1 + rng.random((64, 1)), rng.integers(-60, 60, (64, 1))).astype(np.float32)
+    zero = rng.integers(0, 256, (64, 1)).astype(np.int32)
+    inverse = (np.float32(1) / scale).astype(np.float64)
+    ties = ((rng.integers(-2, 258, (64, 40)) + 0.5 - zero) * scale.astype(np.float64)).astype(np.float32)
+    x = ties + np.spacing(ties) * rng.integers(-3, 4, ties.shape).astype(np.float32)
+    wanted = np.clip(np.rint((x * inverse + zero).astype(np.float32)), 0, 255).astype(np.uint8)
+    twice = np.clip(np.rint(x * (np.float32(1) / scale) + zero.astype(np.float32)), 0, 255)
+    assert (wanted != twice).any()
+    call = Call("uint8", "affine", PerChannel(0), dialect="torch_per_tensor")
+    (found,) = FORMS[form]([Problem(x, call, scale, zero)]) if form in FORMS else [None]
+    assert found is None or (found.codes == wanted).all()
 
 
 def test_ragged_groups_and_blocks_of_two_axes():

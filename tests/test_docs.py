@@ -97,7 +97,7 @@ def test_the_page_of_dialects_is_what_the_records_say_and_its_code_runs():
     printed = run_in_a_fresh_interpreter("".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)))
     assert "`compressed-tensors`" in text
     made = ["float8_e4m3fn", "(64,", "4)", "(128,)"]
-    stored = ["(8,", "4)", "True", "(8,", "1,", "16)", "(64,", "128)", "True", "(4,)", "True"]
+    stored = ["(8,", "4)", "True", "(8,", "1,", "16)", "(64,", "128)", "True", "(4,)", "True", "(4,)", "(1,)"]
     assert printed.split() == [
         "True",
         "-127",
@@ -206,7 +206,7 @@ def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_pa
     shown = re.findall(r"```\n(They .*?)```", text, flags=re.DOTALL)[0]
     assert printed.startswith(shown)
     first, counts, fields, converted, refused = printed.removeprefix(shown).splitlines()
-    assert first == "torch ('torch_per_channel', 'torchao')"
+    assert first == "torch ('torch_per_channel', 'torch_per_tensor', 'torchao')"
     assert 0 < int(counts.split()[1]) <= int(counts.split()[0])
     assert fields == "aqt_lite, divides=True"
     assert converted == "-8 (64, 8) uint8"

@@ -27,6 +27,7 @@ CASES = [
     ("bitsandbytes", "int8", {"granularity": WHOLE}),
     ("bitsandbytes", "nf4", {"granularity": PerGroup(64)}),
     ("bitsandbytes", "bnb_fp4", {"granularity": PerGroup(64)}),
+    ("modelopt", "nvfp4", {}),
 ]
 RNG = np.random.default_rng(0)
 X = RNG.integers(-64, 65, (LARGE // 64 + 1, 64)).astype("float32")  # ties, and values beside them

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from forms import ALL_FORMS, Bits, Call, Problem, differing
 from oracles.dialects import LIVE
-from oracles.originals import ORIGINALS, bitsandbytes_blocks, compressed_nvfp4, torchao_nvfp4
+from oracles.originals import ORIGINALS, bitsandbytes_blocks, compressed_nvfp4, modelopt_nvfp4, torchao_nvfp4
 
 from aqt_lite import Codebook, PerGroup, QArray
 from aqt_lite._registry import get_backend
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     key: str
     dialect: str
-    dtype: str
+    dtype: str | Codebook
     x: np.ndarray
     size: int
     """Elements of a block."""
@@ -52,11 +52,20 @@ def cases(seed: int) -> Iterator[Case]:
     """Tensors of several magnitudes for NVFP4, and arrays that blocks do not divide for bitsandbytes."""
     rng = np.random.default_rng(seed)
     for magnitude in (1e-29, 1e-3, 1.0, 1e30, 7e37):
-        for name in ("torchao", "compressed-tensors"):
+        for name in ("torchao", "compressed-tensors", "modelopt"):
             yield Case(f"{name}/nvfp4/{magnitude:g}", name, "nvfp4", tensor(rng, magnitude), 16)
     for dtype in ("nf4", "bnb_fp4"):
         for size, length in ((32, 130), (64, 64), (64, 1000), (128, 300), (256, 700), (4096, 4100), (64, 65), (64, 37)):
             yield Case(f"bitsandbytes/{dtype}/{size}/{length}", "bitsandbytes", dtype, flat(rng, length, size), size)
+    for size, length in ((256, 1000), (256, 200), (64, 1024), (4096, 5000)):
+        x = near_places(rng, length, size)
+        yield Case(f"bitsandbytes/dynamic/{size}/{length}", "bitsandbytes", dynamic(), x, size)
+
+
+def dynamic() -> Codebook:
+    """The table of absmax, as bitsandbytes stores it beside its codes."""
+    with np.load(FILE) as recorded:
+        return Codebook("bnb_dynamic", tuple(recorded["double quantized/table"].tolist()))
 
 
 def tensor(rng: np.random.Generator, magnitude: float) -> np.ndarray:
@@ -88,15 +97,34 @@ def flat(rng: np.random.Generator, length: int, size: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
+def near_places(rng: np.random.Generator, length: int, size: int) -> np.ndarray:
+    """Of one axis: values next to the steps between the 65,536 places of bitsandbytes, zeros, a block of them."""
+    numbers = np.asarray(dynamic().numbers)
+    places = np.round(((numbers[1:] + numbers[:-1]) / 2 + 1) * 32767.5)
+    x = rng.standard_normal(length)
+    some = rng.integers(0, length, length // 2)
+    steps = (rng.choice(places, len(some)) + rng.choice([-0.5, 0.5], len(some))) / 32767.5 - 1
+    x[some] = np.clip(steps * 3.0 * (1 + rng.integers(-3, 4, len(some)) * 2.0**-24), -3, 3)
+    x[rng.integers(0, length, length // 16)] = 0
+    x[::size] = rng.choice([-3.0, 3.0], len(x[::size]))
+    if length > 4 * size:
+        x[size : 2 * size] = 0
+    return x.astype(np.float32)
+
+
 def expected(case: Case) -> tuple[np.ndarray, ...]:
     """Codes, scales (or their codes), the tensor scale (or 1), values (or none) of the original."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         if case.dtype != "nvfp4":
             codes, scale = bitsandbytes_blocks(case.x, case.dtype, case.size)
+            if isinstance(case.dtype, Codebook):  # a block of zeros has the first code there
+                none = np.repeat(scale == 0, case.size)[: codes.size]
+                codes = np.where(none, case.dtype.numbers.index(0.0), codes).astype(np.uint8)
             return codes, np.where(scale == 0, np.float32(1), scale), np.float32(1), np.zeros(0, np.float32)
-        if case.dialect == "torchao":
-            codes, scale, _, tensor, values = torchao_nvfp4(case.x)
+        if case.dialect != "compressed-tensors":
+            made = torchao_nvfp4(case.x) if case.dialect == "torchao" else modelopt_nvfp4(case.x)
+            codes, scale, _, tensor, values = made
             return codes, scale, tensor, values
         codes, scale, _, overall, _ = compressed_nvfp4(case.x)
         inverse = np.float32(1) / overall[0]  # of it; the values are those of its quotient with scales

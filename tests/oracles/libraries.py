@@ -34,9 +34,9 @@ DECODED = {  # where a block has its float16 scales: random bytes elsewhere are 
 }  # fmt: skip
 
 
-def inputs():
+def inputs(seed=2611):
     """Rows of 256 float32: random, near ties of every rule, zeros, constants, and the ends of what scales can be."""
-    rng = np.random.default_rng(2611)
+    rng = np.random.default_rng(seed)
     rows = [rng.standard_normal(256) * 2.0**e for e in (0, -3, 7, -12, -30)]
     for steps in (8, 16):  # near (k + 1/2) d, with the largest entry that says d
         d = np.float32(rng.uniform(0.5, 2))
@@ -67,22 +67,35 @@ def inputs():
     return np.stack(rows).astype("float32")
 
 
+def type_of(name):
+    """ggml's number of a block type."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[name.upper()]
+
+
 def of_ggml():
     """Bytes of every encoder, and values of every decoder."""
     import libgguf
-    from gguf import GGMLQuantizationType, quants
-    from gguf.constants import GGML_QUANT_SIZES
-
-    def type_of(name):
-        return GGMLQuantizationType[name.upper()]
 
     x = inputs()
-    small = np.random.default_rng(4).standard_normal((2, 256)).astype("float32")
-    small[1] *= 2.0**-14
     encoders = [{"type": name, "bytes": encoded(libgguf.quantize_rows(x, type_of(name)))} for name in ENCODED]
-    decoders = []
+    decoders = [{"type": n, "bytes": encoded(data), "values": encoded(values)} for n, data, values in to_decode()]
+    too_large = np.full((1, 32), 1e7, "float32")
+    overflow = libgguf.quantize_rows(too_large, type_of("q4_0"))
+    return {"x": encoded(x), "encoders": encoders, "decoders": decoders, "overflow_of_q4_0": encoded(overflow)}
+
+
+def to_decode(first=4, second=5):
+    """Types, bytes, and the values that ggml and gguf's Python read in them."""
+    import libgguf
+    from gguf import quants
+    from gguf.constants import GGML_QUANT_SIZES
+
+    small = np.random.default_rng(first).standard_normal((2, 256)).astype("float32")
+    small[1] *= 2.0**-14
     for name in dict.fromkeys([*DECODED, *ENCODED]):
-        kind, rng = type_of(name), np.random.default_rng([5, *name.encode()])
+        kind, rng = type_of(name), np.random.default_rng([second, *name.encode()])
         data = libgguf.quantize_rows(small, kind)
         if name in DECODED:
             size = GGML_QUANT_SIZES[kind][1]
@@ -95,10 +108,7 @@ def of_ggml():
             data[1] = random.reshape(data.shape)[1]
         values = libgguf.dequantize_rows(data, kind)
         assert values.tobytes() == np.asarray(quants.dequantize(data, kind)).tobytes(), name
-        decoders.append({"type": name, "bytes": encoded(data), "values": encoded(values)})
-    too_large = np.full((1, 32), 1e7, "float32")
-    overflow = libgguf.quantize_rows(too_large, type_of("q4_0"))
-    return {"x": encoded(x), "encoders": encoders, "decoders": decoders, "overflow_of_q4_0": encoded(overflow)}
+        yield name, data, values
 
 
 def by_path(package, *path):

@@ -52,17 +52,51 @@ def _decomposed(rows: Any, scale: Any, zero: Any, kind: Any) -> np.ndarray:
     codes = torch.ops.quantized_decomposed.quantize_per_channel(rows, scale, zero, 0, low, high, plain)
     faked = torch.fake_quantize_per_channel_affine(rows, scale, zero.int(), 0, low, high)
     assert torch.equal(faked, (codes.float() - zero[:, None]) * scale[:, None])
+    for row, s, z, found in zip(rows, scale.tolist(), zero.tolist(), codes, strict=True):  # the same, tensor by tensor
+        alone = torch.ops.quantized_decomposed.quantize_per_tensor(row, s, z, low, high, plain)
+        faked = torch.fake_quantize_per_tensor_affine(row, s, z, low, high)
+        assert torch.equal(alone, found)
+        assert torch.equal(faked, (found.float() - z) * torch.tensor(s))
     return codes.numpy()
 
 
 def _quantized_tensor(rows: Any, scale: Any, zero: Any, kind: Any) -> np.ndarray:
     import torch
+    import torch.ao.quantization.fx._decomposed  # registers the operators
 
-    return torch.quantize_per_channel(rows, scale, zero, 0, kind).int_repr().numpy()
+    codes = torch.quantize_per_channel(rows, scale, zero, 0, kind).int_repr()
+    low, high, plain = (-128, 127, torch.int8) if kind == torch.qint8 else (0, 255, torch.uint8)
+    groups = torch.ops.quantized_decomposed.quantize_per_channel_group(
+        rows, scale.float()[:, None], zero.int()[:, None], low, high, plain, rows.shape[1]
+    )
+    assert torch.equal(groups, codes)
+    return codes.numpy()
+
+
+def _one_tensor_each(rows: Any, scale: Any, zero: Any, kind: Any) -> np.ndarray:
+    """With AVX2 and FMA, as torch (fbgemm) compiles it on x86."""
+    import torch
+
+    found = [
+        torch.quantize_per_tensor(row, s, z, kind).int_repr()
+        for row, s, z in zip(rows, scale.tolist(), zero.tolist(), strict=True)
+    ]
+    return torch.stack(found).numpy()
+
+
+def _torch_per_token(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    import torch
+    import torch.ao.quantization.fx._decomposed  # registers the operators
+
+    rows, ops = torch.from_numpy(x), torch.ops.quantized_decomposed
+    scale, zero = ops.choose_qparams_per_token(rows, torch.int8)
+    codes = ops.quantize_per_token(rows, scale, zero, -128, 127, torch.int8)
+    return codes.numpy(), scale.numpy().reshape(-1), zero.numpy().reshape(-1).astype(np.int32)
 
 
 def _torch(x: np.ndarray, dtype: str, scheme: str, encode: Callable[..., np.ndarray] = _decomposed) -> Found:
     import torch
+    import torch.ao.quantization.fx._decomposed  # registers the operators
     from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
     how = torch.per_channel_symmetric if scheme == "symmetric" else torch.per_channel_affine
@@ -71,6 +105,12 @@ def _torch(x: np.ndarray, dtype: str, scheme: str, encode: Callable[..., np.ndar
     rows = torch.from_numpy(x)
     observer(rows)
     scale, zero = observer.calculate_qparams()
+    choose = "choose_qparams_symmetric" if scheme == "symmetric" else "choose_qparams"
+    for row, s, z in zip(rows, scale, zero, strict=True):  # what exports of dynamic quantization hold
+        low, high = (-128, 127) if dtype == "int8" else (0, 255)
+        found = getattr(torch.ops.quantized_decomposed, choose).tensor(row, low, high, 2.0**-23, getattr(torch, dtype))
+        assert found[0].float() == s
+        assert found[1] == z
     codes = encode(rows, scale, zero, kind)
     return codes, scale.numpy(), zero.numpy().astype(np.int32)
 
@@ -134,6 +174,12 @@ def _matmul_nbits(x: np.ndarray, dtype: str, scheme: str) -> Found:
 # ---- MLX
 
 
+def _widened(a: Any) -> np.ndarray:
+    import mlx.core as mx
+
+    return np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
+
+
 def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     import mlx.core as mx
 
@@ -141,7 +187,7 @@ def _mlx(x: np.ndarray, dtype: str, scheme: str) -> Found:
     mode = "affine" if scheme == "offsets" else dtype.partition("_")[0]
     group = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "affine": x.shape[1]}[mode]
     with mx.stream(mx.cpu):
-        packed, *rest = (np.array(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
+        packed, *rest = (_widened(a) for a in mx.quantize(mx.array(x), group_size=group, bits=bits, mode=mode))
     codes = _unpacked(packed.view(np.uint8), bits)
     if mode == "affine":
         return codes, rest[0].reshape(-1), rest[1].reshape(-1)
@@ -216,6 +262,8 @@ def _modelopt(x: np.ndarray, dtype: str, scheme: str) -> Found:
     from modelopt.torch.quantization import qtensor
 
     rows = torch.from_numpy(x)
+    if dtype == "nvfp4":
+        return modelopt_nvfp4(x)[:3]
     if dtype == "int4":
         made, inverse = qtensor.INT4QTensor.quantize(rows, block_size=x.shape[1])
         codes = _nibbles(made._quantized_data.numpy().reshape(len(x), -1), low_first=False).astype(np.int8) - 8
@@ -224,6 +272,18 @@ def _modelopt(x: np.ndarray, dtype: str, scheme: str) -> Found:
     made, scale = kind.quantize(rows, axis=0)
     codes = made._quantized_data
     return (codes if dtype == "int8" else codes.view(torch.uint8)).numpy(), scale.numpy().reshape(-1), None
+
+
+def modelopt_nvfp4(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes, those of scales, None, the tensor scale, values."""
+    import torch
+    from modelopt.torch.quantization import qtensor
+
+    made, scale, tensor = qtensor.NVFP4QTensor.quantize(torch.from_numpy(np.array(x)), 16)
+    values = made.dequantize(scale=scale, double_scale=tensor, block_sizes={-1: 16})
+    codes = _nibbles(made._quantized_data.numpy(), low_first=True)
+    values = np.where(codes == 8, np.float32(-0.0), values.numpy())  # which it reads as 0
+    return codes, scale.view(torch.uint8).numpy(), None, tensor.numpy(), values
 
 
 # ---- torchao
@@ -269,6 +329,26 @@ def _torchao_tinygemm(x: np.ndarray, dtype: str, scheme: str) -> Found:
     return found, scale.numpy().reshape(-1), middle.numpy().reshape(-1)
 
 
+def _torchao_no_zero(x: np.ndarray, dtype: str, scheme: str) -> Found:
+    """Ranges without zero, and integer zero points."""
+    import torch
+    from torchao.quantization import quant_primitives as ao
+
+    rows, block, codes = torch.from_numpy(x), (1, x.shape[1]), _torchao_codes(dtype)
+    scale, zero = ao._choose_qparams_affine_dont_preserve_zero(rows, ao.MappingType.ASYMMETRIC, block, *codes)
+    found = ao.quantize_affine(rows, block, scale, zero, *codes)
+    return found.numpy(), scale.numpy().reshape(-1), zero.numpy().reshape(-1).astype(np.int32)
+
+
+def _torchao_codes(dtype: str) -> tuple[Any, int, int]:
+    import torch
+
+    signed, bits = _bits(dtype)
+    if signed:
+        return torch.int8, -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    return torch.uint8, 0, (1 << bits) - 1
+
+
 def _torchao_mx(x: np.ndarray, dtype: str) -> Found:
     import torch
     from torchao.prototype.mx_formats.mx_tensor import to_mx
@@ -293,12 +373,12 @@ def _torchao(x: np.ndarray, dtype: str, scheme: str, mapping: str | None = None)
         scale = ao._choose_scale_float8(rows, block, getattr(torch, dtype))
         codes = ao._quantize_affine_float8(rows, scale, getattr(torch, dtype))
         return codes.view(torch.uint8).numpy(), scale.numpy().reshape(-1), None
-    signed, bits = _bits(dtype)
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
-    kind = torch.int8 if signed else torch.uint8
+    kind, low, high = _torchao_codes(dtype)
     how = getattr(ao.MappingType, mapping or ("SYMMETRIC" if scheme == "symmetric" else "ASYMMETRIC"))
     scale, zero = ao.choose_qparams_affine(rows, how, block, kind, low, high)
     codes = ao.quantize_affine(rows, block, scale, zero, kind, low, high)
+    if low < 0 and scheme == "symmetric":  # ZeroPointDomain.NONE
+        assert torch.equal(codes, ao._quantize_affine_no_zero_point(rows, block, scale, None, kind, low, high))
     return codes.numpy(), scale.numpy().reshape(-1), zero.numpy().reshape(-1).astype(np.int32)
 
 
@@ -446,11 +526,15 @@ def _bitsandbytes(x: np.ndarray, dtype: str, scheme: str) -> Found:
     return codes.reshape(x.shape), scale, None
 
 
-def bitsandbytes_blocks(x: np.ndarray, dtype: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+def bitsandbytes_blocks(x: np.ndarray, dtype: Any, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes of all elements in their order, and a scale for each block of ``size`` of them."""
     import torch
     from bitsandbytes import functional
 
+    if not isinstance(dtype, str):  # a codebook
+        table = torch.tensor(dtype.numbers, dtype=torch.float32)
+        codes, state = functional.quantize_blockwise(torch.from_numpy(x), code=table, blocksize=size)
+        return codes.numpy().reshape(-1), state.absmax.numpy()
     kind = dtype.removeprefix("bnb_")
     packed, state = functional.quantize_4bit(torch.from_numpy(x), blocksize=size, quant_type=kind)
     return _nibbles(packed.numpy().reshape(-1), low_first=False)[: x.size], state.absmax.numpy()
@@ -488,6 +572,8 @@ def _aqt(x: np.ndarray, dtype: str, scheme: str) -> Found:
 ORIGINALS: dict[str, Original] = {
     "torch": Original(("torch",), _torch),
     "torch_per_channel": Original(("torch",), functools.partial(_torch, encode=_quantized_tensor)),
+    "torch_per_tensor": Original(("torch",), functools.partial(_torch, encode=_one_tensor_each)),
+    "torch_per_token": Original(("torch",), _torch_per_token),
     "onnx": Original(("onnxruntime", "onnx"), _onnx),
     "onnxruntime": Original(("onnxruntime",), _matmul_nbits),
     "mlx": Original(("mlx",), _mlx, limits=(("nvfp4", 2.0**33),)),
@@ -501,6 +587,7 @@ ORIGINALS: dict[str, Original] = {
     "torchao_no_clipping": Original(
         ("torchao", "torch"), functools.partial(_torchao, mapping="SYMMETRIC_NO_CLIPPING_ERR")
     ),
+    "torchao_no_zero": Original(("torchao", "torch"), _torchao_no_zero),
     "torchao_no_tensor_scale": Original(("torchao", "torch"), _torchao_no_tensor_scale),
     "torchao_tinygemm": Original(("torchao", "torch"), _torchao_tinygemm),
     "qwix": Original(("qwix", "jax"), _qwix),
