@@ -379,8 +379,8 @@ class QArray(ArrayShapes, ArrayBytes):
         fill = None if fill_value is None else number_of_type("fill_value", fill_value, wanted.name)
         if out is not None:
             check_out(out, q.shape, wanted.name, "the values", b, *q._arrays())
-        room = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
-        large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > room
+        most_at_once = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
+        large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > most_at_once
         if out is not None or (large and can_write(b)):
             values = b.xp.empty(q.shape, dtype=b.dtype(wanted.name)) if out is None else out
             codes = q.qvalue if q.packed_length is None else q.storage
