@@ -546,6 +546,9 @@ class QArray(ArrayShapes, ArrayBytes):
         known = known_format(self.dtype)
         if known is not None and known not in _BUILT_IN:  # so that another process knows it, too
             state["_format_record"] = known
+        b = backend_of(self.storage)
+        if b is not None:
+            state["storage"] = b.to_pickle(self.storage)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -553,6 +556,9 @@ class QArray(ArrayShapes, ArrayBytes):
         if record is not None:
             register_format(record)
         self.__dict__.update({"version": 1, **state})  # the first version did not say so
+        known, b = known_format(self.dtype), backend_of(self.storage)
+        if known is not None and b is not None and self.packed_length is None:
+            self.__dict__["storage"] = b.from_pickle(self.storage, known.element.storage)
 
     # ---- inside
 
