@@ -57,7 +57,7 @@ class _Replacement:
         try:
             self.file: BinaryIO = os.fdopen(self._open(), "w+b")
         except OSError as error:
-            error.filename = path  # and not the name that it has for now
+            error.filename = path  # not the temporary name
             raise
 
     def _open(self) -> int:
@@ -91,7 +91,7 @@ class _Replacement:
 
     def discard(self) -> None:
         """Leave nothing of it; after ``commit`` there is nothing to do."""
-        with contextlib.suppress(OSError):  # what it could not write is told already
+        with contextlib.suppress(OSError):  # that it could not be written was raised already
             self.file.close()
         if self._has_name:
             os.unlink(os.path.join(self._folder, self._name))

@@ -61,10 +61,10 @@ def words_of(stream: _Words, count: int, first: int, bits: int, dtype: Any, *, s
     for start in range(0, count if bits else 0, _TOGETHER):
         run = found[start : start + _TOGETHER]
         part = stream[start * bits // 8 : bytes_of_stream(start + run.size, bits)]
-        few = np.unpackbits(part, count=run.size * bits, bitorder="little").reshape(run.size, bits)
+        bits_of_words = np.unpackbits(part, count=run.size * bits, bitorder="little").reshape(run.size, bits)
         all_bits = np.zeros((run.size, 8 * kind.itemsize), np.uint8)
-        all_bits[:, first : first + bits] = few
+        all_bits[:, first : first + bits] = bits_of_words
         if signed:
-            all_bits[:, first + bits :] = few[:, -1:]
+            all_bits[:, first + bits :] = bits_of_words[:, -1:]
         run[:] = np.packbits(all_bits, axis=1, bitorder="little").reshape(-1).view(kind)
     return found.astype(np.dtype(dtype), copy=False)

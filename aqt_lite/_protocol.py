@@ -219,6 +219,14 @@ class Backend(ExactArithmetic, ABC):
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
 
+    def to_pickle(self, x: Array) -> Array:
+        """The bits of ``x`` in a dtype whose pickles the library can read."""
+        return x
+
+    def from_pickle(self, x: Array, dtype: str) -> Array:
+        """What ``to_pickle`` was given, which had that dtype."""
+        return x
+
     def has_nan(self, x: Array) -> bool:
         """Whether a value of ``x`` is NaN; only asked where values are known."""
         return bool(self.xp.any(self.xp.isnan(x)))

@@ -74,7 +74,7 @@ class _Builtin:
     needs: str  # module that must be importable
     install: str  # what to do where it is not
     array_modules: tuple[str, ...]  # top-level modules of its array types
-    is_array: Callable[[Any], bool] = _has_shape_and_dtype  # among what those modules define
+    is_array: Callable[[Any], bool] = _has_shape_and_dtype  # which of those modules' types are arrays
     has_trees: bool = False  # whether it must know containers from its import on
     kernels: Callable[[], Kernels] = _no_kernels
 
@@ -187,7 +187,7 @@ def _find(array_type: type, x: Array) -> Backend | None:
     for plugin in _plugins():
         try:
             adapter = get_backend(plugin.name)
-        except Exception as error:  # it may have nothing to do with x
+        except Exception as error:  # a plug-in that has nothing to do with x must not stop this
             warnings.warn(f"the plug-in for backend={plugin.name!r} fails to load: {error}", stacklevel=2)
             continue
         if any(root in adapter.array_modules for root in roots):

@@ -342,7 +342,7 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
         if isinstance(arguments.get("dtype"), str) and arguments["dtype"] == AUTO:
             raise ValueError("dtype='auto' depends on values, at which no plan looks: name the dtype beside the bound")
         shape = tuple(leaf.array.shape)
-        whole = dialect_of(arguments.get("dialect", AQT_LITE)).whole is not None  # then it says blocks, and no one else
+        whole = dialect_of(arguments.get("dialect", AQT_LITE)).whole is not None  # such a dialect chooses the blocks
         if asked == _UNKNOWN and len(shape) != 2 and leaf.layout is None:
             of_leaf = _UNKNOWN  # what is said of all leaves is said of matrices
         axes = None

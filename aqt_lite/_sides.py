@@ -179,7 +179,7 @@ def _host(x: Any, argument: str) -> _Numbers:
     if isinstance(x, int | float | list) and not isinstance(x, bool):  # text: floats are rounded to float32
         values = np.asarray(x)
         return values.astype(np.float32) if values.dtype.kind == "f" else values
-    if layers := _of_layer(x, argument):  # which says that it is torch's, and is no array
+    if layers := _of_layer(x, argument):  # a layer of torch or NNX, which holds arrays but is none
         raise TypeError(layers)
     b = backend_of(x)
     if b is None:

@@ -153,7 +153,7 @@ def _where_logarithms_step() -> tuple[float, ...]:
     return tuple(least.tolist())
 
 
-_STEPS = _where_logarithms_step()  # here: compilers that trace follow no NumPy
+_STEPS = _where_logarithms_step()  # made at import: compilers cannot trace calls of NumPy
 
 
 def by_distance(x: Array, known: Array, encode: Encode, spec: Any, b: Backend) -> Made:

@@ -713,12 +713,12 @@ def _in_steps(
     if divides:
         v = b.quotient(x, spread(scale, tuple(x.shape), block, xp))
         return xp.where(spread(zero, tuple(x.shape), block, xp), xp.zeros_like(v), v) if may_be_zero else v
-    room = 1.0 if headroom == 1 else xp.where(scale > 1, xp.full_like(scale, headroom), xp.ones_like(scale))
-    inverse = b.reciprocal(scale if headroom == 1 else scale * room)
+    factor = 1.0 if headroom == 1 else xp.where(scale > 1, xp.full_like(scale, headroom), xp.ones_like(scale))
+    inverse = b.reciprocal(scale if headroom == 1 else scale * factor)
     if may_be_zero:
         inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
     v = x * spread(inverse, tuple(x.shape), block, xp)
-    return v if headroom == 1 else v * spread(room, tuple(x.shape), block, xp)
+    return v if headroom == 1 else v * spread(factor, tuple(x.shape), block, xp)
 
 
 def _fused(x: Array, scale: Array, zero: Array, spec: Spec, b: Backend) -> Array:

@@ -305,7 +305,7 @@ def ways_of(form: Format, bound: Bound, offsets: bool = True) -> list[Way]:
     An offset is what code 0 stands for: where that is what is missing, a zero point serves instead.
     """
     element = form.element
-    offsets = offsets and element.missing != 0  # where an offset's code is no number
+    offsets = offsets and element.missing != 0  # with an offset the lowest code is needed, and must not mean missing
     ways: list[Way] = []
     if bound.relative or not offsets:
         if element.signed or not offsets:

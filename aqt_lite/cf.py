@@ -339,13 +339,13 @@ def _grid(
     reach = (last_value - first_value) / (2 if least < 0 else 1) + 2 * error
     of_source = np.finfo(source)
     half_unit = max(Fraction(float(of_source.eps)) * reach, Fraction(float(of_source.smallest_subnormal))) / 2
-    room = 2 * (error - 2 * half_unit * Fraction(1025, 1024))
-    if room <= 0:
+    slack = 2 * (error - 2 * half_unit * Fraction(1025, 1024))
+    if slack <= 0:
         return None
     info = np.finfo(kind)
     for bits in range(most_bits or info.nmant + 1, 0, -1):
-        exponent = _floor_log2(room) - bits + 1
-        significand = math.floor(room / Fraction(2) ** exponent)
+        exponent = _floor_log2(slack) - bits + 1
+        significand = math.floor(slack / Fraction(2) ** exponent)
         step = significand * Fraction(2) ** exponent
         first, last = round(first_value / step), round(last_value / step)
         if (last_value - first_value) > step * (most - least):
@@ -457,7 +457,7 @@ def _broken(x: _Numbers, start: tuple[int, ...], packing: Packing, bound: float)
     missing = np.isnan(x)
     for in_place in (True, False):
         codes = np.where(missing, 0, _rounded(x, packing.scale_factor, packing.add_offset, in_place=in_place))
-        inside = np.clip(codes, least, most)  # what is not there becomes some other value, which is noticed
+        inside = np.clip(codes, least, most)  # a value beyond the codes is clipped, and found by the check of the bound
         written = np.where(missing, packing.fill_value, inside).astype(packing.dtype)
         broken = _difference_beyond(x, packing.unpack(written), bound, start)
         if broken is not None:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"aqt-lite: warning: {message}", file=sys.stderr
             )
             options.run(options)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader, `head` for instance, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
         print(f"aqt-lite: {error}: pip install 'aqt_lite[science]'", file=sys.stderr)

@@ -244,7 +244,7 @@ def _read(a: Any, b: Any, x: Any) -> tuple[Side, Side | None, _Numbers | None]:
         if x is not None:
             raise TypeError("b is an array of floats, and x is given too: give the floats once")
         return read_side(a, "a"), None, read_floats(b, "b")
-    if isinstance(a, tuple):  # which the other may say more of
+    if isinstance(a, tuple):  # codes and scales alone: the format may have to be read off the other side
         second = read_side(b, "b", read_side(a, "a") if isinstance(b, tuple) else None)
         first = read_side(a, "a", second)
     else:

@@ -316,7 +316,7 @@ def _carry(e: int) -> float:
     return least if least >= exact else float(np.nextafter(np.float32(least), np.float32(2)))
 
 
-_CARRIES = tuple(map(_carry, range(-126, 128)))  # here: compilers that trace follow no NumPy
+_CARRIES = tuple(map(_carry, range(-126, 128)))  # made at import: compilers cannot trace calls of NumPy
 
 
 # ---- steps of them

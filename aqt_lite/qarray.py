@@ -379,8 +379,8 @@ class QArray(ArrayShapes, ArrayBytes):
         fill = None if fill_value is None else number_of_type("fill_value", fill_value, wanted.name)
         if out is not None:
             check_out(out, q.shape, wanted.name, "the values", b, *q._arrays())
-        room = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
-        large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > room
+        most_at_once = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
+        large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > most_at_once
         if out is not None or (large and can_write(b)):
             values = b.xp.empty(q.shape, dtype=b.dtype(wanted.name)) if out is None else out
             codes = q.qvalue if q.packed_length is None else q.storage
@@ -546,6 +546,9 @@ class QArray(ArrayShapes, ArrayBytes):
         known = known_format(self.dtype)
         if known is not None and known not in _BUILT_IN:  # so that another process knows it, too
             state["_format_record"] = known
+        b = backend_of(self.storage)
+        if b is not None:
+            state["storage"] = b.to_pickle(self.storage)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -553,6 +556,9 @@ class QArray(ArrayShapes, ArrayBytes):
         if record is not None:
             register_format(record)
         self.__dict__.update({"version": 1, **state})  # the first version did not say so
+        known, b = known_format(self.dtype), backend_of(self.storage)
+        if known is not None and b is not None and self.packed_length is None:
+            self.__dict__["storage"] = b.from_pickle(self.storage, known.element.storage)
 
     # ---- inside
 

@@ -149,7 +149,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     if walked.transposed:
         walked = walked[...]  # the codes in the order of their axes once, not for every part
     block, order = q._checked().block, memory_order(array)
-    room = _Room(), _Room()
+    scratch = _Scratch(), _Scratch()
     total, worst_blocks = _Totals(), _Worst(max(worst, 0), grid_of(q.shape, block))
     with np.errstate(all="ignore"):
         for region in boxes(worst_blocks.grid, _MOST_BLOCKS, order) if q.size else ():
@@ -160,7 +160,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
             blocks = _Blocks(tuple(stop - start for start, stop in box), block)
             for inside in over(boxes(blocks.shape, MOST_ELEMENTS, order, block), math.prod(blocks.shape)):
                 part = tuple((first + i, first + j) for (first, _), (i, j) in zip(box, inside, strict=True))
-                cost = _cost(b.to_numpy(part_of_array(array, part)), part_of(walked, part), room)
+                cost = _cost(b.to_numpy(part_of_array(array, part)), part_of(walked, part), scratch)
                 blocks.add(inside, cost)
                 total.add(cost)
             worst_blocks.add(region, blocks)
@@ -203,7 +203,7 @@ class _Cost(NamedTuple):
     size: int
 
 
-class _Room:
+class _Scratch:
     """Memory for one part in float64, used again for the next: fresh pages would take longer than all arithmetic."""
 
     def __init__(self) -> None:
@@ -217,10 +217,10 @@ class _Room:
         return copy
 
 
-def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
+def _cost(given: _Numbers, q: QArray, scratch: tuple[_Scratch, _Scratch]) -> _Cost:
     q = q.to_backend("numpy")
     block = q._checked().block
-    values = room[0].float64(given)
+    values = scratch[0].float64(given)
     everything = (None,) * values.ndim
     signal, signal_power = _squares(values, everything)
     kept, left_out, mask = values, None, q.mask
@@ -232,7 +232,7 @@ def _cost(given: _Numbers, q: QArray, room: tuple[_Room, _Room]) -> _Cost:
         left_out = by_block(np.add, (~finite).astype(np.int64), block)
         kept = np.where(finite, values, 0.0)
         signal, signal_power = _squares(kept, everything)
-    error = room[1].float64(np.asarray(q.dequantize()))
+    error = scratch[1].float64(np.asarray(q.dequantize()))
     np.subtract(kept, error, out=error)
     if left_out is not None:
         error = np.where(finite, error, 0.0)

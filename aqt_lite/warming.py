@@ -110,7 +110,7 @@ def warm_up(
             try:
                 timed(f"linear, {count} rows, {mode}", partial(linear, x, q, mode=mode))
             except ValueError:
-                if modes is not None or mode == "fast":  # else nobody asked for what this array does not have
+                if modes is not None or mode == "fast":  # reproducible was only a default, and not every format has it
                     raise
     return taken
 

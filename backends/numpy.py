@@ -80,7 +80,7 @@ class NumpyBackend(Backend):
         quiet = without_warnings(function)
 
         @functools.wraps(function)
-        def call(*arrays: Any, **static: Any) -> Any:  # what kernels had part by part is needed as a whole
+        def call(*arrays: Any, **static: Any) -> Any:  # arrays on disks are read whole here; kernels read them in parts
             return quiet(*(np.asarray(a) if hasattr(a, "__array__") else a for a in arrays), **static)
 
         return call

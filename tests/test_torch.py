@@ -367,6 +367,10 @@ def test_pickle_and_copies():
     for other in (pickle.loads(pickle.dumps(W)), copy.deepcopy(W), copy.copy(W)):
         assert_same_bits(other, W)
     assert copy.copy(W).storage is W.storage
+    q = quantize(X, "uint16", scheme="affine")  # torch cannot read its own pickles of uint16
+    again = pickle.loads(pickle.dumps(q))
+    assert again.storage.dtype == torch.uint16
+    assert_same_bits(again, q)
     assert copy.deepcopy(W).storage is not W.storage
 
 

@@ -321,15 +321,15 @@ def _tiles(shape: tuple[int, ...], block: Block, multiple: int = 1) -> list[Tile
     if axis == 0:
         return [Tile(tuple(slice(0, n) for n in shape), tuple(slice(0, n) for n in grid_of(shape, block)), 0)]
     axis -= 1
-    length, size, room = shape[axis], block[axis], max(1, TILE // row)
+    length, size, most = shape[axis], block[axis], max(1, TILE // row)
     unit = length if size is None else min(size, length)
     last = multiple if axis == len(shape) - 1 else 1
-    step = unit * (room // unit)
+    step = unit * (most // unit)
     if unit < length and unit % last:  # so many blocks end at a multiple
         unit *= last // math.gcd(unit, last)
-        step = unit * max(1, room // unit)
+        step = unit * max(1, most // unit)
     whole = [(n, min(n + (step or unit), length)) for n in range(0, length, step or unit)]
-    parts = [] if step else [-(-(stop - start) // room) for start, stop in whole]  # of blocks that are too large
+    parts = [] if step else [-(-(stop - start) // most) for start, stop in whole]  # of blocks that are too large
     cuts = (
         whole
         if step

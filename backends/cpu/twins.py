@@ -115,7 +115,7 @@ def _table_of_pairs(element: Float | Codebook) -> Array:
     """Two numbers as one item of 64 bits, for each two codes as one integer of 16."""
     table = _table(element)
     pair, rest = np.divmod(np.arange((len(table) - 1) * 257 + 1), 256)
-    last = len(table) - 1  # what no two codes make is there, and read by nobody
+    last = len(table) - 1  # entries beyond the last pair of codes only pad the table
     found = np.stack([table[np.minimum(rest, last)], table[np.minimum(pair, last)]], axis=1).view(np.uint64)[:, 0]
     found.flags.writeable = False
     return found

@@ -49,7 +49,7 @@ class JaxBackend(Backend):
             )
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
         device = None
-        if isinstance(like, jax.Array) and not self.is_traced(like):  # a template of shapes is nowhere
+        if isinstance(like, jax.Array) and not self.is_traced(like):  # a ShapeDtypeStruct has no device
             device = like.device if like.committed and len(like.devices()) == 1 else None
         return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
 
@@ -144,7 +144,7 @@ class JaxBackend(Backend):
         return jax.lax.fori_loop(0, -(-length // size), step, jnp.zeros(shape, form.dtype))
 
     def mapped(self, function: Callable[[Any, Any], Array], x: Array, stack: Any, length: int) -> Array:
-        # one after the other on a CPU: mapped over (vmap), a condition becomes both of its branches
+        # a loop, not vmap, on a CPU: vmap turns a condition into both of its branches
         if jax.default_backend() == "cpu":
             return jax.lax.map(lambda each: function(*each), (x, stack))
         return jax.vmap(function)(x, stack)
@@ -153,7 +153,7 @@ class JaxBackend(Backend):
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
 
     def differentiates(self, *arrays: Array | None) -> bool:
-        return any(self.is_traced(a) for a in arrays)  # where nothing is, the compiler drops what only it would need
+        return any(self.is_traced(a) for a in arrays)  # under jit alone XLA drops what only derivatives need
 
     def stop_gradient(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
@@ -162,7 +162,7 @@ class JaxBackend(Backend):
         return _straight_through(x, y, inside)
 
     def has_nan(self, x: Array) -> bool:
-        if next(iter(x.devices())).platform == "cpu":  # in place: XLA would compile for every shape
+        if next(iter(x.devices())).platform == "cpu":  # by NumPy, without a copy: XLA would compile for every shape
             return bool(np.isnan(self.to_numpy(x)).any())
         return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
 

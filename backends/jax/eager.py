@@ -96,7 +96,7 @@ def _common_place(arrays: list[Any]) -> Any:
                 return NotImplemented
             place = a.sharding if place is None else place
         elif devices != {_default_device()}:
-            return NotImplemented  # placed by a default device that has changed since
+            return NotImplemented  # JAX's default device was changed after they were made
     return place
 
 

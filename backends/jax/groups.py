@@ -172,7 +172,7 @@ def _plain(
     w = Coded(codes, scale, zero if zero.size else None)
     y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
     flags, *scratch = _results(x, codes, table, scale, flip=flip, halves=halves, size=size)[1:]
-    unserved = jnp.any((scale == 0) | ~jnp.isfinite(scale))  # of which only the caller knows what they mean
+    unserved = jnp.any((scale == 0) | ~jnp.isfinite(scale))  # the caller has another form for those
     return [y, jnp.full(flags.shape, unserved, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 

@@ -34,7 +34,8 @@ def primitive(
     lower_plain, lower_call = mlir.lower_fun(plain, multiple_results=True), jax.ffi.ffi_lowering(target)
 
     def on_cpu(context: Any, *operands: Any, **static: int) -> Any:
-        exporting = context.module_context.lowering_parameters.for_export  # to where there may be no such target
+        # what is exported may run where XLA does not know the call's target
+        exporting = context.module_context.lowering_parameters.for_export
         if exporting or not is_registered():
             return lower_plain(context, *operands, **static)
         return lower_call(context, *operands, **{name: np.int64(number) for name, number in static.items()})

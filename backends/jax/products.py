@@ -65,8 +65,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
         return _unless(jnp.any(flags != 0), y, lambda: _by_floats(x, w, bias, spec, contract))
-    few = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
-    if serve.one_scale_a_column(w, contract) and few:
+    has_few_rows = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
+    if serve.one_scale_a_column(w, contract) and has_few_rows:
         return lax.cond(
             reference.fits_fixed_point(x, b),
             lambda: reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b),

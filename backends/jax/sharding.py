@@ -77,7 +77,7 @@ def _axes_of(a: Array) -> list[tuple[str, ...]]:
 
 def _spec(shape: tuple[int, ...], axes: list[tuple[str, ...]], mesh: Any) -> PartitionSpec:
     """Along each axis the longest run of its mesh axes that divides it, and that no earlier axis has taken."""
-    if not shape:  # a number that all elements have a part in
+    if not shape:  # a scale or offset of the whole array
         return PartitionSpec()  # type: ignore[no-untyped-call]
     taken: set[str] = set()
     spec: list[tuple[str, ...] | None] = []

@@ -146,7 +146,7 @@ def _shape_of(q: Any) -> tuple[int, ...]:
 
 def _made_for(q: Any) -> Any:
     storage, shape = q.storage, _shape_of(q)
-    if not all(isinstance(n, int) for n in shape):  # symbols, as jax.export has them
+    if not all(isinstance(n, int) for n in shape):  # symbolic dimensions of jax.export
         return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
     mark = _mark.repeated(_bytes_of(q), shape)
     if isinstance(storage, np.ndarray) or (isinstance(storage, jax.Array) and is_tracing()):

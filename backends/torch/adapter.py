@@ -67,6 +67,14 @@ class TorchBackend(Backend):
     def contiguous(self, x: Array) -> Array:
         return x.contiguous()
 
+    def to_pickle(self, x: Array) -> Array:
+        signed = _SIGNED.get(x.dtype)  # torch 2.13 writes pickles of unsigned types that it then fails to read
+        return x if signed is None else x.view(signed)
+
+    def from_pickle(self, x: Array, dtype: str) -> Array:
+        wanted = getattr(torch, dtype)
+        return x.view(wanted) if _SIGNED.get(wanted) == x.dtype else x
+
     def device(self, x: Array) -> Any:
         return x.device
 
@@ -194,6 +202,7 @@ HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
 
 
 _NO_TRANSFORMATION: Any = contextlib.nullcontext()
+_SIGNED = {torch.uint16: torch.int16}
 
 
 def outside_transformations() -> Any:

@@ -112,7 +112,7 @@ class QuantizedWeight(nn.Module):
         """The weight. Its arrays are the buffers, which are not to be written to."""
         if torch.compiler.is_compiling():
             return self.structure.made(self._buffers.__getitem__)
-        known: QArray | None = self.__dict__.get("known")  # which remembers what its products have checked
+        known: QArray | None = self.__dict__.get("known")  # the same QArray as before, whose scales were checked then
         if known is None or any(
             self._buffers[name] is not array
             for name, array in zip(self.structure.names(), _arrays_of(known), strict=True)
@@ -173,7 +173,7 @@ class QuantizedWeight(nn.Module):
             errors.append(problem)
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self.__dict__.pop("known", None)  # what was checked are the numbers that were there
+        self.__dict__.pop("known", None)  # the checks were of the old numbers
 
     def _why_not(self, state_dict: Any, prefix: str) -> str | None:
         """Why what is saved under ``prefix`` is not of this structure."""

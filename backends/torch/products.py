@@ -49,7 +49,7 @@ def _sums_pairs_in_16_bits() -> bool:
     """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
     ends = np.asarray([-128, 127], np.int8)
     w, x = np.broadcast_to(ends.repeat(16)[:, None], (32, 64)).copy(), np.tile(ends, (64, 16))
-    with _disable_current_modes(), torch.device("cpu"):  # a real product, whatever is being traced around this call
+    with _disable_current_modes(), torch.device("cpu"):  # computed now, even where a trace surrounds this call
         product = torch._int_mm(torch.from_numpy(w), torch.from_numpy(x)).numpy()
     return not np.array_equal(product, w.astype(np.int32) @ x.astype(np.int32))
 
@@ -105,9 +105,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
 def _has_at_most(rows: int, x: Array) -> bool:
     """Whether x has no more rows; not where a compiler does not know, which would compile for the answer."""
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import (
-            statically_known_true,
-        )  # it takes a while, and a compiler has it
+        # an import that takes a while; a compiler has done it already
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return bool(statically_known_true(x.shape[0] <= rows))
     return bool(x.shape[0] <= rows)
@@ -152,7 +151,7 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     b = get_backend("torch")
-    if torch.compiler.is_compiling():  # which follows none of what NumPy does
+    if torch.compiler.is_compiling():  # the compiler cannot trace calls of NumPy
         return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
     y = _by_loops(fixed_point.matmul_reproducible, x, w, bias, spec, contract)
     if y is NotImplemented and w.scale.shape[contract] > 1:  # of short pieces torch's batched products are slow
@@ -355,7 +354,7 @@ def _eager_product(
     spec = Spec(FORMATS[dtype], float_type(float_dtype), block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
     y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, 1)
-    return y.contiguous()  # as the compiler is told below
+    return y.contiguous()  # the strides that the operator's fake kernel below tells the compiler
 
 
 @_eager_product.register_fake
