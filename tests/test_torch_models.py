@@ -332,8 +332,8 @@ def test_layers_that_hand_a_weight_to_linear_get_its_product():
     layer = quantize_(nn.Linear(16, 8))
     x = torch.randn(2, 16)
     for call in (nn.functional.linear, whole(nn.functional.linear)):
-        assert_same_bits(call(x, layer.weight, layer.bias), layer(x))
-        assert_same_bits(call(x, weight=layer.weight), linear(x, layer.weight.qarray))
+        close(call(x, layer.weight, layer.bias), layer(x))
+        close(call(x, weight=layer.weight), linear(x, layer.weight.qarray))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")  # once a process
