@@ -22,6 +22,7 @@ from aqt_lite import (
     PerGroup,
     PerTensor,
     QArray,
+    dense,
     dequantize,
     fake_quantize,
     linear,
@@ -29,6 +30,7 @@ from aqt_lite import (
 )
 from aqt_lite.backends.torch import products
 from aqt_lite.testing import assert_same_bits
+from aqt_lite.torch import quantize_
 
 pytestmark = [
     # torch.compile's own code generator and forward-mode AD load parts of torch.jit, which torch has deprecated
@@ -712,45 +714,95 @@ def test_modules_forget_a_qarray_that_is_a_plain_attribute():
 # ---- ONNX
 
 
-def exported_to_onnx(q, mode="fast"):
+IN_ONNX = {
+    "int8": {"granularity": PerChannel(0)},
+    "a tensor": {"dtype": "uint8", "scheme": "affine"},
+    "groups": {"dtype": "int8", "granularity": PerGroup(32)},
+    "int4": {"dtype": "int4", "granularity": PerGroup(32)},
+    "uint4": {"dtype": "uint4", "scheme": "affine", "granularity": PerChannel(0)},
+    "zero points": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(32)},
+    "a shorter last group": {"dtype": "int4", "granularity": PerGroup(48)},
+    "blocks": {"dtype": "int4", "granularity": PerBlock((16, 32))},
+    "int16": {"dtype": "int16", "granularity": PerChannel(0)},
+    "nf4": {"dtype": "nf4", "granularity": PerChannel(0)},
+    "groups of nf4": {"dtype": "nf4", "granularity": PerGroup(32)},
+    "float8": {"dtype": "float8_e4m3fn", "granularity": PerGroup(32)},
+    "float6": {"dtype": "float6_e3m2fn", "granularity": PerTensor()},
+    "float4": {"dtype": "float4_e2m1fn", "granularity": PerGroup(32)},
+    "scales of 16 bits": {"dtype": "int4", "granularity": PerGroup(32), "scale_dtype": "float16"},
+    **{name: {"dtype": name} for name in ("mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4")},
+}
+
+
+class InOnnx(torch.nn.Module):
+    """With every one of these weights: a product, one of codes as ``for_dense`` stores them, values, rows."""
+
+    def __init__(self, names):
+        super().__init__()
+        rows = torch.randn(16, 192, generator=torch.Generator().manual_seed(0))
+        self.weights = [quantize(rows, **IN_ONNX[name]) for name in names]
+
+    def forward(self, x, ids):
+        return [
+            (linear(x, q), dense(x, q.T.for_dense()), torch.nn.functional.linear(x, dequantize(q)), q[ids].dequantize())
+            for q in self.weights
+        ]
+
+
+SOME = ("zero points", "mxfp4")
+
+
+@pytest.fixture(scope="module", params=[SOME, pytest.param(tuple(IN_ONNX), marks=pytest.mark.exhaustive)], ids=len)
+def in_onnx(request):
+    """Names of weights, their model, its inputs, and the program that the exporter makes of it with all defaults."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: requirements-dev.txt has it")
+    model, batch = InOnnx(request.param), torch.export.Dim("batch", min=2, max=64)
+    inputs = torch.linspace(-1, 1, 3 * 192).reshape(3, 192), torch.tensor([3, 0, 15])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        how = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: batch}, {0: batch})}
+        return request.param, model, inputs, torch.onnx.export(model, inputs, **how).model_proto
+
+
+def test_onnx_holds_codes(in_onnx):
+    """No float of the program is as long as a weight."""
+    program = in_onnx[-1]
+    codes = 2, 3, 5  # uint8, int8, int16
+    assert max(int(np.prod(i.dims)) for i in program.graph.initializer if i.data_type not in codes) <= 512
+
+
+@pytest.mark.parametrize("evaluator", ["onnxruntime", "onnx.reference"])
+def test_onnx_computes_the_same(in_onnx, evaluator):
+    module = pytest.importorskip(evaluator, reason=f"{evaluator} is not installed: requirements-dev.txt has it")
+    names, model, inputs, program = in_onnx
+    if evaluator == "onnxruntime":
+        exact = module.SessionOptions()  # optimized, the runtime rounds activations to 8 bits of its own accord
+        exact.graph_optimization_level = module.GraphOptimizationLevel.ORT_DISABLE_ALL
+        run = module.InferenceSession(program.SerializeToString(), exact, providers=["CPUExecutionProvider"]).run
+    else:
+        run = module.ReferenceEvaluator(program).run
+    twice = [torch.cat([a, a]) for a in inputs]
+    found = run(None, {i.name: a.numpy() for i, a in zip(program.graph.input, twice, strict=True)})
+    expected = [y.detach().numpy() for of_weight in model(*twice) for y in of_weight]
+    for at, (y, of_model) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_allclose(y, of_model, rtol=1e-5, atol=1e-5, err_msg=f"{names[at // 4]}, {at % 4}")
+
+
+@pytest.mark.exhaustive  # seconds
+@pytest.mark.parametrize("what", ["mode", "activations"])
+def test_what_onnx_cannot_say_is_told(what):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: requirements-dev.txt has it")
+    layer = quantize_(torch.nn.Linear(64, 8), [("weight", {"activations": "int8"})])
+    q = layer.weight.qarray
 
     class Layer(torch.nn.Module):
         def forward(self, x):
-            return linear(x, q, mode=mode)
+            return linear(x, q, mode="reproducible") if what == "mode" else layer(x)
 
-    x = torch.linspace(-1, 1, 192).reshape(3, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        return torch.onnx.export(Layer(), (x,), dynamo=True, verbose=False, opset_version=21).model_proto, x
-
-
-@pytest.mark.exhaustive  # seconds each
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"granularity": PerChannel(0)},
-        {"dtype": "uint8", "scheme": "affine"},
-        {"dtype": "int8", "granularity": PerGroup(32)},
-        {"dtype": "int4", "granularity": PerGroup(32)},
-        {"dtype": "nf4", "granularity": PerChannel(0)},
-        {"dtype": "float8_e4m3fn", "granularity": PerChannel(0)},
-    ],
-    ids=str,
-)
-def test_onnx_holds_codes(how):
-    """As integers: no float of the model is as long as the weight."""
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: requirements-dev.txt has it")
-    q = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), **how)
-    model, x = exported_to_onnx(q)
-    assert "DequantizeLinear" in [node.op_type for node in model.graph.node]
-    floats = [int(np.prod(i.dims)) for i in model.graph.initializer if i.data_type == 1]
-    assert max(floats) <= 256
-    exact = runtime.SessionOptions()  # optimized, the runtime rounds activations to 8 bits of its own accord
-    exact.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(model.SerializeToString(), exact, providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(y, linear(x, q).numpy(), rtol=1e-5, atol=1e-5)
+    with warnings.catch_warnings(record=True) as told, contextlib.suppress(torch.onnx.errors.OnnxExporterError):
+        warnings.simplefilter("always")
+        torch.onnx.export(Layer().eval(), (torch.ones(2, 64),), dynamo=True, verbose=False)
+    assert any("ONNX has no operator that reads a float's bits" in str(warning.message) for warning in told)
 
 
 # ---- torch.func

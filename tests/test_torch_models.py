@@ -321,8 +321,19 @@ def test_a_quantized_weight_says_what_a_parameter_would():
 
 def test_layers_that_read_a_weight_themselves_are_told():
     model = made()
-    with pytest.raises(TypeError, match=r"linear is given a quantized weight: use weight.qarray with aqt_lite.linear"):
-        nn.functional.linear(torch.ones(2, 16), model.head.weight)
+    with pytest.raises(TypeError, match=r"matmul is given a quantized weight: use weight.qarray with aqt_lite.linear"):
+        torch.matmul(torch.ones(2, 16), model.head.weight)
+    with pytest.raises(TypeError, match=r"as its input or bias: use weight.qarray.dequantize\(\) there"):
+        nn.functional.linear(model.head.weight, torch.ones(2, 16))
+
+
+def test_layers_that_hand_a_weight_to_linear_get_its_product():
+    """As the attention of torchvision's Swin does, which gives ``qkv.weight`` to a function."""
+    layer = quantize_(nn.Linear(16, 8))
+    x = torch.randn(2, 16)
+    for call in (nn.functional.linear, whole(nn.functional.linear)):
+        close(call(x, layer.weight, layer.bias), layer(x))
+        close(call(x, weight=layer.weight), linear(x, layer.weight.qarray))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")  # once a process

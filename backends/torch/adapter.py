@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,6 +121,9 @@ class TorchBackend(Backend):
         return self.computed_once(torch.where(x > 0, fraction, x)), self.computed_once(exponent)
 
     def power_of_two(self, e: Array) -> Array:
+        if makes_onnx():
+            powers = torch.tensor([0.0, *(2.0**e for e in range(-100, 128))])
+            return powers[(torch.clamp(e, -101, 127) + 101).to(torch.int64)]
         power = _bitcast((torch.clamp(e, -100, 127) + 127) << 23, torch.float32)
         return torch.where(e < -100, 0.0, power)
 
@@ -240,6 +244,13 @@ def _bitcast(x: Array, dtype: Any) -> Array:
         raise NotImplementedError(
             "torch.jit.trace cannot record this: it has no operator that reads a float's bits, which quantization and "
             "reproducible products need. Use torch.export.export or torch.compile; products with mode='fast' it records"
+        )
+    if makes_onnx():
+        warnings.warn(  # an error would make the exporter begin anew in a way that does not say what it is
+            "ONNX has no operator that reads a float's bits, which quantizing inside the program (of activations, for "
+            "instance) and mode='reproducible' need, and the exporter will fail over it: export a model whose weights "
+            "alone are quantized, with mode='fast'",
+            stacklevel=2,
         )
     return x.view(dtype)
 

@@ -201,11 +201,22 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch calls where it is given this in the place of a tensor; fused layers then take their other path."""
+        """What torch calls where it is given this in the place of a tensor; fused layers then take their other path.
+
+        Layers that hand a weight of another one to ``linear`` get its product (attention of windows does).
+        """
+        if function is nn.functional.linear:
+            return _of_linear(*args, **(kwargs or {}))
         raise TypeError(
             f"{getattr(function, '__name__', function)} is given a quantized weight: use weight.qarray with "
             "aqt_lite.linear, or weight.qarray.dequantize()"
         )
+
+
+def _of_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError("linear is given a quantized weight as its input or bias: use weight.qarray.dequantize() there")
+    return linear(input, weight.qarray, bias)
 
 
 def _arrays_of(q: QArray) -> list[Any]:
@@ -375,7 +386,8 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     codes among them; say ``broadcast_buffers=False`` where every process has quantized or loaded the same model.
 
     Quantized before anything is exchanged: beside the model, memory is needed for the codes and for one weight.
-    Subclasses of these layers (``nn.MultiheadAttention`` has one) may use their weights in other ways, and stay.
+    Subclasses of these layers (``nn.MultiheadAttention`` has one) may use their weights in other ways, and stay; so do
+    layers of other kinds, recurrent ones for instance, and ``transformers``' ``Conv1D``. :func:`plan` shows what stays.
 
     Examples
     --------

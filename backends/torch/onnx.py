@@ -1,12 +1,19 @@
 """Weights inside programs that torch exports to ONNX: integers, and what makes numbers of them there.
 
-Owns: both ways to say that. ONNX's exporter computes ahead of time whatever depends on constants alone, which would
-make float32 of every weight; what has passed DequantizeLinear it leaves. Imports: the adapter, affine, elements.
+Owns: ``affine.dequantize`` as such a program has it. ONNX's exporter computes ahead of time whatever depends on
+constants alone, which would make float32 of every weight; what has passed DequantizeLinear it leaves. Imports: the
+adapter, affine, elements.
+
+Of integers with plain scales it is DequantizeLinear, with a scale for each row: of a tensor, a channel, or, codes
+reshaped so that a block is a row, a block. Other codes, and scales that are kept in few bits, are made positions by
+that operator, and looked up in a table of their numbers; a block a row, too, so that scales are not spread over it. So
+any opset that has the operator serves.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -21,36 +28,108 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.torch.adapter import makes_onnx
 from aqt_lite.formats import Format
+from aqt_lite.granularity import Block
 
-__all__ = ["dequantized_in_onnx", "with_codes_in_onnx"]
+__all__ = ["makes_onnx_of_codes", "values_in_onnx", "with_codes_in_onnx"]
 
 
-def dequantized_in_onnx(w: Coded, spec: Spec) -> Array | None:
-    """ONNX's DequantizeLinear of the codes, which its exporter would fold to floats; None for other blocks."""
+def makes_onnx_of_codes() -> bool:
+    """Whether a program for ONNX is being made, by a torch that can say DequantizeLinear in it."""
+    return makes_onnx() and hasattr(torch.onnx, "ops")  # of torch 2.8
+
+
+def with_codes_in_onnx(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``affine.dequantize``: by ``kernel``, or by codes that stay codes, where a program for ONNX is being made."""
+
+    def call(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
+        return values_in_onnx(w, spec, out) if makes_onnx_of_codes() else kernel(w, spec=spec, out=out)
+
+    return call
+
+
+def values_in_onnx(w: Coded, spec: Spec, out: str | None = None) -> Array:
+    """``affine.dequantize`` by operators of ONNX."""
+    b = get_backend("torch")
+    spec = replace(spec, format=_in_onnx(spec.format))
+    if w.scale is not None:
+        w = w._replace(scale=affine.usable_scales(w.scale, spec, b))
+        spec = replace(spec, format=replace(spec.format, scale=None))
+    grouped = any(size not in (None, 1) for size in spec.block)
+    if not grouped:
+        return _values(w, spec, out, b)
+    rows, back = _blocks_as_rows(tuple(w.codes.shape), spec.block)
+    each = [a if a is None else a.reshape(-1, 1) for a in w[1:]]
+    return back(_values(Coded(rows(w.codes), *each), replace(spec, block=(1, None)), out, b))
+
+
+def _values(w: Coded, spec: Spec, out: str | None, b: Backend) -> Array:
+    """The same where no axis is cut in groups."""
     scale: Any = w.scale
-    zero = w.zero_point
-    along = [axis for axis, n in enumerate(scale.shape) if n > 1]
-    attributes: Any = {}
-    version = 13
-    if spec.element.bits != 8 or not hasattr(torch.onnx, "ops"):  # torch.onnx.ops: of torch 2.8
-        return None
-    if not along:
-        scale, zero = (None if a is None else a.reshape(()) for a in (scale, zero))
-    elif len(along) == 1 and spec.block[along[0]] == 1:
-        attributes["axis"] = along[0]
-        scale, zero = (None if a is None else a.reshape(-1) for a in (scale, zero))
-    elif spec.block.count(1) == 1 and None not in spec.block:
-        grouped = 1 - spec.block.index(1)
-        size, version = spec.block[grouped], 21
-        assert size is not None
-        attributes.update(axis=grouped, block_size=size)
-    else:
-        return None
-    inputs: Any = (w.codes, scale) if zero is None else (w.codes, scale, zero.to(w.codes.dtype))
+    is_one_call = (
+        spec.element.zero_points
+        and spec.element.missing is None
+        and w.codes.dtype in (torch.int8, torch.uint8)
+        and w.offset is None
+        and scale is not None
+        and scale.dtype == torch.float32
+        and spec.source.name == "float32"
+    )
+    along = [axis for axis, n in enumerate(spec.block) if n == 1 and w.codes.shape[axis] != 1]
+    if not is_one_call or len(along) > 1:
+        return affine.dequantize(w, spec=spec, out=out, b=b)
+    zero: Any = w.zero_point
+    scale, zero = (None if a is None else a.reshape(-1 if along else ()) for a in (scale, zero))
+    values = _dequantize_linear(w.codes, scale, zero, along)
+    return values if out is None else values.to(getattr(torch, out))
+
+
+def _dequantize_linear(codes: Array, scale: Any, zero: Any = None, along: Any = ()) -> Array:
+    """ONNX's operator, of one scale, or one for each index of an axis."""
+    inputs = (codes, scale) if zero is None else (codes, scale, zero.to(codes.dtype))
+    attributes: Any = {"axis": along[0]} if along else {}
     values: Array = torch.onnx.ops.symbolic(
-        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=tuple(w.codes.shape), version=version
+        "DequantizeLinear", inputs, attributes, dtype=torch.float32, shape=tuple(codes.shape), version=13
     )
     return values
+
+
+def _blocks_as_rows(shape: tuple[int, ...], block: Block) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Arrays of that shape as a matrix with a block in each row, shorter last ones filled up with 0; and back."""
+    split: list[int] = []
+    counts: list[int] = []
+    sizes: list[int] = []
+    whole: list[int] = []
+    for length, size in zip(shape, block, strict=True):
+        if size == 1:
+            counts.append(len(split))
+            split.append(length)
+        elif size is None or length <= size:
+            sizes.append(len(split))
+            split.append(length)
+        else:
+            counts.append(len(split))
+            sizes.append(len(split) + 1)
+            split += [-(-length // size), size]
+        whole.append(length if size is None or size == 1 or length <= size else -(-length // size) * size)
+    order = [*counts, *sizes]
+    inverse = [order.index(axis) for axis in range(len(order))]
+    row = math.prod(split[axis] for axis in sizes)
+    fills = any(full is not length for full, length in zip(whole, shape, strict=True))
+
+    def rows(a: Any) -> Array:
+        if fills:
+            ends = [end for full, n in zip(reversed(whole), reversed(shape), strict=True) for end in (0, full - n)]
+            a = torch.nn.functional.pad(a, ends)
+        return a.reshape(split).permute(order).reshape(-1, row)
+
+    def back(a: Any) -> Array:
+        a = a.reshape([split[axis] for axis in order]).permute(inverse).reshape(whole)
+        return a[tuple(slice(0, n) for n in shape)] if fills else a
+
+    return rows, back
+
+
+# ---- codes that are no numbers
 
 
 @functools.cache
@@ -59,20 +138,29 @@ def _looked_up(kind: Any) -> Any:
 
     class InOnnx(kind):  # type: ignore[misc]
         def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
-            if codes.dtype not in (torch.int8, torch.uint8) or compute != "float32":
+            if compute != "float32":
                 return super().decode(codes, b, compute)
-            one = torch.ones((), dtype=torch.float32)
-            position: Any = torch.onnx.ops.symbolic(
-                "DequantizeLinear", (codes, one), {}, dtype=torch.float32, shape=tuple(codes.shape), version=13
-            )
-            if self.zero_points and self.unit == 1 and self.missing is None:
-                return position  # the codes are the numbers
-            every = np.arange(256) - (128 if codes.dtype == torch.int8 else 0)
+            if self.zero_points and self.missing is None:
+                return _as_float(codes)
+            if codes.dtype not in (torch.int8, torch.uint8):  # scales of 16 bits: a table is longer than they are
+                return super().decode(codes, b, compute)
+            first = -128 if codes.dtype == torch.int8 else 0
+            every = np.arange(first, first + 256)
             known = np.clip(every, *self.codes).astype(self.storage)
             table = torch.from_numpy(np.asarray(super().decode(known, get_backend("numpy")), np.float32))
-            return table[(position - int(every[0])).to(torch.int64)]
+            return table[(_as_float(codes) - first).to(torch.int64)]
 
     return InOnnx
+
+
+def _as_float(codes: Any) -> Array:
+    """Codes as numbers of float32; of 16 bits, of which opsets before 21 know none, by their bytes."""
+    one = torch.ones((), dtype=torch.float32)
+    if codes.dtype != torch.int16:
+        return _dequantize_linear(codes, one)
+    codes = codes.to(torch.int32)  # in 16 bits onnxruntime does next to nothing
+    high, low = (codes >> 8).to(torch.int8), (codes & 255).to(torch.uint8)
+    return _dequantize_linear(high, one) * 256.0 + _dequantize_linear(low, one)
 
 
 def _in_onnx(form: Format) -> Format:
@@ -80,14 +168,3 @@ def _in_onnx(form: Format) -> Format:
     kind: Any = type(element)
     numbers = _looked_up(kind)(**{f.name: getattr(element, f.name) for f in fields(element) if f.init})
     return replace(form, element=numbers, scale=None if form.scale is None else _in_onnx(form.scale))
-
-
-def with_codes_in_onnx(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``affine.dequantize``: by ``kernel``, or by codes that stay codes, where a program for ONNX is being made."""
-
-    def call(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
-        if not makes_onnx() or not hasattr(torch.onnx, "ops"):  # of torch 2.8
-            return kernel(w, spec=spec, out=out)
-        return affine.dequantize(w, spec=replace(spec, format=_in_onnx(spec.format)), out=out, b=get_backend("torch"))
-
-    return call

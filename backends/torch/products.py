@@ -25,12 +25,11 @@ from aqt_lite.backends.torch.adapter import (
     has_its_memory,
     has_no_values,
     is_functorch,
-    makes_onnx,
     outside_transformations,
     without_memory,
     wraps_tensors,
 )
-from aqt_lite.backends.torch.onnx import dequantized_in_onnx, with_codes_in_onnx
+from aqt_lite.backends.torch.onnx import makes_onnx_of_codes, values_in_onnx, with_codes_in_onnx
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS, Format, element_type
 from aqt_lite.ops import derivative, reference
@@ -305,10 +304,9 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
 def _without_derivatives(
     reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
 ) -> Array:
-    if makes_onnx():
-        values = dequantized_in_onnx(w, spec)
-        if values is not None and not reproducible:
-            return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
+    if not reproducible and makes_onnx_of_codes():
+        values = values_in_onnx(w, reference.unrounded(spec))
+        return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(reproducible, x, w, spec, contract):
         outer, inner = (-1 if size is None else size for size in spec.block)
         static = reproducible, spec.element.name, spec.source.name, outer, inner
@@ -402,6 +400,8 @@ class _Stored(torch.autograd.Function):
 def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
     """``reference.matmul_stored`` where NumPy's form serves; what is traced, and trained scales, go other ways."""
     if torch.compiler.is_compiling():
+        if makes_onnx_of_codes():
+            return reference.matmul_stored(x, w, bias, **static, b=get_backend("torch"))
         return _as_one_call(x, w, bias, **static)
     tensors = runtime.arrays_in((x, *w, bias))
     if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
