@@ -66,6 +66,11 @@ CONFUSIONS = {
         lambda: quantize(SQUARE, "float8_e5m2"),
         "float8_e4m3fn.*float8_e5m2",
     ),
+    "scales": (
+        lambda: quantize(SQUARE, "int4", granularity=PerGroup(32), scale_dtype="float16"),
+        lambda: quantize(SQUARE, "int4", granularity=PerGroup(32), scale_dtype="bfloat16"),
+        "float16 of float32.*bfloat16 of float32",
+    ),
     "values": (lambda: quantize(SQUARE), lambda: quantize(SQUARE.astype("bfloat16")), "float32.*bfloat16"),
     "runs": (
         lambda: quantize(SQUARE.reshape(16, 16, 16)).for_dense(1, 2),
@@ -138,6 +143,65 @@ def test_orbax(pair, tmp_path):
         for like in (template, jax.eval_shape(lambda: template)):
             with pytest.raises(ValueError, match=f"saved as .*{words}"):
                 checkpointer.restore(tmp_path / "q", {"w": like})
+
+
+def _equinox(saved, template, path):
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
+    eqx.tree_serialise_leaves(path, saved)
+    return eqx.tree_deserialise_leaves(path, template)
+
+
+def _orbax(saved, template, path):
+    ocp = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed: requirements-dev.txt has it")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, saved)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path, template)
+
+
+def _msgpack(saved, template, path):
+    pytest.importorskip("aqt_lite.linen", reason="flax is not installed: requirements-dev.txt has it")
+    flax = pytest.importorskip("flax.serialization", reason="flax is not installed: requirements-dev.txt has it")
+    return flax.from_bytes(template, flax.to_bytes(saved))
+
+
+def _own_file(saved, template, path):
+    aqt_lite.save(path.with_suffix(".safetensors"), saved)
+    return aqt_lite.load(path.with_suffix(".safetensors"), like=template)
+
+
+def _exported(saved, template, path):
+    """A program for arguments like the template is given what was saved."""
+    program = jax.export.export(jax.jit(lambda q: q))(template)
+    return jax.export.deserialize(program.serialize()).call(saved)
+
+
+SAVERS = {f.__name__[1:]: f for f in (_equinox, _orbax, _msgpack, _own_file, _exported)}
+PRESENT = {  # parts that one has and the other has not
+    "zero points": (lambda: quantize(SQUARE, scheme="affine"), lambda: quantize(SQUARE)),
+    "offsets": (lambda: quantize(SQUARE, scheme="affine", offset="data"), lambda: quantize(SQUARE)),
+    "offsets and zero points": (
+        lambda: quantize(SQUARE, scheme="affine", offset="data"),
+        lambda: quantize(SQUARE, scheme="affine"),
+    ),
+    "kept scales": (lambda: quantize(SQUARE, scale_dtype="float16"), lambda: quantize(SQUARE)),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("pair", [*CONFUSIONS, *PRESENT])
+@pytest.mark.parametrize("turned", [False, True], ids=["as they are", "exchanged"])
+def test_every_saver_gives_what_was_saved_or_an_error(saver, pair, turned, tmp_path):
+    saved, template = (make() for make in (CONFUSIONS | PRESENT)[pair][:2])
+    if turned:
+        saved, template = template, saved
+    assert_same_bits(SAVERS[saver]({"w": saved}, {"w": saved}, tmp_path / "same")["w"], saved)
+    try:
+        found = SAVERS[saver]({"w": saved}, {"w": template}, tmp_path / "other")["w"]
+    except (ValueError, TypeError, RuntimeError):
+        return
+    assert_same_bits(found, saved)  # orbax leaves out what the file has not
 
 
 # ---- what becomes of the leaf

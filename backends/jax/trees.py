@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aqt_lite import _mark
 from aqt_lite._protocol import Node, Ways
@@ -109,13 +109,18 @@ def _is_mark_of(q: Any, leaf: Any) -> bool | None:
             return None
     elif not isinstance(leaf, np.ndarray):
         return False
+    if leaf.dtype not in (np.uint8, jax.dtypes.float0) and _holds_own_codes(q):
+        raise ValueError(
+            f"a QArray, {_mark.in_words(_bytes_of(q))}, got an array of {leaf.dtype} where its last leaf belongs: what "
+            f"was saved has zero points or offsets, which the template lacks; make that one as the saved one was made"
+        )
     if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
         return False
     with jax.transfer_guard_device_to_host("allow"):
         found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
     own = _bytes_of(q)
-    if found == own:
-        return True
+    if found == own or (q.scale is None and any(found == _bytes_of(q, beside) for beside in _mark.EVERY_BESIDE)):
+        return True  # without scales it is a part of a tree, whose other leaves are elsewhere for now
     other = _mark.in_words(found)
     if other is not None:
         raise ValueError(
@@ -135,8 +140,18 @@ def _holds_codes(storage: Any) -> bool:
     return b is not None and b.name != "jax"  # of JAX's other things with a shape, none holds values
 
 
-def _bytes_of(q: Any) -> bytes:
-    return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version)
+def _holds_own_codes(q: Any) -> bool:
+    """Whether the codes have the type that they are stored in: nothing was made of all leaves alike."""
+    stored = "uint8" if q.packed_length is not None else element_type(q.dtype).storage
+    return bool(q.storage.ndim and q.storage.dtype == stored)
+
+
+def _bytes_of(q: Any, beside: tuple[str, ...] | None = None) -> bytes:
+    """The mark of ``q``; of what lies ``beside`` its codes and scales, if that is said."""
+    if beside is None:
+        there = {"zero points": q.zero_point, "offsets": q.offset}
+        beside = tuple(name for name, part in there.items() if part is not None)
+    return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version, beside)
 
 
 def _shape_of(q: Any) -> tuple[int, ...]:
@@ -149,7 +164,9 @@ def _made_for(q: Any) -> Any:
     if not all(isinstance(n, int) for n in shape):  # symbolic dimensions of jax.export
         return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
     mark = _mark.repeated(_bytes_of(q), shape)
-    if isinstance(storage, np.ndarray) or (isinstance(storage, jax.Array) and is_tracing()):
+    if isinstance(storage, jax.Array) and is_tracing():
+        return _sharded_as(mark, storage if q.scale is None or hasattr(q.scale, "_checked") else q.scale)
+    if isinstance(storage, np.ndarray):
         return mark
     if not isinstance(storage, jax.Array):
         b = backend_of(storage)
@@ -163,6 +180,15 @@ def _made_for(q: Any) -> Any:
     elif storage.committed and len(storage.devices()) == 1:
         place = storage.sharding
     return jax.device_put(mark, place, may_alias=False)  # of its own, which may be donated
+
+
+def _sharded_as(mark: Any, like: Any) -> Any:
+    """The mark, whose leading axes are ``like``'s, with a sharding that is part of its type where that one's is."""
+    sharding = jax.typeof(like).sharding if isinstance(like, jax.Array) else None
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return mark
+    spec = PartitionSpec(*sharding.spec[: mark.ndim - 1])  # type: ignore[no-untyped-call]
+    return jax.sharding.reshard(mark, NamedSharding(sharding.mesh, spec))  # type: ignore[no-untyped-call]
 
 
 def _like(q: Any) -> Any:
