@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from optional import needs
+from oracles import formats as written
+
+from aqt_lite.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +39,14 @@ def test_tables_are_those_of_the_recorded_run(page):
 def test_tables_of_formats_are_what_the_records_say():
     code = "import sys; sys.path.insert(0, 'benchmarks'); import formats_table as t; t.hold()"
     run_in_a_fresh_interpreter(code)  # other tests register formats
+
+
+def test_the_contract_lists_the_formats_with_reproducible_products():
+    text = (ROOT / "docs" / "numerics.md").read_text()
+    listed = re.search(r"\*\*Which formats\*\*(.*?)\n\n", text, flags=re.DOTALL).group(1)
+    for name in (*written.FLOATS, *written.CODEBOOKS, "ternary"):
+        served = FORMATS[name].element.unit is not None
+        assert served == bool(re.search(rf"\b{name}\b", listed)), f"docs/numerics.md, Which formats: {name}"
 
 
 def test_tables_of_layouts_are_what_the_records_say():

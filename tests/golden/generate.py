@@ -3,8 +3,8 @@
     python tests/golden/generate.py
 
 All come from exact arithmetic, in which no part of the library takes part; but those whose "made_by" says "reference"
-(stochastic rounding to a codebook) come from the library itself, on NumPy. v1.json is frozen. A version of the contract
-is frozen with its vectors: run this only for a new version, or to add cases.
+(stochastic rounding to a codebook) come from the library itself, on NumPy. v1.json is frozen. What is
+in v2.json stays as it is, too: run this to add the cases of a new format, and look that nothing else changed.
 """
 
 from __future__ import annotations

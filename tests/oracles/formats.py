@@ -92,14 +92,6 @@ MANTISSA = {
     "mxint8": 6,
 }
 
-SCALES = {
-    "float16": floats(5, 10, 15, finite=0x7C00, signed=False),
-    "bfloat16": floats(8, 7, 127, finite=0x7F80, signed=False),
-    "float8_e8m0fnu": floats(8, 0, 127, signed=False, leading=True, finite=0xFF),
-    **{name: {c: v for c, v in FLOATS[name].items() if c < 0x80} for name in list(FLOATS)[:4]},
-}
-"""Formats that scales are kept in as they are: what is not negative of them."""
-
 SCALE_NAN = {
     "float16": 0x7E00,
     "bfloat16": 0x7FC0,
@@ -109,6 +101,14 @@ SCALE_NAN = {
     "float8_e4m3fnuz": 0x80,
     "float8_e5m2fnuz": 0x80,
 }
+
+SCALES = {
+    "float16": floats(5, 10, 15, finite=0x7C00, signed=False),
+    "bfloat16": floats(8, 7, 127, finite=0x7F80, signed=False),
+    "float8_e8m0fnu": floats(8, 0, 127, signed=False, leading=True, finite=0xFF),
+    **{name: {c: v for c, v in FLOATS[name].items() if c < 0x80} for name in FLOATS if name in SCALE_NAN},
+}
+"""Formats that scales are kept in as they are: what is not negative of them."""
 
 BITS = {
     **{name: int(name.lstrip("uint")) for name in INTEGERS if name[-1].isdigit() and name != "mxint8"},
