@@ -533,6 +533,20 @@ def test_one_compiled_program_quantizes_any_shape(how):
     assert counted.frame_count <= (3 if "granularity" in how else 2)
 
 
+@pytest.mark.exhaustive  # compiles
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn", "float6_e2m3fn", "nf4", "mxfp4", "nvfp4"])
+def test_dynamic_sizes_of_every_kind_of_numbers(dtype):
+    """Numbers of formats are symbols in such programs, as lengths are."""
+    how = {} if dtype in ("mxfp4", "nvfp4") else {"granularity": PerGroup(32)}
+    w, x = torch.randn(64, 128), torch.randn(9, 128)
+    q = quantize(w, dtype, **how)
+    for function in (linear, lambda x, w: quantize(x, dtype, **how).dequantize()):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (3, 5, 9):
+            torch.testing.assert_close(compiled(x[:rows], q), function(x[:rows], q), rtol=1e-5, atol=1e-5)
+
+
 @of_each_format
 def test_every_format_has_gradients(how):
     w = quantize(data(24, 40, seed=1), **how)
