@@ -19,7 +19,7 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import DERIVED, FORMATS, SCALE_FORMATS
 from aqt_lite.granularity import Block
 
-__all__ = ["EVERY_BESIDE", "LENGTH", "encoded", "in_words", "repeated", "shape_of"]
+__all__ = ["LENGTH", "encoded", "in_words", "repeated", "shape_of"]
 
 LENGTH = 16
 """Bytes: 2 of a checksum, 3 of the format's name, 1 of flags, 2 of the packed length, 8 of four block lengths."""
@@ -28,9 +28,6 @@ _AXES = 4
 _WHOLE_AXIS = 0
 _LONGEST = (1 << 16) - 1
 _RUNS = tuple((first, second) for first in range(1, 5) for second in range(1, 5) if (first, second) != (1, 1))
-Beside = tuple[str, ...]
-EVERY_BESIDE: tuple[Beside, ...] = ((), ("zero points",), ("offsets",), ("zero points", "offsets"))
-"""What may lie beside codes and scales."""
 _TRANSPOSED, _PACKED = 1, 2  # flags; two more bits are the type of the values, the upper four the contract's version
 
 
@@ -42,19 +39,15 @@ def encoded(
     transposed: bool | tuple[int, int],
     packed_length: int | None,
     version: int,
-    beside: Beside = (),
 ) -> bytes:
-    """The mark of a structure. What is longer than 16 bits is kept modulo that, block lengths up to that.
-
-    ``beside``: what there is beside codes and scales.
-    """
+    """The mark of a structure. What is longer than 16 bits is kept modulo that, block lengths up to that."""
     lengths = [_WHOLE_AXIS if n is None else min(n, _LONGEST) for n in block[-_AXES:]]
     lengths = [_WHOLE_AXIS] * (_AXES - len(lengths)) + lengths
     flags = _TRANSPOSED * bool(transposed) + _PACKED * (packed_length is not None)
     flags += (list(FLOAT_TYPES).index(float_dtype) << 2) + ((version & 15) << 4)
     numbers = [(packed_length or 0) & _LONGEST, *lengths]
     body = _name_as_bytes(dtype) + bytes([flags]) + b"".join(n.to_bytes(2, "little") for n in numbers)
-    return _checksum(body, transposed, beside) + body
+    return _checksum(body, transposed) + body
 
 
 def layout_in_words(transposed: bool | tuple[int, int]) -> str:
@@ -67,11 +60,9 @@ def in_words(mark: bytes) -> str | None:
     if len(mark) != LENGTH:
         return None
     layouts: tuple[bool | tuple[int, int], ...] = (True, *_RUNS) if mark[5] & _TRANSPOSED else (False,)
-    ways = ((layout, beside) for layout in layouts for beside in EVERY_BESIDE)
-    found = next((way for way in ways if _checksum(mark[2:], *way) == mark[:2]), None)
-    if found is None:
+    layout = next((each for each in layouts if _checksum(mark[2:], each) == mark[:2]), None)
+    if layout is None:
         return None
-    layout, beside = found
     known = {_name_as_bytes(name): name for name in (*SCALE_FORMATS, *FORMATS, *DERIVED)}
     name, flags = known.get(mark[2:5], "an unknown format"), mark[5]
     packed, *lengths = (int.from_bytes(mark[i : i + 2], "little") for i in range(6, LENGTH, 2))
@@ -79,8 +70,6 @@ def in_words(mark: bytes) -> str | None:
         lengths = lengths[1:]
     block = ", ".join("whole axis" if n == _WHOLE_AXIS else str(n) for n in lengths)
     words = f"{name} of {list(FLOAT_TYPES)[flags >> 2 & 3]} in blocks of (..., {block})"
-    if beside:
-        words += f" with {' and '.join(beside)}"
     if flags & _TRANSPOSED:
         words += f", {layout_in_words(layout)}"
     if flags & _PACKED:
@@ -104,7 +93,7 @@ def _name_as_bytes(name: str) -> bytes:
     return zlib.crc32(name.encode()).to_bytes(4, "little")[:3]
 
 
-def _checksum(body: bytes, transposed: bool | tuple[int, int], beside: Beside) -> bytes:
-    """It differs with what there is no room for: the runs of axes that are swapped, and what lies beside codes."""
+def _checksum(body: bytes, transposed: bool | tuple[int, int]) -> bytes:
+    """It differs with the runs of axes that are swapped, for which there is no room beside it."""
     runs = bytes(transposed) if isinstance(transposed, tuple) else b""
-    return (zlib.crc32(body + runs + "".join(beside).encode()) & _LONGEST).to_bytes(2, "little")
+    return (zlib.crc32(body + runs) & _LONGEST).to_bytes(2, "little")

@@ -109,18 +109,13 @@ def _is_mark_of(q: Any, leaf: Any) -> bool | None:
             return None
     elif not isinstance(leaf, np.ndarray):
         return False
-    if leaf.dtype not in (np.uint8, jax.dtypes.float0) and _holds_own_codes(q):
-        raise ValueError(
-            f"a QArray, {_mark.in_words(_bytes_of(q))}, got an array of {leaf.dtype} where its last leaf belongs: what "
-            f"was saved has zero points or offsets, which the template lacks; make that one as the saved one was made"
-        )
     if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
         return False
     with jax.transfer_guard_device_to_host("allow"):
         found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
     own = _bytes_of(q)
-    if found == own or (q.scale is None and any(found == _bytes_of(q, beside) for beside in _mark.EVERY_BESIDE)):
-        return True  # without scales it is a part of a tree, whose other leaves are elsewhere for now
+    if found == own:
+        return True
     other = _mark.in_words(found)
     if other is not None:
         raise ValueError(
@@ -140,18 +135,8 @@ def _holds_codes(storage: Any) -> bool:
     return b is not None and b.name != "jax"  # of JAX's other things with a shape, none holds values
 
 
-def _holds_own_codes(q: Any) -> bool:
-    """Whether the codes have the type that they are stored in: nothing was made of all leaves alike."""
-    stored = "uint8" if q.packed_length is not None else element_type(q.dtype).storage
-    return bool(q.storage.ndim and q.storage.dtype == stored)
-
-
-def _bytes_of(q: Any, beside: tuple[str, ...] | None = None) -> bytes:
-    """The mark of ``q``; of what lies ``beside`` its codes and scales, if that is said."""
-    if beside is None:
-        there = {"zero points": q.zero_point, "offsets": q.offset}
-        beside = tuple(name for name, part in there.items() if part is not None)
-    return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version, beside)
+def _bytes_of(q: Any) -> bytes:
+    return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version)
 
 
 def _shape_of(q: Any) -> tuple[int, ...]:
