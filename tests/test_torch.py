@@ -840,9 +840,11 @@ def test_torch_func_of_a_weight_that_was_not_used_before(how):
 @pytest.mark.parametrize(
     "how",
     [
-        FORMATS["nf4"],  # fast products alone
         FORMATS["int8"],
-        *(pytest.param(FORMATS[n], marks=pytest.mark.exhaustive) for n in ("groups", "uint8", "int4", "mxfp4", "fp8")),
+        *(
+            pytest.param(FORMATS[n], marks=pytest.mark.exhaustive)
+            for n in ("groups", "uint8", "int4", "nf4", "mxfp4", "fp8")
+        ),
     ],
     ids=str,
 )
