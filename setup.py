@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the README as the package's description, whose links lead nowhere outside the sources.
+"""What pyproject.toml cannot say: the README as the package's description, with no link that leads to a file.
 
 A link to a file becomes its text, which names the file; the sdist has all of them. Addresses stay links.
 """
