@@ -3,7 +3,8 @@
     python benchmarks/stored.py            printed, and written to benchmarks/stored.json
     python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
 
-Each result is checked against float64 first, rows with an outlier too. The float32 product is the faster of the
+Each result is checked against float64 first, row by row, with an outlier and without. Peers take part where they are
+installed (``peers.py``); a second table has the shapes of real networks. The float32 product is the faster of the
 weight's two layouts, on the same turns. "share" is the part of a call's time that reading the weight's bytes takes.
 """
 
@@ -15,12 +16,14 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import run
+
+import numpy as np  # isort: skip  # after run, which may start the process again
+import peers
 import torch
 
 import aqt_lite
-from aqt_lite import PerGroup
+from aqt_lite import PerChannel, PerGroup
 from aqt_lite.backends.cpu.runtime import cores, map_ranges
 
 WEIGHTS = {
@@ -92,6 +95,13 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
             candidates[again] = lambda i, some=some: same_bits(given, some[i % len(some)])
     for name in measured:
         assert run.error(candidates[name](0), exact[name.removesuffix(", reproducible")]) <= 2 * own, (kind, name, m)
+    check_without_outlier(kind, w, weights, x)
+    others = peers.of(kind, w, x)
+    for name, peer in others.items():
+        off = run.error(peer.call(0), x.astype(np.float64) @ peer.weight.T)
+        print(f"  {kind:6} {size} M={m:<4} {name:40} error {off:.1e}, float32's {own:.1e}")
+        assert off < (1e-5 if peer.exact else 0.1), name
+        candidates[name] = peer.call
     found = run.take_turns(candidates, seconds=0, least=7)
     base = min(found[name]["ms"] for name in ("float32", "float32, (in, out)"))
     for name, q in measured.items():
@@ -100,6 +110,58 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
         table.append({"backend": kind, "size": size, "m": m, "who": name, **found[name]})
         table[-1] |= {"float32_ms": base, "times_as_fast": base / ms, "read_share": share}
         print(f"  {kind:6} {size} M={m:<4} {name:40} {ms:8.2f} ms  {base / ms:5.2f}x  share {share:.2f}", flush=True)
+    for name in others:
+        ms = found[name]["ms"]
+        table.append({"backend": kind, "size": size, "m": m, "who": name, **found[name]})
+        table[-1] |= {"float32_ms": base, "times_as_fast": base / ms, "read_share": None}
+        print(f"  {kind:6} {size} M={m:<4} {name:40} {ms:8.2f} ms  {base / ms:5.2f}x", flush=True)
+    return table
+
+
+def check_without_outlier(kind: str, w, weights: dict, x) -> None:
+    """What an outlier would hide: the same rows without it."""
+    put, product, _, *ours = on(kind)
+    x = np.clip(x, -100, 100)
+    own = run.error(product(put(x), put(w)), x.astype(np.float64) @ w.astype(np.float64).T)
+    for name, q in weights.items():
+        exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+        for linear in ours[: 2 if name in REPRODUCIBLE else 1]:
+            assert run.error(linear(put(x), q.to_backend(kind)), exact) <= 2 * own, (kind, name, len(x))
+
+
+SHAPES = {
+    "tall and thin: 128,000 x 16, 96 outputs": (128_000, 16, 96),
+    "MiniLM, 128 tokens: 384 to 1536": (128, 384, 1536),
+    "MiniLM, 128 tokens: 1536 to 384": (128, 1536, 384),
+    "1x1 convolution: 3136 x 64, 256 outputs": (3136, 64, 256),
+    "attention head: 128 x 384, 32 outputs": (128, 384, 32),
+}
+"""Rows of x, inputs and outputs. None is to take more than 1.5 times as long as the float32 product: 0.67x."""
+
+
+def shapes() -> list[dict]:
+    rng, table = np.random.default_rng(run.SEED), []
+    for shape, (m, inner, columns) in SHAPES.items():
+        x = np.maximum(rng.standard_normal((m, inner), dtype=np.float32), 0)
+        w = rng.standard_normal((columns, inner), dtype=np.float32)
+        how = {"int8, per channel": {"granularity": PerChannel(0)}}
+        how["int4, groups of 16"] = {"dtype": "int4", "granularity": PerGroup(16)}
+        for kind in ("numpy", "torch", "jax"):
+            put, product, _, linear, _ = on(kind)
+            given, weight = put(x), put(w)
+            candidates = {"float32": lambda i: product(given, weight)}  # noqa: B023 - called in this turn
+            for name, kwargs in how.items():
+                q = aqt_lite.quantize(w, **kwargs)
+                exact, q = x.astype(np.float64) @ q.dequantize().astype(np.float64).T, q.to_backend(kind)
+                candidates[name] = lambda i, q=q: linear(given, q)  # noqa: B023
+                off = candidates[name](0)
+                off = np.asarray(off).astype(np.float64) - exact
+                assert np.sqrt(np.mean(off**2)) <= 1e-6 * np.sqrt(np.mean(exact**2)), (kind, name, shape)
+            found = run.take_turns(candidates, seconds=0, least=7)
+            for name in how:
+                ratio = found["float32"]["ms"] / found[name]["ms"]
+                table.append({"shape": shape, "backend": kind, "who": name, **found[name], "times_as_fast": ratio})
+                print(f"  {kind:6} {shape:42} {name:20} {found[name]['ms']:8.2f} ms  {ratio:5.2f}x", flush=True)
     return table
 
 
@@ -116,6 +178,7 @@ def main() -> None:
     sizes = [4096] if quick else [4096, 8192]
     results["rows"] = [row for size in sizes for row in rows(size, [1, 8] if quick else [1, 8, 64, 512], chosen, read)]
     if not quick:
+        results["shapes"] = shapes()
         path = run.ROOT / "benchmarks" / "stored.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")

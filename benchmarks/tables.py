@@ -43,6 +43,7 @@ def tables(results: dict) -> dict[str, str]:
     stored = json.loads((ROOT / "benchmarks" / "stored.json").read_text())
     return {
         "stored": products_stored(stored),
+        "shapes": shapes(stored),
         "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
         "machine": machine(results),
         "products": products(results, ("linear", "linear, reproducible")),
@@ -56,6 +57,7 @@ def machine(results: dict, copying: bool = True) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     told = f"Measured on {m['cores']} cores ({m['processor']}), {m['memory_gib']} GiB, Python {m['python']}, {versions}"
+    told += f"; BLAS: {m['blas']}" if "blas" in m else ""
     return f"{told}; copying reads and writes {results['copy_gb_s']:.0f} GB/s." if copying else f"{told}."
 
 
@@ -66,9 +68,29 @@ def products_stored(results: dict) -> str:
     lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]
     for backend in ("jax", "torch", "numpy"):
         for who in dict.fromkeys(r["who"] for r in results["rows"]):
-            cells = [found[backend, who, *column] for column in columns]
-            shown = [f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 else "") for c in cells]
+            cells = [found.get((backend, who, *column)) for column in columns]
+            if not any(cells):
+                continue
+            shown = [_ratio_and_share(c) for c in cells]
             lines.append(f"| {backend}: {who} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _ratio_and_share(c: dict | None) -> str:
+    if c is None:
+        return ""
+    return f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 and c["read_share"] else "")
+
+
+def shapes(results: dict) -> str:
+    """Times as fast as the float32 product, and milliseconds, for shapes of real networks."""
+    rows = results["shapes"]
+    names = list(dict.fromkeys(r["shape"] for r in rows))
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for backend, who in dict.fromkeys((r["backend"], r["who"]) for r in rows):
+        cells = {r["shape"]: r for r in rows if (r["backend"], r["who"]) == (backend, who)}
+        shown = [f"{cells[n]['times_as_fast']:.2f}x ({cells[n]['ms']:.2f})" for n in names]
+        lines.append(f"| {backend}: {who} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

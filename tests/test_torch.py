@@ -504,23 +504,19 @@ def test_every_format_compiled(how):
         torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.exhaustive_unless(how=[FORMATS["fp8"]])  # seconds each
-@of_each_format
-def test_every_format_compiled_for_lengths_that_are_symbols(how):
-    """With ``dynamic=True`` the numbers of a record, such as the largest float, are symbols as well."""
+def test_numbers_of_records_are_symbols_where_lengths_are():
+    """With ``dynamic=True``; and they have the bits of numbers."""
 
-    def everything(x, a, w):
-        return w.dequantize(), quantize(x, **how).dequantize(), linear(a, w)
+    def both(a, w):
+        return w.dequantize(), linear(a, w)
 
     torch.compiler.reset()
-    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
     for length in (40, 64):
-        given = data(24, length, seed=1), data(3, length), quantize(data(16, length, seed=2), **how)
-        *got, y = compiled(*given)
-        *expected, y_expected = everything(*given)
-        for g, e in zip(got, expected, strict=True):
-            assert_same_bits(g, e)
-        torch.testing.assert_close(y, y_expected, rtol=1e-5, atol=1e-5)
+        given = data(3, length), quantize(data(16, length, seed=2), "float8_e4m3fn")
+        (values, y), expected = compiled(*given), both(*given)
+        assert_same_bits(values, expected[0])
+        torch.testing.assert_close(y, expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_stochastic_rounding_compiles():
@@ -551,6 +547,20 @@ def test_one_compiled_program_quantizes_any_shape(how):
         x = data(*shape)
         assert_same_bits(compiled(x), quantize(x, **how))
     assert counted.frame_count <= (3 if "granularity" in how else 2)
+
+
+@pytest.mark.exhaustive  # compiles
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn", "float6_e2m3fn", "nf4", "mxfp4", "nvfp4"])
+def test_dynamic_sizes_of_every_kind_of_numbers(dtype):
+    """Numbers of formats are symbols in such programs, as lengths are."""
+    how = {} if dtype in ("mxfp4", "nvfp4") else {"granularity": PerGroup(32)}
+    w, x = torch.randn(64, 128), torch.randn(9, 128)
+    q = quantize(w, dtype, **how)
+    for function in (linear, lambda x, w: quantize(x, dtype, **how).dequantize()):
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for rows in (3, 5, 9):
+            torch.testing.assert_close(compiled(x[:rows], q), function(x[:rows], q), rtol=1e-5, atol=1e-5)
 
 
 @of_each_format

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite.backends.torch import namespace
+from aqt_lite.backends.torch.namespace import namespace
 from aqt_lite.elements import Codebook, Float, FloatOrMissing, Integer, IntegerOrMissing
 from aqt_lite.formats import Format
 
@@ -28,7 +28,7 @@ class TorchBackend(Backend):
     name = "torch"
     array_modules = ("torch",)
     weights_are = "linear"
-    xp: Any = namespace
+    xp = namespace()
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         device = None if like is None else like.device

@@ -1,28 +1,45 @@
-"""torch as the Array API standard has it, in a form that torch's compiler can follow.
+"""The Array API namespace of torch, with what programs of ``torch.compile`` want otherwise.
 
-Owns: what differs from array-api-compat's namespace, whose names are all here. Imports: the door to it.
+Owns: the functions that differ from array-api-compat's. Imports: its wrapper, as ``_namespace`` gives it.
 """
 
 from __future__ import annotations
 
-import builtins
+import types
 from typing import Any
 
 import torch
 
 from aqt_lite._namespace import Array, wrapped_namespace
 
-_standard = wrapped_namespace("torch")
-globals().update({name: getattr(_standard, name) for name in dir(_standard) if not name.startswith("_")})
+__all__ = ["namespace"]
+
+
+def namespace() -> Any:
+    """A module, as Dynamo traces functions of no other object as well."""
+    found = types.ModuleType("aqt_lite.backends.torch.array_api")
+    vars(found).update({name: value for name, value in vars(wrapped_namespace("torch")).items() if name[:2] != "__"})
+    found.clip = clip  # type: ignore[attr-defined]
+    return found
 
 
 def clip(x: Array, /, min: Any = None, max: Any = None) -> Array:
-    """``x`` between two limits.
+    """The standard's, of bounds that are no NaN: array-api-compat asks that of numbers.
 
-    The other namespace asks whether limits are NaN, which the compiler cannot where they are symbols
-    (``dynamic=True``); ours never are.
+    In a program with dynamic sizes numbers are symbols, too, of which that cannot be asked.
     """
-    number = builtins.float  # ``float`` is torch's here
-    if isinstance(min, number) and isinstance(max, number):
+    if not (x.is_floating_point() or x.dtype == torch.bool):
+        limits = torch.iinfo(x.dtype)
+        min = None if _is_number(min) and min <= limits.min else min
+        max = None if _is_number(max) and max >= limits.max else max
+    if min is None and max is None:
+        return x.clone()
+    if (min is None or _is_number(min)) and (max is None or _is_number(max)):
         return torch.clamp(x, min, max)
-    return _standard.clip(x, min, max)
+    return torch.clamp(
+        x, *(torch.as_tensor(v, dtype=x.dtype, device=x.device) if _is_number(v) else v for v in (min, max))
+    )
+
+
+def _is_number(bound: Any) -> bool:
+    return isinstance(bound, int | float | torch.SymInt | torch.SymFloat)
