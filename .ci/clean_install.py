@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
-import sys, importlib.metadata
+import re, sys, importlib.metadata
 import numpy as np
 import aqt_lite
 x = np.asarray([[191.6, -13.5, 728.6], [92.14, 295.5, -184.0]], "float32")
@@ -24,6 +24,11 @@ assert not {"jax", "torch", "matplotlib"} & set(sys.modules)
 files = [str(f) for f in importlib.metadata.files("aqt_lite")]
 assert not [f for f in files if f.startswith("backends")], "a top-level package called backends was installed"
 assert "aqt_lite/py.typed" in files and "aqt_lite/backends/numpy.py" in files, files
+about = importlib.metadata.metadata("aqt_lite")
+text = about.get_payload()
+assert about["Description-Content-Type"] == "text/markdown" and text.lstrip().startswith("# aqt_lite"), text[:99]
+links = [to for to in re.findall(r"\\]\\(([^)]*)\\)", text) if not to.startswith("http")]
+assert "docs/models.md" in text and not links, f"links in the description that lead nowhere: {links}"
 print("the wheel works:", aqt_lite.__version__, aqt_lite.__file__)
 """
 

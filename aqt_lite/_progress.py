@@ -76,6 +76,16 @@ def over(boxes: Iterator[Any], size: int) -> Iterator[Any]:
 
 
 @contextmanager
+def untold() -> Iterator[None]:
+    """Inside, nobody is told: what is done there is a part of what is told of already."""
+    token = _told.set(None)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+@contextmanager
 def over_tasks(tasks: Iterable[Any]) -> Iterator[None]:
     """Inside, tasks of Dask that are computed are told when they are done; what they do themselves is not."""
     listener, keys = _told.get(), {task.key for task in tasks}

@@ -163,6 +163,11 @@ class ArrayShapes:
             raise TypeError("len() of a 0-dimensional QArray; an array of its values is q.dequantize()")
         return self.shape[0]
 
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "a QArray is neither true nor false: ask for what is meant, len(q) or q.size, or for values, q.dequantize()"
+        )
+
     def __iter__(self: QArray) -> Iterator[QArray]:  # type: ignore[misc]
         """Slices along the first axis; TypeError where groups run along it: no single index can be taken there."""
         if not self.shape:
@@ -192,7 +197,9 @@ class ArrayShapes:
         block, ragged = ((*e[:-2], e[-1], e[-2]) if e else () for e in (q.block, q.ragged))
         if isinstance(q.transposed, tuple):
             return _laid_out_anew(replace(q, storage=xp.matrix_transpose(q.qvalue), **blocks, block=block), q)
-        return replace(q, **blocks, block=block, ragged=ragged, transposed=not q.transposed)
+        turned = replace(q, **blocks, block=block, ragged=ragged, transposed=not q.transposed)
+        turned.__dict__["_turned"] = True  # by hand: whoever wrote it knows what a square weight is for
+        return turned
 
     def transpose(self: QArray, *axes: Any) -> QArray:  # type: ignore[misc]
         """Axes in another order; reversed by default, as in NumPy."""

@@ -17,7 +17,7 @@ from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
 from aqt_lite._namespace import Numbers
 from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
-from aqt_lite._progress import over
+from aqt_lite._progress import over, untold
 from aqt_lite._range import representable_range, scales_of_blocks, with_margin
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
@@ -27,6 +27,9 @@ __all__ = ["BlockError", "ErrorReport", "error_report"]
 
 MOST_ELEMENTS = 1 << 16
 """Elements looked at together: 512 KB of float64, so that the arrays made of them stay in a core's cache."""
+
+_AT_ONCE = 1 << 18
+"""The same for a report, which decodes them: kernels leave fewer to the plain operations, which take longer."""
 
 _MOST_BLOCKS = 1 << 17
 """Blocks whose sums are kept together, where they span several parts: 6 MB."""
@@ -158,9 +161,10 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
                 for (start, stop), size, length in zip(region, block, q.shape, strict=True)
             )
             blocks = _Blocks(tuple(stop - start for start, stop in box), block)
-            for inside in over(boxes(blocks.shape, MOST_ELEMENTS, order, block), math.prod(blocks.shape)):
+            for inside in over(boxes(blocks.shape, _AT_ONCE, order, block), math.prod(blocks.shape)):
                 part = tuple((first + i, first + j) for (first, _), (i, j) in zip(box, inside, strict=True))
-                cost = _cost(b.to_numpy(part_of_array(array, part)), part_of(walked, part), scratch)
+                with untold():
+                    cost = _cost(b.to_numpy(part_of_array(array, part)), part_of(walked, part), scratch)
                 blocks.add(inside, cost)
                 total.add(cost)
             worst_blocks.add(region, blocks)

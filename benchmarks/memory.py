@@ -2,10 +2,14 @@
 
     python benchmarks/memory.py [--write] [--megabytes 512] [words of the rows to run]
     python benchmarks/memory.py --large [--write] [--gigabytes 20] [--folder DIR]
+    python benchmarks/memory.py --passes
 
 ``--large`` is a file of float32 as large as the machine's memory, a third of it NaN: quantized within a bound, read
 back and reported on, each in a fresh process, from file to file. It needs 2.3 times as much room on the disk of the
 folder, and deletes all that it wrote.
+
+``--passes`` holds the time of ``error_report`` against that of plain NumPy, which makes the errors of the whole array
+in float64 and sums them up, and against copying the array three times.
 
 Peak memory is that of private pages (RssAnon of Linux, looked at every 2 ms), above what there was before the call,
 less the result: pages of files that are mapped come and go as the system likes. ``--write`` puts the tables into
@@ -165,6 +169,37 @@ def measured(megabytes: int, words: list[str]) -> list[tuple[str, float, float]]
     return found
 
 
+PASSES = """
+import json, time
+import numpy as np
+import aqt_lite
+from aqt_lite import PerChannel, PerGroup
+x = np.random.default_rng(0).standard_normal((4096, 4096), dtype="float32")
+other = np.empty_like(x)
+def best(f):
+    def once():
+        start = time.perf_counter()
+        f()
+        return time.perf_counter() - start
+    once()
+    return min(once() for _ in range(3))
+def copies():
+    for _ in range(3):
+        np.copyto(other, x)
+def plainly(q):
+    error = np.subtract(x, q.dequantize(), dtype=np.float64)
+    return np.abs(error).max(), np.square(error).sum(), np.square(x, dtype=np.float64).sum()
+three = best(copies)
+for how in [
+    {}, {"granularity": PerChannel(0)}, {"dtype": "int4", "granularity": PerGroup(32)}, {"dtype": "nf4"},
+    {"dtype": "float8_e4m3fn"}, {"dtype": "mxfp4"},
+]:
+    q = aqt_lite.quantize(x, **how)
+    seconds = best(lambda: aqt_lite.error_report(x, q))
+    print(f"{seconds:.3f} s, {seconds / best(lambda: plainly(q)):.2f} of plain NumPy's, "
+          f"{seconds / three:.1f} of three copies'  {how or 'int8'}", flush=True)
+"""
+
 STORED = "out = np.lib.format.open_memmap(path + {!r}, {!r}, {!r}, mapped.shape); "
 CODES = STORED.format(".codes", "r+", "i1")
 AGAIN = "q = aqt_lite.QArray.from_codes(out, np.load(path + '.scale.npy'), offset=np.load(path + '.offset.npy'), "
@@ -238,7 +273,10 @@ def main() -> int:
     parser.add_argument("--large", action="store_true", help="a file as large as memory, instead")
     parser.add_argument("--gigabytes", type=float, default=20.0)
     parser.add_argument("--folder", help="where the large files are written; that for temporary files by default")
+    parser.add_argument("--passes", action="store_true", help="the time of error_report, instead")
     options = parser.parse_args()
+    if options.passes:
+        return subprocess.run([sys.executable, "-c", PASSES], check=False).returncode
     if options.write and options.words:
         parser.error("--write is for the whole table")
     if options.large:

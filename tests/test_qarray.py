@@ -148,6 +148,9 @@ def test_iteration_and_length():
         assert_same_bits(part.dequantize(), values)
     with pytest.raises(TypeError, match="0-dimensional"):
         len(quantize(1.0))
+    for nothing in (q, quantize([[0.0]]), quantize(1.0), quantize(np.zeros((0, 3), "float32"))):
+        with pytest.raises(TypeError, match="neither true nor false"):
+            bool(nothing)
 
 
 # ---- NumPy, copies, equality, printing
@@ -631,6 +634,10 @@ def test_square_weights_know_what_they_were_stored_for(backend):
     with pytest.warns(UserWarning, match=r"stored as for_dense\(\) does, as \(out, in\).*dense\(x, w\) reads it as"):
         aqt_lite.linear(x, w)
     dense(x, w)
+    for turned in (w.T, w.T.T, w.for_dense().T, w.T.transpose()):  # written out: nobody is in doubt
+        values = backend.to_numpy(turned.dequantize())
+        y = backend.to_numpy(aqt_lite.linear(x, turned))
+        np.testing.assert_allclose(y, X[0, :, :6] @ values.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "axis"), [("dense", 1), ("linear", 0)])

@@ -24,6 +24,7 @@ from aqt_lite import (
     QArray,
     dense,
     dequantize,
+    einsum,
     fake_quantize,
     linear,
     quantize,
@@ -503,6 +504,21 @@ def test_every_format_compiled(how):
         torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
 
 
+def test_numbers_of_records_are_symbols_where_lengths_are():
+    """With ``dynamic=True``; and they have the bits of numbers."""
+
+    def both(a, w):
+        return w.dequantize(), linear(a, w)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
+    for length in (40, 64):
+        given = data(3, length), quantize(data(16, length, seed=2), "float8_e4m3fn")
+        (values, y), expected = compiled(*given), both(*given)
+        assert_same_bits(values, expected[0])
+        torch.testing.assert_close(y, expected[1], rtol=1e-5, atol=1e-5)
+
+
 def test_stochastic_rounding_compiles():
     """Inlined into one another, the rounds of its noise took the compiler hours."""
     x = data(6, 40)
@@ -829,3 +845,42 @@ def test_torch_func_of_a_weight_that_was_not_used_before(how):
         q = quantize(w, **how)
         dx = torch.func.grad(lambda x, q=q, mode=mode: linear(x, q, mode=mode).sum())(x)
         torch.testing.assert_close(dx, dequantize(q).sum(0).expand(4, -1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        FORMATS["int8"],
+        *(
+            pytest.param(FORMATS[n], marks=pytest.mark.exhaustive)
+            for n in ("groups", "uint8", "int4", "nf4", "mxfp4", "fp8")
+        ),
+    ],
+    ids=str,
+)
+def test_torch_func_inside_what_is_compiled(how):
+    """Dynamo leaves the derivatives of an autograd.Function out there: a gradient of zeros would be silent."""
+    w, x = quantize(data(24, 40, seed=1), **how), data(3, 40)
+    for mode in modes_of(w):
+
+        def loss(x, w, mode=mode):
+            return linear(x, w, mode=mode).square().sum()
+
+        expected = torch.func.grad(loss)(x, w)
+        assert expected.any()
+        as_argument = mode == "fast"
+        f = loss if as_argument else lambda x, loss=loss: loss(x, w)
+        dx, value = whole(torch.func.grad_and_value(f), "eager")(*((x, w) if as_argument else (x,)))
+        torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(value, loss(x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_func_of_quantized_activations_inside_what_is_compiled():
+    w, x = quantize(data(24, 40, seed=1), granularity=PerChannel(0)), data(3, 40)
+
+    def loss(x):
+        return einsum("bi,oi->bo", x, w, activations="int8").square().sum()
+
+    expected = torch.func.grad(loss)(x)
+    assert expected.any()
+    torch.testing.assert_close(whole(torch.func.grad(loss), "eager")(x), expected, rtol=1e-4, atol=1e-4)

@@ -134,7 +134,7 @@ def _warn_of_the_other(name: str, w: QArray, contract: int) -> None:
     other, here, there = _OTHER[name]
     size, length = w.block[1 - contract], w.shape[0]
     if w.transposed:
-        if name == "dense":
+        if name == "dense" or "_turned" in w.__dict__:
             return
         why = "is stored as for_dense() does"
     elif size is not None and 1 < size < length and w.block[contract] == 1:

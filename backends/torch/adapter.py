@@ -142,10 +142,12 @@ class TorchBackend(Backend):
         return x.detach()
 
     def differentiates(self, *arrays: Array | None) -> bool:
-        known = not torch.compiler.is_compiling()
-        return torch.is_grad_enabled() and any(
-            a is not None and (a.requires_grad or (known and is_functorch(a))) for a in arrays
-        )
+        if not torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():  # inside it, what torch.func.grad wraps says that it requires none
+            inside = is_inside_grad()
+            return any(a is not None and (inside or a.requires_grad) for a in arrays)
+        return any(a is not None and (a.requires_grad or is_functorch(a)) for a in arrays)
 
     def memory_of(self, x: Array) -> Any:
         if has_no_values(x) or wraps_tensors(x) or x.numel() == 0:
@@ -258,6 +260,14 @@ def _bitcast(x: Array, dtype: Any) -> Array:
 
 def _as_tuples(kept: Any) -> Any:
     return tuple(_as_tuples(k) for k in kept) if isinstance(kept, list) else kept
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_inside_grad() -> bool:
+    """Whether ``torch.func.grad``, ``vjp`` or ``jvp`` surrounds what a compiler traces, which asks while it does."""
+    kinds = torch._C._functorch.TransformType
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
 
 
 def has_no_values(x: Array) -> bool:

@@ -25,6 +25,7 @@ from aqt_lite.backends.torch.adapter import (
     has_its_memory,
     has_no_values,
     is_functorch,
+    is_inside_grad,
     outside_transformations,
     without_memory,
     wraps_tensors,
@@ -297,8 +298,25 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
     if not torch.compiler.is_compiling():
         _check_memory((x, *w, bias))
     if get_backend("torch").differentiates(x, w.scale, bias):
+        if torch.compiler.is_compiling() and is_inside_grad():
+            return _by_plain_operations(reproducible, spec, contract, x, w, bias)
         return _Product.apply(reproducible, spec, contract, x, bias, *w)  # type: ignore[no-untyped-call]
     return _without_derivatives(reproducible, spec, contract, x, w, bias)
+
+
+def _by_plain_operations(
+    reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
+) -> Array:
+    """A product that autograd follows by itself: Dynamo leaves out the derivatives of ours inside ``torch.func.grad``.
+
+    What is reproducible has the derivative of the values' product, a sum of floats.
+    """
+    b = get_backend("torch")
+    values = reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    if not reproducible:
+        return values
+    y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=b)
+    return b.straight_through(values, y, torch.isfinite(values))
 
 
 def _without_derivatives(
