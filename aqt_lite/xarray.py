@@ -940,22 +940,38 @@ def check_within(
 ) -> None:
     """ValueError where a value of ``y`` is further than ``bound`` from that of ``x``, or missing where it is not.
 
-    Both are read chunk by chunk as ``x`` is cut; ``progress`` hears how many elements are done, and of how many.
+    A warning where ``y`` is one number and ``x`` is not: a bound for all variables may be too wide for one. Both are
+    read chunk by chunk as ``x`` is cut; ``progress`` hears how many elements are done, and of how many.
     """
     if x.dims != y.dims or x.shape != y.shape:
         raise ValueError(f"{_called(x)} is read again as {dict(y.sizes)}, and was {dict(x.sizes)}")
     ends = [np.cumsum(sizes) for sizes in x.chunks] if x.chunks else [np.asarray([n]) for n in x.shape]
-    done = 0
+    done, ranges = 0, [(math.inf, -math.inf)] * 2
     for index in np.ndindex(*map(len, ends)):
         starts = tuple(int(end[i - 1]) if i else 0 for end, i in zip(ends, index, strict=True))
         box = tuple(slice(s, int(end[i])) for s, end, i in zip(starts, ends, index, strict=True))
-        here = x.variable[box].values
+        here, read = x.variable[box].values, y.variable[box].values
         try:
-            cf.check_within(here, y.variable[box].values, bound, starts)
+            cf.check_within(here, read, bound, starts)
         except ValueError as error:
             raise ValueError(f"{_called(x)}: {error}") from None
+        ranges = [_widened(*of, values) for of, values in zip(ranges, (here, read), strict=True)]
         done += here.size
         progress(done, x.size)
+    (least, most), (low, high) = ranges
+    if low == high and least < most:
+        warnings.warn(
+            f"{_called(x)}: its values, from {least:g} to {most:g}, all became {low:g}: {bound:g} is too wide a bound "
+            "for it; give it one of its own, as name=bound, or leave it out",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _widened(least: float, most: float, values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """A range that takes in those values that are not missing, too."""
+    low, high = np.fmin.reduce(values, axis=None, initial=least), np.fmax.reduce(values, axis=None, initial=most)
+    return float(low), float(high)
 
 
 _OF_PARTS = {"mode": ("w", "w-"), "group": (), "compute": (True,), "append_dim": (), "region": ()}

@@ -49,6 +49,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_bound_that_makes_one_number_of_a_field_is_told(tmp_path, capsys):
+    rain = np.asarray([0.0, 4e-4, 1e-4], "f4")
+    xr.Dataset({"t": ("x", rain * 1e5), "tp": ("x", rain)}).to_netcdf(tmp_path / "in.nc")
+    status, _, errors = run(capsys, "pack", tmp_path / "in.nc", tmp_path / "out.nc", "--max-abs-err", "0.05")
+    assert status == 0
+    assert "'tp': its values, from 0 to 0.0004, all became" in errors
+    assert "'t':" not in errors
+
+
 @pytest.mark.parametrize(
     ("how", "bits"),
     [
