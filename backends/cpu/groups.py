@@ -92,6 +92,11 @@ _INTS, _FLOATS, _DOUBLES = (ir.VectorType(item, COLUMNS) for item in (_INT, _FLO
 _EXACT = ("contract",)
 
 
+def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    found = builder.module.globals.get(name)
+    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
+
+
 def _load(builder: Any, address: Any, its_type: Any) -> Any:
     return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
 
@@ -135,6 +140,15 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
     return new
 
 
+def _rows_of_tile(builder: Any, start: Any, stride: Any, there: Any) -> list[Any]:
+    """Addresses of 16 rows; after the last one that is there it comes again."""
+    last, found = builder.sub(there, _ADDRESS(1)), []
+    for i in range(COLUMNS):
+        r = builder.select(builder.icmp_signed("<", _ADDRESS(i), last), _ADDRESS(i), last)
+        found.append(builder.add(start, builder.mul(r, stride)))
+    return found
+
+
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """16 vectors of 16 words, rows for columns: in four rounds, which swap halves of pairs 8, 4, 2 and 1 apart."""
     for apart in (8, 4, 2, 1):
@@ -163,8 +177,7 @@ def _numbers_of_halves(builder: Any, words: Any, table: Any) -> list[Any]:
     lanes = _LOOKED_UP_IN
     floats, ints = ir.VectorType(_FLOAT, lanes), ir.VectorType(_INT, lanes)
     name = "llvm.x86.avx512.permvar.sf.512" if lanes == 16 else "llvm.x86.avx2.permps"
-    found = builder.module.globals.get(name)
-    permute = found or ir.Function(builder.module, ir.FunctionType(floats, [floats, ints]), name)
+    permute = _function(builder, name, floats, [floats, ints])
     parts = [_load(builder, _at(builder, table, _ADDRESS(i), 4), floats) for i in range(0, 16, lanes)]
 
     def looked_up(positions: Any) -> Any:
@@ -195,11 +208,8 @@ def _decoder(numbers_of: Any) -> Any:
     def decode(_: Any, w: Any, stride: Any, there: Any, table: Any, flip: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, there, table, flip, out = arguments
-            last, rows = builder.sub(there, _ADDRESS(1)), []
+            rows = [_load(builder, start, _INTS) for start in _rows_of_tile(builder, w, stride, there)]
             flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _INTS)
-            for i in range(COLUMNS):
-                r = builder.select(builder.icmp_signed("<", _ADDRESS(i), last), _ADDRESS(i), last)
-                rows.append(_load(builder, builder.add(w, builder.mul(r, stride)), _INTS))
             place = out
             for words in _transposed(builder, rows):
                 for number in numbers_of(builder, builder.xor(words, flipped), table):
@@ -318,15 +328,21 @@ def width_of_rows(inner: int, halves: bool) -> int:
 
 
 @njit(nogil=True, cache=True)
+def _span(size: Any, chunk: Any) -> Any:  # pragma: no cover - compiled
+    """Codes after which groups and chunks end together, at most ``LONGEST_SPAN`` and a group; else 0."""
+    span = size
+    while span % chunk != 0 and span < LONGEST_SPAN:
+        span += size
+    return span if span % chunk == 0 else 0
+
+
+@njit(nogil=True, cache=True)
 def in_dots(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
     """Whether groups are multiplied by the int8 dot product: whole steps of it, and soon whole chunks again."""
     if not DOTS:
         return False
     step, chunk = (8, 2 * CHUNK) if halves else (4, CHUNK)
-    span = size
-    while span % chunk != 0 and span < LONGEST_SPAN:
-        span += size
-    return size % step == 0 and span % chunk == 0
+    return size % step == 0 and _span(size, chunk) > 0
 
 
 @njit(nogil=True, cache=True)
@@ -417,6 +433,44 @@ def refine(
             _split(out, halves)
 
 
+# ---- what both forms of the product do
+
+
+@njit(nogil=True, cache=True)
+def _chunk_of_rows(w: Any, first: Any, here: Any, at: Any, rest: Any) -> Any:  # pragma: no cover - compiled
+    """Address and stride of ``CHUNK`` bytes, from ``at`` on, of rows of the weight; of a copy where fewer are left."""
+    if at + CHUNK <= w.shape[1]:
+        return w.ctypes.data + first * w.strides[0] + at, w.strides[0]
+    for n in range(here):
+        rest[n, : w.shape[1] - at] = w[first + n, at:]
+    return rest.ctypes.data, CHUNK
+
+
+@njit(nogil=True, cache=True)
+def _end_run(run: Any, total: Any) -> None:  # pragma: no cover - compiled
+    """Add the sums of up to ``RUN`` groups to those of all, and begin anew."""
+    for m in range(run.shape[0]):
+        for lane in range(COLUMNS):
+            total[m, lane] += run[m, lane]
+            run[m, lane] = 0
+
+
+@njit(nogil=True, cache=True)
+def _finish(
+    total: Any, row_exponent: Any, exponent: Any, powers: Any, bias: Any, bad: Any, y: Any
+) -> None:  # pragma: no cover - compiled
+    """Columns of the result: sums times their powers of two, and the bias."""
+    for m in range(y.shape[0]):
+        for lane in range(y.shape[1]):
+            e = row_exponent[m] + exponent[lane] - BITS
+            half = e >> 1
+            v = total[m, lane] * powers[half + 256] * powers[e - half + 256]
+            # NaN < t is False, so this order keeps NaN
+            v = (np.float32(0) if abs(v) < SMALLEST else v) + bias[lane]
+            v = np.float32(0) if abs(v) < SMALLEST else v
+            y[m, lane] = np.float32(np.nan) if bad[m] else v
+
+
 # ---- by the processor's int8 dot product
 
 
@@ -424,20 +478,6 @@ _DOT, _LOOK_UP = "llvm.x86.avx512.vpdpbusd.512", "llvm.x86.avx512.pshuf.b.512"
 _BYTE = ir.IntType(8)
 _BYTES = ir.VectorType(_BYTE, 64)
 DIGITS = 4
-
-
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    found = builder.module.globals.get(name)
-    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
-
-
-def _rows_of_tile(builder: Any, start: Any, stride: Any, there: Any) -> list[Any]:
-    """Addresses of 16 rows; after the last one that is there it comes again."""
-    last, found = builder.sub(there, _ADDRESS(1)), []
-    for i in range(COLUMNS):
-        r = builder.select(builder.icmp_signed("<", _ADDRESS(i), last), _ADDRESS(i), last)
-        found.append(builder.add(start, builder.mul(r, stride)))
-    return found
 
 
 def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
@@ -682,10 +722,7 @@ def _multiply_by_dots(
     (rows, columns), groups = y.shape, of_x.shape[1]
     chunk = CHUNK * 2 if halves else CHUNK
     word = (flip ^ 128) * 0x01010101
-    whole = w.shape[1] // CHUNK * CHUNK
-    span = size
-    while span % chunk != 0:
-        span += size
+    span = _span(size, chunk)
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
     numbers = np.empty(span * COLUMNS + 64, dtype=np.uint8)
     unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), False, 255
@@ -733,11 +770,7 @@ def _multiply_by_dots(
             pieces = (part + chunk - 1) // chunk
             for piece in range(pieces):
                 at = (k + piece * chunk) // 2 if halves else k + piece * chunk
-                start, by = w.ctypes.data + first * w.strides[0] + at, w.strides[0]
-                if at == whole:
-                    for n in range(here):
-                        rest[n, : w.shape[1] - whole] = w[first + n, whole:]
-                    start, by = rest.ctypes.data, CHUNK
+                start, by = _chunk_of_rows(w, first, here, at, rest)
                 out = numbers_at + piece * chunk * COLUMNS
                 if tabled:
                     _unsigned_by_table(start, by, here, unsigned.ctypes.data, word, ahead, out)
@@ -759,20 +792,12 @@ def _multiply_by_dots(
                 done += size
                 g += 1
                 if g % RUN == 0 or g == groups:
-                    for m in range(rows):
-                        for lane in range(COLUMNS):
-                            total[m, lane] += run[m, lane]
-                            run[m, lane] = 0
+                    _end_run(run, total)
             k += span
-        for m in range(rows):
-            for lane in range(here):
-                e = row_exponent[m] + (most[lane] >> 23) - 127 - BITS
-                half = e >> 1
-                v = total[m, lane] * powers[half + 256] * powers[e - half + 256]
-                # NaN < t is False, so this order keeps NaN
-                v = (np.float32(0) if abs(v) < SMALLEST else v) + bias[first_row + first + lane]
-                v = np.float32(0) if abs(v) < SMALLEST else v
-                y[m, first + lane] = np.float32(np.nan) if bad[m] else v
+        for lane in range(COLUMNS):
+            most[lane] = (most[lane] >> 23) - 127
+        last = first + here
+        _finish(total, row_exponent, most, powers, bias[first_row + first : first_row + last], bad, y[:, first:last])
     return True
 
 
@@ -875,7 +900,6 @@ def multiply(
     zeros = np.zeros((tiles, groups if zero.shape[0] > 0 else 1, COLUMNS), dtype=np.float64)
     exponent = np.empty((tiles, COLUMNS), dtype=np.int32)
     rest = np.zeros((COLUMNS, CHUNK), dtype=np.uint8)  # of the last chunk: no loop reads beyond the weight
-    whole = w.shape[1] // CHUNK * CHUNK
     for strip in range(0, columns, STRIP):
         used = (min(STRIP, columns - strip) + COLUMNS - 1) // COLUMNS
         for t in range(used):
@@ -893,11 +917,7 @@ def multiply(
                 for t in range(used):
                     first = strip + t * COLUMNS
                     here = min(COLUMNS, columns - first)
-                    start, by = w.ctypes.data + first * w.strides[0] + at, w.strides[0]
-                    if at == whole:
-                        for n in range(here):
-                            rest[n, : w.shape[1] - whole] = w[first + n, whole:]
-                        start, by = rest.ctypes.data, CHUNK
+                    start, by = _chunk_of_rows(w, first, here, at, rest)
                     out = numbers[t].ctypes.data
                     if halves:
                         _decode_halves(start, by, here, table.ctypes.data, 0, out)
@@ -926,19 +946,10 @@ def multiply(
                         run[t, m].ctypes.data,
                     )  # fmt: skip
                 if last_of_run:
-                    for m in range(rows):
-                        for lane in range(COLUMNS):
-                            total[t, m, lane] += run[t, m, lane]
-                            run[t, m, lane] = 0
+                    _end_run(run[t], total[t])
         for t in range(used):
             first = strip + t * COLUMNS
-            for m in range(rows):
-                for lane in range(min(COLUMNS, columns - first)):
-                    e = row_exponent[m] + exponent[t, lane] - BITS
-                    half = e >> 1
-                    v = total[t, m, lane] * powers[half + 256] * powers[e - half + 256]
-                    # NaN < t is False, so this order keeps NaN
-                    v = (np.float32(0) if abs(v) < SMALLEST else v) + bias[first_row + first + lane]
-                    v = np.float32(0) if abs(v) < SMALLEST else v
-                    y[m, first + lane] = np.float32(np.nan) if bad[m] else v
+            last = min(first + COLUMNS, columns)
+            of_columns = powers, bias[first_row + first : first_row + last], bad, y[:, first:last]
+            _finish(total[t], row_exponent, exponent[t], *of_columns)
     return True
