@@ -504,19 +504,27 @@ def test_every_format_compiled(how):
         torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
 
 
-def test_numbers_of_records_are_symbols_where_lengths_are():
-    """With ``dynamic=True``; and they have the bits of numbers."""
+KINDS_OF_NUMBERS = ("int8", "int4", "float6_e2m3fn", "nf4", "mxfp4", "nvfp4")
 
-    def both(a, w):
-        return w.dequantize(), linear(a, w)
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in KINDS_OF_NUMBERS)]
+)
+def test_numbers_of_records_are_symbols_where_lengths_are(dtype):
+    """With ``dynamic=True``; and they have the bits of numbers."""
+    how = {} if dtype in ("float8_e4m3fn", "mxfp4", "nvfp4") else {"granularity": PerGroup(32)}
+
+    def all_of(a, w):
+        return w.dequantize(), quantize(a, dtype, **how).dequantize(), linear(a, w)
 
     torch.compiler.reset()
-    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="eager")
-    for length in (40, 64):
-        given = data(3, length), quantize(data(16, length, seed=2), "float8_e4m3fn")
-        (values, y), expected = compiled(*given), both(*given)
-        assert_same_bits(values, expected[0])
-        torch.testing.assert_close(y, expected[1], rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(all_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, length in ((3, 64), (5, 128), (9, 128)):
+        given = data(rows, length), quantize(data(16, length, seed=2), dtype, **how)
+        (*values, y), (*expected, product) = compiled(*given), all_of(*given)
+        for found, wanted in zip(values, expected, strict=True):
+            assert_same_bits(found, wanted)
+        torch.testing.assert_close(y, product, rtol=1e-5, atol=1e-5)
 
 
 def test_stochastic_rounding_compiles():
@@ -547,20 +555,6 @@ def test_one_compiled_program_quantizes_any_shape(how):
         x = data(*shape)
         assert_same_bits(compiled(x), quantize(x, **how))
     assert counted.frame_count <= (3 if "granularity" in how else 2)
-
-
-@pytest.mark.exhaustive  # compiles
-@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn", "float6_e2m3fn", "nf4", "mxfp4", "nvfp4"])
-def test_dynamic_sizes_of_every_kind_of_numbers(dtype):
-    """Numbers of formats are symbols in such programs, as lengths are."""
-    how = {} if dtype in ("mxfp4", "nvfp4") else {"granularity": PerGroup(32)}
-    w, x = torch.randn(64, 128), torch.randn(9, 128)
-    q = quantize(w, dtype, **how)
-    for function in (linear, lambda x, w: quantize(x, dtype, **how).dequantize()):
-        torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-        for rows in (3, 5, 9):
-            torch.testing.assert_close(compiled(x[:rows], q), function(x[:rows], q), rtol=1e-5, atol=1e-5)
 
 
 @of_each_format
@@ -754,6 +748,7 @@ IN_ONNX = {
     "a shorter last group": {"dtype": "int4", "granularity": PerGroup(48)},
     "blocks": {"dtype": "int4", "granularity": PerBlock((16, 32))},
     "int16": {"dtype": "int16", "granularity": PerChannel(0)},
+    "uint16": {"dtype": "uint16", "scheme": "affine", "granularity": PerChannel(0)},
     "nf4": {"dtype": "nf4", "granularity": PerChannel(0)},
     "groups of nf4": {"dtype": "nf4", "granularity": PerGroup(32)},
     "float8": {"dtype": "float8_e4m3fn", "granularity": PerGroup(32)},
@@ -797,7 +792,7 @@ def in_onnx(request):
 def test_onnx_holds_codes(in_onnx):
     """No float of the program is as long as a weight."""
     program = in_onnx[-1]
-    codes = 2, 3, 5  # uint8, int8, int16
+    codes = 2, 3, 4, 5  # uint8, int8, uint16, int16
     assert max(int(np.prod(i.dims)) for i in program.graph.initializer if i.data_type not in codes) <= 512
 
 

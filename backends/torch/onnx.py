@@ -156,10 +156,11 @@ def _looked_up(kind: Any) -> Any:
 def _as_float(codes: Any) -> Array:
     """Codes as numbers of float32; of 16 bits, of which opsets before 21 know none, by their bytes."""
     one = torch.ones((), dtype=torch.float32)
-    if codes.dtype != torch.int16:
+    if codes.dtype not in (torch.int16, torch.uint16):
         return _dequantize_linear(codes, one)
+    byte = torch.int8 if codes.dtype == torch.int16 else torch.uint8
     codes = codes.to(torch.int32)  # in 16 bits onnxruntime does next to nothing
-    high, low = (codes >> 8).to(torch.int8), (codes & 255).to(torch.uint8)
+    high, low = (codes >> 8).to(byte), (codes & 255).to(torch.uint8)
     return _dequantize_linear(high, one) * 256.0 + _dequantize_linear(low, one)
 
 
