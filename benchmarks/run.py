@@ -189,7 +189,9 @@ def quantization(size: int, copy: float) -> list[dict]:
             print(f"  {what:34} {who:22} {found['ms']:9.2f} ms  {rate:6.2f} Gelt/s  {rate / limit:5.2f} of limit")
 
     def check(q) -> None:
-        assert np.abs(np.asarray(q) - x).max() <= float(np.asarray(q.to_backend("numpy").scale).max()) * 0.51
+        assert (
+            np.abs(np.asarray(q.dequantize()) - x).max() <= float(np.asarray(q.to_backend("numpy").scale).max()) * 0.51
+        )
 
     for name, granularity, axis, nbytes in [
         ("quantize per channel (axis 0)", PerChannel(0), 1, 5),
