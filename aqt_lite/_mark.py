@@ -10,7 +10,9 @@ mean. So the leaves say it themselves.
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
+from collections.abc import Collection
 
 import numpy as np
 
@@ -19,10 +21,13 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import DERIVED, FORMATS, SCALE_FORMATS
 from aqt_lite.granularity import Block
 
-__all__ = ["LENGTH", "encoded", "in_words", "repeated", "shape_of"]
+__all__ = ["LENGTH", "encoded", "in_words", "parts_said", "repeated", "shape_of", "surplus"]
 
 LENGTH = 16
-"""Bytes: 2 of a checksum, 3 of the format's name, 1 of flags, 2 of the packed length, 8 of four block lengths."""
+"""Bytes: 2 of a checksum, 3 of the format's name, 1 of flags, 2 of the packed length, 8 of four block lengths.
+
+What lies beside the codes is said by the length of the leaf alone (see ``surplus``), which compilers see, too.
+"""
 
 _AXES = 4
 _WHOLE_AXIS = 0
@@ -77,16 +82,33 @@ def in_words(mark: bytes) -> str | None:
     return words + f", contract {flags >> 4}"
 
 
-def shape_of(grid: tuple[int, ...], block: Block) -> tuple[int, ...]:
+def surplus(parts: Collection[str]) -> int:
+    """Bytes of a leaf beyond ``LENGTH``, by what lies beside the codes: none where that is scales alone."""
+    return ("scale" not in parts) + 2 * ("zero_point" in parts) + 4 * ("offset" in parts)
+
+
+_PARTS_OF = {
+    LENGTH + surplus(parts): parts
+    for count in range(4)
+    for parts in itertools.combinations(("scale", "zero_point", "offset"), count)
+}
+
+
+def parts_said(length: int) -> tuple[str, ...] | None:
+    """What lies beside the codes of a leaf of so many bytes; None where no leaf has so many."""
+    return _PARTS_OF.get(length)
+
+
+def shape_of(grid: tuple[int, ...], block: Block, length: int = LENGTH) -> tuple[int, ...]:
     """Shape of the leaf: a mark for each leading index, so that it may be mapped over as codes and scales are."""
     each = len(grid) == 1 and (not block or block[-1] == 1)  # one axis, which may be mapped over itself
-    return (*(grid if each else grid[:-1]), LENGTH)
+    return (*(grid if each else grid[:-1]), length)
 
 
 @functools.lru_cache(maxsize=1024)
 def repeated(mark: bytes, shape: tuple[int, ...]) -> Array:
-    """The leaf as a NumPy array, read-only, of no more memory than one mark."""
-    return np.broadcast_to(np.frombuffer(mark, np.uint8), shape)
+    """The leaf as a NumPy array, read-only, of no more memory than one mark, which bytes of 0 make long enough."""
+    return np.broadcast_to(np.frombuffer(mark.ljust(shape[-1], b"\0"), np.uint8), shape)
 
 
 def _name_as_bytes(name: str) -> bytes:

@@ -1,7 +1,7 @@
 """What a backend is: the adapter that supplies what the Array API standard lacks.
 
-Owns: the ``Backend`` interface, ``IntLimits``, ``Node`` and ``Ways``. Imports: NumPy, for the one exchange format
-between backends; the arithmetic that every backend inherits; what a kernel is.
+Owns: the ``Backend`` interface, ``IntLimits``, ``Node``, ``Ways`` and ``Doubt``. Imports: NumPy, for the one exchange
+format between backends; the arithmetic that every backend inherits; what a kernel is.
 
 An adapter must say five things (``name``, ``array_modules``, ``xp``, ``asarray``, ``to_numpy``). Everything else has
 a default that is right for an eager library on a CPU with IEEE arithmetic, and is overridden where that is not so.
@@ -21,7 +21,7 @@ from aqt_lite._arithmetic import ExactArithmetic
 from aqt_lite._kernels import Kernel
 from aqt_lite._namespace import Array, device_of
 
-__all__ = ["Backend", "IntLimits", "Node", "Ways", "overflow_of"]
+__all__ = ["DOUBT", "Backend", "Doubt", "IntLimits", "Node", "Ways", "overflow_of"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,23 @@ class Ways(NamedTuple):
 
     to_quantize: str | None = None
     to_save: str | None = None
+
+
+DOUBT = "_doubt"
+"""Where a backend whose trees hold a ``QArray`` leaves a ``Doubt`` in its ``__dict__``."""
+
+
+class Doubt(NamedTuple):
+    """Why leaves that came with a tree may not be used together, which is told at first use."""
+
+    words: str | Callable[[], str | None]
+    """Of the error; a function where that cannot be known yet, which gives None where all is well."""
+    leaf: Any
+    """What says so, to be passed on where the tree is taken apart again."""
+
+    def settled(self) -> str | None:
+        """The words, now."""
+        return self.words() if callable(self.words) else self.words
 
 
 def overflow_of(argument: str) -> ValueError:

@@ -35,7 +35,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
 from aqt_lite._into import can_write, check_out, decode_into, is_packed
 from aqt_lite._namespace import AnyArray, Array, Numbers
-from aqt_lite._protocol import Backend
+from aqt_lite._protocol import DOUBT, Backend, Doubt
 from aqt_lite._qparams import (
     check_codes,
     check_offset,
@@ -80,7 +80,9 @@ class QArray(ArrayShapes, ArrayBytes):
     Made by :func:`aqt_lite.quantize`, or by :meth:`from_codes` from codes that exist already. Frozen. A pytree in
     JAX and in torch: it passes through ``jit``, ``vmap``, ``scan``, ``torch.compile`` and the like, where ``storage``,
     ``scale``, ``zero_point`` and ``offset`` are the leaves and the rest is static. In JAX one more leaf, ``mark``, says
-    beside them what the codes mean: 16 bytes (times the axes that are mapped over), which ``nbytes`` does not count.
+    beside them what the codes mean: 16 to 23 bytes (times the axes that are mapped over), which ``nbytes`` does not
+    count; so an array of which all leaves were computed with (``jax.tree.map(lambda leaf: 2 * leaf, q)``) is refused
+    at first use, outside of traces.
 
     Parameters
     ----------
@@ -505,6 +507,7 @@ class QArray(ArrayShapes, ArrayBytes):
         >>> aqt_lite.quantize([1.0, 2.0]).with_trainable_scales().trainable
         True
         """
+        self._check_doubts()
         return replace(self, trainable=trainable)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
@@ -549,6 +552,10 @@ class QArray(ArrayShapes, ArrayBytes):
         b = backend_of(self.storage)
         if b is not None:
             state["storage"] = b.to_pickle(self.storage)
+        doubt: Doubt | None = self.__dict__.get(DOUBT)
+        words = None if doubt is None else doubt.settled()
+        if doubt is not None and words is not None:
+            state[DOUBT] = Doubt(words, doubt.leaf)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -575,6 +582,7 @@ class QArray(ArrayShapes, ArrayBytes):
 
     def _with_each(self, function: Callable[[Array], Array]) -> QArray:
         """The same with ``function`` applied to every array, in the order of ``_arrays``."""
+        self._check_doubts()
         new: dict[str, Any] = {}
         for name, leaf in zip(_LEAVES, self._leaves(), strict=True):
             new[name] = (
@@ -716,7 +724,18 @@ class QArray(ArrayShapes, ArrayBytes):
         wanted = element.storage if self.packed_length is None else "uint8"
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
+        self._check_doubts()
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
+
+    def _check_doubts(self) -> None:
+        """Raise where the backend whose tree this was made of has found that its leaves do not belong together."""
+        doubt: Doubt | None = self.__dict__.get(DOUBT)
+        if doubt is None:
+            return
+        words = doubt.settled()
+        if words is not None:
+            raise ValueError(words)
+        self.__dict__.pop(DOUBT, None)
 
     def _check_values(self) -> None:
         """What ``from_codes`` asks of values, asked of NumPy's arrays that fit each other."""

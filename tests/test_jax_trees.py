@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
 import pickle
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,37 +179,105 @@ def _exported(saved, template, path):
     return jax.export.deserialize(program.serialize()).call(saved)
 
 
+PRESENT = {  # what lies beside the codes of one and not of the other
+    "zero points": (lambda: quantize(SQUARE, scheme="affine"), lambda: quantize(SQUARE)),
+    "offsets": (lambda: quantize(SQUARE, scheme="affine", offset="data"), lambda: quantize(SQUARE)),
+    "offsets and zero points": (
+        lambda: quantize(SQUARE, scheme="affine", offset="data"),
+        lambda: quantize(SQUARE, scheme="affine"),
+    ),
+    "kept scales": (lambda: quantize(SQUARE, scale_dtype="float16"), lambda: quantize(SQUARE)),
+    "scales": (
+        lambda: quantize(SQUARE, "float8_e4m3fn"),
+        lambda: replace(quantize(SQUARE, "float8_e4m3fn"), scale=None),
+    ),
+}
 SAVERS = {f.__name__[1:]: f for f in (_equinox, _orbax, _msgpack, _own_file, _exported)}
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves reads behind that failed
 @pytest.mark.parametrize("saver", SAVERS)
-@pytest.mark.parametrize("pair", CONFUSIONS)
+@pytest.mark.parametrize("pair", [*CONFUSIONS, *(f"with and without {name}" for name in PRESENT)])
 @pytest.mark.parametrize("turned", [False, True], ids=["as they are", "exchanged"])
 def test_every_saver_gives_what_was_saved_or_an_error(saver, pair, turned, tmp_path):
-    saved, template = (make() for make in CONFUSIONS[pair][:2])
+    saved, template = (make() for make in (CONFUSIONS.get(pair) or PRESENT[pair.removeprefix("with and without ")])[:2])
     if turned:
         saved, template = template, saved
     assert_same_bits(SAVERS[saver]({"w": saved}, {"w": saved}, tmp_path / "same")["w"], saved)
     try:
         found = SAVERS[saver]({"w": saved}, {"w": template}, tmp_path / "other")["w"]
     except (ValueError, TypeError, RuntimeError):
-        return
-    assert_same_bits(found, saved)  # orbax leaves out what the file has not
+        found = None
+    gc.collect()  # of the reads that orbax leaves behind where one of them fails: here they may be ignored
+    if found is not None:
+        assert_same_bits(found, saved)  # orbax leaves out what the file has not
+
+
+@pytest.mark.parametrize("pair", ["zero points", "offsets", "scales"])
+def test_parts_that_are_missing_are_told_at_first_use(pair):
+    whole, less = (make() for make in PRESENT[pair])
+    names = [name for name in ("scale", "zero_point", "offset") if getattr(whole, name) is not None]
+    kept = [
+        leaf for leaf, name in zip(jax.tree.leaves(whole)[1:], names, strict=False) if getattr(less, name) is not None
+    ]
+    leaves = [whole.storage, *kept, jax.tree.leaves(whole)[-1]]
+    read = jax.tree.unflatten(jax.tree.structure(less), leaves)
+    for use in (
+        dequantize,
+        jax.jit(dequantize),
+        lambda q: linear(SQUARE, q),
+        lambda q: q.to_backend("numpy"),
+        lambda q: q[0],
+    ):
+        for q in (read, jax.jit(lambda q: q)(read), pickle.loads(pickle.dumps(read)), copy.deepcopy(read)):
+            with pytest.raises(ValueError, match=r"holds no (scale|zero_point|offset).*template"):
+                use(q)
+    assert replace(read).shape == whole.shape
 
 
 # ---- what becomes of the leaf
 
 
 @every_kind
-def test_other_contents_say_nothing(kind):
+def test_zeros_say_nothing(kind):
     q = KINDS[kind](SQUARE)
     zeros = jax.tree.map(jnp.zeros_like, q)
-    assert jax.tree.structure(zeros) == jax.tree.structure(q)
-    doubled = jax.tree.map(lambda a: a * 2, q)
-    assert isinstance(doubled, QArray)
-    for tree in (zeros, doubled):  # once they are computed, what is stored of them says what they are
-        assert_same_bits(jax.tree.leaves(jax.block_until_ready(tree))[-1], jax.tree.leaves(q)[-1])
+    assert jax.tree.structure(zeros) == jax.tree.structure(
+        q
+    )  # once computed, what is stored of them says what they are
+    assert_same_bits(jax.tree.leaves(jax.block_until_ready(zeros))[-1], jax.tree.leaves(q)[-1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint4 affine", "int8 with offsets", "mxfp4"])
+def test_arrays_of_which_all_leaves_were_computed_with_are_not_used(kind):
+    q = KINDS[kind](SQUARE)
+    for function in (lambda a: a * 2, lambda a: a + 1, lambda a: -a, lambda a: a // 3):
+        of_leaves = lambda q, function=function: jax.tree.map(lambda a: function(a).astype(a.dtype), q)
+        for wrong in (of_leaves(q), jax.jit(of_leaves)(q), jax.tree.map(jnp.copy, of_leaves(q))):
+            assert isinstance(wrong, QArray)
+            with pytest.raises(ValueError, match="something was computed with all leaves"):
+                dequantize(wrong)
+            with pytest.raises(ValueError, match="something was computed with all leaves"):
+                wrong.to_backend("numpy")
+    for right in (jax.tree.map(lambda a: a * 1, q), jax.jit(lambda q: jax.tree.map(lambda a: a + 0, q))(q)):
+        assert_same_bits(dequantize(right), dequantize(q))
+
+
+def test_parts_come_together_again_through_all_that_keeps_them():
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
+    for kind in ("uint4 affine", "int8 with offsets"):
+        for q in (KINDS[kind](SQUARE), KINDS[kind](SQUARE).with_trainable_scales()):
+            for parts in (eqx.partition(q, eqx.is_inexact_array), eqx.partition(q, eqx.is_array), partition(q)):
+                for a, b in (
+                    parts,
+                    jax.jit(lambda *p: p)(*parts),
+                    pickle.loads(pickle.dumps(parts)),
+                    copy.deepcopy(parts),
+                ):
+                    assert_same_bits(combine(a, b), q)
+                    assert_same_bits(jax.jit(lambda a, b: dequantize(combine(a, b)))(a, b), dequantize(q))
+                    assert_same_bits(dequantize(eqx.combine(a, b)), dequantize(q))
 
 
 def test_trees_of_what_is_no_array():

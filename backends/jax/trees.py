@@ -4,12 +4,16 @@ Owns: the leaf ``mark`` (see ``aqt_lite._mark``), its life through transformatio
 structure, and the split of a tree into what is trained and what is not. Imports: the registry, ``eager``.
 
 The mark is made when a tree is flattened. Where leaves are no arrays (shardings, specs, None, shapes), or derivatives
-of integers, it is what the tree's maker put there. Read back, it is looked at only where that costs nothing; bytes that
-are no mark (zeros that an optimizer begins with, traced values) say nothing.
+of integers, it is what the tree's maker put there. Read back, the mark of another structure is refused at once. Other
+faults are told at first use, since what is never used (a part of a tree, what an optimizer keeps beside it) may have
+them: that parts are missing which the mark says, and bytes that are no mark, because something was computed with all
+leaves. Zeros, which optimizers begin with, say nothing; nor do values that a compiler traces, of which the shape does.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 import json
 from dataclasses import fields
 from typing import Any
@@ -19,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aqt_lite import _mark
-from aqt_lite._protocol import Node, Ways
+from aqt_lite._protocol import DOUBT, Doubt, Node, Ways
 from aqt_lite._registry import backend_of
 from aqt_lite.backends.jax.eager import is_tracing
 from aqt_lite.formats import element_type
@@ -55,11 +59,22 @@ def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) ->
 # ---- the mark
 
 
+class _Says(enum.Enum):
+    """What a leaf says of the container that it came with."""
+
+    NOTHING = enum.auto()
+    LATER = enum.auto()  # it is not computed yet
+    THE_SAME = enum.auto()
+    NONSENSE = enum.auto()
+
+
 def _leaf_of(q: Any) -> Any:
     of_node, storage = q.__dict__, q.storage
     kept = of_node.get(_KEPT)
     if not _holds_codes(storage):
         return _like(q) if kept is None and storage is not None else kept
+    if kept is None and DOUBT in of_node:
+        return of_node[DOUBT].leaf
     if kept is not None:
         gone = isinstance(kept, jax.Array) and kept.is_deleted()
         if gone:
@@ -68,9 +83,9 @@ def _leaf_of(q: Any) -> Any:
         elif of_node.get(_CHECKED):
             return kept
         else:  # received before it was computed
-            is_own = _is_mark_of(q, kept)
-            if is_own is not False:
-                of_node[_CHECKED] = is_own
+            says = _said_by(kept, q)
+            if says is not _Says.NOTHING:
+                of_node[_CHECKED] = says is not _Says.LATER
                 return kept
     mark = _made_for(q)
     if _is_of_one_kind(mark, storage):
@@ -83,10 +98,64 @@ def _receive(q: Any, mark: Any) -> None:
     of_node = q.__dict__
     if not _holds_codes(q.storage):
         of_node[_KEPT] = mark
-    elif not isinstance(mark, jax.core.Tracer):
-        is_own = _is_mark_of(q, mark)
-        if is_own is not False and _is_of_one_kind(mark, q.storage):
-            of_node[_KEPT], of_node[_CHECKED] = mark, is_own
+        return
+    missing = _missing(q, mark)
+    if not isinstance(mark, jax.core.Tracer):
+        says = _said_by(mark, q)
+        if says is _Says.NOTHING:
+            missing = ()
+        elif _is_of_one_kind(mark, q.storage):
+            of_node[_KEPT], of_node[_CHECKED] = mark, says is not _Says.LATER
+        if says is _Says.NONSENSE or (says is _Says.LATER and not missing):
+            of_node[DOUBT] = Doubt(functools.partial(_in_doubt, mark, _bytes_of(q)), mark)
+            return
+    if missing:
+        words = (
+            f"this QArray holds no {' and no '.join(missing)}, but its codes were made with such: it was read into a "
+            "template that has none (make the template as the saved one was made), or is a part of a tree, to be "
+            "used when it is together again; dataclasses.replace(q) gives the same array without that"
+        )
+        of_node[DOUBT] = Doubt(words, mark)
+
+
+def _parts_by_length(mark: Any) -> tuple[str, ...] | None:
+    """What lies beside the codes according to the length of their mark; None where that is no mark's."""
+    shape = getattr(mark, "shape", None)
+    return _mark.parts_said(shape[-1]) if shape and mark.dtype == np.uint8 else None
+
+
+def _missing(q: Any, mark: Any) -> tuple[str, ...]:
+    """What lies beside the codes according to the length of their mark, and is not there."""
+    return tuple(name for name in _parts_by_length(mark) or () if getattr(q, name) is None)
+
+
+def _in_doubt(mark: Any, own: bytes) -> str | None:
+    """Words for the first use of an array whose mark was not known, or not right, when it came."""
+    if isinstance(mark, jax.Array) and mark.is_deleted():
+        return None
+    with jax.transfer_guard_device_to_host("allow"):
+        found = np.asarray(mark)
+    if found.dtype == np.uint8 and (not found.any() or _first(found) == own):
+        return None
+    other = _mark.in_words(_first(found))
+    if other is not None:
+        return _of_another(other, own)
+    return (
+        "the leaf `mark` of this QArray is none: something was computed with all leaves of a tree (jax.tree.map), "
+        "codes and scales alike, or another leaf was read in its place; compute with q.dequantize(), or leave it as "
+        "a whole with is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)"
+    )
+
+
+def _of_another(other: str, own: bytes) -> str:
+    return (
+        f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would stand "
+        "for other numbers; make the template as the saved one was made, and convert afterwards"
+    )
+
+
+def _first(mark: np.ndarray[Any, Any]) -> bytes:
+    return bytes(mark.reshape(-1, mark.shape[-1])[0, : _mark.LENGTH].tobytes()) if mark.ndim and mark.size else b""
 
 
 def _is_of_one_kind(mark: Any, storage: Any) -> bool:
@@ -97,32 +166,32 @@ def _is_of_one_kind(mark: Any, storage: Any) -> bool:
     return isinstance(mark, jax.Array) == of_jax
 
 
-def _is_mark_of(q: Any, leaf: Any) -> bool | None:
-    """Whether a leaf is the mark of ``q``; None where it is not computed yet.
+def _said_by(leaf: Any, q: Any) -> _Says:
+    """What a leaf that is not traced says of ``q``.
 
     Raises where it is the mark of another structure.
     """
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() or not leaf.is_fully_addressable:
-            return False
+            return _Says.NOTHING
         if not leaf.is_ready():  # type: ignore[attr-defined]
-            return None
+            return _Says.LATER
     elif not isinstance(leaf, np.ndarray):
-        return False
-    if leaf.dtype != np.uint8 or leaf.ndim < 1 or leaf.shape[-1] != _mark.LENGTH or leaf.size == 0:
-        return False
+        return _Says.NOTHING
+    if leaf.dtype != np.uint8:  # where all leaves were cast to the type of the codes, those are what they were
+        return _Says.NOTHING if leaf.dtype in (jax.dtypes.float0, q.storage.dtype) else _Says.NONSENSE
+    said = _parts_by_length(leaf)
+    if said is None or leaf.size == 0:  # joined or cut along the last axis
+        return _Says.NOTHING
     with jax.transfer_guard_device_to_host("allow"):
-        found = np.asarray(leaf).reshape(-1, _mark.LENGTH)[0].tobytes()
-    own = _bytes_of(q)
+        values = np.asarray(leaf)
+    found, own = _first(values), _bytes_of(q)
     if found == own:
-        return True
+        return _Says.THE_SAME if set(_parts_of(q)) <= set(said) else _Says.NOTHING
     other = _mark.in_words(found)
     if other is not None:
-        raise ValueError(
-            f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would "
-            f"stand for other numbers; make the template as the saved one was made, and convert afterwards"
-        )
-    return False
+        raise ValueError(_of_another(other, own))
+    return _Says.NONSENSE if values.any() else _Says.NOTHING
 
 
 def _holds_codes(storage: Any) -> bool:
@@ -139,15 +208,20 @@ def _bytes_of(q: Any) -> bytes:
     return _mark.encoded(q.dtype, q.block, q.float_dtype, q.transposed, q.packed_length, q.version)
 
 
+def _parts_of(q: Any) -> tuple[str, ...]:
+    return tuple(name for name in ("scale", "zero_point", "offset") if getattr(q, name) is not None)
+
+
 def _shape_of(q: Any) -> tuple[int, ...]:
     grid = getattr(q.scale, "shape", None)  # None where there are no scales, or where they are elsewhere for now
-    return _mark.shape_of(tuple(q.storage.shape if grid is None else grid), q.block)
+    length = _mark.LENGTH + _mark.surplus(_parts_of(q))
+    return _mark.shape_of(tuple(q.storage.shape if grid is None else grid), q.block, length)
 
 
 def _made_for(q: Any) -> Any:
     storage, shape = q.storage, _shape_of(q)
     if not all(isinstance(n, int) for n in shape):  # symbolic dimensions of jax.export
-        return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), (_mark.LENGTH,)), shape)
+        return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), shape[-1:]), shape)
     mark = _mark.repeated(_bytes_of(q), shape)
     if isinstance(storage, jax.Array) and is_tracing():
         return _sharded_as(mark, storage if q.scale is None or hasattr(q.scale, "_checked") else q.scale)
