@@ -22,10 +22,10 @@ demo-models: $(READY)  ## a sentence encoder of 22.7 million weights in four fra
 	$(BIN)/python examples/models.py
 
 test: $(READY)  ## tests and doctests, without the exhaustive ones
-	$(BIN)/python -m pytest -n 2 -m "not exhaustive" --doctest-modules tests aqt_lite
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not exhaustive" --doctest-modules tests aqt_lite
 
 exhaustive: $(READY)  ## the others: every value or combination there is
-	$(BIN)/python -m pytest -n 2 -m exhaustive tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m exhaustive tests
 
 pythons: $(READY)  ## core tests on other Pythons, on the lowest declared versions, and with NumPy alone
 	$(BIN)/python .ci/other_pythons.py

@@ -85,12 +85,11 @@ def run_in_a_fresh_interpreter(code, folder=ROOT):
 
 
 def test_the_code_of_the_readme_runs_as_pasted(tmp_path):
-    """Each block alone, since a reader pastes the one he needs, and all of them in order."""
+    """Each block with names of its own, since a reader pastes the one he needs, and all of them in order."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     parts = [block + check + "\n" for block, check in zip(blocks, CHECKS, strict=True)]
-    for part in parts:
-        run_in_a_fresh_interpreter(part, tmp_path)
-    assert "SQNR" in run_in_a_fresh_interpreter("".join(parts), tmp_path)
+    alone = f"for part in {parts!r}:\n    exec(part, {{'__name__': '__main__'}})\n"
+    assert "SQNR" in run_in_a_fresh_interpreter(alone + "".join(parts), tmp_path)
 
 
 def test_the_code_of_the_page_of_formats_runs_and_prints_what_it_says():

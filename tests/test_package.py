@@ -35,8 +35,8 @@ for name in shown:
 @needs("jax", "torch")
 def test_modules_of_frameworks_know_their_trees_from_their_import_on():
     """Where such a module is what imports the framework, nothing else tells it of containers before the first array."""
-    for module in ("jax", "torch"):
-        python(f"import aqt_lite.{module}; from aqt_lite import _registry; assert '{module}' in _registry._instances")
+    known = "import aqt_lite.{0}; from aqt_lite import _registry; assert '{0}' in _registry._instances"
+    python("\n".join(known.format(module) for module in ("torch", "jax")))
     pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
     code = """
 import aqt_lite.equinox, equinox, jax
