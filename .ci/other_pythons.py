@@ -140,7 +140,8 @@ def run(environment: Environment, wheel: Path) -> tuple[bool, str]:
         "AQT_LITE_TESTS_WITHOUT": ",".join(environment.without),
         "PYTHONSAFEPATH": "1",  # the wheel is tested, not the sources in the current directory
     }
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not exhaustive", "-p", "no:cacheprovider", *tests]
+    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    command += ["-m", "not exhaustive", *tests]
     start = time.monotonic()
     try:
         done = subprocess.run(

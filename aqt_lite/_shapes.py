@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Number
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
@@ -288,12 +289,15 @@ class ArrayShapes:
     def __eq__(self, other: object) -> Any:
         if self is other:
             return True
-        if _is_quantized(other) or backend_of(other) is not None:
+        if _is_quantized(other) or isinstance(other, Number) or backend_of(other) is not None:
             raise TypeError(
-                "two quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, "
-                "with aqt_lite.testing.assert_same_bits"
+                "quantized arrays are not compared by ==: compare their values, q.dequantize(), or their bits, with "
+                "aqt_lite.testing.assert_same_bits"
             )
         return NotImplemented
+
+    def __contains__(self, value: object) -> NoReturn:
+        raise TypeError("a QArray does not look for values in itself: write `value in q.dequantize()`")
 
     __hash__ = object.__hash__
 

@@ -221,9 +221,13 @@ def test_it_is_frozen_and_not_compared_by_values(backend):
         q.dtype = "int16"
     assert q in [q]
     assert len({q, same}) == 2
-    for other in (same, backend.asarray(X)):
+    for other in (same, backend.asarray(X), 0, 1.0, np.float32(1)):
         with pytest.raises(TypeError, match=r"not compared by ==: compare their values, q.dequantize\(\)"):
             _ = q == other
+        with pytest.raises(TypeError, match=r"not compared by ==: compare their values, q.dequantize\(\)"):
+            _ = q != other
+    with pytest.raises(TypeError, match=r"in q.dequantize\(\)"):
+        _ = 1.0 in q
     assert q != "int8"  # what is no array is another thing
     assert q is not None
     assert_same_bits(q, same)
