@@ -177,9 +177,9 @@ def test_a_cluster_of_two_processes():
 
 @pytest.mark.exhaustive  # three clusters are started
 def test_an_array_larger_than_a_worker_is_quantized_whoever_dies():
-    """1.2 GB where a worker has 700 MB; a worker is killed on the way, and the result is the same."""
+    """0.8 GB where a worker has 600 MB; a worker is killed on the way, and the result is the same."""
     script = Path(__file__).parent.parent / "benchmarks" / "cluster.py"
-    command = [sys.executable, str(script), "--gigabytes", "1.2", "--megabytes-a-worker", "700"]
+    command = [sys.executable, str(script), "--gigabytes", "0.8", "--megabytes-a-worker", "600"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "the same results: yes" in done.stdout
