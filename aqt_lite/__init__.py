@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from aqt_lite._missing import SuspectValueWarning
 from aqt_lite._progress import progress
 from aqt_lite._protocol import IntLimits
-from aqt_lite._registry import available_backends
+from aqt_lite._registry import available_backends, register_backend
 from aqt_lite._shapes import concatenate, stack
 from aqt_lite.api import ClippingWarning, choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.dialects import Dialect
@@ -83,6 +83,7 @@ __all__ = [
     "progress",
     "quantize",
     "quantize_tree",
+    "register_backend",
     "register_format",
     "save",
     "stack",

@@ -1,4 +1,4 @@
-"""Which adapter serves an array: built-in ones by the array's type, others through entry points, all lazily.
+"""Which adapter serves an array: built-in ones by the array's type, others once registered or through entry points.
 
 Owns: the table of adapters and of their kernels, one instance each, and container registration. Imports: the
 ``Backend`` interface. No adapter, and so no framework, is imported before an array of it (or its name) turns up, and no
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,16 @@ from aqt_lite._protocol import Backend, Node, Ways
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["available_backends", "backend_of", "get_backend", "kernels_of", "opened", "register_container", "ways_of"]
+__all__ = [
+    "available_backends",
+    "backend_of",
+    "get_backend",
+    "kernels_of",
+    "opened",
+    "register_backend",
+    "register_container",
+    "ways_of",
+]
 
 ENTRY_POINT_GROUP = "aqt_lite.backends"
 
@@ -112,6 +121,20 @@ _BUILTIN = {
     ),
 }
 
+_Adapter = TypeVar("_Adapter", bound=type[Backend])
+
+
+class _Registered(NamedTuple):
+    """An adapter that the program itself made known; as an entry point."""
+
+    name: str
+    adapter: type[Backend]
+
+    def load(self) -> type[Backend]:
+        return self.adapter
+
+
+_registered: dict[str, _Registered] = {}
 _instances: dict[str, Backend] = {}
 _loaded_kernels: dict[str, Kernels] = {}
 _by_type: dict[type, Backend] = {}
@@ -138,8 +161,11 @@ def _load(name: str) -> Backend:
         if plugin is None:
             raise ValueError(f"backend={name!r} is not known: use one of {', '.join(_names())}")
         cls = plugin.load()
-    if not (isinstance(cls, type) and issubclass(cls, Backend)):
-        raise TypeError(f"the entry point for backend={name!r} must name a subclass of aqt_lite.testing.Backend")
+        _check(cls, f"the entry point for backend={name!r}")
+        if cls.name != name:
+            raise TypeError(
+                f"the entry point for backend={name!r} leads to the adapter of {cls.name!r}: name them alike"
+            )
     with _lock:
         found = _instances.get(name)
         if found is not None:  # another thread was faster
@@ -149,6 +175,64 @@ def _load(name: str) -> Backend:
             instance.register_container(*container)
         _instances[name] = instance
         return instance
+
+
+def _check(adapter: Any, where: str) -> None:
+    """TypeError where ``adapter`` is no class of adapters, or lacks what each must say of itself."""
+    if not (isinstance(adapter, type) and issubclass(adapter, Backend)):
+        raise TypeError(f"{where} must be a subclass of aqt_lite.testing.Backend, the class itself: got {adapter!r}")
+    where = f"{where}, {adapter.__name__},"
+    lacks = {*adapter.__abstractmethods__, *(m for m in ("name", "array_modules") if not hasattr(adapter, m))}
+    if lacks:
+        raise TypeError(f"{where} lacks {', '.join(sorted(lacks))}: define each in the class")
+    if not isinstance(adapter.name, str):
+        raise TypeError(f"{where} has name={adapter.name!r}: give what users are to write as backend=, a string")
+    modules = adapter.array_modules
+    if not (isinstance(modules, tuple) and all(isinstance(m, str) and "." not in m for m in modules)):
+        raise TypeError(f"{where} has array_modules={modules!r}: give a tuple of the names of top-level modules")
+
+
+def register_backend(adapter: _Adapter) -> _Adapter:
+    """Make an adapter known to this process: by its name, and for arrays of its library.
+
+    A package makes its adapter known to every process by an entry point instead, in the group ``aqt_lite.backends``.
+
+    Parameters
+    ----------
+    adapter : type
+        A subclass of :class:`aqt_lite.testing.Backend`; one that was registered under the same name is replaced.
+
+    Returns
+    -------
+    type
+        ``adapter``, so that this may decorate the class.
+
+    Raises
+    ------
+    TypeError
+        It is no such class, or lacks one of the members that every adapter must have.
+    ValueError
+        Its name is that of a built-in backend.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> from aqt_lite.testing import Backend
+    >>> @aqt_lite.register_backend
+    ... class MyBackend(Backend):
+    ...     name = "mylib"
+    Traceback (most recent call last):
+    TypeError: adapter, MyBackend, lacks array_modules, asarray, to_numpy, xp: define each in the class
+    """
+    _check(adapter, "adapter")
+    name = adapter.name
+    if name in _BUILTIN:
+        raise ValueError(f"adapter.name is {name!r}, a built-in backend: use another name")
+    with _lock:
+        _registered[name] = _Registered(name, adapter)
+        _instances.pop(name, None)
+        _by_type.clear()  # arrays of the library may have been met before
+    return adapter
 
 
 def kernels_of(name: str) -> Kernels:
@@ -200,8 +284,12 @@ def _find(array_type: type, x: Array) -> Backend | None:
     return None
 
 
+def _plugins() -> tuple[_Registered | EntryPoint, ...]:
+    return (*_registered.values(), *_entry_points())
+
+
 @functools.cache
-def _plugins() -> tuple[EntryPoint, ...]:
+def _entry_points() -> tuple[EntryPoint, ...]:
     from importlib.metadata import entry_points  # a tenth of what importing this package takes
 
     return tuple(entry_points(group=ENTRY_POINT_GROUP))

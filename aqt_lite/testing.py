@@ -1,8 +1,8 @@
 """Bit-exact comparison, and what an adapter must pass.
 
 Owns: ``mismatches``, ``assert_same_bits``, ``assert_same`` and the conformance suite ``check_backend``. Imports: the
-public package. Whoever writes an adapter subclasses ``Backend``, registers it under the entry-point group
-``aqt_lite.backends``, and runs ``check_backend(name)``.
+public package. Whoever writes an adapter subclasses ``Backend``, makes it known with ``aqt_lite.register_backend`` (or
+by an entry point in the group ``aqt_lite.backends``), and runs ``check_backend(name)``.
 
 Golden vectors, for implementations in any language: docs/golden.md says what is in tests/golden, under CC0, and has a
 test of a port that holds it against another library's numbers with ``assert_same``.
@@ -19,6 +19,7 @@ import numpy as np
 
 from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel
+from aqt_lite._namespace import AnyArray
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
@@ -170,7 +171,7 @@ class Conformance:
         return "\n".join([f"{'backend ' + self.backend:<{width}}  {'elements':>9}", *lines])
 
 
-def check_backend(backend: str | Backend) -> Conformance:
+def check_backend(backend: str | Backend | AnyArray) -> Conformance:
     """Hold an adapter against the contract: everything it does must have the bits of the NumPy reference.
 
     Takes about a second for an eager library. It covers what goes wrong in practice (docs/numerics.md): values near
@@ -178,13 +179,21 @@ def check_backend(backend: str | Backend) -> Conformance:
 
     Parameters
     ----------
-    backend : str or Backend
-        A backend's name, or the adapter itself.
+    backend : str, Backend or array
+        The name of a backend that is built in or registered; an adapter, whose name and arrays must lead to it; or any
+        array of a library, for the adapter that serves it: the generic one where nobody has written another.
+
+    Returns
+    -------
+    Conformance
+        ``passed`` is true; ``rows`` and ``str`` have the table of what was compared, a row a check.
 
     Raises
     ------
     AssertionError
-        With the table, where anything failed.
+        With the table, where anything failed: all checks run, and each failed row says what it met first.
+    TypeError
+        ``backend`` is none of these.
 
     Examples
     --------
@@ -193,7 +202,7 @@ def check_backend(backend: str | Backend) -> Conformance:
     >>> report.passed, len(report.rows)
     (True, 14)
     """
-    b = backend if isinstance(backend, Backend) else get_backend(backend)
+    b = _adapter_of(backend)
     floats = tuple(_floats_of(b))
     rows = []
     for name, check in _CHECKS.items():
@@ -209,6 +218,17 @@ def check_backend(backend: str | Backend) -> Conformance:
     if not report.passed:
         raise AssertionError(f"backend {b.name!r} does not keep the contract:\n{report}")
     return report
+
+
+def _adapter_of(backend: Any) -> Backend:
+    if isinstance(backend, Backend):
+        return backend
+    if isinstance(backend, str):
+        return get_backend(backend)
+    found = backend_of(backend)
+    if found is None:
+        raise TypeError(f"backend={backend!r}: give a backend's name, an adapter, or an array of the library to check")
+    return found
 
 
 _Pairs = Iterator[tuple[Any, Any]]
@@ -267,7 +287,9 @@ def _check_transport(b: Backend, floats: tuple[str, ...]) -> _Pairs:
             if b.dtype_name(x) != name or tuple(x.shape) != v.shape:
                 raise AssertionError(f"{name} of shape {v.shape} became {b.dtype_name(x)} of shape {tuple(x.shape)}")
             if backend_of(x) is not b:
-                raise AssertionError(f"an array of {type(x)} is not recognized as {b.name}: check array_modules")
+                raise AssertionError(
+                    f"an array of {type(x)} is not recognized as {b.name}: register its adapter, check array_modules"
+                )
             yield b.to_numpy(x), v
         if dtype.kind in "iuf" and name != "bfloat16":
             yield b.to_numpy(b.asarray(values.astype(dtype.newbyteorder(">")))), values

@@ -365,7 +365,7 @@ def test_generic_adapter_serves_any_array_api_library(monkeypatch):
     assert_same_bits(q.dequantize(), here.dequantize())
     assert_same_bits(q.to_backend("numpy"), here)
     with np.errstate(all="ignore"):  # a library of its own decides about warnings
-        assert check_backend(b).passed
+        assert check_backend(x).backend == "array_api_strict"
     with pytest.raises(ValueError, match="array_api_strict has no dtype bfloat16"):
         b.asarray(np.ones(2, ml_dtypes.bfloat16))
 
@@ -403,12 +403,61 @@ def test_plugin(plugin):
     assert result == [False, "wrapped_numpy", "Array", "installed", 32767, True]
 
 
+def test_an_adapter_is_registered_without_a_package():
+    """Also for arrays that the generic adapter had served before; and once more, as after an edit in a notebook."""
+    program = """
+        import numpy as np, aqt_lite, wrapped_numpy
+        from aqt_lite.testing import assert_same_bits, check_backend
+        from wrapped_numpy.adapter import WrappedBackend
+        from aqt_lite._registry import backend_of, get_backend
+        values = np.random.default_rng(0).standard_normal((4, 10)).astype("float32")
+        x = wrapped_numpy.Array(values)
+        generic = backend_of(x).name
+        for edition in (1, 2):
+            @aqt_lite.register_backend
+            class Mine(WrappedBackend):
+                name, number = "mine", edition
+            q = aqt_lite.quantize(x, "int4")
+            assert_same_bits(q, aqt_lite.quantize(values, "int4"))
+            print(generic, q.backend, check_backend("mine").passed, aqt_lite.available_backends()["mine"])
+        print(get_backend("mine").number)
+    """
+    lines = python(program, PYTHONPATH=os.pathsep.join([str(PLUGIN), str(PLUGIN.parents[1])])).splitlines()
+    assert lines == ["wrapped_numpy mine True installed"] * 2 + ["2"]
+
+
+def test_what_no_adapter_is_cannot_be_registered():
+    class Lacking(Backend):
+        name = "lacking"
+
+    class Text(type(get_backend("numpy"))):
+        name, array_modules = "text", "mylib"
+
+    class Number(Text):
+        name, array_modules = 3, ("mylib",)
+
+    for adapter, message in [
+        (3, "adapter must be a subclass of aqt_lite.testing.Backend, the class itself: got 3"),
+        (get_backend("numpy"), "the class itself: got <"),
+        (Lacking, "adapter, Lacking, lacks array_modules, asarray, to_numpy, xp: define each in the class"),
+        (Text, "array_modules='mylib': give a tuple of the names of top-level modules"),
+        (Number, "name=3: give what users are to write as backend="),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            aqt_lite.register_backend(adapter)
+    with pytest.raises(ValueError, match=r"adapter\.name is 'numpy', a built-in backend: use another name"):
+        aqt_lite.register_backend(type(get_backend("numpy")))
+    with pytest.raises(TypeError, match="backend=3: give a backend's name, an adapter, or an array"):
+        check_backend(3)
+
+
 def test_a_broken_plugin_is_reported_and_the_rest_works(tmp_path):
     information = tmp_path / "broken-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(
         "[aqt_lite.backends]\nbroken = no_such_module:Thing\nwrong = collections:OrderedDict\n"
+        "other = aqt_lite.backends.numpy:NumpyBackend\n"
     )
     program = """
         import json, numpy as np, aqt_lite
@@ -427,7 +476,10 @@ def test_a_broken_plugin_is_reported_and_the_rest_works(tmp_path):
     """
     available, errors, scale = json.loads(python(program, PYTHONPATH=str(tmp_path)))
     assert available["broken"] == "fails to load: No module named 'no_such_module'"
-    assert "must name a subclass of aqt_lite.testing.Backend" in available["wrong"]
+    assert "must be a subclass of aqt_lite.testing.Backend" in available["wrong"]
+    assert available["other"] == (
+        "fails to load: the entry point for backend='other' leads to the adapter of 'numpy': name them alike"
+    )
     assert errors[:2] == ["ModuleNotFoundError", "TypeError"]
     assert "x is a object: give an array" in errors[2]
     assert scale == [float(np.float32(1) * np.float32(1 / 127))]
