@@ -85,6 +85,9 @@ class _Builtin:
     array_modules: tuple[str, ...]  # top-level modules of its array types
     is_array: Callable[[Any], bool] = _has_shape_and_dtype  # which of those modules' types are arrays
     has_trees: bool = False  # whether it must know containers from its import on
+    savers: tuple[
+        tuple[str, str], ...
+    ] = ()  # modules on top of it that must, too, with "module:function" that tells them
     kernels: Callable[[], Kernels] = _no_kernels
 
 
@@ -103,6 +106,7 @@ _BUILTIN = {
         "pip install 'aqt_lite[jax]'",
         ("jax", "jaxlib"),
         has_trees=True,
+        savers=(("flax.serialization", "aqt_lite.backends.jax.flax_state:register"),),
         kernels=_kernels_of_jax,
     ),
     "torch": _Builtin(
@@ -355,37 +359,53 @@ def register_container(
         for instance in _instances.values():
             instance.register_container(cls, flatten, unflatten, names)
     for name, builtin in _BUILTIN.items():
-        if not builtin.has_trees:
-            continue
-        module = sys.modules.get(builtin.needs)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            _load_or_warn(name)
-        elif not any(isinstance(finder, _AfterImport) and finder.backend == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _AfterImport(name))
+        if builtin.has_trees:
+            _once_imported(builtin.needs, functools.partial(_load_adapter, name))
+        for module, tell in builtin.savers:
+            _once_imported(module, functools.partial(_tell, module, tell))
 
 
-def _load_or_warn(name: str) -> None:
-    """Nobody has asked for this backend yet: where it does not work, imports go on, and who asks gets the error."""
+def _once_imported(module: str, tell: Callable[[], None]) -> None:
+    """Call ``tell`` now, or when ``module`` has been imported."""
+    found = sys.modules.get(module)
+    if found is not None and not getattr(found.__spec__, "_initializing", False):
+        tell()
+    elif not any(isinstance(finder, _AfterImport) and finder.module == module for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(module, tell))
+
+
+def _load_adapter(name: str) -> None:
+    if _BUILTIN[name].adapter.partition(":")[0] not in sys.modules:  # else it is what imports the framework
+        _run_or_warn(f"backend={name!r}", lambda: get_backend(name))
+
+
+def _tell(saver: str, place: str) -> None:
+    module, _, function = place.partition(":")
+    _run_or_warn(f"{saver} with arrays", lambda: getattr(importlib.import_module(module), function)())
+
+
+def _run_or_warn(what: str, tell: Callable[[], Any]) -> None:
+    """Nobody has asked for it yet: where it does not work, imports go on, and who asks gets the error."""
     try:
-        get_backend(name)
+        tell()
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        warnings.warn(f"backend={name!r} of aqt_lite cannot be used here ({problem})", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{what} of aqt_lite cannot be used here ({problem})", RuntimeWarning, stacklevel=3)
 
 
 class _AfterImport:
-    """Loads a framework's adapter, which registers the containers, once the framework has been imported.
+    """Calls ``tell``, which makes a module know the containers, once that module has been imported.
 
     A finder of ``sys.meta_path`` without its base class, whose module imports a tenth of all that this package does.
     """
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, module: str, tell: Callable[[], None]) -> None:
+        self.module, self.tell = module, tell
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _BUILTIN[self.backend].needs:
+        if fullname != self.module:
             return None
         # Not importlib.util.find_spec: that would come back here. A look-up need not be an import, so this stays.
         others = (finder.find_spec for finder in list(sys.meta_path) if finder is not self)
@@ -395,13 +415,9 @@ class _AfterImport:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self.imported()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                self.tell()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-    def imported(self) -> None:
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        if _BUILTIN[self.backend].adapter.partition(":")[0] not in sys.modules:
-            _load_or_warn(self.backend)  # else it is the adapter that imports the framework, and registers when used

@@ -75,6 +75,17 @@ class Axes:
             return None
         return counts
 
+    def places_last(self, ndim: int) -> tuple[int, int] | None:
+        """How many inputs there are and how many axes behind them, places of a kernel; what ``for_dense`` is told then.
+
+        Codes of an input's place are few: in rows of inputs they lie closer, and groups of them follow each other.
+        """
+        end = max(self.inputs) + 1
+        counts = len(self.inputs), ndim - end
+        behind = set(range(end, ndim)) - {*self.outputs, *self.each}
+        follow_each_other = self.inputs == tuple(range(end - len(self.inputs), end))
+        return counts if behind and follow_each_other and max(counts) <= MOST_SWAPPED else None
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -108,6 +119,8 @@ class Planned:
     """Of ``quantize``; None where the leaf stays as it is."""
     for_dense: tuple[int, int] | None = None
     """How many axes of inputs and of outputs its codes are stored for."""
+    places_last: tuple[int, int] | None = None
+    """Likewise, of a kernel: how many of inputs, and how many behind them."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Keys of the spec that are not ``quantize``'s."""
     example: QArray | None = None
@@ -128,7 +141,7 @@ class Planned:
         shape = tuple(self.leaf.array.shape)
         if self.example is None:
             return nbytes_of_array(self.leaf.array)
-        return _nbytes_as(self.example, shape, swapped=self.for_dense or False)
+        return _nbytes_as(self.example, shape, swapped=self.for_dense or self.places_last or False)
 
 
 def nbytes_of_array(x: Any) -> int:
@@ -356,7 +369,18 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
             said = f"dialect={dialect_of(spec['dialect']).name!r}, which makes {granularity_of(example.block)},"
             _check_serves(said, example.block, shape, axes, words)
     others = {key: spec[key] for key in extra if key in spec}
-    return Planned(leaf, arguments, None if axes is None else axes.for_dense(len(shape)), others, example)
+    for_dense = None if axes is None else axes.for_dense(len(shape))
+    places_last = None if axes is None else _places_last(example, shape, axes)
+    return Planned(leaf, arguments, for_dense, places_last, others, example)
+
+
+def _places_last(example: QArray, shape: tuple[int, ...], axes: Axes) -> tuple[int, int] | None:
+    """``Axes.places_last`` where codes of a kernel are closer then, or its groups follow each other."""
+    order, grouped = axes.places_last(len(shape)), {a for a, n in enumerate(example.block) if n not in (None, 1)}
+    if order is None or not grouped <= {*axes.inputs} or not (grouped or example.packed_length is not None):
+        return None
+    more = _nbytes_as(example, shape, swapped=order) - _nbytes_as(example, shape)
+    return order if more < 0 or (grouped and not more) else None
 
 
 _ROLES = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}
@@ -502,7 +526,8 @@ def quantized(plan: Planned) -> QArray:
     assert plan.arguments is not None
     with naming(plan.leaf.path):
         q = quantize(plan.leaf.array, **plan.arguments)
-        return q if plan.for_dense is None else q.for_dense(*plan.for_dense)
+        order = plan.for_dense or plan.places_last
+        return q if order is None else q.for_dense(*order)
 
 
 class naming:  # noqa: N801 - a context manager that reads like a phrase

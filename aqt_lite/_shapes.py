@@ -219,6 +219,15 @@ class ArrayShapes:
         codes, block = xp.permute_dims(q.qvalue, order), tuple(q.block[a] for a in order)
         return _laid_out_anew(replace(q, storage=codes, **blocks, block=block), q)
 
+    def _as_stored(self: QArray) -> QArray:  # type: ignore[misc]
+        """The array whose axes are in the order of the storage: what ``swapped_back`` orders again."""
+        q = self._checked()
+        order = swapped_forth(range(q.ndim), q.transposed)
+        xp = q._backend.xp
+        blocks = _on_blocks(q, lambda a: a.transpose(order) if _is_quantized(a) else xp.permute_dims(a, order))
+        block, ragged = (tuple(of_axes[a] for a in order) if of_axes else () for of_axes in (q.block, q.ragged))
+        return replace(q, **blocks, block=block, ragged=ragged, transposed=False)
+
     def reshape(self: QArray, *shape: Any) -> QArray:  # type: ignore[misc]
         """Another shape in which blocks stay blocks.
 
@@ -300,6 +309,17 @@ class ArrayShapes:
         raise TypeError("a QArray does not look for values in itself: write `value in q.dequantize()`")
 
     __hash__ = object.__hash__
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """NumPy's functions, and operators of its arrays: ``np.matmul`` is ``@``, others are refused with the way."""
+        if method == "__call__" and not options and len(inputs) == 2:
+            first, second = inputs
+            if ufunc is np.matmul:
+                return first @ second if _is_quantized(first) else second.__rmatmul__(first)
+            if ufunc in (np.equal, np.not_equal):
+                return first == second if _is_quantized(first) else second == first
+        name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
+        return _refused(f"np.{name}")(self)
 
 
 def _refused(symbol: str) -> Callable[..., NoReturn]:

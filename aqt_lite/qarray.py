@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -48,6 +48,7 @@ from aqt_lite._qparams import (
 )
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes, Swapped, kind_in_words, lengths_swapped, swapped_back
+from aqt_lite._ways import way_to
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
@@ -140,8 +141,6 @@ class QArray(ArrayShapes, ArrayBytes):
     ragged: Block = field(default=())
     trainable: bool = False
     version: int = CONTRACT_VERSION
-
-    __array_ufunc__: ClassVar[None] = None  # NumPy leaves operators to this class
 
     @classmethod
     def from_codes(
@@ -523,8 +522,7 @@ class QArray(ArrayShapes, ArrayBytes):
         if name.startswith("_") or name in known:  # protocols ask; and what has no fields yet is being made
             raise AttributeError(name)
         raise AttributeError(
-            f"a QArray has no attribute {name!r}: it is a container of codes and scales, not an array; "
-            f"q.dequantize() is the array of its values, and q.storage, q.scale, q.zero_point are its parts"
+            f"a QArray has no attribute {name!r}: it is a container of codes and scales, not an array; {way_to(name)}"
         )
 
     def __repr__(self) -> str:

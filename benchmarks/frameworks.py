@@ -1,17 +1,20 @@
 """A step of each framework with quantized layers, against the same products called one after the other.
 
-    python benchmarks/frameworks.py            under two minutes; nothing is written
-    python benchmarks/frameworks.py --quick    smaller layers, to see whether it runs
+    python benchmarks/frameworks.py                 two minutes; written to benchmarks/frameworks.json
+    python benchmarks/frameworks.py --part jax 4 1  one library, width and number of rows alone, in its rows' place
+    python benchmarks/frameworks.py --quick         smaller layers, nothing written: does it run here?
 
 A step is four Linear layers of 4096 x 4096, compiled by the framework's own means; beside it stand four calls of
 ``aqt_lite.linear``, compiled as well in JAX and plain in torch, with the same codes. "of linear" is how many times as
-long a step takes: 1.00 is no cost at all, and 1.10 is what is promised. Candidates of one row take turns.
+long a step takes: 1.00 is no cost at all, and 1.10 is what is promised. Candidates of one row take turns. The table is
+written into docs/models.md by ``tables.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 
 import equinox as eqx
 import jax
@@ -31,9 +34,10 @@ from aqt_lite.backends.cpu.runtime import cores
 
 LAYERS = 4
 WEIGHTS = {
-    "int8, a scale per output": {},
-    "int4, groups of 32": {"dtype": "int4", "granularity": PerGroup(32)},
+    8: ("int8, a scale per output", {}),
+    4: ("int4, groups of 32", {"dtype": "int4", "granularity": PerGroup(32)}),
 }
+PATH = run.ROOT / "benchmarks" / "frameworks.json"
 
 
 def in_a_row(x, weights: list[QArray]):
@@ -45,25 +49,31 @@ def in_a_row(x, weights: list[QArray]):
 # ---- the same layers in each framework: weights (out, in) in, a function of x out
 
 
-def of_nnx(weights: list[np.ndarray], how: dict):
+def of_nnx(weights: list[np.ndarray], how: dict) -> dict:
     def layer(w: np.ndarray) -> nnx.Linear:
         sizes = {"in_features": w.shape[1], "out_features": w.shape[0]}
         return nnx.Linear(**sizes, use_bias=False, kernel_init=lambda *_: jnp.asarray(w.T), rngs=nnx.Rngs(0))
 
     model = aqt_lite.nnx.quantize_(nnx.Sequential(*map(layer, weights)), [("*", how)])
-    graph, state = nnx.split(model)  # nnx.jit returns all variables, too, as copies
-    return functools.partial(jax.jit(lambda state, x: nnx.merge(graph, state)(x)), state)
+    graph, state = nnx.split(model)
+    return {
+        "Flax NNX, split and jax.jit": functools.partial(jax.jit(lambda state, x: nnx.merge(graph, state)(x)), state),
+        "Flax NNX, nnx.jit without graph updates": functools.partial(
+            nnx.jit(lambda model, x: model(x), graph_updates=False), model
+        ),
+        "Flax NNX, nnx.jit": functools.partial(nnx.jit(lambda model, x: model(x)), nnx.clone(model)),
+    }
 
 
-def of_linen(weights: list[np.ndarray], how: dict):
+def of_linen(weights: list[np.ndarray], how: dict) -> dict:
     model = linen.Sequential([linen.Dense(len(w), use_bias=False) for w in weights])
     params = {f"layers_{i}": {"kernel": jnp.asarray(w.T)} for i, w in enumerate(weights)}
     x = jax.ShapeDtypeStruct((1, weights[0].shape[1]), jnp.float32)
     small = aqt_lite.linen.quantize(model, {"params": params}, x, rules=[("*", how)])
-    return functools.partial(jax.jit(aqt_lite.linen.with_quantized_layers(model.apply)), small)
+    return {"Flax Linen": functools.partial(jax.jit(aqt_lite.linen.with_quantized_layers(model.apply)), small)}
 
 
-def of_equinox(weights: list[np.ndarray], how: dict):
+def of_equinox(weights: list[np.ndarray], how: dict) -> dict:
     def layer(w: np.ndarray) -> eqx.nn.Linear:
         made = eqx.filter_eval_shape(
             lambda: eqx.nn.Linear(w.shape[1], w.shape[0], use_bias=False, key=jax.random.key(0))
@@ -71,7 +81,7 @@ def of_equinox(weights: list[np.ndarray], how: dict):
         return eqx.tree_at(lambda m: m.weight, made, jnp.asarray(w))
 
     model = aqt_lite.equinox.quantize(eqx.nn.Sequential([*map(layer, weights)]), [("*", how)])
-    return functools.partial(eqx.filter_jit(lambda model, x: jax.vmap(model)(x)), model)
+    return {"Equinox": functools.partial(eqx.filter_jit(lambda model, x: jax.vmap(model)(x)), model)}
 
 
 def of_torch(weights: list[np.ndarray], how: dict):
@@ -81,63 +91,73 @@ def of_torch(weights: list[np.ndarray], how: dict):
     return torch.compile(aqt_lite.torch.quantize_(model, [("*", how)]), fullgraph=True)
 
 
-STEPS = {"Flax NNX": of_nnx, "Flax Linen": of_linen, "Equinox": of_equinox}
-
-
-def rows(size: int, rows_of_x: list[int]) -> None:
+def rows(library: str, bits: int, m: int, size: int) -> list[dict]:
     rng = np.random.default_rng(run.SEED)
     weights = [rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5) for _ in range(LAYERS)]
-    for kind, how in WEIGHTS.items():
-        quantized = [aqt_lite.quantize(w, **({"granularity": aqt_lite.PerChannel(0)} | how)) for w in weights]
-        steps = {name: make(weights, how) for name, make in STEPS.items()}
-        torch._dynamo.reset()
-        compiled = of_torch(weights, how)
-        chained = functools.partial(jax.jit(lambda weights, x: in_a_row(x, weights)), move(quantized, "jax"))
-        in_torch = move(quantized, "torch")
-        for m in rows_of_x:
-            x = rng.standard_normal((m, size), dtype=np.float32)
-            of_jax, tensor = jnp.asarray(x), torch.from_numpy(x)
-            exact = functools.reduce(lambda y, q: y @ q.dequantize().astype(np.float64).T, quantized, x.astype(float))
-
-            def awaited(function, x=of_jax):
-                return lambda _: run.wait(function(x))
-
-            on_jax = {"linear": awaited(chained), **{name: awaited(step) for name, step in steps.items()}}
-            on_torch = {
-                "linear": lambda _, x=tensor, weights=in_torch: in_a_row(x, weights),
-                "torch, compiled": lambda _, x=tensor, step=compiled: step(x),
-            }
-            for library, candidates in (("jax", on_jax), ("torch", on_torch)):
-                told(library, size, m, kind, candidates, exact)
+    kind, how = WEIGHTS[bits]
+    quantized = [aqt_lite.quantize(w, **({"granularity": aqt_lite.PerChannel(0)} | how)) for w in weights]
+    steps = of_library(library, weights, how, [q.to_backend(library) for q in quantized])
+    x = rng.standard_normal((m, size), dtype=np.float32)
+    exact = functools.reduce(lambda y, q: y @ q.dequantize().astype(np.float64).T, quantized, x.astype(float))
+    put = jnp.asarray(x) if library == "jax" else torch.from_numpy(x)
+    candidates = {who: lambda _, step=step: run.wait(step(put)) for who, step in steps.items()}
+    for who, call in candidates.items():
+        assert run.error(call(0), exact) < 1e-5, (library, who, m, kind)
+    table = []
+    for who, its in run.take_turns(candidates, seconds=2.5, least=9).items():
+        row = {"library": library, "bits": bits, "kind": kind, "m": m, "who": who, **its}
+        table.append({**row, "of_linear": its["ms"] / (table[0]["ms"] if table else its["ms"])})
+        told(table[-1])
+    return table
 
 
-def move(weights: list[QArray], library: str) -> list[QArray]:
-    return [q.to_backend(library) for q in weights]
+def of_library(library: str, weights: list[np.ndarray], how: dict, quantized: list[QArray]) -> dict:
+    """The steps of the library, and the plain products, each a function of x."""
+    if library == "jax":
+        plain = functools.partial(jax.jit(lambda weights, x: in_a_row(x, weights)), quantized)
+        return {"linear": plain, **of_nnx(weights, how), **of_linen(weights, how), **of_equinox(weights, how)}
+    return {"linear": lambda x: in_a_row(x, quantized), "torch.compile": of_torch(weights, how)}
 
 
-def told(library: str, size: int, m: int, kind: str, candidates: dict, exact: np.ndarray) -> None:
-    for name, call in candidates.items():
-        assert run.error(call(0), exact) < 1e-5, (library, name, m, kind)
-    found = run.take_turns(candidates, seconds=0, least=9)
-    base = found["linear"]["ms"]
-    for name, its in found.items():
-        spread = f"{its['low']:.2f} to {its['high']:.2f}"
-        print(
-            f"  {library:6}{size} M={m:<4}{kind:26}{name:17}{its['ms']:8.2f} ms ({spread:>16})"
-            f"  {its['ms'] / base:5.2f} of linear",
-            flush=True,
-        )
+def told(row: dict) -> None:
+    spread = f"{row['low']:.2f} to {row['high']:.2f}"
+    print(
+        f"  {row['library']:6}M={row['m']:<4}{row['kind']:26}{row['who']:40}{row['ms']:8.2f} ms ({spread:>16})"
+        f"  {row['of_linear']:5.2f} of linear",
+        flush=True,
+    )
+
+
+def part_of(row: dict) -> tuple[str, int, int]:
+    return row["library"], row["bits"], row["m"]
+
+
+def written(new: list[dict]) -> None:
+    """``new`` in the file, in the place of what was measured of the same parts."""
+    known = json.loads(PATH.read_text())["rows"] if PATH.exists() else []
+    parts = {part_of(row) for row in new}
+    kept = [row for row in known if part_of(row) not in parts]
+    found = sorted(kept + new, key=lambda row: (row["library"], -row["bits"], row["m"]))
+    PATH.write_text(json.dumps({"machine": run.machine(), "rows": found}, indent=1) + "\n")
+    print(f"written: {PATH.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--part", nargs=3, metavar=("LIBRARY", "BITS", "ROWS"), help="jax or torch, 8 or 4, 1 or 8")
+    given = parser.parse_args()
+    parts = [(library, bits, m) for library in ("jax", "torch") for bits in WEIGHTS for m in (1, 8)]
+    if given.part:
+        parts = [part for part in parts if [*map(str, part)] == given.part]
+    if not parts:
+        parser.error(f"--part {' '.join(given.part)}: a library is jax or torch, a width 8 or 4, and rows are 1 or 8")
     torch.set_num_threads(cores())
-    said = run.machine()
-    print(f"{said['processor']}; {LAYERS} layers a step, milliseconds a step")
+    print(f"{run.machine()['processor']}; {LAYERS} layers a step, milliseconds a step")
     with torch.no_grad():
-        rows(512 if quick else 4096, [1, 8])
+        new = [row for part in parts for row in rows(*part, 512 if given.quick else 4096)]
+    if not given.quick:
+        written(new)
 
 
 if __name__ == "__main__":

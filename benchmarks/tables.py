@@ -1,4 +1,4 @@
-"""Writes the tables of the last full benchmark run into README.md and docs/performance.md.
+"""Writes the tables of the last full benchmark run into README.md, docs/performance.md and docs/models.md.
 
     python benchmarks/tables.py            print them
     python benchmarks/tables.py --write    replace what stands between the markers of each file
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "models.md")
 
 
 def main() -> None:
@@ -42,7 +42,10 @@ def tables(results: dict) -> dict[str, str]:
     """Every table, by the name of its marker."""
     stored = json.loads((ROOT / "benchmarks" / "stored.json").read_text())
     of_shapes = {"shapes": shapes(stored)} if "shapes" in stored else {}  # recorded from the next full run on
+    layers = json.loads((ROOT / "benchmarks" / "frameworks.json").read_text())
     return of_shapes | {
+        "frameworks": frameworks(layers["rows"]),
+        "machine of frameworks": machine(layers, copying=False),
         "stored": products_stored(stored),
         "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
         "machine": machine(results),
@@ -110,6 +113,18 @@ def products(results: dict, who: tuple[str, ...] | None) -> str:
             shown = [f"{c['times_as_fast']:.2f}x" if c else "" for c in cells]
             label = name if name.startswith("peer") else f"**{name}**" if who else name
             lines.append(f"| {backend}: {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def frameworks(rows: list[dict]) -> str:
+    """Of each framework's step, how many times as long it takes as the products alone, and milliseconds."""
+    columns = list(dict.fromkeys((r["kind"], r["m"]) for r in rows))
+    lines = ["| | " + " | ".join(f"{kind}, M={m}" for kind, m in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for library, who in dict.fromkeys((r["library"], r["who"]) for r in rows):
+        cells = {(r["kind"], r["m"]): r for r in rows if (r["library"], r["who"]) == (library, who)}
+        shown = [f"{c['of_linear']:.2f} ({c['ms']:.2f})" if (c := cells.get(column)) else "" for column in columns]
+        name = f"{library}: `linear` alone" if who == "linear" else who
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

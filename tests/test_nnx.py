@@ -248,6 +248,14 @@ def test_a_model_in_three_lines():
     assert_close(remat(model, IDS), called(with_values(model), IDS))
 
 
+def test_jit_without_graph_updates_returns_no_weight():
+    layer = quantize_(drawn(lambda: nnx.Linear(16, 6, rngs=rngs())), [("kernel", INT4)])
+    before = jax.tree.leaves(nnx.state(layer))
+    step = nnx.jit(lambda layer, x: layer(x), graph_updates=False)
+    assert_close(step(layer, X), layer(X))
+    assert all(a is b for a, b in zip(jax.tree.leaves(nnx.state(layer)), before, strict=True))
+
+
 def test_what_shows_a_model_and_what_maps_over_its_rows(capsys):
     model = quantize_(drawn(lambda: nnx.Linear(16, 6, rngs=rngs())), [("kernel", INT4)])
     nnx.display(model)

@@ -37,6 +37,20 @@ def test_modules_of_frameworks_know_their_trees_from_their_import_on():
     """Where such a module is what imports the framework, nothing else tells it of containers before the first array."""
     known = "import aqt_lite.{0}; from aqt_lite import _registry; assert '{0}' in _registry._instances"
     python("\n".join(known.format(module) for module in ("torch", "jax")))
+    pytest.importorskip("flax", reason="flax is not installed: requirements-dev.txt has it")
+    code = """
+import aqt_lite, numpy as np
+q = aqt_lite.quantize(np.ones((4, 4), "float32"))
+import flax.serialization as flax
+assert (flax.from_bytes({"w": q}, flax.to_bytes({"w": q}))["w"].storage == q.storage).all()
+try:
+    flax.from_bytes({"w": aqt_lite.quantize(np.ones((4, 4), "float32"), "int4")}, flax.to_bytes({"w": q}))
+except ValueError as error:
+    assert "the template" in str(error)
+else:
+    raise AssertionError("read into another format")
+"""
+    assert python(code) == ""
     pytest.importorskip("equinox", reason="equinox is not installed: requirements-dev.txt has it")
     code = """
 import aqt_lite.equinox, equinox, jax

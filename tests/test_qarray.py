@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from aqt_lite import (
     PerGroup,
     PerTensor,
     QArray,
+    _ways,
     concatenate,
     dense,
     dequantize,
@@ -201,7 +203,41 @@ def test_what_it_has_not_says_what_it_is():
     for name in ("detach", "numpy", "tobytes", "astype_", "sum", "values"):
         with pytest.raises(AttributeError, match=f"has no attribute '{name}': it is a container of codes and scales"):
             getattr(q, name)
+    for name, way in {
+        "half": r"q\.dequantize\(dtype\)",
+        "to": r"q\.to_device\(device\)",
+        "numpy": r"q\.to_backend\('numpy'\)",
+        "squeeze": r"q\[:, 0\]",
+        "tofile": r"aqt_lite\.save\(path, q\)",
+        "dot": r"x @ q",
+    }.items():
+        with pytest.raises(AttributeError, match=f"; .*{way}"):
+            getattr(q, name)
     assert not hasattr(q, "_repr_html_")
+
+
+def test_every_way_that_errors_name_exists():
+    q = quantize(X)
+    for way in _ways._WAYS:
+        found = re.findall(r"\b(q|aqt_lite)\.(\w+)", way)
+        assert found, way
+        for owner, name in found:
+            assert hasattr(q if owner == "q" else aqt_lite, name), way
+    assert not any(hasattr(q, name) for name in _ways._WAY_OF)  # what came to exist needs no way
+
+
+def test_functions_of_numpy_multiply_or_name_the_way():
+    q = quantize(X[0].T.copy())
+    assert_same_bits(np.matmul(X[0], q), dense(X[0], q))
+    assert_same_bits(np.matmul(q.T, X[0].T), q.T @ X[0].T)
+    for call in (lambda: np.add(X[0].T, q), lambda: np.float32(2) * q, lambda: np.add.reduce(q), lambda: np.isnan(q)):
+        with pytest.raises(TypeError, match=r"arithmetic with a QArray \(np\.\w+.*\).*q\.dequantize\(\)"):
+            call()
+    with pytest.raises(TypeError, match=r"np\.matmul"):
+        np.matmul(X[0], q, out=np.empty((4, 4), "float32"))
+    for call in (lambda: np.equal(X[0].T, q), lambda: np.not_equal(X[0].T, q)):
+        with pytest.raises(TypeError, match="not compared by =="):
+            call()
 
 
 def test_copies_and_pickles(backend):

@@ -21,6 +21,7 @@ from torch import nn
 from aqt_lite import _mark
 from aqt_lite._registry import get_backend
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
+from aqt_lite._shapes import swapped_back
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import linear
@@ -327,7 +328,12 @@ def _transposed_convolution(
 
 
 def _values(weight: QuantizedWeight, like: torch.Tensor) -> torch.Tensor:
-    values: torch.Tensor = weight.qarray.dequantize()
+    """The values of a kernel, whose codes are read in the order in which they lie."""
+    q = weight.qarray
+    if not q.transposed:
+        values: torch.Tensor = q.dequantize()
+    else:  # contiguous: by a kernel in another order torch chooses that of its result
+        values = q._as_stored().dequantize().permute(swapped_back(range(q.ndim), q.transposed)).contiguous()
     return values.to(dtype=like.dtype)
 
 

@@ -1,13 +1,14 @@
 """Weights inside programs that torch exports to ONNX: integers, and what makes numbers of them there.
 
-Owns: ``affine.dequantize`` as such a program has it. ONNX's exporter computes ahead of time whatever depends on
-constants alone, which would make float32 of every weight; what has passed DequantizeLinear it leaves. Imports: the
-adapter, affine, elements.
+Owns: ``affine.dequantize`` and ``packing.unpack`` as such a program has them. ONNX's exporter computes ahead of time
+whatever depends on constants alone, which would make float32 of every weight; what has passed DequantizeLinear it
+leaves. Imports: the adapter, affine, packing, elements.
 
 Of integers with plain scales it is DequantizeLinear, with a scale for each row: of a tensor, a channel, or, codes
 reshaped so that a block is a row, a block. Other codes, and scales that are kept in few bits, are made positions by
 that operator, and looked up in a table of their numbers; a block a row, too, so that scales are not spread over it. So
-any opset that has the operator serves.
+any opset that has the operator serves. Bytes that hold several codes are positions, too, in a table of these codes: so
+they stay packed, whatever the opset has to say of 4 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aqt_lite import affine
+from aqt_lite import affine, packing
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
@@ -30,7 +31,7 @@ from aqt_lite.backends.torch.adapter import makes_onnx
 from aqt_lite.formats import Format
 from aqt_lite.granularity import Block
 
-__all__ = ["makes_onnx_of_codes", "values_in_onnx", "with_codes_in_onnx"]
+__all__ = ["makes_onnx_of_codes", "values_in_onnx", "with_codes_in_onnx", "with_streams_in_onnx"]
 
 
 def makes_onnx_of_codes() -> bool:
@@ -45,6 +46,43 @@ def with_codes_in_onnx(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return values_in_onnx(w, spec, out) if makes_onnx_of_codes() else kernel(w, spec=spec, out=out)
 
     return call
+
+
+def with_streams_in_onnx(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``packing.unpack``: by ``kernel``, or by a table of a byte's codes, where a program for ONNX is being made."""
+
+    def call(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
+        if not makes_onnx_of_codes():
+            return kernel(stream, bits=bits, length=length, signed=signed)
+        return (_of_whole_codes if 8 % bits == 0 else _of_any_bits)(stream, bits, length, signed)
+
+    return call
+
+
+def _of_whole_codes(stream: Any, bits: int, length: int, signed: bool) -> Array:
+    """Codes of bytes that hold whole ones."""
+    found = _looked_up_in(_codes_of_a_byte(bits, signed), stream)
+    return found.reshape(*stream.shape[:-1], stream.shape[-1] * (8 // bits))[..., :length]
+
+
+def _of_any_bits(stream: Any, bits: int, length: int, signed: bool) -> Array:
+    """Others, without a sign as the exporter computes them, in a byte each: signs would make it four bytes each."""
+    codes = packing.unpack(stream, bits=bits, length=length, signed=False, b=get_backend("torch"))
+    return _looked_up_in(_codes_of_a_byte(bits, signed)[: 1 << bits, 0], codes) if signed else codes
+
+
+def _codes_of_a_byte(bits: int, signed: bool) -> Any:
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    return torch.from_numpy(
+        packing.unpack(every, bits=bits, length=8 // bits, signed=signed, b=get_backend("numpy")).copy()
+    )
+
+
+def _looked_up_in(table: Any, positions: Any, first: int = 0) -> Any:
+    """Rows of ``table``, of which the one for position ``first`` is the first."""
+    at = _as_float(positions).to(torch.int64)
+    rows = torch.index_select(table, 0, (at - first if first else at).reshape(-1))
+    return rows.reshape(*positions.shape, *table.shape[1:])
 
 
 def values_in_onnx(w: Coded, spec: Spec, out: str | None = None) -> Array:
@@ -144,11 +182,10 @@ def _looked_up(kind: Any) -> Any:
                 return _as_float(codes)
             if codes.dtype not in (torch.int8, torch.uint8):  # scales of 16 bits: a table is longer than they are
                 return super().decode(codes, b, compute)
-            first = -128 if codes.dtype == torch.int8 else 0
-            every = np.arange(first, first + 256)
-            known = np.clip(every, *self.codes).astype(self.storage)
+            first, last = self.codes
+            known = np.arange(first, last + 1).astype(self.storage)
             table = torch.from_numpy(np.asarray(super().decode(known, get_backend("numpy")), np.float32))
-            return table[(_as_float(codes) - first).to(torch.int64)]
+            return _looked_up_in(table, codes, first)
 
     return InOnnx
 

@@ -30,10 +30,16 @@ from aqt_lite.backends.torch.adapter import (
     without_memory,
     wraps_tensors,
 )
-from aqt_lite.backends.torch.onnx import makes_onnx_of_codes, values_in_onnx, with_codes_in_onnx
+from aqt_lite.backends.torch.onnx import (
+    makes_onnx_of_codes,
+    values_in_onnx,
+    with_codes_in_onnx,
+    with_streams_in_onnx,
+)
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS, Format, element_type
 from aqt_lite.ops import derivative, reference
+from aqt_lite.packing import unpack
 
 MOST_ROWS_AS_DIGITS = 64
 """Up to this many rows of x, four int8 products are faster than one float32 product."""
@@ -623,6 +629,7 @@ KERNELS: Kernels = {
     affine.dequantize: Kernel(
         with_codes_in_onnx(_of_large(runtime.gated(quantize.FORMS[affine.dequantize]))), anything
     ),
+    unpack: Kernel(with_streams_in_onnx(_of_large(runtime.gated(quantize.FORMS[unpack]))), anything),
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
     reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),

@@ -1,0 +1,43 @@
+"""What other arrays have and a ``QArray`` has not, and what does the same: words for errors.
+
+Owns: that table, each way beside the names that people try. Imports: nothing of this package.
+"""
+
+from __future__ import annotations
+
+__all__ = ["way_to"]
+
+_WAYS = {
+    "q.to_device(device) moves it, q.to_backend(name) makes it another library's, q.dequantize(dtype) is its values": (
+        "to cpu cuda device_put"
+    ),
+    "q.dequantize(dtype) is its values in that type": "float half double bfloat16 type view values dequant",
+    "q.to_backend('numpy') has the same bits in arrays of NumPy, and its dequantize() the values": "numpy",
+    "q.dequantize().tolist() lists its values": "tolist item",
+    "q.transpose(...) orders its axes, and q.mT swaps the last two": "swapaxes moveaxis permute permute_dims t",
+    "q.reshape(shape) where blocks stay whole, q[None] and q[:, 0] add and drop axes": (
+        "ravel flatten squeeze unsqueeze expand_dims"
+    ),
+    "aqt_lite.concatenate and aqt_lite.stack join several, q.broadcast_to(shape) repeats": "repeat tile expand",
+    "x @ q, aqt_lite.dense(x, q), aqt_lite.linear(x, q) and aqt_lite.einsum are its products": (
+        "dot matmul mm bmm einsum"
+    ),
+    "q.copy() has arrays of its own": "clone contiguous",
+    "it is a constant of derivatives, but for scales of q.with_trainable_scales()": (
+        "requires_grad requires_grad_ grad detach backward"
+    ),
+    "q.ndim, q.size, q.nbytes and q.bits say how large it is": "dim numel itemsize element_size strides stride",
+    "aqt_lite.save(path, q) writes it, pickle, too, and q.to_bytes(layout) has bytes that other libraries read": (
+        "save dump tofile tobytes data ctypes data_ptr"
+    ),
+    "q.storage, q.scale and q.zero_point are its arrays, and q.qvalue has its codes, one an element": (
+        "int_repr q_scale q_zero_point codes zero_points block_until_ready sharding devices"
+    ),
+}
+_WAY_OF = {name: way for way, names in _WAYS.items() for name in names.split()}
+
+
+def way_to(name: str) -> str:
+    """What to do where other arrays would be asked for the attribute ``name``."""
+    parts = "q.dequantize() is the array of its values, and q.storage, q.scale, q.zero_point are its parts"
+    return _WAY_OF.get(name, parts)
