@@ -231,6 +231,16 @@ def related(da: xr.DataArray) -> dict[str, Any]:
     return {name: da.encoding[name] for name in _RELATED if name in da.encoding}
 
 
+def named_by(attributes: Mapping[Any, Any]) -> list[str]:
+    """The variables that attributes of CF speak of, as coordinates, bounds of cells and the like."""
+    found = []
+    for attribute in ("coordinates", *_RELATED):
+        words = str(attributes.get(attribute, "")).replace(" :", ":").split()
+        roles = attribute != "grid_mapping"  # what stands before a colon, and is no variable
+        found += [word.removesuffix(":") for word in words if not (roles and word.endswith(":"))]
+    return found
+
+
 def _called(obj: xr.DataArray) -> str:
     return "the DataArray" if obj.name is None else f"variable {obj.name!r}"
 

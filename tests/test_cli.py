@@ -95,7 +95,7 @@ def test_rounding_is_refused_by_name(source, tmp_path, capsys):
     out = tmp_path / "out.nc"
     for how, words in [
         (["--keepbits", "30"], "variable 't': keepbits=30: float32 has 23"),
-        (["--keepbits", "u=3"], "'u' is named; the Dataset has the variables"),
+        (["--keepbits", "u=3"], "in.nc has the variables t, p, n"),
         (["--information", "7"], "information=7.0: a share is above 0"),
         (["--max-rel-err", "0.1", "--dtype", "int8"], "--dtype is for the integers"),
     ]:
@@ -355,7 +355,7 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
         (["pack", source, source, "--max-abs-err", "1", "--overwrite"], "source and target are the same"),
         (["pack", tmp_path / "no.nc", out, "--max-abs-err", "1", "--overwrite"], "no.nc does not exist"),
         (["pack", source, tmp_path / "no" / "out.nc", "--max-abs-err", "1"], "the folder .* does not exist"),
-        (["pack", source, out, "--max-abs-err", "x=1", "--overwrite"], "max_abs_err names 'x'"),
+        (["pack", source, out, "--max-abs-err", "x=1", "--overwrite"], "--max-abs-err names 'x'; "),
         (
             ["pack", source, out, "--max-abs-err", "1e-9", "--overwrite"],
             r"variable 't': int32 cannot keep .* the smallest is",
@@ -462,12 +462,146 @@ def test_what_cannot_be_verified_is_said(source, tmp_path, capsys):
         assert said in errors
 
 
-def test_files_with_groups_are_refused(source, tmp_path, capsys):
-    with netCDF4.Dataset(source, "a") as file:
-        file.createGroup("model")
-    status, _, errors = run(capsys, "pack", source, tmp_path / "out.nc", "--max-abs-err", "1")
-    assert status == 1
-    assert "has the groups /model" in errors
+def with_groups(path, composed=True):
+    """A file as models write them: dimensions and axes in the root, fields, text and other types in groups."""
+    rng = np.random.default_rng(1)
+    with netCDF4.Dataset(path, "w") as file:
+        for name, length in (("time", None), ("lat", 6), ("nv", 2), ("nobody", 7)):
+            file.createDimension(name, length)
+        file.setncatts({"title": "tree", "n": np.int16(3), "authors": ["a", "bé"]})
+        sky = file.createEnumType("u1", "sky", {"clear": 0, "cloudy": 1, "none": 255})
+        pair = np.dtype([("re", "f4"), ("im", "f4")])
+        kinds = (file.createCompoundType(pair, "pair"), file.createVLType("f4", "ragged")) if composed else ()
+        time = file.createVariable("time", "f8", ("time",))
+        time.setncatts({"units": "days since 2000-01-01", "bounds": "time_bnds"})
+        file.createVariable("time_bnds", "f8", ("time", "nv"))[:] = rng.random((3, 2))
+        time[:] = np.arange(3)
+        model = file.createGroup("model")
+        model.source = "a"
+        t = model.createVariable("t", "f4", ("time", "lat"), fill_value=1e20, zlib=True, chunksizes=(1, 6))
+        t.setncatts(
+            {"units": "K", "coordinates": "time lon", "cell_measures": "area: elsewhere", "bounds": "time_bnds"}
+        )
+        t[:] = np.where(rng.random((3, 6)) < 0.2, 1e20, 280 + rng.standard_normal((3, 6)))
+        model.createVariable("sky", sky, ("lat",), fill_value=255)[:] = np.asarray([0, 1, 0, 255, 1, 0], "u1")
+        if composed:  # of which zarr has none, and no stable type of text
+            model.createVariable("name", str, ("lat",))[:] = np.asarray(list("abcdeé"), object)
+            model.createVariable("z", kinds[0], ("lat",))[:] = np.ones(6, pair)
+            ragged = model.createVariable("r", kinds[1], ("lat",))
+            for i in range(6):
+                ragged[i] = np.arange(i % 3, dtype="f4")
+        run_of = model.createGroup("run")
+        run_of.createDimension("lat", 4)  # another one of this name
+        run_of.createVariable("t", "f8", ("time", "lat"))[:] = rng.standard_normal((3, 4))
+        packed = run_of.createVariable("p", "i2", ("lat",), fill_value=np.int16(-9))
+        packed.setncatts({"scale_factor": 0.01, "add_offset": 5.0})
+        packed.set_auto_maskandscale(False)
+        packed[:] = [1, -9, 300, 4]
+        file.createGroup("empty").createGroup("deep").note = "nothing"
+
+
+def held(group):
+    """All that is in a group, but for what a packed variable says of codes."""
+    group.set_auto_maskandscale(False)
+    attributes = {name: np.asarray(group.getncattr(name)).tolist() for name in group.ncattrs()}
+    dims = {name: (len(dim), dim.isunlimited()) for name, dim in group.dimensions.items()}
+    variables = {
+        name: (v.dtype, v.dimensions, {key: np.asarray(v.getncattr(key)).tolist() for key in v.ncattrs()}, v[...])
+        for name, v in group.variables.items()
+    }
+    return attributes, dims, variables, {name: held(inner) for name, inner in group.groups.items()}
+
+
+def in_groups(tree, path=""):
+    yield path, tree
+    for name, inner in tree[3].items():
+        yield from in_groups(inner, f"{path}{name}/")
+
+
+OF_CODES = {"_FillValue", "scale_factor", "add_offset", "max_abs_error", "quantization", "quantization_nsb"}
+
+
+@pytest.mark.parametrize(
+    ("how", "changed"),
+    [
+        (["--max-abs-err", "0.05"], {"model/t", "model/run/t", "model/run/p"}),
+        (["--max-abs-err", "model/t=0.05,p=0.1"], {"model/t", "model/run/p"}),
+        (["--keepbits", "t=5"], {"model/t", "model/run/t"}),
+    ],
+    ids=str,
+)
+def test_nothing_in_groups_is_lost(how, changed, tmp_path, capsys):
+    source, out, back = (tmp_path / name for name in ("in.nc", "out.nc", "back.nc"))
+    with_groups(source)
+    assert run(capsys, "pack", source, out, *how)[::2] == (0, "")
+    status, said, errors = run(capsys, "verify", source, out)
+    assert (status, errors) == (0, "")
+    assert f"holds {source}: {len(changed)} variables as stated" in said
+    assert "\nmodel/z  " in run(capsys, "info", out)[1]
+    assert run(capsys, "unpack", out, back)[::2] == (0, "")
+    with netCDF4.Dataset(source) as a, netCDF4.Dataset(out) as b, netCDF4.Dataset(back) as c:
+        before = dict(in_groups(held(a)))
+        for file, others in ((b, changed), (c, changed | {"model/run/p"})):
+            after = dict(in_groups(held(file)))
+            assert before.keys() == after.keys()
+            for group, (attributes, dims, variables, _) in before.items():
+                assert after[group][:2] == (attributes, dims)
+                assert after[group][2].keys() - {"quantization_bitround"} == variables.keys()
+                for name, (dtype, on, said_of, values) in variables.items():
+                    there = after[group][2][name]
+                    assert there[1] == on
+                    if group + name in others:
+                        assert there[2].keys() - OF_CODES == said_of.keys() - OF_CODES
+                        assert all(there[2][key] == said_of[key] for key in said_of.keys() - OF_CODES)
+                    else:
+                        assert (there[0], there[2]) == (dtype, said_of)
+                        for x, y in zip(np.ravel(values), np.ravel(there[3]), strict=True):
+                            np.testing.assert_array_equal(x, y)
+    for group in ("/model", "/model/run"):
+        with xr.open_dataset(source, group=group) as x, xr.open_dataset(out, group=group) as y:
+            if how[0] == "--max-abs-err":
+                assert float(abs(x.t - y.t).max()) <= 0.05 + 1e-9
+                assert (np.isnan(x.t) == np.isnan(y.t)).all()
+
+
+def test_a_group_that_is_damaged_is_noticed_and_named(tmp_path, capsys):
+    source, out = tmp_path / "in.nc", tmp_path / "out.nc"
+    with_groups(source)
+    run(capsys, "pack", source, out, "--max-abs-err", "t=0.05")
+    for name, said in (("t", "group /model/run: variable 't': 1 values of 12 are further than"), ("z", "variable 'z'")):
+        with netCDF4.Dataset(source, "a") as file:
+            if name == "t":
+                file["model/run/t"][1, 2] += 1
+            else:
+                file["model/run/t"][1, 2] -= 1
+                file["model/z"][2] = (2, 2)
+        status, _, errors = run(capsys, "verify", source, out)
+        assert status == 1
+        assert said in errors
+    for how, said in (
+        ("q=1", "--max-abs-err names 'q'; .* has the variables model/t, "),
+        ("1e-12", "group /model: variable 't': "),
+    ):
+        status, _, errors = run(capsys, "pack", source, tmp_path / "no.nc", "--max-abs-err", how)
+        assert status == 1
+        assert re.search(said, errors)
+    status, _, errors = run(capsys, "pack", source, tmp_path / "no.zarr", "--max-abs-err", "1")
+    assert (status, "variable 'model/z' has elements of several numbers" in errors) == (1, True)
+    assert names(tmp_path) == ["in.nc", "out.nc"]
+
+
+def test_groups_go_to_zarr_and_back(tmp_path, capsys):
+    source, store, back = tmp_path / "in.nc", tmp_path / "out.zarr", tmp_path / "back.nc"
+    with_groups(source, composed=False)
+    assert run(capsys, "pack", source, store, "--max-abs-err", "0.05")[0] == 0
+    assert run(capsys, "verify", source, store)[::2] == (0, "")
+    assert run(capsys, "unpack", store, back)[0] == 0
+    for group, name in (("model", "t"), ("model/run", "t"), ("model/run", "p")):
+        with xr.open_dataset(source, group=group) as x, xr.open_dataset(back, group=group) as y:
+            assert float(abs(x[name] - y[name]).max()) <= 0.05 + 1e-9
+            assert x[name].attrs.items() <= y[name].attrs.items()
+    with xr.open_dataset(back, group="empty/deep") as found:
+        assert found.attrs["note"] == "nothing"
 
 
 def test_progress_is_shown_on_a_terminal_only(source, tmp_path, capsys, monkeypatch):
