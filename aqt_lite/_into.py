@@ -17,14 +17,45 @@ from aqt_lite._protocol import Backend
 from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
-__all__ = ["can_write", "check_out", "decode_into", "encode_into", "is_packed", "look_at_codes", "look_at_values",
-           "storage_of"]  # fmt: skip
+__all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "encode_into", "extrema", "extrema_are_of",
+           "is_packed", "look_at_codes", "look_at_values", "storage_of"]  # fmt: skip
+
+
+def extrema(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array | None:
+    """All that scales are chosen from: the ends of each block; None where they are not all, or not worth keeping.
+
+    They are those of every format whose ``extrema_are_of`` is the same.
+    """
+    return None
+
+
+def extrema_are_of(spec: Spec, recipe: Recipe) -> tuple[Any, ...]:
+    """What ends of blocks depend on, beside the array."""
+    element = spec.element
+    looks_at = (recipe.of_magnitudes, recipe.may_lack_zero, recipe.ignore_nonfinite, element.missing is None)
+    return spec.block, spec.source.name, *looks_at
+
+
+def choose_of_extrema(ends: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
+    """``affine.choose_qparams`` of an array whose blocks have these ends."""
+    raise TypeError(_refusal(b))
 
 
 def encode_into(
-    x: Array, qparams: QParams, key: Array | None, storage: Array, *, spec: Spec, recipe: Recipe, b: Backend
+    x: Array,
+    qparams: QParams,
+    key: Array | None,
+    storage: Array,
+    look: Callable[..., bool] | None,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+    b: Backend,
 ) -> None:
-    """The codes of ``x`` in ``storage``, packed where they have fewer than 8 bits."""
+    """The codes of ``x`` in ``storage``, packed where they have fewer than 8 bits.
+
+    ``look(x, values, ...)`` hears of each part, as of ``look_at_values``, what is read of it once it is written.
+    """
     raise TypeError(_refusal(b))
 
 
@@ -38,14 +69,16 @@ def look_at_values(
     qparams: QParams,
     key: Array | None,
     look: Callable[..., bool],
+    first: int,
     *,
     spec: Spec,
     recipe: Recipe,
     b: Backend,
-) -> None:
+) -> int:
     """What the codes of ``x`` would stand for, without the codes: ``look(x, values, ...)`` of each part of both.
 
-    Values are of the type of ``x``, and of that of the arithmetic if it is another. It ends where ``look`` says False.
+    Values are of the type of ``x``, and of that of the arithmetic if it is another. It ends where ``look`` says False:
+    the position of that part is the result, else 0. The part at position ``first`` is looked at first.
     """
     raise TypeError(_refusal(b))
 

@@ -10,7 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -19,7 +19,17 @@ import numpy as np
 from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import run
-from aqt_lite._into import can_write, check_out, encode_into, is_packed, look_at_values, storage_of
+from aqt_lite._into import (
+    can_write,
+    check_out,
+    choose_of_extrema,
+    encode_into,
+    extrema,
+    extrema_are_of,
+    is_packed,
+    look_at_values,
+    storage_of,
+)
 from aqt_lite._missing import Marked, marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
@@ -28,7 +38,7 @@ from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
 from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
-from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, largest_error, quantize_within
+from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import Integer, float_type, integer_type
 from aqt_lite.formats import FORMATS, SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
@@ -99,6 +109,12 @@ def _or_whole(of_whole: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Calla
 
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if "keepbits" in kwargs:
+                raise TypeError(
+                    f"{function.__name__} makes codes and scales, and has no keepbits={kwargs['keepbits']!r}: floats "
+                    f"with so many significant bits are bitround(x, {kwargs['keepbits']!r}), and keepbits_for(x, "
+                    "max_rel_err=) chooses how many; dtype='float8_e4m3fn' and the like are codes of few bits"
+                )
             rules = dialect_of(kwargs.get("dialect", AQT_LITE))
             if rules.whole is None:
                 return function(*args, **kwargs)
@@ -314,10 +330,11 @@ def _quantized_into(
     on_clip: str,
     read: tuple[Any, ...],
     qparams: affine.QParams | None = None,
+    look: Callable[..., bool] | None = None,
 ) -> QArray:
     """Codes part by part into ``out``, or into memory for them as they are kept: nothing before all is checked.
 
-    ``qparams``: what was chosen for ``x``, and checked, before.
+    ``qparams``: what was chosen for ``x``, and checked, before. ``look`` hears of what is read of each part.
     """
     b, static = call.b, {"spec": call.spec, "recipe": call.recipe}
     shape, dtype = storage_of(tuple(x.shape), call.spec)
@@ -338,16 +355,34 @@ def _quantized_into(
         qparams = _checked_qparams(x, call)
     if on_clip == "raise":
         _check_counted(run(b, affine.count_clipped, x, qparams, call.key, **static), x, call, on_clip)
-    run(b, encode_into, x, qparams, call.key, out, **static)
+    run(b, encode_into, x, qparams, call.key, out, look, **static)
     q = QArray._kept(out, qparams, call.spec, tuple(x.shape))
     if on_clip == "warn":
         _check_clipped(x, qparams.beside(q.storage), q, call, on_clip, stacklevel=7)
     return q
 
 
-def _checked_qparams(x: Array, call: _Call) -> affine.QParams:
+@dataclass
+class _Seen:
+    """What was learnt of an array for which several formats are tried: it is read a few times, and not for each."""
+
+    extrema: dict[Any, Any] = field(default_factory=dict)
+    """Ends of blocks, by what they depend on."""
+    failed: int = 0
+    """Where the last format broke the bound: the next one may do so there, too."""
+
+
+def _checked_qparams(x: Array, call: _Call, seen: _Seen | None = None) -> affine.QParams:
     static = {"spec": call.spec, "recipe": call.recipe}
-    if call.given is None:
+    ends = None
+    if seen is not None and call.given is None:
+        of = extrema_are_of(call.spec, call.recipe)
+        if of not in seen.extrema:
+            seen.extrema[of] = run(call.b, extrema, x, **static)
+        ends = seen.extrema[of]
+    if ends is not None:
+        qparams = run(call.b, choose_of_extrema, ends, **static)
+    elif call.given is None:
         qparams = run(call.b, affine.choose_qparams, x, **static)
     else:
         qparams = run(call.b, affine.usable_qparams, x, call.given, **static)
@@ -695,13 +730,14 @@ def _within(
         _check_out_of(out, dtype, tuple(source.shape), b, (source, *read))
 
     auto = isinstance(dtype, str) and dtype == AUTO
+    seen = _Seen()
     unwritten = out is not None or (auto and can_write(b) and math.prod(source.shape) > _LOOKED_AT)
 
     def make(form: Format, way: Way) -> Attempt:
         if unwritten:
             call, on_clip = _prepared(x, form, **way, **rest)
             if not call.together:
-                return _Unwritten(out, call, on_clip, read, bound, _checked_qparams(call.x, call))
+                return _Unwritten(out, call, on_clip, read, bound, _checked_qparams(call.x, call, seen), seen)
         q = _quantized(x, form, **way, **rest)
         if deferred:
             return Later(x, q, b, bound)
@@ -751,6 +787,7 @@ class _Unwritten:
     read: tuple[Any, ...]
     bound: Bound
     qparams: affine.QParams
+    seen: _Seen
 
     @property
     def dtype(self) -> str:
@@ -758,17 +795,20 @@ class _Unwritten:
 
     def error(self, enough: float) -> float:
         call, largest = self.call, Largest(self.bound.relative, enough)
-        run(call.b, look_at_values, call.x, self.qparams, call.key, largest, spec=call.spec, recipe=call.recipe)
+        static = {"spec": call.spec, "recipe": call.recipe}
+        self.seen.failed = run(
+            call.b, look_at_values, call.x, self.qparams, call.key, largest, self.seen.failed, **static
+        )
         return largest.error
 
     def take(self) -> QArray:
         """What was written is measured once more: nobody else knows what is in a file by now."""
-        call = self.call
-        q = _quantized_into(self.out, call.x, call, self.on_clip, self.read, self.qparams)
-        error = largest_error(call.x, q, call.b, relative=self.bound.relative, enough=self.bound.value)
-        if error > self.bound.value:
+        call, largest = self.call, Largest(self.bound.relative, self.bound.value)
+        q = _quantized_into(self.out, call.x, call, self.on_clip, self.read, self.qparams, largest)
+        if largest.error > self.bound.value:
             raise RuntimeError(
-                f"out has codes that do not keep {self.bound}: an error is {error!r}; did x or out change meanwhile?"
+                f"out has codes that do not keep {self.bound}: an error is {largest.error!r}; did x or out change "
+                "meanwhile?"
             )
         return q
 

@@ -63,7 +63,10 @@ class Bound:
 def bound_of(max_abs_err: Any, max_rel_err: Any) -> Bound | None:
     """The bound that users give, checked; None where they give none."""
     if max_abs_err is not None and max_rel_err is not None:
-        raise ValueError("max_abs_err and max_rel_err are both given: one bound at a time")
+        raise ValueError(
+            f"max_abs_err={max_abs_err!r} and max_rel_err={max_rel_err!r} are both given, which some read as both and "
+            "others as the wider of the two: give one; where both are meant, the one that the values make the tighter"
+        )
     for argument, value in (("max_abs_err", max_abs_err), ("max_rel_err", max_rel_err)):
         if value is not None:
             return Bound(argument, _number(argument, value), argument == "max_rel_err")

@@ -235,15 +235,33 @@ def test_what_changes_while_it_is_written_is_noticed(monkeypatch):
     x = X.copy()
 
     def encoded(out, x, *rest):
-        q = encode(out, x, *rest)
-        x[3, 4] += 1
-        return q
+        x[3, 4] += 1000
+        return encode(out, x, *rest)
 
     encode = aqt_lite.api._quantized_into
     monkeypatch.setattr(aqt_lite.api, "_quantized_into", encoded)
     with pytest.raises(RuntimeError, match=r"out has codes that do not keep max_abs_err=0\.1: an error is .* change"):
         quantize(x, max_abs_err=0.1, out=np.empty(X.shape, "i1"))
     assert bounds.Largest(relative=False)(X, X)
+
+
+@pytest.mark.parametrize(("bound", "ways"), [({"max_abs_err": 0.01}, 1), ({"max_rel_err": 0.004}, 3)], ids=str)
+def test_the_narrowest_type_is_found_in_few_passes(bound, ways, monkeypatch):
+    """Ends of blocks once for each way of choosing scales; values twice, and a part for each type that will not do."""
+    x = np.zeros((64, 203), "f4")
+    x[40:] = 1 + np.abs(X[:24])  # too narrow types are only found out here
+    wanted = quantize(x, "auto", **bound)
+    monkeypatch.setattr(forms, "TILE", 203)
+    monkeypatch.setattr(forms, "LARGE", 2)
+    monkeypatch.setattr(aqt_lite.api, "_LOOKED_AT", 100)
+    found, looked = [], []
+    ends, look = forms._extrema_of, aqt_lite.bounds.Largest.__call__
+    monkeypatch.setattr(forms, "_extrema_of", lambda *of: found.append(1) or ends(*of))
+    monkeypatch.setattr(aqt_lite.bounds.Largest, "__call__", lambda *of: looked.append(of[1].size) or look(*of))
+    assert_same_bits(quantize(x, "auto", **bound), wanted)
+    assert len(found) <= ways
+    assert wanted.bits >= 8
+    assert sum(looked) < 3.5 * x.size
 
 
 def test_bad_values_of_large_arrays_are_found_part_by_part(monkeypatch):

@@ -204,7 +204,7 @@ def test_the_axis_that_needs_most_bits_decides():
     [
         ({}, "give one of max_abs_err"),
         ({"max_abs_err": 1.0, "information": 0.9}, "give one of"),
-        ({"max_abs_err": 1.0, "max_rel_err": 0.9}, "one bound at a time"),
+        ({"max_abs_err": 1.0, "max_rel_err": 0.9}, "are both given"),
         ({"max_abs_err": 1.0, "axis": 0}, "axis is given without information"),
         ({"information": 0.0}, "a share is above 0"),
         ({"information": 1.5}, "at most 1"),

@@ -189,7 +189,28 @@ def scales_of(kept: Coded, *, spec: Spec) -> Any:
 # ---- into memory that exists
 
 
-def encode_into(x: Array, qparams: QParams, key: Array | None, storage: Array, *, spec: Spec, recipe: Recipe) -> None:
+def extrema(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
+    """``_into.extrema`` from tiles."""
+    if not _worth_tiles(x, spec) or recipe.dialect.together is not None:
+        return None
+    return _extrema_of(x, with_twins(spec), recipe, recipe.of_magnitudes)
+
+
+def choose_of_extrema(ends: Array, *, spec: Spec, recipe: Recipe) -> QParams:
+    """``_into.choose_of_extrema``, block by block."""
+    return _chosen(ends, with_twins(spec), recipe, affine.choose_qparams)
+
+
+def encode_into(
+    x: Array,
+    qparams: QParams,
+    key: Array | None,
+    storage: Array,
+    look: Callable[..., bool] | None,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+) -> None:
     """``_into.encode_into`` on tiles."""
     if 0 in x.shape:
         return
@@ -197,26 +218,42 @@ def encode_into(x: Array, qparams: QParams, key: Array | None, storage: Array, *
     packs = _into.is_packed(spec, x.ndim)
 
     def work(tile: Tile) -> None:
-        own = _cut(QParams(*qparams), tile)
-        codes = affine.encode(x[tile.at], own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
+        own, part = _cut(QParams(*qparams), tile), x[tile.at]
+        codes = affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
         if packs:
             storage[_of_stream(tile, bits)] = packed.packed_rows(codes, bits)
         else:
             storage[tile.at] = codes
+        if look is not None:
+            look(part, *_values_of(_codes_of_tile(storage, tile, x.shape, spec), own, spec, twins))
 
     for_tiles(work, x.shape, _block_to_cut(spec), 8 if packs else 1)
 
 
 def look_at_values(
-    x: Array, qparams: QParams, key: Array | None, look: Callable[..., bool], *, spec: Spec, recipe: Recipe
-) -> None:
+    x: Array,
+    qparams: QParams,
+    key: Array | None,
+    look: Callable[..., bool],
+    first: int,
+    *,
+    spec: Spec,
+    recipe: Recipe,
+) -> int:
     """``_into.look_at_values`` on tiles."""
     twins = with_twins(spec)
 
     def codes_of(tile: Tile, part: Array, own: QParams) -> Array:
         return affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
 
-    _look(x, qparams, codes_of, look, spec)
+    return _look(x, qparams, codes_of, look, spec, first)
+
+
+def _values_of(codes: Array, qparams: QParams, spec: Spec, twins: Spec) -> list[Array]:
+    """In the type of the array, and in that of the arithmetic if it is another."""
+    names = dict.fromkeys((spec.source.name, spec.source.compute))
+    w = qparams.beside(codes)
+    return [affine.dequantize(w, spec=twins, out=name, b=_numpy()) for name in names]
 
 
 def look_at_codes(x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec) -> None:
@@ -224,21 +261,26 @@ def look_at_codes(x: Array, codes: Array, qparams: QParams, look: Callable[..., 
     _look(x, qparams, lambda tile, *_: _codes_of_tile(codes, tile, x.shape, spec), look, spec)
 
 
-def _look(x: Array, qparams: QParams, codes_of: Callable[..., Array], look: Callable[..., bool], spec: Spec) -> None:
+def _look(
+    x: Array, qparams: QParams, codes_of: Callable[..., Array], look: Callable[..., bool], spec: Spec, first: int = 0
+) -> int:
+    """Where ``look`` ended it; 0 where it did not, or at the beginning. Where that was last time is looked at first."""
     if 0 in x.shape:
-        return
-    twins, ended = with_twins(spec), threading.Event()
-    names = dict.fromkeys((spec.source.name, spec.source.compute))
+        return 0
+    twins, ended = with_twins(spec), list[int]()
 
     def work(tile: Tile) -> None:
-        if ended.is_set():
+        if ended:
             return
         own, part = _cut(QParams(*qparams), tile), x[tile.at]
-        w = own.beside(codes_of(tile, part, own))
-        if not look(part, *(affine.dequantize(w, spec=twins, out=name, b=_numpy()) for name in names)):
-            ended.set()
+        if not look(part, *_values_of(codes_of(tile, part, own), own, spec, twins)):
+            ended.append(tile.first)  # atomic
 
-    for_tiles(work, x.shape, _block_to_cut(spec), 8 if _into.is_packed(spec, x.ndim) else 1)
+    how = x.shape, _block_to_cut(spec), 8 if _into.is_packed(spec, x.ndim) else 1
+    if first and how[1] is not None:
+        work(next(tile for tile in reversed(_tiles(*how)) if tile.first <= first))  # type: ignore[arg-type]
+    for_tiles(work, *how)
+    return ended[0] if ended else 0
 
 
 def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None) -> None:
@@ -385,8 +427,13 @@ def _counted(flags: Callable[[Tile], Array], shape: tuple[int, ...], block: Bloc
 
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
-    grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
     magnitudes = recipe.of_magnitudes or choose is affine.usable_qparams  # all that these look at
+    return _chosen(_extrema_of(x, spec, recipe, magnitudes), spec, recipe, choose, *given)
+
+
+def _extrema_of(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array:
+    """The smallest and the largest value of each block, or its largest magnitude alone."""
+    grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
     ends = np.zeros((1, *grid), source) if magnitudes else np.full((2, *grid), np.inf, source)
     if not magnitudes:
         ends[1] = -np.inf
@@ -414,6 +461,12 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
             np.maximum(ends[-1][tile.on_grid], high, out=ends[-1][tile.on_grid])
 
     for_tiles(extrema, x.shape, spec.block)
+    return ends
+
+
+def _chosen(ends: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
+    """What ``choose`` gives for blocks with these ends."""
+    grid = ends.shape[1:]
     kept, rows = spec.format.scale, replace(spec, block=(None, *((1,) * len(grid))))
     if kept is None or not kept.scaled:  # each block by itself
         parts = _tiles(grid, (1,) * len(grid))
@@ -609,6 +662,8 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
 """The forms, each under its operation: they know every format."""
 
 INTO: dict[Callable[..., Any], Callable[..., Any]] = {
+    _into.extrema: extrema,
+    _into.choose_of_extrema: choose_of_extrema,
     _into.encode_into: encode_into,
     _into.decode_into: decode_into,
     _into.look_at_codes: look_at_codes,
