@@ -225,8 +225,8 @@ def _difference(a: Any, b: Any, changed: Collection[Any]) -> str | None:
     used = set(itertools.chain.from_iterable(v.dimensions for name, v in a.variables.items() if name not in changed))
     for name, dim in a.dimensions.items():
         there = b.dimensions.get(name)
-        if there is None and name not in used and changed:
-            continue  # it may have been that of what changed
+        if there is None and name not in used:
+            continue  # it may have been that of what changed, and others write none that they do not need
         if there is None or len(there) != len(dim):
             return f"dimension {name!r} is not read again as it was written"
     for name, variable in a.variables.items():

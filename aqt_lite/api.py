@@ -109,12 +109,6 @@ def _or_whole(of_whole: Callable[..., _R]) -> Callable[[Callable[_P, _R]], Calla
 
         @functools.wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if "keepbits" in kwargs:
-                raise TypeError(
-                    f"{function.__name__} makes codes and scales, and has no keepbits={kwargs['keepbits']!r}: floats "
-                    f"with so many significant bits are bitround(x, {kwargs['keepbits']!r}), and keepbits_for(x, "
-                    "max_rel_err=) chooses how many; dtype='float8_e4m3fn' and the like are codes of few bits"
-                )
             rules = dialect_of(kwargs.get("dialect", AQT_LITE))
             if rules.whole is None:
                 return function(*args, **kwargs)

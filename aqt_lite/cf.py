@@ -302,7 +302,9 @@ def _chosen(low: float, high: float, bound: float, dtype: Any, source: np.dtype[
         if found is not None:
             return found
     least = _least_bound(low, high, bound, np.dtype(names[-1]), source, most_bits)
-    way = f"the smallest is {least!r}" if least else "it keeps none, so wide is the range"
+    ends = np.finfo(source)
+    why = "small are the values" if max(abs(low), abs(high)) < float(ends.smallest_normal) else "wide is the range"
+    way = f"the smallest is {least!r}" if least else f"it keeps none, so {why}"
     wider = "" if names[-1] == DTYPES[-1] else "; or take a wider dtype"
     raise ValueError(f"{names[-1]} cannot keep max_abs_err={bound!r} over [{low!r}, {high!r}]: {way}{wider}")
 

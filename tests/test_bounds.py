@@ -226,7 +226,7 @@ def test_the_choice_is_logged(caplog):
         ({"max_rel_err": -1.0}, ValueError, "max_rel_err=-1.0: a bound is finite and not negative"),
         ({"max_abs_err": math.nan}, ValueError, "max_abs_err=nan"),
         ({"max_abs_err": 1, "max_rel_err": 1}, ValueError, "both given"),
-        ({"keepbits": 7}, TypeError, r"are bitround\(x, 7\), and keepbits_for"),
+        ({"keepbits": 7}, TypeError, r"no argument 'keepbits': use bitround\(x, keepbits\), which gives floats"),
         ({"max_abs_err": 1, "scale": 1.0}, ValueError, "scale and max_abs_err are both given"),
         ({"max_abs_err": 1, "zero_point": 1}, ValueError, "zero_point and max_abs_err"),
         ({"max_abs_err": 1, "offset": 1.0}, ValueError, "offset and max_abs_err"),
