@@ -11,7 +11,7 @@ from typing import Any
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import kernels_of
 
-__all__ = ["kernel_for", "run"]
+__all__ = ["kernel_for", "offered", "run"]
 
 
 def run(b: Backend, operation: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
@@ -22,6 +22,12 @@ def run(b: Backend, operation: Callable[..., Any], *arrays: Any, **static: Any) 
         if result is not NotImplemented:
             return result
     return b.compiled(operation)(*arrays, **static, b=b)
+
+
+def offered(b: Backend, operation: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+    """What the backend's kernel gives; NotImplemented where there is none, or none that serves."""
+    kernel = kernel_for(b, operation, static)
+    return NotImplemented if kernel is None else kernel(*arrays, **static)
 
 
 def kernel_for(b: Backend, operation: Callable[..., Any], static: Mapping[str, Any]) -> Callable[..., Any] | None:

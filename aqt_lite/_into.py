@@ -18,7 +18,7 @@ from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
 __all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "encode_into", "extrema", "extrema_are_of",
-           "is_packed", "look_at_codes", "look_at_values", "storage_of"]  # fmt: skip
+           "is_packed", "look_at_codes", "look_at_values", "quantize_stored", "storage_of"]  # fmt: skip
 
 
 def extrema(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array | None:
@@ -57,6 +57,14 @@ def encode_into(
     ``look(x, values, ...)`` hears of each part, as of ``look_at_values``, what is read of it once it is written.
     """
     raise TypeError(_refusal(b))
+
+
+def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, b: Backend) -> Any:
+    """``affine.quantize`` with codes as they are kept, packed: for libraries that need not have them unpacked before.
+
+    Others answer NotImplemented.
+    """
+    return NotImplemented
 
 
 def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, b: Backend) -> None:

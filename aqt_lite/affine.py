@@ -49,6 +49,7 @@ __all__ = [
     "dequantize",
     "encode",
     "fake_quantize",
+    "inverse_of",
     "inverse_of_largest",
     "least_scale",
     "quantize",
@@ -702,23 +703,33 @@ def _in_steps(
     x: Array, scale: Array, block: Block, spec: Spec, divides: bool, b: Backend, *, signed: bool = False
 ) -> Array:
     """``x / scale``; 0 where the scale was kept as 0. ``signed``: scales may be negative."""
-    xp, headroom = b.xp, spec.headroom
+    xp = b.xp
     if signed:  # the sign changes no rounding
         turned = spread(scale < 0, tuple(x.shape), block, xp)
         x, scale = xp.where(turned, -x, x), xp.abs(scale)
-    may_be_zero = spec.zero_scale == 0
-    zero = scale == 0
-    if may_be_zero:
-        scale = xp.where(zero, xp.ones_like(scale), scale)
     if divides:
+        may_be_zero, zero = spec.zero_scale == 0, scale == 0
+        scale = xp.where(zero, xp.ones_like(scale), scale) if may_be_zero else scale
         v = b.quotient(x, spread(scale, tuple(x.shape), block, xp))
         return xp.where(spread(zero, tuple(x.shape), block, xp), xp.zeros_like(v), v) if may_be_zero else v
-    factor = 1.0 if headroom == 1 else xp.where(scale > 1, xp.full_like(scale, headroom), xp.ones_like(scale))
-    inverse = b.reciprocal(scale if headroom == 1 else scale * factor)
-    if may_be_zero:
-        inverse = xp.where(zero, xp.zeros_like(inverse), inverse)
+    inverse, factor = inverse_of(scale, spec, b)
     v = x * spread(inverse, tuple(x.shape), block, xp)
-    return v if headroom == 1 else v * spread(factor, tuple(x.shape), block, xp)
+    return v if factor is None else v * spread(factor, tuple(x.shape), block, xp)
+
+
+def inverse_of(scale: Array, spec: Spec, b: Backend) -> tuple[Array, Array | None]:
+    """``1/scale``, correctly rounded, or 0 where that was kept as 0; and a power of two that a product with it meets.
+
+    The second is None where it is 1 throughout.
+    """
+    xp, headroom, factor = b.xp, spec.headroom, None
+    zero = scale == 0 if spec.zero_scale == 0 else None
+    if zero is not None:
+        scale = xp.where(zero, xp.ones_like(scale), scale)
+    if headroom != 1:
+        factor = xp.where(scale > 1, xp.full_like(scale, headroom), xp.ones_like(scale))
+    inverse = b.reciprocal(scale if factor is None else scale * factor)
+    return (inverse if zero is None else xp.where(zero, xp.zeros_like(inverse), inverse)), factor
 
 
 def _fused(x: Array, scale: Array, zero: Array, spec: Spec, b: Backend) -> Array:

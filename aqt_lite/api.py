@@ -18,7 +18,7 @@ import numpy as np
 
 from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
-from aqt_lite._dispatch import run
+from aqt_lite._dispatch import offered, run
 from aqt_lite._into import (
     can_write,
     check_out,
@@ -28,6 +28,7 @@ from aqt_lite._into import (
     extrema_are_of,
     is_packed,
     look_at_values,
+    quantize_stored,
     storage_of,
 )
 from aqt_lite._missing import Marked, marked, warn_of_fill_values
@@ -294,6 +295,11 @@ def _quantized(
     large = is_packed(call.spec, x.ndim) and math.prod(x.shape) > _MOST_UNPACKED if b.has_values(x) else False
     if out is not None or (large and can_write(b) and not call.together):
         return _quantized_into(out, constant, call, on_clip, read)
+    if call.given is None and on_clip == "saturate" and is_packed(call.spec, x.ndim):
+        w = offered(b, quantize_stored, constant, call.key, **static)
+        if w is not NotImplemented:
+            _check_finite(x, w.scale, call)
+            return QArray._kept(w.codes, affine.QParams(*w[1:]), call.spec, tuple(x.shape))
     if call.given is None:
         w = run(b, affine.quantize, constant, call.key, **static)
     else:

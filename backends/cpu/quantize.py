@@ -25,7 +25,7 @@ from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import packed, runtime, serve
+from aqt_lite.backends.cpu import encoders, packed, runtime, serve
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
@@ -50,6 +50,9 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
     """``affine.quantize`` with every core: one pass over memory, or two where a scale spans parts of it."""
     if 0 in x.shape or recipe.dialect.together is not None:
         return NotImplemented
+    coded = encoders.quantize(x, spec, recipe, packed=False)
+    if coded is not NotImplemented:
+        return coded
     result = NotImplemented
     if plain_integers({"spec": spec, "recipe": recipe}) and serve.float32_as_it_lies(x, recipe):
         grid = grid_of(x.shape, spec.block)
@@ -67,6 +70,21 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
     spec = with_twins(spec)
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
     return qparams.beside(_encoded(x, qparams, key, spec, recipe))
+
+
+def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """``_into.quantize_stored``: packed as they are made, or part by part."""
+    if 0 in x.shape or recipe.dialect.together is not None or not _worth_tiles(x, spec):
+        return NotImplemented
+    coded = encoders.quantize(x, spec, recipe, packed=True)
+    if coded is not NotImplemented:
+        return coded
+    spec = with_twins(spec)
+    qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
+    codes = encoders.encode(x, qparams, spec, recipe, packed=True)
+    if codes is NotImplemented:
+        codes = packed.pack(_encoded(x, qparams, key, spec, recipe), bits=spec.element.bits)
+    return codes if codes is NotImplemented else qparams.beside(codes)
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
@@ -216,6 +234,8 @@ def encode_into(
         return
     twins, bits = with_twins(spec), spec.element.bits
     packs = _into.is_packed(spec, x.ndim)
+    if encoders.encode(x, QParams(*qparams), twins, recipe, packs, storage) is not NotImplemented:
+        return
 
     def work(tile: Tile) -> None:
         own, part = _cut(QParams(*qparams), tile), x[tile.at]
@@ -433,6 +453,12 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
 
 def _extrema_of(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array:
     """The smallest and the largest value of each block, or its largest magnitude alone."""
+    ends = encoders.extrema(x, spec, recipe, magnitudes)
+    return _extrema_of_tiles(x, spec, recipe, magnitudes) if ends is None else ends
+
+
+def _extrema_of_tiles(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array:
+    """As ``encoders.extrema``, of any array."""
     grid, source = grid_of(x.shape, spec.block), _numpy().dtype(spec.source.compute)
     ends = np.zeros((1, *grid), source) if magnitudes else np.full((2, *grid), np.inf, source)
     if not magnitudes:
@@ -492,6 +518,9 @@ def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
 
 
 def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: Recipe) -> Array:
+    codes = encoders.encode(x, qparams, spec, recipe, packed=False)
+    if codes is not NotImplemented:
+        return codes
     codes = aligned_empty(x.shape, spec.element.storage)
 
     def work(tile: Tile) -> None:
@@ -657,6 +686,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
     affine.scales_of: scales_of,
+    _into.quantize_stored: quantize_stored,
     **packed.FORMS,
 }
 """The forms, each under its operation: they know every format."""

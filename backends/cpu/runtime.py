@@ -184,9 +184,21 @@ def decoding_loops() -> Any:
     return None if compiled_loops() is None else _loaded_decoding()
 
 
+def encoding_loops() -> Any:
+    """The loops that make codes in registers, or None without numba."""
+    return None if compiled_loops() is None else _loaded_encoding()
+
+
 def group_loops() -> Any:
     """The loops for exact sums of groups, or None without numba."""
     return None if compiled_loops() is None else _loaded_groups()
+
+
+@functools.cache
+def _loaded_encoding() -> Any:
+    from aqt_lite.backends.cpu import encoding
+
+    return encoding
 
 
 @functools.cache

@@ -73,18 +73,22 @@ def one_scale_an_index_of_the_last_axis(shape: tuple[int, ...], grid: tuple[int,
 
 def rows_of_one_scale(x: Array, grid: tuple[int, ...], block: Block) -> tuple[int, int] | None:
     """(rows, columns) of the view of ``x`` in which every row has one scale, or None where there is no such view."""
-    shape = x.shape
     if not (x.size and x.flags.c_contiguous and x.dtype.isnative):
         return None
-    lead = 0
-    while lead < x.ndim and grid[lead] == shape[lead]:  # axes with a scale for each index
+    return rows_of_blocks(x.shape, grid, block)
+
+
+def rows_of_blocks(shape: tuple[int, ...], grid: tuple[int, ...], block: Block) -> tuple[int, int] | None:
+    """The same for an array of that shape that lies in the order of C."""
+    lead, size = 0, math.prod(shape)
+    while lead < len(shape) and grid[lead] == shape[lead]:  # axes with a scale for each index
         lead += 1
-    if lead < x.ndim and all(n == 1 for n in grid[lead + 1 :]):
-        groups, size = grid[lead], block[lead]
-        if groups == 1 or (size is not None and shape[lead] % size == 0):
+    if lead < len(shape) and all(n == 1 for n in grid[lead + 1 :]):
+        groups, length = grid[lead], block[lead]
+        if groups == 1 or (length is not None and shape[lead] % length == 0):
             rows = math.prod(shape[:lead]) * groups
-            return rows, x.size // rows
-    return (x.size, 1) if lead == x.ndim else None
+            return rows, size // rows
+    return (size, 1) if lead == len(shape) else None
 
 
 # ---- products: x of (M, K), the weight of (K, N) where axis 0 is contracted and of (N, K) where axis 1 is

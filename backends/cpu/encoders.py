@@ -1,0 +1,222 @@
+"""Codes by compiled loops, of every kind of number and every layout in which groups lie side by side.
+
+Owns: what the loops of ``encoding`` are told of an element type, the view of an array as rows of groups, and the forms
+made of both: statistics, codes, and the two at once. Imports: the operations, the runtime, ``serve``. ``quantize``
+calls it, and has other forms for what is not served here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, QParams, Recipe, Spec
+from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
+from aqt_lite.elements import Codebook, ElementType, Float, Integer
+from aqt_lite.granularity import grid_of
+from aqt_lite.packing import bytes_of
+
+__all__ = ["Numbers", "encode", "extrema", "numbers_of", "quantize", "steps_of"]
+
+_NOTHING = np.empty((0, 0), np.float32)
+
+
+class Numbers(NamedTuple):
+    """What the loops are told of an element type."""
+
+    kind: int
+    bits: int
+    """Of a code in memory: its own, or those of the integer that it is kept in."""
+    parameters: Array
+    """int32, or the patterns of floats."""
+    step: float
+    """A power of two that values are multiplied by before they are rounded."""
+
+
+def numbers_of(element: ElementType, narrow: bool, packed: bool) -> Numbers | None:
+    """What the loops are told, or None where they do not know such numbers; ``packed``: as a stream of bits."""
+    if element.missing is not None:
+        return None
+    loops = runtime.encoding_loops()
+    found = None if loops is None else _told(element, narrow, loops)
+    if found is None:
+        return None
+    kind, parameters, step = found
+    bits = element.bits if packed else 8 * np.dtype(element.storage).itemsize
+    return Numbers(kind, bits, parameters, step) if bits in loops.BITS[kind] else None
+
+
+def _told(element: ElementType, narrow: bool, loops: Any) -> tuple[int, Array, float] | None:
+    """Kind, parameters, step."""
+    if isinstance(element, Integer):
+        return loops.INTEGER, _floats(*element.code_range(narrow)), 1 / element.step
+    if isinstance(element, Float):
+        m, lowest = element.mantissa, element.lowest
+        if m < 1 or lowest < -100 or not (element.signed and element.subnormal):
+            return None
+        drop = 23 - m
+        whole = [drop, (1 << (drop - 1)) - 1, (lowest + 126) << m]
+        patterns = _floats(element.max, 2.0**lowest, 2.0 ** (lowest + drop)).tolist()
+        flags = [1 << (element.bits - 1), int(element.negative_zero)]
+        return loops.FLOAT, np.asarray(whole + patterns + flags, np.int32), 1.0
+    if isinstance(element, Codebook) and len(element.numbers) <= loops.MOST_CUTS + 1:
+        cuts = [*element.cuts("float32", "half_even")]
+        order = element._order
+        words = [sum(order[min(8 * w + i, len(order) - 1)] << (4 * i) for i in range(8)) for w in range(2)]
+        words = [*np.asarray(words, np.uint32).view(np.int32), order[element._nearest_zero]]
+        filled = cuts + [math.inf] * (loops.MOST_CUTS - len(cuts))
+        return loops.CODEBOOK, np.concatenate([_floats(*filled), np.asarray(words, np.int32)]), 1.0
+    return None
+
+
+def _floats(*numbers: float) -> Array:
+    return np.asarray(numbers, np.float32).view(np.int32)
+
+
+# ---- views
+
+
+class _View(NamedTuple):
+    """An array as rows of groups."""
+
+    rows: int
+    length: int
+    size: int
+    shared: bool
+    """Whether there is one group in all, of which rows are parts."""
+
+    @property
+    def groups(self) -> int:
+        return -(-self.length // self.size)
+
+
+def view_of(shape: tuple[int, ...], spec: Spec, bits: int = 8) -> _View | None:
+    """Rows of groups that lie side by side, whose streams of codes of so many bits begin with whole bytes."""
+    if not shape or 0 in shape:
+        return None
+    grid, last = grid_of(shape, spec.block), shape[-1]
+    size, joined = math.prod(shape), last * bits % 8 == 0
+    if math.prod(grid) == 1:  # any cut will do
+        width = math.gcd(size, 1 << 12)
+        if not (joined and width >= serve.SHORTEST_ROW_TO_ENCODE):
+            width = last
+        return _View(size // width, width, width, True)
+    rows = serve.rows_of_blocks(shape, grid, spec.block)
+    if rows is not None and joined and rows[1] >= serve.SHORTEST_ROW and rows[1] * bits % 8 == 0:
+        return _View(*rows, rows[1], False)
+    group = spec.block[-1] or last
+    if grid[:-1] == shape[:-1] and group >= serve.SHORTEST_ROW and (group * bits % 8 == 0 or group >= last):
+        return _View(size // last, last, min(group, last), False)
+    return None
+
+
+def _rows(x: Any, spec: Spec, bits: int = 8) -> tuple[_View, Array] | None:
+    """A view of x and x in it, where loops may read it as it lies."""
+    if runtime.encoding_loops() is None or not isinstance(x, np.ndarray) or x.size < LARGE:
+        return None
+    if x.dtype != np.float32 or not (x.dtype.isnative and x.flags.c_contiguous and x.flags.aligned):
+        return None
+    view = view_of(x.shape, spec, bits)
+    return None if view is None else (view, np.asarray(x).reshape(view.rows, view.length))
+
+
+# ---- forms
+
+
+def extrema(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array | None:
+    """(1, *grid) largest magnitudes, or (2, *grid) smallest and largest values, if the loops serve."""
+    found = None if recipe.ignore_nonfinite or spec.element.missing is not None else _rows(x, spec)
+    if found is None:
+        return None
+    (view, rows), loops = found, runtime.encoding_loops()
+    ends = np.empty((1 if magnitudes else 2, view.rows, view.groups), np.int32)
+    loop = loops.magnitudes if magnitudes else loops.ranges
+    map_ranges(lambda lo, hi: loop(rows[lo:hi], view.size, *ends[:, lo:hi]), view.rows, 1, x.size, CHUNKS_PER_CORE)
+    of_groups = ends.view(np.float32)
+    if view.shared:
+        low = [np.min(of_groups[:-1], axis=(1, 2))] if not magnitudes else []
+        of_groups = np.concatenate([*low, np.max(of_groups[-1:], axis=(1, 2))])
+    return of_groups.reshape(-1, *grid_of(x.shape, spec.block))
+
+
+def steps_of(scale: Array, spec: Spec, step: float, b: Backend) -> tuple[Array, Array | None]:
+    """What values are multiplied by, in turn, to be codes' numbers; the second, a power of two, may be None."""
+    inverse, factor = affine.inverse_of(scale, spec, b)
+    if factor is None:
+        return inverse, None if step == 1.0 else b.xp.full_like(inverse, step)
+    return inverse, factor * step
+
+
+@np.errstate(all="ignore")
+def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, out: Array | None = None) -> Any:
+    """Codes, packed or not, into ``out`` if it is given; NotImplemented where the loops do not serve."""
+    numbers = numbers_of(spec.element, recipe.narrow(spec), packed) if _by_plain_rules(qparams, spec, recipe) else None
+    found = None if numbers is None else _rows(x, spec, numbers.bits)
+    if numbers is None or found is None or not (out is None or _is_plain(out)):
+        return NotImplemented
+    b, (view, rows), loops = get_backend("numpy"), found, runtime.encoding_loops()
+    codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
+    inverse, factor = steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
+    grid, shape = grid_of(x.shape, spec.block), (1, 1) if view.shared else (view.rows, view.groups)
+    of_groups = [
+        _NOTHING if a is None else np.ascontiguousarray(np.broadcast_to(a, grid)).reshape(shape)
+        for a in (inverse, factor, qparams.zero_point)
+    ]
+    stream = codes.reshape(view.rows, -1).view(np.uint8)
+
+    def some(lo: int, hi: int) -> None:
+        own = (a if a.shape[0] < 2 else a[lo:hi] for a in of_groups)
+        loops.encode(rows[lo:hi], view.size, *numbers[:3], *own, stream[lo:hi])
+
+    map_ranges(some, view.rows, 1, x.size, CHUNKS_PER_CORE)
+    return codes
+
+
+@np.errstate(all="ignore")
+def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
+    """Scales and codes at once, where a scale is a product and its group a part of a row; else NotImplemented."""
+    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1 and spec.element.has_zero
+    if not plain or recipe.ignore_nonfinite or not _by_plain_rules(QParams(None), spec, recipe):
+        return NotImplemented
+    numbers = numbers_of(spec.element, recipe.narrow(spec), packed)
+    found = None if numbers is None else _rows(x, spec, numbers.bits)
+    if numbers is None or found is None or found[0].shared:
+        return NotImplemented
+    (view, rows), loops, middle = found, runtime.encoding_loops(), spec.element.middle
+    codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), np.float32)
+    stream = codes.reshape(view.rows, -1).view(np.uint8)
+    source, least = spec.source, affine.least_scale(spec, recipe)
+    rule = np.asarray(
+        [affine.inverse_of_largest(spec, recipe), source.tiny, least, spec.zero_scale, numbers.step, middle], np.float32
+    )
+    finite = map_ranges(
+        lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *numbers[:3], rule, scale[lo:hi], stream[lo:hi]),
+        view.rows, 1, x.size, CHUNKS_PER_CORE,
+    )  # fmt: skip
+    if not all(finite):
+        return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
+    grid = grid_of(x.shape, spec.block)
+    return Coded(codes, scale.reshape(grid), np.full(grid, middle, np.int32) if middle else None)
+
+
+def _by_plain_rules(qparams: QParams, spec: Spec, recipe: Recipe) -> bool:
+    plain = recipe.plain and spec.source.compute == "float32" and not spec.floor
+    return plain and qparams.offset is None and qparams.steps is None
+
+
+def _is_plain(out: Array) -> bool:
+    return bool(out.flags.c_contiguous and out.flags.aligned and out.dtype.isnative)
+
+
+def _memory(shape: tuple[int, ...], spec: Spec, packed: bool) -> Array:
+    """For the codes of an array."""
+    if packed:
+        return aligned_empty((*shape[:-1], bytes_of(shape[-1], spec.element.bits)), np.uint8)
+    return aligned_empty(shape, spec.element.storage)

@@ -1,0 +1,194 @@
+"""The loops that make codes in registers, against the operations of the contract.
+
+What they are told of an element type, every layout in which groups lie side by side, vectors that are not full.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
+from aqt_lite._dispatch import offered
+from aqt_lite._into import quantize_stored
+from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu import encoders, runtime
+from aqt_lite.elements import float_type
+from aqt_lite.formats import FORMATS
+from aqt_lite.granularity import block_of
+from aqt_lite.packing import pack
+from aqt_lite.testing import assert_same_bits
+
+pytestmark = pytest.mark.skipif(runtime.compiled_loops() is None, reason="numba is not installed")
+
+NUMPY = get_backend("numpy")
+
+LAYOUTS = [
+    ((400, 512), PerGroup(32)),
+    ((400, 512), PerGroup(16)),
+    ((512, 400), PerChannel(0)),
+    ((400, 512), PerTensor()),
+    ((300, 500), PerGroup(96)),  # a shorter last group, of a row that ends inside a vector
+    ((131, 1007), PerGroup(40)),  # streams that end inside a byte
+    ((131, 1007), PerChannel(0)),
+    ((131, 1007), PerTensor()),
+    ((1, 1 << 17), PerGroup(128)),
+    ((1 << 17,), PerGroup(64)),
+    ((16, 20, 420), PerBlock((1, 20, 420))),
+    ((16, 20, 420), PerBlock((1, 1, 60))),
+]
+
+
+def hard(shape):
+    """Values of every magnitude, zeros, subnormal ones, and such as lie at ties, group by group."""
+    rng = np.random.default_rng(sum(shape))
+    x = rng.standard_normal(shape) * np.exp(rng.uniform(-40, 40, (*shape[:-1], 1)))
+    x = x.astype(np.float32)
+    flat = x.reshape(-1)
+    flat[5:900] = 0
+    flat[1000:1900] *= np.float32(1e-42)
+    flat[2000:2004] = [3.0e38, -3.0e38, 1e-38, -1e-45]
+    flat[4096:12288] = rng.integers(-508, 509, 8192) / 4  # quarters, where the largest is 127: ties
+    flat[4096:12288:16] = 127
+    return x
+
+
+def expected_of(x, spec, recipe):
+    with np.errstate(all="ignore"):
+        return affine.quantize(x, spec=spec, recipe=recipe, b=NUMPY)
+
+
+def served(name, shape, block):
+    """Whether the loops are to serve: what the table in ``encoders`` says."""
+    element = FORMATS[name].element
+    return encoders.numbers_of(element, False, False) is not None and encoders.view_of(
+        shape, affine.Spec(FORMATS[name], float_type("float32"), block)
+    )
+
+
+def check(name, scheme, shape, granularity):
+    form, x = FORMATS[name], hard(shape)
+    if form.scale is not None:
+        x = np.clip(x, np.float32(-1e4), np.float32(1e4))  # scales of few bits hold no others
+    spec = affine.Spec(form, float_type("float32"), block_of(granularity, len(shape)))
+    recipe = affine.Recipe(scheme == "symmetric")
+    with np.errstate(all="ignore"):
+        given = affine.choose_qparams(x, spec=spec, recipe=recipe, b=NUMPY)
+        codes = affine.encode(x, given, spec=spec, recipe=recipe, b=NUMPY)
+    own = encoders.encode(x, given, spec, recipe, packed=False)
+    if own is NotImplemented:
+        assert not served(name, shape, spec.block)
+        return False
+    assert_same_bits(own, codes)
+    magnitudes = encoders.extrema(x, spec, recipe, True)
+    ends = encoders.extrema(x, spec, recipe, False)
+    with np.errstate(all="ignore"):
+        rows = affine.choose_qparams(
+            (magnitudes if recipe.of_magnitudes else ends), recipe=recipe, b=NUMPY,
+            spec=affine.Spec(form, spec.source, (None, *(1,) * len(shape))),
+        )  # fmt: skip
+    if form.scale is None:
+        assert_same_bits(rows.scale[0], given.scale)
+    at_once = encoders.quantize(x, spec, recipe, packed=False)
+    if at_once is not NotImplemented:
+        for mine, theirs in zip(at_once, (codes, *given[:3]), strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert_same_bits(mine, theirs)
+    if form.element.bits < 8:
+        stream = pack(codes, bits=form.element.bits, b=NUMPY)
+        stored = offered(NUMPY, quantize_stored, x, spec=spec, recipe=recipe)
+        assert_same_bits(stored.codes, stream)
+        out = np.full_like(stream, 255)
+        if encoders.encode(x, given, spec, recipe, packed=True, out=out) is not NotImplemented:
+            assert_same_bits(out, stream)
+    return True
+
+
+def check_layouts(name):
+    form = FORMATS[name]
+    served = 0
+    for scheme in ("symmetric", "affine") if form.element.zero_points else ("symmetric",):
+        for shape, granularity in LAYOUTS:
+            if form.group is None or isinstance(granularity, PerGroup):
+                served += check(name, scheme, shape, granularity)
+    return served
+
+
+FEW = [
+    "float4_e2m1fn",
+    "float8_e4m3fnuz",
+    "int16",
+    "int2",
+    "int8",
+    "mxfp4",
+    "mxint8",
+    "nf4",
+    "nvfp4",
+    "ternary",
+    "uint4",
+]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_codes_and_scales_of_every_layout_are_those_of_the_contract(name):
+    assert check_layouts(name) >= 6
+
+
+@pytest.mark.exhaustive
+def test_codes_and_scales_of_every_format_are_those_of_the_contract():
+    for name in set(FORMATS) - set(FEW):
+        served = check_layouts(name)
+        element = FORMATS[name].element
+        assert served >= 6 or encoders.numbers_of(element, False, False) is None, name
+
+
+EVERY_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["bnb_fp4", "float4_e2m1fn", "float6_e3m2fn", "float8_e4m3fn", "float8_e4m3fnuz",
+                                  "float8_e5m2", "int4", "iq4_nl", "mxint8", "nf4", "uint8"])  # fmt: skip
+def test_every_float16_pattern_and_its_neighbours_get_the_code_of_the_contract(name):
+    """NaN and infinities among them; what is next to a tie is next to a pattern that lies on it."""
+    form = FORMATS[name]
+    bits = EVERY_FLOAT16.view(np.int32)
+    x = np.stack([(bits + near).view(np.float32) for near in (-1, 0, 1)])
+    for scale in (1.0, 0.75, 3.0):
+        spec = affine.Spec(form, float_type("float32"), (1, None))
+        if form.scale is not None:
+            spec = affine.Spec(form.__class__(form.name, form.element), spec.source, spec.block)
+        given = affine.QParams(np.full((3, 1), scale, np.float32))
+        with np.errstate(all="ignore"):
+            expected = affine.encode(x, given, spec=spec, recipe=affine.Recipe(), b=NUMPY)
+        own = encoders.encode(x, given, spec, affine.Recipe(), packed=False)
+        assert own is not NotImplemented
+        assert_same_bits(own, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["int4", "mxfp4", "uint8"])
+def test_values_that_are_not_finite_are_found_wherever_they_lie(dtype, value):
+    x = np.ones((512, 512), np.float32)
+    for at in ((0, 0), (7, 37), (511, 511)):
+        x[at] = value
+        for how in ({}, {"scheme": "affine"}) if dtype == "uint8" else ({},):
+            with pytest.raises(
+                ValueError, match=rf"1 non-finite values of 262144, the first at index \({at[0]}, {at[1]}\)"
+            ):
+                aqt_lite.quantize(x, dtype, granularity=None if dtype == "mxfp4" else PerGroup(64), **how)
+        x[at] = 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_arrays_that_do_not_lie_in_order_and_out_have_the_same_bits(dtype):
+    granularity = None if dtype == "mxfp4" else PerGroup(32)
+    x = hard((640, 512))
+    x = np.clip(x, np.float32(-1e4), np.float32(1e4))
+    q = aqt_lite.quantize(x, dtype, granularity=granularity)
+    for other in (x.copy(order="F"), np.repeat(x, 2, axis=1)[:, ::2], x.astype(">f4")):
+        assert_same_bits(aqt_lite.quantize(other, dtype, granularity=granularity), q)
+    wide = np.zeros((640, 2 * q.storage.shape[1]), q.storage.dtype)
+    for out in (np.zeros_like(q.storage), wide[:, ::2]):
+        assert_same_bits(aqt_lite.quantize(x, dtype, granularity=granularity, out=out), q)
+        assert_same_bits(out.copy(), q.storage)
