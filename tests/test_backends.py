@@ -18,7 +18,7 @@ from conftest import BACKENDS
 from optional import torch
 
 import aqt_lite
-from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, available_backends, int_limits, quantize
+from aqt_lite import IntLimits, PerBlock, PerGroup, PerTensor, QArray, available_backends, int_limits, quantize
 from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import anything
 from aqt_lite._registry import backend_of, get_backend
@@ -259,6 +259,28 @@ def test_conformance(backend):
     assert report.passed
     assert str(report).splitlines()[0].startswith(f"backend {backend.name}")
     assert len(str(report).splitlines()) == len(report.rows) + 1
+
+
+def aligned(values):
+    """A copy that begins where a line of the cache does: libraries share such memory without being asked."""
+    room = np.zeros(values.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    there = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    there[...] = values
+    return there
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1024, 600)], ids=str)
+def test_what_is_moved_shares_no_memory(backend, shape):
+    codes, scale = aligned(np.ones(shape, "int8")), aligned(np.ones((1, 1), "float32"))
+    q = QArray.from_codes(codes, scale)
+    moved = q.to_backend(backend.name)
+    made = backend.asarray(codes)
+    there = QArray.from_codes(made, backend.asarray(scale))
+    codes[...], scale[...] = 7, 7
+    of_moved = () if moved.backend == "numpy" else (moved.qvalue, moved.scale)  # where it was, it is the same array
+    for a in (*of_moved, made, there.scale, *quantize(there.dequantize())._arrays()):
+        assert not (backend.to_numpy(a) == 7).any()
 
 
 def holds(backend, float_dtype):

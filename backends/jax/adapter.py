@@ -47,11 +47,11 @@ class JaxBackend(Backend):
                 f"JAX would narrow {values.dtype.name} silently: convert it to {values.dtype.name[:-2]}32 first, or "
                 f"set jax.config.update('jax_enable_x64', True)"
             )
-        native = values.astype(values.dtype.newbyteorder("="), copy=False)
+        native = np.array(values, values.dtype.newbyteorder("="), order="C")  # a copy, since JAX would share its memory
         device = None
         if isinstance(like, jax.Array) and not self.is_traced(like):  # a ShapeDtypeStruct has no device
             device = like.device if like.committed and len(like.devices()) == 1 else None
-        return jax.device_put(native, device, may_alias=False)  # transfers that are asked for are always allowed
+        return jax.device_put(native, device)  # transfers that are asked for are always allowed
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

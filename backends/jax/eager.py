@@ -76,8 +76,9 @@ def in_memory(operation: Callable[..., Any], form: Callable[..., Any] | None = N
             if id(a) in known:  # returned as it was given
                 return known[id(a)]
             a = np.asarray(a)
-            shared = any(np.may_share_memory(a, m) for m in memory)
-            return jax.device_put(a, place, may_alias=not (small or shared))
+            if small or any(np.may_share_memory(a, m) for m in memory):  # JAX shares it, whatever may_alias says
+                a = a.copy()
+            return jax.device_put(a, place)
 
         return runtime.on_each(placed, result)
 

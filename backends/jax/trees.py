@@ -238,7 +238,7 @@ def _made_for(q: Any) -> Any:
             return jax.make_array_from_callback(mark.shape, place, lambda index: np.array(mark[index]))
     elif storage.committed and len(storage.devices()) == 1:
         place = storage.sharding
-    return jax.device_put(mark, place, may_alias=False)  # of its own, which may be donated
+    return jax.device_put(mark.copy(), place)  # of its own, which may be donated
 
 
 def _sharded_as(mark: Any, like: Any) -> Any:
