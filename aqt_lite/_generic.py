@@ -49,10 +49,7 @@ class GenericBackend(Backend):
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         name = values.dtype.name
-        try:
-            dtype = self.dtype(name)
-        except AttributeError:
-            raise ValueError(f"{self.name} has no dtype {name}: convert to one that it has") from None
+        dtype = self.dtype(name)
         native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")  # a copy: it may become the array
         device = None if like is None else self.device(like)
         where = {} if device is None else {"device": device}
@@ -67,11 +64,18 @@ class GenericBackend(Backend):
             return wide.astype(ml_dtypes.bfloat16)
         try:
             values = np.asarray(x)
-        except (TypeError, ValueError, RuntimeError):  # arrays on another device answer through DLPack alone
-            return np.from_dlpack(x, device="cpu", copy=True)
-        if values.dtype == object:  # what NumPy makes of an object that it does not know
-            return np.from_dlpack(x, device="cpu", copy=True)
-        return values
+        except (TypeError, ValueError, RuntimeError) as error:  # arrays on another device answer through DLPack alone
+            return self._by_dlpack(x, error)
+        return self._by_dlpack(x, None) if values.dtype == object else values  # of what NumPy does not know
+
+    def _by_dlpack(self, x: Array, why: Exception | None) -> np.ndarray[Any, Any]:
+        if not hasattr(x, "__dlpack__"):
+            said = "" if why is None else f" ({why})"
+            raise TypeError(
+                f"arrays of {self.name} become none of NumPy's: they have no __dlpack__, and no __array__ that answers"
+                f"{said}. They need an adapter, a class of about 20 lines: CONTRIBUTING.md, Add a backend"
+            ) from why
+        return np.from_dlpack(x, device="cpu", copy=True)
 
     def dtype_name(self, x: Array) -> str:
         return str(getattr(x.dtype, "name", x.dtype)).rsplit(".", 1)[-1]  # NumPy's str() shows the byte order

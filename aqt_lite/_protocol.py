@@ -139,8 +139,13 @@ class Backend(ExactArithmetic, ABC):
         return self.xp.to_device(x, device) if hasattr(self.xp, "to_device") else x.to_device(device)
 
     def dtype(self, name: str) -> Any:
-        """The library's dtype object of that name."""
-        return getattr(self.xp, name)
+        """The library's dtype object of that name; ValueError where it has none."""
+        try:
+            return getattr(self.xp, name)
+        except AttributeError:
+            raise ValueError(
+                f"{self.name} has no dtype {name}: convert to float32, or to another that it has"
+            ) from None
 
     def dtype_name(self, x: Array) -> str:
         """The dtype's name as NumPy and ml_dtypes spell it: 'float32', 'bfloat16', 'int8'."""

@@ -532,11 +532,7 @@ def int_limits(dtype: Any, backend: str = "numpy") -> IntLimits:
     >>> aqt_lite.int_limits("uint16", backend="array_api_strict").max
     65535
     """
-    b, name = get_backend(backend), integer_type(dtype)
-    try:
-        return b.int_limits(name)
-    except AttributeError:
-        raise ValueError(f"backend={backend!r} has no dtype {name}") from None
+    return get_backend(backend).int_limits(integer_type(dtype))
 
 
 # ---- arguments

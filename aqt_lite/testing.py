@@ -227,7 +227,10 @@ def _adapter_of(backend: Any) -> Backend:
         return get_backend(backend)
     found = backend_of(backend)
     if found is None:
-        raise TypeError(f"backend={backend!r}: give a backend's name, an adapter, or an array of the library to check")
+        raise TypeError(
+            f"backend={backend!r}: give a backend's name (aqt_lite.register_backend makes that of a class known), an "
+            "instance of an adapter, or an array of the library to check"
+        )
     return found
 
 
@@ -290,7 +293,15 @@ def _check_transport(b: Backend, floats: tuple[str, ...]) -> _Pairs:
                 raise AssertionError(
                     f"an array of {type(x)} is not recognized as {b.name}: register its adapter, check array_modules"
                 )
-            yield b.to_numpy(x), v
+            back = b.to_numpy(x)
+            if not isinstance(back, np.ndarray | np.generic):
+                raise AssertionError(f"to_numpy gives a {type(back).__name__}, not a numpy.ndarray")
+            yield back, v
+        given, expected = values.copy(), values.copy()
+        x = b.asarray(given)
+        given[...] = dtype.type(1)
+        if mismatches(b.to_numpy(x), expected):
+            raise AssertionError(f"asarray shares the memory of what it is given, {name}: it has to copy")
         if dtype.kind in "iuf" and name != "bfloat16":
             yield b.to_numpy(b.asarray(values.astype(dtype.newbyteorder(">")))), values
 

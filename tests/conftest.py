@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import ml_dtypes
+import numpy as np
 import pytest
 from optional import WITHOUT, check_installed, needs
 
@@ -48,3 +50,12 @@ def pytest_collection_modifyitems(items):
 def backend(request):
     """The adapter of one backend; ``backend.name`` is what users write."""
     return get_backend(request.param)
+
+
+def lacks(backend, dtype):
+    """Whether the library has no such dtype, as its adapter says."""
+    try:
+        backend.asarray(np.zeros(1, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
+    except ValueError:
+        return True
+    return False

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from conftest import BACKENDS, lacks
 from optional import torch
 
 import aqt_lite
@@ -250,7 +250,7 @@ def test_int_limits_of_a_type_that_the_library_lacks(monkeypatch):
     import array_api_strict
 
     monkeypatch.delattr(array_api_strict, "uint64")
-    with pytest.raises(ValueError, match="backend='array_api_strict' has no dtype uint64"):
+    with pytest.raises(ValueError, match="array_api_strict has no dtype uint64"):
         int_limits("uint64", "array_api_strict")
 
 
@@ -283,15 +283,6 @@ def test_what_is_moved_shares_no_memory(backend, shape):
         assert not (backend.to_numpy(a) == 7).any()
 
 
-def holds(backend, float_dtype):
-    """Whether the values' type and its scales exist there."""
-    return (backend, float_dtype) not in {
-        ("jax", "float64"),  # without x64
-        ("array_api_strict", "float16"),
-        ("array_api_strict", "bfloat16"),
-    }
-
-
 @pytest.mark.parametrize("float_dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(("source", "target"), list(permutations(BACKENDS, 2)))
 def test_to_backend_keeps_every_bit(source, target, float_dtype):
@@ -308,7 +299,7 @@ def test_to_backend_keeps_every_bit(source, target, float_dtype):
                 moved = there.to_backend(source).to_backend(target)
                 assert (moved.backend, moved.float_dtype) == (target, float_dtype)
                 assert_same_bits(moved, there)
-                if holds(target, float_dtype):
+                if not lacks(get_backend(target), float_dtype):
                     assert_same_bits(moved.dequantize(), there.dequantize())
 
 
@@ -469,7 +460,7 @@ def test_what_no_adapter_is_cannot_be_registered():
             aqt_lite.register_backend(adapter)
     with pytest.raises(ValueError, match=r"adapter\.name is 'numpy', a built-in backend: use another name"):
         aqt_lite.register_backend(type(get_backend("numpy")))
-    with pytest.raises(TypeError, match="backend=3: give a backend's name, an adapter, or an array"):
+    with pytest.raises(TypeError, match=r"backend=3: give a backend's name.*an instance of an adapter, or an array"):
         check_backend(3)
 
 
