@@ -384,6 +384,33 @@ def test_shard_map_and_devices(kind):
     assert_same_bits(jax.jit(dequantize)(there), dequantize(q))
 
 
+@pytest.mark.exhaustive_unless(kind=["nvfp4"])  # compiles
+@pytest.mark.parametrize("kind", ["int4, groups of 5", "int8 with offsets", "nvfp4", "for_dense"])
+def test_loops_over_arrays_placed_leaf_by_leaf(kind):
+    """Where shardings are part of types, a loop's carry comes out as it went in, wherever somebody put the mark."""
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    one = KINDS[kind](SQUARE)
+
+    def over(q):
+        return jax.lax.scan(lambda carry, _: (jax.tree.map(lambda leaf: leaf, carry), dequantize(carry)), q, length=2)
+
+    placed = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P("a", "b"))), one)
+    with jax.set_mesh(mesh):
+        last, values = over(placed)
+    assert_same_bits(last, one)
+    assert_same_bits(values[1], dequantize(one))
+
+
+@pytest.mark.parametrize("kind", ["int4, groups of 5", "nvfp4"])
+def test_a_mark_that_is_not_mapped_over(kind):
+    """It is made anew for each of the arrays, so that what comes out has the leaves of what went in."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(KINDS[kind](data(64, 64, seed=s)) for s in range(2)))
+    axes = jax.tree_util.tree_map_with_path(lambda path, _: None if path[-1].name == "mark" else 0, stacked)
+    made = jax.vmap(lambda q: q, in_axes=(axes,))(stacked)
+    assert [leaf.shape for leaf in jax.tree.leaves(made)] == [leaf.shape for leaf in jax.tree.leaves(stacked)]
+    assert_same_bits(made[1], stacked[1])
+
+
 @few_kinds
 @every_kind
 def test_shapes_under_jit(kind):

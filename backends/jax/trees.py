@@ -73,7 +73,7 @@ def _leaf_of(q: Any) -> Any:
     kept = of_node.get(_KEPT)
     if not _holds_codes(storage):
         return _like(q) if kept is None and storage is not None else kept
-    if kept is None and DOUBT in of_node:
+    if kept is None and DOUBT in of_node and of_node[DOUBT].settled() is not None:
         return of_node[DOUBT].leaf
     if kept is not None:
         gone = isinstance(kept, jax.Array) and kept.is_deleted()
@@ -88,7 +88,7 @@ def _leaf_of(q: Any) -> Any:
                 of_node[_CHECKED] = says is not _Says.LATER
                 return kept
     mark = _made_for(q)
-    if _is_of_one_kind(mark, storage):
+    if _may_stay(q, mark):
         of_node[_KEPT], of_node[_CHECKED] = mark, True
     return mark
 
@@ -104,7 +104,7 @@ def _receive(q: Any, mark: Any) -> None:
         says = _said_by(mark, q)
         if says is _Says.NOTHING:
             missing = ()
-        elif _is_of_one_kind(mark, q.storage):
+        elif _may_stay(q, mark):
             of_node[_KEPT], of_node[_CHECKED] = mark, says is not _Says.LATER
         if says is _Says.NONSENSE or (says is _Says.LATER and not missing):
             of_node[DOUBT] = Doubt(functools.partial(_in_doubt, mark, _bytes_of(q)), mark)
@@ -158,12 +158,20 @@ def _first(mark: np.ndarray[Any, Any]) -> bytes:
     return bytes(mark.reshape(-1, mark.shape[-1])[0, : _mark.LENGTH].tobytes()) if mark.ndim and mark.size else b""
 
 
-def _is_of_one_kind(mark: Any, storage: Any) -> bool:
-    """Whether a mark may stay with the codes: what a trace makes for arrays that outlive it may not."""
+def _may_stay(q: Any, mark: Any) -> bool:
+    """Whether a mark is the leaf that would be made, but for its bytes, wherever the container is flattened next.
+
+    It is not where a trace made it for arrays that outlive it, where it was not mapped over as the codes were, and
+    where it lies otherwise on a mesh whose shardings are part of types: carries of loops would change theirs.
+    """
+    storage = q.storage
     if isinstance(mark, jax.core.Tracer):
         return False
     of_jax = isinstance(storage, jax.Array) and not isinstance(storage, jax.core.Tracer)
-    return isinstance(mark, jax.Array) == of_jax
+    if isinstance(mark, jax.Array) != of_jax or tuple(mark.shape) != _shape_of(q):
+        return False
+    wanted = _typed_sharding(q, mark.ndim) if of_jax else None
+    return wanted is None or jax.typeof(mark).sharding.spec == wanted.spec
 
 
 def _said_by(leaf: Any, q: Any) -> _Says:
@@ -224,7 +232,8 @@ def _made_for(q: Any) -> Any:
         return jax.numpy.broadcast_to(_mark.repeated(_bytes_of(q), shape[-1:]), shape)
     mark = _mark.repeated(_bytes_of(q), shape)
     if isinstance(storage, jax.Array) and is_tracing():
-        return _sharded_as(mark, storage if q.scale is None or hasattr(q.scale, "_checked") else q.scale)
+        typed = _typed_sharding(q, mark.ndim)
+        return mark if typed is None else jax.sharding.reshard(mark, typed)  # type: ignore[no-untyped-call]
     if isinstance(storage, np.ndarray):
         return mark
     if not isinstance(storage, jax.Array):
@@ -233,7 +242,9 @@ def _made_for(q: Any) -> Any:
         return b.asarray(np.array(mark), like=storage)
     place: Any = None
     if isinstance(storage.sharding, NamedSharding):
-        place = NamedSharding(storage.sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        typed = _typed_sharding(q, mark.ndim)
+        spec = PartitionSpec() if typed is None else typed.spec  # type: ignore[no-untyped-call]
+        place = NamedSharding(storage.sharding.mesh, spec)
         if not storage.is_fully_addressable:
             return jax.make_array_from_callback(mark.shape, place, lambda index: np.array(mark[index]))
     elif storage.committed and len(storage.devices()) == 1:
@@ -241,13 +252,15 @@ def _made_for(q: Any) -> Any:
     return jax.device_put(mark.copy(), place)  # of its own, which may be donated
 
 
-def _sharded_as(mark: Any, like: Any) -> Any:
-    """The mark, whose leading axes are ``like``'s, with a sharding that is part of its type where that one's is."""
+def _typed_sharding(q: Any, ndim: int) -> NamedSharding | None:
+    """How a mark of ``ndim`` axes lies where shardings are part of types: its leading axes as those of the scales."""
+    like = q.storage if q.scale is None else q.scale.storage if hasattr(q.scale, "_checked") else q.scale
     sharding = jax.typeof(like).sharding if isinstance(like, jax.Array) else None
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-        return mark
-    spec = PartitionSpec(*sharding.spec[: mark.ndim - 1])  # type: ignore[no-untyped-call]
-    return jax.sharding.reshard(mark, NamedSharding(sharding.mesh, spec))  # type: ignore[no-untyped-call]
+        return None
+    leading = tuple(sharding.spec[: ndim - 1])
+    spec = PartitionSpec(*leading, *(None,) * (ndim - len(leading)))  # type: ignore[no-untyped-call]
+    return NamedSharding(sharding.mesh, spec)
 
 
 def _like(q: Any) -> Any:
