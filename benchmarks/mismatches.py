@@ -53,6 +53,7 @@ def inputs():
         "near ties, calibrated": [(calibrated_near_ties(400, 256, "float32"), None)],
         "near ties, given scales": [(near_ties(scales, np.arange(-129, 128)), scales[:, None])],
         "near ties, given scales, int16": [(near_ties(few, np.arange(-32769, 32768), reach=1), few[:, None])],
+        "near ties, given scales, uint16": [(near_ties(few, np.arange(-32769, 65536), reach=1), few[:, None])],
         "all finite float16": [(every_finite("float16"), None)],
         "all finite bfloat16": [(every_finite("bfloat16"), None)],
         "ends of the range": [(ends(16, "float32"), None)],
@@ -61,7 +62,7 @@ def inputs():
 
 
 def element_of(case):
-    return "int16" if case.endswith("int16") else "int8"
+    return name if (name := case.rpartition(" ")[2]) in FORMATS else "int8"
 
 
 def affine_zero_point(scale):
@@ -73,10 +74,11 @@ def affine_zero_point(scale):
 
 
 def problems_of(case, arrays):
-    """Both schemes for each array."""
+    """Both schemes for each array; with a given scale, codes without a sign need a zero point."""
     problems = []
     for x, scale in arrays:
-        for scheme in ("symmetric", "affine"):
+        unsigned = FORMATS[element_of(case)].element.min >= 0
+        for scheme in ("affine",) if unsigned and scale is not None else ("symmetric", "affine"):
             zero_point = affine_zero_point(scale) if scale is not None and scheme == "affine" else None
             problems.append(Problem(x, Call(element_of(case), scheme, ROWS), scale, zero_point))
     return problems
@@ -138,7 +140,7 @@ def on_every_form(function, arrays, forms=COLUMNS):
 
 def calls_of_formats():
     """``{row: [(dtype, options)]}``, by the names that the table of formats has."""
-    integers = [f"int{k}" for k in range(2, 8)]
+    integers, wide = [f"int{k}" for k in range(2, 8)], ("int16", "uint16")
     mx = [name for name in FORMATS if name.startswith("mx")]
     kept = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
     four = ("int4", "float8_e4m3fn", "float4_e2m1fn", "nf4")
@@ -146,6 +148,7 @@ def calls_of_formats():
     rows = {
         "integers of 2 to 7 bits, ternary": [(n, {}) for n in (*integers, "ternary")],
         "the same, unsigned, affine": [(f"u{n}", {"scheme": "affine"}) for n in integers],
+        "integers of 16 bits, both schemes": [(n, {"scheme": s}) for n in wide for s in ("symmetric", "affine")],
         "floats of 8 bits": [(n, {}) for n in FORMATS if n.startswith("float8")],
         "floats of 4 and 6 bits": [(n, {}) for n in FORMATS if n.startswith(("float4", "float6"))],
         "codebooks": [(n, {}) for n, form in FORMATS.items() if isinstance(form.element, Codebook)],
@@ -400,7 +403,10 @@ def tables():
     print("\nordinary code\n", *header(), sep="\n")
     theirs = header()
     for name, arrays in cases.items():
-        most = 32767 if element_of(name) == "int16" else 127
+        element = FORMATS[element_of(name)].element
+        if element.min >= 0:  # the few lines below are those of signed codes
+            continue
+        most = int(element.max)
         theirs += [line(f"{name}: {scheme}", cells) for scheme, cells in naive_rows(arrays, most)]
     theirs += [line(name, cells) for name, cells in naive_format_rows()]
     return "\n".join(ours), "\n".join(theirs)
