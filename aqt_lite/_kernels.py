@@ -19,7 +19,7 @@ def plain_integers(static: Mapping[str, Any]) -> bool:
     spec, recipe = static["spec"], static.get("recipe")
     element = spec.element
     plain: bool = element.zero_points and element.missing is None and spec.format.scale is None and spec.headroom == 1
-    return plain and (recipe is None or recipe.plain)
+    return plain and (recipe is None or (recipe.plain and not spec.floor))  # scales that are not 0 have codes above 0
 
 
 def anything(static: Mapping[str, Any]) -> bool:

@@ -595,6 +595,18 @@ def test_given_scales_of_blocks_go_up_to_their_format(backend):
     assert not np.any(np.abs(backend.to_numpy(zeros.dequantize())) > 1.1)
 
 
+@pytest.mark.parametrize("kept", ["int8", "uint4", "float4_e2m1fn"])
+def test_scales_that_are_not_zero_are_not_kept_as_zero(backend, kept):
+    """Rounded half to even, as nvfp4 has it, they might be; a block of values would read as zeros."""
+    x = np.asarray([[1000.0, -3.0, 2.0, 0.5], [1.0, -3e-4, 0.0, 1e-3], [0.0, 0.0, 0.0, -0.0]], "float32")
+    how = {"granularity": PerChannel(0), "scale_dtype": kept}
+    here = aqt_lite.quantize(x, "nvfp4", **how)
+    assert_same_bits(aqt_lite.quantize(backend.asarray(x), "nvfp4", **how), here)
+    assert [bool(scale) for scale in here.scales.ravel()] == [True, True, False]
+    large = aqt_lite.quantize(backend.asarray(np.repeat(x, 700, axis=0)), "nvfp4", **how)
+    assert_same_bits(large[::700].dequantize(), here.dequantize())
+
+
 def test_missing_values_beside_an_offset(backend):
     x = np.asarray([[5.0, np.nan, 7.0, 6.0]], "float32")
     q = aqt_lite.quantize(backend.asarray(x), "uint8", offset="data", nonfinite="ignore")

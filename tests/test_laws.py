@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from forms import Bits, Call, Problem, differing
+from forms import Bits, Call, Problem, bits_of, differing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -33,12 +33,12 @@ GRANULARITIES = {PerTensor(): (None, None), PerChannel(0): (1, None), PerGroup(5
 every_backend = pytest.mark.parametrize("name", EXAMPLES)
 
 
-def holds_for(name, *strategies):
-    """Run a law on as many examples as the backend has time for."""
+def holds_for(name, *strategies, times=1.0):
+    """Run a law on as many examples as the backend has time for, or some times as many."""
 
     def run(law):
         relaxed = settings(
-            max_examples=EXAMPLES[name],
+            max_examples=int(EXAMPLES[name] * times),
             deadline=None,
             derandomize=True,
             database=None,
@@ -237,39 +237,115 @@ def test_reproducible_products_are_exact(name):
 # ---- every format
 
 
-PLAIN = sorted(name for name, form in FORMATS.items() if form.scale is None)
-any_format = st.builds(Call, st.sampled_from(PLAIN), st.just("symmetric"), st.sampled_from([*GRANULARITIES]))
+KEPT = ("float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn", "int8")
+"""How scales are kept; the last has a scale itself."""
 
 
-@every_backend
-def test_every_format_errs_by_at_most_half_the_gap(name):
-    """The gap between the numbers on both sides, times the scale; where a value is not clipped."""
+@st.composite
+def quantizations(draw):
+    """Values, and a call: any format, with scales as they are, kept in few bits, or beside a real offset.
 
-    @holds_for(name, arrays(-60, 60), any_format)
-    def law(x, call):
-        bits, form = on(name, call, x), FORMATS[call.dtype]
-        numbers = form.element.levels(get_backend("numpy")) - form.element.middle
-        scale = spread(bits.scale, call.granularity).astype(np.float64)
-        steps, back = x / scale, bits.values.astype(np.float64)
-        at = np.clip(np.searchsorted(numbers, steps), 1, numbers.size - 1)
-        half = (numbers[at] - numbers[at - 1]) / 2 * scale
-        inside = (steps >= numbers[0]) & (steps <= numbers[-1])
-        if call.dtype.startswith("int"):
-            inside &= steps >= -numbers[-1]
-        roundings = np.abs(x) * 2.0**-22 + np.abs(back) * 2.0**-23 + TINY
-        assert (np.abs(x - back)[inside] <= (half + roundings)[inside]).all()
+    Values are few multiples of a power of two where scales have to be numbers of few bits.
+    """
+    name = draw(st.sampled_from([*FORMATS]))
+    form, granularity = FORMATS[name], draw(st.sampled_from([*GRANULARITIES]))
+    zero_points = form.element.zero_points
+    scheme = draw(st.sampled_from(["symmetric", "affine"])) if zero_points else "symmetric"
+    kept = draw(st.sampled_from(["plain", "offset", *KEPT])) if form.scale is None else "plain"
+    if kept == "plain" and form.scale is None:
+        return draw(arrays(-60, 60)), Call(name, scheme, granularity)
+    units = draw(hnp.arrays(np.int64, SHAPE, elements=st.integers(-64, 64)))
+    exponents = draw(hnp.arrays(np.int64, (SHAPE[0], 1), elements=st.integers(-7, -2)))
+    x = np.ldexp(units, exponents + math.frexp(form.largest())[1]).astype(np.float32)
+    if kept == "offset":
+        return x, Call(name, "affine" if zero_points else "symmetric", granularity, offset="data")
+    return x, Call(name, scheme, granularity, scale_dtype=None if kept == "plain" else kept)
 
 
-@every_backend
-def test_every_format_keeps_its_own_numbers_and_the_order(name):
-    @holds_for(name, arrays(-60, 60), any_format)
-    def law(x, call):
+def numbers_of(kept):
+    """Scales as numbers, in float64."""
+    return (kept.values if isinstance(kept, Bits) else kept).astype(np.float64)
+
+
+def errs_by_at_most_half_the_gap(x, call, bits):
+    """The gap between the numbers on both sides, times the scale as it is kept; where a value is not clipped."""
+    element = FORMATS[call.dtype].element
+    numbers = element.levels(get_backend("numpy"))
+    scale, back = spread(numbers_of(bits.scale), call.granularity), bits.values.astype(np.float64)
+    offset = 0.0 if bits.offset is None else spread(bits.offset, call.granularity).astype(np.float64)
+    nothing = scale == 0  # of zeros alone
+    assert not back[nothing].any()
+    steps = (x - offset) / np.where(nothing, 1, scale)
+    if bits.zero_point is not None:
+        steps += spread(bits.zero_point, call.granularity)
+    else:
+        steps += element.middle
+    low, high = numbers[0], numbers[-1]
+    if element.zero_points and (call.scheme == "symmetric" or (call.offset and element.signed)):
+        low = 2 * element.middle - high  # what has no opposite is left out
+    at = np.clip(np.searchsorted(numbers, steps), 1, numbers.size - 1)
+    half = (numbers[at] - numbers[at - 1]) / 2 * scale
+    inside = (steps >= low) & (steps <= high) & ~nothing
+    roundings = (np.abs(x) + np.abs(offset)) * 2.0**-22 + np.abs(back) * 2.0**-23 + TINY
+    assert (np.abs(x - back)[inside] <= (half + roundings)[inside]).all()
+    return inside.sum()
+
+
+def keeps_its_own_numbers(name, call, q):
+    """With the same scales and zero points or offsets; beside an offset where a step is much more than a rounding."""
+    element = FORMATS[call.dtype].element
+    if call.offset and element.bits > (8 if element.zero_points else 6):
+        return
+    values = q.dequantize()
+    said = {"offset": q.offset} if call.offset else {"zero_point": q.zero_point}
+    again = aqt_lite.quantize(
+        values,
+        call.dtype,
+        scheme="affine" if q.zero_point is not None else call.scheme,
+        granularity=call.granularity,
+        scale=q.scale,
+        scale_dtype=call.scale_dtype,
+        **said,
+    )
+    b = get_backend(name)
+    assert np.array_equal(b.to_numpy(again.dequantize()), b.to_numpy(values))
+
+
+def packs_and_slices(name, q, row, start, stop):
+    """Bytes, codes and bytes again are the same; a part has the values of that part."""
+    b = get_backend(name)
+    assert q.bits >= 8 or q.storage.shape[-1] == -(-SHAPE[1] * q.bits // 8)
+    loose = q.unpacked()
+    for mine, its in ((loose.qvalue, q.qvalue), (loose.packed().storage, q.storage)):
+        assert np.array_equal(b.to_numpy(mine), b.to_numpy(its))
+    part, values = q[row:, start:stop], b.to_numpy(q.dequantize())[row:, start:stop]
+    assert np.array_equal(b.to_numpy(part.dequantize()), values)
+    assert part.bits >= 8 or not values.size or part.storage.shape[-1] == -(-values.shape[1] * part.bits // 8)
+
+
+@pytest.mark.exhaustive_where(times=10)
+@pytest.mark.parametrize("times", [1, 10])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_format_with_scales_and_offsets_of_every_kind(name, times):
+    """The bound, idempotence, order, layouts, packing."""
+    b, seen = get_backend(name), []
+
+    @holds_for(name, quantizations(), st.integers(0, 4), st.integers(0, 12), st.integers(0, 12), times=times / 2)
+    def law(problem, row, start, stop):
+        x, call = problem
         bits = on(name, call, x)
-        again = on(name, call, bits.values, bits.scale, bits.zero_point)
-        assert np.array_equal(again.values, bits.values)
-        whole = on(name, Call(call.dtype), x)
-        order = np.argsort(x, axis=None, kind="stable")
-        assert (np.diff(whole.values.ravel()[order].astype(np.float64)) >= 0).all()
+        seen.append(errs_by_at_most_half_the_gap(x, call, bits))
+        settings = {"granularity": call.granularity, "scale_dtype": call.scale_dtype, "offset": call.offset}
+        q = aqt_lite.quantize(b.asarray(x.T.copy()).T, call.dtype, scheme=call.scheme, **settings)  # another layout
+        assert differing(bits_of(q).each(lambda part: np.array(b.to_numpy(part))), bits) == 0
+        keeps_its_own_numbers(name, call, q)
+        if call.granularity == PerChannel(0):
+            packs_and_slices(name, q, row, start, stop)
+        elif call.granularity == PerTensor():
+            order = np.argsort(x, axis=None, kind="stable")
+            assert (np.diff(bits.values.ravel()[order].astype(np.float64)) >= 0).all()
+
+    assert sum(seen) > 20 * len(seen)
 
 
 @every_backend
@@ -284,18 +360,6 @@ def test_unpacking_undoes_packing(name):
         assert np.array_equal(b.to_numpy(unpack(stream, bits=bits, length=length, signed=signed, b=b)), codes)
         wanted = np.asarray(packed(codes.tolist(), bits), dtype="uint8").reshape(3, -(-length * bits // 8))
         assert np.array_equal(b.to_numpy(stream), wanted)
-
-
-@every_backend
-def test_a_part_of_a_packed_array_is_that_part_of_its_values(name):
-    b = get_backend(name)
-
-    @holds_for(name, arrays(-9, 9), st.sampled_from(PLAIN), st.integers(0, 4), st.integers(0, 12), st.integers(0, 12))
-    def law(x, dtype, row, start, stop):
-        q = aqt_lite.quantize(b.asarray(x), dtype, granularity=PerChannel(0))
-        part, values = q[row:, start:stop], b.to_numpy(q.dequantize())[row:, start:stop]
-        assert np.array_equal(b.to_numpy(part.dequantize()), values)
-        assert part.bits >= 8 or not values.size or part.storage.shape[-1] == -(-values.shape[1] * part.bits // 8)
 
 
 # ---- NumPy alone: any shape and type against exact arithmetic, any layout

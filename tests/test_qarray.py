@@ -810,10 +810,13 @@ def test_scales_and_offsets_that_are_quantized_in_groups(backend):
     np.testing.assert_allclose(backend.to_numpy(y), x.astype("float64") @ found.T.astype("float64"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["int16", "uint16", "uint8", "nvfp4"])
-def test_products_with_scales_of_few_bits(backend, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [("int16", "bfloat16"), ("uint16", "bfloat16"), ("uint8", "bfloat16"), ("nvfp4", None), ("int4", "nf4")],
+)
+def test_products_with_scales_of_few_bits(backend, dtype, kept):
     x, w = (np.random.default_rng(6).normal(size=s).astype("float32") for s in ((3, 64), (8, 64)))
-    how = {} if dtype == "nvfp4" else {"granularity": PerChannel(0), "scale_dtype": "bfloat16"}
+    how = {} if kept is None else {"granularity": PerChannel(0), "scale_dtype": kept}
     q = quantize(backend.asarray(w), dtype, **how)
     y = backend.to_numpy(aqt_lite.linear(backend.asarray(x), q))
     wanted = x.astype("float64") @ backend.to_numpy(q.dequantize()).astype("float64").T

@@ -120,7 +120,9 @@ def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Arra
     several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
     if several or b.dtype_name(codes) not in ("int8", "uint8") or codes.ndim != 2:
         return xp.astype(affine.scales(kept, spec, b), xp.float32), no_codes, b.asarray(_NOTHING)
-    every = np.arange(256, dtype=np.uint8).view(b.dtype_name(codes)).reshape(1, -1)
+    assert spec.format.scale is not None
+    bits, (least, most) = np.arange(256, dtype=np.uint8).view(b.dtype_name(codes)), spec.format.scale.element.codes
+    every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
     numbers = affine.scales(kept._replace(codes=b.asarray(every, like=codes)), spec, b)
     no_numbers = b.asarray(np.empty((0, 0), np.float32))
     if b.dtype_name(codes) == "int8":
