@@ -67,8 +67,10 @@ def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: R
     return NotImplemented
 
 
-def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, b: Backend) -> None:
-    """What codes stand for in ``values``; ``fill`` where they are missing. Of fewer elements, codes are packed."""
+def decode_into(
+    codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, packed: bool, b: Backend
+) -> None:
+    """What codes, one an item or ``packed``, stand for in ``values``; ``fill`` where they are missing."""
     raise TypeError(_refusal(b))
 
 
@@ -92,9 +94,9 @@ def look_at_values(
 
 
 def look_at_codes(
-    x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec, b: Backend
+    x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec, packed: bool, b: Backend
 ) -> None:
-    """What ``codes``, packed where they have fewer elements, stand for: as ``look_at_values``."""
+    """What ``codes``, one an item or ``packed``, stand for: as ``look_at_values``."""
     raise TypeError(_refusal(b))
 
 

@@ -334,7 +334,8 @@ def largest_error(x: Array, q: QArray, b: Backend, *, relative: bool = False, en
     largest = Largest(relative, enough)
     if can_write(b) and q.size > MOST_ELEMENTS and memory_order(array) == list(range(q.ndim)) and not q.transposed:
         parts = q._checked()
-        run(b, look_at_codes, array, q.storage, parts._qparams(), largest, spec=parts._spec)
+        static = {"spec": parts._spec, "packed": q.packed_length is not None}
+        run(b, look_at_codes, array, q.storage, parts._qparams(), largest, **static)
         return largest.error
     codes = q.to_backend("numpy").unpacked()
     for box in over(boxes(q.shape, MOST_ELEMENTS, memory_order(array), codes._checked().block), q.size):

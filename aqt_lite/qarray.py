@@ -384,8 +384,9 @@ class QArray(ArrayShapes, ArrayBytes):
         large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > most_at_once
         if out is not None or (large and can_write(b)):
             values = b.xp.empty(q.shape, dtype=b.dtype(wanted.name)) if out is None else out
-            codes = q.qvalue if q.packed_length is None else q.storage
-            run(b, decode_into, codes, q._qparams(), values, spec=q._spec, fill=fill)
+            packed = q.packed_length is not None and not q.transposed  # streams of rows in the order of the axes
+            codes = q.storage if packed else q.qvalue
+            run(b, decode_into, codes, q._qparams(), values, spec=q._spec, fill=fill, packed=packed)
         else:
             values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=wanted.name)
             if fill is not None and (mask := q.mask) is not None:

@@ -9,7 +9,8 @@ import pytest
 from optional import jnp, torch
 
 import aqt_lite
-from aqt_lite import ClippingWarning, PerBlock, PerChannel, PerGroup, PerTensor, dequantize, quantize
+from aqt_lite import ClippingWarning, PerBlock, PerChannel, PerGroup, PerTensor, bounds, dequantize, qarray, quantize
+from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import quantize as forms
 from aqt_lite.testing import assert_same_bits
 
@@ -72,6 +73,23 @@ def test_every_number_of_dimensions(ndim):
         out = np.empty_like(wanted.storage)
         assert_same_bits(quantize(x, dtype, out=out), wanted)
         assert_same_bits(wanted.dequantize("float64", out=np.empty(x.shape)), wanted.dequantize("float64"))
+
+
+@pytest.mark.parametrize("dtype", ["int3", "int6", "uint6", "int7", "ternary", "nf4"])
+def test_streams_with_as_many_bytes_as_codes(dtype, monkeypatch):
+    """Rows of few codes fill their last bytes up; no shape tells them from codes that are not packed."""
+    monkeypatch.setattr(bounds, "MOST_ELEMENTS", 16)  # as large arrays: looked at part by part
+    monkeypatch.setattr(qarray, "_TOGETHER", 0)
+    rng = np.random.default_rng(0)
+    for length in range(1, 9):
+        x = rng.standard_normal((40, length)).astype("float32")
+        q = quantize(x, dtype)
+        for each in (q, q.unpacked(), q.for_dense()):
+            out = np.full(x.shape, 7, "float32")
+            each.dequantize(out=out)
+            assert_same_bits(out, q.unpacked().dequantize())
+            assert_same_bits(each.dequantize(), out)
+            assert bounds.largest_error(x, each, get_backend("numpy")) == np.abs(out.astype("float64") - x).max()
 
 
 def test_memory_maps(tmp_path):

@@ -25,7 +25,9 @@ from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import encoders, packed, runtime, serve
+from aqt_lite.backends.cpu import encoders, runtime, serve
+from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
+from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.granularity import Block, grid_of
@@ -83,7 +85,7 @@ def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: R
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
     codes = encoders.encode(x, qparams, spec, recipe, packed=True)
     if codes is NotImplemented:
-        codes = packed.pack(_encoded(x, qparams, key, spec, recipe), bits=spec.element.bits)
+        codes = pack(_encoded(x, qparams, key, spec, recipe), bits=spec.element.bits)
     return codes if codes is NotImplemented else qparams.beside(codes)
 
 
@@ -241,11 +243,11 @@ def encode_into(
         own, part = _cut(QParams(*qparams), tile), x[tile.at]
         codes = affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
         if packs:
-            storage[_of_stream(tile, bits)] = packed.packed_rows(codes, bits)
+            storage[_of_stream(tile, bits)] = packed_rows(codes, bits)
         else:
             storage[tile.at] = codes
         if look is not None:
-            look(part, *_values_of(_codes_of_tile(storage, tile, x.shape, spec), own, spec, twins))
+            look(part, *_values_of(_codes_of_tile(storage, tile, spec, packs), own, spec, twins))
 
     for_tiles(work, x.shape, _block_to_cut(spec), 8 if packs else 1)
 
@@ -276,9 +278,11 @@ def _values_of(codes: Array, qparams: QParams, spec: Spec, twins: Spec) -> list[
     return [affine.dequantize(w, spec=twins, out=name, b=_numpy()) for name in names]
 
 
-def look_at_codes(x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec) -> None:
+def look_at_codes(
+    x: Array, codes: Array, qparams: QParams, look: Callable[..., bool], *, spec: Spec, packed: bool
+) -> None:
     """``_into.look_at_codes`` on tiles."""
-    _look(x, qparams, lambda tile, *_: _codes_of_tile(codes, tile, x.shape, spec), look, spec)
+    _look(x, qparams, lambda tile, *_: _codes_of_tile(codes, tile, spec, packed), look, spec)
 
 
 def _look(
@@ -303,7 +307,7 @@ def _look(
     return ended[0] if ended else 0
 
 
-def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None) -> None:
+def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fill: float | None, packed: bool) -> None:
     """``_into.decode_into`` on tiles."""
     if 0 in values.shape:
         return
@@ -311,7 +315,7 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
     name = values.dtype.name
 
     def work(tile: Tile) -> None:
-        part = _codes_of_tile(codes, tile, values.shape, spec)
+        part = _codes_own(codes, tile, spec, packed)
         own = _cut(QParams(*qparams), tile)
         found = affine.dequantize(own.beside(part), spec=twins, out=name, b=_numpy())
         if fill is not None and element.missing is not None:
@@ -321,13 +325,13 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
     for_tiles(work, values.shape, _block_to_cut(spec), 8 if codes.shape != values.shape else 1)
 
 
-def _codes_of_tile(codes: Array, tile: Tile, shape: tuple[int, ...], spec: Spec) -> Array:
-    """A tile of the codes of an array of that shape, of which there are fewer elements where they are packed."""
-    if codes.shape == shape:
+def _codes_of_tile(codes: Array, tile: Tile, spec: Spec, packed: bool) -> Array:
+    """A tile of codes, one an item; streams of short rows have as many bytes as codes, so that no shape tells."""
+    if not packed:
         return codes[tile.at]
     bits, length = spec.element.bits, tile.at[-1].stop - tile.at[-1].start
     signed = not spec.element.storage.startswith("u")
-    return packed.unpacked_rows(codes[_of_stream(tile, bits)], bits, length, signed)
+    return unpacked_rows(codes[_of_stream(tile, bits)], bits, length, signed)
 
 
 def _block_to_cut(spec: Spec) -> Block | None:
@@ -686,8 +690,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
     affine.scales_of: scales_of,
-    _into.quantize_stored: quantize_stored,
-    **packed.FORMS,
+    **OF_STREAMS,
 }
 """The forms, each under its operation: they know every format."""
 
