@@ -315,7 +315,7 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
     name = values.dtype.name
 
     def work(tile: Tile) -> None:
-        part = _codes_own(codes, tile, spec, packed)
+        part = _codes_of_tile(codes, tile, spec, packed)
         own = _cut(QParams(*qparams), tile)
         found = affine.dequantize(own.beside(part), spec=twins, out=name, b=_numpy())
         if fill is not None and element.missing is not None:
