@@ -690,6 +690,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
     affine.scales_of: scales_of,
+    _into.quantize_stored: quantize_stored,
     **OF_STREAMS,
 }
 """The forms, each under its operation: they know every format."""
