@@ -237,6 +237,15 @@ class Backend(ExactArithmetic, ABC):
         """
         return self.xp.stack([function(x[i, ...], stack[i, ...]) for i in range(length)])
 
+    def repeated(self, times: int, step: Callable[[Any, Any], Any], state: tuple[Array, ...]) -> tuple[Array, ...]:
+        """``state`` after ``step(i, state)`` for i from 0 to ``times - 1``; shapes and dtypes stay what they are.
+
+        Override where a compiler has loops.
+        """
+        for i in range(times):
+            state = step(i, state)
+        return state
+
     def contiguous(self, x: Array) -> Array:
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x

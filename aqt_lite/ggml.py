@@ -1,7 +1,8 @@
 """How ggml chooses the codes of its block types: its reference encoders, with the same bits on every backend.
 
-Owns: those rules, as functions of arrays in blocks, ``quantize_blocks``, and the dialect ``gguf``. Imports: formats,
-dialects, the container, the registry, checks of arguments. Which bytes codes become is said in ``layouts``.
+Owns: those rules that are no search, as functions of arrays in blocks, ``quantize_blocks``, and the dialect ``gguf``.
+Imports: the searches, formats, dialects, the container, the registry, checks of arguments. Which bytes codes become is
+said in ``layouts``.
 
 The rules are those of ggml's ``quantize_row_*_ref`` (ggml-org/ggml, src/ggml-quants.c), all in float32:
 
@@ -13,8 +14,7 @@ The rules are those of ggml's ``quantize_row_*_ref`` (ggml-org/ggml, src/ggml-qu
 - ``mxfp4`` takes the power of two two binades below the largest magnitude, whose logarithm it rounds to float32 first;
   ``nvfp4`` a sixth of the largest magnitude, halves up to e4m3, and 448 for whatever lies above 248; both take the
   nearest number, the smaller magnitude at a tie, and never -0;
-- ``iq4_nl`` tries scales near the largest entry's and takes that of the least squared error weighted by x squared, as
-  ``quantize_iq4_nl`` does without an importance matrix.
+- the K-quants, ``iq4_nl`` and ``iq4_xs`` search, as ggml does without an importance matrix (``_ggml_searches``).
 
 Two traits that C leaves open are settled here. Products that meet a sum are clipped in between, so that no compiler
 fuses the two. What is subnormal counts as 0: a block of nothing else gets the codes of zeros; so does a block of iq4_nl
@@ -24,7 +24,6 @@ with no entry above 2^-20, whose scale is 0.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ import numpy as np
 
 from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._dispatch import run
+from aqt_lite._ggml_searches import codebook, codebook_parts, descended_parts, parts_with_minima, signed_parts
+from aqt_lite._ggml_steps import Coded, as_integers, bounded, first, in_float16, inverse, quotient
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite.dialects import DIALECTS, Dialect
@@ -43,30 +44,9 @@ from aqt_lite.qarray import QArray
 __all__ = ["ENCODERS", "encode_blocks", "quantize_blocks"]
 
 _NORMAL = 2.0**-126
-_LEAST = 2.0**-125
-_LARGEST = 2.0**126
-_MOST = float(np.finfo(np.float32).max)
-_HALF = SCALE_FORMATS["float16"].element
 _E4M3 = SCALE_FORMATS["float8_e4m3fn"].element
-_TOO_LARGE = 65520.0
-"""The least number that float16 rounds to infinity."""
 _LARGEST_NVFP4 = 2.0**33
 """From here on ggml gives values of nvfp4 the code of 0: their distances to all of its numbers are alike in float32."""
-_TRIES = 7
-_BLOCKS_AT_A_TIME = 1 << 12
-"""Blocks of iq4_nl whose tries are computed in one go, 16 numbers for each of their elements."""
-_LEAST_SEARCHED = 2.0**-20
-"""Largest magnitude of an iq4_nl block below which its scale is 0 in float16 whatever the search finds."""
-_LEAST_WEIGHED = 2.0**-40
-"""Magnitude whose cube, times a number of the table, is still normal."""
-
-
-class Coded(NamedTuple):
-    """What an encoder makes of (..., blocks, elements): codes, and those of scales and offsets, (..., blocks, 1)."""
-
-    codes: Array
-    scale: Array
-    offset: Array | None = None
 
 
 def quantize_blocks(x: Numbers, dtype: str, *, backend: str | None = None) -> QArray:
@@ -77,7 +57,8 @@ def quantize_blocks(x: Numbers, dtype: str, *, backend: str | None = None) -> QA
     x : array or list
         float16, bfloat16 or float32; the length of the last axis a multiple of the block.
     dtype : str
-        "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0", "iq4_nl", "mxfp4" or "nvfp4".
+        "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k" to "q6_k", "tq1_0", "tq2_0", "iq4_nl", "iq4_xs", "mxfp4" or
+        "nvfp4".
     backend : str, optional
         Move ``x`` to this backend first.
 
@@ -118,16 +99,21 @@ def quantize_blocks(x: Numbers, dtype: str, *, backend: str | None = None) -> QA
         raise TypeError(f"x is computed when it is looked at ({b.name}): compute it first")
     coded = Coded(*run(b, encode_blocks, b.stop_gradient(array), name=dtype))
     _check(array, coded, dtype, b)
-    offset = None if coded.offset is None else _kept(coded.offset, encoder.scale, source)
-    scale = _kept(coded.scale, encoder.scale, source)
+    scale = _kept(coded.scale, coded.scales, encoder)
+    offset = None if coded.offset is None else _kept(coded.offset, coded.offsets, encoder)
+    granularity = PerGroup(encoder.block // encoder.parts)
     return QArray.from_codes(
-        coded.codes, scale, offset=offset, dtype=dtype, granularity=PerGroup(encoder.block), float_dtype=source
+        coded.codes, scale, offset=offset, dtype=dtype, granularity=granularity, float_dtype=source
     )
 
 
-def _kept(codes: Array, scale: Format, source: str) -> QArray:
-    """Scales, or offsets, that have been checked."""
-    return QArray(codes, None, dtype=scale.name, block=(None,) * codes.ndim, float_dtype="float32")
+def _kept(codes: Array, of_parts: Array | None, encoder: Encoder) -> QArray:
+    """Scales, or offsets, that have been checked; those of parts have their block's as a scale."""
+    kept = QArray(codes, None, dtype=encoder.scale.name, block=(None,) * codes.ndim, float_dtype="float32")
+    if of_parts is None:
+        return kept
+    assert encoder.of_parts is not None
+    return QArray.from_codes(of_parts, kept, dtype=encoder.of_parts.name, granularity=PerGroup(encoder.parts))
 
 
 def encode_blocks(x: Array, *, name: str, b: Backend) -> Coded:
@@ -138,12 +124,18 @@ def encode_blocks(x: Array, *, name: str, b: Backend) -> Coded:
     blocks = xp.reshape(xp.astype(x, xp.float32), (*grid, encoder.block))
     zeros = xp.where(xp.signbit(blocks), xp.full_like(blocks, -0.0), xp.zeros_like(blocks))
     blocks = xp.where(xp.abs(blocks) < _NORMAL, zeros, blocks)
-    codes, scale, offset = encoder.rule(blocks, b)
+    codes, scale, offset, scales, offsets = encoder.rule(blocks, b)
     usable = xp.isfinite(b.largest(xp.abs(blocks), axis=-1, keepdims=True)) if 0 not in shape else scale == scale
     nan = encoder.scale.element.nan
     scale = xp.where(usable, scale, xp.full_like(scale, nan))
+    of_parts = (*shape[:-1], grid[-1] * encoder.parts)
     return Coded(
-        xp.reshape(codes, shape), xp.reshape(scale, grid), None if offset is None else xp.reshape(offset, grid)
+        xp.reshape(codes, shape),
+        xp.reshape(scale, grid),
+        *(
+            None if a is None else xp.reshape(a, as_shape)
+            for a, as_shape in ((offset, grid), (scales, of_parts), (offsets, of_parts))
+        ),
     )
 
 
@@ -182,30 +174,30 @@ def _signed_largest(x: Array, b: Backend, bits: int) -> Coded:
     xp, low = b.xp, 1 << (bits - 1)
     size = xp.abs(x)
     amax = b.largest(size, axis=-1, keepdims=True)
-    negative = xp.any(_first(size == amax, b) & (x < 0), axis=-1, keepdims=True)
+    negative = xp.any(first(size == amax, b) & (x < 0), axis=-1, keepdims=True)
     d = xp.where(negative, -amax, amax) * (-1 / low)
-    code = xp.floor(_bounded(x * _inverse(d, b), xp) + (low + 0.5))
+    code = xp.floor(bounded(x * inverse(d, b), xp) + (low + 0.5))
     code = xp.clip(code, 0.0, 2.0 * low - 1) - low
-    return Coded(_as_integers(code, "int8", b), _in_float16(d, b))
+    return Coded(as_integers(code, "int8", b), in_float16(d, b))
 
 
 def _range(x: Array, b: Backend, bits: int) -> Coded:
     xp, most = b.xp, (1 << bits) - 1
     low, high = xp.min(x, axis=-1, keepdims=True), xp.max(x, axis=-1, keepdims=True)
-    d = _quotient(high - low, xp.full_like(low, float(most)), b)
-    code = xp.clip(xp.floor(_bounded((x - low) * _inverse(d, b), xp) + 0.5), 0.0, float(most))
+    d = quotient(high - low, xp.full_like(low, float(most)), b)
+    code = xp.clip(xp.floor(bounded((x - low) * inverse(d, b), xp) + 0.5), 0.0, float(most))
     # a minimum does not say which of two zeros it is; ggml keeps the one that it meets first
-    negative = xp.any(_first(x == low, b) & xp.signbit(x), axis=-1, keepdims=True)
+    negative = xp.any(first(x == low, b) & xp.signbit(x), axis=-1, keepdims=True)
     low = xp.where(low == 0, xp.where(negative, xp.full_like(low, -0.0), xp.zeros_like(low)), low)
-    return Coded(_as_integers(code, "uint8", b), _in_float16(d, b), _in_float16(low, b))
+    return Coded(as_integers(code, "uint8", b), in_float16(d, b), in_float16(low, b))
 
 
 def _largest(x: Array, b: Backend, most: int) -> Coded:
     xp = b.xp
     amax = b.largest(xp.abs(x), axis=-1, keepdims=True)
-    d = _quotient(amax, xp.full_like(amax, float(most)), b)
-    code = xp.clip(rounded(x * _inverse(d, b), "half_away", xp), -float(most), float(most))
-    return Coded(_as_integers(code, "int8", b), _in_float16(d, b))
+    d = quotient(amax, xp.full_like(amax, float(most)), b)
+    code = xp.clip(rounded(x * inverse(d, b), "half_away", xp), -float(most), float(most))
+    return Coded(as_integers(code, "int8", b), in_float16(d, b))
 
 
 def _power_of_two(x: Array, b: Backend) -> Coded:
@@ -225,72 +217,15 @@ def _power_of_two(x: Array, b: Backend) -> Coded:
 def _sixth(x: Array, b: Backend) -> Coded:
     xp = b.xp
     amax = b.largest(xp.abs(x), axis=-1, keepdims=True)
-    s = _quotient(amax, xp.full_like(amax, 6.0), b)
+    s = quotient(amax, xp.full_like(amax, 6.0), b)
     fraction, e = b.fraction_and_exponent(xp.where(s < 2.0**-20, xp.full_like(s, 2.0**-20), s))
     sixteenths = xp.astype(xp.floor(fraction * 16), xp.int32)  # 16 to 31
     code = ((e + 7) << 3) + (sixteenths >> 1) - 8 + (sixteenths & 1)
-    small = xp.astype(xp.clip(xp.floor(_bounded(s * 512, xp) + 0.5), 0.0, 7.0), xp.int32)
+    small = xp.astype(xp.clip(xp.floor(bounded(s * 512, xp) + 0.5), 0.0, 7.0), xp.int32)
     code = xp.where(e < -6, small, code)
     code = xp.astype(xp.where(code >= 0x78, xp.full_like(code, 0x7E), code), xp.uint8)
     codes = _nearest(x, _E4M3.decode(code, b), b)
     return Coded(codes, xp.where(amax < _LARGEST_NVFP4, code, xp.full_like(code, _E4M3.nan)))
-
-
-def _searched(x: Array, b: Backend, numbers: tuple[float, ...]) -> Coded:
-    """The scale of least squared error, weighted by x squared, among those whose inverse is tried."""
-    xp, shape = b.xp, tuple(x.shape)
-    rows = xp.matrix_transpose(xp.reshape(x, (-1, shape[-1])))  # (elements, blocks)
-    count = int(rows.shape[1])
-    d = b.in_parts(lambda cut: _search(cut(rows, 1), numbers, b), count, lambda: _BLOCKS_AT_A_TIME, axis=0, like=rows)
-    codes = xp.matrix_transpose(_in_table(rows * xp.expand_dims(_inverse(d, b), axis=0), numbers, b))
-    return Coded(xp.reshape(xp.astype(codes, xp.uint8), shape), xp.reshape(_in_float16(d, b), (*shape[:-1], 1)))
-
-
-def _search(rows: Array, numbers: tuple[float, ...], b: Backend) -> Array:
-    """Scales of (elements, blocks).
-
-    With ``q`` the numbers next to ``x`` times what is tried, and weights ``w = x^2``, each try gives
-    ``d = sum(w q x) / sum(w q q)``. Sums run in order, each term rounded before it is added: the clip keeps a compiler
-    from fusing the two.
-    """
-    xp = b.xp
-    size = xp.abs(rows)
-    amax = b.largest(size, axis=0, keepdims=True) if rows.shape[1] else size[:1, :]
-    used = (amax >= _LEAST_SEARCHED) & xp.isfinite(amax)
-    rows, amax = xp.where(used, rows, xp.zeros_like(rows)), xp.where(used, amax, xp.ones_like(amax))
-    first = xp.matrix_transpose(_first(xp.matrix_transpose(size == amax), b))
-    negative = xp.any(first & (rows < 0), axis=0, keepdims=True)
-
-    top = -numbers[0]
-    tries = tuple(top - step for step in range(-_TRIES, _TRIES + 1))
-    above = xp.expand_dims(b.constant(tries, "float32", like=rows), axis=1)
-    wide = xp.broadcast_to(amax, (len(tries), int(amax.shape[1])))
-    tried = -_quotient(xp.broadcast_to(above, tuple(wide.shape)), wide, b)
-    tried = xp.concat([_inverse(_quotient(amax, xp.full_like(amax, top), b), b), tried], axis=0)
-    tried = b.computed_once(xp.where(negative, -tried, tried))  # (tries, blocks)
-
-    rows = xp.expand_dims(rows, axis=1)  # (elements, tries, blocks) from here on
-    weight = xp.where(xp.abs(rows) < _LEAST_WEIGHED, xp.zeros_like(rows), rows * rows)
-    at = _in_table(rows * xp.expand_dims(tried, axis=0), numbers, b)
-    q = xp.reshape(xp.take(b.constant(numbers, "float32", like=rows), xp.reshape(at, (-1,)), axis=0), tuple(at.shape))
-    q = b.computed_once(q)
-    qx, qq = (b.ordered_sum(b.computed_once(xp.clip(weight * q * a, -_MOST, _MOST))) for a in (rows, q))
-    qx, qq = b.computed_once(qx), b.computed_once(xp.where(used, qq, xp.ones_like(qq)))
-    found = b.computed_once(_quotient(qx, qq, b))
-    d = found[0, :]
-    best = d * qx[0, :]
-    for i in range(1, 1 + len(tries)):
-        better = qx[i, :] * qx[i, :] > best * qq[i, :]
-        d = b.computed_once(xp.where(better, found[i, :], d))
-        best = b.computed_once(xp.where(better, found[i, :] * qx[i, :], best))
-    return xp.where(used[0, :], d, xp.zeros_like(d))
-
-
-def _in_table(x: Array, numbers: tuple[float, ...], b: Backend) -> Array:
-    """Codes of the nearest of ``numbers``, which increase; of two the larger one."""
-    xp = b.xp
-    cuts = b.constant(tuple((low + high) / 2 for low, high in itertools.pairwise(numbers)), "float32", like=x)
-    return xp.reshape(xp.searchsorted(cuts, xp.reshape(x, (-1,)), side="right"), tuple(x.shape))
 
 
 def _nearest(x: Array, scale: Array, b: Backend) -> Array:
@@ -319,70 +254,31 @@ def _carry(e: int) -> float:
 _CARRIES = tuple(map(_carry, range(-126, 128)))  # made at import: compilers cannot trace calls of NumPy
 
 
-# ---- steps of them
-
-
-def _first(these: Array, b: Backend) -> Array:
-    """The first of ``these`` in each block."""
-    xp, length = b.xp, int(these.shape[-1])
-    index = xp.broadcast_to(b.arange(0, length, like=these), tuple(these.shape))
-    at = xp.where(these, index, xp.full_like(index, length))
-    return index == xp.min(at, axis=-1, keepdims=True)
-
-
-def _bounded(product: Array, xp: Any) -> Array:
-    """A product that something is added to: the clip, far outside, keeps a compiler from fusing the two."""
-    return xp.clip(product, -1024.0, 1024.0)
-
-
-def _inverse(d: Array, b: Backend) -> Array:
-    """``1/d``, 0 for 0."""
-    xp = b.xp
-    size = xp.abs(d)
-    there = size >= _LEAST
-    inverse = b.reciprocal(xp.clip(size, _LEAST, _LARGEST))
-    inverse = xp.where(there, inverse, xp.zeros_like(inverse))
-    return xp.where(d < 0, -inverse, inverse)
-
-
-def _quotient(x: Array, by: Array, b: Backend) -> Array:
-    """``x / by``; ``x`` itself where that is not finite, or ``by`` not positive and finite."""
-    xp = b.xp
-    known = xp.isfinite(x) & xp.isfinite(by) & (by > 0)
-    found = b.quotient(xp.where(known, x, xp.zeros_like(x)), xp.where(known, by, xp.ones_like(by)))
-    return xp.where(known, found, x)
-
-
-def _in_float16(d: Array, b: Backend) -> Array:
-    """Bit patterns of float16, halves to even; NaN for what it has no number for."""
-    xp = b.xp
-    codes = _HALF.encode(d, None, True, "half_even", None, b)[0]
-    return xp.where(xp.abs(d) < _TOO_LARGE, codes, xp.full_like(codes, _HALF.nan))
-
-
-def _as_integers(codes: Array, dtype: str, b: Backend) -> Array:
-    """Whole numbers as integers; what is NaN, in a block that is refused, as 0."""
-    xp = b.xp
-    return xp.astype(xp.where(xp.isnan(codes), xp.zeros_like(codes), codes), b.dtype(dtype))
-
-
 class Encoder(NamedTuple):
     """How the codes of a block type are made."""
 
     rule: Callable[[Array, Backend], Coded]
     block: int
-    """Elements that share a scale."""
+    """Elements that share a scale, or the scale of scales."""
     stored: int
     """Elements that are stored together."""
     scale: Format
-    """Format of the scales, and of the offsets."""
+    """Format of the scales, and of the offsets, that are floats."""
+    parts: int = 1
+    """Parts of a block, which have scales of their own."""
+    of_parts: Format | None = None
+    """Format of these."""
 
 
-def _encoder(name: str, rule: Callable[..., Coded], **how: int) -> Encoder:
+def _encoder(name: str, rule: Callable[..., Coded], **how: Any) -> Encoder:
     form = BLOCK_TYPES[name]
     assert form.group is not None
     assert form.scale is not None
-    return Encoder(functools.partial(rule, **how), form.group, form.group, form.scale)
+    if form.scale.scale is None:
+        return Encoder(functools.partial(rule, **how), form.group, form.group, form.scale)
+    assert form.scale.group is not None
+    block, rule = form.group * form.scale.group, functools.partial(rule, size=form.group, **how)
+    return Encoder(rule, block, block, form.scale.scale, form.scale.group, form.scale)
 
 
 _E8M0, _IQ4_NL = FORMATS["mxfp4"].scale, getattr(FORMATS["iq4_nl"].element, "numbers", ())
@@ -396,11 +292,17 @@ ENCODERS = {
     "q8_0": _encoder("q8_0", _largest, most=127),
     "tq1_0": _encoder("tq1_0", _largest, most=1),
     "tq2_0": _encoder("tq2_0", _largest, most=1),
-    "iq4_nl": Encoder(functools.partial(_searched, numbers=_IQ4_NL), 32, 32, SCALE_FORMATS["float16"]),
+    "q2_k": _encoder("q2_k", parts_with_minima, top=3, most=15, start=-0.5, tries=16, absolute=True),
+    "q3_k": _encoder("q3_k", descended_parts, top=4, lowest=-32),
+    "q4_k": _encoder("q4_k", parts_with_minima, top=15, most=63, start=-1.0, tries=21, absolute=False),
+    "q5_k": _encoder("q5_k", parts_with_minima, top=31, most=63, start=-0.5, tries=16, absolute=False),
+    "q6_k": _encoder("q6_k", signed_parts, top=32, lowest=-128),
+    "iq4_nl": Encoder(functools.partial(codebook, numbers=_IQ4_NL), 32, 32, SCALE_FORMATS["float16"]),
+    "iq4_xs": _encoder("iq4_xs", codebook_parts, numbers=_IQ4_NL, lowest=-32),
     "mxfp4": Encoder(_power_of_two, 32, 32, _E8M0),
     "nvfp4": Encoder(_sixth, 16, 64, SCALE_FORMATS["float8_e4m3fn"]),
 }
-"""The block types that have an encoder."""
+"""The block types that have an encoder: all that this library reads."""
 
 DIALECTS["gguf"] = Dialect(
     "gguf",

@@ -149,6 +149,9 @@ class JaxBackend(Backend):
             return jax.lax.map(lambda each: function(*each), (x, stack))
         return jax.vmap(function)(x, stack)
 
+    def repeated(self, times: int, step: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        return jax.lax.fori_loop(0, times, step, state)  # type: ignore[no-any-return]
+
     def ordered_sum(self, x: Array) -> Array:
         return jax.lax.fori_loop(1, x.shape[0], lambda i, total: total + x[i], x[0])
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from forms import JIT, NUMPY, TORCH
 from optional import jax
-from oracles.libraries import ENCODED, inputs, to_decode, type_of
+from oracles.libraries import ENCODED, inputs, meant, to_decode, type_of
 
 from aqt_lite import QArray, quantize
 from aqt_lite._registry import get_backend
@@ -48,14 +48,6 @@ def values_of(form: str, name: str, data: np.ndarray, shape: tuple[int, ...]) ->
     return b.to_numpy(called(form, lambda v: v.dequantize(), q))
 
 
-def meant(name: str, data: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The bytes that are compared: codes of iq4_nl mean nothing in blocks below 2^-20, whose scales are 0."""
-    if name != "iq4_nl":
-        return data
-    blocks = np.abs(x.reshape(-1, 32)).max(axis=1) >= 2.0**-20
-    return data.reshape(-1, 18)[blocks]
-
-
 def live(seeds: list[int]) -> int:
     """Bytes and values that differ; prints a line of a table for each type."""
     import libgguf
@@ -66,11 +58,12 @@ def live(seeds: list[int]) -> int:
     for seed in seeds:
         x = inputs(seed)
         for name in ENCODED:
-            wanted = meant(name, libgguf.quantize_rows(x, type_of(name)), x)
+            wanted = libgguf.quantize_rows(x, type_of(name))
             numbers.setdefault(name, [0, 0])[0] += wanted.size
             for form in FORMS:
                 row = counts.setdefault(name, dict.fromkeys(FORMS, 0))
-                row[form] += int((meant(name, bytes_of(form, name, x), x) != wanted).sum())
+                found = meant(name, bytes_of(form, name, x), wanted)
+                row[form] += int((found != meant(name, wanted, wanted)).sum())
         for name, data, values in to_decode(seed, seed):
             numbers.setdefault(name, [0, 0])[1] += values.size
             for form in FORMS:
