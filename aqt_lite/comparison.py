@@ -41,6 +41,9 @@ _SAMPLED = 1 << 17
 _FEW = 3
 """Hypotheses that are named where none explains everything."""
 
+_FEW_CODES = 64
+"""Of fewer several explanations may be true."""
+
 _GOOD_PART = 0.9
 """What may be left of the differences for a hypothesis to be worth a word."""
 
@@ -100,11 +103,13 @@ class Comparison:
     values_that_differ: int | None
     """How many values differ as real numbers, ``(number - zero_point) * scale + offset`` without rounding."""
     largest_value_difference: float | None
+    advice: str = ""
+    """What would tell more; empty where nothing would."""
     at_ties: int | None = None
     """How many of the codes that differ belong to values next to a tie, halfway between two codes; None without x."""
 
     def __str__(self) -> str:
-        return f"{self._sentence()}\n\n{self._table()}"
+        return f"{' '.join(filter(None, (self._sentence(), self.advice)))}\n\n{self._table()}"
 
     def _sentence(self) -> str:
         if self.equal:
@@ -538,6 +543,7 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
 
 def _comparison(a: Side, b: Side | None, x: _Numbers | None, found: _Found, called: str | None = None) -> Comparison:
     d = found.base
+    told_by_floats = x is None and (found.complete is None or a.size < _FEW_CODES)
     values: tuple[int | None, float | None] = (None, None)
     ties = None
     if d is not None and b is not None:
@@ -561,5 +567,6 @@ def _comparison(a: Side, b: Side | None, x: _Numbers | None, found: _Found, call
         largest_offset_difference=None if d is None else d.largest_offset,
         values_that_differ=values[0],
         largest_value_difference=values[1],
+        advice="Give the floats, x=, to tell more." if told_by_floats and not (d is not None and d.none) else "",
         at_ties=ties,
     )

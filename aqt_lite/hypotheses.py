@@ -82,6 +82,27 @@ def _axes_reversed(side: Side, other: Side) -> Side | None:
     return side.with_axes(range(len(side.shape))[::-1]) if len(side.shape) > 2 else None
 
 
+_KERNELS = (
+    *(("HWIO", "OIHW"), ("OIHW", "HWIO"), ("OHWI", "OIHW"), ("OIHW", "OHWI")),
+    *(("HWIO", "OHWI"), ("OHWI", "HWIO"), ("IOHW", "OIHW"), ("HWOI", "OIHW")),
+)
+"""Orders of the axes of convolutions' kernels, of JAX, torch, TensorFlow Lite, and of transposed ones."""
+
+
+def _kernel_axes(side: Side, other: Side, *, mine: str, its: str) -> Side | None:
+    """Axes in the order of the other's kernels; HW stands for all spatial axes."""
+    ndim = len(side.shape)
+    if ndim < 3:
+        return None
+    spatial = "abcdefgh"[: ndim - 2]
+    before, after = (name.replace("HW", spatial) for name in (mine, its))
+    order = [before.index(axis) for axis in after]
+    same = list(range(ndim))
+    if order in (same, same[::-1], [*same[:-2], ndim - 1, ndim - 2]) or ndim > 10:  # these are other records
+        return None
+    return side.with_axes(order)
+
+
 def _scales_of_other_axis(side: Side, other: Side, *, turned: bool) -> Side | None:
     """The same scales on the other side's grid: in the order of memory, or transposed."""
     if side.shape != other.shape or side.sizes == other.sizes or side.scale.size != other.scale.size:
@@ -361,6 +382,8 @@ def _why_factor(side: Side, other: Side) -> str | None:
     for known, words in _factors(side, other):
         if abs(factor / known - 1) <= _CLOSE:
             return words
+    if abs(factor - 1) <= _CLOSE:
+        return "but for their last places: other roundings of the same numbers"
     return f"times {factor:.9g}" if np.unique(side.scale).size >= _MANY else None
 
 
@@ -436,6 +459,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         _axes_reversed,
         both_ways=False,
         opens=True,
+    ),
+    *(
+        Hypothesis(
+            f"kernel axes {mine} for {its}",
+            f"axes of {{one}} are in the order {mine} (HW: all spatial ones), those of {{other}} in the order {its}",
+            partial(_kernel_axes, mine=mine, its=its),
+            both_ways=False,
+            opens=True,
+        )
+        for mine, its in _KERNELS
     ),
     Hypothesis(
         "codes transposed",
@@ -720,8 +753,7 @@ def _changed(d: Dialect, changed: dict[str, Any]) -> Rule:
     how = {"rounding": changed["rounding"]} if "rounding" in changed else {}
     if "reach" in fields:
         fields["reaches"] = ()
-    every: dict[str, Any] = {"symmetric": None, "affine": None, "given": None, "of_floats": None, "of_blocks": None}
-    every |= {"of_formats": (), "of_codebooks": None}
+    every: dict[str, Any] = {"of_floats": None, "of_blocks": None, "of_formats": (), "of_codebooks": None}
     dialect = replace(d, **{**every, **fields, "name": f"{d.name}, {words}"})
     return Rule(
         dialect.name,

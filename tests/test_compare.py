@@ -86,6 +86,10 @@ def wrong_axes():
     yield "codes transposed", square, read_as(square, square.qvalue.T)
     cube = X.reshape(4, 16, 96)
     yield "axes reversed", quantize(cube), quantize(cube.transpose(2, 1, 0).copy())
+    kernel = X.reshape(2, 4, 8, 96)
+    for name, order in (("OIHW for HWIO", (3, 2, 0, 1)), ("OHWI for HWIO", (3, 0, 1, 2))):
+        other = quantize(kernel.transpose(order).copy(), granularity=PerChannel(0))
+        yield f"kernel axes {name}", quantize(kernel, granularity=PerChannel(3)), other
     columns = QArray.from_codes(square.qvalue, square.scale.reshape(1, 64), granularity=PerChannel(1))
     yield "axis of scales", square, columns
     groups = quantize(SQUARE, granularity=PerGroup(32))
@@ -224,6 +228,7 @@ def test_every_hypothesis_is_met_by_a_pair():
         "order of codes in a word",
         *(f"halves of blocks of {n}" for n in (64, 128, 256)),
         "order of AWQ, codes, zero",
+        "kernel axes",
     )
     for h in HYPOTHESES:
         assert h.name.removesuffix(" but one") in met or h.name.startswith((*same, "layout ")), h.name
@@ -311,7 +316,7 @@ FIELDS = {  # what is said of a dialect that is as this library's but for these 
     "torch_per_token": {"divides_range": True},
     "aqt_lite, divides=True": {"divides": True},
     "aqt_lite, zero_first=True": {"zero_first": True},
-    "qwix, divides=True": {"zero_first": True, "divides": True},
+    "aqt_lite, divides=True, zero_first=True": {"zero_first": True, "divides": True},
 }
 
 
@@ -458,6 +463,38 @@ def test_one_number_is_explained_by_no_factor():
     assert compare(q, with_scale(q, q.scale * np.float32(2))).explanation.name == "factor of scales"
     u = quantize(X, "uint8", scheme="affine")
     assert compare(u, replace(u, zero_point=u.zero_point - 7)).explanation is None
+
+
+def test_a_dialect_that_lacks_the_format_is_not_named():
+    scale = np.abs(X).max(1, keepdims=True) / np.float32(127)
+    found = compare((np.trunc(X / scale).astype(np.int8), scale), X)
+    named = {name.split(",")[0] for name in (found.explanation.name, *found.explanation.also)}
+    assert named <= {name for name, d in DIALECTS.items() if "int8" in (d.symmetric or ("int8",))}, named
+
+
+def test_scales_that_differ_in_their_last_places_alone():
+    q = quantize(X, granularity=ROWS)
+    found = compare(with_scale(q, np.nextafter(q.scale, np.float32(9))), q)
+    assert "but for their last places" in str(found)
+    assert "times" not in str(found)
+
+
+def test_floats_are_asked_for_where_they_would_tell_more():
+    few = quantize(X[:2, :4], granularity=ROWS)
+    other = with_scale(few, few.scale * np.float32(1.7))
+    assert "Give the floats, x=, to tell more." in str(compare(other, few))
+    assert "Give the floats" not in str(compare(other, few, x=X[:2, :4]))
+    assert "Give the floats" not in str(compare(few, few))
+    many = quantize(X, granularity=ROWS)
+    assert "Give the floats" in str(compare(many, quantize(X, granularity=ROWS, dialect="torch")))
+    assert not compare(many, read_as(many, -many.qvalue)).advice
+
+
+def test_axes_of_kernels_are_found_beside_a_dialect():
+    kernel = X[:48, :16].reshape(3, 2, 8, 16)
+    theirs = quantize(kernel.transpose(3, 2, 0, 1).copy(), granularity=PerChannel(0), dialect="torch")
+    found = compare(theirs, kernel)
+    assert found.explanation.name.startswith("kernel axes OIHW for HWIO and torch"), str(found)
 
 
 def test_what_is_nearly_explained_is_named_with_what_is_left():
