@@ -96,8 +96,11 @@ def convert(
     if rules is not None and (scale_dtype is not None or offset):
         raise ValueError(f"dialect={rules.name!r} keeps plain scales and zero points: leave scale_dtype and offset out")
     if rules is not None and rules.whole is not None:
+        if q.dtype in (rules.symmetric or ()) and dtype is None and granularity is None:
+            return q
         raise ValueError(
-            f"dialect={rules.name!r} stores blocks of its own: quantize the floats with it, or see to_bytes"
+            f"dialect={rules.name!r} stores blocks of its own: quantize the floats with it; or name one of its formats "
+            "as dtype= alone, with the granularity and scale_dtype that it has"
         )
     if rules is not None:
         scale_dtype, offset = "float32", None if rules.offsets and given.offset.any() else False

@@ -174,6 +174,15 @@ def _awq(bits: int, length: int) -> tuple[int, ...] | None:
     return (0, 2, 4, 6, 1, 3, 5, 7) if bits == 4 else None
 
 
+def _rows_of_heads(side: Side, other: Side, *, length: int) -> Side | None:
+    """Rows of each head, halves of which were side by side, in turns; with their scales."""
+    if len(side.shape) < 2 or side.grid[-2] not in (1, side.shape[-2]):
+        return None
+    parts = ("zero_point", "scale", "offset") if side.grid[-2] == side.shape[-2] else ()
+    halves = tuple(i + j * (length // 2) for i in range(length // 2) for j in range(2))
+    return _reordered(side, other, order=lambda bits, rows: halves, axis=-2, of=parts)
+
+
 def _restreamed(side: Side, other: Side, *, again: Callable[[_Numbers, int], _Numbers], axis: int) -> Side | None:
     """Codes along an axis written as one layout has it and read as another has it."""
     bits = side.element.bits
@@ -592,6 +601,15 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     *_orders(-2),
     *(
         Hypothesis(
+            f"rotary rows, heads of {length}",
+            f"rows of {{other}} are those of {{one}} with the two halves of each head of {length} in turns, as rotary "
+            "embeddings of other libraries want them",
+            partial(_rows_of_heads, length=length),
+        )
+        for length in (64, 96, 128, 256)
+    ),
+    *(
+        Hypothesis(
             f"layout {name}",
             f"{{other}} is {{one}} stored in layout {name!r} and read as a stream without gaps",
             partial(_stored_otherwise, layout=layout),
@@ -642,8 +660,11 @@ def _scheme(side: Side) -> str:
 
 
 def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None = None, **how: Any) -> QArray:
-    if dialect.whole is not None:
-        return quantize(x, side.format.name, dialect=dialect)
+    if dialect.whole is not None:  # along the last axis, whichever it was
+        turned = [axis for axis, size in enumerate(side.sizes) if size > 1][-1:] or [x.ndim - 1]
+        order = [*(axis for axis in range(x.ndim) if axis not in turned), *turned]
+        q = quantize(np.ascontiguousarray(np.transpose(x, order)), side.format.name, dialect=dialect)
+        return q.transpose(*(order.index(axis) for axis in range(x.ndim)))
     own = (
         {"scale_dtype": side.scale_dtype}
         if side.scale_dtype and not dialect.for_format(side.format).plain_scales

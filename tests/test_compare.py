@@ -184,6 +184,14 @@ def wrong_orders():
     yield "order of bits, along the last axis", three, read_as(three, stream)
 
 
+def wrong_rows():
+    q = quantize(SQUARE, granularity=PerGroup(32))
+    index = np.arange(64).reshape(2, 32).T.ravel()  # what is converted for ggml
+    turns = QArray.from_codes(q.qvalue[index], q.scale[index], granularity=PerGroup(32))
+    yield "rotary rows, heads of 64", q, turns
+    yield "rotary rows, heads of 64", turns, q
+
+
 def wrong_in_two_ways():
     q, square = of_codes(codes(64, 96)), of_codes(codes(64, 64))
     nibbles = "order of codes in a byte, along the last axis"
@@ -204,7 +212,11 @@ def wrong_in_two_ways():
     yield "zero points moved and scales in float16", q, off
 
 
-PAIRS = [pair for made in (wrong_axes, wrong_codes, wrong_scales, wrong_orders, wrong_in_two_ways) for pair in made()]
+PAIRS = [
+    pair
+    for made in (wrong_axes, wrong_codes, wrong_scales, wrong_orders, wrong_rows, wrong_in_two_ways)
+    for pair in made()
+]
 
 
 @pytest.mark.parametrize(("name", "a", "b"), PAIRS, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(PAIRS)])
@@ -229,6 +241,7 @@ def test_every_hypothesis_is_met_by_a_pair():
         *(f"halves of blocks of {n}" for n in (64, 128, 256)),
         "order of AWQ, codes, zero",
         "kernel axes",
+        "rotary rows",
     )
     for h in HYPOTHESES:
         assert h.name.removesuffix(" but one") in met or h.name.startswith((*same, "layout ")), h.name

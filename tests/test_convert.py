@@ -182,6 +182,8 @@ def test_what_a_library_stores():
         convert(u4, dialect="onnx", offset=True)
     with pytest.raises(ValueError, match="dialect='gguf' stores blocks of its own: quantize the floats with it"):
         convert(u4, dialect="gguf")
+    stored = quantize(X, "q8_0", dialect="gguf")
+    assert convert(stored, dialect="gguf") is stored
 
 
 def test_layouts_in_memory_are_kept():
