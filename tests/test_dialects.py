@@ -309,6 +309,28 @@ def test_the_operator_of_matmul_nbits_reads_our_bytes(dtype, scheme):
     np.testing.assert_allclose(y, x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "scheme"), [("uint4", "symmetric"), ("uint4", "affine"), ("uint8", "affine")])
+def test_the_last_block_of_matmul_nbits_may_be_shorter(dtype, scheme):
+    ort = pytest.importorskip("onnxruntime.capi._pybind_state", reason="onnxruntime is not installed")
+    bits, (rows, columns, size) = int(dtype[4:]), (5, 150, 32)
+    w = np.random.default_rng(9).standard_normal((rows, columns)).astype(np.float32)
+    w[1], w[2, 128:], w[3, 128:] = 0, 0, 0.7  # blocks of zeros and constants, shorter ones among them
+    blocks = -(-columns // size)
+    packed, scale = np.zeros((rows, blocks, size * bits // 8), np.uint8), np.zeros((rows, blocks), np.float32)
+    zero = np.zeros((rows, -(-blocks * bits // 8)), np.uint8)
+    quantize_there = getattr(ort, f"quantize_matmul_{bits}bits")
+    quantize_there(packed, w.T.copy(), scale, zero, size, rows, columns, scheme == "symmetric")
+    q = quantize(w, dtype, scheme=scheme, granularity=PerGroup(size), dialect="onnxruntime")
+    there = scale != 0  # of zeros it is 0 there, and 1 here
+    np.testing.assert_array_equal(np.asarray(q.scale)[there], scale[there])
+    codes = aqt_lite.layouts.LAYOUTS["dense"].holding(dtype, bits)
+    found = codes.unpacked(packed.reshape(rows, -1), (rows, blocks * size), signed=False)["codes"][:, :columns]
+    np.testing.assert_array_equal(q.qvalue, found)
+    if scheme == "affine":
+        zeros = codes.unpacked(zero, (rows, zero.shape[1] * 8 // bits), signed=False)["codes"][:, :blocks]
+        np.testing.assert_array_equal(q.zero_point[there], zeros[there])
+
+
 def test_mlx_reads_our_words():
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed: requirements-dev.txt has it")
     w = np.random.default_rng(5).standard_normal((4, 256)).astype(np.float32)
