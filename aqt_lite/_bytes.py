@@ -250,9 +250,10 @@ def _collect(path: str, q: QArray, layout: Layout, found: dict[str, np.ndarray[A
         grid = (*q.shape[:-1], q.shape[-1] // size)
         kept_as = kept.dtype if hasattr(kept, "qvalue") else str(kept.dtype).rsplit(".", 1)[-1]
         if kept_as != of_child.dtype:
+            how = f"with scale_dtype={of_child.dtype!r} or dtype={layout.dtype!r}, or " if name == "scale" else ""
             raise ValueError(
                 f"layout {layout.name!r} keeps the {child} as {of_child.dtype}, and {what} has it as {kept_as}: "
-                f"quantize with scale_dtype={of_child.dtype!r} or dtype={layout.dtype!r}, or in the library's dialect"
+                f"quantize {how}in the library's dialect"
             )
         if tuple(kept.shape) != grid or (grid[-1] > 1 and block[-1] != size):
             raise ValueError(

@@ -285,21 +285,23 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
     compute = "float64" if q.float_dtype == "float64" else "float32"
     kept = q.scale if isinstance(q.scale, QArray) else None
     scale: Any = b.asarray(side.scale.astype(compute), like=q.storage)
+    zeros: dict[str, Any] = {}
+    if scale_dtype is None and isinstance(q.offset, QArray) and _unchanged(q.offset, side.offset):
+        zeros["offset"] = q.offset  # in as few bits
+    elif side.offset.any():
+        zeros["offset"] = b.asarray(side.offset.astype(compute), like=q.storage)
+    elif side.zero_point.any() or side.element.middle:
+        zeros["zero_point"] = b.asarray(side.zero_point.astype(np.int32), like=q.storage)
     if scale_dtype is None and kept is not None:
         if kept.scale is None:
             scale_dtype = kept.dtype
-        elif tuple(kept.shape) == side.grid and (read_side(q, "q").scale == side.scale).all():
+        elif _unchanged(kept, side.scale):
             scale = kept
         else:
             raise ValueError(
                 f"scales are kept in {kept.dtype}, with scales of their own, and would change: give "
                 "scale_dtype='float32' to have them as plain numbers"
             )
-    zeros: dict[str, Any] = {}
-    if side.offset.any():
-        zeros["offset"] = b.asarray(side.offset.astype(compute), like=q.storage)
-    elif side.zero_point.any() or side.element.middle:
-        zeros["zero_point"] = b.asarray(side.zero_point.astype(np.int32), like=q.storage)
     how: dict[str, Any] = {"dtype": side.format.name, "granularity": granularity_of(side.block)}
     try:
         made = QArray.from_codes(codes, scale, **zeros, **how, scale_dtype=scale_dtype, float_dtype=q.float_dtype)
@@ -308,6 +310,11 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
     made = made.with_trainable_scales(q.trainable)
     made = made.for_dense(*lengths_swapped(q.transposed)) if q.transposed else made
     return made if q.packed_length is not None or q.bits >= 8 else made.unpacked()
+
+
+def _unchanged(kept: QArray, numbers: _Numbers) -> bool:
+    """Whether what is kept in few bits has these numbers."""
+    return tuple(kept.shape) == numbers.shape and bool((kept._backend.to_numpy(kept.dequantize()) == numbers).all())
 
 
 def _check_exact(given: Side, made: Side) -> None:

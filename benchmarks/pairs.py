@@ -25,6 +25,8 @@ ROWS = PerChannel(0)
 
 OF_CODES = [
     ("transposed", "transposed", 0),
+    ("kernels of a convolution, HWIO and OIHW", "kernel axes OIHW for HWIO", 0),
+    ("rows of rotary heads, in halves or in turns", "rotary rows, heads of 64", 0),
     ("a group's axis", "axis of scales, transposed", 0),
     ("a group's size", "size of groups", 0),
     ("zero point off by one", "zero points moved", 0),

@@ -249,6 +249,11 @@ def test_the_conventions_of_stored_weights_with_each_other():
         assert (made.dtype, made.granularity, made.scale.dtype) == (plain, PerGroup(32), "float16")
         again = convert(made, block_type)
         assert bytes(again.to_bytes("gguf")) == bytes(q.to_bytes("gguf"))
+    for block_type, plain in (("q6_k", "int6"), ("q4_k", "uint4"), ("iq4_xs", "iq4_nl")):  # scales of scales
+        q = quantize(X.reshape(4, 256), block_type, dialect="gguf")
+        again = convert(held(convert(q, plain), q), block_type)
+        assert bytes(again.to_bytes("gguf")) == bytes(q.to_bytes("gguf"))
+        assert held(convert(q, plain, scale_dtype="float32"), q).scale.dtype == np.float32
     four = quantize(X, "int4", granularity=PerGroup(32), scale_dtype="float16")
     assert held(convert(four, "q4_0"), four).to_bytes("q4_0").shape == (16, 36)
 
