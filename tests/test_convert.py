@@ -26,6 +26,7 @@ def exact_values(q):
     grid = aqt_lite.granularity.grid_of(q.shape, q.block)
 
     def of_blocks(leaf):
+        leaf = leaf.dequantize() if isinstance(leaf, QArray) else leaf
         leaf = np.zeros(grid) if leaf is None else np.asarray(leaf)
         for axis, (n, size) in enumerate(zip(q.shape, q.block, strict=True)):
             leaf = leaf.repeat(n if size is None else size, axis=axis).take(range(n), axis=axis)

@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_refused_everywhere(backend):
         quantize_blocks(backend.asarray(x), "q4_0")
 
 
-@pytest.mark.parametrize("name", ["q4_1", "mxfp4"])
+@pytest.mark.parametrize("name", ["q4_1", "mxfp4", pytest.param("q4_k", marks=pytest.mark.exhaustive)])
 def test_a_block_without_a_scale_is_nan_under_a_compiler(name):
     x = np.ones((1, 512), "float32")
     x[0, 300] = np.nan
