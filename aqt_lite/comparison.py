@@ -381,6 +381,8 @@ def _search(start: _State, found: _Found, progress: Progress) -> None:
         state = start.after(step)
         left = None if state is None else differences(state.a, state.b, sample=True)
         if state is None or left is None:
+            if state is not None and step[0].opens:
+                helpful.append(step)  # another one may bring it to the other's shape
             continue
         if found.add(state.candidate(left, start)):
             return

@@ -103,6 +103,23 @@ def _kernel_axes(side: Side, other: Side, *, mine: str, its: str) -> Side | None
     return side.with_axes(order)
 
 
+def _reshaped(side: Side, other: Side) -> Side | None:
+    """The same memory in the other's shape, where scales are of the first or the last axis, or one for all."""
+    if len(side.shape) == len(other.shape) or side.size != other.size or side.maps or not (side.shape and other.shape):
+        return None
+    wide = [axis for axis, count in enumerate(side.grid) if count > 1]
+    if len(wide) > 1 or 0 in side.shape:
+        return None
+    grid, block = [1] * len(other.shape), [None] * len(other.shape)
+    for axis in wide:
+        at = 0 if axis == 0 else -1
+        if axis not in (0, len(side.shape) - 1) or not side.grid[axis] == side.shape[axis] == other.shape[at]:
+            return None
+        grid[at], block[at] = side.grid[axis], 1  # type: ignore[call-overload]
+    made = side.with_grids(lambda g: g.reshape(grid), tuple(block))
+    return replace(made, codes=np.reshape(side.codes, other.shape))
+
+
 def _scales_of_other_axis(side: Side, other: Side, *, turned: bool) -> Side | None:
     """The same scales on the other side's grid: in the order of memory, or transposed."""
     if side.shape != other.shape or side.sizes == other.sizes or side.scale.size != other.scale.size:
@@ -474,10 +491,16 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
             f"kernel axes {mine} for {its}",
             f"axes of {{one}} are in the order {mine} (HW: all spatial ones), those of {{other}} in the order {its}",
             partial(_kernel_axes, mine=mine, its=its),
-            both_ways=False,
             opens=True,
         )
         for mine, its in _KERNELS
+    ),
+    Hypothesis(
+        "reshaped",
+        "{one} has the shape of {other} in the same order of memory, some axes being one",
+        _reshaped,
+        both_ways=False,
+        opens=True,
     ),
     Hypothesis(
         "codes transposed",

@@ -25,7 +25,7 @@ ROWS = PerChannel(0)
 
 OF_CODES = [
     ("transposed", "transposed", 0),
-    ("kernels of a convolution, HWIO and OIHW", "kernel axes OIHW for HWIO", 0),
+    ("kernels of a convolution, HWIO and OIHW", "kernel axes HWIO for OIHW", 0),
     ("rows of rotary heads, in halves or in turns", "rotary rows, heads of 64", 0),
     ("a group's axis", "axis of scales, transposed", 0),
     ("a group's size", "size of groups", 0),

@@ -87,9 +87,13 @@ def wrong_axes():
     cube = X.reshape(4, 16, 96)
     yield "axes reversed", quantize(cube), quantize(cube.transpose(2, 1, 0).copy())
     kernel = X.reshape(2, 4, 8, 96)
-    for name, order in (("OIHW for HWIO", (3, 2, 0, 1)), ("OHWI for HWIO", (3, 0, 1, 2))):
+    for name, order in (("HWIO for OIHW", (3, 2, 0, 1)), ("HWIO for OHWI", (3, 0, 1, 2))):
         other = quantize(kernel.transpose(order).copy(), granularity=PerChannel(0))
         yield f"kernel axes {name}", quantize(kernel, granularity=PerChannel(3)), other
+    first = quantize(kernel.transpose(3, 2, 0, 1).copy(), granularity=PerChannel(0))
+    yield "reshaped", first, quantize(kernel.transpose(3, 2, 0, 1).reshape(96, 64), granularity=PerChannel(0))
+    rows = quantize(kernel.transpose(3, 0, 1, 2).reshape(96, 64), granularity=PerChannel(0))
+    yield "kernel axes OIHW for OHWI and reshaped", rows, first
     columns = QArray.from_codes(square.qvalue, square.scale.reshape(1, 64), granularity=PerChannel(1))
     yield "axis of scales", square, columns
     groups = quantize(SQUARE, granularity=PerGroup(32))
