@@ -110,7 +110,12 @@ class ArrayShapes:
                 of_blocks.append(position if size == 1 else 0)
             axis += 1
         b = q._backend
-        blocks = _on_blocks(q, lambda a: a[_as_index(of_blocks)] if _is_quantized(a) else _cut(a, of_blocks, b))
+        try:
+            blocks = _on_blocks(q, lambda a: a[_as_index(of_blocks)] if _is_quantized(a) else _cut(a, of_blocks, b))
+        except IndexError as error:
+            raise IndexError(
+                f"scales of {q.dtype} have groups themselves, of blocks of {q.granularity}: {error}"
+            ) from None
         cut = replace(_indexed(q, items), **blocks, block=tuple(block), ragged=())
         return replace(cut, ragged=cut._ragged_axes())
 

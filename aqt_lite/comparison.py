@@ -545,7 +545,7 @@ def _try_orders(state: _State, x: _Numbers, found: _Found, progress: Progress) -
 
 def _comparison(a: Side, b: Side | None, x: _Numbers | None, found: _Found, called: str | None = None) -> Comparison:
     d = found.base
-    told_by_floats = x is None and (found.complete is None or a.size < _FEW_CODES)
+    told_by_floats = x is None and (found.complete is None or 0 < a.size < _FEW_CODES)
     values: tuple[int | None, float | None] = (None, None)
     ties = None
     if d is not None and b is not None:

@@ -345,6 +345,12 @@ def test_values_of_narrow_floats_are_rounded_once(kind):
         assert bool((q.dequantize() == wanted).all()), name
 
 
+def test_a_slice_through_scales_that_share_one_says_so():
+    with pytest.raises(IndexError, match=r"scales of q4_k have groups themselves.*use multiples of 8"):
+        quantize_blocks(np.ones((2, 512), "float32"), "q4_k")[:, :128]
+    assert read("q4_k")[1].to_bytes("gguf").shape == (144,)
+
+
 def test_reports_and_maps_and_products_of_two_with_negative_scales():
     q = read("q6_k")
     assert aqt_lite.error_report(stored("q6_k")[1], q).max_abs_error == 0
