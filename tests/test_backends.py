@@ -498,6 +498,19 @@ def test_a_broken_plugin_is_reported_and_the_rest_works(tmp_path):
     assert scale == [float(np.float32(1) * np.float32(1 / 127))]
 
 
+def test_steps_are_repeated_in_order(backend):
+    def step(i, state):
+        total, _ = state
+        return total * 2 + x[i, ...], x[i, ...]
+
+    x = backend.asarray(np.arange(5, dtype="float32")[:, None] * np.ones((1, 3), "float32"))
+    zeros = backend.xp.zeros_like(x[0, ...])
+    total, last = backend.repeated(5, step, (zeros, zeros))
+    assert backend.to_numpy(total).tolist() == [26.0] * 3  # ((((0 2 + 1) 2 + 2) 2 + 3) 2 + 4
+    assert backend.to_numpy(last).tolist() == [4.0] * 3
+    assert backend.to_numpy(backend.repeated(0, step, (zeros, zeros))[0]).tolist() == [0.0] * 3
+
+
 def test_version():
     assert aqt_lite.__version__.count(".") == 2
     assert set(aqt_lite.__all__) <= set(dir(aqt_lite))
