@@ -1,13 +1,13 @@
 """A step of each framework with quantized layers, against the same products called one after the other.
 
-    python benchmarks/frameworks.py                 two minutes; written to benchmarks/frameworks.json
-    python benchmarks/frameworks.py --part jax 4 1  one library, width and number of rows alone, in its rows' place
-    python benchmarks/frameworks.py --quick         smaller layers, nothing written: does it run here?
+    python benchmarks/frameworks.py                        three minutes; written to benchmarks/frameworks.json
+    python benchmarks/frameworks.py --part jax 4 1 4096    one library, width, number of rows and size alone
+    python benchmarks/frameworks.py --quick                smaller layers, nothing written: does it run here?
 
 A step is four Linear layers of 4096 x 4096, compiled by the framework's own means; beside it stand four calls of
 ``aqt_lite.linear``, compiled as well in JAX and plain in torch, with the same codes. "of linear" is how many times as
-long a step takes: 1.00 is no cost at all, and 1.10 is what is promised. Candidates of one row take turns. The table is
-written into docs/models.md by ``tables.py``.
+long a step takes: 1.00 is no cost at all, and 1.10 is what is promised. Layers of 64 x 64 show what a call costs whose
+products take no time. Candidates of one row take turns. The table is written into docs/models.md by ``tables.py``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ def of_equinox(weights: list[np.ndarray], how: dict) -> dict:
         return eqx.tree_at(lambda m: m.weight, made, jnp.asarray(w))
 
     model = aqt_lite.equinox.quantize(eqx.nn.Sequential([*map(layer, weights)]), [("*", how)])
-    return {"Equinox": functools.partial(eqx.filter_jit(lambda model, x: jax.vmap(model)(x)), model)}
+    arrays, rest = eqx.partition(model, eqx.is_array)
+    step = jax.jit(lambda arrays, x: jax.vmap(eqx.combine(arrays, rest))(x))
+    return {
+        "Equinox, partition and jax.jit": functools.partial(step, arrays),
+        "Equinox, filter_jit": functools.partial(eqx.filter_jit(lambda model, x: jax.vmap(model)(x)), model),
+    }
 
 
 def of_torch(weights: list[np.ndarray], how: dict):
@@ -105,7 +110,7 @@ def rows(library: str, bits: int, m: int, size: int) -> list[dict]:
         assert run.error(call(0), exact) < 1e-5, (library, who, m, kind)
     table = []
     for who, its in run.take_turns(candidates, seconds=2.5, least=9).items():
-        row = {"library": library, "bits": bits, "kind": kind, "m": m, "who": who, **its}
+        row = {"library": library, "bits": bits, "kind": kind, "m": m, "size": size, "who": who, **its}
         table.append({**row, "of_linear": its["ms"] / (table[0]["ms"] if table else its["ms"])})
         told(table[-1])
     return table
@@ -122,14 +127,14 @@ def of_library(library: str, weights: list[np.ndarray], how: dict, quantized: li
 def told(row: dict) -> None:
     spread = f"{row['low']:.2f} to {row['high']:.2f}"
     print(
-        f"  {row['library']:6}M={row['m']:<4}{row['kind']:26}{row['who']:40}{row['ms']:8.2f} ms ({spread:>16})"
-        f"  {row['of_linear']:5.2f} of linear",
+        f"  {row['library']:6}{row['size']:<5}M={row['m']:<4}{row['kind']:26}{row['who']:40}{row['ms']:8.2f} ms"
+        f" ({spread:>16})  {row['of_linear']:5.2f} of linear",
         flush=True,
     )
 
 
-def part_of(row: dict) -> tuple[str, int, int]:
-    return row["library"], row["bits"], row["m"]
+def part_of(row: dict) -> tuple[str, int, int, int]:
+    return row["library"], row["bits"], row["m"], row["size"]
 
 
 def written(new: list[dict]) -> None:
@@ -137,7 +142,7 @@ def written(new: list[dict]) -> None:
     known = json.loads(PATH.read_text())["rows"] if PATH.exists() else []
     parts = {part_of(row) for row in new}
     kept = [row for row in known if part_of(row) not in parts]
-    found = sorted(kept + new, key=lambda row: (row["library"], -row["bits"], row["m"]))
+    found = sorted(kept + new, key=lambda row: (row["library"], -row["size"], -row["bits"], row["m"]))
     PATH.write_text(json.dumps({"machine": run.machine(), "rows": found}, indent=1) + "\n")
     print(f"written: {PATH.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 
@@ -145,17 +150,21 @@ def written(new: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--part", nargs=3, metavar=("LIBRARY", "BITS", "ROWS"), help="jax or torch, 8 or 4, 1 or 8")
+    parser.add_argument(
+        "--part", nargs=4, metavar=("LIBRARY", "BITS", "ROWS", "SIZE"), help="jax 8 1 4096, for instance"
+    )
     given = parser.parse_args()
-    parts = [(library, bits, m) for library in ("jax", "torch") for bits in WEIGHTS for m in (1, 8)]
+    size = 512 if given.quick else 4096
+    kinds = [*((bits, m, size) for bits in WEIGHTS for m in (1, 8)), (8, 1, 64)]
+    parts = [(library, *kind) for library in ("jax", "torch") for kind in kinds]
     if given.part:
         parts = [part for part in parts if [*map(str, part)] == given.part]
     if not parts:
-        parser.error(f"--part {' '.join(given.part)}: a library is jax or torch, a width 8 or 4, and rows are 1 or 8")
+        parser.error(f"--part {' '.join(given.part)} is none of those that are measured")
     torch.set_num_threads(cores())
     print(f"{run.machine()['processor']}; {LAYERS} layers a step, milliseconds a step")
     with torch.no_grad():
-        new = [row for part in parts for row in rows(*part, 512 if given.quick else 4096)]
+        new = [row for part in parts for row in rows(*part)]
     if not given.quick:
         written(new)
 

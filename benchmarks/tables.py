@@ -118,10 +118,11 @@ def products(results: dict, who: tuple[str, ...] | None) -> str:
 
 def frameworks(rows: list[dict]) -> str:
     """Of each framework's step, how many times as long it takes as the products alone, and milliseconds."""
-    columns = list(dict.fromkeys((r["kind"], r["m"]) for r in rows))
-    lines = ["| | " + " | ".join(f"{kind}, M={m}" for kind, m in columns) + " |", "|---|" + "---:|" * len(columns)]
+    columns = list(dict.fromkeys((r["kind"], r["m"], r["size"]) for r in rows))
+    named = [f"{size}², {kind}, M={m}" for kind, m, size in columns]
+    lines = ["| | " + " | ".join(named) + " |", "|---|" + "---:|" * len(columns)]
     for library, who in dict.fromkeys((r["library"], r["who"]) for r in rows):
-        cells = {(r["kind"], r["m"]): r for r in rows if (r["library"], r["who"]) == (library, who)}
+        cells = {(r["kind"], r["m"], r["size"]): r for r in rows if (r["library"], r["who"]) == (library, who)}
         shown = [f"{c['of_linear']:.2f} ({c['ms']:.2f})" if (c := cells.get(column)) else "" for column in columns]
         name = f"{library}: `linear` alone" if who == "linear" else who
         lines.append(f"| {name} | " + " | ".join(shown) + " |")

@@ -151,6 +151,22 @@ def test_convolutions(dimensions):
     assert layer.half()(x.half()).dtype == torch.float16
 
 
+def test_kernels_of_few_bits_lie_in_rows_of_inputs_where_these_are_shorter():
+    int4 = [("weight", {"dtype": "int4", "granularity": PerGroup(32)})]
+    for layer, stored in (
+        (nn.Conv2d(64, 8, 3), (8, 3, 3, 32)),  # 3 codes would take 2 bytes
+        (nn.Conv2d(64, 8, 1), (8, 1, 1, 32)),
+        (nn.Conv2d(8, 8, 3, groups=8), (8, 1, 3, 2)),
+        (nn.ConvTranspose1d(64, 8, 2), (8, 2, 32)),
+    ):
+        planned = plan(layer, int4).nbytes
+        q = quantize_(layer, int4).weight.qarray
+        assert q.storage.shape == stored
+        assert planned - 4 * layer.bias.numel() == q.nbytes
+        assert q.nbytes <= quantize(q.dequantize(), "int4", granularity=q.granularity).nbytes
+    assert not quantize_(nn.Conv2d(64, 8, 3)).weight.qarray.transposed  # of whole bytes
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 def test_padding_and_groups_are_those_of_the_float_layer(mode):
     layer = nn.Conv2d(4, 6, (3, 2), padding=(2, 1), dilation=(1, 2), groups=2, padding_mode=mode)
@@ -410,11 +426,11 @@ def test_state_dicts_of_other_layouts_are_refused():
 
 def test_scales_that_were_loaded_are_looked_at():
     model, state = made(), made().state_dict()
-    model(IDS)  # whose scales were found good
+    expected = model(IDS)  # whose scales were found good
     state["up.weight.scale"] = 0 * state["up.weight.scale"]
-    model.load_state_dict(state)
-    with pytest.raises(ValueError, match="32 scales of 32 that are 0"):
-        model(IDS)
+    with pytest.raises(RuntimeError, match=r"up.weight.scale has 32 scales of 32 that are 0: it was changed"):
+        model.load_state_dict(state)
+    assert_same_bits(model(IDS), expected)
 
 
 # ---- conversions and copies

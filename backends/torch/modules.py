@@ -112,7 +112,9 @@ class QuantizedWeight(nn.Module):
     def qarray(self) -> QArray:
         """The weight. Its arrays are the buffers, which are not to be written to."""
         if torch.compiler.is_compiling():
-            return self.structure.made(self._buffers.__getitem__)
+            made = self.structure.made(self._buffers.__getitem__)
+            object.__setattr__(made, "_has_usable_scales", True)  # as they were made, or loaded: no look at each call
+            return made
         known: QArray | None = self.__dict__.get("known")  # the same QArray as before, whose scales were checked then
         if known is None or any(
             self._buffers[name] is not array
@@ -195,6 +197,10 @@ class QuantizedWeight(nn.Module):
                 its, own_one = getattr(found[name], what), getattr(array, what)
                 if its != own_one:
                     return f"{prefix}{name} was saved with {what} {its}, and the model's has {own_one}"
+        scale = found.get("scale")
+        zeros = 0 if scale is None or scale.is_meta else int((scale == 0).sum())
+        if zeros:
+            return f"{prefix}scale has {zeros} scales of {scale.numel()} that are 0: it was changed since it was saved"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
