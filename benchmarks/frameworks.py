@@ -89,11 +89,17 @@ def of_equinox(weights: list[np.ndarray], how: dict) -> dict:
     }
 
 
-def of_torch(weights: list[np.ndarray], how: dict):
+def of_torch(weights: list[np.ndarray], how: dict) -> dict:
     model = torch.nn.Sequential(*(torch.nn.Linear(*w.shape[::-1], bias=False) for w in weights))
     for layer, w in zip(model, weights, strict=True):
         layer.weight.data = torch.from_numpy(w)
-    return torch.compile(aqt_lite.torch.quantize_(model, [("*", how)]), fullgraph=True)
+    step = torch.compile(aqt_lite.torch.quantize_(model, [("*", how)]), fullgraph=True)
+
+    def unguarded(x):  # as torch has it for programs that do not change any more
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            return step(x)
+
+    return {"torch.compile": step, "torch.compile, guards skipped": unguarded}
 
 
 def rows(library: str, bits: int, m: int, size: int) -> list[dict]:
@@ -121,7 +127,7 @@ def of_library(library: str, weights: list[np.ndarray], how: dict, quantized: li
     if library == "jax":
         plain = functools.partial(jax.jit(lambda weights, x: in_a_row(x, weights)), quantized)
         return {"linear": plain, **of_nnx(weights, how), **of_linen(weights, how), **of_equinox(weights, how)}
-    return {"linear": lambda x: in_a_row(x, quantized), "torch.compile": of_torch(weights, how)}
+    return {"linear": lambda x: in_a_row(x, quantized), **of_torch(weights, how)}
 
 
 def told(row: dict) -> None:

@@ -170,9 +170,9 @@ def test_it_becomes_no_array_unasked(backend):
         lambda q: np.save(io.BytesIO(), q),
         lambda q: np.savez(io.BytesIO(), q=q),
         lambda q: np.concatenate([q, q]),
-        np.abs,
+        lambda q: np.dot(X[0, 0], q),
     ):
-        with pytest.raises(TypeError, match=f"{way}|operand 'QArray' does not support ufuncs"):
+        with pytest.raises(TypeError, match=way):
             ask(q)
 
 
