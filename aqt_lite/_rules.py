@@ -78,7 +78,7 @@ class Axes:
     def places_last(self, ndim: int) -> tuple[int, int] | None:
         """How many inputs there are and how many axes behind them, places of a kernel; what ``for_dense`` is told then.
 
-        Codes of an input's place are few: in rows of inputs they lie closer, and groups of them follow each other.
+        Places are few, and fill no whole bytes with codes of few bits: in rows of inputs these lie closer.
         """
         end = max(self.inputs) + 1
         counts = len(self.inputs), ndim - end
@@ -375,12 +375,11 @@ def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tu
 
 
 def _places_last(example: QArray, shape: tuple[int, ...], axes: Axes) -> tuple[int, int] | None:
-    """``Axes.places_last`` where codes of a kernel are closer then, or its groups follow each other."""
-    order, grouped = axes.places_last(len(shape)), {a for a, n in enumerate(example.block) if n not in (None, 1)}
-    if order is None or not grouped <= {*axes.inputs} or not (grouped or example.packed_length is not None):
+    """``Axes.places_last`` where codes of a kernel lie closer then."""
+    order = axes.places_last(len(shape))
+    if order is None or any(size not in (None, 1) and a not in axes.inputs for a, size in enumerate(example.block)):
         return None
-    more = _nbytes_as(example, shape, swapped=order) - _nbytes_as(example, shape)
-    return order if more < 0 or (grouped and not more) else None
+    return order if _nbytes_as(example, shape, swapped=order) < _nbytes_as(example, shape) else None
 
 
 _ROLES = {"linear": "(out, in, ...)", "dense": "(..., in, out)"}

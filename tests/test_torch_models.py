@@ -157,7 +157,8 @@ def test_kernels_of_few_bits_lie_in_rows_of_inputs_where_these_are_shorter():
         (nn.Conv2d(64, 8, 3), (8, 3, 3, 32)),  # 3 codes would take 2 bytes
         (nn.Conv2d(64, 8, 1), (8, 1, 1, 32)),
         (nn.Conv2d(8, 8, 3, groups=8), (8, 1, 3, 2)),
-        (nn.ConvTranspose1d(64, 8, 2), (8, 2, 32)),
+        (nn.ConvTranspose1d(64, 8, 3), (8, 3, 32)),
+        (nn.Conv2d(64, 8, 4), (8, 64, 4, 2)),
     ):
         planned = plan(layer, int4).nbytes
         q = quantize_(layer, int4).weight.qarray
