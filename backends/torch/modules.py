@@ -198,8 +198,7 @@ class QuantizedWeight(nn.Module):
                 if its != own_one:
                     return f"{prefix}{name} was saved with {what} {its}, and the model's has {own_one}"
         scale = found.get("scale")
-        zeros = 0 if scale is None or scale.is_meta else int((scale == 0).sum())
-        if zeros:
+        if scale is not None and not scale.is_meta and (zeros := int((scale == 0).sum())):
             return f"{prefix}scale has {zeros} scales of {scale.numel()} that are 0: it was changed since it was saved"
         return None
 
