@@ -327,8 +327,16 @@ def _in_group(group: str) -> Iterator[None]:
 
 
 def _is_packed(variable: Any) -> bool:
-    """Whether a variable, as it lies in its file, holds codes of CF: a ``_FillValue`` alone makes no floats."""
-    return "scale_factor" in variable.attrs or "add_offset" in variable.attrs
+    """Whether a variable, as it lies in its file, holds codes of CF for floats.
+
+    A ``_FillValue`` alone makes none, nor does a factor that is an integer: values are of its type.
+    """
+    said = variable.attrs
+    return ("scale_factor" in said or "add_offset" in said) and not _is_integer(said.get("scale_factor", 1.0))
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, int) or (getattr(number, "dtype", None) is not None and number.dtype.kind in "iu")
 
 
 def _packed_in(_: str, raw: Any) -> list[Any]:
