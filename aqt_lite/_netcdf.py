@@ -30,6 +30,9 @@ Changes = Mapping[str, Mapping[Any, "xr.Variable | None"]]
 _MOST_ELEMENTS = 1 << 21
 """Elements that are copied together."""
 
+_OF_XARRAY = {"least_significant_digit"}
+"""Attributes that it takes away, and hands to netCDF4 as an instruction to round once more."""
+
 _COMPRESSIONS = ("zlib", "zstd", "bzip2")
 """Those that take a level and nothing else; what is compressed in another way is so by zlib in the copy."""
 
@@ -107,7 +110,9 @@ def _copy_group(a: Any, b: Any, changes: Mapping[Any, xr.Variable | None]) -> No
         if name not in changes:
             _copy_variable(variable, b)
         elif (anew := changes[name]) is not None:
-            _write_variable(name, anew, b)
+            created = _write_variable(name, anew, b)
+            for key in _OF_XARRAY & {*variable.ncattrs()}:
+                created.setncattr(key, variable.getncattr(key))
     for name, new in changes.items():
         if name not in a.variables and new is not None:
             _write_variable(name, new, b)
@@ -164,7 +169,7 @@ def _copy_variable(a: Any, group: Any) -> None:
         created[box] = a[box]
 
 
-def _write_variable(name: Any, variable: xr.Variable, group: Any) -> None:
+def _write_variable(name: Any, variable: xr.Variable, group: Any) -> Any:
     """A variable of xarray by its encoding, chunk by chunk as Dask has it."""
     from xarray.conventions import encode_cf_variable
 
@@ -192,6 +197,7 @@ def _write_variable(name: Any, variable: xr.Variable, group: Any) -> None:
         box = tuple(slice(int(of_axis[i]), int(of_axis[i + 1])) for of_axis, i in zip(ends, index, strict=True))
         if encoded.size:
             created[box] = encoded[box].values
+    return created
 
 
 def _quiet(variable: Any) -> None:

@@ -113,13 +113,18 @@ def _numbers(text: str, kind: Callable[[str], Any] = float) -> Any:
         if "=" not in text:
             return kind(text)
         pairs = [part.rpartition("=") for part in text.split(",")]
-        found = {name.strip().strip("/"): kind(number) for name, _, number in pairs}
+        found = {_normal(name.strip()): kind(number) for name, _, number in pairs}
     except ValueError:
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is neither {what} nor NAME=NUMBER,NAME=NUMBER") from None
     if "" in found or len(found) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} must name each variable once")
     return found
+
+
+def _normal(name: str) -> str:
+    """A path from the root; what has no slash is a name."""
+    return f"/{name.strip('/')}" if "/" in name else name
 
 
 def _counts(text: str) -> Any:
@@ -157,7 +162,7 @@ def _pack(options: argparse.Namespace) -> None:
 
 def _named(asked: dict[str, Any], group: str, names: Iterable[Any]) -> dict[Any, Any]:
     """What is asked by name of variables of a group: of one by its path, or of all groups that have one so called."""
-    keys = [(name, key) for name in names for key in (name, _path(group, name)) if key in asked]
+    keys = [(name, key) for name in names for key in (name, f"/{_path(group, name)}") if key in asked]
     return {name: asked[key] for name, key in keys}
 
 
@@ -175,7 +180,8 @@ def _asked_of_groups(tree: _Tree, argument: str, asked: Any) -> dict[str, dict[A
             raise ValueError(f"{tree.path} has no floating-point variable to pack")
         return found
     paths = {_path(group, name): str(name) for group, ds in tree.groups.items() for name in ds.data_vars}
-    unknown = [name for name in asked if name not in paths and name not in paths.values()]
+    known = {*paths.values(), *(f"/{path}" for path in paths)}
+    unknown = [name for name in asked if name not in known]
     if unknown:
         option = f"--{argument.replace('_', '-')}"
         raise ValueError(f"{option} names {unknown[0]!r}; {tree.path} has the variables {', '.join(paths)}")
@@ -322,8 +328,8 @@ def _in_group(group: str) -> Iterator[None]:
         warnings.showwarning = lambda message, *where, **how: show(f"group {group}: {message}", *where, **how)
         try:
             yield
-        except ValueError as error:
-            raise ValueError(f"group {group}: {error}") from None
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"group {group}: {error}") from None
 
 
 def _is_packed(variable: Any) -> bool:

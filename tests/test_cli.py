@@ -584,6 +584,8 @@ def test_a_group_that_is_damaged_is_noticed_and_named(tmp_path, capsys):
         assert said in errors
     for how, said in (
         ("q=1", "--max-abs-err names 'q'; .* has the variables model/t, "),
+        ("/t=1", "--max-abs-err names '/t'; "),
+        ("sky=1", "group /model: variable 'sky': x has dtype uint8"),
         ("1e-12", "group /model: variable 't': "),
     ):
         status, _, errors = run(capsys, "pack", source, tmp_path / "no.nc", "--max-abs-err", how)
