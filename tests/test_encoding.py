@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from optional import jax, jnp, needs
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
@@ -18,6 +19,7 @@ from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import block_of
 from aqt_lite.packing import pack
+from aqt_lite.qarray import QArray
 from aqt_lite.testing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(runtime.compiled_loops() is None, reason="numba is not installed")
@@ -192,3 +194,58 @@ def test_arrays_that_do_not_lie_in_order_and_out_have_the_same_bits(dtype):
     for out in (np.zeros_like(q.storage), wide[:, ::2]):
         assert_same_bits(aqt_lite.quantize(x, dtype, granularity=granularity, out=out), q)
         assert_same_bits(out.copy(), q.storage)
+
+
+def check_traced(name, scheme, shape, granularity, value=None):
+    form = FORMATS[name]
+    x = hard(shape)
+    if form.scale is not None:
+        x = np.clip(x, np.float32(-1e4), np.float32(1e4))
+    if value is not None:
+        x.flat[777] = value
+    spec = affine.Spec(form, float_type("float32"), block_of(granularity, x.ndim))
+    recipe = affine.Recipe(scheme == "symmetric")
+    with np.errstate(all="ignore"):
+        w = affine.quantize(x, spec=spec, recipe=recipe, b=NUMPY)
+
+    def quantized(x):
+        return aqt_lite.quantize(x, name, scheme=scheme, granularity=granularity)
+
+    q = jax.jit(quantized)(jnp.asarray(x))
+    calls = str(jax.make_jaxpr(quantized)(jnp.asarray(x)))
+    assert_same_bits(q.to_backend("numpy"), QArray._of(w, spec))
+    return "aqt_lite_quantize" in calls or "aqt_lite_encode" in calls
+
+
+@needs("jax")
+@pytest.mark.parametrize("name", ["int8", "int4", "uint8", "mxfp4", "nf4"])
+def test_jitted_quantization_calls_the_loops_and_has_their_bits(name):
+    affine_too = ("symmetric", "affine") if name == "uint8" else ("symmetric",)
+    for scheme in affine_too:
+        for value in (None, np.nan):
+            assert check_traced(name, scheme, *LAYOUTS[0], value)
+    if FORMATS[name].group is None:
+        assert check_traced(name, "symmetric", *LAYOUTS[4])
+        assert check_traced(name, "symmetric", *LAYOUTS[3], np.inf)
+
+
+@needs("jax")
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["int16", "nvfp4", "float8_e4m3fn", "iq4_nl", "int2", "int3"])
+def test_jitted_quantization_of_other_formats_has_the_bits_of_the_contract(name):
+    for layout in (LAYOUTS[0], LAYOUTS[5]):
+        check_traced(name, "symmetric", *layout)
+
+
+@needs("jax")
+def test_jitted_quantization_maps_and_differentiates():
+    x = hard((2, 400, 512))
+    q = jax.vmap(lambda x: aqt_lite.quantize(x, "int4", granularity=PerGroup(32)))(jnp.asarray(x))
+    assert_same_bits(np.asarray(q.storage[1]), aqt_lite.quantize(x[1], "int4", granularity=PerGroup(32)).storage)
+
+    def loss(x):
+        return jnp.sum(aqt_lite.quantize(x, "int8", granularity=PerGroup(32)).dequantize() * x[:1])
+
+    gradient = jax.jit(jax.grad(loss))(jnp.ones((400, 512)))
+    assert float(gradient[0, 0]) == 400.0
+    assert float(gradient[1, 0]) == 0.0

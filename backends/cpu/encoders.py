@@ -23,9 +23,8 @@ from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Numbers", "encode", "extrema", "numbers_of", "quantize", "steps_of"]
-
-_NOTHING = np.empty((0, 0), np.float32)
+__all__ = ["Numbers", "encode", "extrema", "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of",
+           "steps_of", "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -157,7 +156,7 @@ def steps_of(scale: Array, spec: Spec, step: float, b: Backend) -> tuple[Array, 
 @np.errstate(all="ignore")
 def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, out: Array | None = None) -> Any:
     """Codes, packed or not, into ``out`` if it is given; NotImplemented where the loops do not serve."""
-    numbers = numbers_of(spec.element, recipe.narrow(spec), packed) if _by_plain_rules(qparams, spec, recipe) else None
+    numbers = numbers_for(qparams, spec, recipe, packed)
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or not (out is None or _is_plain(out)):
         return NotImplemented
@@ -166,8 +165,10 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
     inverse, factor = steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
     grid, shape = grid_of(x.shape, spec.block), (1, 1) if view.shared else (view.rows, view.groups)
     of_groups = [
-        _NOTHING if a is None else np.ascontiguousarray(np.broadcast_to(a, grid)).reshape(shape)
-        for a in (inverse, factor, qparams.zero_point)
+        np.full((1, 1), absent, np.float32)
+        if a is None
+        else np.ascontiguousarray(np.broadcast_to(a, grid), np.float32).reshape(shape)
+        for a, absent in ((inverse, 1), (factor, 1), (qparams.zero_point, 0))
     ]
     stream = codes.reshape(view.rows, -1).view(np.uint8)
 
@@ -182,20 +183,14 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
 @np.errstate(all="ignore")
 def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     """Scales and codes at once, where a scale is a product and its group a part of a row; else NotImplemented."""
-    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1 and spec.element.has_zero
-    if not plain or recipe.ignore_nonfinite or not _by_plain_rules(QParams(None), spec, recipe):
-        return NotImplemented
-    numbers = numbers_of(spec.element, recipe.narrow(spec), packed)
+    numbers = numbers_at_once(spec, recipe, packed)
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or found[0].shared:
         return NotImplemented
     (view, rows), loops, middle = found, runtime.encoding_loops(), spec.element.middle
     codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), np.float32)
     stream = codes.reshape(view.rows, -1).view(np.uint8)
-    source, least = spec.source, affine.least_scale(spec, recipe)
-    rule = np.asarray(
-        [affine.inverse_of_largest(spec, recipe), source.tiny, least, spec.zero_scale, numbers.step, middle], np.float32
-    )
+    rule = rule_of(spec, recipe, numbers)
     finite = map_ranges(
         lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *numbers[:3], rule, scale[lo:hi], stream[lo:hi]),
         view.rows, 1, x.size, CHUNKS_PER_CORE,
@@ -206,9 +201,27 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     return Coded(codes, scale.reshape(grid), np.full(grid, middle, np.int32) if middle else None)
 
 
-def _by_plain_rules(qparams: QParams, spec: Spec, recipe: Recipe) -> bool:
+def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
+    """What ``encode`` is told, or None where the loops do not know the rules."""
     plain = recipe.plain and spec.source.compute == "float32" and not spec.floor
-    return plain and qparams.offset is None and qparams.steps is None
+    if not plain or qparams.offset is not None or qparams.steps is not None:
+        return None
+    return numbers_of(spec.element, recipe.narrow(spec), packed)
+
+
+def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
+    """What ``quantize`` is told, or None: scales have to be products that are kept as they are."""
+    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1 and spec.element.has_zero
+    if not plain or recipe.ignore_nonfinite:
+        return None
+    return numbers_for(QParams(None), spec, recipe, packed)
+
+
+def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:
+    """How the loops choose scales."""
+    tiny, least = spec.source.tiny, affine.least_scale(spec, recipe)
+    by_most, of_zeros = affine.inverse_of_largest(spec, recipe), spec.zero_scale
+    return np.asarray([by_most, tiny, least, of_zeros, numbers.step, spec.element.middle], np.float32)
 
 
 def _is_plain(out: Array) -> bool:

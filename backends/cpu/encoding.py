@@ -101,34 +101,52 @@ def _ordered(builder: Any, bits: Any) -> Any:
     return builder.xor(bits, below)
 
 
+def _for_groups(builder: Any, x: Any, size: Any, length: Any, work: Any) -> None:
+    """``work(g, address, count)`` for the groups of a row of ``length`` floats at ``x``."""
+    last = builder.sub(builder.add(length, size), _ADDRESS(1))
+    with cgutils.for_range(builder, builder.udiv(last, size)) as loop:
+        first = builder.mul(loop.index, size)
+        rest = builder.sub(length, first)
+        count = builder.select(builder.icmp_signed("<", rest, size), rest, size)
+        work(loop.index, builder.add(x, builder.mul(first, _ADDRESS(4))), count)
+
+
+def _within(builder: Any, there: Any) -> Any:
+    """Which lanes come before that one."""
+    number = ir.Constant(_INTS, list(range(LANES)))
+    return builder.icmp_signed("<", number, _in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
+
+
 def _statistic(of: Any, relation: str, first: int) -> Any:
-    """The extreme of ``of(builder, patterns)`` of ``count`` floats at an address, an integer."""
+    """The extreme of ``of(builder, patterns)`` of each group of a row of floats, as integers into memory."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def statistic(_: Any, x: Any, count: Any) -> Any:
+    @intrinsic
+    def statistic(_: Any, x: Any, size: Any, length: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, count = arguments
-            found = cgutils.alloca_once_value(builder, _all(first))
+            x, size, length, out = arguments
+            found = cgutils.alloca_once(builder, _INTS)
 
-            def work(_: Any, values: Any, there: Any) -> None:
-                keys = of(builder, builder.bitcast(values, _INTS))
-                if there is not None:
-                    lanes = ir.Constant(_INTS, list(range(LANES)))
-                    within = builder.icmp_signed("<", lanes, _in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
-                    keys = builder.select(within, keys, _all(first))
-                builder.store(_extreme(builder, builder.load(found), keys, relation), found)
+            def group(g: Any, here: Any, count: Any) -> None:
+                builder.store(_all(first), found)
 
-            _for_vectors(builder, x, count, _all(0.0, _FLOATS), work)
-            lanes, width = builder.load(found), LANES
-            while width > 1:  # halves against each other
-                width //= 2
-                order = [(i + width) % LANES for i in range(LANES)]
-                lanes = _extreme(
-                    builder, lanes, builder.shuffle_vector(lanes, lanes, ir.Constant(_INTS, order)), relation
-                )
-            return builder.extract_element(lanes, _INT(0))
+                def work(_: Any, values: Any, there: Any) -> None:
+                    keys = of(builder, builder.bitcast(values, _INTS))
+                    if there is not None:
+                        keys = builder.select(_within(builder, there), keys, _all(first))
+                    builder.store(_extreme(builder, builder.load(found), keys, relation), found)
 
-        return types.int32(types.intp, types.intp), generate
+                _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
+                lanes, width = builder.load(found), LANES
+                while width > 1:  # halves against each other
+                    width //= 2
+                    order = ir.Constant(_INTS, [(i + width) % LANES for i in range(LANES)])
+                    lanes = _extreme(builder, lanes, builder.shuffle_vector(lanes, lanes, order), relation)
+                builder.store(builder.extract_element(lanes, _INT(0)), _place(builder, out, g, 4, _INT), align=4)
+
+            _for_groups(builder, x, size, length, group)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 4), generate
 
     return statistic
 
@@ -144,40 +162,40 @@ _smallest, _largest = _statistic(_ordered, "<", 0x7FFFFFFF), _statistic(_ordered
 @njit(nogil=True, cache=True)
 def magnitudes(x: Any, size: Any, most: Any) -> None:  # pragma: no cover - compiled
     """The pattern of the largest magnitude of each group, an int32; beyond infinity's where NaN is among them."""
-    start, by, length = x.ctypes.data, x.strides[0], x.shape[1]
+    if x.shape[1] == size:  # rows of one group are groups of one row
+        _largest_magnitude(x.ctypes.data, size, x.size, most.ctypes.data)
+        return
     for r in range(x.shape[0]):
-        for g in range(most.shape[1]):
-            most[r, g] = _largest_magnitude(start + r * by + 4 * g * size, min(size, length - g * size))
+        _largest_magnitude(x[r].ctypes.data, size, x.shape[1], most[r].ctypes.data)
 
 
 @njit(nogil=True, cache=True)
 def ranges(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma: no cover - compiled
     """The patterns of the smallest and the largest value of each group; NaN is one of them where it is among them."""
-    start, by, length = x.ctypes.data, x.strides[0], x.shape[1]
     for r in range(x.shape[0]):
-        for g in range(low.shape[1]):
-            at, count = start + r * by + 4 * g * size, min(size, length - g * size)
-            for ends, key in ((low, _smallest(at, count)), (high, _largest(at, count))):
-                ends[r, g] = key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        _smallest(x[r].ctypes.data, size, x.shape[1], low[r].ctypes.data)
+        _largest(x[r].ctypes.data, size, x.shape[1], high[r].ctypes.data)
+        for ends in (low[r], high[r]):
+            for g in range(ends.shape[0]):
+                ends[g] ^= (ends[g] >> np.int32(31)) & np.int32(0x7FFFFFFF)
 
 
-# ---- numbers: ``v`` as lanes of codes
+# ---- numbers: ``v`` as lanes of codes; what they are told comes in ``types_of_parameters``, in all lanes
 
 
-def _integers(builder: Any, v: Any, zero: Any, parameters: Any) -> Any:
+def _integers(builder: Any, v: Any, zero: Any, least: Any, most: Any) -> Any:
     """Smallest and largest code. Halves to even; the zero point is added to what is whole already."""
-    least, most = (_parameter(builder, parameters, i, _FLOATS) for i in range(2))
     code = builder.fadd(builder.call(_function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS]), [v]), zero)
     clipped = builder.select(builder.fcmp_ordered(">", code, least), code, least)
     clipped = builder.select(builder.fcmp_ordered("<", clipped, most), clipped, most)
     return builder.fptosi(builder.select(builder.fcmp_unordered("uno", code, code), zero, clipped), _INTS)
 
 
-def _floats(builder: Any, v: Any, zero: Any, parameters: Any) -> Any:
-    """By bit patterns: see ``twins._Float``, whose numbers these are, in the order of ``encoders``."""
-    drop, half, bias, most, lowest, magic, sign_bit, keeps_sign = (
-        _parameter(builder, parameters, i, _INTS) for i in range(8)
-    )
+def _floats(
+    builder: Any, v: Any, zero: Any, drop: Any, half: Any, bias: Any, most: Any, lowest: Any, magic: Any,
+    sign_bit: Any, keeps_sign: Any,
+) -> Any:  # fmt: skip
+    """By bit patterns, as ``twins._Float`` does, where each step is explained."""
     bits = builder.bitcast(v, _INTS)
     u = builder.and_(bits, _all(0x7FFFFFFF))
     number = builder.icmp_signed("<=", u, _all(0x7F800000))
@@ -193,18 +211,20 @@ def _floats(builder: Any, v: Any, zero: Any, parameters: Any) -> Any:
     return builder.or_(code, builder.select(signed, sign, _all(0)))
 
 
-def _places(builder: Any, v: Any, zero: Any, parameters: Any) -> Any:
+def _places(builder: Any, v: Any, zero: Any, *told: Any) -> Any:
     """How many cuts lie below, and which code that is: two words of 8 codes of 4 bits; then the code of NaN."""
     place = _all(0)
-    for i in range(MOST_CUTS):
-        above = builder.fcmp_ordered(">", v, _parameter(builder, parameters, i, _FLOATS))
+    *cuts, low, high, of_nan = told
+    for cut in cuts:
+        above = builder.fcmp_ordered(">", v, cut)
         place = builder.sub(place, builder.sext(above, _INTS))
     shift = builder.shl(builder.and_(place, _all(7)), _all(2))
-    low, high, of_nan = (_parameter(builder, parameters, MOST_CUTS + i, _INTS) for i in range(3))
     word = builder.select(builder.icmp_signed("<", place, _all(8)), low, high)
     code = builder.and_(builder.lshr(word, shift), _all(15))
     return builder.select(builder.fcmp_unordered("uno", v, v), of_nan, code)
 
+
+_TOLD = {_integers: [_FLOATS] * 2, _floats: [_INTS] * 8, _places: [_FLOATS] * MOST_CUTS + [_INTS] * 3}
 
 # ---- packing
 
@@ -227,40 +247,53 @@ def _packed(builder: Any, lanes: Any, bits: int) -> Any:
 
 
 def _encoder(numbers: Any, bits: int) -> Any:
-    """Codes of ``x * inverse * factor``, ``zero`` further on, of ``bits`` bits each, into memory.
+    """Codes of ``x * inverse * factor``, ``zero`` further on, of the groups of a row, of ``bits`` bits each.
 
-    Arguments: the addresses of ``count`` floats, of what ``numbers`` is told of, and of the stream.
+    Arguments: the addresses of the floats, and the lengths of a group and of the row; addresses of the three numbers of
+    the first group, each with the distance in bytes to those of the next; of what ``numbers`` is told; of the stream.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def encode(_: Any, x: Any, count: Any, inverse: Any, factor: Any, zero: Any, parameters: Any, out: Any) -> Any:
+    @intrinsic
+    def encode(
+        _: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any, by_factor: Any,
+        by_zero: Any, parameters: Any, out: Any,
+    ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, count, *of_group, parameters, out = arguments
-            inverse, factor, zero = (_in_all_lanes(builder, number) for number in of_group)
+            x, size, length, inverse, factor, zero, by, by_factor, by_zero, parameters, out = arguments
+            told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
+            buffer = cgutils.alloca_once(builder, _INTS)
 
-            def work(i: Any, values: Any, there: Any) -> None:
-                v = builder.fmul(builder.fmul(values, inverse), factor)
-                lanes = numbers(builder, v, zero, parameters)
-                if there is None:
-                    stream = _packed(builder, lanes, bits)
-                    builder.store(stream, _place(builder, out, i, 2 * bits, stream.type), align=1)
-                    return
-                number = ir.Constant(_INTS, list(range(LANES)))  # a stream is filled up with zeros
-                within = builder.icmp_signed("<", number, _in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
-                stream = _packed(builder, builder.select(within, lanes, _all(0)), bits)
-                buffer = cgutils.alloca_once(builder, stream.type)
-                builder.store(stream, buffer, align=1)
-                own, first = builder.ptrtoint(buffer, _ADDRESS), builder.mul(i, _ADDRESS(2 * bits))
-                last = builder.ashr(builder.add(builder.mul(there, _ADDRESS(bits)), _ADDRESS(7)), _ADDRESS(3))
-                with cgutils.for_range(builder, last) as loop:
-                    byte = builder.load(_place(builder, own, loop.index, 1, _BYTE), align=1)
-                    builder.store(byte, _place(builder, out, builder.add(first, loop.index), 1, _BYTE), align=1)
+            def group(g: Any, here: Any, count: Any) -> None:
+                places = [(inverse, by), (factor, by_factor), (zero, by_zero)]
+                own = [builder.add(start, builder.mul(g, step)) for start, step in places]
+                of_group = [_parameter(builder, place, 0, _FLOATS) for place in own]
+                stream_of_group = builder.add(
+                    out, builder.lshr(builder.mul(builder.mul(g, size), _ADDRESS(bits)), _ADDRESS(3))
+                )
 
-            _for_vectors(builder, x, count, _all(0.0, _FLOATS), work)
+                def work(i: Any, values: Any, there: Any) -> None:
+                    v = builder.fmul(builder.fmul(values, of_group[0]), of_group[1])
+                    lanes = numbers(builder, v, of_group[2], *told)
+                    at = builder.add(stream_of_group, builder.mul(i, _ADDRESS(2 * bits)))
+                    if there is None:
+                        stream = _packed(builder, lanes, bits)
+                        builder.store(stream, builder.inttoptr(at, stream.type.as_pointer()), align=1)
+                        return
+                    # a stream is filled up with zeros
+                    stream = _packed(builder, builder.select(_within(builder, there), lanes, _all(0)), bits)
+                    memory = builder.bitcast(buffer, stream.type.as_pointer())
+                    builder.store(stream, memory, align=1)
+                    filled = builder.add(builder.mul(there, _ADDRESS(bits)), _ADDRESS(7))
+                    with cgutils.for_range(builder, builder.lshr(filled, _ADDRESS(3))) as loop:
+                        own = _place(builder, builder.ptrtoint(buffer, _ADDRESS), loop.index, 1, _BYTE)
+                        builder.store(builder.load(own, align=1), _place(builder, at, loop.index, 1, _BYTE), align=1)
+
+                _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
+
+            _for_groups(builder, x, size, length, group)
             return context.get_dummy_value()
 
-        number = types.float32
-        return types.void(types.intp, types.intp, number, number, number, types.intp, types.intp), generate
+        return types.void(*[types.intp] * 11), generate
 
     return encode
 
@@ -272,26 +305,27 @@ _places_of_4, _places_of_8 = (_encoder(_places, bits) for bits in (4, 8))
 
 @njit(nogil=True, cache=True)
 def _encode(
-    kind: Any, bits: Any, x: Any, count: Any, inverse: Any, factor: Any, zero: Any, parameters: Any, out: Any
-) -> None:  # pragma: no cover - compiled
+    kind: Any, bits: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any,
+    by_factor: Any, by_zero: Any, told: Any, out: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
     if kind == INTEGER:
         if bits == 8:
-            _integers_of_8(x, count, inverse, factor, zero, parameters, out)
+            _integers_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
         elif bits == 4:
-            _integers_of_4(x, count, inverse, factor, zero, parameters, out)
+            _integers_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
         elif bits == 2:
-            _integers_of_2(x, count, inverse, factor, zero, parameters, out)
+            _integers_of_2(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
         else:
-            _integers_of_16(x, count, inverse, factor, zero, parameters, out)
+            _integers_of_16(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
     elif kind == FLOAT:
         if bits == 8:
-            _floats_of_8(x, count, inverse, factor, zero, parameters, out)
+            _floats_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
         else:
-            _floats_of_4(x, count, inverse, factor, zero, parameters, out)
+            _floats_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
     elif bits == 8:
-        _places_of_8(x, count, inverse, factor, zero, parameters, out)
+        _places_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
     else:
-        _places_of_4(x, count, inverse, factor, zero, parameters, out)
+        _places_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
 
 
 @njit(nogil=True, cache=True)
@@ -300,47 +334,64 @@ def encode(
 ) -> None:  # pragma: no cover - compiled
     """Codes of rows of groups, each with a reciprocal of its scale, a power of two beside it, and a zero point.
 
-    Those three are (rows, groups) or (1, 1), or (0, 0) for a factor of 1 and a zero point of 0. ``out`` is bytes, a row
-    of them for each row of x.
+    Those three are float32, (rows, groups) or (1, 1), the last two perhaps where the first is not. ``out`` is bytes, a
+    row of them for each row of x.
     """
-    start, by, length, at, step = x.ctypes.data, x.strides[0], x.shape[1], out.ctypes.data, out.strides[0]
-    several, told = inverse.shape[0] > 1, parameters.ctypes.data
-    for r in range(x.shape[0]):
-        i = r if several else 0
-        for g in range((length + size - 1) // size):
-            j = g if inverse.shape[1] > 1 else 0
-            f = factor[i, j] if factor.shape[0] > 0 else np.float32(1)
-            z = np.float32(zero[i, j]) if zero.shape[0] > 0 else np.float32(0)
-            count = min(size, length - g * size)
-            _encode(
-                kind, bits, start + r * by + 4 * g * size, count, inverse[i, j], f, z, told,
-                at + r * step + g * size * bits // 8,
-            )  # fmt: skip
+    by = 4 if inverse.size > 1 else 0
+    by_factor, by_zero = 4 if factor.size > 1 else 0, 4 if zero.size > 1 else 0
+    rows, length = x.shape
+    if length == size and by and 8 * out.shape[1] == length * bits:  # rows of one group are groups of one row
+        rows, length = 1, x.size
+    groups = (length + size - 1) // size
+    start, at, told = x.ctypes.data, out.ctypes.data, parameters.ctypes.data
+    for r in range(rows):
+        g = r * groups
+        _encode(
+            kind, bits, start + 4 * r * length, size, length, inverse.ctypes.data + g * by,
+            factor.ctypes.data + g * by_factor, zero.ctypes.data + g * by_zero, by, by_factor, by_zero, told,
+            at + r * out.strides[0],
+        )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+TOGETHER = 2048
+"""Values whose statistics are taken before their codes are made, at least: a part of the first cache."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def quantize(
     x: Any, size: Any, kind: Any, bits: Any, parameters: Any, rule: Any, scale: Any, out: Any
 ) -> Any:  # pragma: no cover - compiled
-    """Scales and codes of rows of groups, each while it is in the cache; False where a value is not finite.
+    """Scales and codes of rows of groups, some groups at a time; False where a value is not finite.
 
-    ``rule``: what the largest magnitude is multiplied by, the magnitude that counts as 0, the least scale, the scale of
-    zeros, a power of two that values are multiplied by beside the reciprocal, and the zero point.
+    Its group then has a scale of NaN. ``rule``: what the largest magnitude is multiplied by, the magnitude that counts
+    as 0, the least scale, the scale of zeros, a power of two that values are multiplied by beside the reciprocal, and
+    the zero point.
     """
-    start, by, length, at, step = x.ctypes.data, x.strides[0], x.shape[1], out.ctypes.data, out.strides[0]
-    told, by_most, tiny, least, of_zeros = parameters.ctypes.data, rule[0], rule[1], rule[2], rule[3]
-    pattern, finite = np.empty(1, dtype=np.int32), True
-    value = pattern.view(np.float32)
-    for r in range(x.shape[0]):
-        for g in range(scale.shape[1]):
-            here, count = start + r * by + 4 * g * size, min(size, length - g * size)
-            pattern[0] = _largest_magnitude(here, count)
-            finite = finite and pattern[0] < np.int32(0x7F800000)
-            s = np.float32((value[0] if value[0] >= tiny else np.float32(0)) * by_most)
-            s = of_zeros if s < tiny else max(s, least)
-            scale[r, g] = s
-            inverse = np.float32(1) / s
+    by_most, tiny, least, of_zeros = rule[0], rule[1], rule[2], rule[3]
+    factor, told = rule.ctypes.data + 16, parameters.ctypes.data
+    rows, length = x.shape
+    if length == size and 8 * out.shape[1] == length * bits:  # rows of one group are groups of one row
+        rows, length = 1, x.size
+    groups, together = (length + size - 1) // size, max(1, TOGETHER // size)
+    scales, patterns = scale.reshape(rows, groups), np.empty(together, dtype=np.int32)
+    inverse, found = np.empty(together, dtype=np.float32), np.int32(0)
+    for r in range(rows):
+        start, at = x.ctypes.data + 4 * r * length, out.ctypes.data + r * out.strides[0]
+        for g in range(0, groups, together):
+            count = min(together, groups - g)
+            here, some = start + 4 * g * size, min(count * size, length - g * size)
+            _largest_magnitude(here, size, some, patterns.ctypes.data)
+            most, of_groups = patterns.view(np.float32), scales[r, g : g + count]
+            for i in range(count):
+                found = max(found, patterns[i])
+                s = np.float32((most[i] if most[i] >= tiny else np.float32(0)) * by_most)
+                s = of_zeros if s < tiny else max(s, least)
+                if patterns[i] >= np.int32(0x7F800000):
+                    s = np.float32(np.nan)
+                of_groups[i] = s
+                inverse[i] = np.float32(1) / s
             _encode(
-                kind, bits, here, count, inverse, rule[4], rule[5], told, at + r * step + g * size * bits // 8
+                kind, bits, here, size, some, inverse.ctypes.data, factor, factor + 4, 4, 0, 0, told,
+                at + ((g * size * bits) >> 3),
             )  # fmt: skip
-    return finite
+    return found < np.int32(0x7F800000)

@@ -11,38 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-TINY = np.float32(2.0**-125)
-"""``tiny`` of float32 in ``aqt_lite.elements``, once more: numba's cache notices changes of this file only."""
-
 _REORDER = {"contract", "reassoc"}  # sums may be taken in any order: that is what lets them use vector registers
-
-
-@njit(nogil=True, cache=True)
-def quantize_rows(x: Any, factor: Any, codes: Any, scale: Any) -> Any:  # pragma: no cover - compiled
-    """Symmetric codes and scales of the rows of x; False where a value is not finite.
-
-    The largest magnitude is taken of the bit patterns as integers, which order as the magnitudes do and put infinities
-    and NaN on top.
-    """
-    bits = x.view(np.int32)
-    finite = True
-    for r in range(x.shape[0]):
-        most = np.int32(0)
-        for c in range(x.shape[1]):
-            most = max(most, bits[r, c] & np.int32(0x7FFFFFFF))
-        if most >= np.int32(0x7F800000):
-            finite = False
-        amax = np.array([most], dtype=np.int32).view(np.float32)[0]
-        if amax < TINY:
-            amax = np.float32(0)
-        s = np.float32(amax * factor)
-        if s < TINY:
-            s = np.float32(1)
-        scale[r] = s
-        inverse = np.float32(1) / s
-        for c in range(x.shape[1]):
-            codes[r, c] = np.int32(np.rint(x[r, c] * inverse))
-    return finite
 
 
 @njit(nogil=True, cache=True)

@@ -42,6 +42,7 @@ __all__ = [
     "quantize",
     "quantize_with",
     "reaches_an_end",
+    "scales_can_be_cut",
 ]
 
 TILE = BLOCK // 4
@@ -188,7 +189,7 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
         values = _dequantize_rows(w, spec, out or spec.source.name)
         if values is not NotImplemented:
             return values
-    if w.codes.size < LARGE or not _scales_can_be_cut(spec):
+    if w.codes.size < LARGE or not scales_can_be_cut(spec):
         return NotImplemented
     spec = with_twins(spec)
     values = aligned_empty(w.codes.shape, _numpy().dtype(out or spec.source.name))
@@ -336,7 +337,7 @@ def _codes_of_tile(codes: Array, tile: Tile, spec: Spec, packed: bool) -> Array:
 
 def _block_to_cut(spec: Spec) -> Block | None:
     """The blocks that tiles go along; None where the array cannot be cut."""
-    return spec.block if _scales_can_be_cut(spec) else None
+    return spec.block if scales_can_be_cut(spec) else None
 
 
 def _of_stream(tile: Tile, bits: int) -> tuple[slice, ...]:
@@ -353,10 +354,10 @@ def _numpy() -> Any:
 
 
 def _worth_tiles(x: Array, spec: Spec) -> bool:
-    return x.size >= LARGE and _scales_can_be_cut(spec)
+    return x.size >= LARGE and scales_can_be_cut(spec)
 
 
-def _scales_can_be_cut(spec: Spec) -> bool:
+def scales_can_be_cut(spec: Spec) -> bool:
     """Whether a part of the kept scales means what it does in the whole."""
     while spec.format.scale is not None:
         spec = spec.of_scales
@@ -545,16 +546,13 @@ def _cut(qparams: QParams, tile: Tile) -> QParams:
 
 
 def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) -> Any:
-    """A scale for each row, symmetric."""
+    """A scale for each row, symmetric, without compiled loops."""
     rows, width = x.shape
     codes = aligned_empty(x.shape, spec.element.storage)
     scale = aligned_empty((rows, 1), np.float32)
     factor = np.float32(affine.inverse_of_largest(spec, recipe))
-    loops = runtime.compiled_loops() if x.size >= LARGE else None
 
     def work(start: int, stop: int) -> bool:
-        if loops is not None:
-            return bool(loops.quantize_rows(x[start:stop], factor, codes[start:stop], scale[start:stop, 0]))
         height = max(1, BLOCK // width)
         scratch = np.empty((min(height, stop - start), width), dtype=np.float32)
         finite = True
@@ -572,7 +570,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) 
             np.copyto(codes[n:e], buffer, casting="unsafe")
         return finite
 
-    if not all(map_ranges(work, rows, 1, x.size, 1 if loops is None else CHUNKS_PER_CORE)):
+    if not all(map_ranges(work, rows, 1, x.size)):
         return NotImplemented  # the reference knows what becomes of NaN and infinities
     return codes, scale.reshape(grid), None
 

@@ -23,6 +23,7 @@ What numba caches holds no address, so processes may share it.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from typing import Any
@@ -208,6 +209,33 @@ def free(typingctx, address):
 def yield_core(typingctx):
     """Let another thread have this core for now."""
     return _libc("SwitchToThread" if os.name == "nt" else "sched_yield", types.int64())
+
+
+@intrinsic
+def _madvise(typingctx, address, size, advice):
+    """Tell Linux what memory is for."""
+    return _libc("madvise", types.int64(types.int64, types.int64, types.int64))
+
+
+PAGE, HUGE, WILL_BE_HUGE = 4096, 1 << 22, 14  # MADV_HUGEPAGE
+
+
+@numba.njit
+def _in_huge_pages(address, size):
+    first = (address + PAGE - 1) & ~(PAGE - 1)
+    last = (address + size) & ~(PAGE - 1)
+    if size >= HUGE:
+        _madvise(first, last - first, WILL_BE_HUGE)
+
+
+@numba.njit
+def _in_usual_pages(address, size):
+    pass
+
+
+in_huge_pages = _in_huge_pages if sys.platform == "linux" else _in_usual_pages
+"""Ask for huge pages, where results are large, before they are touched: XLA's memory is fresh, and comes in pages of
+4 KB unless somebody asks, as NumPy does."""
 
 
 def address_of(function: Any, arity: int) -> Any:

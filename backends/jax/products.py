@@ -17,13 +17,14 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import affine, packing
+from aqt_lite._into import quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
-from aqt_lite.affine import Coded, Spec
+from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
-from aqt_lite.backends.jax.eager import in_memory
+from aqt_lite.backends.jax.eager import in_memory, is_tracing
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
 
@@ -375,6 +376,32 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
+def _quantized(operation: Callable[..., Any], form: Callable[..., Any], packed: bool) -> Callable[..., Any]:
+    """Quantization of arrays in memory, and of what is traced, by the loops where they serve."""
+    eager = in_memory(operation, form)
+
+    def kernel(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+        w = eager(x, key, spec=spec, recipe=recipe)
+        traced = isinstance(x, jax.core.Tracer) or is_tracing()
+        if w is not NotImplemented or not traced or not all(map(_is_known, x.shape)) or x.size < runtime.LARGE:
+            return w
+        loops = _encoding_loops()
+        if loops is None or not loops.serves(x, spec, recipe, packed):
+            return NotImplemented
+        return loops.quantize(x, spec=spec, recipe=recipe, packed=packed)
+
+    return kernel
+
+
+@functools.cache
+def _encoding_loops() -> Any:
+    if not _is_one_cpu() or runtime.encoding_loops() is None:
+        return None
+    from aqt_lite.backends.jax import encoding
+
+    return encoding
+
+
 _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     **quantize.FORMS,
     affine.scales_of: None,
@@ -388,6 +415,8 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
 
 KERNELS: Kernels = {
     **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
+    affine.quantize: Kernel(keeping_shardings(_quantized(affine.quantize, quantize.quantize, False)), anything),
+    quantize_stored: Kernel(keeping_shardings(_quantized(quantize_stored, quantize.quantize_stored, True)), anything),
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_stored(reproducible=False), anything),
     reference.matmul_reproducible_stored: Kernel(_stored(reproducible=True), anything),
