@@ -23,8 +23,8 @@ from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Numbers", "encode", "extrema", "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of",
-           "steps_of", "view_of"]  # fmt: skip
+__all__ = ["Numbers", "encode", "extrema", "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "quantize",
+           "rule_of", "steps_of", "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -158,7 +158,7 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
     """Codes, packed or not, into ``out`` if it is given; NotImplemented where the loops do not serve."""
     numbers = numbers_for(qparams, spec, recipe, packed)
     found = None if numbers is None else _rows(x, spec, numbers.bits)
-    if numbers is None or found is None or not (out is None or _is_plain(out)):
+    if numbers is None or found is None or not (out is None or lies_in_order(out)):
         return NotImplemented
     b, (view, rows), loops = get_backend("numpy"), found, runtime.encoding_loops()
     codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
@@ -224,7 +224,8 @@ def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:
     return np.asarray([by_most, tiny, least, of_zeros, numbers.step, spec.element.middle], np.float32)
 
 
-def _is_plain(out: Array) -> bool:
+def lies_in_order(out: Array) -> bool:
+    """Whether loops may write to it as it lies."""
     return bool(out.flags.c_contiguous and out.flags.aligned and out.dtype.isnative)
 
 

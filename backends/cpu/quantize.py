@@ -237,16 +237,18 @@ def encode_into(
         return
     twins, bits = with_twins(spec), spec.element.bits
     packs = _into.is_packed(spec, x.ndim)
-    if encoders.encode(x, QParams(*qparams), twins, recipe, packs, storage) is not NotImplemented:
+    done = encoders.encode(x, QParams(*qparams), twins, recipe, packs, storage) is not NotImplemented
+    if done and look is None:
         return
 
     def work(tile: Tile) -> None:
         own, part = _cut(QParams(*qparams), tile), x[tile.at]
-        codes = affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
-        if packs:
-            storage[_of_stream(tile, bits)] = packed_rows(codes, bits)
-        else:
-            storage[tile.at] = codes
+        if not done:
+            codes = affine.encode(part, own, key, spec=twins, recipe=recipe, first=tile.first, b=_numpy())
+            if packs:
+                storage[_of_stream(tile, bits)] = packed_rows(codes, bits)
+            else:
+                storage[tile.at] = codes
         if look is not None:
             look(part, *_values_of(_codes_of_tile(storage, tile, spec, packs), own, spec, twins))
 
@@ -314,6 +316,12 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
         return
     twins, element = with_twins(spec), spec.element
     name = values.dtype.name
+    w = QParams(*qparams).beside(codes)
+    plain = plain_integers({"spec": spec}) and w.offset is None and not packed
+    if plain and encoders.lies_in_order(values):
+        admitted = Coded(*runtime.admitted(tuple(w)))
+        if _dequantize_rows(admitted, spec, name, values) is not NotImplemented:
+            return
 
     def work(tile: Tile) -> None:
         part = _codes_of_tile(codes, tile, spec, packed)
@@ -503,19 +511,25 @@ def _chosen(ends: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPara
         parts = _tiles(grid, (1,) * len(grid))
     else:
         parts = [Tile(tuple(slice(0, n) for n in grid), (), 0)]
-    found: Any = None
-    for part in parts:
+
+    def chosen(part: Tile) -> Any:
         own = runtime.on_each(lambda a: a[None], tuple(_cut(g, Tile((), part.at, 0)) for g in given))
         with np.errstate(all="ignore"):
-            chosen: Any = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
-        chosen = runtime.on_each(lambda a: a[0], chosen)
-        if len(parts) == 1:
-            return QParams(*chosen)
-        if found is None:
-            found = runtime.on_each(lambda a: np.empty(grid, a.dtype), chosen)
-        for all_of, some in zip(runtime.arrays_in(found), runtime.arrays_in(chosen), strict=True):
-            all_of[part.at] = some
-    return QParams(*found)
+            qparams: Any = choose(ends[:, *part.at], *own, spec=rows, recipe=recipe, b=_numpy())
+        return runtime.on_each(lambda a: a[0], qparams)
+
+    found = chosen(parts[0])
+    if len(parts) == 1:
+        return QParams(*found)
+    whole = runtime.on_each(lambda a: np.empty(grid, a.dtype), found)
+
+    def some(start: int, stop: int) -> None:
+        for part in parts[start:stop]:
+            for all_of, here in zip(runtime.arrays_in(whole), runtime.arrays_in(chosen(part)), strict=True):
+                all_of[part.at] = here
+
+    map_ranges(some, len(parts), 1, chunks_per_core=CHUNKS_PER_CORE)
+    return QParams(*whole)
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
@@ -629,8 +643,8 @@ def _quantize_spanning(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Reci
     return codes, scale.reshape(grid), zero_point
 
 
-def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
-    """To float32, where every row of a view of the codes has one scale."""
+def _dequantize_rows(w: Coded, spec: Spec, out: str, into: Array | None = None) -> Any:
+    """To float32, where every row of a view of the codes has one scale; into memory that exists if it is given."""
     codes, scale, zero_point, _ = w
     if not (spec.source.name == out == "float32"):
         return NotImplemented
@@ -643,7 +657,7 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str) -> Any:
             return NotImplemented
         rows = codes.size // width, width
     flat = codes.reshape(rows)
-    values = aligned_empty(rows, np.float32)
+    values = aligned_empty(rows, np.float32) if into is None else np.asarray(into).reshape(rows)
     s = np.broadcast_to(scale.reshape(-1, 1), (rows[0], 1))
     z = None if zero_point is None else np.broadcast_to(zero_point.reshape(-1, 1), (rows[0], 1))
     # (q - z) * s is at most 65535 * s: beyond float32 only for scales that are not usual
