@@ -110,7 +110,7 @@ STORED = [
 ]
 
 
-@pytest.mark.skipif(products.LANES == 0, reason="no compiled loops here, which need numba and AVX2")
+@pytest.mark.skipif(not products.DECODES, reason="no compiled loops here, which need numba and AVX2")
 @pytest.mark.parametrize("how", [STORED[0], *(pytest.param(how, marks=pytest.mark.exhaustive) for how in STORED[1:])])
 def test_weights_in_groups_are_one_operator_of_what_is_compiled(how):
     """They stay packed, and have the bits of an eager call."""

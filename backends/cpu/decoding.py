@@ -28,7 +28,18 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = ["AVAILABLE", "HEIGHT", "LANES", "ROWS", "ROWS_AT_ONCE", "STRIP", "arrange", "multiply", "shape_of_arranged"]
+__all__ = [
+    "AVAILABLE",
+    "HEIGHT",
+    "LANES",
+    "ROWS",
+    "ROWS_AT_ONCE",
+    "STRIP",
+    "arrange",
+    "dequantize",
+    "multiply",
+    "shape_of_arranged",
+]
 
 
 def _features() -> set[str]:
@@ -161,6 +172,20 @@ class _Halves:
         )
 
 
+class _HalvesInOrder(_Halves):
+    """The same, of half as many bytes: values come in the order of the codes."""
+
+    lanes, vectors = ir.VectorType(_BYTE, LANES // 2), 1
+
+    def values(self, codes: Any, group: Any) -> list[Any]:
+        half = LANES // 2
+        upper = self.builder.lshr(codes, ir.Constant(self.lanes, [4] * half))
+        places = [i // 2 + half * (i % 2) for i in range(LANES)]
+        in_order = self.builder.shuffle_vector(codes, upper, ir.Constant(_INTS, places))
+        lower_bits = self.builder.and_(in_order, ir.Constant(_BYTES, [15] * LANES))
+        return [self._looked_up(group, self.builder.zext(lower_bits, _INTS))]
+
+
 class _Floats:
     """Values that have been decoded before."""
 
@@ -176,7 +201,7 @@ class _Floats:
         return [codes]
 
 
-_Kind = type[_Bytes] | type[_Halves] | type[_Floats]
+_Kind = type[_Bytes] | type[_Halves] | type[_Floats]  # _HalvesInOrder is one of _Halves
 
 
 def _of_group(builder: Any, decoder: Any, scale: Any, zero: Any, g: Any) -> Any:
@@ -198,7 +223,8 @@ def _decoder(kind: _Kind) -> Any:
 
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k = builder.add(first, i)
-                    values = decoder.values(_load(builder, _at(builder, w, k, LANES), _BYTES), of_group)
+                    codes = _load(builder, _at(builder, w, k, kind.lanes.count), kind.lanes)
+                    values = decoder.values(codes, of_group)
                     for v, value in enumerate(values):
                         place = _at(builder, builder.add(out, _ADDRESS(4 * LANES * v)), k, 4 * LANES * kind.vectors)
                         builder.store(value, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
@@ -285,6 +311,7 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
 _bytes_of_one_row, _bytes_of_rows = _tile(_Bytes, HEIGHT_OF_ONE, 1), _tile(_Bytes, HEIGHT, ROWS)
 _halves_of_one_row, _halves_of_rows = _tile(_Halves, HEIGHT_OF_ONE, 1), _tile(_Halves, HEIGHT, ROWS)
 _decode_bytes, _decode_halves, _floats_of_rows = _decoder(_Bytes), _decoder(_Halves), _tile(_Floats, HEIGHT, ROWS)
+_decode_halves_in_order = _decoder(_HalvesInOrder)
 
 
 def shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
@@ -473,4 +500,60 @@ def multiply(
                     for lane in range(LANES):
                         total += lanes[lane]
                     y[i, first + n] = total + bias[start + n]
+    return most < LARGE
+
+
+@njit(nogil=True, cache=True)
+def _one_by_one(
+    w: Any, first: Any, last: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    """Values of a row's codes ``first`` to ``last`` - 1, which share a scale."""
+    for k in range(first, last):
+        if halves:
+            code = (w[k >> 1] >> np.uint8(4)) if k & 1 else (w[k >> 1] & np.uint8(15))
+            number = table[code]
+        else:
+            number = np.float32((np.int32(w[k]) ^ flip ^ 128) - 128)
+        out[k] = (number - zero) * scale
+
+
+@njit(nogil=True, cache=True)
+def dequantize(
+    w: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
+    zero: Any, size: Any, first_row: Any, out: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``out[n, k] = (number[n, k] - zero[n, g]) * scale[n, g]``, operands and answer as for ``multiply``.
+
+    Groups may have any size here.
+    """
+    coded, shifted, several = of_scales.shape[0] > 0, zero.shape[0] > 0, zero.shape[0] > 1
+    kept = codes_of_scales if coded else scale.view(np.uint8)
+    groups = (inner + size - 1) // size
+    numbers, zeros = np.empty((1, groups), dtype=np.float32), np.zeros((1, groups), dtype=np.float32)
+    a = table.ctypes.data
+    whole, most = inner // size if size % LANES == 0 else 0, np.uint32(0)
+    for n in range(w.shape[0]):
+        row = first_row + n if kept.shape[0] > 1 else 0
+        if coded:
+            _looked_up(codes_of_scales[row : row + 1], of_scales, numbers)
+        else:
+            numbers[0] = scale[row]
+        most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
+        if shifted:
+            _as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros)
+        start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
+        g = 0
+        while g < groups:
+            k, together = g * size, max(whole - g, 1)  # all groups that are whole vectors at once, others one by one
+            last = min(k + together * size, inner)
+            steps = 0 if halves and k % 2 else (last - k) // together // LANES
+            at, there, s_g, z_g = start + (k // 2 if halves else k), o + 4 * k, s + 4 * g, z + 4 * g
+            if steps > 0 and halves:
+                _decode_halves_in_order(at, s_g, z_g, a, flip, together, steps, there)
+            elif steps > 0:
+                _decode_bytes(at, s_g, z_g, a, flip, together, steps, there)
+            k += together * steps * LANES
+            if k < last:
+                _one_by_one(w[n], k, last, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
+            g += together
     return most < LARGE

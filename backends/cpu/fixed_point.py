@@ -57,6 +57,8 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     """
     if not serve.dots(x, x.dtype.name, w, spec, contract):
         return NotImplemented
+    if fast and serve.is_worth_floats(len(x), w.codes.size):
+        return NotImplemented
     (rows, _), columns, x_dtype = x.shape, len(w.codes), x.dtype
     dots, powers = runtime.integer_dots(), powers_of_two()
     x = np.ascontiguousarray(x, dtype=np.float32)

@@ -41,7 +41,7 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
             return y
     if not serve.bytes_and_float32(x, x.dtype.name, w, spec) or serve.values_may_overflow(w):
         return NotImplemented
-    if w.codes.size >= LARGE:
+    if serve.is_worth_floats(len(x), w.codes.size) or w.codes.size >= LARGE:
         y = matmul_by_dots(x, w, bias, spec=spec, contract=contract)
         if y is not NotImplemented:
             return y

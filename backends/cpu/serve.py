@@ -31,8 +31,11 @@ SHORTEST_ROW_TO_ENCODE = 64
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
-MANY_ROWS_FOR_LOOPS = 512
-"""Rows of x above which BLAS takes a small weight as floats."""
+MOST_CODES_AT_ONCE = 1 << 20
+"""Codes of a weight, or of a part of one, whose floats (4 MB) stay in a cache until BLAS has read them."""
+
+CODES_A_ROW = 1 << 13
+"""Codes of such a weight that a row of x pays for: turning them to floats takes less time than BLAS gains."""
 
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
@@ -150,18 +153,26 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
 
 
 def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """The same where loops are known to be there, of so many codes at once: compilers trace no search for them."""
+    """The same where loops are known to be there, of so many codes at once: compilers trace no search for them.
+
+    ``lanes`` of 1 asks for no whole vectors.
+    """
     element = spec.element
     if not _in_scaled_codes(x_dtype, w, spec, contract):
         return False
     known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
     small = max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
-    return known and small and (spec.block[1] or 0) % (lanes * (2 if packed else 1)) == 0
+    return known and small and (lanes == 1 or (spec.block[1] or 0) % (lanes * (2 if packed else 1)) == 0)
 
 
 def is_worth_floats(rows: int, codes: int) -> bool:
     """Whether so many rows of x meet a weight so small that its floats stay in cache, where BLAS is faster."""
-    return rows > MANY_ROWS_FOR_LOOPS and codes < runtime.LARGE
+    return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * CODES_A_ROW, MOST_CODES_AT_ONCE)
+
+
+def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether the loop serves that turns codes to floats, a block of rows at a time, for groups of any length."""
+    return runtime.decoding_loops() is not None and decodes_in_vectors(1, x_dtype, w, spec, contract, packed)
 
 
 def exact_dots(w: Array) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,15 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
 from aqt_lite.elements import ElementType
 
-__all__ = ["Operands", "blocks_of_rows", "matmul_stored", "numbers_of_codes", "operands_of"]
+__all__ = [
+    "Operands",
+    "blocks_of_rows",
+    "blocks_of_values",
+    "matmul_of_floats",
+    "matmul_stored",
+    "numbers_of_codes",
+    "operands_of",
+]
 
 _NOTHING = np.empty(0, dtype=np.float32)
 
@@ -54,10 +63,12 @@ def matmul_stored(
 ) -> Any:
     """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
     packed = packed_length is not None
-    if not (len(x) and serve.decodes(x.dtype.name, w, spec, contract, packed)):
+    if not (len(x) and serve.becomes_floats(x.dtype.name, w, spec, contract, packed)):
         return NotImplemented
-    if serve.is_worth_floats(len(x), w.codes.size):
-        return NotImplemented
+    if serve.is_worth_floats(len(x), len(w.codes) * x.shape[1]):
+        return matmul_of_floats(x, w, bias, spec=spec, packed=packed)
+    if not serve.decodes(x.dtype.name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
+        return matmul_of_floats(x, w, bias, spec=spec, packed=packed) if packed else NotImplemented
     loops, x_dtype = runtime.decoding_loops(), x.dtype
     operands = operands_of(w, spec, x.shape[1], packed, get_backend("numpy"))
     x = np.ascontiguousarray(x, dtype=np.float32)
@@ -71,6 +82,43 @@ def matmul_stored(
 
     small = all(map_ranges(columns, len(codes), loops.STRIP, codes.size, CHUNKS_PER_CORE))
     return y.astype(x_dtype, copy=False) if small else NotImplemented
+
+
+@np.errstate(all="ignore")
+def matmul_of_floats(x: Array, w: Coded, bias: Array | None, *, spec: Spec, packed: bool) -> Any:
+    """The same by BLAS, for groups of any length."""
+    x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
+    y = np.empty((len(x), len(w.codes)), dtype=np.float32)
+    for columns, values in blocks_of_values(w, spec, x.shape[1], packed):
+        if values is None:
+            return NotImplemented
+        np.matmul(x, values.T, out=y[:, columns])
+    if bias is not None:
+        y += bias
+    return y.astype(x_dtype, copy=False)
+
+
+def blocks_of_values(w: Coded, spec: Spec, inner: int, packed: bool) -> Iterator[tuple[slice, Array | None]]:
+    """The weight's values as products use them: blocks of rows that a cache holds.
+
+    Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to be clipped.
+    """
+    loops, codes = runtime.decoding_loops(), np.ascontiguousarray(w.codes).view(np.uint8)
+    with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
+        operands = operands_of(w, spec, inner, packed, get_backend("numpy"))
+    length, height = len(codes), max(1, serve.MOST_CODES_AT_ONCE // inner)
+    scratch = np.empty((min(height, length), inner), dtype=np.float32)
+    for first in range(0, length, height):
+        last = min(first + height, length)
+        out = scratch[: last - first]
+
+        def rows(start: int, stop: int, first: int = first, out: Array = out) -> Any:
+            return loops.dequantize(
+                codes[first + start : first + stop], inner, *operands, first + start, out[start:stop]
+            )
+
+        served = map_ranges(rows, last - first, 1, out.size, CHUNKS_PER_CORE)
+        yield slice(first, last), out if all(served) else None
 
 
 def _arranged(x: Array, halves: bool) -> Array:
@@ -114,7 +162,7 @@ def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Arra
     xp = b.xp
     no_codes = b.asarray(np.empty((0, 0), np.uint8))
     if not isinstance(kept, tuple):
-        return xp.astype(kept, xp.float32), no_codes, b.asarray(_NOTHING)
+        return xp.astype(kept, xp.float32, copy=False), no_codes, b.asarray(_NOTHING)
     kept = Coded(*kept)
     codes, inner = kept.codes, kept.scale
     several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)

@@ -90,6 +90,10 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     if not _may_write_in_place(x, w, bias) or not serve.bytes_and_float32(x, b.dtype_name(x), w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
     digits_serve = _is_worth_digits(w, contract)
+    if not digits_serve and not torch.compiler.is_compiling() and serve.is_worth_floats(x.shape[0], w.codes.numel()):
+        y = _by_decoding(x, w, bias, spec=spec, contract=contract, packed_length=None)
+        if y is not NotImplemented:
+            return y
     y = _by_loops(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
     if y is not NotImplemented:
         return y
@@ -133,7 +137,8 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     rows, x_dtype, x = x.shape[0], x.dtype, x.to(torch.float32)
     like = {"dtype": torch.float32, "device": x.device}  # whatever the user's defaults are
     scratch = torch.empty((min(height, length), width), **like)
-    y = torch.zeros((rows, width), **like) if contract == 0 else torch.empty((rows, length), **like)
+    in_one = contract == 1 and length <= height  # its product is the result: copying one of many rows takes as long
+    y = torch.zeros((rows, width), **like) if contract == 0 else torch.empty((0 if in_one else rows, length), **like)
 
     def of_rows(blocks: Array, start: int, stop: int) -> Array:
         blocks = floats.rows_of_blocks(blocks, start, stop, spec.block)
@@ -148,6 +153,8 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
         weight.mul_(of_rows(w.scale, start, stop))
         if contract == 0:
             y.addmm_(x[:, start:stop], weight)
+        elif in_one:
+            y = x @ weight.T
         else:
             y[:, start:stop] = x @ weight.T  # x on the left: the other way round errs several times more
     if bias is not None:
@@ -178,11 +185,35 @@ def _by_loops(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, 
 def _by_decoding(
     x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
 ) -> Any:
-    """NumPy's form whose codes become numbers in registers, where it serves."""
-    if torch.compiler.is_compiling():
+    """NumPy's form whose codes become numbers in registers, or in a cache, where it serves."""
+    if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
+    static = get_backend("torch").dtype_name(x), w, spec, contract, packed_length is not None
+    if not serve.becomes_floats(*static):
+        return NotImplemented
+    is_packed = packed_length is not None
+    if serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1]):
+        return _of_floats(x, w, bias, spec, is_packed)
+    if not serve.decodes(*static):  # bytes have loops for any group elsewhere
+        return _of_floats(x, w, bias, spec, is_packed) if is_packed else NotImplemented
     form = functools.partial(stored.matmul_stored, packed_length=packed_length)
     return _on_numpy_memory(form, x, w, bias, spec, contract)
+
+
+def _of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
+    """The product of torch itself with the weight's values, as many rows at a time as a cache holds."""
+    if not _have_numpy_memory(runtime.arrays_in(tuple(w))):
+        return NotImplemented
+    x_dtype, parts = x.dtype, []
+    with outside_transformations():
+        x, bias = (t if t is None else t.to(torch.float32) for t in (x, bias))
+        weight = Coded(*runtime.admitted(_as_numpy(w)))
+        for columns, values in stored.blocks_of_values(weight, spec, x.shape[1], packed):
+            if values is None:
+                return NotImplemented
+            some = None if bias is None else bias[columns]
+            parts.append(torch.nn.functional.linear(x, torch.from_numpy(values), some))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x_dtype)
 
 
 def _on_numpy_memory(
@@ -428,7 +459,7 @@ def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
             return reference.matmul_stored(x, w, bias, **static, b=get_backend("torch"))
         return _as_one_call(x, w, bias, **static)
     tensors = runtime.arrays_in((x, *w, bias))
-    if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
+    if not _may_be_read(tensors) or not _serves(serve.becomes_floats, x, w, static):
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
         return _by_decoding(x, w, bias, **static)
@@ -460,8 +491,8 @@ def _serves(rule: Callable[..., bool], x: Array, w: Coded, static: dict[str, Any
     return len(x) > 0 and rule(x_dtype, w, static["spec"], static["contract"], packed)
 
 
-LANES = 0 if runtime.decoding_loops() is None or not HAS_EXPORTING else runtime.decoding_loops().LANES
-"""Codes that the compiled loops take at once, 0 without loops; found out on import: a compiler that traces cannot."""
+DECODES = runtime.decoding_loops() is not None and HAS_EXPORTING
+"""Whether there are loops that decode; found out on import: a compiler that traces cannot."""
 
 
 def _as_one_call(
@@ -476,14 +507,14 @@ def _as_one_call(
     plain = isinstance(numbers, torch.Tensor) and (of_scales is None or isinstance(of_scales, torch.Tensor))
     others = (kept.zero_point, kept.offset) if isinstance(kept, Coded) else ()
     if (
-        not LANES
+        not DECODES
         or torch.compiler.is_exporting()
         or x.device.type != "cpu"
         or not plain
         or any(a is not None for a in others)
     ):
         return NotImplemented
-    if not serve.decodes_in_vectors(LANES, b.dtype_name(x), w, spec, contract, packed_length is not None):
+    if not serve.decodes_in_vectors(1, b.dtype_name(x), w, spec, contract, packed_length is not None):
         return NotImplemented
     tensors = (x, w.codes, numbers, of_scales, w.zero_point, bias)
     if b.differentiates(*tensors):
