@@ -101,7 +101,8 @@ def matmul_of_floats(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
 def blocks_of_values(w: Coded, spec: Spec, inner: int, packed: bool) -> Iterator[tuple[slice, Array | None]]:
     """The weight's values as products use them: blocks of rows that a cache holds.
 
-    Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to be clipped.
+    Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to be
+    clipped.
     """
     loops, codes = runtime.decoding_loops(), np.ascontiguousarray(w.codes).view(np.uint8)
     with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
