@@ -13,11 +13,11 @@ get_backend("jax")  # whoever imports this first has trees of JAX from here on, 
 
 
 def register_loops() -> bool:
-    """Offer XLA the compiled loops that products call on a CPU, and say whether it has them.
+    """Offer XLA the compiled loops that it calls on a CPU, and say whether it has those of products.
 
-    They are offered when the first product is compiled. Only a process that loads an executable which another one has
-    compiled (``jax.experimental.serialize_executable``) calls this before, or XLA finds "No FFI handler registered". It
-    starts JAX's CPU backend, and takes a second or so where numba's cache is warm.
+    They are offered when the first product or quantization is compiled. Only a process that loads an executable which
+    another one has compiled (``jax.experimental.serialize_executable``) calls this before, or XLA finds "No FFI handler
+    registered". It starts JAX's CPU backend, and takes a second or so where numba's cache is warm.
 
     Returns
     -------
@@ -32,5 +32,7 @@ def register_loops() -> bool:
     """
     from aqt_lite.backends.jax import products
 
-    dots = products.integer_dots()
+    encoding, dots = products.encoding_loops(), products.integer_dots()
+    if encoding is not None:
+        encoding.register()
     return dots is not None and dots.is_registered()

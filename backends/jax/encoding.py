@@ -47,7 +47,7 @@ from aqt_lite.backends.jax.primitives import primitive, version_of
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["quantize", "serves"]
+__all__ = ["quantize", "register", "serves"]
 
 AT_A_TIME = 1 << 16
 """Values that a thread claims at a time, at least."""
@@ -148,6 +148,12 @@ def _is_registered(target: str) -> bool:
     version = version_of(sys.modules[__name__], encoding, ffi)
     announce_compilation("the handler that XLA calls")
     return ffi.register(target, _handler(_ADDRESSES[target], version))
+
+
+def register() -> bool:
+    """Offer XLA all of them now; whether it has taken them."""
+    taken = [_is_registered(target) for target in _ADDRESSES]
+    return all(taken)
 
 
 # ---- what JAX sees

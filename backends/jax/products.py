@@ -385,7 +385,7 @@ def _quantized(operation: Callable[..., Any], form: Callable[..., Any], packed: 
         traced = isinstance(x, jax.core.Tracer) or is_tracing()
         if w is not NotImplemented or not traced or not all(map(_is_known, x.shape)) or x.size < runtime.LARGE:
             return w
-        loops = _encoding_loops()
+        loops = encoding_loops()
         if loops is None or not loops.serves(x, spec, recipe, packed):
             return NotImplemented
         return loops.quantize(x, spec=spec, recipe=recipe, packed=packed)
@@ -394,7 +394,8 @@ def _quantized(operation: Callable[..., Any], form: Callable[..., Any], packed: 
 
 
 @functools.cache
-def _encoding_loops() -> Any:
+def encoding_loops() -> Any:
+    """The primitives around the loops that make codes, or None without numba."""
     if not _is_one_cpu() or runtime.encoding_loops() is None:
         return None
     from aqt_lite.backends.jax import encoding
