@@ -532,7 +532,7 @@ OF_CODES = {"_FillValue", "scale_factor", "add_offset", "max_abs_error", "quanti
         pytest.param(["--max-abs-err", "model/t=0.05,p=0.1"], {"model/t", "model/run/p"}, marks=pytest.mark.exhaustive),
         (["--keepbits", "t=5"], {"model/t", "model/run/t"}),
     ],
-    ids=str,
+    ids=["a bound", "bounds by name", "bits"],
 )
 def test_nothing_in_groups_is_lost(how, changed, tmp_path, capsys):
     source, out, back = (tmp_path / name for name in ("in.nc", "out.nc", "back.nc"))
