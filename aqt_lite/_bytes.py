@@ -237,8 +237,8 @@ def _collect(path: str, q: QArray, layout: Layout, found: dict[str, np.ndarray[A
         if (kept is None) != (child is None):
             wanted, there = ("no", "has one") if child is None else ("a", "has none")
             raise ValueError(
-                f"layout {layout.name!r} has {wanted} {name} there, and {what} {there}: quantize otherwise, "
-                "such as in the dialect of the library whose layout it is"
+                f"layout {layout.name!r} has {wanted} {name} there, and {what} {there}: quantize with the "
+                "dialect of the library whose layout it is (dialect='gguf' for those of ggml)"
             )
         if child is None:
             continue

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"aqt-lite: {error}: pip install 'aqt_lite[science]'", file=sys.stderr)
         return 1
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last are those of damaged HDF5
         print(f"aqt-lite: {error}", file=sys.stderr)
         return 1
     return 0
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--information", type=_numbers, metavar="SHARE",
-        help="floats with the fewest bits that keep this share of the information that neighbours share; 0.99 is usual",
+        help="floats with the fewest bits that keep this share of the information that neighbours share; 0.99 is "
+        "usual; NAME=SHARE where not all variables have any",
     )  # fmt: skip
     how.add_argument("--keepbits", type=_counts, metavar="N", help="floats with N bits after the leading one")
     pack.add_argument("--dtype", default="auto", help="of integers: auto, int8, int16, int32, uint8, uint16")
@@ -633,3 +634,7 @@ def _progress(what: str) -> Callable[[int, int], None]:
         print(f"\r{what}: {100 * done // max(of, 1)}%", end="\n" if done >= of else "", file=sys.stderr, flush=True)
 
     return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._arguments import as_float_array
 from aqt_lite._dispatch import run
 from aqt_lite._ggml_searches import codebook, codebook_parts, descended_parts, parts_with_minima, signed_parts
 from aqt_lite._ggml_steps import Coded, as_integers, bounded, first, in_float16, inverse, quotient
@@ -84,7 +84,8 @@ def quantize_blocks(x: Numbers, dtype: str, *, backend: str | None = None) -> QA
     >>> q.to_bytes("gguf").tobytes().hex()[:8]
     '00346070'
     """
-    one_of("dtype", dtype, tuple(ENCODERS))
+    if dtype not in ENCODERS:
+        raise ValueError(f"dtype={dtype!r}: dialect='gguf' makes ggml's own types alone, {', '.join(ENCODERS)}")
     array, b = as_float_array(x, "x", backend)
     source, shape = b.dtype_name(array), tuple(array.shape)
     if source == "float64":

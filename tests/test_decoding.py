@@ -261,6 +261,6 @@ def test_derivatives_of_torch(dtype):
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
-    run_without_avx_512(
-        __file__, [test_a_row_with_a_single_one_gives_the_values_of_dequantize], "runtime.decoding_loops().LANES == 8"
-    )
+    tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
+    tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
+    run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from optional import jax, jnp, needs
+from processors import run_without_avx_512
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
@@ -154,6 +155,13 @@ def test_every_float16_pattern_and_its_neighbours_get_the_code_of_the_contract(n
         own = encoders.encode(x, given, spec, affine.Recipe(), packed=False)
         assert own is not NotImplemented
         assert_same_bits(own, expected)
+
+
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+def test_processors_without_avx_512():
+    tests = [test_codes_and_scales_of_every_layout_are_those_of_the_contract]
+    tests += [test_every_float16_pattern_and_its_neighbours_get_the_code_of_the_contract]
+    run_without_avx_512(__file__, tests, "runtime.encoding_loops() is not None")
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
