@@ -15,19 +15,14 @@ from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, anything, plain_integers
 from aqt_lite._registry import get_backend, kernels_of
 from aqt_lite.backends.cpu import fixed_point, integers, runtime, serve
-from aqt_lite.elements import FLOAT_TYPES, float_type
+from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 
-loops, dots = pytest.importorskip("aqt_lite.backends.cpu.loops"), pytest.importorskip("aqt_lite.backends.cpu.dots")
+dots = pytest.importorskip("aqt_lite.backends.cpu.dots")
 
 
 # ---- constants of the contract that numba compiles in: it caches by file, so each file has its own
-
-
-def test_constants_of_the_quantization_loops_are_the_contract_s():
-    assert FLOAT_TYPES["float32"].tiny == loops.TINY
-    assert loops.TINY.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", ["SMALLEST", "SMALL", "MANY", "FINEST", "BITS"])

@@ -116,11 +116,16 @@ def view_of(shape: tuple[int, ...], spec: Spec, bits: int = 8) -> _View | None:
     return None
 
 
+def _lies_right(x: Any) -> bool:
+    """Whether loops may read it as it lies, and are worth being loaded."""
+    if not isinstance(x, np.ndarray) or x.size < LARGE or x.dtype != np.float32 or not x.dtype.isnative:
+        return False
+    return x.flags.c_contiguous and x.flags.aligned and runtime.encoding_loops() is not None
+
+
 def _rows(x: Any, spec: Spec, bits: int = 8) -> tuple[_View, Array] | None:
-    """A view of x and x in it, where loops may read it as it lies."""
-    if runtime.encoding_loops() is None or not isinstance(x, np.ndarray) or x.size < LARGE:
-        return None
-    if x.dtype != np.float32 or not (x.dtype.isnative and x.flags.c_contiguous and x.flags.aligned):
+    """A view of x and x in it, where the loops serve."""
+    if not _lies_right(x):
         return None
     view = view_of(x.shape, spec, bits)
     return None if view is None else (view, np.asarray(x).reshape(view.rows, view.length))
@@ -156,7 +161,7 @@ def steps_of(scale: Array, spec: Spec, step: float, b: Backend) -> tuple[Array, 
 @np.errstate(all="ignore")
 def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, out: Array | None = None) -> Any:
     """Codes, packed or not, into ``out`` if it is given; NotImplemented where the loops do not serve."""
-    numbers = numbers_for(qparams, spec, recipe, packed)
+    numbers = numbers_for(qparams, spec, recipe, packed) if _lies_right(x) else None
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or not (out is None or lies_in_order(out)):
         return NotImplemented
@@ -183,7 +188,7 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
 @np.errstate(all="ignore")
 def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     """Scales and codes at once, where a scale is a product and its group a part of a row; else NotImplemented."""
-    numbers = numbers_at_once(spec, recipe, packed)
+    numbers = numbers_at_once(spec, recipe, packed) if _lies_right(x) else None
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or found[0].shared:
         return NotImplemented
