@@ -323,6 +323,8 @@ class ArrayShapes:
                 return first @ second if _is_quantized(first) else second.__rmatmul__(first)
             if ufunc in (np.equal, np.not_equal):
                 return first == second if _is_quantized(first) else second == first
+        if ufunc is np.matmul:
+            raise TypeError("a product with a QArray makes an array of its own: write y = x @ q, without out=")
         name = ufunc.__name__ if method == "__call__" else f"{ufunc.__name__}.{method}"
         return _refused(f"np.{name}")(self)
 

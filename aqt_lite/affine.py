@@ -257,7 +257,8 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
         else:  # halved first: cannot overflow
             scale = _over(hi * 0.5 - lo * 0.5, largest_of(spec, recipe), recipe, spec, b)
 
-    finite, of_nothing, negative = xp.isfinite(scale), scale == 0, scale < 0
+    finite, of_nothing = xp.isfinite(scale), scale == 0
+    negative = scale <= -float_type(source.compute).tiny / 2  # subnormal ones are those of nothing
     scale = _usable_scale(xp.abs(scale) if rules.signed_scales else scale, spec, recipe, b)
     if rules.signed_scales:
         scale = xp.where(negative, -scale, scale)
@@ -269,7 +270,8 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QPara
 
     if recipe.offset:
         if offset is None:
-            offset = _without_tiny(hi * 0.5 + lo * 0.5, spec, xp) if spec.element.signed else lo  # halves are exact
+            # halves are exact; two constants, since XLA makes one product of equal ones, of a sum that overflows
+            offset = _without_tiny(hi * 0.5 - lo * -0.5, spec, xp) if spec.element.signed else lo
         return QParams(kept, None, xp.where(finite, offset, xp.zeros_like(offset)), steps)
     if recipe.symmetric:
         middle = spec.element.middle
@@ -661,7 +663,7 @@ def _encoded(
     scale, zero, offset, steps = qparams
     v = _computable(x, spec, b)
     normal = float_type(spec.source.compute).tiny / 2
-    if recipe.keeps_tiny:
+    if recipe.keeps_tiny or not spec.element.has_zero:  # numbers next to each other on both sides of 0 tell them apart
         v = _flushed(v, spec, xp)
     if steps is not None:
         v = v * spread(steps[0], shape, spec.block, xp)

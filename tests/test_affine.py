@@ -42,6 +42,7 @@ from oracles import exact
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, _exact
 from aqt_lite._registry import get_backend
+from aqt_lite.testing import assert_same_bits
 
 ELEMENTS = ("int8", "uint8", "int16", "uint16")
 SCHEMES = ("symmetric", "affine")
@@ -507,3 +508,25 @@ def test_the_harness_sees_a_wrong_quantizer(monkeypatch):
     assert differing(good._replace(codes=careless), good) > x.size // 1000
     monkeypatch.setitem(FORMS, NUMPY, lambda problems: [good._replace(codes=careless)])
     assert NUMPY in disagreements([problem], [good], [NUMPY])
+
+
+def test_ranges_whose_ends_add_up_to_more_than_a_float(backend):
+    """XLA makes ``(hi + lo) * 0.5`` of two halves with one constant."""
+    for low, high in ((2e38, 3e38), (-3e38, -2e38), (-3e38, 3e38)):
+        x = np.linspace(low, high, 64, dtype=np.float32).reshape(2, 32)
+        for dtype in ("int8", "float8_e4m3fn", "nf4"):
+            expected = aqt_lite.quantize(x, dtype, offset="data", granularity=PerGroup(16))
+            calls = [lambda a, d=dtype: aqt_lite.quantize(a, d, offset="data", granularity=PerGroup(16))]
+            calls += [jax.jit(calls[0])] if backend.name == "jax" else []
+            for call in calls:
+                assert_same_bits(call(backend.asarray(x)), expected)
+
+
+def test_codebooks_without_zero_count_subnormal_values_as_zero(backend):
+    codebook = aqt_lite.Codebook("around_zero", (-1.0, -0.05, 0.047, 1.0))
+    x = (np.linspace(-1.2e-38, 1.2e-38, 64, dtype=np.float32) * 3).reshape(2, 32)
+    expected = aqt_lite.quantize(np.where(np.abs(x) < 2.0**-126, np.float32(0), x), codebook)
+    calls = [lambda a: aqt_lite.quantize(a, codebook)]
+    calls += [jax.jit(calls[0])] if backend.name == "jax" else []
+    for call in calls:
+        assert_same_bits(call(backend.asarray(x)), expected)

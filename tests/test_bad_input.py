@@ -380,6 +380,14 @@ def test_float16_products_that_overflow(backend):
     x = backend.asarray(np.full((1, 4), 6e4, "float16"))
     with pytest.raises(ValueError, match="float16 cannot hold every result, which overflow to infinity"):
         linear(x, quantize(backend.asarray(np.ones((2, 4), "float32"))))
+    several = np.ones((3, 4), "float16")
+    several[1, 2] = np.inf  # an infinity of x is no overflow, and stays in its row
+    w = quantize(backend.asarray(np.ones((2, 4), "float32")))
+    y = backend.to_numpy(linear(backend.asarray(several), w))
+    np.testing.assert_array_equal(y, [[4, 4], [np.inf, np.inf], [4, 4]])
+    several[2] = 6e4
+    with pytest.raises(ValueError, match="float16 cannot hold every result"):
+        linear(backend.asarray(several), w)
 
 
 def test_non_finite_activations_give_nan_or_infinity_never_a_number(backend):

@@ -567,3 +567,13 @@ def test_nothing_is_looked_at_while_tracing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jax.jit(lambda x: quantize(x).dequantize())(x)
+
+
+@pytest.mark.parametrize("rows", [40, 4096])
+def test_blocks_in_which_all_is_missing(backend, rows):
+    x = np.random.default_rng(0).standard_normal((rows, 32)).astype("float32")
+    x[::5] = np.nan
+    for how in ({"offset": "data"}, {"scheme": "affine"}, {}):
+        q = quantize(backend.asarray(x), "int4_nan", granularity=PerGroup(32), **how)
+        assert (backend.to_numpy(q.scale)[::5] == 1).all()
+        np.testing.assert_array_equal(np.isnan(backend.to_numpy(q.dequantize())), np.isnan(x))

@@ -121,8 +121,20 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     if len(shape) != 2:
         y = b.xp.reshape(y, (*shape[:-1], outside))
     if b.dtype_name(y) == "float16" and not b.is_traced(y):
-        y = b.check_no_overflow(y, "float16")
+        y = _without_overflow(y, x, bias, b)
     return y
+
+
+def _without_overflow(y: Array, x: Any, bias: Array | None, b: Backend) -> Array:
+    """``y``; ValueError where it has infinities that are none of its operands'."""
+    xp, own = b.xp, y
+    if not b.is_deferred(y):
+        if not isinstance(x, QArray) and bool(xp.any(xp.isinf(x))):
+            own = xp.where(xp.all(xp.isfinite(x), axis=-1, keepdims=True), own, xp.zeros_like(own))
+        if bias is not None and bool(xp.any(xp.isinf(bias))):
+            own = xp.where(xp.isfinite(bias), own, xp.zeros_like(own))
+    checked = b.check_no_overflow(own, "float16")
+    return checked if own is y else y
 
 
 _OTHER = {"dense": ("linear", "(in, out)", "(out, in)"), "linear": ("dense", "(out, in)", "(in, out)")}

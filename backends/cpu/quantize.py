@@ -500,6 +500,8 @@ def _extrema_of_tiles(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) ->
             np.maximum(ends[-1][tile.on_grid], high, out=ends[-1][tile.on_grid])
 
     for_tiles(extrema, x.shape, spec.block)
+    if not magnitudes and spec.element.missing is not None:
+        ends[:, ends[0] > ends[1]] = np.nan  # of blocks in which all is missing
     return ends
 
 
