@@ -1,11 +1,14 @@
 """What other arrays have and a ``QArray`` has not, and what does the same: words for errors.
 
-Owns: that table, each way beside the names that people try. Imports: nothing of this package.
+Owns: that table, each way beside the names that people try, and the name of a format that says so, too. Imports:
+nothing of this package.
 """
 
 from __future__ import annotations
 
-__all__ = ["way_to"]
+from typing import NoReturn
+
+__all__ = ["FormatName", "way_to"]
 
 _WAYS = {
     "q.to_device(device) moves it, q.to_backend(name) makes it another library's, q.dequantize(dtype) is its values": (
@@ -41,3 +44,18 @@ def way_to(name: str) -> str:
     """What to do where other arrays would be asked for the attribute ``name``."""
     parts = "q.dequantize() is the array of its values, and q.storage, q.scale, q.zero_point are its parts"
     return _WAY_OF.get(name, parts)
+
+
+class FormatName(str):
+    """A ``QArray.dtype`` beside arrays of NumPy, whose dtypes other libraries ask before they ask anything else."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # protocols ask
+            raise AttributeError(name)
+        raise AttributeError(
+            f"the dtype of a QArray is the name of its format, {str(self)!r}, without {name!r}: a QArray is no array. "
+            "aqt_lite.save(path, q) stores it, aqt_lite.files.to_arrays(tree) gives arrays that anything stores, and "
+            "q.dequantize() its values"
+        )

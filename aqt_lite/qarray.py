@@ -48,7 +48,7 @@ from aqt_lite._qparams import (
 )
 from aqt_lite._registry import backend_of, get_backend, register_container
 from aqt_lite._shapes import ArrayShapes, Swapped, kind_in_words, lengths_swapped, swapped_back
-from aqt_lite._ways import way_to
+from aqt_lite._ways import FormatName, way_to
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import INTEGER_TYPES, ElementType, dtype_name, float_type
 from aqt_lite.formats import (
@@ -141,6 +141,11 @@ class QArray(ArrayShapes, ArrayBytes):
     ragged: Block = field(default=())
     trainable: bool = False
     version: int = CONTRACT_VERSION
+
+    def __post_init__(self) -> None:
+        named = type(self.storage) is np.ndarray
+        if named != (type(self.dtype) is FormatName):
+            self.__dict__["dtype"] = FormatName(self.dtype) if named else str(self.dtype)
 
     @classmethod
     def from_codes(
@@ -545,6 +550,7 @@ class QArray(ArrayShapes, ArrayBytes):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {f.name: getattr(self, f.name) for f in fields(self)}
+        state["dtype"] = str(self.dtype)
         known = known_format(self.dtype)
         if known is not None and known not in _BUILT_IN:  # so that another process knows it, too
             state["_format_record"] = known
@@ -565,6 +571,7 @@ class QArray(ArrayShapes, ArrayBytes):
         known, b = known_format(self.dtype), backend_of(self.storage)
         if known is not None and b is not None and self.packed_length is None:
             self.__dict__["storage"] = b.from_pickle(self.storage, known.element.storage)
+        self.__post_init__()
 
     # ---- inside
 

@@ -744,6 +744,12 @@ def test_savers_of_others_do_not_write_floats_in_silence(library, tmp_path):
     path, q = tmp_path / "file", quantize(np.ones((64, 64), "float32"))
     with pytest.raises((TypeError, ValueError, AttributeError)):
         SAVERS[library](module, str(path), q)
+    if library == "safetensors.numpy":
+        with pytest.raises(AttributeError, match=r"aqt_lite.save\(path, q\) stores it"):
+            SAVERS[library](module, str(path), q)
+    if library == "zarr":
+        with pytest.raises(AttributeError, match=r"aqt_lite.save\(path, q\) stores it"):
+            module.array(q)
     written = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
     assert written < q.nbytes
 
