@@ -76,7 +76,7 @@ def _leaf_of(q: Any) -> Any:
     if kept is None and DOUBT in of_node and of_node[DOUBT].settled() is not None:
         return of_node[DOUBT].leaf
     if kept is not None:
-        gone = isinstance(kept, jax.Array) and kept.is_deleted()
+        gone = isinstance(kept, jax.Array) and not isinstance(kept, jax.core.Tracer) and kept.is_deleted()
         if gone:
             if storage.is_deleted():  # donated, like the others
                 return kept
@@ -100,7 +100,10 @@ def _receive(q: Any, mark: Any) -> None:
         of_node[_KEPT] = mark
         return
     missing = _missing(q, mark)
-    if not isinstance(mark, jax.core.Tracer):
+    if isinstance(mark, jax.core.Tracer):  # kept, so that what carries it through a loop finds it where it lay
+        if mark.dtype == np.uint8 and _may_stay(q, mark):
+            of_node[_KEPT], of_node[_CHECKED] = mark, True
+    else:
         says = _said_by(mark, q)
         if says is _Says.NOTHING:
             missing = ()
@@ -161,17 +164,12 @@ def _first(mark: np.ndarray[Any, Any]) -> bytes:
 def _may_stay(q: Any, mark: Any) -> bool:
     """Whether a mark is the leaf that would be made, but for its bytes, wherever the container is flattened next.
 
-    It is not where a trace made it for arrays that outlive it, where it was not mapped over as the codes were, and
-    where it lies otherwise on a mesh whose shardings are part of types: carries of loops would change theirs.
+    It is not where a trace made it for arrays that outlive it, and where it was not mapped over as the codes were.
     """
-    storage = q.storage
-    if isinstance(mark, jax.core.Tracer):
+    storage, traced = q.storage, isinstance(mark, jax.core.Tracer)
+    if traced != isinstance(storage, jax.core.Tracer) or isinstance(mark, jax.Array) != isinstance(storage, jax.Array):
         return False
-    of_jax = isinstance(storage, jax.Array) and not isinstance(storage, jax.core.Tracer)
-    if isinstance(mark, jax.Array) != of_jax or tuple(mark.shape) != _shape_of(q):
-        return False
-    wanted = _typed_sharding(q, mark.ndim) if of_jax else None
-    return wanted is None or jax.typeof(mark).sharding.spec == wanted.spec
+    return tuple(mark.shape) == _shape_of(q)
 
 
 def _said_by(leaf: Any, q: Any) -> _Says:
