@@ -156,6 +156,7 @@ print(told[0])
 """
 
 
+@pytest.mark.exhaustive  # a process that compiles
 @pytest.mark.skipif(runtime.integer_dots() is None, reason="the processor has no AVX-512 VNNI: XLA calls no handler")
 def test_a_version_that_xla_refuses_leaves_products_to_xla_s_own_operations():
     done = subprocess.run([sys.executable, "-c", UNKNOWN], capture_output=True, text=True, check=False)

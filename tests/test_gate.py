@@ -30,6 +30,7 @@ def read_only(a):
     return a
 
 
+@pytest.mark.exhaustive_where(place=np.asfortranarray, shape=(600, 512))
 @pytest.mark.parametrize("shape", [(24, 40), (600, 512)], ids=str)  # the latter reaches the loops for large arrays
 @pytest.mark.parametrize("place", [big_endian, misaligned, reversed_in_memory, np.asfortranarray, read_only])
 @pytest.mark.parametrize(

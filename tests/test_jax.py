@@ -570,6 +570,7 @@ def test_an_exported_format_that_is_unknown_elsewhere(tmp_path):
     assert "'three_levels' is not known here: register its format first" in said
 
 
+@pytest.mark.exhaustive  # processes that compile
 def test_an_executable_of_another_process(tmp_path):
     common = """
         import pathlib, pickle, sys

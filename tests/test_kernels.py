@@ -424,7 +424,7 @@ threading.Thread(target=late).start()
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param(FRESH, id="first use inside export", marks=needs("torch")),
+        pytest.param(FRESH, id="first use inside export", marks=[needs("torch"), pytest.mark.exhaustive]),
         pytest.param(AT_EXIT, id="after the main thread"),
     ],
 )

@@ -172,6 +172,7 @@ def plain(x, q):
 
 @pytest.mark.exhaustive_unless(parts=[(10, 4), (1000, 3)])
 @pytest.mark.parametrize("parts", [(1, 1), (10, 4), (24, 1000), (1000, 3)], ids=str)
+@pytest.mark.exhaustive_where(order="F")
 @pytest.mark.parametrize("order", ["C", "F", "reversed"])
 @pytest.mark.parametrize(("shape", "granularity"), SHAPES_AND_GRANULARITIES, ids=str)
 def test_parts_make_the_whole(monkeypatch, shape, granularity, order, parts):
