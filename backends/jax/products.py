@@ -62,8 +62,6 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
-    if _is_worth_floats(x, w.codes.size):
-        return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
     dots = _dots_for(x, w, spec, contract)
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
@@ -149,11 +147,6 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
         return plain() if y is NotImplemented else y
     y, flags = dots.product(x, w, bias, spec)
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
-
-
-def _is_worth_floats(x: Array, codes: int) -> bool:
-    """Whether XLA turns so small a weight into floats, and multiplies, faster than loops that it calls."""
-    return _is_known(x.shape[0]) and serve.is_worth_floats(x.shape[0], codes)
 
 
 def _is_known(length: Any) -> bool:
@@ -326,8 +319,6 @@ def _mapping_of_stored(
             static = {"contract": contract, "packed_length": packed_length}
             return _FORMS[reproducible].reference(x, w, bias, spec=spec, **static, b=get_backend("jax"))
 
-        if not reproducible and _is_worth_floats(x, w.codes.shape[0] * (packed_length or w.codes.shape[1])):
-            return otherwise()
         y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise)
         return otherwise() if y is NotImplemented else y
 
