@@ -500,3 +500,10 @@ def test_optax_trains_beside_quantized_weights():
     assert_same_bits(trained["w"], w)
     assert_same_bits(trained["t"].storage, w.storage)
     assert not np.array_equal(trained["t"].scale, w.scale)
+
+
+def test_leaves_that_were_cut_alike_are_read_whether_they_are_computed_yet_or_not():
+    q = quantize(SQUARE, granularity=PerChannel(0))
+    cut = jax.jit(lambda q: jax.tree.map(lambda leaf: leaf[..., :8], q))
+    for found in (cut(q), jax.block_until_ready(cut(q))):
+        assert_same_bits(dequantize(found), dequantize(q)[:, :8])

@@ -216,7 +216,7 @@ def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> N
 
 def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
     """What ``quantize`` is told, or None: scales have to be products that are kept as they are."""
-    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1 and spec.element.has_zero
+    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1
     if not plain or recipe.ignore_nonfinite:
         return None
     return numbers_for(QParams(None), spec, recipe, packed)

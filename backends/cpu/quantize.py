@@ -331,7 +331,7 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
             found = np.where(part == element.missing, found.dtype.type(fill), found)
         values[tile.at] = found
 
-    for_tiles(work, values.shape, _block_to_cut(spec), 8 if codes.shape != values.shape else 1)
+    for_tiles(work, values.shape, _block_to_cut(spec), 8 if packed else 1)
 
 
 def _codes_of_tile(codes: Array, tile: Tile, spec: Spec, packed: bool) -> Array:

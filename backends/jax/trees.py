@@ -109,7 +109,10 @@ def _receive(q: Any, mark: Any) -> None:
             missing = ()
         elif _may_stay(q, mark):
             of_node[_KEPT], of_node[_CHECKED] = mark, says is not _Says.LATER
-        if says is _Says.NONSENSE or (says is _Says.LATER and not missing):
+        if says is _Says.NONSENSE:
+            of_node[DOUBT] = Doubt(_NO_MARK, mark)
+            return
+        if says is _Says.LATER and not missing:
             of_node[DOUBT] = Doubt(functools.partial(_in_doubt, mark, _bytes_of(q)), mark)
             return
     if missing:
@@ -133,21 +136,20 @@ def _missing(q: Any, mark: Any) -> tuple[str, ...]:
 
 
 def _in_doubt(mark: Any, own: bytes) -> str | None:
-    """Words for the first use of an array whose mark was not known, or not right, when it came."""
+    """Words for the first use of an array whose mark was not computed when it came; None where it is right."""
     if isinstance(mark, jax.Array) and mark.is_deleted():
         return None
-    with jax.transfer_guard_device_to_host("allow"):
-        found = np.asarray(mark)
-    if found.dtype == np.uint8 and (not found.any() or _first(found) == own):
-        return None
-    other = _mark.in_words(_first(found))
-    if other is not None:
-        return _of_another(other, own)
-    return (
-        "the leaf `mark` of this QArray is none: something was computed with all leaves of a tree (jax.tree.map), "
-        "codes and scales alike, or another leaf was read in its place; compute with q.dequantize(), or leave it as "
-        "a whole with is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)"
-    )
+    try:
+        return _NO_MARK if _read(mark, own) is _Says.NONSENSE else None
+    except ValueError as error:
+        return str(error)
+
+
+_NO_MARK = (
+    "the leaf `mark` of this QArray is none: something was computed with all leaves of a tree (jax.tree.map), codes "
+    "and scales alike, or another leaf was read in its place; compute with q.dequantize(), or leave it as a whole with "
+    "is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)"
+)
 
 
 def _of_another(other: str, own: bytes) -> str:
@@ -177,23 +179,31 @@ def _said_by(leaf: Any, q: Any) -> _Says:
 
     Raises where it is the mark of another structure.
     """
-    if isinstance(leaf, jax.Array):
-        if leaf.is_deleted() or not leaf.is_fully_addressable:
-            return _Says.NOTHING
-        if not leaf.is_ready():  # type: ignore[attr-defined]
-            return _Says.LATER
-    elif not isinstance(leaf, np.ndarray):
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return _Says.NOTHING
+    if isinstance(leaf, jax.Array) and (leaf.is_deleted() or not leaf.is_fully_addressable):
         return _Says.NOTHING
     if leaf.dtype != np.uint8:  # where all leaves were cast to the type of the codes, those are what they were
         return _Says.NOTHING if leaf.dtype in (jax.dtypes.float0, q.storage.dtype) else _Says.NONSENSE
     said = _parts_by_length(leaf)
     if said is None or leaf.size == 0:  # joined or cut along the last axis
         return _Says.NOTHING
+    if isinstance(leaf, jax.Array) and not leaf.is_ready():  # type: ignore[attr-defined]
+        return _Says.LATER
+    says = _read(leaf, _bytes_of(q))
+    return _Says.NOTHING if says is _Says.THE_SAME and not set(_parts_of(q)) <= set(said) else says
+
+
+def _read(leaf: Any, own: bytes) -> _Says:
+    """What the bytes of a leaf say, where ``own`` would be the mark.
+
+    Raises where they are the mark of another structure.
+    """
     with jax.transfer_guard_device_to_host("allow"):
         values = np.asarray(leaf)
-    found, own = _first(values), _bytes_of(q)
+    found = _first(values)
     if found == own:
-        return _Says.THE_SAME if set(_parts_of(q)) <= set(said) else _Says.NOTHING
+        return _Says.THE_SAME
     other = _mark.in_words(found)
     if other is not None:
         raise ValueError(_of_another(other, own))
