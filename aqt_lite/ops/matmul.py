@@ -129,6 +129,8 @@ def _without_overflow(y: Array, x: Any, bias: Array | None, b: Backend) -> Array
     """``y``; ValueError where it has infinities that are none of its operands'."""
     xp, own = b.xp, y
     if not b.is_deferred(y):
+        if not bool(xp.any(xp.isinf(y))):
+            return y
         if not isinstance(x, QArray) and bool(xp.any(xp.isinf(x))):
             own = xp.where(xp.all(xp.isfinite(x), axis=-1, keepdims=True), own, xp.zeros_like(own))
         if bias is not None and bool(xp.any(xp.isinf(bias))):
