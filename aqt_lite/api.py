@@ -16,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
-from aqt_lite import affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
+from aqt_lite import _clipping, _given, _statistics, affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
 from aqt_lite._dispatch import offered, run
 from aqt_lite._into import (
@@ -303,7 +303,7 @@ def _quantized(
     if call.given is None:
         w = run(b, affine.quantize, constant, call.key, **static)
     else:
-        w = run(b, affine.quantize_with, constant, call.given, call.key, **static)
+        w = run(b, _given.quantize_with, constant, call.given, call.key, **static)
     _check_finite(x, w.scale, call)
     q = QArray._of(w, call.spec)
     if on_clip != "saturate":
@@ -354,7 +354,7 @@ def _quantized_into(
     if qparams is None:
         qparams = _checked_qparams(x, call)
     if on_clip == "raise":
-        _check_counted(run(b, affine.count_clipped, x, qparams, call.key, **static), x, call, on_clip)
+        _check_counted(run(b, _clipping.count_clipped, x, qparams, call.key, **static), x, call, on_clip)
     run(b, encode_into, x, qparams, call.key, out, look, **static)
     q = QArray._kept(out, qparams, call.spec, tuple(x.shape))
     if on_clip == "warn":
@@ -385,7 +385,7 @@ def _checked_qparams(x: Array, call: _Call, seen: _Seen | None = None) -> affine
     elif call.given is None:
         qparams = run(call.b, affine.choose_qparams, x, **static)
     else:
-        qparams = run(call.b, affine.usable_qparams, x, call.given, **static)
+        qparams = run(call.b, _given.usable_qparams, x, call.given, **static)
     _check_finite(x, qparams.scale, call)
     return qparams  # type: ignore[no-any-return]
 
@@ -507,7 +507,7 @@ def fake_quantize(
         x, dtype, scheme, granularity, dialect, nonfinite, backend, scale, zero_point, offset, scale_dtype, scale_mode,
         rounding, key, may_detach=False,
     )  # fmt: skip
-    y, s = run(call.b, affine.fake_quantize, call.x, call.given, call.key, spec=call.spec, recipe=call.recipe)
+    y, s = run(call.b, _given.fake_quantize, call.x, call.given, call.key, spec=call.spec, recipe=call.recipe)
     _check_finite(call.x, s, call, kept=False)
     return y
 
@@ -642,7 +642,7 @@ def _prepare(
             partial(
                 check_scale,
                 spec=spec,
-                least=affine.least_scale(spec, recipe),
+                least=_statistics.least_scale(spec, recipe),
                 signed=recipe.dialect.signed_scales,
             ),
         )
@@ -969,18 +969,18 @@ def _check_clipped(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: s
             return
         raise TypeError("on_clip='raise' needs values, but x is being traced: check outside the compiled function")
     unpacked = q.packed_length is None or tuple(w.codes.shape) == q.shape
-    if unpacked and not bool(b.to_numpy(run(b, affine.reaches_an_end, w.codes, **static))):
+    if unpacked and not bool(b.to_numpy(run(b, _clipping.reaches_an_end, w.codes, **static))):
         return
     if on_clip == "raise":
         qparams = None if call.together else affine.QParams(*w[1:])
-        counted = run(b, affine.count_clipped, x, qparams, call.key, **static)
+        counted = run(b, _clipping.count_clipped, x, qparams, call.key, **static)
     else:
         compute = call.spec.source.compute
         ends = with_margin(*representable_range(q, slack=True), compute)
         with np.errstate(over="ignore"):
             like = w.codes if isinstance(x, Marked) else x
             low, high = (b.asarray(end.astype(compute), like=like) for end in ends)
-        counted = run(b, affine.count_beyond, x, low, high, spec=call.spec)
+        counted = run(b, _clipping.count_beyond, x, low, high, spec=call.spec)
     _check_counted(counted, x, call, on_clip, stacklevel + 1)
 
 

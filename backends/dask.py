@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite import affine, packing, significant
+from aqt_lite import _given, affine, packing, significant
 from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -48,9 +48,9 @@ def _quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: 
         return NotImplemented
     b = _adapter_of(x)
     if not _in_chunks(recipe):
-        return affine.quantize_with(_without_empty(x), given, key, spec=spec, recipe=recipe, b=b)
+        return _given.quantize_with(_without_empty(x), given, key, spec=spec, recipe=recipe, b=b)
     x = _aligned(x, spec.block)
-    return _with_codes(x, affine.usable_qparams(x, given, spec=spec, recipe=recipe, b=b), spec, recipe)
+    return _with_codes(x, _given.usable_qparams(x, given, spec=spec, recipe=recipe, b=b), spec, recipe)
 
 
 def _fake_quantize(
@@ -133,8 +133,8 @@ def _bitrounded(x: Array, *, keepbits: int) -> Any:
 
 KERNELS: Kernels = {
     affine.quantize: Kernel(_quantize, anything),
-    affine.quantize_with: Kernel(_quantize_with, anything),
-    affine.fake_quantize: Kernel(_fake_quantize, anything),
+    _given.quantize_with: Kernel(_quantize_with, anything),
+    _given.fake_quantize: Kernel(_fake_quantize, anything),
     affine.choose_qparams: Kernel(_choose_qparams, anything),
     affine.dequantize: Kernel(_dequantize, anything),
     packing.pack: Kernel(_pack, anything),

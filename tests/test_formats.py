@@ -286,7 +286,7 @@ def test_kept_scales_are_casts_of_ml_dtypes(name):
     smallest = max(form.scale.element.smallest, 2.0**-124)
     scales = np.abs(near_ties_of_floats(name))
     scales = scales[(scales >= smallest) & (scales <= form.scale.element.max)]
-    kept = aqt_lite.affine._keep(scales, spec, get_backend("numpy"))
+    kept = aqt_lite.affine.keep(scales, spec, get_backend("numpy"))
     kind = np.dtype(name) if name == "float16" else np.dtype(getattr(ml_dtypes, name))
     assert np.array_equal(kept.codes, scales.astype(kind).view(kept.codes.dtype))
 

@@ -13,6 +13,7 @@ from optional import needs, torch
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
+from aqt_lite._blocks import spread
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import quantize, runtime
 from aqt_lite.elements import float_type
@@ -104,8 +105,8 @@ def exact_values(q):
     """The weight in float64: what the codes mean, before any rounding to float32."""
     codes = q.qvalue.astype(np.float64)
     if q.zero_point is not None:
-        codes -= affine.spread(q.zero_point, q.shape, q.block, np)
-    return codes * affine.spread(q.scale, q.shape, q.block, np).astype(np.float64)
+        codes -= spread(q.zero_point, q.shape, q.block, np)
+    return codes * spread(q.scale, q.shape, q.block, np).astype(np.float64)
 
 
 def error_of_a_row(y, exact):

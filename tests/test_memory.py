@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import aqt_lite
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine, packing
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, _clipping, _given, affine, packing
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import QParams, Recipe, Spec
 from aqt_lite.backends.cpu import packed, quantize
@@ -101,11 +101,11 @@ def test_tiles_have_the_bits_of_the_whole(form, small_tiles):
         for operation, arrays in [
             (affine.quantize, (x, key)),
             (affine.choose_qparams, (x,)),
-            (affine.quantize_with, (x, given, key)),
-            (affine.fake_quantize, (x, None, key)),
-            (affine.fake_quantize, (x, given, key)),
-            (affine.clipped, (x, QParams(*w[1:]), key)),
-            (affine.clipped, (x, plainly(affine.usable_qparams, x, given, **static), key)),
+            (_given.quantize_with, (x, given, key)),
+            (_given.fake_quantize, (x, None, key)),
+            (_given.fake_quantize, (x, given, key)),
+            (_clipping.clipped, (x, QParams(*w[1:]), key)),
+            (_clipping.clipped, (x, plainly(_given.usable_qparams, x, given, **static), key)),
         ]:
             with np.errstate(all="raise"):  # nor does any of it warn
                 found = quantize.FORMS[operation](*arrays, **static)

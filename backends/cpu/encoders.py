@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite import _statistics, _steps, affine
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
@@ -152,7 +152,7 @@ def extrema(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array | N
 
 def steps_of(scale: Array, spec: Spec, step: float, b: Backend) -> tuple[Array, Array | None]:
     """What values are multiplied by, in turn, to be codes' numbers; the second, a power of two, may be None."""
-    inverse, factor = affine.inverse_of(scale, spec, b)
+    inverse, factor = _steps.inverse_of(scale, spec, b)
     if factor is None:
         return inverse, None if step == 1.0 else b.xp.full_like(inverse, step)
     return inverse, factor * step
@@ -224,8 +224,8 @@ def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
 
 def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:
     """How the loops choose scales."""
-    tiny, least = spec.source.tiny, affine.least_scale(spec, recipe)
-    by_most, of_zeros = affine.inverse_of_largest(spec, recipe), spec.zero_scale
+    tiny, least = spec.source.tiny, _statistics.least_scale(spec, recipe)
+    by_most, of_zeros = _statistics.inverse_of_largest(spec, recipe), spec.zero_scale
     return np.asarray([by_most, tiny, least, of_zeros, numbers.step, spec.element.middle], np.float32)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite import _into, affine
+from aqt_lite import _clipping, _given, _into, _statistics, affine
 from aqt_lite._blocks import reduced
 from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
@@ -98,7 +98,7 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
 
 
 def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.quantize_with`` on tiles."""
+    """``_given.quantize_with`` on tiles."""
     if not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
@@ -109,7 +109,7 @@ def quantize_with(x: Array, given: QParams, key: Array | None = None, *, spec: S
 def fake_quantize(
     x: Array, given: QParams | None = None, key: Array | None = None, *, spec: Spec, recipe: Recipe
 ) -> Any:
-    """``affine.fake_quantize`` on tiles, without derivatives."""
+    """``_given.fake_quantize`` on tiles, without derivatives."""
     if not _worth_tiles(x, spec) or (given is None and recipe.dialect.together is not None):
         return NotImplemented
     spec = with_twins(spec)
@@ -127,7 +127,7 @@ def fake_quantize(
 
 
 def clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.clipped`` on tiles."""
+    """``_clipping.clipped`` on tiles."""
     if qparams is None or not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
@@ -135,46 +135,48 @@ def clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec
 
     def work(tile: Tile) -> None:
         own = _cut(QParams(*qparams), tile)
-        outside[tile.at] = affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
+        outside[tile.at] = _clipping.clipped(
+            x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy()
+        )
 
     for_tiles(work, x.shape, spec.block)
     return outside
 
 
 def count_clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.count_clipped`` on tiles."""
+    """``_clipping.count_clipped`` on tiles."""
     if qparams is None or not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
 
     def flags(tile: Tile) -> Array:
         own = _cut(QParams(*qparams), tile)
-        return affine.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
+        return _clipping.clipped(x[tile.at], own, key, spec=spec, recipe=recipe, first=tile.first, b=_numpy())
 
     return _counted(flags, x.shape, spec.block)
 
 
 def count_beyond(x: Array, low: Array, high: Array, *, spec: Spec) -> Any:
-    """``affine.count_beyond`` on tiles."""
+    """``_clipping.count_beyond`` on tiles."""
     if x.size < LARGE:
         return NotImplemented
 
     def flags(tile: Tile) -> Array:
         ends = (end if end.size == 1 else end[tile.on_grid] for end in (low, high))
-        return affine.beyond(x[tile.at], *ends, spec=spec, b=_numpy())
+        return _clipping.beyond(x[tile.at], *ends, spec=spec, b=_numpy())
 
     return _counted(flags, x.shape, spec.block)
 
 
 def usable_qparams(x: Array, given: QParams, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.usable_qparams`` from the largest magnitudes of tiles."""
+    """``_given.usable_qparams`` from the largest magnitudes of tiles."""
     if not _worth_tiles(x, spec):
         return NotImplemented
     return _usable(x, given, with_twins(spec), recipe)
 
 
 def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.reaches_an_end``, without arrays of bools as large as the codes."""
+    """``_clipping.reaches_an_end``, without arrays of bools as large as the codes."""
     ends = spec.element.end_codes(recipe.centred(spec))
     if ends is None:
         return NotImplemented
@@ -460,7 +462,7 @@ def _counted(flags: Callable[[Tile], Array], shape: tuple[int, ...], block: Bloc
 
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
-    magnitudes = recipe.of_magnitudes or choose is affine.usable_qparams  # all that these look at
+    magnitudes = recipe.of_magnitudes or choose is _given.usable_qparams  # all that these look at
     return _chosen(_extrema_of(x, spec, recipe, magnitudes), spec, recipe, choose, *given)
 
 
@@ -481,7 +483,7 @@ def _extrema_of_tiles(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) ->
     def extrema(tile: Tile) -> None:
         part = x[tile.at].astype(source)
         low = None
-        known = affine.counted(part, spec, recipe, np)
+        known = _statistics.counted(part, spec, recipe, np)
         if known is not None:
             fill = (
                 (math.inf, -math.inf) if recipe.may_lack_zero and not magnitudes else (0, 0)
@@ -535,7 +537,7 @@ def _chosen(ends: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPara
 
 
 def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
-    return _of_extrema(x, spec, recipe, affine.usable_qparams, QParams(*given))
+    return _of_extrema(x, spec, recipe, _given.usable_qparams, QParams(*given))
 
 
 def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: Recipe) -> Array:
@@ -566,7 +568,7 @@ def _quantize_rows(x: Array, grid: tuple[int, ...], spec: Spec, recipe: Recipe) 
     rows, width = x.shape
     codes = aligned_empty(x.shape, spec.element.storage)
     scale = aligned_empty((rows, 1), np.float32)
-    factor = np.float32(affine.inverse_of_largest(spec, recipe))
+    factor = np.float32(_statistics.inverse_of_largest(spec, recipe))
 
     def work(start: int, stop: int) -> bool:
         height = max(1, BLOCK // width)
@@ -694,14 +696,14 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str, into: Array | None = None) 
 
 FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.quantize: quantize,
-    affine.quantize_with: quantize_with,
+    _given.quantize_with: quantize_with,
     affine.choose_qparams: choose_qparams,
-    affine.usable_qparams: usable_qparams,
-    affine.clipped: clipped,
-    affine.count_clipped: count_clipped,
-    affine.count_beyond: count_beyond,
-    affine.reaches_an_end: reaches_an_end,
-    affine.fake_quantize: fake_quantize,
+    _given.usable_qparams: usable_qparams,
+    _clipping.clipped: clipped,
+    _clipping.count_clipped: count_clipped,
+    _clipping.count_beyond: count_beyond,
+    _clipping.reaches_an_end: reaches_an_end,
+    _given.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
     affine.scales_of: scales_of,
     _into.quantize_stored: quantize_stored,

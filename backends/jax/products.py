@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from aqt_lite import affine, packing
+from aqt_lite import _clipping, affine, packing
 from aqt_lite._into import quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -406,10 +406,10 @@ def encoding_loops() -> Any:
 _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     **quantize.FORMS,
     affine.scales_of: None,
-    affine.clipped: None,
-    affine.beyond: None,
-    affine.count_clipped: None,
-    affine.count_beyond: None,
+    _clipping.clipped: None,
+    _clipping.beyond: None,
+    _clipping.count_clipped: None,
+    _clipping.count_beyond: None,
     packing.pack: None,
     packing.unpack: None,
 }
