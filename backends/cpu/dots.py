@@ -1,31 +1,34 @@
-"""Exact products with int8 weights, by the processor's int8 dot-product instruction (AVX-512 VNNI).
+"""Exact products with int8 weights, by the processor's dot products of bytes.
 
-Owns: the instruction as a numba intrinsic, the layout of the operands that it wants, the loops around it, and around
-those the product of floats in fixed point. One file, because what numba caches of a function is renewed when its own
-file changes, and not when another does: what the contract's constants are is written here once more. The loops hold no
-lock and start no thread. ``integers``, ``fixed_point`` and JAX's ``dots`` call them, and have other forms with the same
-results for processors without the instruction (``AVAILABLE``).
+Owns: what the instruction sets call a dot product, the layout of the operands that it wants, the loops around it, and
+around those the product of floats in fixed point. One file, because what numba caches of a function is renewed when its
+own file changes, and not when another does: what the contract's constants are is written here once more. The loops hold
+no lock and start no thread. ``integers``, ``fixed_point`` and JAX's ``dots`` call them, and have other forms with the
+same results for processors without any of the instructions (``AVAILABLE``).
 
-``vpdpbusd`` adds, in each of 16 int32 lanes, four products of an unsigned with a signed byte. The weight is the signed
-operand, as it lies in memory. An activation ``X`` of ``8 D`` bits becomes ``U = X + 2^(8D-1)``, which is not negative,
-and whose ``D`` bytes are ``D`` unsigned *planes*:
+A dot product adds, in each int32 lane of a vector, four products of an unsigned with a signed byte. The weight is the
+signed operand, as it lies in memory. An activation ``X`` of ``8 D`` bits becomes ``U = X + 2^(8D-1)``, which is not
+negative, and whose ``D`` bytes are ``D`` unsigned *planes*:
 
     sum X q  =  sum_d 256^d (sum U_d q)  -  2^(8D-1) sum q
 
 Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^16`` that callers keep to. So every
-digit's sum is exact in any order, and the total is an exact int64.
+digit's sum is exact in any order, and the total is an exact int64. Where the instruction takes two signed bytes, planes
+are ``U_d - 128``, and 128 of every digit's ``sum q`` is missing as well (``_OFFSETS``).
 
 Two shapes of the loop, both with as many accumulators as registers allow, so that the instruction's latency hides:
 
-- **one row of x**: lanes run along K. Five rows of the weight times four planes, and a plane of ones for ``sum q``.
-  Sums across lanes cost little at one row, and each vector of the weight is loaded once.
-- **several rows**: lanes are planes (of 16 C / D rows of x, packed once), and four codes of a weight's row are
-  broadcast to all of them. No sum across lanes is needed, and the weight is read from memory once for all rows.
+- **one row of x**: lanes run along K. Rows of the weight meet four planes, and a plane of ones for ``sum q``. Sums
+  across lanes cost little at one row, and each vector of the weight is loaded once.
+- **several rows**: lanes are planes (of C L / D rows of x, L lanes in each of C vectors, packed once), and four codes
+  of a weight's row are broadcast to all of them. No sum across lanes is needed, and the weight is read from memory once
+  for all rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -36,6 +39,12 @@ from numba.extending import intrinsic
 __all__ = [
     "ANY_FLAG",
     "AVAILABLE",
+    "AVX2",
+    "AVX512_VNNI",
+    "AVX_VNNI",
+    "FASTER_THAN_FLOATS",
+    "HEIGHT_FOR_ONE_ROW",
+    "NEON",
     "NOT_FINITE",
     "OUT_OF_RANGE",
     "ROWS_AT_ONCE",
@@ -52,30 +61,101 @@ __all__ = [
 ]
 
 
-def _has_instruction() -> bool:
-    """Whether the processor that numba compiles for (NUMBA_CPU_FEATURES may say another) has AVX-512 VNNI."""
-    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
-    return {"+avx512f", "+avx512bw", "+avx512vl", "+avx512vnni"} <= set(features)
-
-
-AVAILABLE = _has_instruction()
-
-STRIP = 96
-"""Rows of the weight whose sums are kept until K is done: 16 tiles."""
-
-DEPTH = 2048
-"""Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
-
-_BYTE, _INT, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_LANES = 16
-_VECTOR = ir.VectorType(_INT, _LANES)
-_DOT = "llvm.x86.avx512.vpdpbusd.512"
-_SUM = "llvm.vector.reduce.add.v16i32"
+_BYTE, _SHORT, _INT, _ADDRESS = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     found = builder.module.globals.get(name)
     return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
+
+
+class InstructionSet(NamedTuple):
+    """What a processor calls a dot product of bytes, and the loops that fit its registers."""
+
+    lanes: int
+    """Sums of a vector; a vector has four times as many bytes."""
+    dot: Callable[[Any, Any, Any, Any], Any]
+    """``dot(builder, total, planes, codes)``, vectors of int32 all of them."""
+    height_of_one_row: int
+    """Rows of the weight that meet the planes of one row of x at a time."""
+    heights: tuple[int, int, int]
+    """The same for one, two and four vectors of panels: divisors of ``STRIP``, and at most ``_AT_ONCE``."""
+
+    @property
+    def vector(self) -> Any:
+        """The type of its vectors."""
+        return ir.VectorType(_INT, self.lanes)
+
+    faster_than_floats: bool = True
+    """Whether four digits take less time than one product of floats, its codes turned to floats in registers."""
+    signed_planes: bool = False
+    """Whether planes are signed bytes, 128 less."""
+
+
+def _by_one_instruction(name: str, lanes: int) -> Callable[[Any, Any, Any, Any], Any]:
+    vector = ir.VectorType(_INT, lanes)
+
+    def dot(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
+        return builder.call(_function(builder, name, vector, [vector] * 3), [total, planes, codes])
+
+    return dot
+
+
+def _by_pairs_of_shorts(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
+    """``vpmaddwd`` adds two products of 16 bits to 32, exactly: of the even bytes, and of the odd ones."""
+    vector, shorts = ir.VectorType(_INT, 8), ir.VectorType(_SHORT, 16)
+    multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", vector, [shorts] * 2)
+    byte = ir.Constant(shorts, [8] * 16)
+    u, q = builder.bitcast(planes, shorts), builder.bitcast(codes, shorts)
+    even = builder.and_(u, ir.Constant(shorts, [255] * 16)), builder.ashr(builder.shl(q, byte), byte)
+    odd = builder.lshr(u, byte), builder.ashr(q, byte)
+    return builder.add(builder.add(total, builder.call(multiply, even)), builder.call(multiply, odd))
+
+
+def _by_signed_bytes(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
+    """``sdot``."""
+    vector, bytes_ = ir.VectorType(_INT, 4), ir.VectorType(_BYTE, 16)
+    dot = _function(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", vector, [vector, bytes_, bytes_])
+    return builder.call(dot, [total, builder.bitcast(planes, bytes_), builder.bitcast(codes, bytes_)])
+
+
+# Every sum has a register of its own, so that the instruction's latency hides; a vector of codes and those of x have
+# the others, of 32 (AVX-512, Arm) or 16.
+AVX512_VNNI = InstructionSet(16, _by_one_instruction("llvm.x86.avx512.vpdpbusd.512", 16), 5, (8, 8, 6))
+AVX_VNNI = InstructionSet(8, _by_one_instruction("llvm.x86.avx512.vpdpbusd.256", 8), 2, (8, 6, 2))
+AVX2 = InstructionSet(8, _by_pairs_of_shorts, 2, (6, 4, 2), faster_than_floats=False)
+NEON = InstructionSet(4, _by_signed_bytes, 5, (8, 8, 6), signed_planes=True)
+
+
+def _instruction_set(features: set[str]) -> InstructionSet | None:
+    """The best that a processor with these features has, as LLVM names them."""
+    if features >= {"+avx512f", "+avx512bw", "+avx512vl", "+avx512vnni"} and "+prefer-256-bit" not in features:
+        return AVX512_VNNI
+    if "+avx2" in features:
+        return AVX_VNNI if "+avxvnni" in features or features >= {"+avx512vl", "+avx512vnni"} else AVX2
+    return NEON if features >= {"+neon", "+dotprod"} else None
+
+
+# Of the processor that numba compiles for; NUMBA_CPU_FEATURES may say another.
+_HAS = _instruction_set(set(str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")))
+
+AVAILABLE = _HAS is not None
+_ITS = _HAS or AVX512_VNNI  # the loops around it are never compiled where there is none
+FASTER_THAN_FLOATS = _ITS.faster_than_floats
+HEIGHT_FOR_ONE_ROW = _ITS.height_of_one_row
+
+_LANES = _ITS.lanes
+_BYTES = 4 * _LANES
+_OFFSETS = tuple((1 << (8 * d - 1)) - (_ITS.signed_planes and 128 * ((1 << (8 * d)) - 1) // 255) for d in range(1, 5))
+"""What is taken off of ``sum q`` times as much, for 1 to 4 digits."""
+_FLIPS = tuple(np.uint32((1 << (8 * d - 1)) ^ (_ITS.signed_planes and 0x80808080 >> (32 - 8 * d))) for d in range(1, 5))
+"""What turns the bits of integers of 1 to 4 digits to those of their planes."""
+
+STRIP = 96
+"""Rows of the weight whose sums are kept until K is done: whole tiles."""
+
+DEPTH = 2048
+"""Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
 
 
 def _load(builder: Any, address: Any, its_type: Any) -> Any:
@@ -96,7 +176,7 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
     builder.branch(loop)
     builder.position_at_end(loop)
     i = builder.phi(_ADDRESS)
-    carried = [builder.phi(_VECTOR) for _ in totals]
+    carried = [builder.phi(total.type) for total in totals]
     new = step(builder, i, carried)
     following = builder.add(i, _ADDRESS(1))
     for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
@@ -107,31 +187,74 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
     return new
 
 
-def _dots_along_k(height: int, planes: int) -> Any:
-    """``out[r, c] = sum_k plane[c, k] w[r, k]`` over ``steps`` of 64 codes; the planes lie one after the other."""
+def dots_along_k(builder: Any, arguments: Any, its: InstructionSet, height: int, planes: int) -> None:
+    """``out[r, c] = sum_k plane[c, k] w[r, k]`` over ``steps`` vectors of codes; the planes lie one after the other.
+
+    Arguments are the address of w, the distance of its rows, how many there are, the address of the planes, the length
+    of each, the steps, and the address of out.
+    """
+    w, stride, rows, plane, length, steps, out = arguments
+    reduce = _function(builder, f"llvm.vector.reduce.add.v{its.lanes}i32", _INT, [its.vector])
+    starts = _rows_of_tile(builder, w, stride, rows, height)
+    lines = [builder.add(plane, builder.mul(length, _ADDRESS(c))) for c in range(planes)]
+
+    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+        at = builder.mul(i, _ADDRESS(4 * its.lanes))
+        x = [_load(builder, builder.add(line, at), its.vector) for line in lines]
+        codes = [_load(builder, builder.add(start, at), its.vector) for start in starts]
+        pairs = [(u, q) for q in codes for u in x]
+        return [its.dot(builder, t, u, q) for t, (u, q) in zip(totals, pairs, strict=True)]
+
+    zeros = [its.vector([0] * its.lanes)] * (height * planes)
+    for i, total in enumerate(_loop(builder, steps, zeros, step)):
+        place = builder.inttoptr(builder.add(out, _ADDRESS(4 * i)), _INT.as_pointer())
+        builder.store(builder.call(reduce, [total]), place)
+
+
+def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height: int, vectors: int) -> None:
+    """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of 4 codes, the lanes those of ``vectors``.
+
+    Arguments are the address of w, the distance of its rows, how many there are, the address of the panel, the steps,
+    and the address of out. Meanwhile the tile below is fetched: it is read once for the sums of its codes, at the speed
+    of memory, before it comes to this loop, and those two would wait for each other. Prefetching past the weight's end
+    is harmless.
+    """
+    w, stride, rows, panel, steps, out = arguments
+    size = 4 * its.lanes
+    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
+    starts = _rows_of_tile(builder, w, stride, rows, height)
+    below = builder.add(w, builder.mul(stride, _ADDRESS(height)))
+    places = [builder.add(out, _ADDRESS(size * i)) for i in range(height * vectors)]
+    undefined, to_all = ir.Constant(its.vector, ir.Undefined), ir.Constant(its.vector, [0] * its.lanes)
+
+    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+        lanes = builder.add(panel, builder.mul(i, _ADDRESS(size * vectors)))
+        x = [_load(builder, builder.add(lanes, _ADDRESS(size * c)), its.vector) for c in range(vectors)]
+        at, new = builder.mul(i, _ADDRESS(4)), []
+        if vectors < 4:  # with more, arithmetic takes longer than memory
+            # a line of 64 bytes holds the codes of 16 steps: in each of them one line of one of the 8 rows below
+            row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), stride))
+            line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(4)), _ADDRESS(-64)))
+            to_all_caches = [_INT(0), _INT(3), _INT(1)]
+            builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), *to_all_caches])
+        for r, start in enumerate(starts):
+            four = builder.insert_element(undefined, _load(builder, builder.add(start, at), _INT), _INT(0))
+            codes = builder.shuffle_vector(four, undefined, to_all)
+            new += [its.dot(builder, totals[r * vectors + c], x[c], codes) for c in range(vectors)]
+        return new
+
+    totals = [_load(builder, place, its.vector) for place in places]
+    for place, total in zip(places, _loop(builder, steps, totals, step), strict=True):
+        builder.store(total, builder.inttoptr(place, its.vector.as_pointer()), align=4)
+
+
+def _along_k(height: int, planes: int) -> Any:
+    """``dots_along_k`` for numba."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(_: Any, w: Any, stride: Any, rows: Any, plane: Any, length: Any, steps: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, stride, rows, plane, length, steps, out = arguments
-            dot = _function(builder, _DOT, _VECTOR, [_VECTOR] * 3)
-            reduce = _function(builder, _SUM, _INT, [_VECTOR])
-            starts = _rows_of_tile(builder, w, stride, rows, height)
-            lines = [builder.add(plane, builder.mul(length, _ADDRESS(c))) for c in range(planes)]
-
-            def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
-                at = builder.mul(i, _ADDRESS(64))
-                x = [_load(builder, builder.add(line, at), _VECTOR) for line in lines]
-                codes = [_load(builder, builder.add(start, at), _VECTOR) for start in starts]
-                pairs = [(u, q) for q in codes for u in x]
-                return [builder.call(dot, [t, u, q]) for t, (u, q) in zip(totals, pairs, strict=True)]
-
-            zeros = [_VECTOR([0] * _LANES)] * (height * planes)
-            for i, total in enumerate(_loop(builder, steps, zeros, step)):
-                builder.store(
-                    builder.call(reduce, [total]),
-                    builder.inttoptr(builder.add(out, _ADDRESS(4 * i)), _INT.as_pointer()),
-                )
+            dots_along_k(builder, arguments, _ITS, height, planes)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
@@ -139,43 +262,13 @@ def _dots_along_k(height: int, planes: int) -> Any:
     return tile
 
 
-def _dots_across_planes(height: int, vectors: int) -> Any:
-    """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of 4 codes, 16 lanes in each of ``vectors``.
-
-    Meanwhile the tile below is fetched: it is read once for the sums of its codes, at the speed of memory, before it
-    comes to this loop, and those two would wait for each other. Prefetching past the weight's end is harmless.
-    """
+def _across_planes(height: int, vectors: int) -> Any:
+    """``dots_across_planes`` for numba."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(_: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, stride, rows, panel, steps, out = arguments
-            dot = _function(builder, _DOT, _VECTOR, [_VECTOR] * 3)
-            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
-            starts = _rows_of_tile(builder, w, stride, rows, height)
-            below = builder.add(w, builder.mul(stride, _ADDRESS(height)))
-            places = [builder.add(out, _ADDRESS(64 * i)) for i in range(height * vectors)]
-            undefined, to_all = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_VECTOR, [0] * _LANES)
-
-            def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
-                lanes = builder.add(panel, builder.mul(i, _ADDRESS(64 * vectors)))
-                x = [_load(builder, builder.add(lanes, _ADDRESS(64 * c)), _VECTOR) for c in range(vectors)]
-                at, new = builder.mul(i, _ADDRESS(4)), []
-                if vectors < 4:  # with more, arithmetic takes longer than memory
-                    # a line holds the codes of 16 steps: in each of them one line of one of the 8 rows below
-                    row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), stride))
-                    line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(4)), _ADDRESS(-64)))
-                    to_all_caches = [_INT(0), _INT(3), _INT(1)]
-                    builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), *to_all_caches])
-                for r, start in enumerate(starts):
-                    four = builder.insert_element(undefined, _load(builder, builder.add(start, at), _INT), _INT(0))
-                    codes = builder.shuffle_vector(four, undefined, to_all)
-                    new += [builder.call(dot, [totals[r * vectors + c], x[c], codes]) for c in range(vectors)]
-                return new
-
-            totals = [_load(builder, place, _VECTOR) for place in places]
-            for place, total in zip(places, _loop(builder, steps, totals, step), strict=True):
-                builder.store(total, builder.inttoptr(place, _VECTOR.as_pointer()), align=4)
+            dots_across_planes(builder, arguments, _ITS, height, vectors)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), generate
@@ -186,16 +279,17 @@ def _dots_across_planes(height: int, vectors: int) -> Any:
 # ---- one row of x
 
 _PLANES = 5  # four of x, and one of ones
-_tile_of_one_row = _dots_along_k(5, _PLANES)
+_tile_of_one_row = _along_k(HEIGHT_FOR_ONE_ROW, _PLANES)
+_OFFSET, _FLIP = _OFFSETS[3], _FLIPS[3]
 
 
 @njit(nogil=True, cache=True)
 def pack_one_row(x: Any) -> Any:  # pragma: no cover - compiled
-    """Planes of one row of int32, whole vectors only, and a plane of ones: (5, K rounded down to 64)."""
-    length = x.shape[0] & ~63
+    """Planes of one row of int32, whole vectors only, and a plane of ones: (5, K rounded down to vectors)."""
+    length = x.shape[0] & ~(_BYTES - 1)
     planes = np.empty((_PLANES, length), dtype=np.uint8)
     for k in range(length):
-        u = np.uint32(x[k]) ^ np.uint32(0x80000000)
+        u = np.uint32(x[k]) ^ _FLIP
         planes[0, k] = u & np.uint32(255)
         planes[1, k] = (u >> np.uint32(8)) & np.uint32(255)
         planes[2, k] = (u >> np.uint32(16)) & np.uint32(255)
@@ -209,14 +303,14 @@ def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no
     """``y[n] = sum_k w[n, k] x[k]``: int8 rows, int32 x and its planes, int64 y."""
     rows, inner = w.shape
     whole = planes.shape[1]
-    sums = np.zeros((5, _PLANES), dtype=np.int32)
-    for first in range(0, rows, 5):
-        height = min(5, rows - first)
+    sums = np.zeros((HEIGHT_FOR_ONE_ROW, _PLANES), dtype=np.int32)
+    for first in range(0, rows, HEIGHT_FOR_ONE_ROW):
+        height = min(HEIGHT_FOR_ONE_ROW, rows - first)
         if whole:
-            start = w.ctypes.data + first * w.strides[0]
-            _tile_of_one_row(start, w.strides[0], height, planes.ctypes.data, whole, whole // 64, sums.ctypes.data)
+            start, steps = w.ctypes.data + first * w.strides[0], whole // _BYTES
+            _tile_of_one_row(start, w.strides[0], height, planes.ctypes.data, whole, steps, sums.ctypes.data)
         for r in range(height):
-            total = -(np.int64(sums[r, 4]) << 31)
+            total = -(np.int64(sums[r, 4]) * _OFFSET)
             for d in range(4):
                 total += np.int64(sums[r, d]) << (8 * d)
             for k in range(whole, inner):
@@ -229,7 +323,7 @@ def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no
 
 def rows_of_a_panel(rows: int, digits: int) -> int:
     """Rows of x that one panel packs: what fills 1, 2 or 4 vectors of lanes with ``digits`` planes a row."""
-    return next((16 * c // digits for c in (1, 2) if rows <= 16 * c // digits), 64 // digits)
+    return next((_LANES * c // digits for c in (1, 2) if rows <= _LANES * c // digits), 4 * _LANES // digits)
 
 
 def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
@@ -240,7 +334,7 @@ def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
 
 def parts_of_rows(rows: int, digits: int) -> list[slice]:
     """The rows of x in one part, or in two where the last panel would be half empty or more."""
-    most = 64 // digits
+    most = 4 * _LANES // digits
     rest = rows % most
     cut = rows - rest if rows > most and 0 < rest <= most // 2 else rows
     return [part for part in (slice(0, cut), slice(cut, rows)) if part.start < part.stop]
@@ -253,14 +347,14 @@ def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma:
     Rows that only fill up the last panel are not written: their sums are not read.
     """
     rows, groups = x.shape[0], panels.shape[1]
-    sign = np.uint32(1) << np.uint32(8 * digits - 1)
+    flip = _FLIPS[digits - 1]
     for m in range(rows):
         panel, lane, values = panels[m // height], m % height, x[m]
         for g in range(groups):
-            a = np.uint32(values[4 * g]) ^ sign
-            b = np.uint32(values[4 * g + 1]) ^ sign
-            c = np.uint32(values[4 * g + 2]) ^ sign
-            d = np.uint32(values[4 * g + 3]) ^ sign
+            a = np.uint32(values[4 * g]) ^ flip
+            b = np.uint32(values[4 * g + 1]) ^ flip
+            c = np.uint32(values[4 * g + 2]) ^ flip
+            d = np.uint32(values[4 * g + 3]) ^ flip
             for plane in range(digits):
                 shift, byte = np.uint32(8 * plane), np.uint32(255)
                 low = ((a >> shift) & byte) | (((b >> shift) & byte) << np.uint32(8))
@@ -268,19 +362,19 @@ def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma:
                 panel[g, plane * height + lane] = low | (high << np.uint32(16))
 
 
-_tile_of_ones = _dots_along_k(8, 1)
-_tile_1 = _dots_across_planes(8, 1)
-_tile_2 = _dots_across_planes(8, 2)
-_tile_4 = _dots_across_planes(6, 4)
+_AT_ONCE = 8
+_tile_of_ones = _along_k(_AT_ONCE, 1)
+_HEIGHT_1, _HEIGHT_2, _HEIGHT_4 = _ITS.heights
+_tile_1, _tile_2, _tile_4 = _across_planes(_HEIGHT_1, 1), _across_planes(_HEIGHT_2, 2), _across_planes(_HEIGHT_4, 4)
 
 
 @njit(nogil=True, cache=True)
 def _add_codes(w: Any, ones: Any, total: Any) -> None:  # pragma: no cover - compiled
     """Add the sum of each of up to 8 rows of codes to ``total``."""
-    rows, whole = w.shape[0], w.shape[1] & ~63
-    sums = np.zeros(8, dtype=np.int32)
+    rows, whole = w.shape[0], w.shape[1] & ~(_BYTES - 1)
+    sums = np.zeros(_AT_ONCE, dtype=np.int32)
     if whole:
-        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // 64, sums.ctypes.data)
+        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // _BYTES, sums.ctypes.data)
     for r in range(rows):
         rest = np.int32(0)
         for k in range(whole, w.shape[1]):
@@ -293,7 +387,7 @@ def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any
     """``joined[n, lane] = sum_d 256^d sums[n, d * height + lane]``, less what the digits' offset added."""
     for n in range(sums.shape[0]):
         row, out = sums[n], joined[n]
-        offset = np.int64(of_codes[n]) << (8 * digits - 1)
+        offset = np.int64(of_codes[n]) * _OFFSETS[digits - 1]
         for lane in range(height):
             out[lane] = row[lane] - offset
         for d in range(1, digits):
@@ -310,7 +404,7 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
     groups = panels.shape[1]
     whole = groups * 4
     depth = DEPTH if panels.shape[0] > 1 else max(whole, 4)
-    tile = 6 if lanes == 64 else 8
+    tile = _HEIGHT_4 if lanes == 4 * _LANES else _HEIGHT_2 if lanes == 2 * _LANES else _HEIGHT_1
     sums = np.empty((panels.shape[0], STRIP, lanes), dtype=np.int32)
     of_codes = np.empty(STRIP, dtype=np.int32)
     ones = np.ones(depth, dtype=np.uint8)
@@ -327,9 +421,9 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
                     start, out = w.ctypes.data + n * stride + k, sums[p, n - first :].ctypes.data
                     if p == 0:
                         _add_codes(w[n : min(n + tile, stop), k : k + 4 * steps], ones, of_codes[n - first :])
-                    if lanes == 64:
+                    if lanes == 4 * _LANES:
                         _tile_4(start, stride, stop - n, panel, steps, out)
-                    elif lanes == 32:
+                    elif lanes == 2 * _LANES:
                         _tile_2(start, stride, stop - n, panel, steps, out)
                     else:
                         _tile_1(start, stride, stop - n, panel, steps, out)

@@ -57,7 +57,7 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     """
     if not serve.dots(x, x.dtype.name, w, spec, contract):
         return NotImplemented
-    if fast and serve.is_worth_floats(len(x), w.codes.size):
+    if fast and (not serve.dots_beat_floats() or serve.is_worth_floats(len(x), w.codes.size)):
         return NotImplemented
     (rows, _), columns, x_dtype = x.shape, len(w.codes), x.dtype
     dots, powers = runtime.integer_dots(), powers_of_two()
@@ -79,7 +79,7 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
             of_rows = (panels, tail, row_exponent, total, flags)
             dots.finish_columns(codes[start:stop], unsigned, *of_rows, *of_columns, powers, y[part, start:stop])
 
-    map_ranges(finish, columns, 5 if rows == 1 else dots.STRIP, codes.size, CHUNKS_PER_CORE)
+    map_ranges(finish, columns, dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP, codes.size, CHUNKS_PER_CORE)
     return y.astype(x_dtype, copy=False)
 
 

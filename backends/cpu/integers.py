@@ -69,7 +69,7 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             e = min(n + dots.STRIP, stop)
             multiply(_as_int8(w[n:e], scratch[: e - n]), y[:, n:e])
 
-    map_ranges(columns, len(w), dots.STRIP if rows > 1 else 5, w.size, CHUNKS_PER_CORE)
+    map_ranges(columns, len(w), dots.STRIP if rows > 1 else dots.HEIGHT_FOR_ONE_ROW, w.size, CHUNKS_PER_CORE)
 
 
 def _as_int8(w: Array, out: Array | None) -> Array:

@@ -121,6 +121,12 @@ def dots(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     )
 
 
+def dots_beat_floats() -> bool:
+    """Whether products that may round as floats do are faster by the int8 dot products, where those serve."""
+    loops = runtime.integer_dots()
+    return loops is not None and bool(loops.FASTER_THAN_FLOATS)
+
+
 def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
     """Whether the loops serve that add up groups exactly: of integers of 8 bits, or of codes of 4 bits, packed."""
     loops, bits = runtime.group_loops(), spec.element.bits

@@ -62,7 +62,7 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
-    dots = _dots_for(x, w, spec, contract)
+    dots = _dots_for(x, w, spec, contract) if serve.dots_beat_floats() else None
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
         return _unless(jnp.any(flags != 0), y, lambda: _by_floats(x, w, bias, spec, contract))
