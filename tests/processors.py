@@ -8,20 +8,20 @@ import sys
 
 
 def run_without_avx_512(file, tests, check):
-    """Run tests of a file where ``check``, a statement about the loops, holds."""
+    """Run tests of a file, functions or names, where ``check``, a statement about the loops, holds."""
     run_without(("+avx512", "+avx10"), file, tests, check, NUMBA_CPU_NAME="haswell")
 
 
-def run_without(features, file, tests, check, **variables):
-    """The same without those features of the processor whose names begin so."""
+def run_without(features, file, tests, check, also=(), **variables):
+    """The same without those features of the processor whose names begin so, and with others."""
     from numba.core.registry import cpu_target
 
     every = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
-    without = ",".join("-" + f[1:] if f.startswith(features) else f for f in every)
+    without = ",".join([*("-" + f[1:] if f.startswith(features) else f for f in every), *also])
     environment = {**os.environ, "NUMBA_CPU_FEATURES": without, **variables}
     code = f"from aqt_lite.backends.cpu import runtime; assert {check}"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    names = [f"{file}::{test.__name__}" for test in tests]
+    names = [f"{file}::{test if isinstance(test, str) else test.__name__}" for test in tests]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -9,9 +9,11 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import emulated
 import numpy as np
 import pytest
 from optional import jax, jnp, needs, torch
+from processors import run_without, run_without_avx_512
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerTensor, affine
@@ -24,9 +26,7 @@ from aqt_lite.ops import reference
 from aqt_lite.testing import assert_same_bits
 
 HAS_DOTS = runtime.integer_dots() is not None
-needs_dots = pytest.mark.skipif(
-    not HAS_DOTS, reason="the processor has no AVX-512 VNNI: other forms serve, tested there"
-)
+needs_dots = pytest.mark.skipif(not HAS_DOTS, reason="no numba, or no dot products: other forms serve, tested there")
 
 ROWS = [1, 2, 4, 5, 8, 9, 16, 17, 30, 33, 70]
 
@@ -116,7 +116,7 @@ def dots(request, monkeypatch):
         monkeypatch.setattr(runtime, "integer_dots", lambda: None)
         monkeypatch.setattr(jax_products, "integer_dots", lambda: None)
     elif not HAS_DOTS:
-        pytest.skip("the processor has no AVX-512 VNNI")
+        pytest.skip("the processor has no dot products of bytes")
     jax.clear_caches()
     yield request.param
     jax.clear_caches()
@@ -437,3 +437,76 @@ def test_map_ranges_waits_for_what_has_begun_and_passes_errors_on(monkeypatch):
     monkeypatch.setattr(runtime, "_pool", Starved)
     parts = runtime.map_ranges(lambda lo, hi: (lo, hi), 100, chunks_per_core=8)
     assert (parts[0][0], parts[-1][1]) == (0, 100)
+
+
+# ---- other instruction sets: each of x86 as a whole where the processor has it, that of Arm in an emulator
+
+
+OF_NUMPY = [
+    test_integer_products_are_exact,
+    test_the_longest_sums_of_the_largest_products_do_not_overflow,
+    "test_every_form_has_the_bits_of_the_reference[with dots-uint8-affine-PerChannel(axis=0)-numpy]",
+]
+
+
+@needs_dots
+@pytest.mark.exhaustive
+def test_processors_with_avx2_alone():
+    run_without_avx_512(__file__, OF_NUMPY, "runtime.integer_dots().INSTRUCTIONS is runtime.integer_dots().AVX2")
+
+
+@needs_dots
+@pytest.mark.exhaustive
+def test_dot_products_of_256_bits():
+    if runtime.integer_dots().INSTRUCTIONS is not runtime.integer_dots().AVX512_VNNI:
+        pytest.skip("the processor has no AVX-512 VNNI, of whose instructions there are narrower ones")
+    narrow = "runtime.integer_dots().INSTRUCTIONS is runtime.integer_dots().AVX_VNNI"
+    run_without("+no feature", __file__, OF_NUMPY, narrow, also=["+prefer-256-bit"])
+
+
+@needs("numba")
+def test_processors_with_avx_vnni_have_the_instruction_in_its_own_encoding():
+    from aqt_lite.backends.cpu import dots
+
+    its = dots.AVX_VNNI
+    for vectors, height in zip((1, 2, 4), its.heights, strict=True):
+
+        def tile(builder, arguments, vectors=vectors, height=height):
+            dots.dots_across_planes(builder, arguments, its, height, vectors)
+
+        text = emulated.assembly(tile, 6, "x86_64-unknown-linux-gnu", "alderlake", "+avx2,+avxvnni,-avx512f")
+        assert text.count("{vex}\tvpdpbusd") == vectors * height
+        assert "zmm" not in text
+
+
+@needs("numba")
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_arm_processors_have_exact_sums(rows):
+    pytest.importorskip("unicorn", reason="the emulator is a part of the development set-up alone")
+    from aqt_lite.backends.cpu import dots
+
+    its, rng, inner = dots.NEON, np.random.default_rng(rows), 96
+    height, digits = (its.height_of_one_row, 4) if rows == 1 else (its.heights[rows // 2], 4)
+    x = rng.integers(-(2**31), 2**31, (rows, inner)).astype(np.int32)
+    x[:, :3], x[:, 3:5] = -(2**31), 2**31 - 1
+    w = rng.integers(-128, 128, (height - 1, inner)).astype(np.int8)  # one row less than the loop takes at a time
+    w[:, 0], w[:, 3] = -128, 127
+    planes = (x.view(np.uint32) ^ its.flips[3])[..., None].view(
+        np.int8
+    )  # (rows, inner, digits): bytes from the lowest on
+    of_codes = w.sum(axis=1, dtype=np.int64)
+    if rows == 1:
+        lines = np.concatenate([planes[0].T, np.ones((1, inner), np.int8)])
+        sums = np.zeros((height, 5), np.int32)
+        code = emulated.arm_code(lambda b, a: dots.dots_along_k(b, a, its, height, 5), 7)
+        emulated.run_on_arm(code, w, inner, len(w), lines, inner, inner // 16, sums)
+        assert (sums[: len(w), 4] == of_codes).all()
+        sums = sums[: len(w), None, :4]
+    else:
+        lanes = planes.reshape(rows, inner // 4, 4, digits).transpose(1, 3, 0, 2)  # four codes of a row in each lane
+        sums = np.zeros((height, digits, rows), np.int32)
+        code = emulated.arm_code(lambda b, a: dots.dots_across_planes(b, a, its, height, rows), 6)
+        emulated.run_on_arm(code, w, inner, len(w), np.ascontiguousarray(lanes), inner // 4, sums)
+        sums = sums[: len(w)].transpose(0, 2, 1)
+    total = (sums.astype(np.int64) << (8 * np.arange(digits))).sum(axis=-1) - its.offsets[3] * of_codes[:, None]
+    np.testing.assert_array_equal(total, w.astype(np.int64) @ x.T.astype(np.int64))

@@ -14,7 +14,7 @@ negative, and whose ``D`` bytes are ``D`` unsigned *planes*:
 
 Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^16`` that callers keep to. So every
 digit's sum is exact in any order, and the total is an exact int64. Where the instruction takes two signed bytes, planes
-are ``U_d - 128``, and 128 of every digit's ``sum q`` is missing as well (``_OFFSETS``).
+are ``U_d - 128``, and 128 of every digit's ``sum q`` is missing as well (``offsets``).
 
 Two shapes of the loop, both with as many accumulators as registers allow, so that the instruction's latency hides:
 
@@ -44,12 +44,15 @@ __all__ = [
     "AVX_VNNI",
     "FASTER_THAN_FLOATS",
     "HEIGHT_FOR_ONE_ROW",
+    "INSTRUCTIONS",
     "NEON",
     "NOT_FINITE",
     "OUT_OF_RANGE",
     "ROWS_AT_ONCE",
     "SECOND_PASS",
     "STRIP",
+    "dots_across_planes",
+    "dots_along_k",
     "finish_columns",
     "multiply_one_row",
     "multiply_rows",
@@ -81,15 +84,27 @@ class InstructionSet(NamedTuple):
     heights: tuple[int, int, int]
     """The same for one, two and four vectors of panels: divisors of ``STRIP``, and at most ``_AT_ONCE``."""
 
+    faster_than_floats: bool = True
+    """Whether four digits take less time than one product of floats, its codes turned to floats in registers."""
+    signed_planes: bool = False
+    """Whether planes are signed bytes, 128 less."""
+
     @property
     def vector(self) -> Any:
         """The type of its vectors."""
         return ir.VectorType(_INT, self.lanes)
 
-    faster_than_floats: bool = True
-    """Whether four digits take less time than one product of floats, its codes turned to floats in registers."""
-    signed_planes: bool = False
-    """Whether planes are signed bytes, 128 less."""
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """What is taken off of ``sum q`` times as much, for integers of 1 to 4 digits."""
+        of_planes = [self.signed_planes and 128 * ((1 << (8 * d)) - 1) // 255 for d in range(1, 5)]
+        return tuple((1 << (8 * d - 1)) - less for d, less in enumerate(of_planes, 1))
+
+    @property
+    def flips(self) -> tuple[np.uint32, ...]:
+        """What turns the bits of integers of 1 to 4 digits to those of their planes."""
+        signs = [self.signed_planes and 0x80808080 >> (32 - 8 * d) for d in range(1, 5)]
+        return tuple(np.uint32((1 << (8 * d - 1)) ^ sign) for d, sign in enumerate(signs, 1))
 
 
 def _by_one_instruction(name: str, lanes: int) -> Callable[[Any, Any, Any, Any], Any]:
@@ -140,16 +155,14 @@ def _instruction_set(features: set[str]) -> InstructionSet | None:
 _HAS = _instruction_set(set(str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")))
 
 AVAILABLE = _HAS is not None
-_ITS = _HAS or AVX512_VNNI  # the loops around it are never compiled where there is none
-FASTER_THAN_FLOATS = _ITS.faster_than_floats
-HEIGHT_FOR_ONE_ROW = _ITS.height_of_one_row
+INSTRUCTIONS = _HAS or AVX512_VNNI
+"""Those of the processor; where it has none, the loops around them are never compiled."""
+FASTER_THAN_FLOATS = INSTRUCTIONS.faster_than_floats
+HEIGHT_FOR_ONE_ROW = INSTRUCTIONS.height_of_one_row
 
-_LANES = _ITS.lanes
+_LANES = INSTRUCTIONS.lanes
 _BYTES = 4 * _LANES
-_OFFSETS = tuple((1 << (8 * d - 1)) - (_ITS.signed_planes and 128 * ((1 << (8 * d)) - 1) // 255) for d in range(1, 5))
-"""What is taken off of ``sum q`` times as much, for 1 to 4 digits."""
-_FLIPS = tuple(np.uint32((1 << (8 * d - 1)) ^ (_ITS.signed_planes and 0x80808080 >> (32 - 8 * d))) for d in range(1, 5))
-"""What turns the bits of integers of 1 to 4 digits to those of their planes."""
+_OFFSETS, _FLIPS = INSTRUCTIONS.offsets, INSTRUCTIONS.flips
 
 STRIP = 96
 """Rows of the weight whose sums are kept until K is done: whole tiles."""
@@ -254,7 +267,7 @@ def _along_k(height: int, planes: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(_: Any, w: Any, stride: Any, rows: Any, plane: Any, length: Any, steps: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            dots_along_k(builder, arguments, _ITS, height, planes)
+            dots_along_k(builder, arguments, INSTRUCTIONS, height, planes)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
@@ -268,7 +281,7 @@ def _across_planes(height: int, vectors: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(_: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            dots_across_planes(builder, arguments, _ITS, height, vectors)
+            dots_across_planes(builder, arguments, INSTRUCTIONS, height, vectors)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), generate
@@ -364,7 +377,7 @@ def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma:
 
 _AT_ONCE = 8
 _tile_of_ones = _along_k(_AT_ONCE, 1)
-_HEIGHT_1, _HEIGHT_2, _HEIGHT_4 = _ITS.heights
+_HEIGHT_1, _HEIGHT_2, _HEIGHT_4 = INSTRUCTIONS.heights
 _tile_1, _tile_2, _tile_4 = _across_planes(_HEIGHT_1, 1), _across_planes(_HEIGHT_2, 2), _across_planes(_HEIGHT_4, 4)
 
 
