@@ -11,7 +11,7 @@ CODE, STACK, RETURN = 1 << 20, 1 << 24, 1 << 25
 
 
 def compiled(generate, count, triple, cpu, features):
-    """A function of ``count`` integers of 64 bits, its body written by ``generate(builder, arguments)``; the machine."""
+    """A function of ``count`` integers of 64 bits, its body by ``generate(builder, arguments)``; and the machine."""
     from llvmlite import binding, ir
 
     binding.initialize_all_targets()

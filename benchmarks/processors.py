@@ -1,0 +1,102 @@
+"""Products on NumPy for the instruction sets of this processor, as times the float32 product of the same one.
+
+    python benchmarks/processors.py [--write]    # --write: into docs/performance.md
+
+Each instruction set is a process of its own, in which numba and BLAS are told of no other. Weights take turns with each
+other, and so do the products, so that none of them is left in a cache; figures are medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- processors -->\n", "<!-- end processors -->"
+
+SIZE, WEIGHTS, ROWS = 4096, 3, {1: 45, 8: 24, 64: 9}
+
+SETS = {
+    "AVX-512 VNNI": ({}, (), {}),
+    "... 256 bits of it": ({}, ("+prefer-256-bit",), {}),
+    "AVX2": ({"NUMBA_CPU_NAME": "haswell"}, (), {"without": ("+avx512", "+avx10"), "blas": "Haswell"}),
+}
+
+
+def environment(name: str) -> dict[str, str]:
+    """Variables under which a process knows of no more than that instruction set."""
+    from numba.core.registry import cpu_target
+
+    variables, also, limits = SETS[name]
+    features = str(cpu_target.target_context.codegen().magic_tuple()[-1]).split(",")
+    without = limits.get("without", ("nothing",))
+    told = [*("-" + f[1:] if f.startswith(without) else f for f in features), *also]
+    limited = {"OPENBLAS_CORETYPE": limits["blas"]} if "blas" in limits else {}
+    return {**os.environ, **variables, **limited, "NUMBA_CPU_FEATURES": ",".join(told)}
+
+
+def measured() -> dict[str, dict[int, float]]:
+    """Milliseconds of every product in this process, by the number of rows."""
+    import numpy as np
+
+    import aqt_lite
+    from aqt_lite import PerChannel, PerGroup
+
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((SIZE, SIZE), dtype=np.float32) for _ in range(WEIGHTS)]
+    int8 = [aqt_lite.quantize(w, granularity=PerChannel(0)) for w in weights]
+    int4 = [aqt_lite.quantize(w, "int4", granularity=PerGroup(32)) for w in weights]
+    forms = {
+        "float32": lambda x, i: x @ weights[i].T,
+        "int8": lambda x, i: aqt_lite.linear(x, int8[i]),
+        "int8, reproducible": lambda x, i: aqt_lite.linear(x, int8[i], mode="reproducible"),
+        "int4, groups of 32": lambda x, i: aqt_lite.linear(x, int4[i]),
+        "int4, groups of 32, reproducible": lambda x, i: aqt_lite.linear(x, int4[i], mode="reproducible"),
+    }
+    found: dict[str, dict[int, float]] = {name: {} for name in forms}
+    for rows, calls in ROWS.items():
+        x, times = rng.standard_normal((rows, SIZE), dtype=np.float32), {name: [] for name in forms}
+        for call in range(-WEIGHTS, calls):
+            for turn, (name, form) in enumerate(forms.items()):
+                start = time.perf_counter()
+                form(x, (call + turn) % WEIGHTS)
+                if call >= 0:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        for name, values in times.items():
+            found[name][rows] = statistics.median(values)
+    return found
+
+
+def table() -> str:
+    """One row an instruction set and weight."""
+    lines = ["| | " + " | ".join(f"M={m}" for m in ROWS) + " |", "|---|" + "---:|" * len(ROWS)]
+    for name in SETS:
+        command = [sys.executable, __file__, "--measure"]
+        done = subprocess.run(command, env=environment(name), stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout)
+        plain = found.pop("float32")
+        for what, times in found.items():
+            cells = (f"{plain[m] / times[m]:.2f}x ({times[m]:.2f})" for m in times)
+            lines.append(f"| {name}: {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if "--measure" in sys.argv:
+        print(json.dumps(measured()))
+        return
+    made = table()
+    print(made, end="")
+    if "--write" in sys.argv:
+        text = PAGE.read_text()
+        start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+        PAGE.write_text(text[:start] + made + text[stop:])
+
+
+if __name__ == "__main__":
+    main()
