@@ -189,6 +189,24 @@ def test_control_groups_of_both_versions(tmp_path):
     assert of_group(str(tmp_path / "nowhere")) == []
 
 
+def test_control_groups_that_lie_in_others(tmp_path):
+    second, first, process = tmp_path / "second", tmp_path / "first", tmp_path / "cgroup"
+    inner = second / "user.slice" / "job"
+    inner.mkdir(parents=True)
+    (second / "user.slice" / "cpu.max").write_text("400000 100000\n")
+    (inner / "cpu.max").write_text("max 100000\n")
+    process.write_text("4:memory:/elsewhere\n3:cpu,cpuacct:/a/b\n0::/user.slice/job\n")
+    assert runtime._cores_of_control_group(str(second), str(process)) == [4]
+    (inner / "cpu.max").write_text("150000 100000\n")
+    assert sorted(runtime._cores_of_control_group(str(second), str(process))) == [2, 4]
+    (first / "cpu" / "a" / "b").mkdir(parents=True)
+    for name, text in (("cpu.cfs_quota_us", "200000"), ("cpu.cfs_period_us", "100000")):
+        (first / "cpu" / "a" / "b" / name).write_text(text + "\n")
+    assert runtime._cores_of_control_group(str(first), str(process)) == [2]
+    process.write_text("nonsense\n")
+    assert runtime._cores_of_control_group(str(first), str(process)) == []
+
+
 THREADS = """
 import sys, threading
 import numpy as np, aqt_lite

@@ -117,20 +117,39 @@ def cores() -> int:
     return min([there, *(int(n) for n in asked if n.isdecimal() and int(n)), *_cores_of_control_group()])
 
 
-def _cores_of_control_group(root: str = "/sys/fs/cgroup") -> list[int]:
-    """What containers limit: of either version of Linux's control groups; nothing where there is no limit, or none."""
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+def _cores_of_control_group(root: str = "/sys/fs/cgroup", process: str = "/proc/self/cgroup") -> list[int]:
+    """What containers limit: Linux's control groups of either version, this process's and those that it lies in.
+
+    Nothing where there is no limit, or no such group. Inside a container the root is often the process's own group, and
+    the path that the system tells leads nowhere; then the root is all that is asked.
+    """
+    try:
+        with open(process) as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        lines = []
+    paths = {kind: line[2] for line in lines if len(line) == 3 for kind in line[1].split(",")}
+    of_second = _quotas(root, paths.get("", "/"), "cpu.max")
+    return of_second or _quotas(
+        os.path.join(root, "cpu"), paths.get("cpu", "/"), "cpu.cfs_quota_us", "cpu.cfs_period_us"
+    )
+
+
+def _quotas(root: str, path: str, *names: str) -> list[int]:
+    """Cores of every limit from a control group up to the root: quotas over periods, rounded up."""
+    found, parts = [], [part for part in path.split("/") if part not in ("", "..")]
+    for depth in range(len(parts) + 1):
         words = []
         try:
             for name in names:
-                with open(os.path.join(root, name)) as file:
+                with open(os.path.join(root, *parts[:depth], name)) as file:
                     words += file.read().split()
             quota, period = (int(word) for word in words)  # "max" is no number, and -1 no limit
         except (OSError, ValueError):
             continue
         if quota > 0 < period:
-            return [-(-quota // period)]
-    return []
+            found.append(-(-quota // period))
+    return found
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
