@@ -233,11 +233,11 @@ class ArrayShapes:
         block, ragged = (tuple(of_axes[a] for a in order) if of_axes else () for of_axes in (q.block, q.ragged))
         return replace(q, **blocks, block=block, ragged=ragged, transposed=False)
 
-    def reshape(self: QArray, *shape: Any) -> QArray:  # type: ignore[misc]
+    def reshape(self: QArray, *shape: Any, order: str = "C") -> QArray:  # type: ignore[misc]
         """Another shape in which blocks stay blocks.
 
         Leading axes may be merged or split where each of their elements has a scale, or all together; the axes from the
-        first one with groups on stay as they are.
+        first one with groups on stay as they are. ``order`` is there for ``np.reshape`` and ``jnp.reshape``.
 
         Examples
         --------
@@ -246,6 +246,10 @@ class ArrayShapes:
         >>> q.reshape(6, 64).scale.shape
         (6, 2)
         """
+        if order != "C":
+            raise ValueError(
+                f"order={order!r}: elements are read with the last axis fastest, order='C'; transpose first"
+            )
         q = self._checked()
         given = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         wanted = _resolved(tuple(operator.index(n) for n in given), q.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import os
 import subprocess
 import sys
@@ -404,6 +405,63 @@ def test_eval_shape_runs_nothing():
     assert "ShapeDtypeStruct" in repr(q)
     y = jax.eval_shape(linear, jax.ShapeDtypeStruct((2, 10), "float32"), q)
     assert (y.shape, y.dtype) == ((2, 6), jnp.float32)
+
+
+@pytest.mark.parametrize("home", ["jax", "numpy"])
+def test_functions_of_jax_numpy_name_the_way(home):
+    q = quantize(X).to_backend(home)
+    calls = (
+        jnp.asarray,
+        jnp.array,
+        jnp.sum,
+        jnp.copy,
+        jnp.linalg.norm,
+        jax.nn.relu,
+        lambda q: jnp.array([q, q]),
+        lambda q: jnp.stack([q]),
+        lambda q: jnp.concatenate([X, q]),
+        lambda q: jnp.dot(X, q.T),
+        lambda q: jnp.matmul(q, X.T),
+        lambda q: jnp.multiply(X, q),
+        lambda q: jnp.einsum("ab,cb->ac", X, q),
+        lambda q: jnp.power(q, 2),
+        lambda q: jnp.where(True, q, 0.0),
+        lambda q: jnp.take(q, 0, axis=0),
+        lambda q: X.at[0].set(q),
+        lambda q: X.dot(q),
+        lambda q: jnp.float32(q),
+        lambda q: jnp.astype(q, "float32"),
+    )
+    for call in calls:
+        for f in (call, jax.jit(call)):
+            with pytest.raises(
+                TypeError, match=r"functions of jax.numpy take arrays, and a QArray \(int8.*q\.dequantize\(\)"
+            ):
+                f(q)
+    with pytest.raises((TypeError, ValueError), match=r"jax.numpy.array\(\)|QArray"):
+        jax.lax.dot(X.T, q)  # which sends to what names the way
+
+
+def test_operators_of_jax_arrays_ask_the_qarray():
+    q = quantize(X, granularity=PerChannel(0))
+    for f in (operator.matmul, jax.jit(operator.matmul)):
+        np.testing.assert_allclose(f(X.T, q), dense(X.T, q), rtol=2e-6)
+    for operate in (operator.mul, operator.add, operator.sub, operator.truediv, operator.pow, operator.lt):
+        for args in ((X, q), (q, X)):
+            for f in (operate, jax.jit(operate)):
+                with pytest.raises(TypeError, match=r"arithmetic with a QArray .*write q\.dequantize\(\)"):
+                    f(*args)
+    for operate in (operator.eq, operator.ne):
+        with pytest.raises(TypeError, match="not compared by =="):
+            operate(X, q)
+
+
+def test_reshape_of_both_libraries_keeps_it_quantized():
+    q = quantize(X, granularity=PerGroup(4)).packed()
+    assert_same_bits(jnp.reshape(q, (2, 3, 8)), q.reshape(2, 3, 8))
+    assert_same_bits(np.reshape(q, (2, 3, 8)), q.reshape(2, 3, 8))
+    with pytest.raises(ValueError, match="order='F': elements are read with the last axis fastest"):
+        jnp.reshape(q, (2, 3, 8), order="F")
 
 
 def test_traced_qarrays_print_and_refuse_to_leave():

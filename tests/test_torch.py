@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import operator
 import pickle
 import warnings
 
@@ -618,16 +619,83 @@ def test_a_weight_that_changes_after_its_first_product_is_looked_at_again():
 def test_what_torch_would_make_of_a_qarray_says_what_to_do_or_works():
     q, module = quantize(data(8, 5), "int4", granularity=PerGroup(5)), torch.nn.Module()
     torch.testing.assert_close(X @ q, X @ q.dequantize(), rtol=1e-5, atol=1e-5)
-    with pytest.raises(TypeError, match="not QArray"):
-        torch.matmul(X, q)
-    with pytest.raises(TypeError, match=r"cannot assign .*QArray"):
+    with pytest.raises(TypeError, match=r"cannot assign .*QArray|buffer 'w' is a QArray.*aqt_lite.torch.quantize_"):
         module.register_buffer("w", q)
+    module.register_buffer("b", torch.ones(2))
+    with pytest.raises(TypeError, match=r"cannot assign .*QArray|buffer 'b' is a QArray.*aqt_lite.save"):
+        module.b = q
+    assert "w" not in module.state_dict()
+    module.register_buffer("none", None)
     with pytest.raises(AttributeError, match="it is a constant of derivatives"):
         torch.nn.Parameter(q)
-    with pytest.raises((TypeError, ValueError), match="QArray"):
-        torch.as_tensor(q)
-    with pytest.raises(TypeError, match=r"write q.dequantize\(\)"):
-        X * q
+    for make in (torch.as_tensor, torch.tensor, torch.asarray):
+        with pytest.raises((TypeError, ValueError), match=r"QArray.*q\.dequantize\(\)"):
+            make(q)
+
+
+def test_products_of_torch_are_those_of_a_qarray():
+    w = W.T
+    y = X @ w
+    for f in (torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__):
+        assert_same_bits(f(X, w), y)
+    assert_same_bits(torch.matmul(input=X, other=w), y)
+    assert_same_bits(torch.matmul(X[0], w), X[0] @ w)
+    assert_same_bits(torch.matmul(W, X.T), W @ X.T)
+    b = data(5)
+    assert_same_bits(torch.nn.functional.linear(X, W), linear(X, W))
+    assert_same_bits(torch.nn.functional.linear(input=X, weight=W, bias=b), linear(X, W, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(torch.nn.functional.linear(X, W), linear(X, W))
+    with pytest.raises(TypeError, match="write y = x @ q, without out="):
+        torch.matmul(X, w, out=torch.empty(6, 5))
+    with pytest.raises(ValueError, match=r"mm has operands of shapes \(8,\) and \(8, 5\)"):
+        torch.mm(X[0], w)
+    with pytest.raises(TypeError, match=r"x is a torch array but w is a numpy QArray: move one of them"):
+        torch.nn.functional.linear(X, W.to_backend("numpy"))
+
+
+@pytest.mark.exhaustive
+def test_products_of_torch_are_those_of_a_qarray_in_transformations():
+    def f(x):
+        return torch.nn.functional.linear(x, W) + torch.matmul(x, W.T) + torch.mm(x, W.T) + x @ W.T
+
+    expected = 4 * linear(X, W)
+    torch.testing.assert_close(whole(f, backend="eager")(X), expected)
+    torch.testing.assert_close(torch.func.vmap(lambda x: torch.nn.functional.linear(x, W))(X), linear(X, W))
+    torch.testing.assert_close(torch.func.grad(lambda x: f(x).sum())(X), 4 * W.dequantize().sum(0).expand(X.shape))
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return f(x)
+
+    exported = torch.export.export(Model(), (X,), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    torch.testing.assert_close(exported(torch.cat([X, X])), torch.cat([expected, expected]))
+
+
+def test_other_functions_of_torch_name_the_way_and_operators_their_own():
+    q = quantize(X)
+    calls = (
+        lambda: torch.mul(X, q),
+        lambda: torch.stack([q]),
+        lambda: torch.cat([X, q]),
+        lambda: torch.einsum("ab,cb->ac", X, q),
+        lambda: torch.addmm(X, X, q),
+        lambda: torch.nn.functional.embedding(torch.tensor([0]), q),
+        lambda: X.copy_(q),
+        lambda: X.to(q),
+        lambda: X[q],
+        lambda: torch.add(input=X, other=q),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"functions of torch take arrays, and a QArray \(int8.*q\.dequantize\(\)"):
+            call()
+    for operate in (operator.mul, operator.add, operator.sub, operator.truediv, operator.pow, operator.lt):
+        for args in ((X, q), (q, X)):
+            with pytest.raises(TypeError, match=r"arithmetic with a QArray .*write q\.dequantize\(\)"):
+                operate(*args)
+    for operate in (operator.eq, operator.ne):
+        with pytest.raises(TypeError, match="not compared by =="):
+            operate(X, q)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared, and a trace has one shape

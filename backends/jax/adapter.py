@@ -15,7 +15,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, Node, Ways
-from aqt_lite.backends.jax import trees
+from aqt_lite.backends.jax import refusals, trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
 
@@ -186,6 +186,7 @@ class JaxBackend(Backend):
 
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
         trees.register(cls, flatten, unflatten, names)
+        refusals.refuse(cls)
 
 
 @functools.cache

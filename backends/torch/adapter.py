@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite.backends.torch import functions
 from aqt_lite.backends.torch.namespace import namespace
 from aqt_lite.elements import Codebook, Float, FloatOrMissing, Integer, IntegerOrMissing
 from aqt_lite.formats import Format
@@ -195,6 +196,7 @@ class TorchBackend(Backend):
             from_dumpable_context=_as_tuples,
             flatten_with_keys_fn=with_keys,
         )
+        functions.serve(cls)
         # torch.load(weights_only=True) trusts them: fields, and no code
         kinds = Codebook, Float, Integer, FloatOrMissing, IntegerOrMissing
         torch.serialization.add_safe_globals([cls, Format, *kinds])

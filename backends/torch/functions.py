@@ -1,0 +1,66 @@
+"""What torch's functions do where they are given a container for a tensor.
+
+Owns: the hook by which they ask, and what has to be refused because of it. Imports: the words; the products when one is
+asked for.
+
+``torch.matmul``, ``torch.mm`` and ``F.linear`` are the products that the container has. All else raises TypeError with
+the way; operators of tensors (``x * q``) take that for an answer, and ask the container's own. What has the hook is
+taken for a tensor by modules that register buffers, which goes wrong when they are moved or saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from aqt_lite._ways import no_array_of, no_buffer
+
+__all__ = ["serve"]
+
+
+def serve(cls: type) -> None:
+    """Make torch's functions ask what to do with a ``cls``."""
+    cls.__torch_function__ = classmethod(_answer)  # type: ignore[attr-defined]
+
+    def refuse(module: torch.nn.Module, name: str, buffer: Any) -> None:
+        if isinstance(buffer, cls):
+            raise TypeError(no_buffer(name))
+
+    torch.nn.modules.module.register_module_buffer_registration_hook(refuse)
+
+
+def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    options = kwargs or {}
+    if function is torch.nn.functional.linear:
+        from aqt_lite.ops import linear  # builds on the container, whose import may be what calls `serve`
+
+        return linear(*args, **_renamed(options))
+    if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+        return _matmul(*args, **options)
+    if function in (torch.mm, torch.Tensor.mm):
+        return _mm(*args, **options)
+    leaves = pytree.tree_leaves((args, options), is_leaf=lambda node: isinstance(node, cls))
+    raise TypeError(no_array_of("torch", next(node for node in leaves if isinstance(node, cls))))
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    names = {"input": "x", "weight": "w"}
+    return {names.get(name, name): value for name, value in options.items()}
+
+
+def _matmul(input: Any, other: Any, *, out: Any = None) -> Any:
+    if out is not None:
+        raise TypeError("a product with a QArray makes an array of its own: write y = x @ q, without out=")
+    if isinstance(input, torch.Tensor):
+        return other.__rmatmul__(input)  # input @ other would come back here
+    return input.__matmul__(other)
+
+
+def _mm(input: Any, mat2: Any, *, out: Any = None) -> Any:
+    if input.ndim != 2 or mat2.ndim != 2:
+        raise ValueError(
+            f"mm has operands of shapes {tuple(input.shape)} and {tuple(mat2.shape)}: give matrices, or write x @ q"
+        )
+    return _matmul(input, mat2, out=out)
