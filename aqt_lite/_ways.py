@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["FormatName", "no_array_of", "no_buffer", "way_to"]
+__all__ = ["FormatName", "no_array_of", "way_to"]
 
 _WAYS = {
     "q.to_device(device) moves it, q.to_backend(name) makes it another library's, q.dequantize(dtype) is its values": (
@@ -46,21 +46,13 @@ def way_to(name: str) -> str:
     return _WAY_OF.get(name, parts)
 
 
-def no_array_of(library: str, node: Any) -> str:
+def no_array_of(library: str, node: Any, of_models: str) -> str:
     """What to do where a function of ``library`` was given a quantized array for one of its arrays."""
     return (
         f"functions of {library} take arrays, and a QArray ({node.dtype}, shape {node.shape}) does not become one by "
         "itself: x @ q, aqt_lite.dense(x, q), aqt_lite.linear(x, q) and aqt_lite.einsum are its products and keep it "
-        "quantized, q.dequantize() is the array of its values; aqt_lite.concatenate and aqt_lite.stack join several"
-    )
-
-
-def no_buffer(name: str) -> str:
-    """What to do where a module was to keep a quantized array as its buffer ``name``."""
-    return (
-        f"buffer {name!r} is a QArray, which a module would neither move nor save: "
-        "aqt_lite.torch.quantize_(model, rules) makes layers that keep quantized weights; else register q.storage and "
-        "q.scale, and save by aqt_lite.save(path, q)"
+        "quantized, q.dequantize() is the array of its values, aqt_lite.concatenate and aqt_lite.stack join several; "
+        f"{of_models} makes layers of a model take it"
     )
 
 

@@ -526,7 +526,7 @@ class QArray(ArrayShapes, ArrayBytes):
         """Only for what does not exist: what is no array says so."""
         known = {f.name for f in fields(self)}
         if name.startswith("_") or name in known:  # protocols ask; and what has no fields yet is being made
-            raise AttributeError(name)
+            raise AttributeError(f"'QArray' object has no attribute {name!r}")
         raise AttributeError(
             f"a QArray has no attribute {name!r}: it is a container of codes and scales, not an array; {way_to(name)}"
         )

@@ -39,4 +39,6 @@ class _NoArray:
 
 
 def _no_array_of(node: Any) -> _NoArray:
-    return _NoArray(no_array_of("jax.numpy", node))
+    return _NoArray(
+        no_array_of("jax.numpy", node, "aqt_lite.linen.quantize, aqt_lite.nnx.quantize_ or aqt_lite.equinox.quantize")
+    )

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from aqt_lite._ways import no_array_of, no_buffer
+from aqt_lite._ways import no_array_of
 
 __all__ = ["serve"]
+
+_OF_MODELS = "aqt_lite.torch.quantize_(model, rules)"
 
 
 def serve(cls: type) -> None:
@@ -26,7 +28,10 @@ def serve(cls: type) -> None:
 
     def refuse(module: torch.nn.Module, name: str, buffer: Any) -> None:
         if isinstance(buffer, cls):
-            raise TypeError(no_buffer(name))
+            raise TypeError(
+                f"buffer {name!r} is a QArray, which a module would neither move nor save: {_OF_MODELS} makes layers "
+                "that keep quantized weights; else register q.storage and q.scale, and save by aqt_lite.save(path, q)"
+            )
 
     torch.nn.modules.module.register_module_buffer_registration_hook(refuse)
 
@@ -42,7 +47,7 @@ def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = 
     if function in (torch.mm, torch.Tensor.mm):
         return _mm(*args, **options)
     leaves = pytree.tree_leaves((args, options), is_leaf=lambda node: isinstance(node, cls))
-    raise TypeError(no_array_of("torch", next(node for node in leaves if isinstance(node, cls))))
+    raise TypeError(no_array_of("torch", next(node for node in leaves if isinstance(node, cls)), _OF_MODELS))
 
 
 def _renamed(options: dict[str, Any]) -> dict[str, Any]:
