@@ -52,7 +52,7 @@ def encode_into(
     recipe: Recipe,
     b: Backend,
 ) -> None:
-    """The codes of ``x`` in ``storage``, packed where they have fewer than 8 bits.
+    """The codes of ``x`` in ``storage``, packed where the format has them so.
 
     ``look(x, values, ...)`` hears of each part, as of ``look_at_values``, what is read of it once it is written.
     """
@@ -111,7 +111,7 @@ def _refusal(b: Backend) -> str:
 
 def is_packed(spec: Spec, ndim: int) -> bool:
     """Whether codes are kept as a dense stream of bits."""
-    return spec.element.bits < 8 and ndim > 0
+    return spec.element.packs and ndim > 0
 
 
 def storage_of(shape: tuple[int, ...], spec: Spec) -> tuple[tuple[int, ...], str]:

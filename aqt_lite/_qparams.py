@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.affine import Spec
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, ElementType
+from aqt_lite.formats import Format
 from aqt_lite.granularity import Granularity, PerChannel, grid_of
 
 __all__ = [
     "check_codes",
     "check_offset",
     "check_scale",
+    "check_without_scale",
     "check_zero_point",
     "every_pattern_is_a_code",
     "number_of_type",
@@ -114,25 +116,44 @@ def every_pattern_is_a_code(element: ElementType, *, packed: bool) -> bool:
     else:
         limits = np.iinfo(element.storage)
         low, most = int(limits.min), int(limits.max)
-    return element.codes == (low, most) and not _no_number(element).any()
+    return element.codes == (low, most) and element.bits <= _MOST_LISTED and not _no_number(element).any()
+
+
+_MOST_LISTED = 16
+"""Bits of codes up to which there is a table of them all. Wider ones are floats, of which some are NaN."""
 
 
 def unusable_codes(codes: np.ndarray[Any, Any], element: ElementType) -> np.ndarray[Any, Any]:
     """Where a code, in NumPy's memory, stands for no finite number."""
     low, high = element.codes
     bad: np.ndarray[Any, Any] = (codes < low) | (codes > high)
+    if element.bits > _MOST_LISTED:
+        return bad | _stand_for_nothing(codes, element)
     table = _no_number(element)
     if table.any() and not bad.any():
         bad = table[codes.astype(np.intp) - low]
     return bad
 
 
+def check_without_scale(form: Format, source: str, said: Mapping[str, Any]) -> None:
+    """ValueError where something is said of scales, or where values are of a type that the numbers are not for."""
+    words = form.element.refusal(source)
+    if words is not None:
+        raise ValueError(words)
+    for name, value in said.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, but numbers of {form.name} are floats without a scale: leave it out")
+
+
 @functools.lru_cache(maxsize=256)
 def _no_number(element: ElementType) -> np.ndarray[Any, Any]:
     """For each code from the smallest on, whether it stands for no finite number, nor for one that is missing."""
     low, high = element.codes
+    return _stand_for_nothing(np.arange(low, high + 1).astype(element.storage), element)
+
+
+def _stand_for_nothing(codes: np.ndarray[Any, Any], element: ElementType) -> np.ndarray[Any, Any]:
     with np.errstate(all="ignore"):
-        codes = np.arange(low, high + 1).astype(element.storage)
         numbers = element.decode(codes, get_backend("numpy"), "float64")
     known = np.isfinite(np.asarray(numbers, dtype=np.float64))
     return ~known if element.missing is None else ~(known | (codes == element.missing))

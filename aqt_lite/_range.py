@@ -24,8 +24,7 @@ def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _N
     With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
     between rounds to the outermost code, and what lies beyond is clipped to it.
     """
-    numbers = q._element.levels(get_backend("numpy"))
-    low, after_low, before_high, high = numbers[0], numbers[1], numbers[-2], numbers[-1]
+    low, after_low, before_high, high = q._element.outermost(get_backend("numpy"))
     zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), scales_of_blocks(q)
     offset = 0.0 if q.offset is None else _numbers(q.offset, q)
     with np.errstate(over="ignore"):

@@ -156,7 +156,7 @@ def nbytes_of_array(x: Any) -> int:
 def _nbytes_as(q: QArray, shape: tuple[int, ...], *, swapped: Swapped = False) -> int:
     """Bytes of an array of that shape that is quantized as ``q`` is."""
     stored = swapped_forth(shape, swapped)
-    if q.bits < 8 and stored:
+    if q._element.packs and stored:
         total = math.prod(stored[:-1]) * bytes_of(stored[-1], q.bits)
     else:
         total = math.prod(stored) * q.storage.dtype.itemsize

@@ -65,6 +65,8 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe, 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> QParams:
     """Scale, and zero point or offset, of every block: arrays of the grid's shape."""
     xp, lo, hi = b.xp, None, None
+    if not spec.format.scaled:
+        return QParams(None)
     if recipe.dialect.together is not None:
         return together(x, spec, recipe, b)[0]
     x = computable(x, spec, b)
@@ -135,6 +137,8 @@ def encode_and_tell(
             zero = xp.zeros_like(zero)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
     codes, inside = spec.element.encode(v, zero, recipe.narrow(spec), recipe.rounding, drawn, b)
+    if not (spec.format.scaled or recipe.ignore_nonfinite):  # no scale can say so
+        codes = xp.where(xp.isfinite(v), codes, xp.full_like(codes, spec.element.nan))
     if not recipe.dialect.minus_zero and spec.element.minus_zero is not None:
         codes = xp.where(codes == spec.element.minus_zero, xp.zeros_like(codes), codes)
     return codes, inside
@@ -155,6 +159,8 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None, b: Backend) -> A
         else:  # floats have NaN, and are as exact
             steps = steps - xp.astype(zero, steps.dtype)
     x = xp.astype(steps, b.dtype(source.compute))
+    if w.scale is None and spec.element.max <= source.max:  # nothing to clip, and subnormal numbers stay
+        return xp.astype(x, b.dtype(out or source.name))
     if w.scale is not None:
         scale = usable_scales(w.scale, spec, b)
         if w.offset is None:

@@ -36,14 +36,23 @@ from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend, IntLimits
-from aqt_lite._qparams import check_offset, check_scale, check_zero_point, on_grid
+from aqt_lite._qparams import check_offset, check_scale, check_without_scale, check_zero_point, on_grid
 from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import Integer, float_type, integer_type
-from aqt_lite.formats import FORMATS, SCALE_FORMATS, SCALE_MODES, Format, format_of, scale_format_of, with_missing
-from aqt_lite.granularity import Granularity, block_of, grid_of
+from aqt_lite.formats import (
+    FAMILIES,
+    FORMATS,
+    SCALE_FORMATS,
+    SCALE_MODES,
+    Format,
+    format_of,
+    scale_format_of,
+    with_missing,
+)
+from aqt_lite.granularity import Granularity, PerTensor, block_of, grid_of
 from aqt_lite.qarray import QArray
 
 __all__ = ["ClippingWarning", "choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
@@ -151,6 +160,7 @@ def quantize(
     on_clip: OnClip | None = None,
     max_abs_err: float | None = None,
     max_rel_err: float | None = None,
+    keepbits: int | None = None,
     out: AnyArray | None = None,
     backend: str | None = None,
 ) -> QArray:
@@ -165,8 +175,10 @@ def quantize(
         float16, bfloat16, float32 or float64, of any shape. Lists are taken as float32.
     dtype : str, or a dtype or format object
         A format: int2 to int8, uint2 to uint8, int16, uint16, ternary, float8_e4m3fn and other floats of few bits, nf4
-        and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats:
-        docs/formats.md. With ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it.
+        and other codebooks (or a :class:`aqt_lite.Codebook` of your own), mxfp4, nvfp4 and other block formats,
+        bitround0 to bitround23, which are float32 with so many significant bits and no scale: docs/formats.md. With
+        ``max_abs_err`` or ``max_rel_err`` also "auto": the narrowest type that keeps it; and "bitround": the fewest
+        bits that do.
     scheme : {"symmetric", "affine"}
         Symmetric: zero has code 0 (the middle code of unsigned types) and numbers reach equally far on both sides.
         Affine: the codes cover [min(x, 0), max(x, 0)], with a zero point; integers only.
@@ -205,7 +217,7 @@ def quantize(
     on_clip : {"saturate", "warn", "raise"}, optional
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them; the same, and a :class:`ClippingWarning` that counts them, which is the default
-        where a scale is given; or a ValueError that counts them. Where values are not known, as under a compiler,
+        where a scale is given, or the format has none; or a ValueError that counts them. Where values are not known, as under a compiler,
         nothing warns.
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
@@ -214,6 +226,9 @@ def quantize(
         offsets, in either scheme that the dialect has for the type. With Dask each chunk is checked when it is
         computed, and where there is a choice (of "auto", and of relative bounds) ``x`` is computed once to choose.
         docs/science.md.
+    keepbits : int, optional
+        With ``dtype="bitround"``: bits after the leading one that are kept, as of :func:`aqt_lite.bitround`, whose
+        numbers these are. ``quantize(x, "bitround", keepbits=7)`` is ``quantize(x, "bitround7")``.
     out : numpy.ndarray, optional
         Write the codes here, part by part: an array or a memory map, which becomes ``storage`` of the result. Of the
         shape of ``x`` and the type that codes are kept in, int8 for "int8"; of packed codes, uint8 and as many bytes a
@@ -255,6 +270,8 @@ def quantize(
     ('uint8', True)
     """
     bound = bound_of(max_abs_err, max_rel_err)
+    if keepbits is not None:
+        dtype = _with_keepbits(dtype, keepbits)
     read = (x, mask, getattr(x, "mask", None))
     x, may_miss = marked(x, mask, fill_value, missing, tolerant=nonfinite == "ignore")
     rest = {
@@ -276,6 +293,21 @@ def quantize(
     if scale is None:
         warn_of_fill_values(x, q, stacklevel=5)
     return q
+
+
+def _with_keepbits(dtype: Any, keepbits: Any) -> str:
+    """The format of a family that keeps so many bits."""
+    family = FAMILIES.get(dtype) if isinstance(dtype, str) else None
+    if family is None:
+        raise ValueError(
+            f"keepbits={keepbits!r} is given with dtype={dtype!r}, which has the bits that it has: it goes with "
+            f"dtype={next(iter(FAMILIES))!r}"
+        )
+    if isinstance(keepbits, bool | np.bool) or not isinstance(keepbits, int | np.integer):
+        raise TypeError(f"keepbits is a {type(keepbits).__name__}: give an integer")
+    if not 0 <= keepbits < len(family):
+        raise ValueError(f"keepbits={keepbits}: float32 has {len(family) - 1}, give 0 to {len(family) - 1}")
+    return family[int(keepbits)].name
 
 
 _LOOKED_AT = 1 << 20
@@ -318,7 +350,7 @@ def _prepared(x: Any, dtype: Any, *, on_clip: str | None, **how: Any) -> tuple[_
         here = call.x is x.source and not call.together
         call = replace(call, x=x) if here else _prepare(np.asarray(x), dtype, **how)
     if on_clip is None:
-        on_clip = "saturate" if call.given is None else "warn"
+        on_clip = "saturate" if call.given is None and call.spec.format.scaled else "warn"
     one_of("on_clip", on_clip, ("saturate", "warn", "raise"))
     return call, on_clip
 
@@ -406,6 +438,8 @@ def choose_qparams(
     backend: str | None = None,
 ) -> tuple[Array | QArray, Array | None]:
     """Scale, and zero point or offset, that :func:`quantize` would use for ``x``; parameters as there.
+
+    Both are None for formats without scales, bitround7 for instance.
 
     Given back to :func:`quantize` they make the same codes, except in dialects that compute the inverse of a scale
     first (int4 of keras and modelopt, hqq), where codes at ties may differ.
@@ -599,6 +633,8 @@ def _prepare(
         )
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
+    if not form.scaled:
+        _check_unscaled(form, source.name, scheme, granularity, rules, scale, zero_point, offset, scale_dtype)
     if nonfinite == "raise" and b.is_deferred(x):
         x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
@@ -651,6 +687,26 @@ def _prepare(
     if has_offset:
         offset = placed("offset", offset, source.compute, partial(check_offset, spec=spec))
     return _Call(x, b, spec, recipe, affine.QParams(scale, zero_point, offset), made_of)
+
+
+def _check_unscaled(
+    form: Format,
+    source: str,
+    scheme: str,
+    granularity: Granularity | None,
+    rules: Dialect,
+    scale: Any,
+    zero_point: Any,
+    offset: Any,
+    scale_dtype: Any,
+) -> None:
+    """ValueError where something is said of the scales of numbers that have none."""
+    dialect = None if rules is AQT_LITE else rules.name
+    scheme_said = None if scheme == "symmetric" else scheme
+    shared = None if granularity == PerTensor() else granularity
+    said = {"scale": scale, "zero_point": zero_point, "offset": offset, "scale_dtype": scale_dtype,
+            "dialect": dialect, "scheme": scheme_said, "granularity": shared}  # fmt: skip
+    check_without_scale(form, source, said)
 
 
 def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dtype: Any, given: bool) -> None:
@@ -725,7 +781,7 @@ def _within(
     if out is not None:
         _check_out_of(out, dtype, tuple(source.shape), b, (source, *read))
 
-    auto = isinstance(dtype, str) and dtype == AUTO
+    auto = isinstance(dtype, str) and (dtype == AUTO or dtype in FAMILIES)
     seen = _Seen()
     unwritten = out is not None or (auto and can_write(b) and math.prod(source.shape) > _LOOKED_AT)
 
@@ -762,7 +818,11 @@ def _is_kept_as(shape: tuple[int, ...], out: Any, form: Format) -> bool:
 def _check_out_of(out: Any, dtype: Any, shape: tuple[int, ...], b: Backend, read: tuple[Any, ...]) -> None:
     """An error where nothing could be written into ``out``, before anything is tried."""
     form, what = None, f"codes of {dtype}"
-    if not (isinstance(dtype, str) and dtype == AUTO):
+    if isinstance(dtype, str) and dtype in FAMILIES:
+        fitting = (known for known in FAMILIES[dtype] if isinstance(out, np.ndarray) and _is_kept_as(shape, out, known))
+        form = next(fitting, FAMILIES[dtype][0])
+        what = f"codes of {form.name}"
+    elif not (isinstance(dtype, str) and dtype == AUTO):
         form = format_of(dtype)
     elif isinstance(out, np.ndarray):
         integers = (known for known in FORMATS.values() if type(known.element) is Integer)
@@ -905,6 +965,9 @@ def _kept_scale(scale: QArray, spec: affine.Spec, grid: tuple[int, ...], b: Back
 def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> None:
     """Raise where a NaN scale tells that its block of ``x`` has non-finite values, or does not fit its own format."""
     b, spec = call.b, call.spec
+    if not spec.format.scaled:
+        _check_all_finite(x, call)
+        return
     numbers = scale
     if kept and spec.format.scale is not None:
         numbers = run(b, affine.scales_of, scale, spec=spec)
@@ -928,6 +991,16 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
             f"dialect={rules.name!r}: the range of a block overflows {spec.source.compute}, as in the original: "
             "divide x by a power of two, or use dialect='aqt_lite', which has no such limit"
         )
+
+
+def _check_all_finite(x: Array, call: _Call) -> None:
+    """The same where no scale could tell."""
+    b, may_miss = call.b, call.spec.element.missing is not None
+    if call.recipe.ignore_nonfinite or not (isinstance(x, Marked) or b.has_values(x)):
+        return
+    if not (isinstance(x, Marked) or may_miss or can_write(b)) and bool(b.to_numpy(b.xp.all(b.xp.isfinite(x)))):
+        return
+    _check_chunk(x if isinstance(x, Marked) else b.to_numpy(x), may_miss=may_miss)
 
 
 def _check_chunk(values: Any, start: tuple[int, ...] | None = None, *, may_miss: bool = False) -> None:

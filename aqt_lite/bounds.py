@@ -26,7 +26,7 @@ from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.elements import Float, float_type
-from aqt_lite.formats import FORMATS, Format, format_of, with_missing
+from aqt_lite.formats import FAMILIES, FORMATS, Format, format_of, with_missing
 from aqt_lite.qarray import QArray
 
 __all__ = ["AUTO", "Attempt", "Bound", "Held", "Largest", "Later", "bound_of", "largest_error", "quantize_within"]
@@ -206,17 +206,21 @@ def quantize_within(
     refuses all. ``later``: the backend of attempts whose codes are computed later. A single one is taken as it is, and
     errors of several are computed together.
     """
-    auto = isinstance(dtype, str) and dtype == AUTO
+    family = FAMILIES.get(dtype) if isinstance(dtype, str) else None
+    auto = family is not None or (isinstance(dtype, str) and dtype == AUTO)
     asked_for = None if auto else format_of(dtype)
     if asked_for is not None:
         missing = missing or asked_for.element.missing is not None
         asked_for = with_missing(asked_for) if missing else asked_for
-    known = candidates(bound, missing, offsets, fits)
+    if family is None:
+        known = candidates(bound, missing, offsets, fits)
+    else:
+        known = [with_missing(f) if missing else f for f in family if fits is None or fits(f)]
     tried = known if asked_for is None else [asked_for]
     if not tried:
-        names = ", ".join(form.name for form in candidates(bound, missing, offsets))
+        names = ", ".join(form.name for form in family or candidates(bound, missing, offsets))
         raise ValueError(
-            f"out is an array for codes of none of {names}, which dtype={AUTO!r} tries: give one for those"
+            f"out is an array for codes of none of {names}, which dtype={dtype!r} tries: give one for those"
         )
     refusals: list[ValueError] = []
 
@@ -254,7 +258,7 @@ def quantize_within(
         announce(f"{bound}: {q.dtype} {'is to keep' if later is not None else 'keeps'} it, in {q.nbytes} bytes")
         return q
     if len(refusals) == count:
-        raise _refusal(refusals, tried)
+        raise _refusal(refusals, tried, dtype)
     least: dict[str, float] = {}
     for attempt in made(tried) if later is None else attempts:
         least[attempt.dtype] = min(attempt.error(math.inf), least.get(attempt.dtype, math.inf))
@@ -271,12 +275,12 @@ def quantize_within(
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
 
 
-def _refusal(refusals: list[ValueError], tried: list[Format]) -> ValueError:
+def _refusal(refusals: list[ValueError], tried: list[Format], dtype: Any) -> ValueError:
     """What to raise where no way serves: what all say, or, of several types, what is said of the widest."""
     if len(tried) == 1 or len(set(map(str, refusals))) == 1:
         return refusals[0]
     names = ", ".join(form.name for form in tried)
-    return ValueError(f"dtype={AUTO!r}: none of {names} can be had as asked; of {tried[-1].name}: {refusals[-1]}")
+    return ValueError(f"dtype={dtype!r}: none of {names} can be had as asked; of {tried[-1].name}: {refusals[-1]}")
 
 
 _SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -308,6 +312,8 @@ def ways_of(form: Format, bound: Bound, offsets: bool = True) -> list[Way]:
     An offset is what code 0 stands for: where that is what is missing, a zero point serves instead.
     """
     element = form.element
+    if not form.scaled:
+        return [{}]
     offsets = offsets and element.missing != 0  # with an offset the lowest code is needed, and must not mean missing
     ways: list[Way] = []
     if bound.relative or not offsets:

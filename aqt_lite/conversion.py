@@ -309,7 +309,7 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
         raise ValueError(str(error) if scale_dtype is None else f"scale_dtype={scale_dtype!r}: {error}") from None
     made = made.with_trainable_scales(q.trainable)
     made = made.for_dense(*lengths_swapped(q.transposed)) if q.transposed else made
-    return made if q.packed_length is not None or q.bits >= 8 else made.unpacked()
+    return made if q.packed_length is not None or not q._element.packs else made.unpacked()
 
 
 def _unchanged(kept: QArray, numbers: _Numbers) -> bool:

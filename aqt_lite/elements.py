@@ -1,7 +1,7 @@
 """Element types: finite sets of numbers, each with a code. And the float types that values come in.
 
-Owns: ``Integer``, ``Float`` and ``Codebook``, those with a code of values that are missing, how numbers are rounded to
-each, and ``FloatType``. Imports: the ``Backend`` interface, as an argument's type alone.
+Owns: ``Integer``, ``Float``, ``Codebook`` and ``BitRound``, those with a code of values that are missing, how numbers
+are rounded to each, and ``FloatType``. Imports: the ``Backend`` interface, as an argument's type alone.
 
 Blocks, scales and zero points know an element type only through ``encode`` and ``decode``, which are each other's
 inverse on its numbers. Which element types there are, by name, is said in ``formats``.
@@ -23,6 +23,7 @@ __all__ = [
     "FLOAT_TYPES",
     "INTEGER_TYPES",
     "NOISE_BITS",
+    "BitRound",
     "Codebook",
     "ElementType",
     "Float",
@@ -35,6 +36,7 @@ __all__ = [
     "float_type",
     "integer_type",
     "rounded",
+    "without_last_bits",
 ]
 
 Rounding = Literal["half_even", "half_away", "half_toward_zero", "toward_zero", "up", "stochastic"] | float
@@ -77,8 +79,19 @@ class ElementType(ABC):
     """The code that a symmetric scheme gives to zero, where a zero point has to say so."""
     zero_points: bool = False
     """Whether a zero point may be added to codes."""
+    own_range: bool = False
+    """Whether its numbers reach as far as the floats that they stand for, so that they have no scale."""
     codes: tuple[int, int]
     """Smallest and largest code."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether codes are kept as a dense stream of bits, and not one an item of ``storage``."""
+        return self.bits < 8
+
+    def refusal(self, source: str) -> str | None:
+        """Why values of a float type cannot become these numbers, and the way; None where they can."""
+        return None
 
     def end_codes(self, symmetric: bool) -> tuple[int, int] | None:
         """The codes of the smallest and the largest number that quantization gives, those of all that is clipped.
@@ -119,6 +132,11 @@ class ElementType(ABC):
         2^-126, are complete in float64 only.
         """
 
+    def outermost(self, b: Backend) -> tuple[float, float, float, float]:
+        """The two smallest numbers and the two largest, in increasing order."""
+        low, after_low, *_, before_high, high = (float(n) for n in self.levels(b)[[0, 1, -2, -1]])
+        return low, after_low, before_high, high
+
     def levels(self, b: Backend) -> np.ndarray[Any, Any]:
         """Every number, in increasing order, as float64; ``b`` does the arithmetic."""
         low, high = self.codes
@@ -150,6 +168,21 @@ def rounded(v: Array, rounding: Rounding, xp: Any, noise: Array | None = None) -
         away = xp.astype(size >= whole + (0.5 if rounding == "half_away" else float(rounding)), whole.dtype)
     size = whole + away
     return xp.where(v < 0, -size, size)
+
+
+def without_last_bits(size: Array, drop: int, rounding: Rounding, xp: Any, noise: Array | None = None) -> Array:
+    """Bit patterns of magnitudes, the last ``drop`` bits of which are rounded away and become zeros.
+
+    Magnitudes lie in the order of their bits, so that a carry moves into the exponent as it should. By default that is
+    so for floats of any width; other roundings than half to even are for 32 bits.
+    """
+    if not drop:
+        return size
+    kept = (1 << drop) - 1
+    if rounding == "half_even":
+        return (size + ((size >> drop) & 1) + ((1 << (drop - 1)) - 1)) & ~kept
+    part = xp.astype(size & kept, xp.float32) * 2.0**-drop  # exact
+    return (size & ~kept) + (xp.astype(rounded(part, rounding, xp, noise), size.dtype) << drop)
 
 
 @dataclass(frozen=True)
@@ -572,6 +605,139 @@ class FloatOrMissing(Float):
         codes, inside = super().encode(v, zero, symmetric, rounding, noise, b)
         assert self.nan is not None
         return _with_missing(codes, v, self.nan, b), inside
+
+
+@dataclass(frozen=True)
+class BitRound(ElementType):
+    """Floats of 32 bits without the last bits of their significand: sign, exponent, and ``keepbits`` bits after the
+    leading one. They have the range of float32, subnormal numbers among them, and no scale.
+
+    Codes are the upper bits of the patterns, as signed integers; no arithmetic but that of integers comes near them.
+
+    Parameters
+    ----------
+    name : str
+        What ``QArray.dtype`` says.
+    keepbits : int
+        0 to 23.
+    may_miss : bool
+        Whether the code of NaN stands for values that are missing.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> q = aqt_lite.quantize([3.14159, -273.15], "bitround7")
+    >>> q.dequantize().tolist(), q.bits, [hex(code & 0xFFFF) for code in q.qvalue.tolist()]
+    ([3.140625, -274.0], 16, ['0x4049', '0xc389'])
+    """
+
+    name: str
+    keepbits: int
+    may_miss: bool = False
+    signed = True
+    own_range = True
+
+    def __post_init__(self) -> None:
+        if type(self.keepbits) is not int or not 0 <= self.keepbits <= _SIGNIFICAND:
+            raise ValueError(f"BitRound({self.name!r}): keepbits={self.keepbits!r}: give 0 to {_SIGNIFICAND}")
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return 32 - self.dropped
+
+    @property
+    def dropped(self) -> int:
+        """Bits of float32 that are not kept."""
+        return _SIGNIFICAND - self.keepbits
+
+    @property
+    def storage(self) -> str:  # type: ignore[override]
+        return "int16" if self.bits <= 16 else "int32"
+
+    @property
+    def packs(self) -> bool:
+        return self.bits not in (16, 32)
+
+    @property
+    def codes(self) -> tuple[int, int]:  # type: ignore[override]
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+    @property
+    def largest_code(self) -> int:
+        """Code of ``max``: all below are finite, all above are not."""
+        return (_INFINITE >> self.dropped) - 1
+
+    @property
+    def max(self) -> float:  # type: ignore[override]
+        return (2 - 2.0**-self.keepbits) * 2.0**127
+
+    @property
+    def min(self) -> float:  # type: ignore[override]
+        return -self.max
+
+    @property
+    def smallest(self) -> float:  # type: ignore[override]
+        return 2.0 ** (-126 - self.keepbits)
+
+    @property
+    def nan(self) -> int:  # type: ignore[override]
+        return (_INFINITE | _QUIET) >> self.dropped  # of no bits: that of infinity, which has none
+
+    @property
+    def minus_zero(self) -> int:  # type: ignore[override]
+        return self.codes[0]
+
+    @property
+    def missing(self) -> int | None:  # type: ignore[override]
+        return self.nan if self.may_miss else None
+
+    def refusal(self, source: str) -> str | None:
+        if source in ("float16", "float64"):
+            return (
+                f"{self.name} has the exponents of float32, and values of {source} have others: give float32 values, "
+                "or round with aqt_lite.bitround(x, keepbits), whose result are floats of the type of x"
+            )
+        if source == "bfloat16" and self.keepbits > _BFLOAT16:
+            return f"{self.name} keeps {self.keepbits} bits, and bfloat16 has {_BFLOAT16}: give 0 to {_BFLOAT16}"
+        return None
+
+    def outermost(self, b: Backend) -> tuple[float, float, float, float]:
+        step = math.ldexp(1.0, 127 - self.keepbits)
+        return self.min, self.min + step, self.max - step, self.max
+
+    def end_codes(self, symmetric: bool) -> tuple[int, int]:
+        return self.largest_code + self.codes[0], self.largest_code
+
+    def encode(
+        self, v: Array, zero: Array | None, symmetric: bool, rounding: Rounding, noise: Array | None, b: Backend
+    ) -> tuple[Array, Array]:
+        xp, pattern = b.xp, b.bits_of(v)
+        size = pattern & ~_SIGN
+        known = size <= _INFINITE
+        size = xp.where(known, size, xp.zeros_like(size))
+        inside = known & (size <= self.largest_code << self.dropped)
+        code = without_last_bits(size, self.dropped, rounding, xp, noise) >> self.dropped
+        code = xp.clip(code, 0, self.largest_code)
+        code = xp.where((pattern < 0) & known, code + self.codes[0], code)
+        if self.missing is not None:
+            code = xp.where(known, code, xp.full_like(code, self.missing))
+        return xp.astype(code, b.dtype(self.storage)), inside
+
+    def decode(self, codes: Array, b: Backend, compute: str = "float32") -> Array:
+        """As for other types; infinities have no code, and subnormal numbers are as they were."""
+        xp = b.xp
+        code = xp.astype(codes, xp.int32)
+        pattern = code << self.dropped
+        known = (code & self.codes[1]) <= self.largest_code
+        pattern = xp.where(known, pattern, xp.full_like(pattern, _INFINITE | _QUIET))
+        return xp.astype(b.floats_of(pattern, "float32"), b.dtype(compute))
+
+
+_SIGNIFICAND, _BFLOAT16 = 23, 7
+"""Explicit bits of the significands of float32 and bfloat16."""
+
+_SIGN, _INFINITE, _QUIET = -(1 << 31), 0x7F800000, 0x00400000
+"""Bit patterns of float32: -0, infinity, and what tells NaN from it."""
 
 
 def _with_missing(codes: Array, v: Array, missing: int, b: Backend) -> Array:

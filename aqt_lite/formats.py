@@ -18,6 +18,7 @@ from typing import Any, Literal
 from aqt_lite.elements import (
     FLOAT_TYPES,
     INTEGER_TYPES,
+    BitRound,
     Codebook,
     ElementType,
     Float,
@@ -30,8 +31,10 @@ from aqt_lite.elements import (
 from aqt_lite.granularity import Granularity, PerGroup, PerTensor
 
 __all__ = [
+    "BITROUND",
     "BLOCK_TYPES",
     "DERIVED",
+    "FAMILIES",
     "FORMATS",
     "SCALE_FORMATS",
     "SCALE_MODES",
@@ -67,7 +70,8 @@ class Format:
     group : int, optional
         Neighbours along the last axis that share a scale where no granularity is asked for; None: all elements.
     scaled : bool
-        Whether there are scales. Scales that are kept in a format of few bits may have none themselves.
+        Whether there are scales. Numbers with the range of floats have none; scales that are kept in a format of few
+        bits need not have any themselves.
     top : {"largest", "power of two"}
         What the largest magnitude of a block becomes: the largest number, or the largest power of two (OCP MX).
     scale_rounding : Rounding
@@ -91,9 +95,15 @@ class Format:
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, ElementType):
-            raise TypeError(f"Format({self.name!r}): element={self.element!r}: give an Integer, a Float or a Codebook")
+            raise TypeError(
+                f"Format({self.name!r}): element={self.element!r}: give an Integer, a Float, a Codebook or a BitRound"
+            )
         if not (self.scale is None or isinstance(self.scale, Format)):
             raise TypeError(f"Format({self.name!r}): scale={self.scale!r}: give a Format, or None for plain numbers")
+        if self.element.own_range and (self.scaled or self.scale is not None):
+            raise ValueError(
+                f"Format({self.name!r}): numbers of {self.element.name} have the range of floats: give scaled=False"
+            )
         if not self.scaled and self.element.nan is None:
             raise ValueError(
                 f"Format({self.name!r}): scaled=False with an element type without a code of NaN, which marks blocks "
@@ -226,6 +236,16 @@ BLOCK_TYPES = {
 """ggml's block types, formats made of those above under the names that they have there; ``dtype=`` takes them, too."""
 
 
+BITROUND = {
+    name: Format(name, BitRound(name, keepbits), scaled=False)
+    for keepbits in range(24)
+    for name in [f"bitround{keepbits}"]
+}
+"""float32 with so many bits after the leading one: the numbers of ``aqt_lite.bitround``. They have no scales."""
+
+FAMILIES = {"bitround": tuple(BITROUND.values())}
+"""Formats that differ by how many bits they keep, from the narrowest on; which one, ``keepbits`` or a bound says."""
+
 MISSING = "_nan"
 """What the name of a format ends with that has a code of missing values."""
 
@@ -239,21 +259,25 @@ def _with_missing(form: Format) -> Format | None:
     elif type(e) is Float and e.nan is not None:
         said = {f.name: getattr(e, f.name) for f in fields(e)}
         element = FloatOrMissing(**{**said, "name": name})
+    elif type(e) is BitRound and not e.may_miss:
+        element = replace(e, name=name, may_miss=True)
     return None if element is None else replace(form, name=f"{form.name}{MISSING}", element=element)
 
 
-WITH_MISSING = {made.name: made for form in FORMATS.values() if (made := _with_missing(form)) is not None}
-"""The formats of the table that have a code to spare, with it: the lowest of integers, NaN of floats."""
+WITH_MISSING = {
+    made.name: made for form in [*FORMATS.values(), *BITROUND.values()] if (made := _with_missing(form)) is not None
+}
+"""The formats of the tables that have a code to spare, with it: the lowest of integers, NaN of floats."""
 
-DERIVED = {**BLOCK_TYPES, **WITH_MISSING}
-"""Formats that are made of those of the table; ``dtype=`` takes their names, too."""
+DERIVED = {**BLOCK_TYPES, **BITROUND, **WITH_MISSING}
+"""Formats that are made of others, or by rule; ``dtype=`` takes their names, too."""
 
 _DTYPES = frozenset({"bool", "complex64", "complex128", *FLOAT_TYPES, *INTEGER_TYPES})
 _ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
 _lock = threading.Lock()
 
 
-def register_format(form: Format | Codebook | Float | Integer) -> Format:
+def register_format(form: Format | BitRound | Codebook | Float | Integer) -> Format:
     """Make a format known by its name, for ``dtype=`` and for arrays that are loaded in another process.
 
     Parameters
@@ -273,9 +297,10 @@ def register_format(form: Format | Codebook | Float | Integer) -> Format:
     >>> aqt_lite.quantize([1.0, -7.0, 0.3], "float5_e2m2").dequantize().tolist()
     [1.0, -7.0, 0.25]
     """
-    made = form if isinstance(form, Format) else Format(form.name, form)
-    table = FORMATS if made.scaled else SCALE_FORMATS
-    known = table.get(made.name) or (DERIVED.get(made.name) if made.scaled else None)
+    made = form if isinstance(form, Format) else Format(form.name, form, scaled=not form.own_range)
+    for_values = made.scaled or made.element.own_range
+    table = FORMATS if for_values else SCALE_FORMATS
+    known = table.get(made.name) or (DERIVED.get(made.name) if for_values else None)
     if known is None:  # what is known is looked up without a lock, which compilers that trace do not follow
         _check_name(made)
         if made.scaled:
@@ -306,11 +331,11 @@ def _check_that_scales_can_serve(made: Format) -> None:
 
 
 def _check_name(made: Format) -> None:
-    same = [f for table in (FORMATS, SCALE_FORMATS, WITH_MISSING) if (f := table.get(made.name)) is not None]
+    same = [f for table in (FORMATS, SCALE_FORMATS, BITROUND, WITH_MISSING) if (f := table.get(made.name)) is not None]
     if any(f.element != made.element for f in same):
         raise ValueError(f"a format named {made.name!r} exists and is another one: choose another name")
-    if made.name in _ALIASES or made.name in _DTYPES:
-        raise ValueError(f"{made.name!r} is the name of a dtype: choose another name")
+    if made.name in _ALIASES or made.name in _DTYPES or made.name in FAMILIES:
+        raise ValueError(f"{made.name!r} is the name of a dtype, or of a family of formats: choose another name")
 
 
 def format_of(dtype: Any) -> Format:
@@ -320,7 +345,13 @@ def format_of(dtype: Any) -> Format:
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     found = FORMATS.get(_ALIASES.get(name, name)) or DERIVED.get(name)
     if found is None:
-        known = ", ".join([*FORMATS, *BLOCK_TYPES])
+        family = FAMILIES.get(name)
+        if family is not None:
+            raise ValueError(
+                f"dtype={name!r} is a family of formats: name one, {family[0].name} to {family[-1].name}, or give "
+                "quantize keepbits, max_rel_err or max_abs_err"
+            )
+        known = ", ".join([*FORMATS, *BLOCK_TYPES, *(f"{f[0].name} to {f[-1].name}" for f in FAMILIES.values())])
         raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {known}")
     return found
 
@@ -372,7 +403,7 @@ def element_type(dtype: str) -> ElementType:
 
 
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Integer, Float, Codebook, IntegerOrMissing, FloatOrMissing)
+    kind.__name__: kind for kind in (Integer, Float, Codebook, BitRound, IntegerOrMissing, FloatOrMissing)
 }
 _TYPES: dict[str, tuple[type, ...]] = {  # of a field, by its annotation: what JSON gives
     "str": (str,),

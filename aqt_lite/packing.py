@@ -1,4 +1,4 @@
-"""Codes of fewer than 8 bits as a dense stream of bits.
+"""Codes of fewer bits than an integer type has as a dense stream of bits: 2 to 7, and 9 to 31.
 
 Owns: ``pack`` and ``unpack`` along the last axis. Imports: the ``Backend`` interface. Only the container knows that
 codes are packed, and products that read them so: everything else sees one code an item.
@@ -16,7 +16,7 @@ from typing import Any
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 
-__all__ = ["bytes_of", "pack", "unpack"]
+__all__ = ["bytes_of", "pack", "type_of_codes", "unpack"]
 
 
 def bytes_of(length: int, bits: int) -> int:
@@ -25,7 +25,7 @@ def bytes_of(length: int, bits: int) -> int:
 
 
 def pack(codes: Array, *, bits: int, b: Backend) -> Array:
-    """(..., n) codes of fewer than 8 bits, of any integer type, as (..., bytes_of(n, bits)) uint8.
+    """(..., n) codes of fewer than 32 bits, of any integer type, as (..., bytes_of(n, bits)) uint8.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def pack(codes: Array, *, bits: int, b: Backend) -> Array:
 
 
 def unpack(stream: Array, *, bits: int, length: int, signed: bool, b: Backend) -> Array:
-    """The inverse: (..., length) codes, int8 where they are ``signed`` (two's complement), else uint8."""
+    """The inverse: (..., length) codes of ``type_of_codes``, in two's complement where they are ``signed``."""
     xp, period = b.xp, _period(bits)
     width = period * bits // 8
     byte = _in_periods(xp.astype(stream, xp.int32), width, xp)
@@ -61,14 +61,19 @@ def unpack(stream: Array, *, bits: int, length: int, signed: bool, b: Backend) -
     for i in range(period):
         first, last = i * bits // 8, (i * bits + bits - 1) // 8
         code = columns[first] >> (i * bits - 8 * first)
-        if last > first:
-            code = code | columns[last] << (8 * last - i * bits)
+        for j in range(first + 1, last + 1):
+            code = code | columns[j] << (8 * j - i * bits)
         codes.append(code & ((1 << bits) - 1))
     u = _joined(codes, xp)[..., :length]
     if signed:
         half = 1 << (bits - 1)
-        return xp.astype((u ^ half) - half, xp.int8)
-    return xp.astype(u, xp.uint8)
+        return xp.astype((u ^ half) - half, b.dtype(type_of_codes(bits, signed)))
+    return xp.astype(u, b.dtype(type_of_codes(bits, signed)))
+
+
+def type_of_codes(bits: int, signed: bool) -> str:
+    """The narrowest integer type of codes of so many bits."""
+    return f"{'' if signed else 'u'}int{next(n for n in (8, 16, 32) if n >= bits)}"
 
 
 def _period(bits: int) -> int:

@@ -40,6 +40,7 @@ from aqt_lite._qparams import (
     check_codes,
     check_offset,
     check_scale,
+    check_without_scale,
     check_zero_point,
     every_pattern_is_a_code,
     number_of_type,
@@ -170,7 +171,7 @@ class QArray(ArrayShapes, ArrayBytes):
         qvalue : array
             Codes, one an item, of any shape: of the integer type that the format is stored in, or of the format's own
             type where a library has one (``ml_dtypes.float8_e4m3fn``, ``jnp.int4``).
-        scale : number, list, array or QArray; None for formats of scales
+        scale : number, list, array or QArray; None for formats without, bitround7 for instance, and those of scales
             With the shape that ``granularity`` gives for ``qvalue`` (one number will do for all blocks, a 1-dimensional
             array for ``PerChannel``). Arrays of another float type are converted where no bit is lost. Scales are
             finite, not 0, and their magnitudes within the range that :func:`aqt_lite.quantize` keeps; they may be
@@ -237,12 +238,15 @@ class QArray(ArrayShapes, ArrayBytes):
         shape = tuple(qvalue.shape)
         block = block_of(granularity, len(shape))
         scale = _as_meant(scale, tensor_scale, form, dialect_of(dialect).for_format(form), source.compute, b)
-        if scale is None and form.name not in SCALE_FORMATS:
+        if scale is None and form.scaled:
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
-        plain = affine.Spec(replace(form, scale=None, scaled=True), source, block)
+        if form.element.own_range:
+            said = {"scale": scale, "zero_point": zero_point, "offset": offset, "scale_dtype": scale_dtype}
+            check_without_scale(form, source.name, said)
         if scale is not None and not isinstance(scale, QArray):
             kept = _format_of_scale(scale, form, scale_dtype)
             if kept is not None:
+                plain = affine.Spec(replace(form, scale=None, scaled=True), source, block)
                 place = partial(on_grid, "scale", x=qvalue, name_of_x="qvalue", shape=shape, granularity=granularity)
                 scale = _in_few_bits(
                     scale, kept, grid_of(shape, block), partial(place, spec=plain, b=b), source.compute
@@ -480,7 +484,8 @@ class QArray(ArrayShapes, ArrayBytes):
         return turned if self.packed_length is None else turned.packed()
 
     def packed(self) -> QArray:
-        """The same array, its codes a dense stream of bits where they have fewer than 8; as ``quantize`` makes them.
+        """The same array, its codes a dense stream of bits where they have fewer than 8, or, of "bitround3" and the
+        like, fewer than the integers that hold them; as ``quantize`` makes them.
 
         Examples
         --------
@@ -489,11 +494,11 @@ class QArray(ArrayShapes, ArrayBytes):
         >>> q.storage.shape, q.nbytes, q.unpacked().nbytes
         ((4, 38), 156, 404)
         """
-        bits = self._element.bits
-        if self.packed_length is not None or bits >= 8 or not self.storage.ndim:
+        element = self._element
+        if self.packed_length is not None or not element.packs or not self.storage.ndim:
             return self
         codes = self.storage
-        stream = run(self._backend, pack, codes, bits=bits)
+        stream = run(self._backend, pack, codes, bits=element.bits)
         return replace(self, storage=stream, packed_length=int(codes.shape[-1]))
 
     def unpacked(self) -> QArray:
@@ -822,7 +827,7 @@ def _as_codes(qvalue: Array, form: Format, b: Backend, *, said: bool) -> Array:
 def _unpacked(stream: Array, form: Format, length: int, b: Backend) -> Array:
     """The codes of a packed array's bytes."""
     element, wanted = form.element, bytes_of(length, form.element.bits)
-    if b.dtype_name(stream) != "uint8" or element.bits >= 8 or not stream.ndim or stream.shape[-1] != wanted:
+    if b.dtype_name(stream) != "uint8" or not element.packs or not stream.ndim or stream.shape[-1] != wanted:
         raise ValueError(
             f"packed_length={length}: {length} codes of {form.name} take {wanted} bytes of uint8 along the last axis, "
             f"but qvalue is {b.dtype_name(stream)} of shape {tuple(stream.shape)}"
@@ -1000,13 +1005,16 @@ def checked_for_a_file(q: QArray, *, check_values: bool = True) -> None:
     element, storage = q._element, q.storage
     if storage.ndim < (sum(lengths_swapped(q.transposed)) or (q.packed_length is not None)):
         raise ValueError(f"a QArray's storage has shape {tuple(storage.shape)}: too few axes for how it is laid out")
-    if q.packed_length is not None and element.bits >= 8:
+    if q.packed_length is not None and not element.packs:
         raise ValueError(f"a QArray has packed_length={q.packed_length}, but codes of {q.dtype} take whole bytes")
     full = q._checked()
     if full.ragged and full.ragged != full._ragged_axes():
         raise ValueError(f"a QArray of shape {q.shape} in blocks {q.block} has ragged={q.ragged}")
-    if q.scale is None and q.dtype not in SCALE_FORMATS:
+    if q.scale is None and _stored_format(q.dtype).scaled:
         raise ValueError(f"a QArray has no scale, but codes of {q.dtype} need one")
+    if element.own_range:
+        said = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
+        check_without_scale(_stored_format(q.dtype), q.float_dtype, said)
     if q.zero_point is not None and q.offset is not None:
         raise ValueError("a QArray has zero_point and offset: a block has one of them")
     if q.zero_point is None and q.offset is None and element.middle:

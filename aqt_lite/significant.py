@@ -26,6 +26,7 @@ from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.bounds import Bound, bound_of, error_of
+from aqt_lite.elements import without_last_bits
 
 __all__ = ["bit_information", "bitround", "bitrounded", "keepbits_for", "significand_bits"]
 
@@ -86,7 +87,7 @@ def bitround(x: Numbers, keepbits: int, *, backend: str | None = None) -> Array:
 
 
 def bitrounded(x: Array, *, keepbits: int, b: Backend) -> Array:
-    """``bitround`` as an operation. Magnitudes lie in the order of their bits, and half of what is dropped carries."""
+    """``bitround`` as an operation."""
     name = b.dtype_name(x)
     bits, fraction = _WIDTHS[name], significand_bits(name)
     drop = fraction - keepbits
@@ -94,8 +95,8 @@ def bitrounded(x: Array, *, keepbits: int, b: Backend) -> Array:
     size = pattern & whole
     sign = pattern ^ size
     if drop:
-        infinite, kept = whole - ((1 << fraction) - 1), whole + 1 - (1 << drop)
-        carried = (size + ((size >> drop) & 1) + ((1 << (drop - 1)) - 1)) & kept
+        infinite = whole - ((1 << fraction) - 1)
+        carried = without_last_bits(size, drop, "half_even", xp)
         size = xp.where(size < infinite, xp.clip(carried, 0, infinite - (1 << drop)), size)
     return b.floats_of(size | sign, name)
 

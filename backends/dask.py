@@ -68,6 +68,8 @@ def _fake_quantize(
 def _choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     if not _is_cut(x):
         return NotImplemented
+    if not spec.format.scaled:
+        return QParams(None)
     kept, x = spec.format.scale, _whole_blocks(_without_empty(x), spec, recipe)
     spans = any(size is None and len(chunks) > 1 for size, chunks in zip(spec.block, x.chunks, strict=True))
     if not _in_chunks(recipe) or spans or (kept is not None and kept.scaled):
@@ -117,12 +119,12 @@ def _pack(codes: Array, *, bits: int) -> Any:
 def _unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
     if not stream.ndim:
         return NotImplemented
+    dtype = np.dtype(packing.type_of_codes(bits, signed))
     if 0 in stream.shape:
-        return _adapter_of(stream).xp.zeros((*stream.shape[:-1], length), dtype=np.int8 if signed else np.uint8)
+        return _adapter_of(stream).xp.zeros((*stream.shape[:-1], length), dtype=dtype)
     stream = _aligned(stream, (*(1,) * (stream.ndim - 1), bits))
     ends = np.minimum(np.cumsum(stream.chunks[-1]) * 8 // bits, length)
     chunks = (*stream.chunks[:-1], tuple(np.diff(ends, prepend=0).tolist()))
-    dtype = np.int8 if signed else np.uint8
     work = partial(_unpacked_chunk, bits=bits, length=length, signed=signed)
     return stream.map_blocks(work, chunks=chunks, dtype=dtype, meta=np.empty((0,) * stream.ndim, dtype))
 

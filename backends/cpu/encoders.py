@@ -209,7 +209,7 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
 def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
     """What ``encode`` is told, or None where the loops do not know the rules."""
     plain = recipe.plain and spec.source.compute == "float32" and not spec.floor and spec.element.has_zero
-    if not plain or qparams.offset is not None or qparams.steps is not None:
+    if not (plain and spec.format.scaled) or qparams.offset is not None or qparams.steps is not None:
         return None
     return numbers_of(spec.element, recipe.narrow(spec), packed)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from aqt_lite import packing
 from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 
 __all__ = ["FORMS", "pack", "packed_rows", "unpack", "unpacked_rows"]
@@ -39,7 +40,7 @@ def pack(codes: Array, *, bits: int) -> Any:
 
 def unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
     """``packing.unpack``."""
-    if stream.size * 8 // bits < LARGE or stream.dtype != np.uint8:
+    if stream.size * 8 // bits < LARGE or stream.dtype != np.uint8 or bits > 8:
         return NotImplemented
     codes = aligned_empty((*stream.shape[:-1], length), np.int8 if signed else np.uint8)
     _for_tiles(lambda c, s: _unpack(s, bits, signed, c.view(np.uint8)), codes, np.ascontiguousarray(stream), bits)
@@ -47,7 +48,9 @@ def unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
 
 
 def packed_rows(codes: Array, bits: int) -> Array:
-    """Codes of one byte as streams along the last axis: of few codes, at once."""
+    """Codes as streams along the last axis: of few codes, at once."""
+    if bits > 8:
+        return packing.pack(codes, bits=bits, b=get_backend("numpy"))
     rows = np.ascontiguousarray(codes).view(np.uint8).reshape(-1, codes.shape[-1])
     stream = np.empty((len(rows), packing.bytes_of(codes.shape[-1], bits)), np.uint8)
     _pack(rows, bits, stream)
@@ -56,6 +59,8 @@ def packed_rows(codes: Array, bits: int) -> Array:
 
 def unpacked_rows(stream: Array, bits: int, length: int, signed: bool) -> Array:
     """The inverse."""
+    if bits > 8:
+        return packing.unpack(stream, bits=bits, length=length, signed=signed, b=get_backend("numpy"))
     rows = np.ascontiguousarray(stream).reshape(-1, stream.shape[-1])
     codes = np.empty((len(rows), length), np.uint8)
     _unpack(rows, bits, signed, codes)

@@ -214,7 +214,7 @@ def scales_of(kept: Coded, *, spec: Spec) -> Any:
 
 def extrema(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     """``_into.extrema`` from tiles."""
-    if not _worth_tiles(x, spec) or recipe.dialect.together is not None:
+    if not (_worth_tiles(x, spec) and spec.format.scaled) or recipe.dialect.together is not None:
         return None
     return _extrema_of(x, with_twins(spec), recipe, recipe.of_magnitudes)
 
@@ -462,6 +462,8 @@ def _counted(flags: Callable[[Tile], Array], shape: tuple[int, ...], block: Bloc
 
 def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QParams], *given: Any) -> QParams:
     """What ``choose`` gives for the smallest and the largest value of each block: all that scales are chosen from."""
+    if not spec.format.scaled:
+        return QParams(None)
     magnitudes = recipe.of_magnitudes or choose is _given.usable_qparams  # all that these look at
     return _chosen(_extrema_of(x, spec, recipe, magnitudes), spec, recipe, choose, *given)
 

@@ -54,6 +54,8 @@ def with_streams_in_onnx(kernel: Callable[..., Any]) -> Callable[..., Any]:
     def call(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
         if not makes_onnx_of_codes():
             return kernel(stream, bits=bits, length=length, signed=signed)
+        if bits > 8:
+            return packing.unpack(stream, bits=bits, length=length, signed=signed, b=get_backend("torch"))
         return (_of_whole_codes if 8 % bits == 0 else _of_any_bits)(stream, bits, length, signed)
 
     return call
