@@ -37,7 +37,7 @@ SAID_ELSEWHERE = {
     "zero": "zero_point=",
     "seed": "key= with rounding='stochastic'",
     "out_dtype": "dtype= of dequantize",
-    "keepbits": "bitround(x, keepbits), which gives floats, without codes; keepbits_for chooses how many",
+    "keepbits": "dtype='bitround7' and the like",
 }
 
 

@@ -128,7 +128,8 @@ def unusable_codes(codes: np.ndarray[Any, Any], element: ElementType) -> np.ndar
     low, high = element.codes
     bad: np.ndarray[Any, Any] = (codes < low) | (codes > high)
     if element.bits > _MOST_LISTED:
-        return bad | _stand_for_nothing(codes, element)
+        none: np.ndarray[Any, Any] = bad | _stand_for_nothing(codes, element)
+        return none
     table = _no_number(element)
     if table.any() and not bad.any():
         bad = table[codes.astype(np.intp) - low]

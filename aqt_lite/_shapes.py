@@ -392,7 +392,7 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
                 f"concatenate of shapes {first.shape} and {q.shape} along axis {axis}: the others must agree"
             )
     size = first.block[axis]
-    if size is None and len(qs) > 1:
+    if size is None and len(qs) > 1 and first.scale is not None:
         raise ValueError(
             f"concatenate along axis {axis}, all of which shares a scale: quantize with a scale for each index or "
             "group there, or join the values before quantizing"
@@ -467,7 +467,7 @@ def _quantized(arrays: Any) -> list[Any]:
 
 def kind_in_words(q: Any) -> str:
     """Format, blocks and parts of a QArray."""
-    kept = q.scale.dtype if _is_quantized(q.scale) else "plain"
+    kept = q.scale.dtype if _is_quantized(q.scale) else "no" if q.scale is None else "plain"
     block = ", ".join("whole axis" if n is None else str(n) for n in q.block)
     parts = [p for p in ("zero_point", "offset") if getattr(q, p) is not None]
     return f"{q.dtype} of {q.float_dtype} in blocks of ({block}), {kept} scales{''.join(', ' + p for p in parts)}"

@@ -52,7 +52,7 @@ from aqt_lite.formats import (
     scale_format_of,
     with_missing,
 )
-from aqt_lite.granularity import Granularity, PerTensor, block_of, grid_of
+from aqt_lite.granularity import Granularity, block_of, grid_of
 from aqt_lite.qarray import QArray
 
 __all__ = ["ClippingWarning", "choose_qparams", "dequantize", "fake_quantize", "int_limits", "quantize"]
@@ -217,8 +217,8 @@ def quantize(
     on_clip : {"saturate", "warn", "raise"}, optional
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them; the same, and a :class:`ClippingWarning` that counts them, which is the default
-        where a scale is given, or the format has none; or a ValueError that counts them. Where values are not known, as under a compiler,
-        nothing warns.
+        where a scale is given, or the format has none; or a ValueError that counts them. Where values are not known, as
+        under a compiler, nothing warns.
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
@@ -634,7 +634,7 @@ def _prepare(
     x, b = as_float_array(x, "x", backend, may_detach=may_detach)
     source = float_type(b.dtype_name(x))
     if not form.scaled:
-        _check_unscaled(form, source.name, scheme, granularity, rules, scale, zero_point, offset, scale_dtype)
+        _check_unscaled(form, source.name, x.ndim, scheme, granularity, rules, scale, zero_point, offset, scale_dtype)
     if nonfinite == "raise" and b.is_deferred(x):
         x = b.check_when_computed(x, partial(_check_chunk, may_miss=element.missing is not None))
     granularity = form.granularity if granularity is None else granularity
@@ -692,6 +692,7 @@ def _prepare(
 def _check_unscaled(
     form: Format,
     source: str,
+    ndim: int,
     scheme: str,
     granularity: Granularity | None,
     rules: Dialect,
@@ -703,7 +704,8 @@ def _check_unscaled(
     """ValueError where something is said of the scales of numbers that have none."""
     dialect = None if rules is AQT_LITE else rules.name
     scheme_said = None if scheme == "symmetric" else scheme
-    shared = None if granularity == PerTensor() else granularity
+    apart = granularity is not None and any(size is not None for size in block_of(granularity, ndim))
+    shared = granularity if apart else None
     said = {"scale": scale, "zero_point": zero_point, "offset": offset, "scale_dtype": scale_dtype,
             "dialect": dialect, "scheme": scheme_said, "granularity": shared}  # fmt: skip
     check_without_scale(form, source, said)
@@ -898,7 +900,7 @@ def _format_asked_for(dtype: Any, scale_dtype: Any, scale_mode: str | None, rule
         form = replace(form, scale_rounding=part)
     if own.plain_scales and form.scale is not None and form.scale.name in SCALE_FORMATS:
         form = replace(form, scale=SCALE_FORMATS[form.scale.name])
-    if scale_dtype is not None:
+    if scale_dtype is not None and form.scaled:
         plain = scale_dtype in ("float32", "float64")
         form = replace(form, scale=None if plain else scale_format_of(scale_dtype))
     if scale_mode is not None:
@@ -1064,14 +1066,16 @@ def _check_counted(counted: Any, x: Array, call: _Call, on_clip: str, stacklevel
         return
     first = tuple(int(i) for i in np.unravel_index(position, tuple(x.shape)))
     value = (x if isinstance(x, Marked) else b.to_numpy(x))[first]
+    scaled = call.spec.format.scaled
+    here, way = (" at this scale", "use a larger scale") if scaled else ("", "use a format with more bits")
     words = (
-        f"x has {count} values of {math.prod(x.shape)} beyond the numbers that {call.spec.format.name} has at this "
-        f"scale, the first at index {first}: {value}"
+        f"x has {count} values of {math.prod(x.shape)} beyond the numbers that {call.spec.format.name} has{here}, "
+        f"the first at index {first}: {value}"
     )
     if on_clip == "raise":
-        raise ValueError(f"{words}; use a larger scale, or on_clip='saturate'")
+        raise ValueError(f"{words}; {way}, or on_clip='saturate'")
     warnings.warn(
-        f"{words}; they became the number next to them: use a larger scale, or on_clip='saturate' where that is meant",
+        f"{words}; they became the number next to them: {way}, or on_clip='saturate' where that is meant",
         ClippingWarning,
         stacklevel=stacklevel,
     )

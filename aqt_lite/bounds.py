@@ -26,7 +26,7 @@ from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.elements import Float, float_type
-from aqt_lite.formats import FAMILIES, FORMATS, Format, format_of, with_missing
+from aqt_lite.formats import FAMILIES, FORMATS, Format, family_of, format_of, with_missing
 from aqt_lite.qarray import QArray
 
 __all__ = ["AUTO", "Attempt", "Bound", "Held", "Largest", "Later", "bound_of", "largest_error", "quantize_within"]
@@ -200,22 +200,24 @@ def quantize_within(
 ) -> QArray:
     """What ``make`` gives of ``dtype``, or of the narrowest type, so that every finite value keeps the bound.
 
+    (Of all types, or of a family.)
+
     ``asked`` is the way that the caller insists on; empty where any will do. ``missing``: whether values may miss;
     ``offsets``: whether the dialect has offsets; ``fits``: which of the types that nobody asked for will do. A way that
     ``make`` refuses is passed by. ValueError, with what can be kept, where the bound cannot; that of ``make`` where it
     refuses all. ``later``: the backend of attempts whose codes are computed later. A single one is taken as it is, and
     errors of several are computed together.
     """
-    family = FAMILIES.get(dtype) if isinstance(dtype, str) else None
-    auto = family is not None or (isinstance(dtype, str) and dtype == AUTO)
+    auto = isinstance(dtype, str) and (dtype == AUTO or dtype in FAMILIES)
     asked_for = None if auto else format_of(dtype)
+    finder = (dtype if asked_for is None else family_of(asked_for)) or AUTO
     if asked_for is not None:
         missing = missing or asked_for.element.missing is not None
         asked_for = with_missing(asked_for) if missing else asked_for
-    if family is None:
+    family = FAMILIES.get(finder, ())
+    known = [with_missing(f) if missing else f for f in family if fits is None or fits(f)]
+    if not family:
         known = candidates(bound, missing, offsets, fits)
-    else:
-        known = [with_missing(f) if missing else f for f in family if fits is None or fits(f)]
     tried = known if asked_for is None else [asked_for]
     if not tried:
         names = ", ".join(form.name for form in family or candidates(bound, missing, offsets))
@@ -271,7 +273,7 @@ def quantize_within(
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
     wider = (f for f in known if f.element.bits >= tried[0].element.bits and f.name != tried[0].name)
     better = kept(measured(wider))
-    way = smaller if better is None else f"dtype={better.dtype!r} does, and dtype={AUTO!r} finds the narrowest"
+    way = smaller if better is None else f"dtype={better.dtype!r} does, and dtype={finder!r} finds the narrowest"
     raise ValueError(f"{best} cannot keep {bound}: it {words}; {way}")
 
 
@@ -279,6 +281,8 @@ def _refusal(refusals: list[ValueError], tried: list[Format], dtype: Any) -> Val
     """What to raise where no way serves: what all say, or, of several types, what is said of the widest."""
     if len(tried) == 1 or len(set(map(str, refusals))) == 1:
         return refusals[0]
+    if dtype in FAMILIES:
+        return refusals[-1]
     names = ", ".join(form.name for form in tried)
     return ValueError(f"dtype={dtype!r}: none of {names} can be had as asked; of {tried[-1].name}: {refusals[-1]}")
 

@@ -609,8 +609,9 @@ class FloatOrMissing(Float):
 
 @dataclass(frozen=True)
 class BitRound(ElementType):
-    """Floats of 32 bits without the last bits of their significand: sign, exponent, and ``keepbits`` bits after the
-    leading one. They have the range of float32, subnormal numbers among them, and no scale.
+    """Floats of 32 bits without the last bits of their significand.
+
+    They have its sign, its exponents, those of subnormal numbers among them, and no scale.
 
     Codes are the upper bits of the patterns, as signed integers; no arithmetic but that of integers comes near them.
 
@@ -619,7 +620,7 @@ class BitRound(ElementType):
     name : str
         What ``QArray.dtype`` says.
     keepbits : int
-        0 to 23.
+        Bits after the leading one: 0 to 23.
     may_miss : bool
         Whether the code of NaN stands for values that are missing.
 

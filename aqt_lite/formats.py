@@ -41,6 +41,7 @@ __all__ = [
     "WITH_MISSING",
     "Format",
     "described",
+    "family_of",
     "format_of",
     "known_format",
     "rebuilt",
@@ -245,6 +246,12 @@ BITROUND = {
 
 FAMILIES = {"bitround": tuple(BITROUND.values())}
 """Formats that differ by how many bits they keep, from the narrowest on; which one, ``keepbits`` or a bound says."""
+
+
+def family_of(form: Format) -> str | None:
+    """The family that a format is one of, with a code of missing values or without; None where there is none."""
+    return next((name for name, forms in FAMILIES.items() if type(forms[0].element) is type(form.element)), None)
+
 
 MISSING = "_nan"
 """What the name of a format ends with that has a code of missing values."""

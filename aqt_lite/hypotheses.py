@@ -701,6 +701,8 @@ def _by_dialect(x: _Numbers, side: Side, *, dialect: Dialect, scheme: str | None
 def _in_sixteen_bits(x: _Numbers, side: Side, *, dialect: Dialect, dtype: Any, first: bool) -> QArray:
     """Scales rounded to nearest, before codes are made of them or after."""
     q = _by_dialect(x, side, dialect=dialect)
+    if q.scale is None:
+        return q
     scale = np.asarray(q.scales).astype(dtype).astype(q.scales.dtype)
     if not first:
         return replace(q, scale=scale)

@@ -484,8 +484,10 @@ class QArray(ArrayShapes, ArrayBytes):
         return turned if self.packed_length is None else turned.packed()
 
     def packed(self) -> QArray:
-        """The same array, its codes a dense stream of bits where they have fewer than 8, or, of "bitround3" and the
-        like, fewer than the integers that hold them; as ``quantize`` makes them.
+        """The same array, its codes a dense stream of bits, as ``quantize`` makes them.
+
+        It is where codes have fewer than 8 bits, or, of "bitround3" and the like, fewer than the integers that hold
+        them.
 
         Examples
         --------

@@ -413,6 +413,16 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
             yield q, wanted
             yield q.storage, wanted.storage
             yield dequantize(q), dequantize(wanted)
+    for name in _FLOATS_WITHOUT_SCALE:
+        for how in ({}, {"rounding": "stochastic", "key": 1}):
+            q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
+            yield q, wanted
+            yield q.storage, wanted.storage
+            yield dequantize(q), dequantize(wanted)
+
+
+_FLOATS_WITHOUT_SCALE = ("bitround3", "bitround7", "bitround12")
+"""Those of other numbers of bits differ by a shift: a stream of bits, items of 16 bits, and a stream of wide codes."""
 
 
 def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:

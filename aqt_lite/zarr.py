@@ -247,6 +247,8 @@ class QuantizeCodec(_Codec):
     def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
         """TypeError or ValueError where such arrays are not for this codec."""
         super().validate(shape=shape, dtype=dtype, chunk_grid=chunk_grid)
+        one = np.zeros((1,) * len(self.block or (1,)), dtype.to_native_dtype())
+        api.choose_qparams(one, self.dtype, **self._how())
         if self.block is not None and len(self.block) != len(shape):
             raise ValueError(f"block={list(self.block)} has {len(self.block)} lengths, and the array {len(shape)} axes")
 

@@ -226,7 +226,7 @@ def test_the_choice_is_logged(caplog):
         ({"max_rel_err": -1.0}, ValueError, "max_rel_err=-1.0: a bound is finite and not negative"),
         ({"max_abs_err": math.nan}, ValueError, "max_abs_err=nan"),
         ({"max_abs_err": 1, "max_rel_err": 1}, ValueError, "both given"),
-        ({"keepbits": 7}, TypeError, r"no argument 'keepbits': use bitround\(x, keepbits\), which gives floats"),
+        ({"keepbits": 7}, ValueError, "keepbits=7 is given with dtype='int8', .* it goes with dtype='bitround'"),
         ({"max_abs_err": 1, "scale": 1.0}, ValueError, "scale and max_abs_err are both given"),
         ({"max_abs_err": 1, "zero_point": 1}, ValueError, "zero_point and max_abs_err"),
         ({"max_abs_err": 1, "offset": 1.0}, ValueError, "offset and max_abs_err"),

@@ -39,11 +39,13 @@ FORMATS_SCHEMA = {
         "scale_mode": "floor, ceil, even or rceil for scales that are powers of two, null: the format's own",
         "rounding": "half_even, half_away, toward_zero or stochastic",
         "key": "of stochastic rounding: 16 hexadecimal digits, or null",
-        "scale": "array on the grid of blocks; or {codes, scale, values} of kept scales, scale null if they have none",
+        "scale": "array on the grid of blocks; or {codes, scale, values} of kept scales, scale null if they have none; "
+        "null for formats without",
         "zero_point": "int32 array on the same grid, or null",
         "offset": "array on the same grid, or null",
         "codes": "result, one an item: integers, or bit patterns of floats, or places in a codebook",
-        "storage": "the same codes as stored: bytes of a stream of bits along the last axis for less than 8 bits",
+        "storage": "the same codes as stored: bytes of a stream of bits along the last axis for less than 8 bits, and "
+        "for bitround formats of other than 16 and 32",
         "values": "result: codes dequantized, in the dtype of x",
     },
     "codebooks": "numbers of each codebook, by code",
@@ -342,6 +344,30 @@ def format_cases():
     return cases
 
 
+def bitround_cases():
+    """Every number of bits: near ties, carries, and the ends of the range; every rounding; bfloat16 values."""
+    cases = []
+    for name, keepbits in formats.BITROUND.items():
+        rng = np.random.default_rng([22, *name.encode()])
+        drop = 23 - keepbits
+        upper = rng.integers(0, 255 << keepbits, 5, dtype="int32")
+        upper[:2] = 1, (255 << keepbits) - 1  # subnormal, and the largest
+        ties = (upper << drop) + ((1 << drop) >> 1)
+        finite = np.minimum(ties[:, None] + np.arange(-1, 2, dtype="int32"), 0x7F7FFFFF).astype("int32")
+        near = finite.view("float32") * np.where(np.arange(5) % 2, -1, 1)[:, None].astype("float32")
+        ends = np.asarray([0.0, -0.0, 1.5, -1.0, 3.4028235e38, -3.4028235e38, 1e-45, 2.0**-126], "float32")
+        x = np.concatenate([near.ravel(), ends]).reshape(1, -1)
+        cases.append(case_of_format(f"{name}, near ties and ends", x, name))
+        if keepbits in (0, 3, 7, 12):
+            for how in ("half_away", "toward_zero", "stochastic"):
+                key = 0x0123456789ABCDEF if how == "stochastic" else None
+                cases.append(case_of_format(f"{name}, near ties, {how}", x, name, rounding=how, key=key))
+        if keepbits in (0, 3, 7):
+            some = rng.normal(size=(2, 3, 5)).astype(dtype_of("bfloat16"))
+            cases.append(case_of_format(f"{name}, bfloat16", some, name))
+    return cases
+
+
 def build_formats():
     """The whole second file."""
     header = {
@@ -351,7 +377,7 @@ def build_formats():
         "schema": FORMATS_SCHEMA,
     }
     books = {n: encoded(np.asarray([float(v) for v in b.values()], "float32")) for n, b in formats.CODEBOOKS.items()}
-    return {"header": header, "codebooks": books, "formats": format_cases()}
+    return {"header": header, "codebooks": books, "formats": [*format_cases(), *bitround_cases()]}
 
 
 def build():

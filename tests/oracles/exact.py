@@ -380,6 +380,8 @@ def quantize(
     floor : Fraction
         Where x are scales themselves: the least that is of use, below which none but 0 is kept.
     """
+    if dtype in formats.BITROUND:
+        return bitround(x, formats.BITROUND[dtype], rounding, key)
     source, shape = x.dtype.name, x.shape
     c = compute_dtype(source)
     form = form_of(dtype, scale_dtype, scale_mode)
@@ -462,6 +464,43 @@ def quantize(
         offset=as_array(offsets, c, on_grid) if has_offset else None,
         storage=storage,
     )
+
+
+def bitround(x, keepbits, rounding="half_even", key=None):
+    """Float32 with so many bits after the leading one: codes that count its numbers from zero, and no scale."""
+    least, bits = EXPONENTS["float32"][0], 9 + keepbits
+    most = (255 << keepbits) - 1
+    codes, back = [], []
+    for position, (value, minus) in enumerate(zip(exactly(x), np.signbit(x).ravel().tolist(), strict=True)):
+        code = 0
+        if isinstance(value, Fraction):
+            size = abs(value)
+            if rounding == "stochastic" and size < power(least):
+                size = Fraction(0)
+            e = max(floor_log2(size), least) if size else least
+            steps = size / power(e - keepbits)
+            whole = steps.numerator // steps.denominator
+            part, below = steps - whole, ((e - least) << keepbits) + whole
+            if rounding == "half_even":
+                away = part > Fraction(1, 2) or (part == Fraction(1, 2) and below & 1)
+            else:
+                away = rounded(part, rounding, noise_at(position, key) if rounding == "stochastic" else None)
+            code = min(below + int(away), most)
+        elif not math.isnan(value):
+            code = most
+        else:
+            minus = False
+        field, rest = code >> keepbits, code & ((1 << keepbits) - 1)
+        number = (rest + (1 << keepbits if field else 0)) * power(max(field, 1) - 1 + least - keepbits)
+        back.append((-number or -0.0) if minus else number)
+        codes.append(code - (1 << (bits - 1)) if minus else code)
+    stored = np.asarray(codes, dtype="int16" if bits <= 16 else "int32").reshape(x.shape)
+    storage = stored
+    if bits not in (16, 32) and x.ndim:
+        unsigned = [[code % (1 << bits) for code in row] for row in stored.reshape(-1, x.shape[-1]).tolist()]
+        rows = formats.packed(unsigned, bits)
+        storage = np.asarray(rows, dtype="uint8").reshape(*x.shape[:-1], -(-x.shape[-1] * bits // 8))
+    return Exact(stored, None, None, as_array(back, x.dtype.name, x.shape), storage=storage)
 
 
 def value_of(code, zero, scale, offset, form, source):

@@ -83,6 +83,9 @@ BLOCK_FORMATS = {
 }
 """``{MX format: element}``: blocks of 32, scales of type e8m0."""
 
+BITROUND = {f"bitround{keepbits}": keepbits for keepbits in range(24)}
+"""``{format: bits after the leading one}``: float32 with so many. There are too many numbers to list."""
+
 MANTISSA = {
     "float8_e4m3fn": 3,
     "float8_e5m2": 2,
