@@ -131,6 +131,62 @@ def test_every_backend_multiplies_so(backend, how):
     assert_exact_to_float32(backend.to_numpy(dense(backend.asarray(x[:, :330]), turned)), x, values)
 
 
+EITHER_ORDER = [
+    {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(32, axis=1)},
+    *(
+        pytest.param(how, marks=pytest.mark.exhaustive)
+        for how in (
+            {"dtype": "nf4", "granularity": PerBlock((3, 64)), "scale_dtype": "float8_e4m3fn"},
+            {"dtype": "uint8", "scheme": "affine", "granularity": PerBlock((-1, 64))},
+        )
+    ),
+]
+
+
+def turned_about(how):
+    """The same of the transposed weight."""
+    granularity = how["granularity"]
+    if isinstance(granularity, PerBlock):
+        return {**how, "granularity": PerBlock(granularity.shape[::-1])}
+    return {**how, "granularity": PerGroup(granularity.size, axis=0)}
+
+
+@needs(jax)
+@needs_loops
+@pytest.mark.parametrize("how", EITHER_ORDER, ids=name_of)
+def test_scales_of_weights_for_dense_are_read_in_their_own_order(how):
+    """The bits of the same weight for ``linear``; whole squares of scales, and what is left of them at each side."""
+    values, x = jnp.asarray(weight(243, 550)), jnp.asarray(weight(3, 550, seed=1))
+    q, bias = quantize(values, **how), jnp.asarray(weight(1, 243)[0])
+    own = quantize(values.T, **turned_about(how)).for_dense()
+    for mode in ("fast", "reproducible") if how["dtype"] != "nf4" else ("fast",):
+        expected, _ = compiled(lambda x, w, mode=mode: linear(x, w, bias, mode=mode), x, q)
+        y, steps = compiled(lambda x, w, mode=mode: dense(x, w, bias, mode=mode), x, own)
+        np.testing.assert_array_equal(y, expected)
+        assert "_product" in steps
+        if q.packed_length is not None:
+            assert "transpose" not in steps  # which would be one at each call
+
+
+def compiled(function, *operands):
+    """What a compiled function answers, and its own steps, without those of its conditions."""
+    made = jax.jit(function).lower(*operands).compile()
+    return np.asarray(made(*operands)), made.as_text().split("ENTRY")[1]
+
+
+@needs(jax)
+@needs_loops
+@pytest.mark.parametrize("dtype", ["int4", pytest.param("mxfp4", marks=pytest.mark.exhaustive)])
+def test_scales_of_a_transpose_are_turned_by_nobody(dtype):
+    """``q.T`` inside a program: its scales are those of ``q`` again."""
+    how = {} if dtype == "mxfp4" else {"granularity": PerGroup(32)}
+    q, x = quantize(jnp.asarray(weight(243, 544)), dtype, **how), jnp.asarray(weight(3, 544, seed=1))
+    expected, _ = compiled(linear, x, q)
+    y, steps = compiled(lambda x, q: dense(x, q.T), x, q)
+    np.testing.assert_array_equal(y, expected)
+    assert "transpose_copy" not in steps
+
+
 def test_the_operation_itself_is_what_the_form_is_held_against():
     b = get_backend("numpy")
     for how in ({"dtype": "nf4"}, {"dtype": "mxfp4"}, {"dtype": "int8"}, {"dtype": "uint3"}):

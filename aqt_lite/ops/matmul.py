@@ -204,20 +204,24 @@ def _as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine
     ``packed``: codes as they are kept, and traced scales unseen. Else codes are one an item, and scales that are not
     positive NaN.
     """
+    weight, spec = _as_kept(w, packed=packed)
+    return reference.in_order(weight, bool(w.transposed), w._backend), spec
+
+
+def _as_kept(w: QArray, *, packed: bool) -> tuple[affine.Coded, affine.Spec]:
+    """The same with scales as they are: of ``w.transposed``, their axes are in the other order."""
     scale, zero_point, offset, _ = w._qparams(masked=not packed or w.trainable)
-    spec, b = w._spec, w._backend
-    if w.transposed:
-        scale, zero_point, offset = (
-            _unless_none(lambda a: _swapped(a, b), leaf) for leaf in (scale, zero_point, offset)
-        )
-        spec = replace(spec, block=spec.block[::-1])
+    spec = replace(w._spec, block=w._spec.block[::-1]) if w.transposed else w._spec
     return affine.Coded(w.storage if packed else w._stored_codes(), scale, zero_point, offset), spec
 
 
-def _swapped(blocks: Any, b: Backend) -> Any:
-    if isinstance(blocks, tuple):
-        return affine.Coded(*(_unless_none(lambda a: _swapped(a, b), part) for part in blocks))
-    return b.xp.permute_dims(blocks, (1, 0))
+def _keeps_scales_swapped(w: QArray) -> bool:
+    """Whether scales lie in memory with their axes in the other order than those of the codes.
+
+    Not those of a transposed array, ``q.T``: turned back, they are what they were, which a compiler knows.
+    """
+    has_been_turned = "_turned" in w.__dict__ or (isinstance(w.scale, QArray) and bool(w.scale.transposed))
+    return bool(w.transposed) and not has_been_turned
 
 
 def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
@@ -237,11 +241,12 @@ def _stored_product(
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
     if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must not be 0 there
         return NotImplemented
-    static = {"contract": contract, "packed_length": w.packed_length}
+    swapped = _keeps_scales_swapped(w)
+    static = {"contract": contract, "packed_length": w.packed_length, "swapped": swapped}
     kernel = kernel_for(b, operation, static)
     if kernel is None:
         return NotImplemented
-    weight, spec = _as_stored(w, packed=True)
+    weight, spec = _as_kept(w, packed=True) if swapped else _as_stored(w, packed=True)
     return kernel(x, weight, bias, spec=spec, **static)
 
 

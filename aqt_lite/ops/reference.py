@@ -106,14 +106,35 @@ def matmul_of_values(x: Array, values: Array, bias: Array | None, *, contract: i
 
 
 def matmul_stored(
-    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None, b: Backend
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    swapped: bool = False,
+    b: Backend,
 ) -> Array:
     """``matmul`` of a weight as it is stored, of any format: codes that may be packed, scales as they are kept.
 
-    NaN takes the place of scales that are plain numbers and 0.
+    NaN takes the place of scales that are plain numbers and 0. ``swapped``: the axes of scales and zero points are in
+    the other order than those of the codes, and than ``spec`` says.
     """
+    w = in_order(w, swapped, b)
     values = values_stored(_without_zero_scales(w, b), spec=spec, packed_length=packed_length, b=b)
     return matmul_of_values(x, values, bias, contract=contract, b=b)
+
+
+def in_order(w: Coded, swapped: bool, b: Backend) -> Coded:
+    """A weight whose scales, zero points and offsets have their axes in the order of the codes'."""
+
+    def turned(blocks: Any) -> Any:
+        if isinstance(blocks, tuple):
+            return Coded(*map(turned, blocks))
+        return None if blocks is None else b.xp.permute_dims(blocks, (1, 0))
+
+    return Coded(w.codes, *map(turned, w[1:])) if swapped else w
 
 
 def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
@@ -252,10 +273,18 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
 
 
 def matmul_reproducible_stored(
-    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None, b: Backend
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    swapped: bool = False,
+    b: Backend,
 ) -> Array:
-    """``matmul_reproducible`` of a weight as it is stored, of any format that has a unit."""
-    w, plain = stored_as_integers(w, spec=spec, packed_length=packed_length, b=b)
+    """``matmul_reproducible`` of a weight as it is stored, of any format that has a unit; for the rest, as above."""
+    w, plain = stored_as_integers(in_order(w, swapped, b), spec=spec, packed_length=packed_length, b=b)
     return matmul_reproducible(x, w, bias, spec=plain, contract=contract, b=b)
 
 

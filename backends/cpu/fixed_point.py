@@ -100,8 +100,11 @@ class Groups(NamedTuple):
     """Codes in a group."""
 
 
-def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend) -> Groups:
-    """The operands of a weight whose codes are packed two a byte, or lie one a byte and are integers."""
+def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend, swapped: bool = False) -> Groups:
+    """The operands of a weight whose codes are packed two a byte, or lie one a byte and are integers.
+
+    ``swapped``: scales and zero points have their axes in the other order, and so have the operands.
+    """
     xp, rows, unit = b.xp, w.codes.shape[0], spec.element.unit
     size = spec.block[1]
     assert size is not None
@@ -111,7 +114,7 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend) -> Groups:
         scale = scale * unit
 
     def of_rows(blocks: Array) -> Array:
-        return blocks_of_rows(blocks, rows, spec, b)
+        return blocks_of_rows(blocks, rows, spec, b, swapped)
 
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else xp.astype(w.zero_point, xp.int32)
     flip = 128 if not packed and b.dtype_name(w.codes) == "uint8" else 0
@@ -195,11 +198,19 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
 
 
 def matmul_reproducible_stored(
-    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    swapped: bool = False,
 ) -> Any:
     """``reference.matmul_reproducible_stored`` where the loops read codes of 4 bits as they are packed."""
     if packed_length is None or not serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=True):
         return NotImplemented
+    w = reference.in_order(w, swapped, get_backend("numpy"))
     return matmul_in_groups(x, w, bias, spec=spec, packed=True) if len(x) else NotImplemented
 
 

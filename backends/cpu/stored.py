@@ -22,6 +22,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
 from aqt_lite.elements import ElementType
+from aqt_lite.ops import reference
 
 __all__ = [
     "Operands",
@@ -59,10 +60,17 @@ class Operands(NamedTuple):
 
 @np.errstate(all="ignore")
 def matmul_stored(
-    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    swapped: bool = False,
 ) -> Any:
     """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
-    packed = packed_length is not None
+    w, packed = reference.in_order(w, swapped, get_backend("numpy")), packed_length is not None
     if not (len(x) and serve.becomes_floats(x.dtype.name, w, spec, contract, packed)):
         return NotImplemented
     if serve.is_worth_floats(len(x), len(w.codes) * x.shape[1]):
@@ -134,8 +142,11 @@ def _arranged(x: Array, halves: bool) -> Array:
     return arranged
 
 
-def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend) -> Operands:
-    """The loops' operands of a weight (N, ``inner``), whose codes are packed two a byte or lie one a byte."""
+def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swapped: bool = False) -> Operands:
+    """The loops' operands of a weight (N, ``inner``), whose codes are packed two a byte or lie one a byte.
+
+    ``swapped``: scales and zero points have their axes in the other order, and so have the operands.
+    """
     loops, rows = runtime.decoding_loops(), w.codes.shape[0]
     vector = loops.LANES * (2 if halves else 1)
     size = spec.block[1] or max(-(-inner // vector), 1) * vector
@@ -144,17 +155,19 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend) -> O
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else w.zero_point
 
     def of_rows(blocks: Array) -> Array:
-        return blocks_of_rows(blocks, rows, spec, b)
+        return blocks_of_rows(blocks, rows, spec, b, swapped)
 
     table = numbers_of_codes(spec.element) if halves else _NOTHING
     return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
 
 
-def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend) -> Array:
-    """Scales or zero points for each row of a weight, or for all, and each group."""
-    shared = spec.block[0] or 1
-    if shared > 1 and blocks.shape[0] > 1:
-        blocks = spread(blocks, (rows, blocks.shape[1]), (shared, 1), b.xp)
+def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bool = False) -> Array:
+    """Scales or zero points for each row of a weight, or for all, and each group; ``swapped``: groups come first."""
+    shared, axis = spec.block[0] or 1, int(swapped)
+    if shared > 1 and blocks.shape[axis] > 1:
+        shape, block = [blocks.shape[0], blocks.shape[1]], [1, 1]
+        shape[axis], block[axis] = rows, shared
+        blocks = spread(blocks, tuple(shape), tuple(block), b.xp)
     return b.contiguous(blocks)
 
 

@@ -20,8 +20,9 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, stored
+from aqt_lite.backends.cpu import decoding, stored, turning
 from aqt_lite.backends.cpu.decoding import STRIP, arrange, multiply, shape_of_arranged
+from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
@@ -30,9 +31,13 @@ __all__ = ["product"]
 
 TARGET = "aqt_lite_decoding_product"
 
+AT_ONCE = 2 * STRIP
+"""Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
+
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
 # scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
-# halves, size. Results: y (M, N) float32, for each strip of columns 1 where a scale is too large; scratch: x arranged.
+# halves, size, swapped (scales, their codes and zero points then have groups first). Results: y (M, N) float32, for
+# each strip of columns 1 where a scale is too large; scratch: x arranged.
 
 
 @njit(nogil=True)
@@ -52,31 +57,40 @@ def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
 
 
 @njit(nogil=True)
-def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
     x, arranged = _of_x(frame)
+    swapped = attribute(frame, 3) != 0
     codes, table, scale, kept = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
     numbers, zero, bias = operand(frame, 5), operand(frame, 6), operand(frame, 7)
-    columns, flags = dim(codes, 0), result(frame, 1)
+    columns = dim(codes, 0)
     y = array(result(frame, 0), (x.shape[0], columns), np.float32)
-    small = multiply(
+    return multiply(
         array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
         arranged,
         x.shape[1],
         attribute(frame, 1) != 0,
         attribute(frame, 0),
         array(table, (dim(table, 0),), np.float32),
-        array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
-        array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8),
+        blocks_of(array(scale, (dim(scale, 0), dim(scale, 1)), np.float32), swapped, start, stop),
+        blocks_of(array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8), swapped, start, stop),
         array(numbers, (dim(numbers, 0),), np.float32),
-        array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
+        blocks_of(array(zero, (dim(zero, 0), dim(zero, 1)), np.int32), swapped, start, stop),
         attribute(frame, 2),
-        array(bias, (columns,), np.float32),
-        start,
+        array(bias, (columns,), np.float32)[start:stop],
+        0,
         y[:, start:stop],
     )
-    of_strips = array(flags, (dim(flags, 0),), np.int32)
-    for strip in range(start // STRIP, (stop + STRIP - 1) // STRIP):  # all of them, where there is one thread
-        of_strips[strip] = 0 if small else 1
+
+
+@njit(nogil=True)
+def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    """A chunk of columns, or all where there is one thread: so many at a time that turned scales stay in cache."""
+    flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
+    for first in range(start, stop, AT_ONCE):
+        last = min(first + AT_ONCE, stop)
+        small = _multiply_some(frame, first, last)
+        for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
+            flags[strip] = 0 if small else 1
 
 
 _arrange_address, _multiply_address = address_of(_arrange, 3), address_of(_multiply, 3)
@@ -89,7 +103,10 @@ def _handler(version: int) -> Any:
         if describe(frame) or version < 0:
             return OK
         error = parallel_for(frame, _arrange_address(), dim(operand(frame, 0), 0), 64)
-        return error if error != 0 else parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), STRIP)
+        if error != 0:
+            return error
+        at_once = AT_ONCE if attribute(frame, 3) != 0 else STRIP
+        return parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), at_once)
 
     return handler
 
@@ -97,7 +114,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], decoding, ffi)
+    version = version_of(sys.modules[__name__], decoding, turning, ffi)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
@@ -107,10 +124,12 @@ def is_registered() -> bool:
 
 def _plain(
     x: Array, codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array, bias: Array,
-    *, flip: int, halves: bool, size: int,
+    *, flip: int, halves: bool, size: int, swapped: bool,
 ) -> list[Array]:  # fmt: skip
     """The same in XLA's own operations."""
     rows, inner = codes.shape[0], x.shape[1]
+    if swapped:
+        scale, kept, zero = scale.T, kept.T, zero.T
 
     def spread(groups: Array) -> Array:
         return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
@@ -124,12 +143,12 @@ def _plain(
         values = values - spread(zero - flip).astype(jnp.float32)
     scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
     y = x @ (values * spread(scale)).T + bias
-    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size)[1:]
+    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size, swapped=swapped)[1:]
     small = jnp.all((jnp.abs(scale) < 2.0**100) & ((scale != 0) | (numbers.size > 0)))
     return [y, jnp.full(flags.shape, ~small, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 
-def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) -> list[Any]:
+def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int, swapped: bool) -> list[Any]:
     (rows, inner), columns = x.shape, codes.shape[0]
     shapes = [
         ((rows, columns), jnp.float32),
@@ -142,13 +161,15 @@ def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) ->
 _bind = primitive(TARGET, _plain, _results, is_registered)
 
 
-def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
+def product(
+    x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool, swapped: bool = False
+) -> tuple[Array, Array]:
     """``reference.matmul_stored`` of a weight (N, K), and whether it has to be done otherwise.
 
     So it is where a scale is 0, or so large that values might have to be clipped.
     """
-    halves, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"))
+    halves, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"), swapped)
     bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
-    y, flags, _ = _bind(*operands, flip=flip, halves=halves, size=size)
+    y, flags, _ = _bind(*operands, flip=flip, halves=halves, size=size, swapped=swapped)
     return y.astype(x.dtype), jnp.any(flags != 0)

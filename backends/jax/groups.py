@@ -20,9 +20,10 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import groups
+from aqt_lite.backends.cpu import groups, turning
 from aqt_lite.backends.cpu.fixed_point import groups_of, powers_of_two
 from aqt_lite.backends.cpu.groups import ROWS_AT_ONCE, STRIP, multiply, prepare, refine, width_of_rows
+from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
@@ -35,7 +36,8 @@ __all__ = ["product"]
 TARGET = "aqt_lite_group_product"
 
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), then the table of their numbers, scales and zero
-# points as cpu.fixed_point.Groups has them, the bias, and powers of two. Attributes, by name: flip, halves, size.
+# points as cpu.fixed_point.Groups has them, the bias, and powers of two. Attributes, by name: flip, halves, size,
+# swapped (scales and zero points then have groups first).
 # Results: y (M, N) float32, and for each strip of columns 1 where it is not served; scratch: what rows of x become, of
 # whose words two make a float64, which JAX does not always have.
 
@@ -95,18 +97,18 @@ def _refine(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
 
 
 @njit(nogil=True)
-def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
     x, integers, finer, sums, finer_sums, _, row_exponent, row_power, many, wants, bad = _rows(frame)
     codes, table, scale, zero = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
-    columns, flags = dim(codes, 0), result(frame, 1)
+    columns, swapped = dim(codes, 0), attribute(frame, 3) != 0
     y = array(result(frame, 0), (x.shape[0], columns), np.float32)
-    served = multiply(
+    return multiply(
         array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
         attribute(frame, 1) != 0,
         attribute(frame, 0),
         array(table, (dim(table, 0),), np.float32),
-        array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
-        array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
+        blocks_of(array(scale, (dim(scale, 0), dim(scale, 1)), np.float32), swapped, start, stop),
+        blocks_of(array(zero, (dim(zero, 0), dim(zero, 1)), np.int32), swapped, start, stop),
         attribute(frame, 2),
         x.shape[1],
         integers,
@@ -119,13 +121,17 @@ def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
         _want_a_second_pass(wants),
         bad,
         _powers(frame),
-        array(operand(frame, 5), (columns,), np.float32),
-        start,
+        array(operand(frame, 5), (columns,), np.float32)[start:stop],
+        0,
         y[:, start:stop],
     )
-    of_strips = array(flags, (dim(flags, 0),), np.int32)
-    for strip in range(start // STRIP, (stop + STRIP - 1) // STRIP):  # all of them, where there is one thread
-        of_strips[strip] = 0 if served else 1
+
+
+@njit(nogil=True)
+def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
+    for first in range(start, stop, STRIP):  # all of them, where there is one thread
+        flags[first // STRIP] = 0 if _multiply_strip(frame, first, min(first + STRIP, stop)) else 1
 
 
 _prepare_address, _refine_address = address_of(_prepare, 3), address_of(_refine, 3)
@@ -150,7 +156,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], groups, ffi)
+    version = version_of(sys.modules[__name__], groups, turning, ffi)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
@@ -160,9 +166,11 @@ def is_registered() -> bool:
 
 def _plain(
     x: Array, codes: Array, table: Array, scale: Array, zero: Array, bias: Array, _: Array,
-    *, flip: int, halves: bool, size: int,
+    *, flip: int, halves: bool, size: int, swapped: bool,
 ) -> list[Array]:  # fmt: skip
     """The same in XLA's own operations."""
+    if swapped:
+        scale, zero = scale.T, zero.T
     if halves:
         positions = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(codes.shape[0], -1)
         codes = table[positions[:, : x.shape[1]].astype(jnp.int32)].astype(jnp.int8)
@@ -171,12 +179,12 @@ def _plain(
     spec = Spec(FORMATS[codes.dtype.name], FLOAT_TYPES["float32"], block=(None if scale.shape[0] == 1 else 1, size))
     w = Coded(codes, scale, zero if zero.size else None)
     y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
-    flags, *scratch = _results(x, codes, table, scale, flip=flip, halves=halves, size=size)[1:]
+    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size, swapped=swapped)[1:]
     unserved = jnp.any((scale == 0) | ~jnp.isfinite(scale))  # the caller has another form for those
     return [y, jnp.full(flags.shape, unserved, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 
-def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) -> list[Any]:
+def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int, swapped: bool) -> list[Any]:
     (rows, inner), columns = x.shape, codes.shape[0]
     pieces, width = -(-inner // size), width_of_rows(inner, halves)
     shapes = [
@@ -199,14 +207,17 @@ def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int) ->
 _bind = primitive(TARGET, _plain, _results, is_registered)
 
 
-def product(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> tuple[Array, Array]:
+def product(
+    x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool, swapped: bool = False
+) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in groups, and whether it has to be done otherwise."""
-    halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"))
+    halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"), swapped)
     codes = w.codes if w.codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
     bias = jnp.zeros(len(codes), jnp.float32) if bias is None else reference.flushed(bias.astype(jnp.float32), jnp)
     operands = (codes, table, scale, zero, bias, powers_of_two())
+    static = {"flip": flip, "halves": halves, "size": size, "swapped": swapped}
     parts = [
-        _bind(x[first : first + ROWS_AT_ONCE].astype(jnp.float32), *operands, flip=flip, halves=halves, size=size)[:2]
+        _bind(x[first : first + ROWS_AT_ONCE].astype(jnp.float32), *operands, **static)[:2]
         for first in range(0, x.shape[0], ROWS_AT_ONCE)
     ]
     y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))

@@ -221,6 +221,7 @@ def _by_loops(
     contract: int,
     packed_length: int | None,
     otherwise: Callable[[], Array],
+    swapped: bool = False,
 ) -> Any:
     """The product by those loops; ``otherwise`` where they find a scale that they do not serve, such as 0."""
     form, packed = _FORMS[reproducible], packed_length is not None
@@ -229,7 +230,7 @@ def _by_loops(
         return NotImplemented
     if jax.sharding.get_abstract_mesh().manual_axes or not form.serves(x.dtype.name, w, spec, contract, packed):
         return NotImplemented
-    y, unserved = loops.product(x, w, bias, spec, packed)
+    y, unserved = loops.product(x, w, bias, spec, packed, swapped)
     return _unless(unserved, y, otherwise)
 
 
@@ -303,62 +304,73 @@ _product.defvjp(_forward, _backward, symbolic_zeros=True)
 # ---- weights as they are stored
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _stored_product(
-    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
-) -> Array:
-    return _mapping_of_stored(reproducible, spec, contract, packed_length)(x, w, bias)
+class _Stored(NamedTuple):
+    """What such a product is told beside its operands: as ``reference.matmul_stored`` is."""
+
+    spec: Spec
+    contract: int
+    packed_length: int | None
+    swapped: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _stored_product(reproducible: bool, static: _Stored, x: Array, w: Coded, bias: Array | None) -> Array:
+    return _mapping_of_stored(reproducible, static)(x, w, bias)
 
 
 @functools.cache
-def _mapping_of_stored(
-    reproducible: bool, spec: Spec, contract: int, packed_length: int | None
-) -> Callable[..., Array]:
+def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Array]:
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
         def otherwise() -> Array:
-            static = {"contract": contract, "packed_length": packed_length}
-            return _FORMS[reproducible].reference(x, w, bias, spec=spec, **static, b=get_backend("jax"))
+            return _FORMS[reproducible].reference(x, w, bias, **static._asdict(), b=get_backend("jax"))
 
-        y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise)
+        spec, contract, packed_length, swapped = static
+        y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise, swapped)
         return otherwise() if y is NotImplemented else y
 
     return _rows_at_once(product)
 
 
-def _stored_in_steps(
-    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, x: Array, w: Coded, bias: Array | None
-) -> Array:
+def _stored_in_steps(reproducible: bool, static: _Stored, x: Array, w: Coded, bias: Array | None) -> Array:
     """The same in operations that have derivatives."""
     b = get_backend("jax")
     if not reproducible:
-        return reference.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=packed_length, b=b)
-    w, plain = reference.stored_as_integers(w, spec=spec, packed_length=packed_length, b=b)
-    return _product(True, plain, contract, x, w, bias)
+        return reference.matmul_stored(x, w, bias, **static._asdict(), b=b)
+    w = reference.in_order(w, static.swapped, b)
+    w, plain = reference.stored_as_integers(w, spec=static.spec, packed_length=static.packed_length, b=b)
+    return _product(True, plain, static.contract, x, w, bias)
 
 
-def _stored_forward(reproducible: bool, spec: Spec, contract: int, packed_length: int | None, *operands: Any) -> Any:
-    return _stored_product(reproducible, spec, contract, packed_length, *operands), operands
+def _stored_forward(reproducible: bool, static: _Stored, *operands: Any) -> Any:
+    return _stored_product(reproducible, static, *operands), operands
 
 
-def _stored_backward(
-    reproducible: bool, spec: Spec, contract: int, packed_length: int | None, operands: Any, dy: Any
-) -> Any:
-    return jax.vjp(partial(_stored_in_steps, reproducible, spec, contract, packed_length), *operands)[1](dy)
+def _stored_backward(reproducible: bool, static: _Stored, operands: Any, dy: Any) -> Any:
+    return jax.vjp(partial(_stored_in_steps, reproducible, static), *operands)[1](dy)
 
 
 _stored_product.defvjp(_stored_forward, _stored_backward)
-_jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1, 2, 3))
+_jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1))
 
 
 def _stored(reproducible: bool) -> Callable[..., Any]:
     """A product with a stored weight where the loops serve."""
     form = _FORMS[reproducible]
 
-    def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None) -> Any:
+    def kernel(
+        x: Array,
+        w: Coded,
+        bias: Array | None,
+        *,
+        spec: Spec,
+        contract: int,
+        packed_length: int | None,
+        swapped: bool = False,
+    ) -> Any:
         known = form.loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
         if not known or not form.serves(x.dtype.name, w, spec, contract, packed_length is not None):
             return NotImplemented
-        return _jitted_stored(reproducible, spec, contract, packed_length, x, w, bias)
+        return _jitted_stored(reproducible, _Stored(spec, contract, packed_length, swapped), x, w, bias)
 
     return kernel
 

@@ -452,8 +452,9 @@ class _Stored(torch.autograd.Function):
         return None, None, dx, dbias
 
 
-def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
+def _stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **static: Any) -> Any:
     """``reference.matmul_stored`` where NumPy's form serves; what is traced, and trained scales, go other ways."""
+    w = reference.in_order(w, swapped, get_backend("torch"))
     if torch.compiler.is_compiling():
         if makes_onnx_of_codes():
             return reference.matmul_stored(x, w, bias, **static, b=get_backend("torch"))
@@ -468,8 +469,9 @@ def _stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
     return _Stored.apply(w, static, x, bias)  # type: ignore[no-untyped-call]
 
 
-def _reproducible_stored(x: Array, w: Coded, bias: Array | None, **static: Any) -> Any:
+def _reproducible_stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **static: Any) -> Any:
     """``reference.matmul_reproducible_stored`` where NumPy's form serves and there is no derivative to carry."""
+    w = reference.in_order(w, swapped, get_backend("torch"))
     tensors = runtime.arrays_in((x, *w, bias))
     if not _may_be_read(tensors) or not _serves(serve.sums_of_groups, x, w, static):
         return NotImplemented
