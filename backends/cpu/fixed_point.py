@@ -19,7 +19,8 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
-from aqt_lite.backends.cpu.stored import blocks_of_rows, numbers_of_codes
+from aqt_lite.backends.cpu.stored import blocks_of_rows
+from aqt_lite.backends.cpu.tiles import numbers_of_codes
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
 

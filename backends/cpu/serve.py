@@ -43,6 +43,9 @@ MOST_ROWS_FOR_EINSUM = 2
 MOST_ROWS_ON_THE_RIGHT = 64
 """Rows of x up to which BLAS is faster with the weight on the left, though its result has to be transposed then."""
 
+MOST_ROWS_FOR_PIECES = 64
+"""Rows of x for which, without compiled loops, small products on each thread beat large ones on all."""
+
 LONGEST_GROUP = 512
 """Length of groups up to which their sums are below 2^48: what rounds them to float32 then rounds once."""
 
@@ -181,6 +184,36 @@ def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bo
     return runtime.decoding_loops() is not None and decodes_in_vectors(1, x_dtype, w, spec, contract, packed)
 
 
+def tiles(x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
+    """Whether NumPy's own steps turn tiles of codes to floats: of 8 bits, or of 4 and packed."""
+    element, codes = spec.element, w.codes
+    plain = w.scale is not None and w.offset is None and element.missing is None
+    if not plain or "float64" in (x_dtype, spec.source.compute) or 0 in codes.shape:
+        return False
+    known = element.bits == 4 if packed else codes.dtype.itemsize == 1
+    return known and max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
+
+
+def is_worth_tiles(rows: int, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether they are better than what there is else.
+
+    That is better for integers of a code an item that have a scale for each output, or a compiled loop.
+    """
+    if packed or not spec.element.zero_points or isinstance(w.scale, tuple):
+        return True
+    return bool(w.scale.shape[contract] > 1) and not row_loops(rows, w, contract)
+
+
+def shortest_sum(rows: int) -> float:
+    """Codes with one scale from which on NumPy's steps had better scale their sums than each of them."""
+    return 16 if rows <= 4 else 128 if rows <= 16 else math.inf
+
+
+def fits_16_bits(zero_point: Array) -> bool:
+    """Whether differences of codes of up to 8 bits and zero points are integers of 16 bits: others' may be anything."""
+    return bool(np.max(zero_point) < 1 << 14) and bool(np.min(zero_point) > -(1 << 14))
+
+
 def exact_dots(w: Array) -> bool:
     """Whether exact sums of integers with ``w`` fit the int32 lanes of the int8 dot product."""
     return runtime.integer_dots() is not None and w.dtype.itemsize == 1 and w.shape[1] <= reference.LONGEST_PIECE
@@ -219,4 +252,9 @@ def values_may_overflow(w: Coded) -> bool:
 
 def scale_may_come_last(x: Array, w: Coded) -> bool:
     """Whether sums of ``x * q`` cannot overflow before their scale does: no zero points, and x not huge."""
-    return w.zero_point is None and bool(np.maximum.reduce(np.abs(x), axis=None) < LARGEST_UNSCALED)
+    return w.zero_point is None and is_not_huge(x)
+
+
+def is_not_huge(x: Array) -> bool:
+    """Whether sums of ``x * q`` stay finite whatever their length."""
+    return bool(np.maximum.reduce(np.abs(x), axis=None) < LARGEST_UNSCALED)

@@ -1,12 +1,12 @@
 """Products in float32 with a weight as it is stored: codes packed or not, scales in whatever format they are kept.
 
-Owns: the form of ``reference.matmul_stored`` for NumPy arrays, and the tables of numbers that its loops look codes up
-in. Imports: the operations, the runtime, ``serve``, which says what it is for. The loops are ``decoding``'s.
+Owns: the form of ``reference.matmul_stored`` for NumPy arrays, and what its loops are told of a weight. Imports: the
+operations, the runtime, ``serve``, which says what it is for, and ``tiles``, for what no loop serves. The loops are
+``decoding``'s.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
-from aqt_lite.elements import ElementType
+from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
 from aqt_lite.ops import reference
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "blocks_of_values",
     "matmul_of_floats",
     "matmul_stored",
-    "numbers_of_codes",
     "operands_of",
 ]
 
@@ -72,7 +71,9 @@ def matmul_stored(
     """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
     w, packed = reference.in_order(w, swapped, get_backend("numpy")), packed_length is not None
     if not (len(x) and serve.becomes_floats(x.dtype.name, w, spec, contract, packed)):
-        return NotImplemented
+        if not serve.is_worth_tiles(len(x), w, spec, contract, packed):
+            return NotImplemented
+        return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
     if serve.is_worth_floats(len(x), len(w.codes) * x.shape[1]):
         return matmul_of_floats(x, w, bias, spec=spec, packed=packed)
     if not serve.decodes(x.dtype.name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
@@ -190,14 +191,3 @@ def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Arra
     if b.dtype_name(codes) == "int8":
         codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
     return no_numbers, codes, xp.reshape(xp.astype(numbers, xp.float32), (-1,))
-
-
-@functools.lru_cache(maxsize=64)
-def numbers_of_codes(element: ElementType) -> Array:
-    """The 16 numbers of codes of 4 bits, by their bits; NaN for those that stand for none."""
-    bits = np.arange(16, dtype=np.uint8)
-    codes = bits if element.storage.startswith("u") else ((bits ^ 8).astype(np.int8) - np.int8(8))
-    least, most = element.codes
-    known = (codes >= least) & (codes <= most)
-    numbers = np.asarray(element.decode(np.where(known, codes, codes[:1]), get_backend("numpy")), dtype=np.float32)
-    return np.where(known, numbers, np.float32(np.nan))
