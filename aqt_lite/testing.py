@@ -413,8 +413,9 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
             yield q, wanted
             yield q.storage, wanted.storage
             yield dequantize(q), dequantize(wanted)
+    of_floats: tuple[dict[str, Any], ...] = ({}, {"rounding": "stochastic", "key": 1})
     for name in _FLOATS_WITHOUT_SCALE:
-        for how in ({}, {"rounding": "stochastic", "key": 1}):
+        for how in of_floats:
             q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
             yield q, wanted
             yield q.storage, wanted.storage
