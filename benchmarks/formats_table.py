@@ -18,7 +18,7 @@ import aqt_lite
 from aqt_lite import PerChannel, PerGroup
 from aqt_lite._registry import get_backend
 from aqt_lite.elements import Codebook, Float, Integer
-from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format
+from aqt_lite.formats import BITROUND, FAMILIES, FORMATS, SCALE_FORMATS, Format
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "docs" / "formats.md")
@@ -27,6 +27,8 @@ GROUP, SCALE = 32, "float16"
 """Granularity and format of scales where a format has none of its own."""
 SHOWN = ("int8", "int4", "int2", "float8_e4m3fn", "float4_e2m1fn", "nf4", "mxfp8_e4m3", "mxfp4", "nvfp4")
 """Formats in the short table."""
+WITHOUT_SCALES = tuple(BITROUND[name] for name in ("bitround3", "bitround7", "bitround10"))
+"""Of the formats without scales, those in the long table. The pictures are of numbers times scales, and have none."""
 
 
 class Measured(NamedTuple):
@@ -45,7 +47,7 @@ def normal_numbers() -> np.ndarray[Any, Any]:
 def measured(form: Format, x: np.ndarray[Any, Any], group: int | None = GROUP) -> Measured:
     """``x`` in groups along its rows (None: a scale a row); a format with blocks of its own keeps them."""
     options: dict[str, Any] = {}
-    if form.scale is None:
+    if form.scaled and form.scale is None:
         options |= {"granularity": PerGroup(group) if group else PerChannel(0), "scale_dtype": SCALE}
     if not form.element.signed:
         options |= {"scheme": "affine"}
@@ -61,7 +63,9 @@ def measured(form: Format, x: np.ndarray[Any, Any], group: int | None = GROUP) -
 def tables() -> dict[str, str]:
     """Every table, by the name of its marker."""
     x = normal_numbers()
-    rows = {form.name: row(form, measured(form, x)) for form in BUILT_IN}
+    rows = {form.name: row(form, measured(form, x)) for form in (*BUILT_IN, *WITHOUT_SCALES)}
+    names = [f"- {family}: {', '.join(names)}" for family, names in families().items()]
+    names += [f"- floats without scales: `{forms[0].name}` to `{forms[-1].name}`" for forms in FAMILIES.values()]
     head = [
         "format", "bits", "numbers", "smallest > 0", "smallest, largest", "scales", "group", "bytes an element",
         "SQNR, dB", "reproducible products",
@@ -71,7 +75,7 @@ def tables() -> dict[str, str]:
         "formats": markdown(head, list(rows.values())),
         "floats": markdown(["", "exponent", "mantissa", "bias", "infinity", "NaN", "−0"], float_rows()),
         "some formats": markdown([head[i] for i in short], [[rows[name][i] for i in short] for name in SHOWN]),
-        "names of formats": "\n".join(f"- {family}: {', '.join(names)}" for family, names in families().items()),
+        "names of formats": "\n".join(names),
     }
 
 
@@ -82,8 +86,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def row(form: Format, cost: Measured) -> list[str]:
     element, kept = form.element, form.scale
+    free = "any" if form.scaled else "none"
     scales = (
-        "any" if kept is None else kept.element.name + (", with a float32 scale of their own" if kept.scaled else "")
+        free if kept is None else kept.element.name + (", with a float32 scale of their own" if kept.scaled else "")
     )
     return [
         f"`{form.name}`",
@@ -92,8 +97,8 @@ def row(form: Format, cost: Measured) -> list[str]:
         number(element.smallest),
         f"{number(element.min)}, {number(element.max)}",
         scales,
-        "any" if form.group is None else str(form.group),
-        f"{cost.bytes:.5f}".rstrip("0"),
+        free if form.group is None else str(form.group),
+        f"{cost.bytes:.5f}".rstrip("0").rstrip("."),
         f"{cost.sqnr_db:.1f}",
         yes(element.unit is not None and element.bits <= 8),
     ]

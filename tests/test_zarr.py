@@ -70,7 +70,7 @@ def test_whole_parts_shards_and_async(codec, source):
     assert again.serializer == codec
 
 
-@pytest.mark.parametrize("codec", CODECS[2:], ids=str)
+@pytest.mark.parametrize("codec", [*CODECS[2:], QuantizeCodec("bitround5")], ids=str)
 def test_chunks_hold_what_quantize_makes_of_them(codec):
     z = stored(codec)
     block = None if codec.block is None else PerBlock(codec.block)
@@ -177,6 +177,8 @@ def test_what_is_refused_when_an_array_is_made():
     for codec, message in ((BoundCodec(1.0), "is for float32 and float64"), (QuantizeCodec(), "is for float32")):
         with pytest.raises(TypeError, match=message):
             stored(codec, np.arange(6), chunks=(3,))
+    with pytest.raises(ValueError, match="bitround7 has the exponents of float32"):
+        stored(QuantizeCodec("bitround7"), X.astype("float64"))
     with pytest.raises(ValueError, match=r"block=\[1, 2\] has 2 lengths, and the array 1 axes"):
         stored(QuantizeCodec(block=(1, 2)), X[0], chunks=(3,))
     for bad in (lambda: BoundCodec(0), lambda: QuantizeCodec("int99"), lambda: PackBitsCodec("middle")):
