@@ -2,6 +2,7 @@
 
     python benchmarks/stored.py            printed, and written to benchmarks/stored.json
     python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
+    python benchmarks/stored.py --only "numpy alone" --sizes 4096 --rows 1 8    these rows anew, the others as they are
 
 Each result is checked against float64 first, row by row, with an outlier and without. Peers take part where they are
 installed (``peers.py``); a second table has the shapes of real networks. The float32 product is the faster of the
@@ -24,6 +25,7 @@ import torch
 
 import aqt_lite
 from aqt_lite import PerChannel, PerGroup
+from aqt_lite.backends.cpu import runtime
 from aqt_lite.backends.cpu.runtime import cores, map_ranges
 
 WEIGHTS = {
@@ -46,7 +48,22 @@ def on(kind: str):
         return torch.from_numpy, torch.nn.functional.linear, torch.matmul, *ours
     if kind == "jax":
         return jnp.asarray, *map(awaited, (lambda x, w: x @ w.T, jnp.matmul, *ours))
+    if kind == "numpy alone":  # which has no products with the same bits of codes of 4 bits in a time to speak of
+        return np.asarray, lambda x, w: x @ w.T, np.matmul, alone(ours[0]), None
     return np.asarray, lambda x, w: x @ w.T, np.matmul, *ours
+
+
+def alone(function):
+    """As where numba is not installed."""
+
+    def quiet(*arguments):
+        loops, runtime.compiled_loops = runtime.compiled_loops, lambda: None
+        try:
+            return function(*arguments)
+        finally:
+            runtime.compiled_loops = loops
+
+    return quiet
 
 
 def awaited(function):
@@ -61,7 +78,10 @@ def read_speed() -> float:
     return x.nbytes / (run.take_turns(call, seconds=2)["read"]["ms"] * 1e-3)
 
 
-def rows(size: int, rows_of_x: list[int], chosen: dict, read: float) -> list[dict]:
+KINDS = ["numpy", "numpy alone", "torch", "jax"]
+
+
+def rows(size: int, rows_of_x: list[int], chosen: dict, read: float, kinds: list[str]) -> list[dict]:
     rng, table = np.random.default_rng(run.SEED), []
     w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
     weights = {name: aqt_lite.quantize(w, **how) for name, how in chosen.items()}
@@ -71,14 +91,14 @@ def rows(size: int, rows_of_x: list[int], chosen: dict, read: float) -> list[dic
         wide = x.astype(np.float64)
         exact = {name: wide @ q.dequantize().astype(np.float64).T for name, q in weights.items()}
         exact["float32"] = wide @ w.astype(np.float64).T
-        for kind in ("numpy", "torch", "jax"):
+        for kind in kinds:
             table += on_backend(kind, w, weights, x, exact, read)
     return table
 
 
 def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list[dict]:
     put, product, product_of_turned, linear, same_bits = on(kind)
-    given, (m, size), table = put(x), x.shape, []
+    given, (m, size), table, library = put(x), x.shape, [], kind.split()[0]
     floats, turned = (run.rotating(lambda i, v=v: put(v.copy()), w.nbytes) for v in (w, w.T))
     candidates = {
         "float32": lambda i: product(given, floats[i % len(floats)]),
@@ -87,16 +107,18 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
     own = max(run.error(call(0), exact["float32"]) for call in candidates.values())
     measured = {}
     for name, q in weights.items():
-        some = run.rotating(lambda i, q=q: q.to_backend(kind), q.nbytes, most=4)
+        some = run.rotating(
+            lambda i, q=q: run.copied(q) if library == "numpy" else q.to_backend(kind), q.nbytes, most=4
+        )
         measured[name] = q
         candidates[name] = lambda i, some=some: linear(given, some[i % len(some)])
-        if name in REPRODUCIBLE:
+        if name in REPRODUCIBLE and same_bits:
             measured[again := f"{name}, reproducible"] = q
             candidates[again] = lambda i, some=some: same_bits(given, some[i % len(some)])
     for name in measured:
         assert run.error(candidates[name](0), exact[name.removesuffix(", reproducible")]) <= 2 * own, (kind, name, m)
     check_without_outlier(kind, w, weights, x)
-    others = peers.of(kind, w, x)
+    others = peers.of(kind, w, x) if kind == library else {}
     for name, peer in others.items():
         off = run.error(peer.call(0), x.astype(np.float64) @ peer.weight.T)
         print(f"  {kind:6} {size} M={m:<4} {name:40} error {off:.1e}, float32's {own:.1e}")
@@ -125,8 +147,8 @@ def check_without_outlier(kind: str, w, weights: dict, x) -> None:
     own = run.error(product(put(x), put(w)), x.astype(np.float64) @ w.astype(np.float64).T)
     for name, q in weights.items():
         exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
-        for linear in ours[: 2 if name in REPRODUCIBLE else 1]:
-            assert run.error(linear(put(x), q.to_backend(kind)), exact) <= 2 * own, (kind, name, len(x))
+        for linear in filter(None, ours[: 2 if name in REPRODUCIBLE else 1]):
+            assert run.error(linear(put(x), q.to_backend(kind.split()[0])), exact) <= 2 * own, (kind, name, len(x))
 
 
 SHAPES = {
@@ -165,21 +187,39 @@ def shapes() -> list[dict]:
     return table
 
 
+def spliced(before: dict, found: list[dict]) -> dict:
+    """Earlier results, with these rows in place of those of the same names."""
+
+    def key(row: dict) -> tuple:
+        return row["backend"], row["size"], row["m"], row["who"]
+
+    new = {key(row) for row in found}
+    return before | {"rows": [row for row in before["rows"] if key(row) not in new] + found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
+    options = parser.parse_args()
+    quick = options.quick
     torch.set_num_threads(cores())
     results: dict = {"machine": run.machine()}
     read = read_speed()
     results["read_gb_s"] = read / 1e9
     print(f"{results['machine']['processor']}; reads {read / 1e9:.1f} GB/s")
     chosen = {name: WEIGHTS[name] for name in list(WEIGHTS)[: 3 if quick else None]}
-    sizes = [4096] if quick else [4096, 8192]
-    results["rows"] = [row for size in sizes for row in rows(size, [1, 8] if quick else [1, 8, 64, 512], chosen, read)]
+    sizes, rows_of_x = ([4096], [1, 8]) if quick else (options.sizes, options.rows)
+    kinds = [options.only] if options.only else KINDS
+    results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
     if not quick:
-        results["shapes"] = shapes()
         path = run.ROOT / "benchmarks" / "stored.json"
+        if options.only:
+            results = spliced(json.loads(path.read_text()), results["rows"])
+        else:
+            results["shapes"] = shapes()
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 

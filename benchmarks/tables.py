@@ -69,7 +69,7 @@ def products_stored(results: dict) -> str:
     found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in results["rows"]}
     columns = sorted({(r["size"], r["m"]) for r in results["rows"]})
     lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]
-    for backend in ("jax", "torch", "numpy"):
+    for backend in ("jax", "torch", "numpy", "numpy alone"):
         for who in dict.fromkeys(r["who"] for r in results["rows"]):
             cells = [found.get((backend, who, *column)) for column in columns]
             if not any(cells):

@@ -199,7 +199,7 @@ def is_worth_tiles(rows: int, w: Coded, spec: Spec, contract: int, packed: bool)
 
     That is better for integers of a code an item that have a scale for each output, or a compiled loop.
     """
-    if packed or not spec.element.zero_points or isinstance(w.scale, tuple):
+    if packed or not spec.element.zero_points or w.scale is None or isinstance(w.scale, tuple):
         return True
     return bool(w.scale.shape[contract] > 1) and not row_loops(rows, w, contract)
 
