@@ -415,7 +415,10 @@ def _granularity(
     if not chosen:
         return {}
     if given is None:
-        group = format_of(spec.get("dtype", "int8")).group
+        form = format_of(spec.get("dtype", "int8"))
+        if not form.scaled:
+            return {}
+        group = form.group
     if group is not None:
         return {"granularity": granularity_of(_block_of_group(shape, group, axes.inputs))}
     if given is None:

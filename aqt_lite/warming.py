@@ -98,7 +98,8 @@ def warm_up(
         taken[what] = time.perf_counter() - start
         return result
 
-    if granularity is None and format_of(dtype).group is None:
+    form = format_of(dtype)
+    if granularity is None and form.group is None and form.scaled:
         granularity = PerChannel(0)
     w = made(*shape)
     how: dict[str, Any] = {"granularity": granularity, "scheme": scheme, "scale_dtype": scale_dtype}

@@ -28,7 +28,7 @@ GROUP, SCALE = 32, "float16"
 SHOWN = ("int8", "int4", "int2", "float8_e4m3fn", "float4_e2m1fn", "nf4", "mxfp8_e4m3", "mxfp4", "nvfp4")
 """Formats in the short table."""
 WITHOUT_SCALES = tuple(BITROUND[name] for name in ("bitround3", "bitround7", "bitround10"))
-"""Of the formats without scales, those in the long table. The pictures are of numbers times scales, and have none."""
+"""Of the formats without scales, those in the long table. Pictures, which are of numbers times scales, have none."""
 
 
 class Measured(NamedTuple):

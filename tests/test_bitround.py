@@ -40,7 +40,7 @@ def kinds(x):
 @pytest.mark.exhaustive_unless(keepbits=[0, 7, 12])
 @pytest.mark.parametrize("keepbits", [0, 1, 6, 7, 8, 12, 15, 22, 23])
 def test_the_numbers_are_those_of_bitround(keepbits):
-    x = upper_halves()[:: 1 if keepbits == 7 else 16]
+    x = upper_halves()[:: 1 if keepbits == 7 else 64]
     wanted, name = bitround(x, keepbits), f"bitround{keepbits}"
     q = saturating(x, name)
     assert q.bits == 9 + keepbits
@@ -152,6 +152,17 @@ def test_products_are_those_of_its_values(backend):
         aqt_lite.dense(x, w, mode="reproducible")
 
 
+def test_models_take_it_without_a_granularity():
+    params = {"kernel": X[:, :32]}
+    rules = [("kernel", {"dtype": "bitround5", "layout": "dense"})]
+    q = aqt_lite.quantize_tree(params, rules)["kernel"]
+    assert_same_bits(q.dequantize(), bitround(params["kernel"], 5))
+    assert aqt_lite.plan_tree(params, rules).nbytes == q.nbytes
+    with pytest.raises(ValueError, match="kernel: granularity is given, but"):
+        aqt_lite.plan_tree(params, [("kernel", rules[0][1] | {"granularity": aqt_lite.PerGroup(32)})])
+
+
+@pytest.mark.exhaustive  # importing Dask takes seconds
 def test_dask_stays_lazy():
     dask = pytest.importorskip("dask.array", reason="Dask is optional")
     lazy = quantize(dask.from_array(X, chunks=(2, 11)), "bitround3")

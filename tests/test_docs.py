@@ -176,7 +176,7 @@ def test_the_code_of_the_page_of_science_runs_and_prints_what_it_says(tmp_path):
     assert "int8 cannot keep max_abs_err=1e-09: it keeps max_abs_err=0.06" in printed[1]
     assert [line.split()[-2] for line in printed[2:4]] == ["uint16", "uint8"]
     assert printed[4].split()[1:] == ["True", "True"]
-    assert re.fullmatch(r"bitround6 15 2\.1\d*", printed[5])
+    assert printed[5].startswith("bitround6 15 2.1")
     kept, last = map(int, printed[6].split())
     assert 5 <= kept <= last < 23
     assert printed[7:9] == ["int8_nan True True", "True"]
