@@ -281,9 +281,9 @@ class Backend(ExactArithmetic, ABC):
         return y
 
     def unusable_as_nan(self, scale: Array, positive: bool) -> Array:
-        """Traced scales with NaN for 0 and, if they are to be ``positive``, for negative ones."""
+        """Traced scales with NaN for 0, for infinite ones and, if they are to be ``positive``, for negative ones."""
         wrong = scale <= 0 if positive else scale == 0
-        return self.xp.where(wrong, self.xp.full_like(scale, float("nan")), scale)
+        return self.xp.where(wrong | self.xp.isinf(scale), self.xp.full_like(scale, float("nan")), scale)
 
     def computed_once(self, x: Array) -> Array:
         """``x``, for a compiler that would otherwise compute it anew at every mention."""

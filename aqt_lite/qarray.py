@@ -649,7 +649,7 @@ class QArray(ArrayShapes, ArrayBytes):
         return affine.QParams(scale, self.zero_point, offset)
 
     def _usable(self, scale: Array | None, b: Backend) -> Array | None:
-        """``scale``, after looking once whether one is 0, or negative and trained; NaN there where a compiler traces.
+        """``scale``, after looking once whether one is 0, infinite, or negative and trained; NaN there in traces.
 
         Training and tree utilities may have moved scales since they were chosen. NaN speaks for itself.
         """
@@ -658,13 +658,13 @@ class QArray(ArrayShapes, ArrayBytes):
         if not b.has_values(scale):
             return b.unusable_as_nan(scale, positive=self.trainable)
         values = b.to_numpy(scale)
-        bad = values <= 0 if self.trainable else values == 0
-        if bad.any():
-            raise ValueError(
-                f"this QArray has {int(bad.sum())} scales of {values.size} that are "
-                f"{'not positive' if self.trainable else '0'}: they were changed since they were chosen; "
-                "quantize the values again"
-            )
+        wrong = {"not positive" if self.trainable else "0": values <= 0 if self.trainable else values == 0}
+        for words, bad in {**wrong, "infinite": np.isinf(values)}.items():
+            if bad.any():
+                raise ValueError(
+                    f"this QArray has {int(bad.sum())} scales of {values.size} that are {words}: "
+                    "they were changed since they were chosen; quantize the values again"
+                )
         self.__dict__["_has_usable_scales"] = True
         return scale
 

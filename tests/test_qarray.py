@@ -714,16 +714,31 @@ def test_scales_that_training_has_moved_are_not_used(backend):
             use(turned)
         if backend.name == "jax":
             assert np.isnan(np.asarray(jax.jit(use)(turned))).all()
-    for bad in (-0.0, 0.0):
+    for bad, words in ((np.inf, "infinite"), (-0.0, "0"), (0.0, "0")):
         scale = np.array(backend.to_numpy(q.scale))
         scale[1] = bad
         moved = dataclasses.replace(q, scale=backend.asarray(scale))
         for use in (dequantize, lambda q: aqt_lite.linear(backend.asarray(X[1]), q), lambda q: q[0:2].dequantize()):
-            with pytest.raises(ValueError, match=r"has 1 scales of \d that are 0: they were changed"):
+            with pytest.raises(ValueError, match=rf"has 1 scales of \d that are {words}: they were changed"):
                 use(moved)
-    if backend.name == "jax":  # which cannot raise inside a compiled function
-        values = jax.jit(dequantize)(moved)
-        assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
+        if backend.name == "jax":  # which cannot raise inside a compiled function
+            values = jax.jit(dequantize)(moved)
+            assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+def test_products_of_programs_say_nan_where_a_scale_is_of_no_use(dtype, mode):
+    """Large enough for compiled loops, which look for such scales themselves."""
+    q = quantize(
+        jnp.asarray(np.random.default_rng(1).standard_normal((400, 512), np.float32)), dtype, granularity=PerGroup(32)
+    )
+    x = jnp.zeros((3, 512)).at[1:].set(1)
+    product = jax.jit(lambda x, w: aqt_lite.linear(x, w, mode=mode))
+    for bad in (np.inf, np.nan, 0.0):
+        y = np.asarray(product(x, dataclasses.replace(q, scale=q.scale.at[7, 3].set(bad))))
+        assert np.isnan(y[:, 7]).all()
+        assert np.isfinite(np.delete(y, 7, axis=1)).all()
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def matmul_stored(
     the other order than those of the codes, and than ``spec`` says.
     """
     w = in_order(w, swapped, b)
-    values = values_stored(_without_zero_scales(w, b), spec=spec, packed_length=packed_length, b=b)
+    values = values_stored(_with_usable_scales(w, b), spec=spec, packed_length=packed_length, b=b)
     return matmul_of_values(x, values, bias, contract=contract, b=b)
 
 
@@ -166,14 +166,14 @@ def as_integers(w: Coded, *, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
 
 
 def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> tuple[Coded, Spec]:
-    """The same of a weight as it is stored. NaN takes the place of scales that are plain numbers and 0."""
-    return as_integers(_unpacked(_without_zero_scales(w, b), spec, packed_length, b), spec=spec, b=b)
+    """The same of a weight as it is stored. NaN takes the place of plain scales of no use, such as 0."""
+    return as_integers(_unpacked(_with_usable_scales(w, b), spec, packed_length, b), spec=spec, b=b)
 
 
-def _without_zero_scales(w: Coded, b: Backend) -> Coded:
+def _with_usable_scales(w: Coded, b: Backend) -> Coded:
     if w.scale is None or isinstance(w.scale, tuple):
         return w
-    return w._replace(scale=b.xp.where(w.scale == 0, b.xp.full_like(w.scale, float("nan")), w.scale))
+    return w._replace(scale=b.unusable_as_nan(w.scale, positive=False))
 
 
 def in_integers(w: Coded, *, spec: Spec, b: Backend) -> Coded:

@@ -226,7 +226,8 @@ def outside_transformations() -> Any:
 @torch.library.custom_op("aqt_lite::unusable_as_nan", mutates_args=())
 def _unusable_as_nan(scale: torch.Tensor, positive: bool) -> torch.Tensor:
     values = scale.numpy(force=True)
-    return torch.from_numpy(np.where(values <= 0 if positive else values == 0, np.float32(np.nan), values))
+    wrong = (values <= 0 if positive else values == 0) | np.isinf(values)
+    return torch.from_numpy(np.where(wrong, np.float32(np.nan), values))
 
 
 @_unusable_as_nan.register_fake
