@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["FormatName", "no_array_of", "way_to"]
+__all__ = ["not_a_qarray", "FormatName", "no_array_of", "way_to"]
 
 _WAYS = {
     "q.to_device(device) moves it, q.to_backend(name) makes it another library's, q.dequantize(dtype) is its values": (
@@ -44,6 +44,16 @@ def way_to(name: str) -> str:
     """What to do where other arrays would be asked for the attribute ``name``."""
     parts = "q.dequantize() is the array of its values, and q.storage, q.scale, q.zero_point are its parts"
     return _WAY_OF.get(name, parts)
+
+
+def not_a_qarray(name: str, value: Any) -> str:
+    """What to do with ``value``, an argument that is no quantized array, but may hold one as weights of layers do."""
+    words = f"{name} is a {type(value).__name__}, not a QArray: "
+    if hasattr(getattr(value, "qarray", None), "packed_length"):
+        return words + f"give {name}.qarray, which it holds"
+    if callable(getattr(value, "get_value", None)) and hasattr(value.get_value(), "packed_length"):
+        return words + f"give {name}[...], which it holds"
+    return words + "quantize it first with aqt_lite.quantize"
 
 
 def no_array_of(library: str, node: Any, of_models: str) -> str:

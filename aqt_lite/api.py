@@ -39,6 +39,7 @@ from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_without_scale, check_zero_point, on_grid
 from aqt_lite._range import representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, quantize_within
 from aqt_lite.dialects import AQT_LITE, Dialect, dialect_of
 from aqt_lite.elements import Integer, float_type, integer_type
@@ -502,7 +503,7 @@ def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None,
     array([   0.,    0., -127.], dtype=float32)
     """
     if not isinstance(q, QArray):
-        raise TypeError(f"q is a {type(q).__name__}, not a QArray: quantize it first, or use QArray.from_codes")
+        raise TypeError(f"{not_a_qarray('q', q)}, or use QArray.from_codes")
     return q.dequantize(dtype, fill_value=fill_value, out=out)
 
 

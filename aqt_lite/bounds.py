@@ -269,6 +269,8 @@ def quantize_within(
     if math.isinf(reached):
         words = "keeps no bound at all, since 0 does not stay 0, or a value does not stay finite"
     smaller = "use smaller blocks (granularity=), or keep x as it is"
+    if bound.relative and not family:  # floats, whose errors are relative by themselves
+        smaller = f"use dtype={next(iter(FAMILIES))!r}, {smaller.removeprefix('use ')}"
     if auto:
         raise ValueError(f"none of {', '.join(least)} can keep {bound}: {best} {words}; {smaller}")
     wider = (f for f in known if f.element.bits >= tried[0].element.bits and f.name != tried[0].name)

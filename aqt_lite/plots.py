@@ -21,6 +21,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
 from aqt_lite._parts import Box, boxes, dequantized, memory_order, part_of_array, touched
 from aqt_lite._registry import backend_of, get_backend
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.elements import FLOAT_TYPES, INTEGER_TYPES, Integer
 from aqt_lite.formats import element_type
 from aqt_lite.granularity import grid_of
@@ -463,7 +464,7 @@ def _is_whole_numbers(dtype: str) -> bool:
 
 def _quantized(q: Any, argument: str = "q") -> QArray:
     if not isinstance(q, QArray):
-        raise TypeError(f"{argument} is a {type(q).__name__}, not a QArray: quantize it first with aqt_lite.quantize")
+        raise TypeError(not_a_qarray(argument, q))
     if q._backend.is_traced(q.storage):
         raise TypeError(f"{argument} is being traced and has no values yet: draw it outside the compiled function")
     return q

@@ -24,6 +24,7 @@ from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._shapes import axes_of_layout, swapped_forth
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import PerGroup
@@ -86,7 +87,7 @@ def dot_general(
     """
     one_of("mode", mode, ("fast", "reproducible"))
     if not isinstance(w, QArray):
-        raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
+        raise TypeError(not_a_qarray("w", w))
     w = w._checked()
     left: Array = as_operand(x, "x", w, w._backend)
     (x_in, w_in), (x_batch, w_batch) = (

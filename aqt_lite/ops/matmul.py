@@ -19,6 +19,7 @@ from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_products
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
@@ -85,7 +86,7 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     """``dense`` or ``linear``, by the axis of ``w`` that is summed over; ``name`` is who asks."""
     one_of("mode", mode, ("fast", "reproducible", "integer"))
     if not isinstance(w, QArray):
-        raise TypeError(f"w is a {type(w).__name__}, not a QArray: quantize it first with aqt_lite.quantize(w)")
+        raise TypeError(not_a_qarray("w", w))
     b = w._backend
     ready = _ready(w, b)
     if ready is None:
@@ -108,7 +109,11 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     shape = tuple(x.shape)
     if not shape or shape[-1] != inside:
         roles = "(in, out)" if contract == 0 else "(out, in)"
-        raise ValueError(f"x has shape {shape} and w {w_shape} {roles}: the last axis of x must have length {inside}")
+        others = "linear(x, w), or x @ w.T, reads w as (out, in)", "dense(x, w), or x @ w, reads w as (in, out)"
+        way = f"; aqt_lite.{others[contract]}" if shape and shape[-1] == outside else ""
+        raise ValueError(
+            f"x has shape {shape} and w {w_shape} {roles}: the last axis of x must have length {inside}{way}"
+        )
     if bias is not None:
         bias = as_operand(bias, "bias", w, b)
         if tuple(bias.shape) != (outside,):
