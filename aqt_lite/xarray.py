@@ -988,6 +988,16 @@ _OF_PARTS = {"mode": ("w", "w-"), "group": (), "compute": (True,), "append_dim":
 """Arguments of xarray's writers that could leave something in place or undone, and what of them is the whole."""
 
 
+def _the_bound(max_abs_err: Any, kwargs: Mapping[str, Any]) -> Any:
+    """``max_abs_err``, or TypeError with the way where it is not given, or another bound is."""
+    if max_abs_err is None or "max_rel_err" in kwargs:
+        raise TypeError(
+            "max_abs_err= is the bound to keep, in units of the values; integers keep no relative one: for that write "
+            "obj.aqt.bitround(max_rel_err=...) by xarray's own to_netcdf or to_zarr, which compress it"
+        )
+    return max_abs_err
+
+
 def _check_whole(kwargs: Mapping[str, Any]) -> None:
     for name, values in _OF_PARTS.items():
         if kwargs.get(name) is not None and kwargs[name] not in values:
@@ -1018,7 +1028,7 @@ def to_netcdf(
     obj: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
     *,
-    max_abs_err: float | Mapping[Hashable, float],
+    max_abs_err: float | Mapping[Hashable, float] | None = None,
     dtype: Any = "auto",
     encoding: Mapping[Hashable, Any] | None = None,
     **kwargs: Any,
@@ -1040,11 +1050,12 @@ def to_netcdf(
     **kwargs
         Of xarray's ``to_netcdf``, but for ``mode="a"``, ``group`` and ``compute=False``: the file is made as a whole.
     """
+    bound = _the_bound(max_abs_err, kwargs)
     _check_whole(kwargs)
     check_replaceable(path, store=False)
-    ds, chosen = packed(obj, max_abs_err, dtype, encoding)
+    ds, chosen = packed(obj, bound, dtype, encoding)
     if _compresses(kwargs.get("engine"), kwargs.get("format")):
-        for name in bounds_of(ds, max_abs_err):
+        for name in bounds_of(ds, bound):
             if ds[name].ndim and not _SAYS_STORAGE & chosen[name].keys():
                 chosen[name] = {**_DEFLATED, **chosen[name]}
     written(path, lambda beside: ds.to_netcdf(beside, encoding=chosen, **kwargs), store=False)
@@ -1054,7 +1065,7 @@ def to_zarr(
     obj: xr.DataArray | xr.Dataset,
     path: str | os.PathLike[str],
     *,
-    max_abs_err: float | Mapping[Hashable, float],
+    max_abs_err: float | Mapping[Hashable, float] | None = None,
     dtype: Any = "auto",
     encoding: Mapping[Hashable, Any] | None = None,
     overwrite: bool = False,
@@ -1066,12 +1077,13 @@ def to_zarr(
     xarray decodes it in float64, since JSON has no float32: the values are the same numbers. The attribute
     ``unpacked_dtype`` says their type, to which ``aqt-lite unpack`` returns.
     """
+    bound = _the_bound(max_abs_err, kwargs)
     _check_whole(kwargs)
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists: give another path, or overwrite=True")
     sources = _sources(_as_dataset(obj))
     check_replaceable(path, store=True, sources=sources)
-    ds, chosen = packed(obj, max_abs_err, dtype, encoding, says_type=True)
+    ds, chosen = packed(obj, bound, dtype, encoding, says_type=True)
     written(
         path, lambda beside: without_codecs(ds).to_zarr(beside, encoding=chosen, **kwargs), store=True, sources=sources
     )
@@ -1100,11 +1112,11 @@ class _Accessor:
         """How to pack it: :func:`aqt_lite.xarray.cf_encoding`."""
         return cf_encoding(self._obj, max_abs_err=max_abs_err, dtype=dtype, value_range=value_range)
 
-    def to_netcdf(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
+    def to_netcdf(self, path: Any, *, max_abs_err: Any = None, dtype: Any = "auto", **kwargs: Any) -> None:
         """Write a packed file: :func:`aqt_lite.xarray.to_netcdf`."""
         to_netcdf(self._obj, path, max_abs_err=max_abs_err, dtype=dtype, **kwargs)
 
-    def to_zarr(self, path: Any, *, max_abs_err: Any, dtype: Any = "auto", **kwargs: Any) -> None:
+    def to_zarr(self, path: Any, *, max_abs_err: Any = None, dtype: Any = "auto", **kwargs: Any) -> None:
         """Write a packed store: :func:`aqt_lite.xarray.to_zarr`."""
         to_zarr(self._obj, path, max_abs_err=max_abs_err, dtype=dtype, **kwargs)
 

@@ -317,7 +317,9 @@ def test_a_group_longer_than_the_axis_is_the_axis(backend):
 
 def test_dequantize_of_other_things(backend):
     for other in (backend.asarray(X), X.tolist(), None, 3):
-        with pytest.raises(TypeError, match=r"not a QArray: quantize it first with aqt_lite.quantize, or use QArray.from_codes"):
+        with pytest.raises(
+            TypeError, match=r"not a QArray: quantize it first with aqt_lite.quantize, or use QArray.from_codes"
+        ):
             dequantize(other)
     q = quantize(backend.asarray(X))
     for dtype in ("int8", "float", "f4", 3, np.int32):

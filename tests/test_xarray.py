@@ -680,3 +680,12 @@ def test_rounding_keeps_labels_and_says_what_it_did():
     t.attrs["max_abs_error"] = np.float64(0.1)
     with pytest.warns(aqt_lite.xarray.RepackedWarning, match="max_abs_error=0.1: .* rounding adds to that error"):
         assert "max_abs_error" not in t.aqt.bitround(5).attrs
+
+
+@pytest.mark.parametrize("how", [{}, {"max_rel_err": 0.01}, {"max_abs_err": 0.1, "max_rel_err": 0.01}], ids=str)
+def test_files_of_integers_ask_for_an_absolute_bound(tmp_path, how):
+    da = xr.DataArray(np.arange(4.0, dtype="float32"), dims="x", name="t")
+    for write in (da.aqt.to_netcdf, da.aqt.to_zarr):
+        with pytest.raises(TypeError, match=r"max_abs_err= is the bound to keep.*aqt.bitround\(max_rel_err=...\)"):
+            write(tmp_path / "out", **how)
+    assert not list(tmp_path.iterdir())
