@@ -16,6 +16,12 @@ eagerly and under any tracing compiler. Bits are the same everywhere because of 
 
 A scale is a number, so it may be quantized itself: a format whose scales are kept in another format is this page
 applied to its scales, and nothing else.
+
+Rows of docs/numerics.md that other modules compute: *scale*, *zero block* and ranges are in ``_statistics``,
+*reciprocal* and zero points in ``_steps``, numbers and their rounding in ``elements``. The first two have the rules of
+dialects, too, which are the library's own unless ``recipe.dialect`` says otherwise. Words used here: a *grid* has one
+entry a block, and ``spread`` repeats it for the block's elements; ``known`` says where values count; ``floor`` is the
+least scale of use, where the numbers are scales themselves; ``first`` is where in an array a part of it begins.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ from aqt_lite._normal import computable, flushed, without_tiny
 from aqt_lite._protocol import Backend
 from aqt_lite._records import Coded, Kept, QParams, Recipe, Spec
 from aqt_lite._statistics import counted, ends, of_magnitudes, of_ranges, usable_scale
-from aqt_lite._steps import FAR, fused, in_steps, zero_point_of
+from aqt_lite._steps import before_rounding, by_factor, by_scale, zero_point_of
 from aqt_lite.dialects import AQT_LITE
 from aqt_lite.elements import float_type
 
@@ -107,34 +113,18 @@ def encode_and_tell(
     xp, shape = b.xp, tuple(x.shape)
     scale, zero, offset, steps = qparams
     v = computable(x, spec, b)
-    normal = float_type(spec.source.compute).tiny / 2
     if recipe.keeps_tiny or not spec.element.has_zero:  # numbers next to each other on both sides of 0 tell them apart
         v = flushed(v, spec, xp)
     if steps is not None:
-        v = v * spread(steps[0], shape, spec.block, xp)
-        if steps[1] is not None:  # the clip keeps the addition from being fused with the product
-            most = float_type(spec.source.compute).max
-            v = xp.clip(v, -most, most) + spread(steps[1], shape, spec.block, xp)
+        v = by_factor(v, steps, spec, b)
     elif scale is not None:
         scale = scales(scale, spec, b)
-        if recipe.dialect.kept_of_zeros is not None:  # the scale of zeros may be subnormal
-            nothing = scale < normal
-            scale = xp.where(nothing, xp.ones_like(scale), scale)
-            v = xp.where(spread(nothing, shape, spec.block, xp), v * 0.0, v)
-        if offset is not None:  # in halves, as in dequantize
-            v = without_tiny(v, spec, xp) * 0.5 - spread(offset * 0.5, shape, spec.block, xp)
-            v, scale = without_tiny(v, spec, xp), scale * 0.5
-        rules = recipe.dialect
-        v = in_steps(v, scale, spec.block, spec, rules.divides, b, signed=rules.signed_scales)
+        v = by_scale(v, scale, offset, spec, recipe, b)
     if spec.floor:  # a scale that is not 0 is not kept as 0
         v = xp.where((x > 0) & (v < spec.element.smallest), xp.full_like(v, spec.element.smallest), v)
     if zero is not None:
         zero = spread(xp.astype(zero, v.dtype), shape, spec.block, xp)
-        if recipe.dialect.fused and steps is None and spec.source.compute == "float32":
-            v, zero = fused(x, scale, zero, spec, b), xp.zeros_like(zero)
-        elif recipe.dialect.zero_first:  # clipped far off, so that a product is not fused with the addition
-            v = xp.where(xp.isnan(v), zero, xp.clip(v, -FAR, FAR) + zero)
-            zero = xp.zeros_like(zero)
+        v, zero = before_rounding(x, v, scale, zero, steps is not None, spec, recipe, b)
     drawn = noise(shape, key, first, b) if recipe.rounding == "stochastic" and key is not None else None
     codes, inside = spec.element.encode(v, zero, recipe.narrow(spec), recipe.rounding, drawn, b)
     if not (spec.format.scaled or recipe.ignore_nonfinite):  # no scale can say so
