@@ -223,11 +223,11 @@ def check_layout(argument: str, layout: Any) -> None:
 
 
 def _no_such_key(key: Any, keys: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(key), keys, 1, 0.6)
-    if near:
-        return f"there is no {key!r}: did you mean {near[0]!r}?"
     way = SAID_ELSEWHERE.get(str(key))
-    return f"there is no {key!r}: use {way}" if way else f"there is no {key!r}; a spec has {', '.join(keys)}"
+    if way:
+        return f"there is no {key!r}: use {way}"
+    near = difflib.get_close_matches(str(key), keys, 1, 0.6)
+    return f"there is no {key!r}" + (f": did you mean {near[0]!r}?" if near else f"; a spec has {', '.join(keys)}")
 
 
 def _read(rules: Any, extra: tuple[str, ...]) -> list[_Rule]:
