@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--shapes", action="store_true", help="those of real networks alone")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
     options = parser.parse_args()
     quick = options.quick
@@ -213,9 +214,12 @@ def main() -> None:
     chosen = {name: WEIGHTS[name] for name in list(WEIGHTS)[: 3 if quick else None]}
     sizes, rows_of_x = ([4096], [1, 8]) if quick else (options.sizes, options.rows)
     kinds = [options.only] if options.only else KINDS
+    path = run.ROOT / "benchmarks" / "stored.json"
+    if options.shapes:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes()}, indent=1) + "\n")
+        return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
     if not quick:
-        path = run.ROOT / "benchmarks" / "stored.json"
         if options.only:
             results = spliced(json.loads(path.read_text()), results["rows"])
         else:
