@@ -25,7 +25,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.api import choose_qparams, dequantize, fake_quantize, int_limits, quantize
 from aqt_lite.comparison import compare
 from aqt_lite.elements import FLOAT_TYPES
-from aqt_lite.formats import FORMATS
+from aqt_lite.formats import FORMATS, format_of
 from aqt_lite.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor
 from aqt_lite.ops import dense, linear, reference
 from aqt_lite.qarray import QArray
@@ -404,18 +404,14 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
     """Every registered format: calibrated in short groups, and near the ends of its grid with a given scale."""
     x = np.random.default_rng(6).standard_normal((3, 21)).astype(np.float32)
     x[1], x[2, ::2] = 0, -0.0
-    for name, form in list(FORMATS.items()):
+    for name in [*FORMATS, *_FLOATS_WITHOUT_SCALE]:
+        form = format_of(name)
         settings: list[dict[str, Any]] = [{"granularity": PerGroup(8)}]
-        if form.scale is None and not form.element.middle:
+        if not form.scaled:
+            settings = [{}, {"rounding": "stochastic", "key": 1}]
+        elif form.scale is None and not form.element.middle:
             settings.append({"scale": 0.25, "rounding": "stochastic", "key": 1, "on_clip": "saturate"})
         for how in settings:
-            q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
-            yield q, wanted
-            yield q.storage, wanted.storage
-            yield dequantize(q), dequantize(wanted)
-    of_floats: tuple[dict[str, Any], ...] = ({}, {"rounding": "stochastic", "key": 1})
-    for name in _FLOATS_WITHOUT_SCALE:
-        for how in of_floats:
             q, wanted = quantize(b.asarray(x), name, **how), quantize(x, name, **how)
             yield q, wanted
             yield q.storage, wanted.storage
@@ -423,7 +419,7 @@ def _check_formats(b: Backend, floats: tuple[str, ...]) -> _Pairs:
 
 
 _FLOATS_WITHOUT_SCALE = ("bitround3", "bitround7", "bitround12")
-"""Those of other numbers of bits differ by a shift: a stream of bits, items of 16 bits, and a stream of wide codes."""
+"""Of a family, since others differ by a shift: a stream of bits, items of 16 bits, and a stream of wide codes."""
 
 
 def _check_given_scale(b: Backend, floats: tuple[str, ...]) -> _Pairs:

@@ -10,9 +10,10 @@ from optional import jax, jnp, needs, torch
 
 import aqt_lite
 from aqt_lite import QArray, bitround, quantize
+from aqt_lite._registry import get_backend
 from aqt_lite.elements import BitRound
 from aqt_lite.formats import BITROUND, Format
-from aqt_lite.testing import assert_same_bits
+from aqt_lite.testing import _check_formats, assert_same_bits
 
 RNG = np.random.default_rng(14)
 X = RNG.standard_normal((4, 37)).astype("float32")
@@ -232,6 +233,8 @@ def test_codes_that_are_refused(codes, how, match):
 def test_a_format_of_your_own():
     mine = aqt_lite.register_format(BitRound("mine_of_bitround", 4))
     assert_same_bits(quantize(X, "mine_of_bitround").dequantize(), bitround(X, 4))
+    checked = [q.dtype for q, _ in _check_formats(get_backend("numpy"), ()) if isinstance(q, QArray)]
+    assert "mine_of_bitround" in checked  # by the conformance suite, as any that is registered
     assert aqt_lite.formats.rebuilt(aqt_lite.formats.described(mine)) == mine
     with pytest.raises(ValueError, match="range of floats: give scaled=False"):
         Format("scaled", mine.element)
