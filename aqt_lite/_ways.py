@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-__all__ = ["not_a_qarray", "FormatName", "no_array_of", "way_to"]
+__all__ = ["FormatName", "no_array_of", "not_a_qarray", "way_to"]
 
 _WAYS = {
     "q.to_device(device) moves it, q.to_backend(name) makes it another library's, q.dequantize(dtype) is its values": (

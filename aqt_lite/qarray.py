@@ -238,7 +238,7 @@ class QArray(ArrayShapes, ArrayBytes):
         shape = tuple(qvalue.shape)
         block = block_of(granularity, len(shape))
         scale = _as_meant(scale, tensor_scale, form, dialect_of(dialect).for_format(form), source.compute, b)
-        if scale is None and form.scaled and form.name not in SCALE_FORMATS:
+        if scale is None and _needs_scale(form):
             raise TypeError(f"scale is None: codes of {form.name} need one; give 1.0 where they have none")
         if form.element.own_range:
             said = {"scale": scale, "zero_point": zero_point, "offset": offset, "scale_dtype": scale_dtype}
@@ -799,6 +799,11 @@ _PART = 1 << 20  # codes that are looked at in one go; whole bytes of a stream
 _BUILT_IN = frozenset([*FORMATS.values(), *SCALE_FORMATS.values(), *DERIVED.values()])
 
 
+def _needs_scale(form: Format) -> bool:
+    """Whether codes of a format mean nothing without a scale; those of scales may have none."""
+    return form.scaled and form.name not in SCALE_FORMATS
+
+
 def _stored_format(dtype: Any) -> Format:
     """A format of codes that exist already: one that users name, or one of scales."""
     if not isinstance(dtype, Format | ElementType):
@@ -1012,7 +1017,7 @@ def checked_for_a_file(q: QArray, *, check_values: bool = True) -> None:
     full = q._checked()
     if full.ragged and full.ragged != full._ragged_axes():
         raise ValueError(f"a QArray of shape {q.shape} in blocks {q.block} has ragged={q.ragged}")
-    if q.scale is None and _stored_format(q.dtype).scaled and q.dtype not in SCALE_FORMATS:
+    if q.scale is None and _needs_scale(_stored_format(q.dtype)):
         raise ValueError(f"a QArray has no scale, but codes of {q.dtype} need one")
     if element.own_range:
         said = {"scale": q.scale, "zero_point": q.zero_point, "offset": q.offset}
