@@ -166,7 +166,10 @@ class ArrayShapes:
 
     def __len__(self: QArray) -> int:  # type: ignore[misc]
         if not self.shape:
-            raise TypeError("len() of a 0-dimensional QArray; an array of its values is q.dequantize()")
+            raise TypeError(
+                "a 0-dimensional QArray has no len(), and a QArray becomes no tensor or list by itself: q.dequantize() "
+                "is the array of its values, aqt_lite.torch.QuantizedWeight(q) keeps it in a torch module"
+            )
         return self.shape[0]
 
     def __bool__(self) -> NoReturn:

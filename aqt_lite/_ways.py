@@ -26,9 +26,8 @@ _WAYS = {
         "dot matmul mm bmm einsum"
     ),
     "q.copy() has arrays of its own": "clone contiguous",
-    "it is a constant of derivatives, but for scales of q.with_trainable_scales()": (
-        "requires_grad requires_grad_ grad detach backward"
-    ),
+    "it is a constant of derivatives, but for scales of q.with_trainable_scales(), and modules of torch hold it as "
+    "aqt_lite.torch.QuantizedWeight(q)": "requires_grad requires_grad_ grad detach backward",
     "q.ndim, q.size, q.nbytes and q.bits say how large it is": "dim numel itemsize element_size strides stride",
     "aqt_lite.save(path, q) writes it, pickle, too, and q.to_bytes(layout) has bytes that other libraries read": (
         "save dump tofile tobytes data ctypes data_ptr"

@@ -336,12 +336,40 @@ def test_a_quantized_weight_says_what_a_parameter_would():
         layer.weight.requires_grad = True
 
 
-def test_layers_that_read_a_weight_themselves_are_told():
-    model = made()
-    with pytest.raises(TypeError, match=r"matmul is given a quantized weight: use weight.qarray with aqt_lite.linear"):
-        torch.matmul(torch.ones(2, 16), model.head.weight)
-    with pytest.raises(TypeError, match=r"as its input or bias: use weight.qarray.dequantize\(\) there"):
-        nn.functional.linear(model.head.weight, torch.ones(2, 16))
+def test_functions_of_torch_take_a_quantized_weight_as_they_take_its_qarray():
+    weight = made().head.weight
+    x = torch.randn(2, weight.shape[0])
+    for y in (torch.matmul(x, weight), x.mm(weight), x @ weight):
+        assert_same_bits(y, x @ weight.qarray)
+    with pytest.raises(ValueError, match="shape"):
+        torch.matmul(torch.ones(2, weight.shape[0] + 1), weight)
+    with pytest.raises(TypeError, match=r"functions of torch take arrays.*q\.dequantize\(\)"):
+        torch.add(weight, 1)
+    with pytest.raises(TypeError, match=r"not a QArray"):
+        nn.functional.linear(weight, torch.ones(2, 16))
+
+
+def test_a_module_of_ones_own_keeps_a_qarray_as_it_keeps_parameters(tmp_path):
+    class Scores(nn.Module):
+        def __init__(self, q):
+            super().__init__()
+            self.weight = QuantizedWeight(q)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    w = [torch.randn(12, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    made = [Scores(aqt_lite.quantize(values, "int4", granularity=PerGroup(16))) for values in w]
+    x = torch.randn(3, 32)
+    assert_same_bits(made[0](x), aqt_lite.linear(x, made[0].weight.qarray))
+    torch.save(made[1].state_dict(), tmp_path / "scores.pt")
+    made[0].load_state_dict(torch.load(tmp_path / "scores.pt", weights_only=True))
+    assert_same_bits(made[0](x), made[1](x))
+    assert_same_bits(copy.deepcopy(made[0]).half()(x), made[1](x))
+    assert_same_bits(torch.compile(made[0], fullgraph=True)(x), torch.compile(made[1], fullgraph=True)(x))
+    torch.testing.assert_close(torch.compile(made[0], fullgraph=True)(x), made[1](x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        made[0].load_state_dict({})
 
 
 def test_layers_that_hand_a_weight_to_linear_get_its_product():

@@ -29,8 +29,8 @@ def serve(cls: type) -> None:
     def refuse(module: torch.nn.Module, name: str, buffer: Any) -> None:
         if isinstance(buffer, cls):
             raise TypeError(
-                f"buffer {name!r} is a QArray, which a module would neither move nor save: {_OF_MODELS} makes layers "
-                "that keep quantized weights; else register q.storage and q.scale, and save by aqt_lite.save(path, q)"
+                f"buffer {name!r} is a QArray, which a module would neither move nor save: self.{name} = "
+                f"aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
             )
 
     torch.nn.modules.module.register_module_buffer_registration_hook(refuse)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from aqt_lite import _mark
@@ -93,6 +94,21 @@ class QuantizedWeight(nn.Module):
 
     Conversions (``.half()``, ``.to(dtype)``) leave them as they are: they move between devices only. A state dict with
     codes of another format, block, layout or dtype is refused by ``load_state_dict``.
+
+    In a module of your own it is what a parameter would be. A QArray as a plain attribute is in no state dict: torch
+    never asks it.
+
+    >>> import aqt_lite
+    >>> class Scores(torch.nn.Module):
+    ...     def __init__(self, q):
+    ...         super().__init__()
+    ...         self.weight = QuantizedWeight(q)
+    ...
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.linear(x, self.weight)
+    >>> scores = Scores(aqt_lite.quantize(torch.ones(3, 4)))
+    >>> scores(torch.ones(1, 4)), list(scores.state_dict())
+    (tensor([[4., 4., 4.]]), ['weight.storage', 'weight.scale', 'weight.mark'])
     """
 
     like: torch.Tensor
@@ -207,22 +223,16 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch calls where it is given this in the place of a tensor; fused layers then take their other path.
+        """What torch calls where it is given this in the place of a tensor: its QArray answers.
 
-        Layers that hand a weight of another one to ``linear`` get its product (attention of windows does).
+        So layers that hand a weight of another one to ``linear`` get its product (attention of windows does), and fused
+        layers take their other path.
         """
-        if function is nn.functional.linear:
-            return _of_linear(*args, **(kwargs or {}))
-        raise TypeError(
-            f"{getattr(function, '__name__', function)} is given a quantized weight: use weight.qarray with "
-            "aqt_lite.linear, or weight.qarray.dequantize()"
-        )
+        inside, of_options = pytree.tree_map_only(cls, lambda weight: weight.qarray, (args, kwargs or {}))
+        return QArray.__torch_function__(function, types, inside, of_options)  # type: ignore[attr-defined]
 
-
-def _of_linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if not isinstance(weight, QuantizedWeight):
-        raise TypeError("linear is given a quantized weight as its input or bias: use weight.qarray.dequantize() there")
-    return linear(input, weight.qarray, bias)
+    def __rmatmul__(self, x: Any) -> Any:
+        return x @ self.qarray
 
 
 def _arrays_of(q: QArray) -> list[Any]:
