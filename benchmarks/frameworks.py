@@ -127,7 +127,9 @@ def of_library(library: str, weights: list[np.ndarray], how: dict, quantized: li
     if library == "jax":
         plain = functools.partial(jax.jit(lambda weights, x: in_a_row(x, weights)), quantized)
         return {"linear": plain, **of_nnx(weights, how), **of_linen(weights, how), **of_equinox(weights, how)}
-    return {"linear": lambda x: in_a_row(x, quantized), **of_torch(weights, how)}
+    plain = functools.partial(in_a_row, weights=quantized)
+    compiled = torch.compile(lambda x: in_a_row(x, quantized), fullgraph=True)
+    return {"linear": plain, "linear, torch.compile": compiled, **of_torch(weights, how)}
 
 
 def told(row: dict) -> None:

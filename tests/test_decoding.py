@@ -14,7 +14,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import runtime, serve, stored
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
-from aqt_lite.ops.matmul import _as_stored
+from aqt_lite.ops.matmul import as_stored
 
 LOOPS = runtime.decoding_loops()
 needs_loops = pytest.mark.skipif(LOOPS is None, reason="the processor has no AVX2: other forms serve, tested there")
@@ -49,7 +49,7 @@ of_each_kind = pytest.mark.parametrize("how", [*KINDS, {"dtype": "mxfp4"}], ids=
 
 def decoded_product(x, q, bias=None, contract=1):
     """What the form itself answers."""
-    w, spec = _as_stored(q, packed=True)
+    w, spec = as_stored(q, packed=True)
     return stored.matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=q.packed_length)
 
 
@@ -99,7 +99,7 @@ def test_floats_of_groups_of_any_length_are_those_of_dequantize(how):
         for rows, columns in ((7, 203), (3, 16), (5, 1)):
             granularity = {} if how["dtype"] == "mxfp4" else {"granularity": PerGroup(size)}
             q = quantize(weight(rows, columns), **how, **granularity)
-            w, spec = _as_stored(q, packed=True)
+            w, spec = as_stored(q, packed=True)
             [(part, values)] = stored.blocks_of_values(w, spec, columns, q.packed_length is not None)
             assert part == slice(0, rows)
             np.testing.assert_array_equal(values, q.dequantize())
@@ -191,7 +191,7 @@ def test_the_operation_itself_is_what_the_form_is_held_against():
     b = get_backend("numpy")
     for how in ({"dtype": "nf4"}, {"dtype": "mxfp4"}, {"dtype": "int8"}, {"dtype": "uint3"}):
         q, x = quantize(weight(40, 70), **how), weight(5, 70, seed=1)
-        w, spec = _as_stored(q, packed=True)
+        w, spec = as_stored(q, packed=True)
         y = reference.matmul_stored(x, w, None, spec=spec, contract=1, packed_length=q.packed_length, b=b)
         assert_exact_to_float32(y, x, q.dequantize())
 

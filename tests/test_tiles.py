@@ -8,7 +8,7 @@ from test_decoding import KINDS, assert_exact_to_float32, name_of
 
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
 from aqt_lite.backends.cpu import runtime, tiles
-from aqt_lite.ops.matmul import _as_stored
+from aqt_lite.ops.matmul import as_stored
 
 OTHERS = [
     {"dtype": "float8_e4m3fn"},
@@ -33,7 +33,7 @@ def alone(monkeypatch):
 
 def of_tiles(x, q, bias=None, contract=1):
     """What the form itself answers."""
-    w, spec = _as_stored(q, packed=True)
+    w, spec = as_stored(q, packed=True)
     contract = 1 - contract if q.transposed else contract
     return tiles.matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=q.packed_length)
 
@@ -130,7 +130,7 @@ def test_negative_scales_and_zero_points_beyond_the_codes():
     scale = rng.standard_normal((9, 3)).astype(np.float32)
     q = QArray.from_codes(codes, scale, np.full((9, 3), 128, np.int32), dtype="uint8", granularity=PerGroup(32))
     assert_exact_to_float32(of_tiles(x, q), x, q.dequantize())
-    w, spec = _as_stored(q, packed=True)
+    w, spec = as_stored(q, packed=True)
     far = w._replace(zero_point=np.full((9, 3), 1 << 20, np.int32))
     assert tiles.matmul_of_tiles(x, far, None, spec=spec, contract=1, packed_length=None) is NotImplemented
 

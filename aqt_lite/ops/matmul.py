@@ -24,7 +24,7 @@ from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.ops import reference
 from aqt_lite.qarray import QArray
 
-__all__ = ["Mode", "as_operand", "dense", "linear", "product"]
+__all__ = ["Mode", "as_operand", "as_stored", "dense", "in_integers", "linear", "may_go_as_stored", "product"]
 
 Mode = Literal["fast", "reproducible", "integer"]
 
@@ -194,7 +194,7 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
         return known if known.state == _state(w) and not b.differentiates(w.scale) else None
     if isinstance(w.scale, QArray) or w.scale is None or w.packed_length is not None or w._checked() is not w:
         return None
-    found = _in_integers(w)
+    found = in_integers(w)
     if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
         return None
     weight, spec = found
@@ -203,7 +203,7 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     return known
 
 
-def _as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine.Spec]:
+def as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine.Spec]:
     """A weight's arrays and their meaning, in the order in which codes are stored.
 
     ``packed``: codes as they are kept, and traced scales unseen. Else codes are one an item, and scales that are not
@@ -229,29 +229,34 @@ def _keeps_scales_swapped(w: QArray) -> bool:
     return bool(w.transposed) and not has_been_turned
 
 
-def _in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
+def in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
     """The same with integer codes of 8 or 16 bits and plain scales, where all numbers are whole multiples of a unit."""
     element = element_type(w.dtype)
     native = FORMATS.get(element.storage)
     whole = element.unit is not None or (native is not None and native.element == element)
     if not whole or w.scale is None or w.offset is not None:
         return None
-    weight, spec = _as_stored(w)
+    weight, spec = as_stored(w)
     return reference.as_integers(weight, spec=spec, b=w._backend)
+
+
+def may_go_as_stored(w: QArray, mode: str, contract: int) -> bool:
+    """Whether a product may read packed codes and kept scales as they are: where codes are packed, or in groups."""
+    if w.scale is None or (isinstance(w.scale, QArray) and w.scale._has_groups):  # groups' scales must not become 0
+        return False
+    return w.packed_length is not None or bool(mode == "fast" and w.scale.ndim and w.scale.shape[contract] > 1)
 
 
 def _stored_product(
     operation: Callable[..., Any], x: Array, w: QArray, bias: Array | None, contract: int, b: Backend
 ) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
-    if isinstance(w.scale, QArray) and w.scale._has_groups:  # they become plain numbers, which must not be 0 there
-        return NotImplemented
     swapped = _keeps_scales_swapped(w)
     static = {"contract": contract, "packed_length": w.packed_length, "swapped": swapped}
     kernel = kernel_for(b, operation, static)
     if kernel is None:
         return NotImplemented
-    weight, spec = _as_kept(w, packed=True) if swapped else _as_stored(w, packed=True)
+    weight, spec = _as_kept(w, packed=True) if swapped else as_stored(w, packed=True)
     return kernel(x, weight, bias, spec=spec, **static)
 
 
@@ -266,16 +271,14 @@ def _float_product(
         y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
         if y is not NotImplemented:
             return y
-    elif w.scale is not None and (
-        w.packed_length is not None or (mode == "fast" and w.scale.ndim and w.scale.shape[contract] > 1)
-    ):
-        as_stored = reference.matmul_stored if mode == "fast" else reference.matmul_reproducible_stored
-        y = _stored_product(as_stored, x, w, bias, stored, b)
+    elif may_go_as_stored(w, mode, contract):
+        of_stored = reference.matmul_stored if mode == "fast" else reference.matmul_reproducible_stored
+        y = _stored_product(of_stored, x, w, bias, stored, b)
         if y is not NotImplemented:
             return y
-    found = _in_integers(w)
+    found = in_integers(w)
     if found is None:
-        weight, spec = _as_stored(w)
+        weight, spec = as_stored(w)
         values = run(b, affine.dequantize, weight, spec=reference.unrounded(spec), out=spec.source.compute)
         return run(b, reference.matmul_of_values, x, values, bias, contract=stored)
     operation: Callable[..., Array] = reference.matmul
@@ -311,7 +314,7 @@ def _quantized_product(x: QArray, w: QArray, bias: Array | None, mode: str, cont
         )
     if not integers:
         return product_of_values(mode)
-    left, right = _in_integers(replace(x, storage=x.qvalue, transposed=False, packed_length=None)), _in_integers(w)
+    left, right = in_integers(replace(x, storage=x.qvalue, transposed=False, packed_length=None)), in_integers(w)
     assert left is not None
     assert right is not None
     (of_x, x_spec), (of_w, w_spec) = left, right

@@ -24,8 +24,10 @@ from aqt_lite._registry import get_backend
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
 from aqt_lite._shapes import swapped_back
 from aqt_lite.api import fake_quantize, quantize
+from aqt_lite.backends.torch import products
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import linear
+from aqt_lite.ops.matmul import as_stored, in_integers, may_go_as_stored
 from aqt_lite.qarray import QArray
 from aqt_lite.trees import Progress, TreePlan, with_progress
 
@@ -123,6 +125,7 @@ class QuantizedWeight(nn.Module):
         # takes part in conversions in the place of the values: what is looked up has its dtype
         like = torch.empty(0, dtype=getattr(torch, q.float_dtype), device=q.storage.device)
         self.register_buffer("like", like, persistent=False)
+        self.in_one_call = _in_one_call(q, dict(zip(self.structure.names(), _arrays_of(q), strict=True)))
 
     @property
     def qarray(self) -> QArray:
@@ -138,6 +141,17 @@ class QuantizedWeight(nn.Module):
         ):
             known = self.__dict__["known"] = self.structure.made(self._buffers.__getitem__)
         return known
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``linear(x, self.qarray, bias)``; in what a compiler makes, by one operator where that serves."""
+        if torch.compiler.is_compiling() and self.in_one_call is not None:
+            inputs, operator, told, names = self.in_one_call
+            if x.ndim and x.shape[-1] == inputs:
+                tensors = tuple(None if name is None else self._buffers[name] for name in names)
+                y: Any = products.multiply_in_one_call(operator, told, x, tensors, bias)
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return]
+        return linear(x, self.qarray, bias)  # type: ignore[no-any-return]
 
     @property
     def shape(self) -> torch.Size:
@@ -235,6 +249,19 @@ class QuantizedWeight(nn.Module):
         return x @ self.qarray
 
 
+def _in_one_call(q: QArray, buffers: dict[str, Any]) -> Any:
+    """What ``products.in_one_call`` says, with names of buffers for tensors; None where one is made of them."""
+    if len(q.shape) != 2 or q.transposed or q.scale is None or q.offset is not None or q.storage.is_meta:
+        return None
+    stored = as_stored(q, packed=True) if may_go_as_stored(q, "fast", 1) else None
+    found = products.in_one_call(stored, in_integers(q) if stored is None else None, q.packed_length)
+    if found is None:
+        return None
+    operator, told, tensors = found
+    names = [None if t is None else next((n for n, own in buffers.items() if own is t), "") for t in tensors]
+    return None if "" in names else (q.shape[1], operator, told, tuple(names))
+
+
 def _arrays_of(q: QArray) -> list[Any]:
     """Its arrays in the order of ``_Structure.names``."""
     parts = (getattr(q, name) for name in _PARTS)
@@ -254,12 +281,11 @@ class QuantizedLinear(nn.Linear):
     activations: str | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        w, bias = self.weight.qarray, self.bias
         if self.activations is None:
-            y: torch.Tensor = linear(input, w, bias)
-            return y
+            return self.weight.product(input, self.bias)
+        w, bias = self.weight.qarray, self.bias
         per_row: Any = {"dtype": self.activations, "granularity": PerGroup(self.in_features)}
-        y = linear(quantize(input, **per_row), w, bias)
+        y: torch.Tensor = linear(quantize(input, **per_row), w, bias)
         if torch.is_grad_enabled() and input.requires_grad:  # straight through, as if the values were multiplied
             values = linear(fake_quantize(input, **per_row), w, bias)
             y = get_backend("torch").straight_through(values, y.detach(), torch.isfinite(values))

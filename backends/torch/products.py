@@ -363,9 +363,7 @@ def _without_derivatives(
         values = values_in_onnx(w, reference.unrounded(spec))
         return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(reproducible, x, w, spec, contract):
-        outer, inner = (-1 if size is None else size for size in spec.block)
-        static = reproducible, spec.element.name, spec.source.name, outer, inner
-        return _eager_product(*static, x, w.codes, w.scale, w.zero_point, bias)
+        return _eager_product(*_told_of_product(reproducible, spec), x, w.codes, w.scale, w.zero_point, bias)
     return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
 
 
@@ -383,11 +381,20 @@ def _is_one_call(reproducible: bool, x: Array, w: Coded, spec: Spec, contract: i
         return False
     if x.device.type != "cpu" or spec.element.bits != 8:
         return False
-    if HAS_DOTS and _is_worth_digits(w, contract):
+    if _is_one_product(w, spec, contract):
         return True
     if not (reproducible and HAS_GROUPS) or w.codes.numel() < runtime.LARGE:
         return False
     return serve.in_short_groups(get_backend("torch").dtype_name(x), w, spec, contract)
+
+
+def _is_one_product(w: Coded, spec: Spec, contract: int) -> bool:
+    return HAS_DOTS and spec.element.bits == 8 and _is_worth_digits(w, contract)
+
+
+def _told_of_product(reproducible: bool, spec: Spec) -> tuple[bool, str, str, int, int]:
+    outer, inner = (-1 if size is None else size for size in spec.block)
+    return reproducible, spec.element.name, spec.source.name, outer, inner
 
 
 @torch.library.custom_op("aqt_lite::product", mutates_args=())
@@ -504,26 +511,31 @@ def _as_one_call(
 
     Not in an exported program, and not where derivatives are recorded.
     """
-    b, kept = get_backend("torch"), w.scale
+    b = get_backend("torch")
+    found = _stored_in_one_call(b.dtype_name(x), w, spec, contract, packed_length)
+    if found is None or torch.compiler.is_exporting() or x.device.type != "cpu":
+        return NotImplemented
+    told, tensors = found
+    if b.differentiates(x, *tensors, bias):
+        return NotImplemented
+    return _eager_stored(*told, x, *tensors, bias)
+
+
+def _stored_in_one_call(
+    x_dtype: str, w: Coded, spec: Spec, contract: int, packed_length: int | None
+) -> tuple[tuple[str, str, str, tuple[int, ...]], tuple[Array | None, ...]] | None:
+    """What the operator below is told of a weight, and its tensors; None where it does not serve."""
+    kept = w.scale
     numbers, of_scales = (kept.codes, kept.scale) if isinstance(kept, Coded) else (kept, None)
     plain = isinstance(numbers, torch.Tensor) and (of_scales is None or isinstance(of_scales, torch.Tensor))
     others = (kept.zero_point, kept.offset) if isinstance(kept, Coded) else ()
-    if (
-        not DECODES
-        or torch.compiler.is_exporting()
-        or x.device.type != "cpu"
-        or not plain
-        or any(a is not None for a in others)
-    ):
-        return NotImplemented
-    if not serve.decodes_in_vectors(1, b.dtype_name(x), w, spec, contract, packed_length is not None):
-        return NotImplemented
-    tensors = (x, w.codes, numbers, of_scales, w.zero_point, bias)
-    if b.differentiates(*tensors):
-        return NotImplemented
+    if not DECODES or not plain or any(a is not None for a in others):
+        return None
+    if not serve.decodes_in_vectors(1, x_dtype, w, spec, contract, packed_length is not None):
+        return None
     names = (spec.format.name, "" if spec.format.scale is None else spec.format.scale.name, spec.source.name)
-    lengths = [-1 if n is None else n for n in (*spec.block, packed_length)]
-    return _eager_stored(*names, lengths, *tensors)
+    lengths = tuple(-1 if n is None else n for n in (*spec.block, packed_length))
+    return (*names, lengths), (w.codes, numbers, of_scales, w.zero_point)
 
 
 @torch.library.custom_op("aqt_lite::stored_product", mutates_args=())
@@ -564,6 +576,46 @@ def _(info: Any, axes: Any, *arguments: Any) -> Any:
         return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[4:], strict=True))
 
     return torch.stack([_eager_stored(*static, *one(i)) for i in range(info.batch_size)]), 0
+
+
+# ---- layers, whose weights are known before a compiler sees them
+
+
+def in_one_call(
+    stored: tuple[Coded, Spec] | None, integers: tuple[Coded, Spec] | None, packed_length: int | None
+) -> Any:
+    """Which of the two operators takes a weight (N, K) of layers on a CPU, what it is told, and the tensors it gets.
+
+    None where a compiler has to trace the product. Else it traces one call, and so guards hardly anything: of a few
+    large layers its guards took a good part of a tenth of the time. ``stored``: the weight as it is kept, where it may
+    be read so; ``integers``: else, with plain scales, if it has any.
+    """
+    if stored is not None:
+        found = _stored_in_one_call("float32", *stored, 1, packed_length)
+        return None if found is None else ("stored", *found)
+    if integers is None or not _is_one_product(*integers, 1):
+        return None
+    w, spec = integers
+    return "product", _told_of_product(False, spec), (w.codes, w.scale, None, w.zero_point)
+
+
+def multiply_in_one_call(operator: str, told: Any, x: Array, tensors: Any, bias: Array | None) -> Array:
+    """``x @ w.T + bias`` by that operator, in a program that is compiled; NotImplemented where it is traced instead.
+
+    That is so where derivatives are recorded, and for anything but float32.
+    """
+    of_float32 = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
+    if not of_float32 or x.device.type != "cpu" or torch.compiler.is_exporting():
+        return NotImplemented
+    if get_backend("torch").differentiates(x, bias):
+        return NotImplemented
+    codes, scale, of_scales, zero_point = tensors
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if operator == "product":
+        y = _eager_product(*told, rows, codes, scale, zero_point, bias)
+    else:
+        y = _eager_stored(*told, rows, codes, scale, of_scales, zero_point, bias)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 # ---- the CPU library's forms
