@@ -25,7 +25,7 @@ test: $(READY)  ## tests and doctests, without the exhaustive ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not exhaustive" --doctest-modules tests aqt_lite
 
 exhaustive: $(READY)  ## the others: every value or combination there is
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m exhaustive tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 -m exhaustive tests
 
 pythons: $(READY)  ## core tests on other Pythons, on the lowest declared versions, and with NumPy alone
 	$(BIN)/python .ci/other_pythons.py
