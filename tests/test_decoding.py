@@ -9,7 +9,7 @@ import pytest
 from optional import jax, jnp, needs, torch
 from processors import run_without_avx_512
 
-from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, dense, linear, quantize
+from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import runtime, serve, stored
 from aqt_lite.formats import FORMATS
@@ -87,6 +87,130 @@ def test_sums_are_exact_to_float32(how, rows):
         x, bias = rng.standard_normal((rows, columns)).astype(np.float32), weight(1, outputs)[0]
         y = decoded_product(x, q, bias)
         assert_exact_to_float32(y, x, q.dequantize(), bias)
+
+
+needs_dots = pytest.mark.skipif(LOOPS is None or not LOOPS.DOTS, reason="one row is multiplied as floats here")
+
+
+@pytest.mark.parametrize("shift", [0, -70, 70])
+@pytest.mark.parametrize("kind", ["int4", "uint4", "int4 with zero points", "float4_e2m1fn", "int8", "uint8"])
+def test_sums_of_integers_are_exact(kind, shift):
+    """Each code at even and odd positions; rows and groups that end anywhere; scales near 1, and far from it."""
+    rng, dtype = np.random.default_rng(0), kind.split()[0]
+    low, high = FORMATS[dtype].element.codes
+    for size, columns, rows in ((32, 1, 1), (64, 95, 3), (96, 700, 5), (128, 513, 7), (160, 1537, 9), (256, 2050, 101)):
+        codes = rng.integers(low, high + 1, (rows, columns)).astype(FORMATS[dtype].element.storage)
+        groups = -(-columns // size)
+        scale = np.ldexp(np.float32(1), shift + rng.integers(-2, 3, (rows, groups))).astype(np.float32)
+        zero = rng.integers(low, high + 1, (rows, groups)).astype(np.int32)
+        how = {"zero_point": zero} if kind in ("uint4", "uint8", "int4 with zero points") else {}
+        q = QArray.from_codes(codes, scale, dtype=dtype, granularity=PerGroup(size), **how)
+        x = rng.integers(-20, 21, (1, columns)).astype(np.float32)
+        exact = x.astype(np.float64) @ np.asarray(q.dequantize(), np.float64).T
+        np.testing.assert_array_equal(decoded_product(x, q) if LOOPS is not None else linear(x, q), exact)
+
+
+def hard_rows(columns):
+    """One row each of what fixed point might spoil, by name."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(columns)
+    powers = np.exp2(rng.integers(-60, 60, -(-columns // 32)).repeat(32)[:columns])
+    far = np.where(np.arange(columns) % 5 == 0, 2.0**-20, 1.0)
+    rows = {
+        "normal": x,
+        "positive": np.abs(x),
+        "mostly zeros": np.where(rng.random(columns) < 0.9, 0, x),
+        "groups of all sizes": x * powers,
+        "entries of all sizes": x * np.exp2(rng.integers(-40, 40, columns)),
+        "two sizes in a group": x * far,
+        "subnormal": x * 2.0**-130,
+        "huge": np.clip(x, -3, 3) * 2.0**110,
+        "beside subnormal": np.where(np.arange(columns) % 50 == 7, 2.0**-140, x),
+        **{f"an outlier of {size:g}": np.where(np.arange(columns) == 41, size, x) for size in (1e3, 1e5, 1e10, 1e20)},
+        "outliers everywhere": np.where(np.arange(columns) % 32 == 9, 1e6, x),
+    }
+    return {name: row.astype(np.float32)[None] for name, row in rows.items()}
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [*KINDS, {"dtype": "mxfp4"}], ids=name_of)
+def test_one_row_is_as_exact_as_a_float32_product(how):
+    """Where outliers meet no weight, too, so that nothing but the other entries is left of a row."""
+    how = how if how["dtype"] == "mxfp4" else {**how, "granularity": PerGroup(32)}
+    for columns in (800, 2051):
+        w = weight(97, columns)
+        for without in (False, True):
+            if without:
+                w[:, 41] = w[:, 9::32] = 0
+            q = quantize(w, **how)
+            values = np.asarray(q.dequantize())
+            for name, x in hard_rows(columns).items():
+                exact = x.astype(np.float64) @ values.astype(np.float64).T
+                ours, theirs = (np.sqrt(np.mean((y - exact) ** 2)) for y in (decoded_product(x, q), x @ values.T))
+                assert ours <= 2 * max(theirs, 2.0**-25 * np.abs(exact).max(), 2.0**-149), (name, without)
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "int4"}, {"dtype": "uint4", "scheme": "affine"}, {"dtype": "int8"}])
+def test_what_cancels_leaves_what_float32_leaves(how):
+    """Products that add up to nearly nothing: all of one size, so that only the last bits of each count."""
+    w = weight(60, 1024)
+    w[:, 512:] = w[:, :512]
+    q = quantize(w, **how, granularity=PerGroup(64))
+    x, values = weight(1, 1024, seed=1), np.asarray(q.dequantize(), np.float64)
+    x[:, 512:] = -x[:, :512] * np.float32(1 + 2.0**-20)
+    exact = x.astype(np.float64) @ values.T
+    ours, theirs = (
+        np.sqrt(np.mean((y - exact) ** 2)) for y in (decoded_product(x, q), x @ values.astype(np.float32).T)
+    )
+    assert ours <= 2 * theirs
+
+
+@needs_dots
+def test_fixed_point_serves_what_it_is_for():
+    """How many quarters of a row are left to floats; -1 where all are."""
+
+    def left(x, how):
+        q = quantize(weight(8, x.shape[1]), **how)
+        w, spec = _as_stored(q, packed=True)
+        with np.errstate(all="ignore"):
+            operands = stored.operands_of(w, spec, x.shape[1], q.packed_length is not None, get_backend("numpy"))
+        words = stored._arranged(x, operands).view(np.int32)[0]
+        head = LOOPS.parts_of(x.shape[1], operands.halves)[0] // 4
+        return words[head + 1] if words[head] else -1
+
+    rows, int4 = hard_rows(2048), {"dtype": "int4", "granularity": PerGroup(32)}
+    for how in (int4, {"dtype": "int8", "granularity": PerGroup(32)}, {"dtype": "mxfp4"}):
+        assert left(rows["normal"], how) <= 1
+        assert 1 <= left(rows["an outlier of 1e+20"], how) <= 2
+        assert left(rows["entries of all sizes"], how) == left(rows["subnormal"], how) == -1
+    assert left(rows["normal"], {"dtype": "nf4", "granularity": PerGroup(32)}) == -1
+    assert left(rows["normal"], {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(32)}) == -1
+
+
+@needs_loops
+@pytest.mark.parametrize("bad", [2.0**-100, 2.0**80, -3.0])
+def test_scales_of_any_size_and_sign_in_one_row(bad):
+    q, x = quantize(weight(300, 512), "int4", granularity=PerGroup(32)), weight(1, 512, seed=2)
+    scale = np.asarray(q.scale).copy()
+    scale[7, 3] = bad
+    w, spec = _as_stored(replace(q, scale=scale), packed=True)
+    values = reference.values_stored(w, spec=spec, packed_length=q.packed_length, b=get_backend("numpy"))
+    y = stored.matmul_stored(x, w, None, spec=spec, contract=1, packed_length=q.packed_length)
+    assert_exact_to_float32(y, x, values)
+
+
+@needs_loops
+@pytest.mark.parametrize("zero", [-100, 40, 3])
+def test_zero_points_that_are_no_codes(zero):
+    q, x = quantize(weight(300, 512), "uint4", scheme="affine", granularity=PerGroup(32)), weight(1, 512, seed=2)
+    w, spec = _as_stored(q, packed=True)
+    points = np.asarray(w.zero_point).copy()
+    points[7, 3] = zero
+    w = w._replace(zero_point=points)
+    values = reference.values_stored(w, spec=spec, packed_length=q.packed_length, b=get_backend("numpy"))
+    y = stored.matmul_stored(x, w, None, spec=spec, contract=1, packed_length=q.packed_length)
+    assert_exact_to_float32(y, x, values)
 
 
 @needs_loops

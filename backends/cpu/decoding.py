@@ -5,7 +5,7 @@ own file changes, and not when another does. The loops hold no lock and start no
 what they are for.
 
 A weight is (N, K), the sum runs along K, and every ``size`` codes of a row share a scale and a zero point. Two ideas
-keep what happens to a code short:
+keep what happens to a code short, and a third is for one row of x:
 
 - **4 bits: a group's table.** All 16 numbers that codes can stand for are one vector (two, where vectors have 8 lanes).
   ``(number - zero) * scale`` is done to the table, once a group, and one permutation of it by 16 codes then gives their
@@ -16,6 +16,26 @@ keep what happens to a code short:
 Either way a value is what dequantizing gives, to the bit. It stays in a register and meets several rows of x, so that
 its price is shared. A tile of the result (``HEIGHT`` rows of the weight, ``ROWS`` of x) has one vector of sums for each
 of its entries; ``DEPTH`` codes of a row meet a part of x that the first cache holds before the next part comes.
+
+**One row of x, by the int8 dot product** (AVX-512 VNNI, ``_in_dots``). For one row the price of a value is not shared,
+so no value is made. Every ``QUARTER`` bytes of codes, a quarter of a vector, their entries of x are integers relative
+to a power of two of their own: ``x = X 2^(e - bits)``, where ``|X| <= 127/64 2^bits``, which four signed digits of 8
+bits hold. Codes become unsigned bytes ``u``, in the order in which they lie: those of 8 bits by turning their highest
+bit over, those of 4 by a table, wherever numbers are ``step (u + lowest)``. ``vpdpbusd`` adds four products of bytes
+to each of 16 lanes, so that a lane holds a sum of 4 entries, or of 8 where codes have 4 bits:
+
+    T  =  sum X (u + lowest)  =  sum_d 256^d (sum digit_d u)  +  lowest sum X
+
+It begins with the last term. From the highest digit on it is shifted by 8, and the next digit's sum is added; of the
+lowest digit's what is left of ``T / 2^8``, rounded to nearest. ``bits``, at most 30, is such that int32 holds that:
+numbers of magnitude up to M make ``|T| < 2^(bits + 1) 4 M``, or ``8 M``, which is to be at most 2^39. A float of it
+meets, in one fused step, the scale of its group times ``2^(e - leading)``, spread over lanes by a permutation. Zero
+points of 4 bits are taken from ``u``, exactly.
+
+What this loses of an entry is about 2^-30 of the largest in its quarter. So quarters in which one entry lies far below
+that, or many somewhat below, and those with infinities, NaN, or no number but subnormal ones, are multiplied as
+floats; all are, where many quarters are such. Where scales are so far from 1 that a product with those powers of two
+might not be a normal number, all of a strip's rows are multiplied as floats.
 """
 
 from __future__ import annotations
@@ -38,6 +58,7 @@ __all__ = [
     "arrange",
     "dequantize",
     "multiply",
+    "parts_of",
     "shape_of_arranged",
 ]
 
@@ -48,6 +69,9 @@ def _features() -> set[str]:
 
 
 _WIDE = _features() >= {"+avx512f", "+avx512bw", "+avx512vl"}
+
+DOTS = _WIDE and "+avx512vnni" in _features()
+"""Whether there is an int8 dot product, which multiplies one row of x in fixed point."""
 
 AVAILABLE = _WIDE or _features() >= {"+avx2", "+fma"}
 """Whether the processor permutes vectors of floats by other vectors: of 16 lanes, or of 8."""
@@ -72,6 +96,9 @@ DEPTH = 1024
 DEPTH_OF_ONE = 8192
 """The same where x has one row."""
 
+AHEAD = 1 << 15
+"""Bytes ahead of those it decodes that a tile of one row of x reads into the second cache."""
+
 MANY_ROWS = 16
 """Rows of x from which on a part of a strip is decoded to memory, once for all of them, and not once for each tile."""
 
@@ -80,6 +107,37 @@ DEPTH_OF_MANY = 512
 
 ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of ``ROWS``."""
+
+QUARTER = 16
+"""Bytes of a row of the weight whose entries of x have an exponent of their own: a quarter of a vector of them."""
+
+BLOCK = 16
+"""Quarters whose scales are one vector."""
+
+MOST_BITS = 30
+"""Of an entry of x in fixed point, the leading one of a quarter, without its sign."""
+
+MOST_SHIFT = 16
+"""What codes with zero points are more than they mean, as unsigned bytes."""
+
+MOST_FRACTION = np.int32(0x7E0000)
+"""Of 127/64, its bits below the exponent's: what is larger would carry into a fifth digit."""
+
+FINEST = np.float32(2.0**6)
+COARSE, COARSE_ENTRIES = np.float32(2.0**22), 8
+"""Fixed point serves no quarter with an entry below the first, or with more than one in so many below the second."""
+
+NOTHING, UNSERVED = -127, -128
+"""In place of a quarter's exponent: where all entries are 0, and where fixed point does not serve them."""
+
+FARTHEST = 40
+"""Powers of two that a quarter may lie below the largest."""
+
+MOST_IN_FLOATS = 8
+"""Where more than one in so many quarters are not served, all are multiplied as floats."""
+
+NEAR_ONE = np.uint32((127 - 60) << 23), np.uint32((127 + 60) << 23)
+"""Bits of the scales between which their products with powers of two down to 2^-40 and with sums are normal numbers."""
 
 LARGE = np.uint32((100 + 127) << 23)
 """2^100, as its bits: numbers are less than 2^12, so that their products with smaller scales are finite."""
@@ -98,6 +156,10 @@ def _load(builder: Any, address: Any, its_type: Any) -> Any:
     return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
 
 
+def _put(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
 def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
     return builder.add(base, builder.mul(index, _ADDRESS(size)))
 
@@ -105,24 +167,62 @@ def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
 def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
     undefined = ir.Constant(vector, ir.Undefined)
     one = builder.insert_element(undefined, value, _INT(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
 
 
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
-    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
+def _loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
+    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least ``least``."""
     before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
+    if least:
+        builder.branch(loop)
+    else:
+        builder.cbranch(builder.icmp_signed(">", count, _ADDRESS(0)), loop, after)
     builder.position_at_end(loop)
     i = builder.phi(_ADDRESS)
-    carried = [builder.phi(_FLOATS) for _ in totals]
+    carried = [builder.phi(total.type) for total in totals]
     new = step(i, carried)
-    following = builder.add(i, _ADDRESS(1))
+    following, end = builder.add(i, _ADDRESS(1)), builder.block  # another block where a loop inside has ended
     for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
         phi.add_incoming(first, before)
-        phi.add_incoming(next_one, builder.block)  # where a loop inside has ended
+        phi.add_incoming(next_one, end)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
-    return new
+    if least:
+        return new
+    results = [builder.phi(total.type) for total in totals]
+    for result, first, last in zip(results, totals, new, strict=True):
+        result.add_incoming(first, before)
+        result.add_incoming(last, end)
+    return results
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sum_of_lanes(_: Any, address: Any) -> Any:
+    """Of the floats of one vector in memory, by halves."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total, lanes = _load(builder, arguments[0], _FLOATS), LANES
+        while lanes > 1:
+            lanes //= 2
+            lower, upper = (
+                builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_INT, lanes), list(range(a, a + lanes))))
+                for a in (0, lanes)
+            )
+            total = builder.fadd(lower, upper)
+        return builder.extract_element(total, _INT(0))
+
+    return types.float32(types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _claim(_: Any, address: Any, count: Any) -> Any:
+    """How many had been claimed before these, which nobody else gets."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], _ADDRESS.as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "monotonic")
+
+    return types.intp(types.intp, types.intp), generate
 
 
 class _Bytes:
@@ -240,6 +340,13 @@ def _decoder(kind: _Kind) -> Any:
     return decode
 
 
+def _rows_of_tile(builder: Any, height: int, there: Any, *arrays: tuple[Any, Any]) -> list[list[Any]]:
+    """Addresses of a tile's rows in arrays, given by address and stride; after the last that is there, that again."""
+    last = builder.sub(there, _ADDRESS(1))
+    rows = [builder.select(builder.icmp_signed("<", _ADDRESS(r), last), _ADDRESS(r), last) for r in range(height)]
+    return [[builder.add(start, builder.mul(r, by)) for r in rows] for start, by in arrays]
+
+
 def _tile(kind: _Kind, height: int, rows: int) -> Any:
     """``out[r, m, lane] += sum of value[r, k] x[m, k]`` over ``groups`` of ``steps`` vectors of bytes each.
 
@@ -259,17 +366,12 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
             )
             decoder, size_of_codes = kind(builder, table, flip), LANES * (4 if kind is _Floats else 1)
             fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
-            last = builder.sub(there, _ADDRESS(1))
-            inside = [
-                builder.select(builder.icmp_signed("<", _ADDRESS(r), last), _ADDRESS(r), last) for r in range(height)
-            ]
-            of_codes, of_scales, of_zeros = (
-                [builder.add(start, builder.mul(r, by)) for r in inside]
-                for start, by in ((w, w_stride), (scale, s_stride), (zero, z_stride))
+            of_codes, of_scales, of_zeros = _rows_of_tile(
+                builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
             )
-            below = builder.add(w, builder.mul(w_stride, _ADDRESS(height)))
+            ahead = builder.add(w, _ADDRESS(AHEAD))
             fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-            to_all_caches = [_INT(0), _INT(3), _INT(1)]
+            to_second_cache = [_INT(0), _INT(2), _INT(1)]
             of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
             places = [builder.add(out, _ADDRESS(4 * LANES * i)) for i in range(height * rows)]
 
@@ -280,9 +382,9 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k, totals = builder.add(first, i), list(totals)
                     if rows == 1:  # with more, arithmetic takes longer than memory
-                        row = builder.add(below, builder.mul(builder.and_(k, _ADDRESS(height - 1)), w_stride))
+                        row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(height - 1)), w_stride))
                         line = builder.add(row, builder.and_(builder.mul(k, _ADDRESS(LANES)), _ADDRESS(-64)))
-                        builder.call(fetch, [builder.inttoptr(line, _POINTER), *to_all_caches])
+                        builder.call(fetch, [builder.inttoptr(line, _POINTER), *to_second_cache])
                     values = [
                         decoder.values(_load(builder, _at(builder, start, k, size_of_codes), kind.lanes), of_group)
                         for start, of_group in zip(of_codes, parameters, strict=True)
@@ -308,29 +410,414 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
     return tile
 
 
+# ---- one row of x in fixed point, by the int8 dot product
+
+_VECTOR = ir.VectorType(_BYTE, 64)
+
+
+class _UnsignedBytes:
+    """Codes of 8 bits, ``flip`` turned over, as unsigned bytes: 128 more than they mean."""
+
+    parts, shifted = 1, False
+
+    def __init__(self, builder: Any, table: Any, flip: Any) -> None:
+        word = builder.mul(builder.trunc(builder.xor(flip, _ADDRESS(128)), _INT), _INT(0x01010101))
+        self.builder, self.flip = builder, _in_all_lanes(builder, word, _INTS)
+
+    def numbers(self, codes: Any) -> list[Any]:
+        return [self.builder.xor(self.builder.bitcast(codes, _INTS), self.flip)]
+
+
+class _UnsignedHalves:
+    """Codes of 4 bits as unsigned bytes, those at even and those at odd positions, by a table of 64 bytes."""
+
+    parts, shifted = 2, False
+
+    def __init__(self, builder: Any, table: Any, flip: Any) -> None:
+        self.builder, self.table = builder, _load(builder, table, _VECTOR)
+        self.look_up = _function(builder, "llvm.x86.avx512.pshuf.b.512", _VECTOR, [_VECTOR, _VECTOR])
+
+    def numbers(self, codes: Any) -> list[Any]:
+        words, low = self.builder.bitcast(codes, _INTS), ir.Constant(_INTS, [0x0F0F0F0F] * LANES)
+        upper = self.builder.lshr(words, ir.Constant(_INTS, [4] * LANES))
+        places = [self.builder.bitcast(self.builder.and_(w, low), _VECTOR) for w in (words, upper)]
+        return [self.builder.bitcast(self.builder.call(self.look_up, [self.table, p]), _INTS) for p in places]
+
+
+class _ShiftedHalves(_UnsignedHalves):
+    """The same, of which zero points are taken off: ``MOST_SHIFT`` more than they mean."""
+
+    shifted = True
+
+
+def _in_dots(kind: Any) -> Any:
+    """``out[r, lane] += sum of value[r, k] x[k]`` over whole rows, x in fixed point as ``_to_fixed_point`` leaves it.
+
+    Arguments: addresses and strides as ``_tile`` has them; the bytes of a row; where the parts of x begin; how many
+    scales a row has; what zero points are taken from; and where the extremes of the bits of scales are kept, a vector
+    of the largest, ``less`` taken off, and one of the least, 1 taken off.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        _: Any, w: Any, w_stride: Any, there: Any, length: Any, head: Any, firsts: Any, places: Any, powers: Any,
+        digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, highest: Any, flip: Any,
+        less: Any, extremes: Any, out: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w, w_stride, there, length, head, firsts, places, powers, digits, *others = arguments
+            scale, s_stride, groups, zero, z_stride, highest, flip, less, extremes, out = others
+            height = HEIGHT_OF_ONE
+            of_codes, of_scales, of_zeros = _rows_of_tile(
+                builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
+            )
+            decoder = kind(builder, builder.add(head, _ADDRESS(64)), flip)
+            top, off = (_in_all_lanes(builder, builder.trunc(v, _INT), _INTS) for v in (highest, less))
+            dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, [_INTS] * 3)
+            fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+            permute = _function(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [_FLOATS, _INTS])
+            permute_words = _function(builder, "llvm.x86.avx512.permvar.si.512", _INTS, [_INTS, _INTS])
+            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
+            entry = 64 * (4 * kind.parts + 2)
+
+            def prefetch(address: Any) -> None:
+                builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
+
+            def extreme(order: str, a: Any, b: Any) -> Any:
+                return builder.select(builder.icmp_unsigned(order, a, b), a, b)
+
+            def block(b: Any, totals: list[Any], whole: bool) -> list[Any]:
+                *totals, most, least = totals
+                at = builder.mul(b, _ADDRESS(4 * BLOCK))
+                first = builder.sext(_load(builder, _at(builder, firsts, b, 4), _INT), _ADDRESS)
+                there, order = builder.sub(groups, first), _load(builder, builder.add(places, at), _INTS)
+                power, scales, shifts = _load(builder, builder.add(powers, at), _FLOATS), [], []
+                for start in of_scales:
+                    place = _at(builder, start, first, 4)
+                    prefetch(builder.add(place, _ADDRESS(AHEAD // 4)))
+                    numbers = _only(builder, place, there, ir.Constant(_FLOATS, [1.0] * LANES))
+                    bits = builder.bitcast(numbers, _INTS)
+                    magnitude = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
+                    most = extreme(">", most, builder.sub(magnitude, off))
+                    least = extreme("<", least, builder.sub(magnitude, ir.Constant(_INTS, [1] * LANES)))
+                    scales.append(builder.fmul(builder.call(permute, [numbers, order]), power))
+                for start in of_zeros if kind.shifted else ():
+                    points = _only(builder, _at(builder, start, first, 4), there, ir.Constant(_INTS, None))
+                    points = builder.sub(top, builder.call(permute_words, [points, order]))
+                    shifts.append(builder.mul(points, ir.Constant(_INTS, [0x01010101] * LANES)))
+                for v in range(4):
+                    k = builder.add(builder.mul(b, _ADDRESS(16 * BLOCK)), _ADDRESS(64 * v))
+                    x = _at(builder, builder.add(digits, _ADDRESS(entry * v)), b, 4 * entry)
+                    lanes, numbers = ir.Constant(_INTS, [4 * v + i // 4 for i in range(LANES)]), []
+                    for r, start in enumerate(of_codes):
+                        here = builder.add(start, k)
+                        prefetch(builder.add(here, _ADDRESS(AHEAD)))
+                        nothing = ir.Constant(_VECTOR, None)
+                        codes = (
+                            _load(builder, here, _VECTOR)
+                            if whole
+                            else _only(builder, here, builder.sub(length, k), nothing)
+                        )
+                        found = decoder.numbers(codes)
+                        if kind.shifted:
+                            shift = builder.bitcast(builder.call(permute_words, [shifts[r], lanes]), _VECTOR)
+                            shifted = [builder.add(builder.bitcast(n, _VECTOR), shift) for n in found]
+                            found = [builder.bitcast(n, _INTS) for n in shifted]
+                        numbers.append(found)
+                    of_x = [_load(builder, builder.add(x, _ADDRESS(64 * i)), _INTS) for i in range(4 * kind.parts + 2)]
+                    for r in range(height):
+                        *digits_of_x, high, low = of_x
+                        for d in range(4):
+                            if 0 < d < 3:
+                                high = builder.shl(high, ir.Constant(_INTS, [8] * LANES))
+                            for part, number in enumerate(numbers[r]):
+                                digit = digits_of_x[d * kind.parts + part]
+                                if d < 3:
+                                    high = builder.call(dot, [high, number, digit])
+                                else:
+                                    low = builder.call(dot, [low, number, digit])
+                        low = builder.ashr(low, ir.Constant(_INTS, [8] * LANES))
+                        sums = builder.sitofp(builder.add(high, low), _FLOATS)
+                        totals[r] = builder.call(fma, [sums, builder.call(permute, [scales[r], lanes]), totals[r]])
+                return [*totals, most, least]
+
+            at_extremes = [builder.add(extremes, _ADDRESS(64 * i)) for i in range(2)]
+            totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
+            totals += [_load(builder, place, _INTS) for place in at_extremes]
+            in_whole, rest = (f(length, _ADDRESS(16 * BLOCK)) for f in (builder.sdiv, builder.srem))
+            totals = _loop(builder, in_whole, totals, lambda b, totals: block(b, totals, True), least=0)
+            left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
+            totals = _loop(builder, left, totals, lambda _, totals: block(in_whole, totals, False), least=0)
+            half, other = (
+                _in_all_lanes(builder, _load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
+            )
+            for r, total in enumerate(totals[:height]):
+                place = builder.add(out, _ADDRESS(4 * LANES * r))
+                total = builder.fmul(builder.fmul(total, half), other)
+                total = builder.fadd(total, _load(builder, place, _FLOATS))
+                builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+            for place, vector in zip(at_extremes, totals[height:], strict=True):
+                builder.store(vector, builder.inttoptr(place, _INTS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 19), generate
+
+    return tile
+
+
+def _only(builder: Any, address: Any, count: Any, others: Any) -> Any:
+    """The first ``count`` items of a vector in memory, and ``others`` after them, where nothing is read."""
+    vector = others.type
+    lanes, item = vector.count, "f32" if vector == _FLOATS else f"i{vector.element.width}"
+    word, mask, pointer = ir.IntType(lanes), ir.VectorType(ir.IntType(1), lanes), vector.as_pointer()
+    few = builder.select(builder.icmp_signed("<", count, _ADDRESS(lanes)), count, _ADDRESS(lanes))
+    ones = builder.lshr(word(-1), builder.trunc(builder.sub(_ADDRESS(lanes), few), word))
+    ones = builder.select(builder.icmp_signed(">", count, _ADDRESS(0)), ones, word(0))
+    load = _function(builder, f"llvm.masked.load.v{lanes}{item}.p0", vector, [pointer, _INT, mask, vector])
+    return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), builder.bitcast(ones, mask), others])
+
+
+if DOTS:
+    _bytes_in_dots, _halves_in_dots, _shifted_in_dots = map(_in_dots, (_UnsignedBytes, _UnsignedHalves, _ShiftedHalves))
+
+
 _bytes_of_one_row, _bytes_of_rows = _tile(_Bytes, HEIGHT_OF_ONE, 1), _tile(_Bytes, HEIGHT, ROWS)
 _halves_of_one_row, _halves_of_rows = _tile(_Halves, HEIGHT_OF_ONE, 1), _tile(_Halves, HEIGHT, ROWS)
 _decode_bytes, _decode_halves, _floats_of_rows = _decoder(_Bytes), _decoder(_Halves), _tile(_Floats, HEIGHT, ROWS)
 _decode_halves_in_order = _decoder(_HalvesInOrder)
 
 
+@njit(nogil=True, cache=True)
+def parts_of(inner: int, halves: bool) -> tuple[int, int, int, int, int, int, int]:
+    """Where in one row of arranged x, in bytes, the parts in fixed point begin that follow the floats, and their end.
+
+    A head: whether they are there, how many quarters are not served, two powers of two that the sums are multiplied by,
+    and from its 64th byte on the numbers of codes as bytes. Which quarters are not served. For each block, the first of
+    its scales; for each quarter which scale after that one it has, and its power of two. For each vector of codes the
+    digits of x, from the highest, those at even positions before those at odd ones, and what its sums begin with.
+    """
+    codes, entry = (2 * QUARTER, 640) if halves else (QUARTER, 384)
+    vector = 2 * LANES if halves else LANES
+    blocks = (inner + codes * BLOCK - 1) // (codes * BLOCK)
+    head = (inner + vector - 1) // vector * vector * 4
+    unserved = head + 128
+    firsts = unserved + 4 * BLOCK * blocks
+    places = firsts + (4 * blocks + 63) // 64 * 64
+    powers = places + 4 * BLOCK * blocks
+    digits = powers + 4 * BLOCK * blocks
+    return head, unserved, firsts, places, powers, digits, digits + entry * 4 * blocks
+
+
 def shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
     """Shape of what ``arrange`` fills."""
-    vector = 2 * LANES if halves else LANES
-    return 1 if rows == 1 else -(-rows // ROWS) * ROWS, -(-inner // vector) * vector
+    head, *_, end = parts_of.py_func(inner, halves)
+    return (1, (end if DOTS else head) // 4) if rows == 1 else (-(-rows // ROWS) * ROWS, head // 4)
 
 
 @njit(nogil=True, cache=True)
-def arrange(x: Any, halves: Any, out: Any) -> None:  # pragma: no cover - compiled
+def _numbers_as_bytes(table: Any, shifted: Any, numbers: Any) -> Any:  # pragma: no cover - compiled
+    """Numbers of 4 bits as ``step * (numbers + lowest)``; the step, 0 where there is none, and the largest magnitude.
+
+    With zero points numbers are integers; what is taken off then makes them ``MOST_SHIFT`` more than they mean.
+    """
+    for halvings in range(1 if shifted else 5):
+        step = np.float32(0.5) ** halvings
+        low, largest, plain = np.float32(0), np.float32(0), True
+        for i in range(16):
+            number = table[i] / step
+            low, largest = min(low, number), max(largest, abs(number))
+            plain &= abs(number) < 128 and number == np.rint(number)
+        if plain:
+            top = 0
+            for i in range(64):
+                numbers[i] = np.uint8(table[i % 16] / step - low)
+                top = max(top, np.int64(numbers[i]))
+            if shifted and top >= MOST_SHIFT:
+                break
+            return step, np.int64(-MOST_SHIFT if shifted else low), np.int64(top if shifted else largest)
+    return np.float32(0), 0, 0
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _largest_magnitude(_: Any, x: Any, vectors: Any) -> Any:
+    """Of ``vectors`` vectors of floats, as its bits, by which NaN is the largest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, vectors = arguments
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            bits = _load(builder, _at(builder, x, i, 4 * LANES), _INTS)
+            bits = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
+            return [builder.select(builder.icmp_signed(">", bits, totals[0]), bits, totals[0])]
+
+        [most] = _loop(builder, vectors, [ir.Constant(_INTS, None)], step)
+        reduce = _function(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _INT, [_INTS])
+        return builder.sext(builder.call(reduce, [most]), _ADDRESS)
+
+    return types.intp(types.intp, types.intp), generate
+
+
+def _quarter(parts: int) -> Any:
+    """``QUARTER * parts`` entries of x times two powers of two: their digits, and what sums begin with, if they serve.
+
+    Arguments: addresses of the entries, those at even positions first; of the digits; of what sums begin with; and the
+    number that codes are less than meant. The answer is whether the entries are served.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def split(_: Any, x: Any, first: Any, second: Any, lowest: Any, digits: Any, starts: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, first, second, lowest, digits, starts = arguments
+            first, second = (_in_all_lanes(builder, v, _FLOATS) for v in (first, second))
+            scaled = [
+                builder.fmul(builder.fmul(_load(builder, builder.add(x, _ADDRESS(64 * i)), _FLOATS), first), second)
+                for i in range(parts)
+            ]
+            magnitude = _function(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, [_FLOATS])
+            bits = ir.IntType(LANES)
+            population = _function(builder, f"llvm.ctpop.i{LANES}", bits, [bits])
+
+            def counted(order: str, limit: float) -> Any:
+                """Entries other than 0 that are below a limit."""
+                total = _INT(0)
+                for v in scaled:
+                    size, zero = builder.call(magnitude, [v]), ir.Constant(_FLOATS, [0.0] * LANES)
+                    there = builder.fcmp_ordered(">", size, zero)
+                    below = builder.fcmp_ordered(order, size, ir.Constant(_FLOATS, [limit] * LANES))
+                    found = builder.call(population, [builder.bitcast(builder.and_(there, below), bits)])
+                    total = builder.add(total, builder.zext(found, _INT))
+                return total
+
+            fine = builder.icmp_signed("==", counted("<", float(FINEST)), _INT(0))
+            many = builder.mul(counted("<", float(COARSE)), _INT(COARSE_ENTRIES))
+            served = builder.and_(fine, builder.icmp_signed("<=", many, counted("<", float("inf"))))
+            rounded = _function(builder, f"llvm.rint.v{LANES}f32", _FLOATS, [_FLOATS])
+            integers = [builder.fptosi(builder.call(rounded, [v]), _INTS) for v in scaled]
+            # sums of ``parts`` times four entries, in two halves, which are multiplied by ``lowest`` exactly
+            low = _in_all_lanes(builder, builder.trunc(lowest, _INT), ir.VectorType(_INT, 4))
+            halves = []
+            for half in (0, 1):
+                total = ir.Constant(_INTS, None)
+                for v in integers:
+                    part = (
+                        builder.ashr(v, ir.Constant(_INTS, [16] * LANES))
+                        if half
+                        else builder.and_(v, ir.Constant(_INTS, [0xFFFF] * LANES))
+                    )
+                    total = builder.add(total, part)
+                fours = [
+                    builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_INT, 4), [a, a + 4, a + 8, a + 12]))
+                    for a in range(4)
+                ]
+                total = builder.add(builder.add(fours[0], fours[1]), builder.add(fours[2], fours[3]))
+                halves.append(builder.mul(total, low))
+            # halves[1] * 2^16 + halves[0] = high * 2^24 + low; 128 more round what is shifted out then to nearest
+            high = builder.ashr(halves[1], ir.Constant(low.type, [8] * 4))
+            rest = builder.shl(
+                builder.and_(halves[1], ir.Constant(low.type, [255] * 4)), ir.Constant(low.type, [16] * 4)
+            )
+            rest = builder.add(builder.add(rest, halves[0]), ir.Constant(low.type, [128] * 4))
+            for i, vector in enumerate((high, rest)):
+                _put(builder, vector, builder.add(starts, _ADDRESS(64 * i)))
+            for part, vector in enumerate(integers):
+                for d in range(3, -1, -1):
+                    digit = builder.trunc(vector, _BYTES)
+                    _put(builder, digit, builder.add(digits, _ADDRESS(64 * (d * parts + part))))
+                    vector = builder.sub(vector, builder.sext(digit, _INTS))
+                    vector = builder.ashr(vector, ir.Constant(_INTS, [8] * LANES))
+            return builder.zext(served, _ADDRESS)
+
+        return types.intp(types.intp, types.float32, types.float32, *[types.intp] * 3), generate
+
+    return split
+
+
+_quarter_of_bytes, _quarter_of_halves = _quarter(1), _quarter(2)
+
+
+@njit(nogil=True, cache=True)
+def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:
+    """What follows the floats in a row of arranged x (``parts_of``)."""
+    head, of_unserved, firsts, places, powers, digits, end = parts_of(inner, halves)  # pragma: no cover - compiled
+    words, numbers = out.view(np.int32), out.view(np.uint8)
+    words[head // 4] = 0
+    step, lowest, largest = np.float32(1), -128, 128
+    if halves:
+        step, lowest, largest = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
+    if step == 0 or (shifted and not halves):
+        return
+    bits = MOST_BITS
+    while largest * (8 if halves else 4) << bits > 1 << 38:
+        bits -= 1
+    codes, entry = (2 * QUARTER, 640) if halves else (QUARTER, 384)
+    there, blocks = (inner + codes - 1) // codes, (inner + codes * BLOCK - 1) // (codes * BLOCK)
+    exponents, leading = words[powers // 4 : powers // 4 + BLOCK * blocks], -127
+    factors = np.empty(2, dtype=np.int32)
+    numbers[digits:end] = 0
+    start, unserved = out.ctypes.data, 0
+    for q in range(there):
+        x, most = start + 4 * codes * q, _largest_magnitude(start + 4 * codes * q, codes // LANES)
+        at = start + digits + q // 4 * entry
+        of_digits, of_sums = at + q % 4 * QUARTER, at + entry - 128 + q % 4 * 16
+        exponents[q] = NOTHING if most == 0 else UNSERVED
+        if most < 0x00800000 or most >= 0x7F800000:
+            continue
+        e = (most >> 23) - 127
+        if (most & 0x7FFFFF) > MOST_FRACTION:
+            e += 1
+        half = (bits - e) >> 1
+        factors[0], factors[1] = (half + 127) << 23, (bits - e - half + 127) << 23
+        first, second = factors.view(np.float32)[0], factors.view(np.float32)[1]
+        if halves:
+            served = _quarter_of_halves(x, first, second, lowest, of_digits, of_sums)
+        else:
+            served = _quarter_of_bytes(x, first, second, lowest, of_digits, of_sums)
+        if served != 0:
+            exponents[q] = e
+            leading = max(leading, e)
+    for q in range(BLOCK * blocks):
+        e = exponents[q] if q < there else NOTHING
+        if e == UNSERVED or NOTHING < e < leading - FARTHEST:
+            words[of_unserved // 4 + unserved] = q
+            unserved += 1
+        served = NOTHING < e >= leading - FARTHEST
+        exponents[q] = (e - leading + 127) << 23 if served else 0  # a power of two, or 0
+    if unserved * MOST_IN_FLOATS > there:
+        return
+    groups = (inner + size - 1) // size
+    for b in range(blocks):
+        group = min(b * BLOCK * codes // size, groups - 1)
+        words[firsts // 4 + b] = group
+        for i in range(BLOCK):
+            words[places // 4 + b * BLOCK + i] = min((b * BLOCK + i) * codes // size, groups - 1) - group
+    e = leading - bits + 8
+    half = e >> 1
+    out[head // 4 + 2], out[head // 4 + 3] = np.float32(2.0) ** half * step, np.float32(2.0) ** (e - half)
+    words[head // 4], words[head // 4 + 1] = 1, unserved
+
+
+@njit(nogil=True, cache=True)
+def _by_nothing(*arguments: Any) -> Any:  # pragma: no cover - compiled
+    """In place of loops by the int8 dot product where the processor lacks it, which nothing then asks for."""
+    return np.uint32(0), np.uint32(0)
+
+
+_in_fixed_point = _to_fixed_point if DOTS else _by_nothing
+
+
+@njit(nogil=True, cache=True)
+def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Rows of x as the loops read them, the entries beside lower halves of bytes before those beside upper halves.
 
-    ``out`` has whole tiles and whole vectors: what x does not fill is 0.
+    ``out`` has whole tiles and whole vectors: what x does not fill is 0. Where it has room for more, as for a product
+    of one row, that row in fixed point follows, for codes in groups of ``size``, with numbers in ``table`` where they
+    are ``halves``, and with zero points where they are ``shifted``.
     """
     rows, inner = x.shape
     vector = 2 * LANES if halves else LANES
-    whole = inner - inner % vector
+    whole, width = inner - inner % vector, (inner + vector - 1) // vector * vector
     for m in range(rows):
-        row, arranged = x[m], out[m]
+        row, arranged = x[m], out[m, :width]
         if not halves:
             arranged[:inner] = row
             arranged[inner:] = 0
@@ -343,6 +830,8 @@ def arrange(x: Any, halves: Any, out: Any) -> None:  # pragma: no cover - compil
         for k in range(whole, inner):
             arranged[whole + (k % 2) * LANES + (k - whole) // 2] = row[k]
     out[rows:] = 0
+    if out.shape[1] > width:
+        _in_fixed_point(halves, inner, size, table, shifted, out[0])
 
 
 @njit(nogil=True, cache=True)
@@ -378,6 +867,99 @@ def _largest(patterns: Any, ignored: Any, less: Any) -> Any:  # pragma: no cover
 
 
 @njit(nogil=True, cache=True)
+def _copy_rest(w: Any, inner: Any, whole: Any, halves: Any, rest: Any) -> None:  # pragma: no cover - compiled
+    """Codes from ``whole`` on, which fill no vector: no loop reads beyond the weight."""
+    first = whole // 2 if halves else whole
+    for n in range(w.shape[0] if whole < inner else 0):
+        for i in range(first, w.shape[1]):
+            rest[n, i - first] = w[n, i]
+        if halves and inner % 2:  # the last upper half pads: whatever it says, no number of it is to meet x
+            rest[n, (inner - whole) // 2] &= 15
+
+
+@njit(nogil=True, cache=True)
+def _are_codes(zero: Any, lowest: Any) -> Any:  # pragma: no cover - compiled
+    """Whether zero points are codes of 4 bits, of which the lowest is given."""
+    most, least = np.int32(-(1 << 30)), np.int32(1 << 30)
+    for n in range(zero.shape[0]):
+        row = zero[n]
+        for g in range(row.shape[0]):
+            most, least = max(most, row[g]), min(least, row[g])
+    return lowest <= least and most < lowest + MOST_SHIFT
+
+
+@njit(nogil=True, cache=True)
+def _add_in_dots(
+    w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
+    highest: Any, less: Any, size: Any, sums: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``_add_tiles`` of one row that is in fixed point; ``zero`` is the address of integers, 0 where there are none.
+
+    The answer is the largest and the least of the bits of scales, as ``_in_dots`` has them.
+    """
+    here, of_row = w.shape[0], x.ctypes.data
+    head, _, firsts, places, powers, digits, _ = parts_of(inner, halves)
+    head, firsts, places, powers, digits = (
+        of_row + head, of_row + firsts, of_row + places, of_row + powers, of_row + digits
+    )  # fmt: skip
+    start, by, groups = w.ctypes.data, w.strides[0], (inner + size - 1) // size
+    length = (inner + 1) // 2 if halves else inner
+    extremes = np.empty((2, LANES), dtype=np.uint32)
+    extremes[0], extremes[1] = 0, 0xFFFFFFFF
+    sums[:] = 0
+    for n in range(0, here, HEIGHT_OF_ONE):
+        codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
+        out, there = sums.ctypes.data + n * sums.strides[1], here - n
+        if not halves:
+            _bytes_in_dots(
+                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
+                highest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
+        elif zero != 0:
+            _shifted_in_dots(
+                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
+                highest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
+        else:
+            _halves_in_dots(
+                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
+                highest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
+    return extremes[0].max(), extremes[1].min()
+
+
+@njit(nogil=True, cache=True)
+def _add_unserved(
+    w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
+    size: Any, sums: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """What ``_add_in_dots`` leaves out: quarters of x that fixed point does not serve, as floats."""
+    here, codes = w.shape[0], 2 * QUARTER if halves else QUARTER
+    head, unserved, _, _, _, _, _ = parts_of(inner, halves)
+    words = x.view(np.int32)[0]
+    whole = inner - inner % codes
+    rest = np.zeros((here, LANES), dtype=np.uint8)
+    _copy_rest(w, inner, whole, halves, rest)
+    for n in range(0, here, HEIGHT_OF_ONE):
+        out, there = sums.ctypes.data + n * sums.strides[1], here - n
+        for i in range(words[head // 4 + 1]):
+            k = words[unserved // 4 + i] * codes
+            g = k // size
+            at, by = w.ctypes.data + n * w.strides[0] + (k // 2 if halves else k), w.strides[0]
+            if k == whole:
+                at, by = rest.ctypes.data + n * LANES, LANES
+            entries, s, z = x.ctypes.data + 4 * k, scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
+            if halves:
+                _halves_of_one_row(
+                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, 1, out
+                )
+            else:
+                _bytes_of_one_row(
+                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, 1, out
+                )
+
+
+@njit(nogil=True, cache=True)
 def _add_tiles(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any,
     z_stride: Any, size: Any, sums: Any, rows: Any,
@@ -395,12 +977,8 @@ def _add_tiles(
     bits, vector = (4, 2 * LANES) if halves else (8, LANES)
     whole = inner - inner % vector
     start, by, at, a, out = w.ctypes.data, w.strides[0], x.strides[0], table.ctypes.data, sums.ctypes.data
-    rest = np.zeros((here, LANES), dtype=np.uint8)  # codes that fill no vector: no loop reads beyond the weight
-    for n in range(here if whole < inner else 0):
-        for i in range(whole * bits // 8, w.shape[1]):
-            rest[n, i - whole * bits // 8] = w[n, i]
-        if halves and inner % 2:  # the last upper half pads: whatever it says, no number of it is to meet x
-            rest[n, (inner - whole) // 2] &= 15
+    rest = np.zeros((here, LANES), dtype=np.uint8)
+    _copy_rest(w, inner, whole, halves, rest)
     sums[:] = 0
     k = 0
     while k < inner:
@@ -450,20 +1028,24 @@ def _add_tiles(
         k += length
 
 
+_by_dots = _add_in_dots if DOTS else _by_nothing
+
+
 @njit(nogil=True, cache=True)
 def multiply(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
-    zero: Any, size: Any, bias: Any, first_row: Any, y: Any,
+    zero: Any, size: Any, bias: Any, parts: Any, claimed: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``y[m, n] = sum_k (number[n, k] - zero[n, g]) * scale[n, g] x[m, k] + bias[n]``; whether that holds.
 
     ``x`` is arranged; ``inner`` is K. ``table`` has the numbers of codes of 4 bits. Scales are numbers, or codes of
     numbers that ``of_scales`` lists; zero points, where there are any, are integers. ``size`` is the length of a group,
-    a whole number of vectors, and may be longer than K. ``y`` is (M, N of w); ``first_row`` is the row of scales, zero
-    points and bias that w begins with. The answer is False where a value might be beyond float32, which dequantizing
-    would clip, and where a scale is NaN or, not being kept as a code, 0.
+    a whole number of vectors, and may be longer than K. ``y`` is (M, N). Threads that share the work call this with the
+    same arguments: ``parts`` are the columns at which parts of it begin and end, and ``claimed``, an int64, how many
+    parts some thread has begun. The answer is False where a value might be beyond float32, which dequantizing would
+    clip, and where a scale is NaN or, not being kept as a code, 0.
     """
-    rows, columns = y.shape[0], w.shape[0]
+    rows = y.shape[0]
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
     tile = 1 if one else ROWS
     groups_of_row = (inner + size - 1) // size
@@ -472,35 +1054,71 @@ def multiply(
     zeros = np.zeros((STRIP if shifted else 1, groups_of_row), dtype=np.float32)
     z_stride = zeros.strides[0] if shifted else 0
     s_stride = scales.strides[0] if coded else (scale.strides[0] if scale.shape[0] > 1 else 0)
+    head = parts_of(inner, halves)[0] // 4
+    fixed = one and DOTS and x.view(np.int32)[0, head] != 0
+    unserved = np.int64(x.view(np.int32)[0, head + 1]) if fixed else 0
+    lowest = np.int64(table.min()) if fixed and halves else 0
+    less = np.uint32(0 if coded else 1)
     most = np.uint32(0)
-    for first in range(0, columns, STRIP):
-        stop = min(first + STRIP, columns)
-        here, start = stop - first, first_row + first
-        if coded:
-            several = codes_of_scales.shape[0] > 1
-            _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, scales[:here])
-            most = max(most, _largest(scales[:here].view(np.uint32), np.uint32(1 << 31), np.uint32(0)))
-            s_start = scales.ctypes.data
-        else:
-            numbers = scale[start : start + here] if scale.shape[0] > 1 else scale
-            most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(1)))
-            s_start = numbers.ctypes.data
-        if shifted:
-            _as_floats(zero[start:] if zero.shape[0] > 1 else zero, np.int32(flip), zeros[:here])
-        for m in range(0, rows, ROWS_AT_ONCE):
-            last = min(m + ROWS_AT_ONCE, rows)
-            _add_tiles(
-                w[first:stop], x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size,
-                sums, last - m,
-            )  # fmt: skip
-            for i in range(m, last):
-                of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
-                for n in range(here):
-                    lanes, total = of_tile[n, lane_of_tile], np.float32(0)
-                    for lane in range(LANES):
-                        total += lanes[lane]
-                    y[i, first + n] = total + bias[start + n]
-    return most < LARGE
+    while True:
+        part = _claim(claimed.ctypes.data, 1)
+        if part + 1 >= parts.shape[0]:
+            return most < LARGE
+        last_column = parts[part + 1]
+        for first in range(parts[part], last_column, STRIP):
+            stop = min(first + STRIP, last_column)
+            here, codes = stop - first, w[first:stop]
+            if coded:
+                _looked_up(
+                    codes_of_scales[first:] if codes_of_scales.shape[0] > 1 else codes_of_scales,
+                    of_scales,
+                    scales[:here],
+                )
+            numbers = scales[:here] if coded else scale[first:stop] if scale.shape[0] > 1 else scale
+            points = zero[first:stop] if zero.shape[0] > 1 else zero
+            dots, of_strip, s_start = (
+                fixed and (not shifted or _are_codes(points, lowest)),
+                np.uint32(0),
+                numbers.ctypes.data,
+            )
+            if dots:
+                of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
+                of_strip, least = _by_dots(
+                    codes,
+                    x,
+                    inner,
+                    halves,
+                    flip,
+                    table,
+                    s_start,
+                    s_stride,
+                    *of_points,
+                    lowest + MOST_SHIFT,
+                    less,
+                    size,
+                    sums,
+                )
+                dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
+            else:
+                of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
+            most = max(most, of_strip)
+            if shifted and (unserved > 0 or not dots):
+                _as_floats(points, np.int32(flip), zeros[:here])
+            if dots and unserved > 0:
+                _add_unserved(
+                    codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
+                )
+            for m in range(0, rows, ROWS_AT_ONCE):
+                last = min(m + ROWS_AT_ONCE, rows)
+                if not dots:
+                    _add_tiles(
+                        codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size,
+                        sums, last - m,
+                    )  # fmt: skip
+                for i in range(m, last):
+                    of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
+                    for n in range(here):
+                        y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[first + n]
 
 
 @njit(nogil=True, cache=True)

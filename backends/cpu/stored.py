@@ -7,6 +7,7 @@ operations, the runtime, ``serve``, which says what it is for, and ``tiles``, fo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -84,13 +85,29 @@ def matmul_stored(
     codes = np.ascontiguousarray(w.codes).view(np.uint8)
     bias = np.full(len(codes), -0.0, np.float32) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
     y = np.empty((len(x), len(codes)), dtype=np.float32)
-    arranged = _arranged(x, operands.halves)
+    arranged = _arranged(x, operands)
 
-    def columns(start: int, stop: int) -> Any:
-        return loops.multiply(codes[start:stop], arranged, x.shape[1], *operands, bias, start, y[:, start:stop])
+    threads = runtime.cores() if codes.size >= runtime.LARGE else 1
+    shared = parts_of(len(codes), loops.STRIP, threads), np.zeros(1, np.int64)
 
-    small = all(map_ranges(columns, len(codes), loops.STRIP, codes.size, CHUNKS_PER_CORE))
+    def work(*_: int) -> Any:
+        return loops.multiply(codes, arranged, x.shape[1], *operands, bias, *shared, y)
+
+    small = all(map_ranges(work, threads, 1, codes.size))
     return y.astype(x_dtype, copy=False) if small else NotImplemented
+
+
+@functools.lru_cache(maxsize=64)
+def parts_of(length: int, multiple: int, threads: int) -> Array:
+    """Where parts of ``range(length)`` end that threads claim: large ones first, for memory is read ahead in order.
+
+    Each is half of what would be a thread's share of what is left, so that all end at about the same time.
+    """
+    ends, unit = [0], multiple
+    while ends[-1] < length:
+        share = (length - ends[-1]) // (2 * threads) // unit * unit if threads > 1 else length
+        ends.append(min(ends[-1] + max(share, unit), length))
+    return np.asarray(ends)
 
 
 @np.errstate(all="ignore")
@@ -131,13 +148,14 @@ def blocks_of_values(w: Coded, spec: Spec, inner: int, packed: bool) -> Iterator
         yield slice(first, last), out if all(served) else None
 
 
-def _arranged(x: Array, halves: bool) -> Array:
+def _arranged(x: Array, of_weight: Operands) -> Array:
     """Rows of x as the loops read them."""
-    loops = runtime.decoding_loops()
+    loops, halves = runtime.decoding_loops(), of_weight.halves
     arranged = aligned_empty(loops.shape_of_arranged(*x.shape, halves), np.float32)
+    static = halves, of_weight.size, of_weight.table, of_weight.zero.shape[0] > 0
 
     def some(start: int, stop: int) -> None:
-        loops.arrange(x[start:stop], halves, arranged[start : len(arranged) if stop == len(x) else stop])
+        loops.arrange(x[start:stop], *static, arranged[start : len(arranged) if stop == len(x) else stop])
 
     map_ranges(some, len(x), 1, x.size)
     return arranged

@@ -53,7 +53,9 @@ def _of_x(frame: Any) -> Any:  # pragma: no cover - compiled
 def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     x, arranged = _of_x(frame)
     last = arranged.shape[0] if stop == x.shape[0] else stop
-    arrange(x[start:stop], attribute(frame, 1) != 0, arranged[start:last])
+    table, shifted = operand(frame, 2), dim(operand(frame, 6), 0) > 0
+    numbers = array(table, (dim(table, 0),), np.float32)
+    arrange(x[start:stop], attribute(frame, 1) != 0, attribute(frame, 2), numbers, shifted, arranged[start:last])
 
 
 @njit(nogil=True)
@@ -77,7 +79,8 @@ def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cove
         blocks_of(array(zero, (dim(zero, 0), dim(zero, 1)), np.int32), swapped, start, stop),
         attribute(frame, 2),
         array(bias, (columns,), np.float32)[start:stop],
-        0,
+        np.array([0, stop - start]),
+        np.zeros(1, dtype=np.int64),
         y[:, start:stop],
     )
 
@@ -106,7 +109,8 @@ def _handler(version: int) -> Any:
         if error != 0:
             return error
         at_once = AT_ONCE if attribute(frame, 3) != 0 else STRIP
-        return parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), at_once)
+        columns = dim(operand(frame, 1), 0)  # a thread's columns lie together, as memory is read ahead in order
+        return parallel_for(frame, _multiply_address(), columns, max(columns // 16 // at_once, 1) * at_once)
 
     return handler
 
