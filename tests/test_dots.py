@@ -36,9 +36,9 @@ ROWS = [1, 2, 4, 5, 8, 9, 16, 17, 30, 33, 70]
 @pytest.mark.parametrize("kind", ["int32", "int8"])
 def test_integer_products_are_exact(rows, kind):
     rng = np.random.default_rng(rows)
-    ends = np.iinfo(kind)
+    least, most = np.iinfo(kind).min, min(np.iinfo(kind).max, runtime.integer_dots().LARGEST)
     for n, k in itertools.product([1, 5, 6, 97, 200], [1, 3, 4, 63, 64, 65, 129, 4100]):
-        x = rng.integers(ends.min, ends.max, (rows, k), endpoint=True).astype(kind)
+        x = rng.integers(least, most, (rows, k), endpoint=True).astype(kind)
         w = rng.integers(-128, 128, (n, k)).astype(np.int8)
         exact = x.astype(np.int64) @ w.astype(np.int64).T
         for codes in (w, np.asfortranarray(w), w.view(np.uint8) ^ 128):  # uint8 codes count as 128 less
@@ -46,10 +46,13 @@ def test_integer_products_are_exact(rows, kind):
 
 
 @needs_dots
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3, 7, 20])
 def test_the_longest_sums_of_the_largest_products_do_not_overflow(rows):
-    k = reference.LONGEST_PIECE
-    for x, w in itertools.product([2**31 - 1, -(2**31)], [-128, 127]):
+    """Of either digit, of 8 bits or of 16; and integers that have no two signed digits of 16."""
+    k, largest = reference.LONGEST_PIECE, runtime.integer_dots().LARGEST
+    assert largest >= 127 / 64 * 2**reference.BITS  # those of fixed point
+    extremes = [largest, -(2**31), (1 << 15) - 1, 1 << 15, -(1 << 15), -(1 << 15) - 1, (1 << 30) - (1 << 15), 2**31 - 1]
+    for x, w in itertools.product(extremes, [-128, 127]):
         y = integers.exact_matmul(np.full((rows, k), x, np.int32), np.full((7, k), w, np.int8))
         assert (y == x * w * k).all()
 

@@ -16,6 +16,12 @@ Each inner sum is at most ``K * 255 * 128``, which int32 holds for the ``K <= 2^
 digit's sum is exact in any order, and the total is an exact int64. Where the instruction takes two signed bytes, planes
 are ``U_d - 128``, and 128 of every digit's ``sum q`` is missing as well (``offsets``).
 
+Where it takes shorts (AVX2: two products a lane), digits are signed and have 16 bits, so that an activation has two:
+``X = 2^16 X_1 + X_0``, where ``X_0`` is its lower half as a signed number and ``X_1`` carries what that lacks. No sum
+of codes is needed. ``X_1`` is a short up to ``LARGEST``, which fixed point keeps below. Codes are widened to shorts. A
+lane's product is at most ``2 * 2^15 * 2^7 = 2^23``, so int32 holds 255 of them; after at most so many *runs* end, and
+sums go to int64.
+
 Two shapes of the loop, both with as many accumulators as registers allow, so that the instruction's latency hides:
 
 - **one row of x**: lanes run along K. Rows of the weight meet four planes, and a plane of ones for ``sum q``. Sums
@@ -42,9 +48,12 @@ __all__ = [
     "AVX2",
     "AVX512_VNNI",
     "AVX_VNNI",
+    "CODES",
+    "DIGITS",
     "FASTER_THAN_FLOATS",
     "HEIGHT_FOR_ONE_ROW",
     "INSTRUCTIONS",
+    "LARGEST",
     "NEON",
     "NOT_FINITE",
     "OUT_OF_RANGE",
@@ -73,7 +82,7 @@ def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any
 
 
 class InstructionSet(NamedTuple):
-    """What a processor calls a dot product of bytes, and the loops that fit its registers."""
+    """What a processor calls a dot product, and the loops that fit its registers."""
 
     lanes: int
     """Sums of a vector; a vector has four times as many bytes."""
@@ -85,9 +94,13 @@ class InstructionSet(NamedTuple):
     """The same for one, two and four vectors of panels: divisors of ``STRIP``, and at most ``_AT_ONCE``."""
 
     faster_than_floats: bool = True
-    """Whether four digits take less time than one product of floats, its codes turned to floats in registers."""
+    """Whether all digits take less time than one product of floats, its codes turned to floats in registers."""
     signed_planes: bool = False
-    """Whether planes are signed bytes, 128 less."""
+    """Whether planes of bytes are signed, 128 less."""
+    bits: int = 8
+    """Of a digit, and of a code as it meets one: 8, or 16, and then digits are signed."""
+    run: int = 0
+    """Steps after which sums go to int64, lest they overflow; 0 where they have no need to."""
 
     @property
     def vector(self) -> Any:
@@ -95,14 +108,33 @@ class InstructionSet(NamedTuple):
         return ir.VectorType(_INT, self.lanes)
 
     @property
+    def codes(self) -> int:
+        """Codes that meet a lane at a time."""
+        return 32 // self.bits
+
+    @property
+    def digits(self) -> int:
+        """Of an int32."""
+        return 32 // self.bits
+
+    @property
     def offsets(self) -> tuple[int, ...]:
-        """What is taken off of ``sum q`` times as much, for integers of 1 to 4 digits."""
+        """What is taken off of ``sum q`` times as much, for integers of 1 to all ``digits``."""
+        if self.bits == 16:
+            return (0, 0)
         of_planes = [self.signed_planes and 128 * ((1 << (8 * d)) - 1) // 255 for d in range(1, 5)]
         return tuple((1 << (8 * d - 1)) - less for d, less in enumerate(of_planes, 1))
 
     @property
+    def carries(self) -> tuple[np.uint32, ...]:
+        """What is added to integers of 1 to all ``digits``, before bits of theirs are turned over (``flips``)."""
+        return (np.uint32(0), np.uint32(1 << 15)) if self.bits == 16 else (np.uint32(0),) * 4
+
+    @property
     def flips(self) -> tuple[np.uint32, ...]:
-        """What turns the bits of integers of 1 to 4 digits to those of their planes."""
+        """What turns the bits of integers of 1 to all ``digits`` to those of their planes."""
+        if self.bits == 16:  # the carry is in the upper digit then, and the lower one what it was
+            return self.carries
         signs = [self.signed_planes and 0x80808080 >> (32 - 8 * d) for d in range(1, 5)]
         return tuple(np.uint32((1 << (8 * d - 1)) ^ sign) for d, sign in enumerate(signs, 1))
 
@@ -117,14 +149,11 @@ def _by_one_instruction(name: str, lanes: int) -> Callable[[Any, Any, Any, Any],
 
 
 def _by_pairs_of_shorts(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
-    """``vpmaddwd`` adds two products of 16 bits to 32, exactly: of the even bytes, and of the odd ones."""
+    """``vpmaddwd`` adds two products of 16 bits to 32, exactly."""
     vector, shorts = ir.VectorType(_INT, 8), ir.VectorType(_SHORT, 16)
     multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", vector, [shorts] * 2)
-    byte = ir.Constant(shorts, [8] * 16)
-    u, q = builder.bitcast(planes, shorts), builder.bitcast(codes, shorts)
-    even = builder.and_(u, ir.Constant(shorts, [255] * 16)), builder.ashr(builder.shl(q, byte), byte)
-    odd = builder.lshr(u, byte), builder.ashr(q, byte)
-    return builder.add(builder.add(total, builder.call(multiply, even)), builder.call(multiply, odd))
+    pairs = [builder.bitcast(operand, shorts) for operand in (planes, codes)]
+    return builder.add(total, builder.call(multiply, pairs))
 
 
 def _by_signed_bytes(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
@@ -138,7 +167,7 @@ def _by_signed_bytes(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
 # the others, of 32 (AVX-512, Arm) or 16.
 AVX512_VNNI = InstructionSet(16, _by_one_instruction("llvm.x86.avx512.vpdpbusd.512", 16), 5, (8, 8, 6))
 AVX_VNNI = InstructionSet(8, _by_one_instruction("llvm.x86.avx512.vpdpbusd.256", 8), 2, (8, 6, 2))
-AVX2 = InstructionSet(8, _by_pairs_of_shorts, 2, (6, 4, 2), faster_than_floats=False)
+AVX2 = InstructionSet(8, _by_pairs_of_shorts, 4, (8, 6, 2), bits=16, run=224, faster_than_floats=False)
 NEON = InstructionSet(4, _by_signed_bytes, 5, (8, 8, 6), signed_planes=True)
 
 
@@ -160,14 +189,28 @@ INSTRUCTIONS = _HAS or AVX512_VNNI
 FASTER_THAN_FLOATS = INSTRUCTIONS.faster_than_floats
 HEIGHT_FOR_ONE_ROW = INSTRUCTIONS.height_of_one_row
 
-_LANES = INSTRUCTIONS.lanes
-_BYTES = 4 * _LANES
-_OFFSETS, _FLIPS = INSTRUCTIONS.offsets, INSTRUCTIONS.flips
+DIGITS = INSTRUCTIONS.digits
+"""Of an int32."""
+
+CODES = INSTRUCTIONS.codes
+"""Codes of a row of x whose digits share an element of a panel."""
+
+LARGEST = 2**31 - 1 - int(INSTRUCTIONS.carries[-1])
+"""The largest integer that has so many digits."""
+
+_LANES, _BITS, _RUN = INSTRUCTIONS.lanes, INSTRUCTIONS.bits, INSTRUCTIONS.run
+_AT_A_TIME = _LANES * CODES
+_OFFSETS, _CARRIES, _FLIPS = INSTRUCTIONS.offsets, INSTRUCTIONS.carries, INSTRUCTIONS.flips
+_DIGIT, _SUM = np.uint16 if _BITS == 16 else np.uint8, np.int64 if _RUN else np.int32
+_ONE_DIGIT = np.uint32((1 << _BITS) - 1)
 
 STRIP = 96
 """Rows of the weight whose sums are kept until K is done: whole tiles."""
 
-DEPTH = 2048
+DEPTH_OF_ONE_ROW = _AT_A_TIME * _RUN
+"""The same for one row of x, where runs end."""
+
+DEPTH = CODES * _RUN or 2048
 """Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
 
 
@@ -200,6 +243,19 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
     return new
 
 
+def _codes_at(builder: Any, address: Any, its: InstructionSet) -> Any:
+    """A vector of codes from there on."""
+    if its.bits == 8:
+        return _load(builder, address, its.vector)
+    codes = _load(builder, address, ir.VectorType(_BYTE, its.lanes * its.codes))
+    return builder.bitcast(builder.sext(codes, ir.VectorType(_SHORT, its.lanes * its.codes)), its.vector)
+
+
+def _widened(builder: Any, total: Any, its: InstructionSet) -> Any:
+    """Sums as int64 where they are those of a run."""
+    return builder.sext(total, ir.VectorType(_ADDRESS, its.lanes)) if its.run else total
+
+
 def dots_along_k(builder: Any, arguments: Any, its: InstructionSet, height: int, planes: int) -> None:
     """``out[r, c] = sum_k plane[c, k] w[r, k]`` over ``steps`` vectors of codes; the planes lie one after the other.
 
@@ -207,37 +263,43 @@ def dots_along_k(builder: Any, arguments: Any, its: InstructionSet, height: int,
     of each, the steps, and the address of out.
     """
     w, stride, rows, plane, length, steps, out = arguments
-    reduce = _function(builder, f"llvm.vector.reduce.add.v{its.lanes}i32", _INT, [its.vector])
+    sum_of = ir.VectorType(_ADDRESS if its.run else _INT, its.lanes)
+    name = f"llvm.vector.reduce.add.v{its.lanes}{sum_of.element}"
+    reduce = _function(builder, name, sum_of.element, [sum_of])
     starts = _rows_of_tile(builder, w, stride, rows, height)
     lines = [builder.add(plane, builder.mul(length, _ADDRESS(c))) for c in range(planes)]
 
     def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
         at = builder.mul(i, _ADDRESS(4 * its.lanes))
         x = [_load(builder, builder.add(line, at), its.vector) for line in lines]
-        codes = [_load(builder, builder.add(start, at), its.vector) for start in starts]
+        of_codes = builder.mul(i, _ADDRESS(its.codes * its.lanes))
+        codes = [_codes_at(builder, builder.add(start, of_codes), its) for start in starts]
         pairs = [(u, q) for q in codes for u in x]
         return [its.dot(builder, t, u, q) for t, (u, q) in zip(totals, pairs, strict=True)]
 
     zeros = [its.vector([0] * its.lanes)] * (height * planes)
     for i, total in enumerate(_loop(builder, steps, zeros, step)):
-        place = builder.inttoptr(builder.add(out, _ADDRESS(4 * i)), _INT.as_pointer())
-        builder.store(builder.call(reduce, [total]), place)
+        place = builder.add(out, _ADDRESS(sum_of.element.width // 8 * i))
+        found = builder.call(reduce, [_widened(builder, total, its)])
+        builder.store(found, builder.inttoptr(place, sum_of.element.as_pointer()))
 
 
 def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height: int, vectors: int) -> None:
-    """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of 4 codes, the lanes those of ``vectors``.
+    """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of a lane's codes, of lanes of ``vectors``.
 
     Arguments are the address of w, the distance of its rows, how many there are, the address of the panel, the steps,
-    and the address of out. Meanwhile the tile below is fetched: it is read once for the sums of its codes, at the speed
-    of memory, before it comes to this loop, and those two would wait for each other. Prefetching past the weight's end
-    is harmless.
+    and the address of out; where w is a copy, its codes of as many bits as digits, also the address of the weight's
+    tile below and the distance of its rows. Meanwhile the tile below is fetched: it is read once for the sums of its
+    codes, or to be copied, at the speed of memory, before it comes to this loop, and those two would wait for each
+    other. Prefetching past the weight's end is harmless.
     """
-    w, stride, rows, panel, steps, out = arguments
+    w, stride, rows, panel, steps, out, *of_weight = arguments
     size = 4 * its.lanes
     fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
     starts = _rows_of_tile(builder, w, stride, rows, height)
-    below = builder.add(w, builder.mul(stride, _ADDRESS(height)))
-    places = [builder.add(out, _ADDRESS(size * i)) for i in range(height * vectors)]
+    below, distance = of_weight if its.bits == 16 else (builder.add(w, builder.mul(stride, _ADDRESS(height))), stride)
+    sums = ir.VectorType(_ADDRESS if its.run else _INT, its.lanes)
+    places = [builder.add(out, _ADDRESS(size * (2 if its.run else 1) * i)) for i in range(height * vectors)]
     undefined, to_all = ir.Constant(its.vector, ir.Undefined), ir.Constant(its.vector, [0] * its.lanes)
 
     def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
@@ -245,9 +307,9 @@ def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height
         x = [_load(builder, builder.add(lanes, _ADDRESS(size * c)), its.vector) for c in range(vectors)]
         at, new = builder.mul(i, _ADDRESS(4)), []
         if vectors < 4:  # with more, arithmetic takes longer than memory
-            # a line of 64 bytes holds the codes of 16 steps: in each of them one line of one of the 8 rows below
-            row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), stride))
-            line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(4)), _ADDRESS(-64)))
+            # a line of 64 bytes holds the codes of 16 steps or 32: in each of them one line of one of the 8 rows below
+            row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), distance))
+            line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(its.codes)), _ADDRESS(-64)))
             to_all_caches = [_INT(0), _INT(3), _INT(1)]
             builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), *to_all_caches])
         for r, start in enumerate(starts):
@@ -256,9 +318,15 @@ def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height
             new += [its.dot(builder, totals[r * vectors + c], x[c], codes) for c in range(vectors)]
         return new
 
-    totals = [_load(builder, place, its.vector) for place in places]
-    for place, total in zip(places, _loop(builder, steps, totals, step), strict=True):
-        builder.store(total, builder.inttoptr(place, its.vector.as_pointer()), align=4)
+    kept = [_load(builder, place, sums) for place in places] if not its.run else []
+    totals = _loop(builder, steps, kept or [its.vector([0] * its.lanes)] * len(places), step)
+    if its.run:
+        totals = [
+            builder.add(_load(builder, at, sums), _widened(builder, total, its))
+            for at, total in zip(places, totals, strict=True)
+        ]
+    for place, total in zip(places, totals, strict=True):
+        builder.store(total, builder.inttoptr(place, sums.as_pointer()), align=4)
 
 
 def _along_k(height: int, planes: int) -> Any:
@@ -279,35 +347,34 @@ def _across_planes(height: int, vectors: int) -> Any:
     """``dots_across_planes`` for numba."""
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(_: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any) -> Any:
+    def tile(
+        _: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any, below: Any, distance: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             dots_across_planes(builder, arguments, INSTRUCTIONS, height, vectors)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 6), generate
+        return types.void(*[types.intp] * 8), generate
 
     return tile
 
 
 # ---- one row of x
 
-_PLANES = 5  # four of x, and one of ones
+_OFFSET, _CARRIED, _FLIP = _OFFSETS[-1], _CARRIES[-1], _FLIPS[-1]
+_PLANES = DIGITS + (1 if _OFFSET else 0)  # those of x, and one of ones
 _tile_of_one_row = _along_k(HEIGHT_FOR_ONE_ROW, _PLANES)
-_OFFSET, _FLIP = _OFFSETS[3], _FLIPS[3]
 
 
 @njit(nogil=True, cache=True)
 def pack_one_row(x: Any) -> Any:  # pragma: no cover - compiled
-    """Planes of one row of int32, whole vectors only, and a plane of ones: (5, K rounded down to vectors)."""
-    length = x.shape[0] & ~(_BYTES - 1)
-    planes = np.empty((_PLANES, length), dtype=np.uint8)
-    for k in range(length):
-        u = np.uint32(x[k]) ^ _FLIP
-        planes[0, k] = u & np.uint32(255)
-        planes[1, k] = (u >> np.uint32(8)) & np.uint32(255)
-        planes[2, k] = (u >> np.uint32(16)) & np.uint32(255)
-        planes[3, k] = u >> np.uint32(24)
-        planes[4, k] = 1
+    """Planes of one row of int32, whole vectors only, and a plane of ones where sums of codes are wanted."""
+    length = x.shape[0] & ~(_AT_A_TIME - 1)
+    planes = np.ones((_PLANES, length), dtype=_DIGIT)
+    for d in range(DIGITS):
+        shift, plane = np.uint32(_BITS * d), planes[d]
+        for k in range(length):
+            plane[k] = (((np.uint32(x[k]) + _CARRIED) ^ _FLIP) >> shift) & _ONE_DIGIT
     return planes
 
 
@@ -316,19 +383,24 @@ def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no
     """``y[n] = sum_k w[n, k] x[k]``: int8 rows, int32 x and its planes, int64 y."""
     rows, inner = w.shape
     whole = planes.shape[1]
-    sums = np.zeros((HEIGHT_FOR_ONE_ROW, _PLANES), dtype=np.int32)
+    depth = DEPTH_OF_ONE_ROW if _RUN else max(whole, 1)
+    sums = np.zeros((HEIGHT_FOR_ONE_ROW, _PLANES), dtype=_SUM)
     for first in range(0, rows, HEIGHT_FOR_ONE_ROW):
         height = min(HEIGHT_FOR_ONE_ROW, rows - first)
-        if whole:
-            start, steps = w.ctypes.data + first * w.strides[0], whole // _BYTES
-            _tile_of_one_row(start, w.strides[0], height, planes.ctypes.data, whole, steps, sums.ctypes.data)
+        out = y[first : first + height]
+        out[:] = 0
+        for k in range(0, whole, depth):
+            start, steps = w.ctypes.data + first * w.strides[0] + k, min(depth, whole - k) // _AT_A_TIME
+            of_x, by = planes[:, k:].ctypes.data, planes.strides[0]
+            _tile_of_one_row(start, w.strides[0], height, of_x, by, steps, sums.ctypes.data)
+            for r in range(height):
+                for d in range(DIGITS):
+                    out[r] += np.int64(sums[r, d]) << (_BITS * d)
+                if _OFFSET:
+                    out[r] -= np.int64(sums[r, DIGITS]) * _OFFSET
         for r in range(height):
-            total = -(np.int64(sums[r, 4]) * _OFFSET)
-            for d in range(4):
-                total += np.int64(sums[r, d]) << (8 * d)
             for k in range(whole, inner):
-                total += np.int64(w[first + r, k]) * np.int64(x[k])
-            y[first + r] = total
+                out[r] += np.int64(w[first + r, k]) * np.int64(x[k])
 
 
 # ---- several rows of x
@@ -340,9 +412,9 @@ def rows_of_a_panel(rows: int, digits: int) -> int:
 
 
 def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
-    """Shape of the uint32 array that ``pack_rows`` fills; empty where one row of four digits has a loop of its own."""
+    """Shape of the uint32 array that ``pack_rows`` fills; empty where one row of all digits has a loop of its own."""
     height = rows_of_a_panel(rows, digits)
-    return (0, 0, 0) if rows == 1 and digits == 4 else (-(-rows // height), inner // 4, digits * height)
+    return (0, 0, 0) if rows == 1 and digits == DIGITS else (-(-rows // height), inner // CODES, digits * height)
 
 
 def parts_of_rows(rows: int, digits: int) -> list[slice]:
@@ -355,24 +427,21 @@ def parts_of_rows(rows: int, digits: int) -> list[slice]:
 
 @njit(nogil=True, cache=True)
 def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma: no cover - compiled
-    """Rows of integers into ``panels`` (panel, K // 4, digit * height + row): four codes' bytes in each uint32.
+    """Rows of integers into ``panels`` (panel, K // CODES, digit * height + row): digits of CODES codes in each uint32.
 
     Rows that only fill up the last panel are not written: their sums are not read.
     """
     rows, groups = x.shape[0], panels.shape[1]
-    flip = _FLIPS[digits - 1]
+    carry, flip = _CARRIES[digits - 1], _FLIPS[digits - 1]
     for m in range(rows):
         panel, lane, values = panels[m // height], m % height, x[m]
         for g in range(groups):
-            a = np.uint32(values[4 * g]) ^ flip
-            b = np.uint32(values[4 * g + 1]) ^ flip
-            c = np.uint32(values[4 * g + 2]) ^ flip
-            d = np.uint32(values[4 * g + 3]) ^ flip
             for plane in range(digits):
-                shift, byte = np.uint32(8 * plane), np.uint32(255)
-                low = ((a >> shift) & byte) | (((b >> shift) & byte) << np.uint32(8))
-                high = ((c >> shift) & byte) | (((d >> shift) & byte) << np.uint32(8))
-                panel[g, plane * height + lane] = low | (high << np.uint32(16))
+                shift, word = np.uint32(_BITS * plane), np.uint32(0)
+                for i in range(CODES):
+                    bits = np.uint32(np.uint32(values[CODES * g + i]) + carry) ^ flip
+                    word |= ((bits >> shift) & _ONE_DIGIT) << np.uint32(_BITS * i)
+                panel[g, plane * height + lane] = word
 
 
 _AT_ONCE = 8
@@ -384,10 +453,10 @@ _tile_1, _tile_2, _tile_4 = _across_planes(_HEIGHT_1, 1), _across_planes(_HEIGHT
 @njit(nogil=True, cache=True)
 def _add_codes(w: Any, ones: Any, total: Any) -> None:  # pragma: no cover - compiled
     """Add the sum of each of up to 8 rows of codes to ``total``."""
-    rows, whole = w.shape[0], w.shape[1] & ~(_BYTES - 1)
-    sums = np.zeros(_AT_ONCE, dtype=np.int32)
+    rows, whole = w.shape[0], w.shape[1] & ~(_AT_A_TIME - 1)
+    sums = np.zeros(_AT_ONCE, dtype=_SUM)
     if whole:
-        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // _BYTES, sums.ctypes.data)
+        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // _AT_A_TIME, sums.ctypes.data)
     for r in range(rows):
         rest = np.int32(0)
         for k in range(whole, w.shape[1]):
@@ -396,8 +465,17 @@ def _add_codes(w: Any, ones: Any, total: Any) -> None:  # pragma: no cover - com
 
 
 @njit(nogil=True, cache=True)
+def _widen(w: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Codes as shorts."""
+    for r in range(w.shape[0]):
+        row, shorts = w[r], out[r]
+        for k in range(row.shape[0]):
+            shorts[k] = row[k]
+
+
+@njit(nogil=True, cache=True)
 def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any) -> None:  # pragma: no cover
-    """``joined[n, lane] = sum_d 256^d sums[n, d * height + lane]``, less what the digits' offset added."""
+    """``joined[n, lane] = sum_d 2^(bits d) sums[n, d * height + lane]``, less what the digits' offset added."""
     for n in range(sums.shape[0]):
         row, out = sums[n], joined[n]
         offset = np.int64(of_codes[n]) * _OFFSETS[digits - 1]
@@ -406,40 +484,45 @@ def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any
         for d in range(1, digits):
             digit = row[d * height : (d + 1) * height]
             for lane in range(height):
-                out[lane] += np.int64(digit[lane]) << (8 * d)
+                out[lane] += np.int64(digit[lane]) << (_BITS * d)
 
 
 @njit(nogil=True, cache=True)
 def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover
-    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels and its last columns (beyond fours), int64 y."""
+    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels and its last columns, which they lack, int64 y."""
     rows, inner = w.shape
     stride, lanes = w.strides[0], panels.shape[2]
-    groups = panels.shape[1]
-    whole = groups * 4
-    depth = DEPTH if panels.shape[0] > 1 else max(whole, 4)
+    whole = panels.shape[1] * CODES
+    depth = DEPTH if _RUN or panels.shape[0] > 1 else max(whole, CODES)
     tile = _HEIGHT_4 if lanes == 4 * _LANES else _HEIGHT_2 if lanes == 2 * _LANES else _HEIGHT_1
-    sums = np.empty((panels.shape[0], STRIP, lanes), dtype=np.int32)
-    of_codes = np.empty(STRIP, dtype=np.int32)
-    ones = np.ones(depth, dtype=np.uint8)
+    sums = np.empty((panels.shape[0], STRIP, lanes), dtype=_SUM)
+    of_codes = np.zeros(STRIP, dtype=np.int32)
+    ones = np.ones(depth if _OFFSET else 0, dtype=_DIGIT)
+    wide = np.empty((STRIP if _BITS == 16 else 0, depth), dtype=np.int16)
     joined = np.empty((STRIP, height), dtype=np.int64)
     for first in range(0, rows, STRIP):
         stop = min(first + STRIP, rows)
         sums[:] = 0
         of_codes[:] = 0
         for k in range(0, whole, depth):
-            steps = min(depth, whole - k) // 4
+            steps = min(depth, whole - k) // CODES
             for p in range(panels.shape[0]):
-                panel = panels[p].ctypes.data + (k // 4) * lanes * 4
+                panel = panels[p].ctypes.data + (k // CODES) * lanes * 4
                 for n in range(first, stop, tile):
-                    start, out = w.ctypes.data + n * stride + k, sums[p, n - first :].ctypes.data
-                    if p == 0:
-                        _add_codes(w[n : min(n + tile, stop), k : k + 4 * steps], ones, of_codes[n - first :])
+                    start, by, out = w.ctypes.data + n * stride + k, stride, sums[p, n - first :].ctypes.data
+                    below = start + tile * stride
+                    if _OFFSET and p == 0:
+                        _add_codes(w[n : min(n + tile, stop), k : k + CODES * steps], ones, of_codes[n - first :])
+                    if _BITS == 16:
+                        if p == 0:
+                            _widen(w[n : min(n + tile, stop), k : k + CODES * steps], wide[n - first :])
+                        start, by = wide[n - first :].ctypes.data, wide.strides[0]
                     if lanes == 4 * _LANES:
-                        _tile_4(start, stride, stop - n, panel, steps, out)
+                        _tile_4(start, by, stop - n, panel, steps, out, below, stride)
                     elif lanes == 2 * _LANES:
-                        _tile_2(start, stride, stop - n, panel, steps, out)
+                        _tile_2(start, by, stop - n, panel, steps, out, below, stride)
                     else:
-                        _tile_1(start, stride, stop - n, panel, steps, out)
+                        _tile_1(start, by, stop - n, panel, steps, out, below, stride)
         for p in range(panels.shape[0]):
             _join_digits(sums[p, : stop - first], of_codes, digits, height, joined)
             for m in range(p * height, min(p * height + height, tail.shape[0])):
@@ -543,18 +626,18 @@ def prepare_rows(
 ) -> None:  # pragma: no cover - compiled
     """Rows of x, the first of which begins a panel: their exponents, sums and flags, and their integers as panels.
 
-    ``tail`` gets the integers that no panel holds: those beyond a multiple of four, or all where there are no panels.
+    ``tail`` gets the integers that no panel holds: those beyond a multiple of CODES, or all where there are no panels.
     """
     rows, inner = x.shape
-    whole = 4 * panels.shape[1]
-    height = max(1, panels.shape[2] // 4)
+    whole = CODES * panels.shape[1]
+    height = max(1, panels.shape[2] // DIGITS)
     integers = np.empty((min(height, rows), inner), dtype=np.int32)
     for first in range(0, rows, height):
         last = min(first + height, rows)
         some = integers[: last - first]
         _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
         if whole:
-            pack_rows(some, 4, height, panels[first // height : first // height + 1])
+            pack_rows(some, DIGITS, height, panels[first // height : first // height + 1])
         tail[first:last] = some[:, whole:]
 
 
@@ -576,11 +659,11 @@ def finish_columns(
 ) -> None:  # pragma: no cover - compiled
     """Columns of the result for rows of the weight ``w``; ``unsigned`` says that its bytes are uint8, 128 too large."""
     rows, (columns, inner) = y.shape[0], w.shape
-    height = max(1, panels.shape[2] // 4)
+    height = max(1, panels.shape[2] // DIGITS)
     as_it_lies = w.strides[1] == 1 and not unsigned
     strip = np.empty((0 if as_it_lies else STRIP, inner), dtype=np.int8)
     sums = np.empty((min(rows, ROWS_AT_ONCE), STRIP), dtype=np.int64)
-    planes = pack_one_row(tail[0]) if rows == 1 else np.empty((0, 0), dtype=np.uint8)
+    planes = pack_one_row(tail[0]) if rows == 1 else np.empty((0, 0), dtype=_DIGIT)
     for start in range(0, columns, STRIP):
         stop = min(start + STRIP, columns)
         if as_it_lies:
@@ -598,7 +681,7 @@ def finish_columns(
                 multiply_one_row(codes, tail[0], planes, found[0])
             else:
                 of_rows = panels[first // height : (last + height - 1) // height]
-                multiply_rows(codes, tail[first:last], of_rows, 4, height, found)
+                multiply_rows(codes, tail[first:last], of_rows, DIGITS, height, found)
             exponents = row_exponent[first:last]
             _from_fixed_point(
                 found,

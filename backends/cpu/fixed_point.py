@@ -64,7 +64,7 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     dots, powers = runtime.integer_dots(), powers_of_two()
     x = np.ascontiguousarray(x, dtype=np.float32)
     parts = []
-    for part in dots.parts_of_rows(rows, 4):
+    for part in dots.parts_of_rows(rows, dots.DIGITS):
         prepared = _prepared(x[part], powers)
         if (prepared[2] & (dots.ANY_FLAG if fast else dots.SECOND_PASS)).any():
             return NotImplemented
@@ -222,9 +222,9 @@ def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Arra
     """Exponents, sums and flags of the rows of x, their panels, and the integers that no panel holds."""
     dots, (rows, inner) = runtime.integer_dots(), x.shape
     exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
-    panels = aligned_empty(dots.shape_of_panels(rows, inner, 4), np.uint32)
-    tail = np.empty((rows, inner - 4 * panels.shape[1]), dtype=np.int32)
-    height = max(1, panels.shape[2] // 4)
+    panels = aligned_empty(dots.shape_of_panels(rows, inner, dots.DIGITS), np.uint32)
+    tail = np.empty((rows, inner - dots.CODES * panels.shape[1]), dtype=np.int32)
+    height = max(1, panels.shape[2] // dots.DIGITS)
 
     def prepare(a: int, b: int) -> None:
         of_rows = panels[a // height : -(-b // height)]

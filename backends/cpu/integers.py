@@ -27,11 +27,11 @@ def integer_matmul(x: Array, w: Array) -> Array:
 def exact_matmul(x: Array, w: Array) -> Array:
     """``x @ w.T`` of integers below 2^31 and 2^9 as int64. A uint8 ``w`` counts as 128 less."""
     y = np.empty((len(x), len(w)), dtype=np.int64)
-    if not serve.exact_dots(w):
+    if not serve.exact_dots(x, w):
         _by_floats(x, _as_int8(w, None) if w.dtype == np.uint8 else w, y)
         return y
-    dots, digits = runtime.integer_dots(), 1 if x.dtype == np.int8 else 4
-    most = dots.ROWS_AT_ONCE
+    dots = runtime.integer_dots()
+    digits, most = 1 if x.dtype == np.int8 else dots.DIGITS, dots.ROWS_AT_ONCE
     for some in (slice(first, first + most) for first in range(0, len(x), most)):
         rows, sums = x[some], y[some]
         for part in dots.parts_of_rows(len(rows), digits):
@@ -41,7 +41,7 @@ def exact_matmul(x: Array, w: Array) -> Array:
 
 def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
     dots, (rows, inner) = runtime.integer_dots(), x.shape
-    if rows == 1 and digits == 4:
+    if rows == 1 and digits == dots.DIGITS:
         planes = dots.pack_one_row(x[0])
 
         def multiply(w: Array, y: Array) -> None:
@@ -50,7 +50,7 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
     else:
         panels = aligned_empty(dots.shape_of_panels(rows, inner, digits), np.uint32)
         height = panels.shape[2] // digits
-        tail = np.ascontiguousarray(x[:, inner // 4 * 4 :])
+        tail = np.ascontiguousarray(x[:, dots.CODES * panels.shape[1] :])
 
         def pack(start: int, stop: int) -> None:
             dots.pack_rows(x[start:stop], digits, height, panels[start // height :])

@@ -214,9 +214,12 @@ def fits_16_bits(zero_point: Array) -> bool:
     return bool(np.max(zero_point) < 1 << 14) and bool(np.min(zero_point) > -(1 << 14))
 
 
-def exact_dots(w: Array) -> bool:
-    """Whether exact sums of integers with ``w`` fit the int32 lanes of the int8 dot product."""
-    return runtime.integer_dots() is not None and w.dtype.itemsize == 1 and w.shape[1] <= reference.LONGEST_PIECE
+def exact_dots(x: Array, w: Array) -> bool:
+    """Whether exact sums of integers ``x`` with ``w`` fit the lanes of the processor's dot product."""
+    loops = runtime.integer_dots()
+    if loops is None or w.dtype.itemsize != 1 or w.shape[1] > reference.LONGEST_PIECE:
+        return False
+    return bool(np.max(x, initial=0) <= loops.LARGEST)
 
 
 def row_loops(rows: int, w: Coded, contract: int) -> bool:

@@ -22,6 +22,8 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import dots
 from aqt_lite.backends.cpu.dots import (
+    CODES,
+    DIGITS,
     NOT_FINITE,
     OUT_OF_RANGE,
     SECOND_PASS,
@@ -65,7 +67,7 @@ def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     panels, tail, exponent, total, flags = _of_rows(frame)
     x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
-    height, powers = max(1, panels.shape[2] // 4), array(operand(frame, 6), (512,), np.float32)
+    height, powers = max(1, panels.shape[2] // DIGITS), array(operand(frame, 6), (512,), np.float32)
     these, of_these = slice(start, stop), panels[start // height : (stop + height - 1) // height]
     prepare_rows(x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these])
 
@@ -102,7 +104,7 @@ def _handler(version: int) -> Any:
         if describe(frame) or version < 0:
             return OK
         rows, columns = dim(operand(frame, 0), 0), dim(operand(frame, 1), 0)
-        error = parallel_for(frame, _prepare_address(), rows, max(1, dim(result(frame, 4), 2) // 4))
+        error = parallel_for(frame, _prepare_address(), rows, max(1, dim(result(frame, 4), 2) // DIGITS))
         return error if error != 0 else parallel_for(frame, _finish_address(), columns, STRIP)
 
     return handler
@@ -138,14 +140,14 @@ def _plain(
 
 def _results(x: Any, w: Any, *_: Any, unsigned: int) -> list[Any]:
     (rows, inner), columns = x.shape, w.shape[0]
-    panels = shape_of_panels(rows, inner, 4)
+    panels = shape_of_panels(rows, inner, DIGITS)
     shapes = [
         ((rows, columns), jnp.float32),
         ((rows,), jnp.int32),
         ((rows,), jnp.int32),
         ((rows, 2), jnp.int32),  # an int64 each, which JAX does not always have
         (panels, jnp.uint32),
-        ((rows, inner - 4 * panels[1]), jnp.int32),
+        ((rows, inner - CODES * panels[1]), jnp.int32),
     ]
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
@@ -162,7 +164,7 @@ def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> tuple[Array, 
     arrays = (w.codes, *vectors, powers_of_two())
     unsigned = int(w.codes.dtype == jnp.uint8)
     parts = [
-        _bind(x[part].astype(jnp.float32), *arrays, unsigned=unsigned)[:2] for part in parts_of_rows(x.shape[0], 4)
+        _bind(x[part].astype(jnp.float32), *arrays, unsigned=unsigned)[:2] for part in parts_of_rows(x.shape[0], DIGITS)
     ]
     y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))
     return y.astype(x.dtype), flags
