@@ -78,7 +78,7 @@ AVAILABLE = _WIDE or _features() >= {"+avx2", "+fma"}
 
 LANES = 16 if _WIDE else 8
 
-HEIGHT = 4 if _WIDE else 2
+HEIGHT = 4 if _WIDE else 3
 """Rows of the weight in a tile."""
 
 HEIGHT_OF_ONE = 4
@@ -99,7 +99,7 @@ DEPTH_OF_ONE = 8192
 AHEAD = 1 << 15
 """Bytes ahead of those it decodes that a tile of one row of x reads into the second cache."""
 
-MANY_ROWS = 16
+MANY_ROWS = 16 if _WIDE else 5
 """Rows of x from which on a part of a strip is decoded to memory, once for all of them, and not once for each tile."""
 
 DEPTH_OF_MANY = 512
