@@ -257,14 +257,35 @@ def test_transformations_of_jax():
     assert_same_bits(jax.export.export(function)(zero).call(zero), function(zero))
 
 
+EXACT = [
+    test_the_loops_have_the_bits_of_the_reference,
+    test_every_size_of_groups_and_of_rows,
+    test_the_largest_sums_of_digits_are_exact,
+]
+
+
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
-    run_without_avx_512(__file__, [test_the_loops_have_the_bits_of_the_reference], "runtime.group_loops().ROWS == 2")
+    run_without_avx_512(
+        __file__, EXACT, "(runtime.group_loops().LANES, runtime.group_loops().BITS_OF_DIGIT) == (8, 16)"
+    )
 
 
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
-def test_processors_without_integer_dot_products():
-    loops = [test_the_loops_have_the_bits_of_the_reference, test_the_largest_sums_of_digits_are_exact]
-    run_without(("+avx512vnni",), __file__, loops, "not runtime.group_loops().DOTS")
+@pytest.mark.parametrize("narrow", [False, True], ids=["shorts", "bytes of vectors of 256 bits"])
+def test_other_dot_products(narrow):
+    if LOOPS.LANES != 16 or LOOPS.BITS_OF_DIGIT != 8:
+        pytest.skip("the processor has no AVX-512 VNNI, whose other forms these are")
+    features, also = ("+no feature", ["+prefer-256-bit"]) if narrow else (("+avx512vnni",), [])
+    form = "(8, 8)" if narrow else "(16, 16)"
+    check = f"(runtime.group_loops().LANES, runtime.group_loops().BITS_OF_DIGIT) == {form}"
+    run_without(features, __file__, EXACT, check, also=also)
+
+
+@needs_loops
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+def test_processors_without_dot_products():
+    loops = [test_the_loops_have_the_bits_of_the_reference]
+    run_without(("+avx",), __file__, loops, "not runtime.group_loops().DOTS", NUMBA_CPU_NAME="nehalem")

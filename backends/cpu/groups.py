@@ -14,16 +14,21 @@ codes become float64: (codes, 16). An entry of x, in all lanes, times one such r
 sum crosses lanes, and what follows a group (scale, powers of two, the ordered sum of groups) is done to whole vectors.
 Multiplications and additions may be fused or not: they are exact.
 
-**By the int8 dot product** (AVX-512 VNNI, ``in_dots``) the same sums take a half to a quarter of the time. An integer
-of 31 bits is four signed digits of 8, and codes become unsigned bytes by taking ``lowest`` off: those of 4 bits by a
-mask, or by a table where they are no plain integers. The words of 16 rows, transposed, hold four codes of each of 16
-columns, which ``vpdpbusd`` multiplies with four digits that all lanes share. A digit's sum, of up to 512 products, is
-at most ``512 * 255 * 128 < 2^24``; the four together are the same integer as above, and what follows a group is the
-same, too. Codes of 4 bits leave their bytes as those at even and those at odd positions, so digits lie in that order.
+**By integer dot products** (``in_dots``) the same sums take a half to a quarter of the time. An integer of 31 bits is
+four signed digits of 8, and codes become unsigned bytes by taking ``lowest`` off: those of 4 bits by a mask, or by a
+table where they are no plain integers. The words of 16 rows, transposed, hold four codes of each of 16 columns, which
+``vpdpbusd`` multiplies with four digits that all lanes share. A digit's sum, of up to 512 products, is at most
+``512 * 255 * 128 < 2^24``; the four together are the same integer as above, and what follows a group is the same, too.
+Codes of 4 bits leave their bytes as those at even and those at odd positions, so digits lie in that order.
+
+Without that instruction, ``vpmaddwd`` adds two products of shorts: an integer is two signed digits of 16 bits, and the
+four bytes of a word become two pairs of shorts in registers, the even ones and the odd ones. A digit's sum, of up to
+256 products, is at most ``256 * 255 * 2^15 < 2^31``. Vectors are of 16 lanes or, for 16 columns, two of 8.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -42,11 +47,26 @@ def _features() -> set[str]:
 
 _WIDE = "+avx512f" in _features()
 
-DOTS = {"+avx512f", "+avx512bw", "+avx512vl", "+avx512vnni"} <= _features()
-"""Whether the processor has the int8 dot product, and looks bytes up in vectors of 64."""
+LANES = 16 if {"+avx512f", "+avx512bw"} <= _features() and "+prefer-256-bit" not in _features() else 8
+"""Sums of a vector of integer dot products."""
+
+_OF_BYTES = {"+avx512bw", "+avx512vl", "+avx512vnni"} <= _features() or {"+avx2", "+avxvnni"} <= _features()
+
+DOTS = "+avx2" in _features()
+"""Whether the processor adds up products of bytes, or of shorts, in int32, and looks bytes up."""
+
+BITS_OF_DIGIT = 8 if _OF_BYTES else 16
+"""Of integers in fixed point: what that product multiplies unsigned bytes, or shorts, with."""
 
 LARGEST_SUM = 65281
-"""Sum of a group's unsigned codes up to which 257 times 128 of it, two digits' sums in one, fit int32."""
+"""Sum of a group's unsigned codes up to which 257 times 128 of it, two digits' sums in one, fit int32; and 2^15 of it,
+one sum of digits of 16 bits."""
+
+LONGEST_OF_SHORTS = 256
+"""Length of groups up to which sums of digits of 16 bits fit int32, whatever the codes: a 255th of that."""
+
+MOST_IN_DOTS = 4 if LANES == 16 else 2
+"""Rows of x whose sums, 16 a digit, fit the registers."""
 
 LONGEST_SPAN = 4096
 """Codes of 16 columns that are decoded before rows of x come by, at most: 64 KB."""
@@ -150,12 +170,16 @@ def _rows_of_tile(builder: Any, start: Any, stride: Any, there: Any) -> list[Any
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 words, rows for columns: in four rounds, which swap halves of pairs 8, 4, 2 and 1 apart."""
-    for apart in (8, 4, 2, 1):
-        first = [i if i // apart % 2 == 0 else COLUMNS + i - apart for i in range(COLUMNS)]
-        second = [i + apart if i // apart % 2 == 0 else COLUMNS + i for i in range(COLUMNS)]
+    """16 vectors of 16 words, rows for columns: in four rounds, which swap halves of pairs 8, 4, 2 and 1 apart.
+
+    Or 8 of 8, in three.
+    """
+    count = len(rows)
+    for apart in (8, 4, 2, 1)[-count.bit_length() + 1 :]:
+        first = [i if i // apart % 2 == 0 else count + i - apart for i in range(count)]
+        second = [i + apart if i // apart % 2 == 0 else count + i for i in range(count)]
         new = list(rows)
-        for i in range(COLUMNS):
+        for i in range(count):
             if i // apart % 2 == 0:
                 new[i] = _shuffled(builder, rows[i], rows[i + apart], first)
                 new[i + apart] = _shuffled(builder, rows[i], rows[i + apart], second)
@@ -341,6 +365,8 @@ def in_dots(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
     """Whether groups are multiplied by the int8 dot product: whole steps of it, and soon whole chunks again."""
     if not DOTS:
         return False
+    if BITS_OF_DIGIT == 16 and size > LONGEST_OF_SHORTS:
+        return False
     step, chunk = (8, 2 * CHUNK) if halves else (4, CHUNK)
     return size % step == 0 and _span(size, chunk) > 0
 
@@ -474,10 +500,41 @@ def _finish(
 # ---- by the processor's int8 dot product
 
 
-_DOT, _LOOK_UP = "llvm.x86.avx512.vpdpbusd.512", "llvm.x86.avx512.pshuf.b.512"
-_BYTE = ir.IntType(8)
-_BYTES = ir.VectorType(_BYTE, 64)
-DIGITS = 4
+_LOOK_UP = "llvm.x86.avx512.pshuf.b.512" if LANES == 16 else "llvm.x86.avx2.pshuf.b"
+_BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
+_WORDS, _BYTES, _SHORTS = (ir.VectorType(item, LANES * n) for item, n in ((_INT, 1), (_BYTE, 4), (_SHORT, 2)))
+DIGITS = 32 // BITS_OF_DIGIT
+_BASE = float(1 << BITS_OF_DIGIT)
+_PARTS = range(0, COLUMNS, LANES)
+
+
+def _in_parts(builder: Any, columns: Any) -> list[Any]:
+    """Vectors of as many lanes as the processor has."""
+    if LANES == COLUMNS:
+        return [columns]
+    return [_shuffled(builder, columns, columns, list(range(i, i + LANES))) for i in _PARTS]
+
+
+def _as_one(builder: Any, parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else _shuffled(builder, *parts, list(range(COLUMNS)))
+
+
+def _pairs_of(builder: Any, codes: Any) -> list[Any]:
+    """What of four unsigned bytes a lane meets digits at a time: all, or as shorts the even ones, and the odd ones."""
+    if BITS_OF_DIGIT == 8:
+        return [codes]
+    shorts = builder.bitcast(codes, _SHORTS)
+    return [builder.and_(shorts, _same(_SHORTS, 255)), builder.lshr(shorts, _same(_SHORTS, 8))]
+
+
+def _dot(builder: Any, total: Any, codes: Any, digit: Any) -> Any:
+    """``vpdpbusd`` adds four products of an unsigned byte and a signed one, ``vpmaddwd`` two of shorts."""
+    if BITS_OF_DIGIT == 8:
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
+        return builder.call(_function(builder, name, _WORDS, [_WORDS] * 3), [total, codes, digit])
+    name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
+    multiply = _function(builder, name, _WORDS, [_SHORTS] * 2)
+    return builder.add(total, builder.call(multiply, [codes, builder.bitcast(digit, _SHORTS)]))
 
 
 def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
@@ -493,26 +550,26 @@ def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, there, table, flip, ahead, out = arguments
             starts = _rows_of_tile(builder, w, stride, there)
-            rows = [_load(builder, start, _INTS) for start in starts]
             pointer = ir.PointerType(_BYTE)
             fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INT, _INT, _INT])
             for start in starts:
                 line = builder.inttoptr(builder.add(start, ahead), pointer)
                 builder.call(fetch, [line, _INT(0), _INT(2), _INT(1)])
-            place = out
             look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
-            numbers, low = _load(builder, table, _BYTES), _same(_INTS, 0x0F0F0F0F)
-            flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _INTS)
-            for words in _transposed(builder, rows):
-                found = [words if looked_up else builder.xor(words, flipped)]
-                if halves:
-                    upper = builder.lshr(found[0], _same(_INTS, 4))
-                    found = [builder.and_(found[0], low), builder.and_(upper, low)]
-                if looked_up:
-                    found = [builder.call(look_up, [numbers, builder.bitcast(c, _BYTES)]) for c in found]
-                for vector in found:
-                    _store(builder, vector, place)
-                    place = builder.add(place, _ADDRESS(CHUNK))
+            numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
+            flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
+            for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
+                block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
+                for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
+                    found = [words if looked_up else builder.xor(words, flipped)]
+                    if halves:
+                        upper = builder.lshr(found[0], _same(_WORDS, 4))
+                        found = [builder.and_(found[0], low), builder.and_(upper, low)]
+                    if looked_up:
+                        found = [builder.call(look_up, [numbers, builder.bitcast(c, _BYTES)]) for c in found]
+                    for v, vector in enumerate(found):
+                        place = CHUNK * ((first + i) * len(found) + v) + 4 * column
+                        _store(builder, vector, builder.add(out, _ADDRESS(place)))
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
@@ -521,12 +578,12 @@ def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
 
 
 def _exact_sum(builder: Any, digits: list[Any], short: bool) -> Any:
-    """``sum of 256^d digits[d]``, in float64; ``short``: pairs of them fit int32."""
-    if short:
+    """The sum of digits times powers of their base, in float64; ``short``: pairs of bytes fit int32."""
+    if short and BITS_OF_DIGIT == 8:
         pairs = [builder.add(builder.shl(digits[i + 1], _same(_INTS, 8)), digits[i]) for i in (0, 2)]
         parts, base = pairs, 65536.0
     else:
-        parts, base = digits, 256.0
+        parts, base = digits, _BASE
     total = builder.sitofp(parts[-1], _DOUBLES)
     for part in parts[-2::-1]:
         scaled = builder.fmul(total, _same(_DOUBLES, base), flags=_EXACT)
@@ -550,22 +607,28 @@ def _group_of(rows: int, short: bool, twice: bool = False) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             numbers, steps, x, finer, x_stride, scale, leading, zero, lowest, *others = arguments
             of_x, of_finer, row_power, groups, run = others
-            dot = _function(builder, _DOT, _INTS, [_INTS] * 3)
             of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
             if twice:
                 of_rows.append(finer)
 
             def step(i: Any, totals: list[Any]) -> list[Any]:
-                codes, at, new = _load(builder, _at(builder, numbers, i, CHUNK), _INTS), builder.shl(i, _ADDRESS(4)), []
+                start, at, new = _at(builder, numbers, i, CHUNK), builder.shl(i, _ADDRESS(4)), list(totals)
+                loaded = [_load(builder, builder.add(start, _ADDRESS(4 * column)), _WORDS) for column in _PARTS]
+                codes = [_pairs_of(builder, words) for words in loaded]
                 for m, row in enumerate(of_rows):
                     entry = builder.add(row, at)
-                    for d in range(DIGITS):
-                        word = _load(builder, builder.add(entry, _ADDRESS(4 * d)), _INT)
-                        digit = _in_all_lanes(builder, word, _INTS)
-                        new.append(builder.call(dot, [totals[m * DIGITS + d], codes, digit]))
+                    for word in range(4):  # digits of bytes, or the even and the odd ones of a digit of shorts
+                        of_x = _load(builder, builder.add(entry, _ADDRESS(4 * word)), _INT)
+                        digit = _in_all_lanes(builder, of_x, _WORDS)
+                        d, pair = divmod(word, 4 // DIGITS)
+                        for part in range(len(_PARTS)):
+                            place = (m * DIGITS + d) * len(_PARTS) + part
+                            new[place] = _dot(builder, new[place], codes[part][pair], digit)
                 return new
 
-            found = _loop(builder, steps, [_same(_INTS, 0)] * (DIGITS * len(of_rows)), step)
+            zeros = [_same(_WORDS, 0)] * (DIGITS * len(of_rows) * len(_PARTS))
+            sums = _loop(builder, steps, zeros, step)
+            found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
             bits = _load(builder, scale, _INTS)
             one = _same(_INTS, 0x3F800000)
             fraction = builder.or_(builder.and_(bits, _same(_INTS, -0x7F800001)), one)
@@ -643,19 +706,29 @@ _long_twice, _short_twice = _group_of(1, short=False, twice=True), _group_of(1, 
 
 @njit(nogil=True, cache=True)
 def _split(row: Any, halves: Any) -> None:  # pragma: no cover - compiled
-    """Integers of 31 bits, float64, as four signed digits of 8 bits, in the first half of the row."""
-    out = row.view(np.int8)
+    """Integers of 31 bits, float64, as signed digits, in the first half of the row: 16 bytes for those of four codes.
+
+    Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth.
+    """
+    out, shorts = row.view(np.int8), row.view(np.int16)
     found = np.empty(8, dtype=np.int64)
     for start in range(0, row.shape[0], 8):
         for i in range(8):
             found[i] = np.int64(row[start + i])
         for i in range(8):
             value = found[i]
-            at = 4 * start + ((i & 1) * 16 + (i >> 1) if halves else (i >> 2) * 16 + (i & 3))
-            for d in range(4):
-                digit = ((value + 128) & 255) - 128
-                out[at + 4 * d] = digit
-                value = (value - digit) >> 8
+            place = (i & 1) * 4 + (i >> 1) if halves else i
+            four, code = 4 * start + (place >> 2) * 16, place & 3
+            if BITS_OF_DIGIT == 8:
+                for d in range(4):
+                    digit = ((value + 128) & 255) - 128
+                    out[four + 4 * d + code] = digit
+                    value = (value - digit) >> 8
+            else:
+                lower = ((value + 32768) & 65535) - 32768
+                at = (four >> 1) + (code & 1) * 2 + (code >> 1)
+                shorts[at] = lower
+                shorts[at + 4] = (value - lower) >> 16
 
 
 @njit(nogil=True, cache=True)
@@ -679,10 +752,10 @@ def _add_to_rows(
     codes: Any, steps: Any, short: Any, x: Any, finer: Any, by: Any, g: Any, scale: Any, leading: Any, zero: Any,
     lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, run: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Group ``g`` of all rows of x, as many at a time as want no second pass, up to 4."""
+    """Group ``g`` of all rows of x, as many at a time as want no second pass, up to ``MOST_IN_DOTS``."""
     (rows, groups), m = of_x.shape, 0
     while m < rows:
-        several = 4 if rows - m >= 4 else 2 if rows - m >= 2 else 1
+        several = 4 if rows - m >= 4 and MOST_IN_DOTS == 4 else 2 if rows - m >= 2 else 1
         wanted = False
         if again:
             for i in range(several):
