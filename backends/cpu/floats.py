@@ -13,6 +13,7 @@ import numpy as np
 
 from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
@@ -35,17 +36,18 @@ _ADDS_NOTHING = np.asarray(
 
 def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
     """The form of the product that is fastest for these arguments."""
-    if w.codes.size < LARGE and w.zero_point is None:
+    worth_floats = serve.is_worth_floats(len(x), w.codes.size)
+    if not worth_floats and w.codes.size < LARGE and w.zero_point is None:
         y = matmul_in_one_call(x, w, bias, contract=contract)
         if y is not NotImplemented:
             return y
-    if not serve.bytes_and_float32(x, x.dtype.name, w, spec) or serve.values_may_overflow(w):
+    x_name = get_backend("numpy").dtype_name(x)
+    if not serve.bytes_and_float32(x, x_name, w, spec) or serve.values_may_overflow(w):
         return NotImplemented
-    if serve.is_worth_floats(len(x), w.codes.size) or w.codes.size >= LARGE:
-        y = matmul_by_dots(x, w, bias, spec=spec, contract=contract)
-        if y is not NotImplemented:
-            return y
-        y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
+    if worth_floats or w.codes.size >= LARGE:
+        y = NotImplemented if worth_floats else matmul_by_dots(x, w, bias, spec=spec, contract=contract)
+        if y is NotImplemented:
+            y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
         if y is not NotImplemented:
             return y
     x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)

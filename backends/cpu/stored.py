@@ -29,12 +29,13 @@ __all__ = [
     "Operands",
     "blocks_of_rows",
     "blocks_of_values",
-    "matmul_of_floats",
     "matmul_stored",
     "operands_of",
 ]
 
-_NOTHING = np.empty(0, dtype=np.float32)
+_NO_NUMBERS = np.empty(0, dtype=np.float32)
+_NO_SCALES, _NO_CODES, _NO_ZEROS = (np.empty((0, 0), dtype=kind) for kind in (np.float32, np.uint8, np.int32))
+"""What takes the place of operands that a weight has none of."""
 
 
 class Operands(NamedTuple):
@@ -70,15 +71,16 @@ def matmul_stored(
     swapped: bool = False,
 ) -> Any:
     """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
-    w, packed = reference.in_order(w, swapped, get_backend("numpy")), packed_length is not None
-    if not (len(x) and serve.becomes_floats(x.dtype.name, w, spec, contract, packed)):
-        if not serve.is_worth_tiles(len(x), w, spec, contract, packed):
+    b, packed = get_backend("numpy"), packed_length is not None
+    w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
+    if not (rows and serve.becomes_floats(x_name, w, spec, contract, packed)):
+        if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
-    if serve.is_worth_floats(len(x), len(w.codes) * x.shape[1]):
-        return matmul_of_floats(x, w, bias, spec=spec, packed=packed)
-    if not serve.decodes(x.dtype.name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
-        return matmul_of_floats(x, w, bias, spec=spec, packed=packed) if packed else NotImplemented
+    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1]):
+        return _matmul_of_floats(x, w, bias, spec, packed)
+    if not serve.decodes(x_name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
+        return _matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented
     loops, x_dtype = runtime.decoding_loops(), x.dtype
     operands = operands_of(w, spec, x.shape[1], packed, get_backend("numpy"))
     x = np.ascontiguousarray(x, dtype=np.float32)
@@ -110,8 +112,7 @@ def parts_of(length: int, multiple: int, threads: int) -> Array:
     return np.asarray(ends)
 
 
-@np.errstate(all="ignore")
-def matmul_of_floats(x: Array, w: Coded, bias: Array | None, *, spec: Spec, packed: bool) -> Any:
+def _matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
     """The same by BLAS, for groups of any length."""
     x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
     y = np.empty((len(x), len(w.codes)), dtype=np.float32)
@@ -128,24 +129,18 @@ def blocks_of_values(w: Coded, spec: Spec, inner: int, packed: bool) -> Iterator
     """The weight's values as products use them: blocks of rows that a cache holds.
 
     Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to be
-    clipped.
+    clipped. All on this thread: on the other cores those of BLAS go on spinning, and a thread of the pool would wait
+    for a core longer than the loop takes.
     """
     loops, codes = runtime.decoding_loops(), np.ascontiguousarray(w.codes).view(np.uint8)
-    with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
-        operands = operands_of(w, spec, inner, packed, get_backend("numpy"))
+    operands = operands_of(w, spec, inner, packed, get_backend("numpy"))
     length, height = len(codes), max(1, serve.MOST_CODES_AT_ONCE // inner)
     scratch = np.empty((min(height, length), inner), dtype=np.float32)
     for first in range(0, length, height):
         last = min(first + height, length)
-        out = scratch[: last - first]
-
-        def rows(start: int, stop: int, first: int = first, out: Array = out) -> Any:
-            return loops.dequantize(
-                codes[first + start : first + stop], inner, *operands, first + start, out[start:stop]
-            )
-
-        served = map_ranges(rows, last - first, 1, out.size, CHUNKS_PER_CORE)
-        yield slice(first, last), out if all(served) else None
+        values = scratch[: last - first]
+        served = loops.dequantize(codes[first:last], inner, *operands, first, values)
+        yield slice(first, last), values if served else None
 
 
 def _arranged(x: Array, of_weight: Operands) -> Array:
@@ -171,12 +166,12 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swap
     size = spec.block[1] or max(-(-inner // vector), 1) * vector
     flip = 128 if not halves and b.dtype_name(w.codes) == "uint8" else 0
     scale, codes_of_scales, of_scales = _plain_scales(w.scale, spec, b)
-    zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else w.zero_point
+    zero = _as_array(_NO_ZEROS, b) if w.zero_point is None else w.zero_point
 
     def of_rows(blocks: Array) -> Array:
         return blocks_of_rows(blocks, rows, spec, b, swapped)
 
-    table = numbers_of_codes(spec.element) if halves else _NOTHING
+    table = numbers_of_codes(spec.element) if halves else _NO_NUMBERS
     return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
 
 
@@ -193,19 +188,24 @@ def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bo
 def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
     """Scales as numbers; or as codes, and the numbers of all codes. What is not needed is empty."""
     xp = b.xp
-    no_codes = b.asarray(np.empty((0, 0), np.uint8))
     if not isinstance(kept, tuple):
-        return xp.astype(kept, xp.float32, copy=False), no_codes, b.asarray(_NOTHING)
+        return xp.astype(kept, xp.float32, copy=False), _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
     kept = Coded(*kept)
     codes, inner = kept.codes, kept.scale
     several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
     if several or b.dtype_name(codes) not in ("int8", "uint8") or codes.ndim != 2:
-        return xp.astype(affine.scales(kept, spec, b), xp.float32), no_codes, b.asarray(_NOTHING)
+        scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
+        return scale, _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
     assert spec.format.scale is not None
     bits, (least, most) = np.arange(256, dtype=np.uint8).view(b.dtype_name(codes)), spec.format.scale.element.codes
     every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
-    numbers = affine.scales(kept._replace(codes=b.asarray(every, like=codes)), spec, b)
-    no_numbers = b.asarray(np.empty((0, 0), np.float32))
+    with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
+        numbers = affine.scales(kept._replace(codes=b.asarray(every, like=codes)), spec, b)
     if b.dtype_name(codes) == "int8":
         codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
-    return no_numbers, codes, xp.reshape(xp.astype(numbers, xp.float32), (-1,))
+    return _as_array(_NO_SCALES, b), codes, xp.reshape(xp.astype(numbers, xp.float32), (-1,))
+
+
+def _as_array(nothing: np.ndarray[Any, Any], b: Backend) -> Array:
+    """One of the empty arrays above; NumPy's as it is, for a copy takes a good part of what a small product may."""
+    return nothing if b.name == "numpy" else b.asarray(nothing)
