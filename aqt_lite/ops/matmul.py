@@ -174,8 +174,10 @@ class _Ready(NamedTuple):
     shape: tuple[int, ...]
     weight: affine.Coded
     spec: affine.Spec
+    static: dict[str, Any]
+    """What the kernels are told beside ``spec`` and ``contract``."""
     kernels: list[Callable[..., Any] | None]
-    """Of ``reference.matmul``, by the axis of the codes that is contracted."""
+    """Of ``reference.matmul``, or of ``matmul_stored`` where codes are packed, by the axis that is contracted."""
 
 
 def _state(w: QArray) -> tuple[Any, ...]:
@@ -186,20 +188,27 @@ def _state(w: QArray) -> tuple[Any, ...]:
 
 
 def _ready(w: QArray, b: Backend) -> _Ready | None:
-    """Kept with a weight of plain integers from its first product on; None where it has to be looked at (again)."""
+    """Kept with a weight of plain scales, and of plain integers or packed, from its first product on.
+
+    None where it has to be looked at (again).
+    """
     if b.is_traced(w.storage) or b.is_deferred(w.storage):
         return None
     known: _Ready | None = w.__dict__.get("_ready")
     if known is not None:
         return known if known.state == _state(w) and not b.differentiates(w.scale) else None
-    if isinstance(w.scale, QArray) or w.scale is None or w.packed_length is not None or w._checked() is not w:
+    if isinstance(w.scale, QArray) or w.scale is None or w.offset is not None or w._checked() is not w:
         return None
-    found = in_integers(w)
+    operation: Callable[..., Any]
+    if w.packed_length is None:
+        operation, found, static = reference.matmul, in_integers(w), dict[str, Any]()
+    else:
+        operation, (found, static) = reference.matmul_stored, _packed(w)
     if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
         return None
     weight, spec = found
-    kernels = [kernel_for(b, reference.matmul, {"spec": spec, "contract": c}) for c in (0, 1)]
-    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, kernels)
+    kernels = [kernel_for(b, operation, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, static, kernels)
     return known
 
 
@@ -251,13 +260,18 @@ def _stored_product(
     operation: Callable[..., Any], x: Array, w: QArray, bias: Array | None, contract: int, b: Backend
 ) -> Any:
     """The product with packed codes and kept scales as they are, where the backend has a kernel for that."""
-    swapped = _keeps_scales_swapped(w)
-    static = {"contract": contract, "packed_length": w.packed_length, "swapped": swapped}
-    kernel = kernel_for(b, operation, static)
+    kernel = kernel_for(b, operation, {"contract": contract})
     if kernel is None:
         return NotImplemented
-    weight, spec = _as_kept(w, packed=True) if swapped else as_stored(w, packed=True)
-    return kernel(x, weight, bias, spec=spec, **static)
+    (weight, spec), static = _packed(w)
+    return kernel(x, weight, bias, spec=spec, contract=contract, **static)
+
+
+def _packed(w: QArray) -> tuple[tuple[affine.Coded, affine.Spec], dict[str, Any]]:
+    """A weight as it is stored, and what ``reference.matmul_stored`` is told of that."""
+    swapped = _keeps_scales_swapped(w)
+    weight = _as_kept(w, packed=True) if swapped else as_stored(w, packed=True)
+    return weight, {"packed_length": w.packed_length, "swapped": swapped}
 
 
 def _float_product(
@@ -268,7 +282,8 @@ def _float_product(
     stored = 1 - contract if w.transposed else contract
     if ready is not None and mode == "fast":
         kernel = ready.kernels[stored]
-        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, spec=ready.spec, contract=stored)
+        static = {"spec": ready.spec, "contract": stored, **ready.static}
+        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, **static)
         if y is not NotImplemented:
             return y
     elif may_go_as_stored(w, mode, contract):
