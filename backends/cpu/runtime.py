@@ -292,5 +292,9 @@ def on_each(function: Callable[[Array], Array], tree: Any) -> Any:
 def arrays_in(tree: Any) -> list[Array]:
     """The arrays of nested tuples."""
     found: list[Array] = []
-    on_each(found.append, tree)
+    for part in tree:
+        if isinstance(part, tuple):
+            found += arrays_in(part)
+        elif part is not None:
+            found.append(part)
     return found

@@ -183,37 +183,52 @@ def _by_loops(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, 
 
 
 def _by_decoding(
-    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    *,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None,
+    has_memory: bool = False,
 ) -> Any:
-    """NumPy's form whose codes become numbers in registers, or in a cache, where it serves."""
+    """NumPy's form whose codes become numbers in registers, or in a cache, where it serves.
+
+    ``has_memory``: the weight is known to have some that NumPy can read.
+    """
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
     static = get_backend("torch").dtype_name(x), w, spec, contract, packed_length is not None
     if not serve.becomes_floats(*static):
         return NotImplemented
     is_packed = packed_length is not None
-    if serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1]):
-        return _of_floats(x, w, bias, spec, is_packed)
-    if not serve.decodes(*static):  # bytes have loops for any group elsewhere
-        return _of_floats(x, w, bias, spec, is_packed) if is_packed else NotImplemented
+    if serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1]) or (
+        is_packed and not serve.decodes(*static)  # bytes have loops for any group elsewhere
+    ):
+        has_memory = has_memory or _have_numpy_memory(runtime.arrays_in(w))
+        return _of_floats(x, w, bias, spec, is_packed) if has_memory else NotImplemented
+    if not serve.decodes(*static):
+        return NotImplemented
     form = functools.partial(stored.matmul_stored, packed_length=packed_length)
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
 
 def _of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
-    """The product of torch itself with the weight's values, as many rows at a time as a cache holds."""
-    if not _have_numpy_memory(runtime.arrays_in(tuple(w))):
-        return NotImplemented
+    """The product of torch itself with the weight's values, as many rows at a time as a cache holds.
+
+    The weight has memory that NumPy can read.
+    """
     x_dtype, parts = x.dtype, []
     with outside_transformations():
-        x, bias = (t if t is None else t.to(torch.float32) for t in (x, bias))
+        x, bias = (t if t is None or t.dtype is torch.float32 else t.to(torch.float32) for t in (x, bias))
         weight = Coded(*runtime.admitted(_as_numpy(w)))
         for columns, values in stored.blocks_of_values(weight, spec, x.shape[1], packed):
             if values is None:
                 return NotImplemented
             some = None if bias is None else bias[columns]
             parts.append(torch.nn.functional.linear(x, torch.from_numpy(values), some))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(x_dtype)
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return y if y.dtype is x_dtype else y.to(x_dtype)
 
 
 def _on_numpy_memory(
@@ -323,13 +338,13 @@ def _derivatives(ctx: Any, dy: Array) -> Any:
 
 def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
     # first of all, before anything else is asked: each question takes a good part of the time of a small product
-    if (
-        not reproducible
-        and w.zero_point is None
-        and _have_numpy_memory((x, *w, bias))
-        and w.codes.numel() < runtime.LARGE
-    ):
-        y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
+    if not reproducible and _have_numpy_memory((x, *w, bias)):
+        y, codes = NotImplemented, w.codes.numel()
+        if serve.is_worth_floats(x.shape[0], codes):
+            if serve.becomes_floats(get_backend("torch").dtype_name(x), w, spec, contract, packed=False):
+                y = _of_floats(x, w, bias, spec, packed=False)
+        elif w.zero_point is None and codes < runtime.LARGE:
+            y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
         if y is not NotImplemented:
             return y
     if not torch.compiler.is_compiling():
@@ -467,11 +482,13 @@ def _stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **
             return reference.matmul_stored(x, w, bias, **static, b=get_backend("torch"))
         return _as_one_call(x, w, bias, **static)
     tensors = runtime.arrays_in((x, *w, bias))
+    if _have_numpy_memory(tensors):
+        return _by_decoding(x, w, bias, **static, has_memory=True)
     if not _may_be_read(tensors) or not _serves(serve.becomes_floats, x, w, static):
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
         return _by_decoding(x, w, bias, **static)
-    if any(t.requires_grad for t in runtime.arrays_in(tuple(w))):
+    if any(t.requires_grad for t in runtime.arrays_in(w)):
         return NotImplemented
     return _Stored.apply(w, static, x, bias)  # type: ignore[no-untyped-call]
 
