@@ -156,8 +156,8 @@ def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
     b = q._backend
     if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
         return
-    element = q._element
-    if float(np.abs(b.to_numpy(q.scale)).max()) * max(element.max, -element.min) < _EXTREME:
+    element, scale = q._element, b.to_numpy(q.scale)
+    if max(float(scale.max()), -float(scale.min())) * max(element.max, -element.min) < _EXTREME:
         return
     if not isinstance(x, Marked):
         array, own = as_float_array(x, "x")

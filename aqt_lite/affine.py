@@ -45,6 +45,7 @@ __all__ = [
     "QParams",
     "Recipe",
     "Spec",
+    "any_unusable",
     "choose_qparams",
     "dequantize",
     "encode",
@@ -224,6 +225,11 @@ def usable_scales(kept: Kept, spec: Spec, b: Backend) -> Array:
 def without_too_small(numbers: Array, spec: Spec, b: Backend) -> Array:
     """Scales, 0 in place of those whose product with the smallest number would be subnormal."""
     return b.xp.where(b.xp.abs(numbers) < spec.least_to_keep(False), b.xp.zeros_like(numbers), numbers)
+
+
+def any_unusable(kept: Coded, *, spec: Spec, b: Backend) -> Array:
+    """Whether one of the scales that are kept in another format is NaN."""
+    return b.xp.any(b.xp.isnan(scales(kept, spec, b)))
 
 
 def scales_of(kept: Coded, *, spec: Spec, b: Backend) -> Array:

@@ -973,10 +973,11 @@ def _check_finite(x: Array, scale: Any, call: _Call, *, kept: bool = True) -> No
         return
     numbers = scale
     if kept and spec.format.scale is not None:
+        unusable = run(b, affine.any_unusable, scale, spec=spec)
+        if not (b.has_values(unusable) and bool(b.to_numpy(unusable))):
+            return
         numbers = run(b, affine.scales_of, scale, spec=spec)
-    if not b.has_values(numbers):
-        return
-    if not b.has_nan(numbers):
+    elif not (b.has_values(numbers) and b.has_nan(numbers)):
         return
     if not call.recipe.ignore_nonfinite:
         _check_chunk(x if isinstance(x, Marked) else b.to_numpy(x), may_miss=spec.element.missing is not None)

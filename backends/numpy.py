@@ -59,6 +59,9 @@ class NumpyBackend(Backend):
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return np.arange(start, stop, dtype=np.int32)
 
+    def has_nan(self, x: Array) -> bool:
+        return bool(x.size and np.isnan(np.max(x)))  # which needs no memory
+
     def to_device(self, x: Array, device: Any) -> Array:
         if device != "cpu":
             raise ValueError(f"device={device!r}: NumPy has one device, 'cpu'")

@@ -5,6 +5,8 @@ What they are told of an element type, every layout in which groups lie side by 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from optional import jax, jnp, needs
@@ -17,7 +19,7 @@ from aqt_lite._into import quantize_stored
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import encoders, runtime
 from aqt_lite.elements import float_type
-from aqt_lite.formats import FORMATS
+from aqt_lite.formats import FORMATS, SCALE_FORMATS, Format
 from aqt_lite.granularity import block_of
 from aqt_lite.packing import pack
 from aqt_lite.qarray import QArray
@@ -70,10 +72,24 @@ def served(name, shape, block):
     return known and encoders.view_of(shape, spec)
 
 
+def made_at_once(spec, recipe, shape):
+    """Whether scales and codes are to be made in one pass: those from magnitudes, of formats whose scales have none."""
+    kept = spec.format.scale
+    one_group = encoders.view_of(shape, spec).shared
+    return recipe.symmetric and (kept is None or not kept.scaled) and not one_group
+
+
+def assert_same_trees(mine, theirs):
+    """Of the arrays of ``Coded``, scales that are kept as codes among them."""
+    assert runtime.on_each(lambda a: None, mine) == runtime.on_each(lambda a: None, theirs)
+    for a, b in zip(runtime.arrays_in(mine), runtime.arrays_in(theirs), strict=True):
+        assert_same_bits(a, b)
+
+
 def check(name, scheme, shape, granularity):
     form, x = FORMATS[name], hard(shape)
-    if form.scale is not None:
-        x = np.clip(x, np.float32(-1e4), np.float32(1e4))  # scales of few bits hold no others
+    if form.scale is not None and form.scale.element.max < 2.0**100:
+        x = np.clip(x, np.float32(-1e4), np.float32(1e4))  # their scales hold no others
     spec = affine.Spec(form, float_type("float32"), block_of(granularity, len(shape)))
     recipe = affine.Recipe(scheme == "symmetric")
     with np.errstate(all="ignore"):
@@ -94,11 +110,10 @@ def check(name, scheme, shape, granularity):
     if form.scale is None:
         assert_same_bits(rows.scale[0], given.scale)
     at_once = encoders.quantize(x, spec, recipe, packed=False)
-    if at_once is not NotImplemented:
-        for mine, theirs in zip(at_once, (codes, *given[:3]), strict=True):
-            assert (mine is None) == (theirs is None)
-            if mine is not None:
-                assert_same_bits(mine, theirs)
+    if at_once is NotImplemented:
+        assert not made_at_once(spec, recipe, shape)
+    else:
+        assert_same_trees(at_once, affine.Coded(codes, *given[:3]))
     if form.element.bits < 8:
         stream = pack(codes, bits=form.element.bits, b=NUMPY)
         stored = offered(NUMPY, quantize_stored, x, spec=spec, recipe=recipe)
@@ -135,6 +150,58 @@ def test_codes_and_scales_of_every_format_are_those_of_the_contract():
         element = FORMATS[name].element
         known = element.has_zero and encoders.numbers_of(element, False, False) is not None
         assert served >= 6 or not known, name
+
+
+ROUNDINGS = ["half_even", "half_away", "half_toward_zero", "toward_zero", "up", 0.75, 1 - 2.0**-7]
+
+
+def of_magnitudes(most, size):
+    """Groups whose largest magnitudes are these, of either sign, anywhere in them."""
+    rng = np.random.default_rng(size)
+    x = rng.uniform(-1, 1, (*most.shape, size)) * most[..., None]
+    at = rng.integers(0, size, most.shape)[..., None]
+    np.put_along_axis(x, at, (most * rng.choice([-1, 1], most.shape))[..., None], axis=-1)
+    return x.astype(np.float32).reshape(len(most), -1)
+
+
+@pytest.mark.exhaustive_unless(kept=["float8_e8m0fnu", "float16"])
+@pytest.mark.parametrize("kept", SCALE_FORMATS)
+def test_loops_keep_scales_in_few_bits_as_the_contract_does(kept):
+    """At every exponent that the format has: its numbers, what lies halfway, and what lies next to both."""
+    element = SCALE_FORMATS[kept].element
+    first, last = (max(math.frexp(n)[1] - 1, -124) for n in (element.smallest, element.max))
+    parts = [1 + n * 2.0**-e for e in (element.mantissa, element.mantissa + 1, 7) for n in (0, 1, 2.0**e - 1)]
+    near = [(1 + sign * 2.0**-23) * part for part in parts for sign in (-1, 0, 1)]
+    scales = np.ldexp(near, np.arange(first, last + 1)[:, None]).reshape(-1)
+    for name in ("float4_e2m1fn", "mxint8"):
+        for rounding in ROUNDINGS:
+            form = Format("kept", FORMATS[name].element, SCALE_FORMATS[kept], 16, True, "power of two", rounding)
+            spec = affine.Spec(form, float_type("float32"), (1, 16))
+            fits = (scales >= max(element.smallest, spec.least)) & (scales <= element.max)
+            most = scales[fits] * form.largest()
+            most = np.resize(most[most < 3e38], (256, 40))
+            most[7:9] = 0
+            x = of_magnitudes(most, 16)
+            made = encoders.quantize(x, spec, affine.Recipe(), packed=False)
+            assert made is not NotImplemented
+            assert_same_trees(made, expected_of(x, spec, affine.Recipe()))
+
+
+def test_scales_that_no_number_stands_for_are_left_to_the_contract():
+    x = of_magnitudes(np.full((256, 40), 6.0), 16)
+    for change, rounding, kept in [
+        (2.0**24, "up", "float16"),  # beyond the largest
+        (2.0**-40, "up", "float16"),  # below the smallest
+        (1.0, 0.3, "float16"),  # a part of the way that is no number of bits
+    ]:
+        form = Format("kept", FORMATS["int8"].element, SCALE_FORMATS[kept], 16, True, "largest", rounding)
+        spec = affine.Spec(form, float_type("float32"), (1, 16))
+        y = x.copy()
+        y[3] *= np.float32(change)
+        assert encoders.quantize(y, spec, affine.Recipe(), packed=False) is NotImplemented
+    with pytest.raises(ValueError, match="scale_dtype='float16' cannot hold 40 of the scales"):
+        aqt_lite.quantize(x * np.float32(2.0**24) * (np.arange(256) == 3)[:, None], "int8",
+                          granularity=PerGroup(16), scale_dtype="float16")  # fmt: skip
 
 
 EVERY_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)

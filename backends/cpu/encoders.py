@@ -16,6 +16,7 @@ from aqt_lite import _statistics, _steps, affine
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
+from aqt_lite._records import Kept
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
@@ -23,8 +24,8 @@ from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Numbers", "encode", "extrema", "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "quantize",
-           "rule_of", "steps_of", "view_of"]  # fmt: skip
+__all__ = ["Numbers", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of", "lies_in_order", "numbers_at_once",
+           "numbers_for", "numbers_of", "quantize", "rule_of", "steps_of", "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -61,10 +62,10 @@ def _told(element: ElementType, narrow: bool, loops: Any) -> tuple[int, Array, f
         if m < 1 or lowest < -100 or not (element.signed and element.subnormal):
             return None
         drop = 23 - m
-        whole = [drop, (1 << (drop - 1)) - 1, (lowest + 126) << m]
+        whole = [drop, (1 << (drop - 1)) - 1 - ((lowest + 126) << 23)]
         patterns = _floats(element.max, 2.0**lowest, 2.0 ** (lowest + drop)).tolist()
-        flags = [1 << (element.bits - 1), int(element.negative_zero)]
-        return loops.FLOAT, np.asarray(whole + patterns + flags, np.int32), 1.0
+        signs = [1 << (element.bits - 1), -1 if element.negative_zero else 0]
+        return loops.FLOAT, np.asarray(whole + patterns + signs, np.int32), 1.0
     if isinstance(element, Codebook) and len(element.numbers) <= loops.MOST_CUTS + 1:
         cuts = [*element.cuts("float32", "half_even")]
         order = element._order
@@ -193,17 +194,17 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     if numbers is None or found is None or found[0].shared:
         return NotImplemented
     (view, rows), loops, middle = found, runtime.encoding_loops(), spec.element.middle
-    codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), np.float32)
-    stream = codes.reshape(view.rows, -1).view(np.uint8)
-    rule = rule_of(spec, recipe, numbers)
-    finite = map_ranges(
-        lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *numbers[:3], rule, scale[lo:hi], stream[lo:hi]),
+    codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
+    stream, bytes_of_scales = (a.reshape(view.rows, -1).view(np.uint8) for a in (codes, scale))
+    how = *numbers[:3], rule_of(spec, recipe, numbers), kept_as(spec)
+    usable = map_ranges(
+        lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi], stream[lo:hi]),
         view.rows, 1, x.size, CHUNKS_PER_CORE,
     )  # fmt: skip
-    if not all(finite):
+    if not all(usable):
         return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
     grid = grid_of(x.shape, spec.block)
-    return Coded(codes, scale.reshape(grid), np.full(grid, middle, np.int32) if middle else None)
+    return Coded(codes, kept_of(scale.reshape(grid), spec), np.full(grid, middle, np.int32) if middle else None)
 
 
 def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
@@ -215,9 +216,8 @@ def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> N
 
 
 def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
-    """What ``quantize`` is told, or None: scales have to be products that are kept as they are."""
-    plain = recipe.of_magnitudes and spec.format.scale is None and spec.headroom == 1
-    if not plain or recipe.ignore_nonfinite:
+    """What ``quantize`` is told, or None: scales have to be products, kept in a way that the loops know."""
+    if not recipe.of_magnitudes or recipe.ignore_nonfinite or kept_as(spec) is None:
         return None
     return numbers_for(QParams(None), spec, recipe, packed)
 
@@ -226,7 +226,50 @@ def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:
     """How the loops choose scales."""
     tiny, least = spec.source.tiny, _statistics.least_scale(spec, recipe)
     by_most, of_zeros = _statistics.inverse_of_largest(spec, recipe), spec.zero_scale
-    return np.asarray([by_most, tiny, least, of_zeros, numbers.step, spec.element.middle], np.float32)
+    beside = spec.headroom, numbers.step
+    return np.asarray([by_most, tiny, least, of_zeros, *beside, spec.element.middle], np.float32)
+
+
+_PARTS: dict[Any, tuple[float, int, int]] = {
+    "half_even": (0.5, 1, 1),
+    "half_away": (0.5, 0, 0),
+    "half_toward_zero": (0.5, 1, 0),
+    "toward_zero": (1.0, 0, 0),
+    "up": (0.0, 1, 0),
+}
+"""From where on a scale is rounded up: a part of the way to the next number; units beyond that; units less, where the
+number below is odd. A unit is the last bit of the scale."""
+
+
+def kept_as(spec: Spec) -> Array | None:
+    """How the loops keep scales: as they are, or as floats of few bits; None where they know no such way."""
+    kept, rounding = spec.format.scale, spec.format.scale_rounding
+    if kept is None:
+        return np.asarray([4], np.int32)
+    e, rule = kept.element, (rounding, 0, 0) if isinstance(rounding, float) else _PARTS.get(rounding)
+    if rule is None or kept.scaled or not isinstance(e, Float) or e.missing is not None or e.nan is None:
+        return None
+    drop, (part, over, even) = 23 - e.mantissa, rule
+    units = part * 2.0**drop
+    if units != int(units) or e.lowest < -127 or e.max > spec.source.max:
+        return None
+    smallest, largest = _floats(e.smallest, e.max).tolist()
+    with np.errstate(over="ignore"):  # none is too large
+        beyond = max(int(_floats(spec.first_too_large_scale)[0]), largest + 1)
+    hidden, width = 0 if e.subnormal else 1 << e.mantissa, np.dtype(e.storage).itemsize
+    told = [width, drop, e.lowest, hidden, int(units), over, even, max(smallest, 1), beyond, largest, e.nan]
+    return np.asarray(told, np.int32)
+
+
+def dtype_of_scales(spec: Spec) -> Any:
+    """Of what scales are kept in."""
+    kept = spec.format.scale
+    return np.dtype(np.float32 if kept is None else kept.element.storage)
+
+
+def kept_of(scale: Array, spec: Spec) -> Kept:
+    """What the loops have made, as ``affine.keep`` has it."""
+    return scale if spec.format.scale is None else Coded(scale, None)
 
 
 def lies_in_order(out: Array) -> bool:

@@ -73,6 +73,13 @@ def _extreme(builder: Any, a: Any, b: Any, relation: str) -> Any:
     return builder.select(builder.icmp_signed(relation, a, b), a, b)
 
 
+def _fetch(builder: Any, address: Any) -> None:
+    """Have a line of memory brought into the second cache; no address is too far for that."""
+    byte = _BYTE.as_pointer()
+    function = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [byte, _INT, _INT, _INT])
+    builder.call(function, [builder.inttoptr(address, byte), _INT(0), _INT(2), _INT(1)])
+
+
 def _for_vectors(builder: Any, x: Any, count: Any, filler: Any, work: Any) -> None:
     """``work(i, vector, there)`` on the floats at ``x``; ``there`` is 16, or how many of the last vector there are.
 
@@ -192,23 +199,22 @@ def _integers(builder: Any, v: Any, zero: Any, least: Any, most: Any) -> Any:
 
 
 def _floats(
-    builder: Any, v: Any, zero: Any, drop: Any, half: Any, bias: Any, most: Any, lowest: Any, magic: Any,
-    sign_bit: Any, keeps_sign: Any,
-) -> Any:  # fmt: skip
-    """By bit patterns, as ``twins._Float`` does, where each step is explained."""
+    builder: Any, v: Any, zero: Any, drop: Any, half: Any, most: Any, lowest: Any, magic: Any, sign_bit: Any, above: Any
+) -> Any:
+    """By bit patterns, as ``twins._Float`` does, where each step is explained; ``half`` has the bias in it.
+
+    NaN is made 0 first. Codes get a sign that are ``above`` 0, or -1 where zero has one.
+    """
+    v = builder.select(builder.fcmp_ordered("ord", v, v), v, _all(0.0, _FLOATS))
     bits = builder.bitcast(v, _INTS)
-    u = builder.and_(bits, _all(0x7FFFFFFF))
-    number = builder.icmp_signed("<=", u, _all(0x7F800000))
-    u = _extreme(builder, builder.select(number, u, _all(0)), most, "<")
+    u = _extreme(builder, builder.and_(bits, _all(0x7FFFFFFF)), most, "<")
     code = builder.add(builder.and_(builder.ashr(u, drop), _all(1)), builder.add(u, half))
-    code = builder.sub(builder.ashr(code, drop), bias)
     small = builder.bitcast(builder.fadd(builder.bitcast(u, _FLOATS), builder.bitcast(magic, _FLOATS)), _INTS)
-    code = builder.select(builder.icmp_signed("<", u, lowest), builder.sub(small, magic), code)
-    signed = builder.select(
-        builder.icmp_signed("!=", keeps_sign, _all(0)), number, builder.icmp_signed(">", code, _all(0))
+    code = builder.select(
+        builder.icmp_signed("<", u, lowest), builder.sub(small, magic), builder.ashr(code, drop)
     )
     sign = builder.and_(builder.ashr(bits, _all(31)), sign_bit)
-    return builder.or_(code, builder.select(signed, sign, _all(0)))
+    return builder.or_(code, builder.select(builder.icmp_signed(">", code, above), sign, _all(0)))
 
 
 def _places(builder: Any, v: Any, zero: Any, *told: Any) -> Any:
@@ -224,7 +230,7 @@ def _places(builder: Any, v: Any, zero: Any, *told: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", v, v), of_nan, code)
 
 
-_TOLD = {_integers: [_FLOATS] * 2, _floats: [_INTS] * 8, _places: [_FLOATS] * MOST_CUTS + [_INTS] * 3}
+_TOLD = {_integers: [_FLOATS] * 2, _floats: [_INTS] * 7, _places: [_FLOATS] * MOST_CUTS + [_INTS] * 3}
 
 # ---- packing
 
@@ -233,13 +239,13 @@ def _packed(builder: Any, lanes: Any, bits: int) -> Any:
     """16 codes as the fewest bytes: a vector of integers whose bytes are the stream."""
     if bits >= 8:
         return builder.trunc(lanes, ir.VectorType(ir.IntType(bits), LANES))
-    codes, count = builder.trunc(builder.and_(lanes, _all((1 << bits) - 1)), ir.VectorType(_BYTE, LANES)), LANES
+    codes, width, count = builder.and_(lanes, _all((1 << bits) - 1)), 32, LANES
     while bits < 8:
         count //= 2
-        pairs = ir.VectorType(ir.IntType(16), count)
+        pairs = ir.VectorType(ir.IntType(2 * width), count)
         both = builder.bitcast(codes, pairs)
-        both = builder.or_(both, builder.lshr(both, ir.Constant(pairs, [8 - bits] * count)))
-        bits *= 2
+        both = builder.or_(both, builder.lshr(both, ir.Constant(pairs, [width - bits] * count)))
+        bits, width = 2 * bits, 8
         codes = builder.trunc(both, ir.VectorType(_BYTE, count))
         if bits < 8:
             codes = builder.and_(codes, ir.Constant(ir.VectorType(_BYTE, count), [(1 << bits) - 1] * count))
@@ -250,16 +256,17 @@ def _encoder(numbers: Any, bits: int) -> Any:
     """Codes of ``x * inverse * factor``, ``zero`` further on, of the groups of a row, of ``bits`` bits each.
 
     Arguments: the addresses of the floats, and the lengths of a group and of the row; addresses of the three numbers of
-    the first group, each with the distance in bytes to those of the next; of what ``numbers`` is told; of the stream.
+    the first group, each with the distance in bytes to those of the next; of what ``numbers`` is told; of the stream;
+    and how many bytes ahead lies what is read next, which is fetched meanwhile.
     """
 
     @intrinsic
     def encode(
         _: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any, by_factor: Any,
-        by_zero: Any, parameters: Any, out: Any,
+        by_zero: Any, parameters: Any, out: Any, ahead: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, size, length, inverse, factor, zero, by, by_factor, by_zero, parameters, out = arguments
+            x, size, length, inverse, factor, zero, by, by_factor, by_zero, parameters, out, ahead = arguments
             told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
             buffer = cgutils.alloca_once(builder, _INTS)
 
@@ -272,6 +279,7 @@ def _encoder(numbers: Any, bits: int) -> Any:
                 )
 
                 def work(i: Any, values: Any, there: Any) -> None:
+                    _fetch(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
                     v = builder.fmul(builder.fmul(values, of_group[0]), of_group[1])
                     lanes = numbers(builder, v, of_group[2], *told)
                     at = builder.add(stream_of_group, builder.mul(i, _ADDRESS(2 * bits)))
@@ -293,7 +301,7 @@ def _encoder(numbers: Any, bits: int) -> Any:
             _for_groups(builder, x, size, length, group)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 11), generate
+        return types.void(*[types.intp] * 12), generate
 
     return encode
 
@@ -306,26 +314,26 @@ _places_of_4, _places_of_8 = (_encoder(_places, bits) for bits in (4, 8))
 @njit(nogil=True, cache=True)
 def _encode(
     kind: Any, bits: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any,
-    by_factor: Any, by_zero: Any, told: Any, out: Any,
+    by_factor: Any, by_zero: Any, told: Any, out: Any, ahead: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     if kind == INTEGER:
         if bits == 8:
-            _integers_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _integers_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
         elif bits == 4:
-            _integers_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _integers_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
         elif bits == 2:
-            _integers_of_2(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _integers_of_2(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
         else:
-            _integers_of_16(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _integers_of_16(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
     elif kind == FLOAT:
         if bits == 8:
-            _floats_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _floats_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
         else:
-            _floats_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+            _floats_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
     elif bits == 8:
-        _places_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+        _places_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
     else:
-        _places_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out)
+        _places_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
 
 
 @njit(nogil=True, cache=True)
@@ -349,49 +357,114 @@ def encode(
         _encode(
             kind, bits, start + 4 * r * length, size, length, inverse.ctypes.data + g * by,
             factor.ctypes.data + g * by_factor, zero.ctypes.data + g * by_zero, by, by_factor, by_zero, told,
-            at + r * out.strides[0],
+            at + r * out.strides[0], 0,
         )  # fmt: skip
 
+
+# ---- scales and codes at once
 
 TOGETHER = 2048
 """Values whose statistics are taken before their codes are made, at least: a part of the first cache."""
 
+_INFINITE, _NAN, _SIGNIFICAND, _LEADING = (np.int32(n) for n in (0x7F800000, 0x7FC00000, 0x7FFFFF, 0x800000))
+_NOTHING, _ONE = np.int32(0), np.int32(1)
+
+
+@njit(nogil=True, cache=True)
+def _choose(most: Any, rule: Any, scale: Any) -> Any:  # pragma: no cover - compiled
+    """Scales of some groups from the patterns of their largest magnitudes; whether all of these are finite."""
+    by_most, tiny, least, of_zeros, magnitude = rule[0], rule[1], rule[2], rule[3], most.view(np.float32)
+    found = _NOTHING
+    for i in range(most.shape[0]):
+        s = np.float32((magnitude[i] if magnitude[i] >= tiny else np.float32(0)) * by_most)
+        s = of_zeros if s < tiny else max(s, least)
+        scale[i] = s if most[i] < _INFINITE else np.float32(np.nan)
+        found = max(found, most[i])
+    return found < _INFINITE
+
+
+@njit(nogil=True, cache=True)
+def _keep(kept: Any, scale: Any, codes: Any) -> Any:  # pragma: no cover - compiled
+    """Codes of scales, and in place of these the numbers that the codes stand for; whether all have such a number.
+
+    As ``Float.encode``, of what is not below 0: a scale is ``whole * 2^(e - mantissa)``, and what it has beyond that,
+    its last ``shift`` bits, adds 1 to ``whole`` from ``threshold`` on. Scales are normal floats or 0, and a scale below
+    the smallest number has none: ``shift`` is 23 at most, and the pattern without those bits is the number's.
+    """
+    drop, lowest, hidden, part, over, even = kept[1], kept[2], kept[3], kept[4], kept[5], kept[6]
+    smallest, beyond, largest, nan = kept[7], kept[8], kept[9], kept[10]
+    patterns, without = scale.view(np.int32), _NOTHING
+    for i in range(scale.shape[0]):
+        pattern = patterns[i]
+        fits, is_zero = smallest <= pattern < beyond, pattern == _NOTHING
+        u = min(pattern, largest) if fits else largest
+        own = (u >> np.int32(23)) - np.int32(127)
+        e = max(own, lowest)
+        shift, significand = drop + (e - own), (u & _SIGNIFICAND) | _LEADING
+        threshold = (part << (e - own)) + over - (even & (significand >> shift))
+        carry = (_ONE << shift) - threshold
+        code = ((significand + carry) >> shift) + ((e - lowest) << (np.int32(23) - drop)) - hidden
+        codes[i] = code if fits else (_NOTHING if is_zero else nan)
+        patterns[i] = (u + carry) >> shift << shift if fits else (_NOTHING if is_zero else _NAN)
+        without |= _NOTHING if fits or is_zero else _ONE
+    return without == _NOTHING
+
+
+@njit(nogil=True, cache=True)
+def _store(codes: Any, width: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """The lowest bytes of codes, as many as they are kept in."""
+    if width == 1:
+        for i in range(codes.shape[0]):
+            out[i] = codes[i]
+    elif width == 2:
+        halves = out.view(np.int16)
+        for i in range(codes.shape[0]):
+            halves[i] = codes[i]
+    else:
+        words = out.view(np.int32)
+        for i in range(codes.shape[0]):
+            words[i] = codes[i]
+
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def quantize(
-    x: Any, size: Any, kind: Any, bits: Any, parameters: Any, rule: Any, scale: Any, out: Any
+    x: Any, size: Any, kind: Any, bits: Any, parameters: Any, rule: Any, kept: Any, scale: Any, out: Any
 ) -> Any:  # pragma: no cover - compiled
-    """Scales and codes of rows of groups, some groups at a time; False where a value is not finite.
+    """Scales and codes of rows of groups, some groups at a time; False where a group has no scale that can be used.
 
-    Its group then has a scale of NaN. ``rule``: what the largest magnitude is multiplied by, the magnitude that counts
-    as 0, the least scale, the scale of zeros, a power of two that values are multiplied by beside the reciprocal, and
-    the zero point.
+    It has NaN then. ``rule``: what the largest magnitude is multiplied by, the magnitude that counts as 0, the least
+    scale, the scale of zeros, two powers of two that values are multiplied by beside the reciprocal, the first where
+    the scale is above 1, and the zero point. ``kept``, how scales are kept: bytes of one, and unless these are the
+    float's own what ``_keep`` is told. ``scale`` and ``out`` are bytes, a row of them for each row of x.
     """
-    by_most, tiny, least, of_zeros = rule[0], rule[1], rule[2], rule[3]
-    factor, told = rule.ctypes.data + 16, parameters.ctypes.data
+    headroom, step, told = rule[4], rule[5], parameters.ctypes.data
     rows, length = x.shape
     if length == size and 8 * out.shape[1] == length * bits:  # rows of one group are groups of one row
         rows, length = 1, x.size
-    groups, together = (length + size - 1) // size, max(1, TOGETHER // size)
-    scales, patterns = scale.reshape(rows, groups), np.empty(together, dtype=np.int32)
-    inverse, found = np.empty(together, dtype=np.float32), np.int32(0)
+    groups, together, width = (length + size - 1) // size, max(1, TOGETHER // size), kept[0]
+    scales, most = scale.reshape(rows, groups * width), np.empty(together, dtype=np.int32)
+    chosen, codes = np.empty(together, dtype=np.float32), np.empty(together, dtype=np.int32)
+    inverse, factor, usable = np.empty_like(chosen), np.empty_like(chosen), True
     for r in range(rows):
         start, at = x.ctypes.data + 4 * r * length, out.ctypes.data + r * out.strides[0]
         for g in range(0, groups, together):
             count = min(together, groups - g)
             here, some = start + 4 * g * size, min(count * size, length - g * size)
-            _largest_magnitude(here, size, some, patterns.ctypes.data)
-            most, of_groups = patterns.view(np.float32), scales[r, g : g + count]
+            _largest_magnitude(here, size, some, most.ctypes.data)
+            usable &= _choose(most[:count], rule, chosen)
+            if width == 4:
+                _store(chosen[:count].view(np.int32), width, scales[r, width * g : width * (g + count)])
+            else:
+                usable &= _keep(kept, chosen[:count], codes)
+                _store(codes[:count], width, scales[r, width * g : width * (g + count)])
             for i in range(count):
-                found = max(found, patterns[i])
-                s = np.float32((most[i] if most[i] >= tiny else np.float32(0)) * by_most)
-                s = of_zeros if s < tiny else max(s, least)
-                if patterns[i] >= np.int32(0x7F800000):
-                    s = np.float32(np.nan)
-                of_groups[i] = s
-                inverse[i] = np.float32(1) / s
+                s = chosen[i]
+                beside = headroom if s > np.float32(1) else np.float32(1)
+                inverse[i], factor[i] = np.float32(1) / (s * beside), beside * step
+                if s == np.float32(0):
+                    inverse[i] = np.float32(0)
             _encode(
-                kind, bits, here, size, some, inverse.ctypes.data, factor, factor + 4, 4, 0, 0, told,
-                at + ((g * size * bits) >> 3),
+                kind, bits, here, size, some, inverse.ctypes.data, factor.ctypes.data, rule.ctypes.data + 24, 4, 4, 0,
+                told, at + ((g * size * bits) >> 3), 4 * some,
             )  # fmt: skip
-    return found < np.int32(0x7F800000)
+    return usable

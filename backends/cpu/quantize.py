@@ -30,6 +30,7 @@ from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
 from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 from aqt_lite.backends.cpu.twins import with_twins
+from aqt_lite.elements import Float
 from aqt_lite.granularity import Block, grid_of
 from aqt_lite.packing import bytes_of
 
@@ -202,6 +203,16 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
     for_tiles(work, w.codes.shape, spec.block)
     return values
+
+
+def any_unusable(kept: Coded, *, spec: Spec) -> Any:
+    """``affine.any_unusable``: codes of floats up to that of the largest number, without sign, are numbers."""
+    codes, element = kept.codes, spec.of_scales.element
+    if isinstance(element, Float) and kept.scale is None and codes.size:
+        if codes.view(f"u{codes.itemsize}").max() <= element.largest_code:
+            return np.asarray(False)
+    numbers = scales_of(kept, spec=spec)
+    return numbers if numbers is NotImplemented else np.isnan(numbers).any()
 
 
 def scales_of(kept: Coded, *, spec: Spec) -> Any:
@@ -707,6 +718,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     _clipping.reaches_an_end: reaches_an_end,
     _given.fake_quantize: fake_quantize,
     affine.dequantize: dequantize,
+    affine.any_unusable: any_unusable,
     affine.scales_of: scales_of,
     _into.quantize_stored: quantize_stored,
     **OF_STREAMS,

@@ -15,6 +15,7 @@ import numpy as np
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, Node, Ways
+from aqt_lite._registry import get_backend
 from aqt_lite.backends.jax import refusals, trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
@@ -166,7 +167,7 @@ class JaxBackend(Backend):
 
     def has_nan(self, x: Array) -> bool:
         if next(iter(x.devices())).platform == "cpu":  # by NumPy, without a copy: XLA would compile for every shape
-            return bool(np.isnan(self.to_numpy(x)).any())
+            return get_backend("numpy").has_nan(self.to_numpy(x))
         return bool(self.to_numpy(jnp.any(jnp.isnan(x))))
 
     def opened(self, node: Any) -> Node | None:

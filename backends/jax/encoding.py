@@ -106,16 +106,18 @@ def _encode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
 
 @njit(nogil=True)
 def _quantize(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    # Operands: x, parameters, the rule. Attributes: bits, kind, size. Results: codes, scales.
-    told = operand(frame, 1)
+    # Operands: x, parameters, the rule, how scales are kept. Attributes: bits, kind, size. Results: codes, scales.
+    told, kept, scale = operand(frame, 1), operand(frame, 3), result(frame, 1)
+    how = array(kept, (dim(kept, 0),), np.int32)
     encoding.quantize(
         _rows_of(operand(frame, 0), start, stop, np.float32),
         attribute(frame, 2),
         attribute(frame, 1),
         attribute(frame, 0),
         array(told, (dim(told, 0),), np.int32),
-        array(operand(frame, 2), (6,), np.float32),
-        _rows_of(result(frame, 1), start, stop, np.float32),
+        array(operand(frame, 2), (7,), np.float32),
+        how,
+        array(scale, (dim(scale, 0), dim(scale, 1) * how[0]), np.uint8)[start:stop],
         _streams(frame, attribute(frame, 0), start, stop),
     )
 
@@ -203,12 +205,13 @@ def _quantize_call(spec: Spec, recipe: Recipe, packed: bool, shape: tuple[int, .
     def results(*_: Any, **__: int) -> list[Any]:
         return [
             _shape_of_codes(view, spec, packed),
-            jax.core.ShapedArray((view.rows, view.groups), jnp.float32),
+            jax.core.ShapedArray((view.rows, view.groups), encoders.dtype_of_scales(spec)),
         ]
 
-    def plain(x: Array, told: Array, rule: Array, **_: int) -> list[Array]:
+    def plain(x: Array, told: Array, rule: Array, kept: Array, **_: int) -> list[Array]:
         w = affine.quantize(x.reshape(shape), spec=spec, recipe=recipe, b=get_backend("jax"))
-        return [_as_kept(w.codes, spec, packed).reshape(view.rows, -1), w.scale.reshape(view.rows, view.groups)]
+        scale = w.scale if spec.format.scale is None else w.scale.codes
+        return [_as_kept(w.codes, spec, packed).reshape(view.rows, -1), scale.reshape(view.rows, view.groups)]
 
     target = "aqt_lite_quantize"
     return primitive(target, plain, results, functools.partial(_is_registered, target))
@@ -257,11 +260,11 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
     static = {"bits": numbers.bits, "kind": numbers.kind, "size": view.size}
     told, how = jnp.asarray(numbers.parameters), (spec, recipe, packed, shape, numbers.bits)
     if at_once is not None and not view.shared:
-        rule = jnp.asarray(encoders.rule_of(spec, recipe, numbers))
-        codes, scale = _quantize_call(*how)(rows, told, rule, **static)
+        rule, kept = (jnp.asarray(a) for a in (encoders.rule_of(spec, recipe, numbers), encoders.kept_as(spec)))
+        codes, scale = _quantize_call(*how)(rows, told, rule, kept, **static)
         middle = spec.element.middle
         zero = jnp.full(grid, middle, jnp.int32) if middle else None
-        return Coded(codes.reshape(*shape[:-1], -1), scale.reshape(grid), zero)
+        return Coded(codes.reshape(*shape[:-1], -1), encoders.kept_of(scale.reshape(grid), spec), zero)
     qparams = _chosen(x, spec, recipe)
     b = get_backend("jax")
     inverse, factor = encoders.steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
