@@ -42,6 +42,10 @@ LAYOUTS = [
     ((1 << 17,), PerGroup(64)),
     ((16, 20, 420), PerBlock((1, 20, 420))),
     ((16, 20, 420), PerBlock((1, 1, 60))),
+    ((700, 300), PerChannel(1)),  # parts of which the last ends early, columns that fill no vector
+    ((9, 100, 170), PerChannel(2)),
+    ((70, 2100), PerChannel(1)),
+    ((40, 20, 420), PerBlock((40, 20, 1))),
 ]
 
 
@@ -75,8 +79,8 @@ def served(name, shape, block):
 def made_at_once(spec, recipe, shape):
     """Whether scales and codes are to be made in one pass: those from magnitudes, of formats whose scales have none."""
     kept = spec.format.scale
-    one_group = encoders.view_of(shape, spec).shared
-    return recipe.symmetric and (kept is None or not kept.scaled) and not one_group
+    view = encoders.view_of(shape, spec)
+    return recipe.symmetric and (kept is None or not kept.scaled) and not (view.shared or view.of_columns)
 
 
 def assert_same_trees(mine, theirs):
@@ -284,7 +288,7 @@ def check_traced(name, scheme, shape, granularity, value=None):
     lowered = jax.jit(quantized).lower(jnp.asarray(x))
     calls, q = lowered.as_text(), lowered.compile()(jnp.asarray(x))
     assert_same_bits(q.to_backend("numpy"), QArray._of(w, spec))
-    return "aqt_lite_quantize" in calls or "aqt_lite_encode" in calls
+    return "aqt_lite_quantize" in calls or "aqt_lite_encode" in calls  # of columns, too
 
 
 @needs("jax")
@@ -294,14 +298,21 @@ def test_jitted_quantization_calls_the_loops_and_has_their_bits(name):
 
 
 @needs("jax")
+def test_jitted_quantization_with_a_scale_a_column_calls_the_loops():
+    assert check_traced("int8", "symmetric", (700, 300), PerChannel(1), np.nan)
+
+
+@needs("jax")
 @pytest.mark.exhaustive
 def test_jitted_quantization_of_other_layouts_and_formats_has_the_bits_of_the_contract():
     for name, layout, value in [
         ("int8", 0, None), ("int8", 4, np.inf), ("int8", 3, None), ("uint8", 5, None), ("nf4", 0, np.nan),
         ("nf4", 3, None), ("int16", 0, None), ("float8_e4m3fn", 4, None), ("int2", 5, None), ("int4", 6, None),
+        ("int4", 13, None), ("nf4", 12, None), ("int8", 14, -np.inf),
     ]:  # fmt: skip
         assert check_traced(name, "symmetric", *LAYOUTS[layout], value)
     assert check_traced("uint8", "affine", *LAYOUTS[0], np.nan)
+    assert check_traced("uint8", "affine", *LAYOUTS[12], -np.nan)
     assert check_traced("nvfp4", "symmetric", *LAYOUTS[1])
     assert check_traced("int3", "symmetric", *LAYOUTS[0])  # packed by XLA
 

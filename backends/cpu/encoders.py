@@ -15,8 +15,8 @@ import numpy as np
 from aqt_lite import _statistics, _steps, affine
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite._registry import get_backend
 from aqt_lite._records import Kept
+from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
@@ -24,8 +24,9 @@ from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Numbers", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of", "lies_in_order", "numbers_at_once",
-           "numbers_for", "numbers_of", "quantize", "rule_of", "steps_of", "view_of"]  # fmt: skip
+__all__ = ["ROWS_OF_A_PART", "Numbers", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of", "lies_in_order",
+           "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of", "serves", "steps_of",
+           "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -83,18 +84,29 @@ def _floats(*numbers: float) -> Array:
 # ---- views
 
 
+ROWS_OF_A_PART = 256
+"""Of columns: the extrema of so many rows take a small part of their memory."""
+
+
 class _View(NamedTuple):
-    """An array as rows of groups."""
+    """An array as rows of groups; or as rows of as many groups as there are columns, each a column."""
 
     rows: int
     length: int
     size: int
     shared: bool
     """Whether there is one group in all, of which rows are parts."""
+    of_columns: bool = False
+    """Whether groups are columns; their size is then 1."""
 
     @property
     def groups(self) -> int:
         return -(-self.length // self.size)
+
+    @property
+    def parts(self) -> int:
+        """How many extrema a group is given, from as many parts of it."""
+        return -(-self.rows // ROWS_OF_A_PART) if self.of_columns else self.rows
 
 
 def view_of(shape: tuple[int, ...], spec: Spec, bits: int = 8) -> _View | None:
@@ -111,6 +123,8 @@ def view_of(shape: tuple[int, ...], spec: Spec, bits: int = 8) -> _View | None:
     rows = serve.rows_of_blocks(shape, grid, spec.block)
     if rows is not None and joined and rows[1] >= serve.SHORTEST_ROW and rows[1] * bits % 8 == 0:
         return _View(*rows, rows[1], False)
+    if last >= serve.SHORTEST_ROW_TO_ENCODE and serve.one_scale_an_index_of_the_last_axis(shape, grid):
+        return _View(size // last, last, 1, False, True)
     group = spec.block[-1] or last
     if grid[:-1] == shape[:-1] and group >= serve.SHORTEST_ROW and (group * bits % 8 == 0 or group >= last):
         return _View(size // last, last, min(group, last), False)
@@ -135,19 +149,33 @@ def _rows(x: Any, spec: Spec, bits: int = 8) -> tuple[_View, Array] | None:
 # ---- forms
 
 
+def serves(x: Array, spec: Spec) -> bool:
+    """Whether there are loops for extrema and codes of plain integers."""
+    return _rows(x, spec) is not None
+
+
 def extrema(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array | None:
     """(1, *grid) largest magnitudes, or (2, *grid) smallest and largest values, if the loops serve."""
     found = None if recipe.ignore_nonfinite or spec.element.missing is not None else _rows(x, spec)
     if found is None:
         return None
     (view, rows), loops = found, runtime.encoding_loops()
-    ends = np.empty((1 if magnitudes else 2, view.rows, view.groups), np.int32)
-    loop = loops.magnitudes if magnitudes else loops.ranges
-    map_ranges(lambda lo, hi: loop(rows[lo:hi], view.size, *ends[:, lo:hi]), view.rows, 1, x.size, CHUNKS_PER_CORE)
+    ends = np.empty((1 if magnitudes else 2, view.parts, view.groups), np.int32)
+    if view.of_columns:
+        loop, size = loops.magnitudes_of_columns if magnitudes else loops.ranges_of_columns, ROWS_OF_A_PART
+    else:
+        loop, size = loops.magnitudes if magnitudes else loops.ranges, view.size
+    high = size if view.of_columns else 1  # rows of x for one of the ends
+
+    def some(lo: int, hi: int) -> None:
+        loop(rows[lo * high : hi * high], size, *ends[:, lo:hi])
+
+    map_ranges(some, view.parts, 1, x.size, CHUNKS_PER_CORE)
     of_groups = ends.view(np.float32)
-    if view.shared:
-        low = [np.min(of_groups[:-1], axis=(1, 2))] if not magnitudes else []
-        of_groups = np.concatenate([*low, np.max(of_groups[-1:], axis=(1, 2))])
+    if view.shared or view.of_columns:
+        axis = (1, 2) if view.shared else 1
+        low = [np.min(of_groups[:-1], axis=axis)] if not magnitudes else []
+        of_groups = np.concatenate([*low, np.max(of_groups[-1:], axis=axis)])
     return of_groups.reshape(-1, *grid_of(x.shape, spec.block))
 
 
@@ -170,15 +198,22 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
     codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
     inverse, factor = steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
     grid, shape = grid_of(x.shape, spec.block), (1, 1) if view.shared else (view.rows, view.groups)
-    of_groups = [
-        np.full((1, 1), absent, np.float32)
-        if a is None
-        else np.ascontiguousarray(np.broadcast_to(a, grid), np.float32).reshape(shape)
-        for a, absent in ((inverse, 1), (factor, 1), (qparams.zero_point, 0))
-    ]
+    of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
+    if view.of_columns:
+        of_groups = [_of_vectors(absent if a is None else a, view.groups, loops.LANES) for a, absent in of_each]
+    else:
+        of_groups = [
+            np.full((1, 1), absent, np.float32)
+            if a is None
+            else np.ascontiguousarray(np.broadcast_to(a, grid), np.float32).reshape(shape)
+            for a, absent in of_each
+        ]
     stream = codes.reshape(view.rows, -1).view(np.uint8)
 
     def some(lo: int, hi: int) -> None:
+        if view.of_columns:
+            loops.encode_columns(rows[lo:hi], *numbers[:3], *of_groups, stream[lo:hi])
+            return
         own = (a if a.shape[0] < 2 else a[lo:hi] for a in of_groups)
         loops.encode(rows[lo:hi], view.size, *numbers[:3], *own, stream[lo:hi])
 
@@ -186,12 +221,19 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
     return codes
 
 
+def _of_vectors(numbers: Any, count: int, lanes: int) -> Array:
+    """So many numbers, filled up to whole vectors."""
+    found = np.zeros(-(-count // lanes) * lanes, np.float32)
+    found[:count] = np.asarray(numbers).reshape(-1)
+    return found
+
+
 @np.errstate(all="ignore")
 def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     """Scales and codes at once, where a scale is a product and its group a part of a row; else NotImplemented."""
     numbers = numbers_at_once(spec, recipe, packed) if _lies_right(x) else None
     found = None if numbers is None else _rows(x, spec, numbers.bits)
-    if numbers is None or found is None or found[0].shared:
+    if numbers is None or found is None or found[0].shared or found[0].of_columns:
         return NotImplemented
     (view, rows), loops, middle = found, runtime.encoding_loops(), spec.element.middle
     codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), dtype_of_scales(spec))

@@ -4,12 +4,12 @@ Owns: the loops, and the numba intrinsics in them. One file, because what numba 
 own file changes, and not when another does; what the contract's constants are comes in as arguments. The loops hold no
 lock and start no thread. ``encoders`` calls them, and says what they are for; so does what XLA calls.
 
-An array is rows of ``size`` values that share a scale, the last of a row perhaps fewer. Four pieces combine, each a few
-instructions on a vector of 16 values, which LLVM cuts into what the processor has:
+An array is rows of ``size`` values that share a scale, the last of a row perhaps fewer; or each column has a scale.
+Four pieces combine, each a few instructions on a vector of 16 values, which LLVM cuts into what the processor has:
 
 - **statistics**: the largest magnitude, or the smallest and the largest value, as integers: patterns of floats order as
   the floats do, once those below zero are turned over, and NaN lies beyond infinity;
-- **the scale of a group** from its largest magnitude, where scales are kept as they are;
+- **the scale of a group** from its largest magnitude, kept as it is or as a float of few bits;
 - **numbers**: whole ones, floats of few bits, or the places between cuts, as lanes of 32 bits;
 - **packing**: lanes become bytes, and neighbours that have fewer than 8 bits move together, twice as wide each time.
 
@@ -26,7 +26,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode", "magnitudes", "quantize", "ranges"]
+__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode", "encode_columns", "magnitudes",
+           "magnitudes_of_columns", "quantize", "ranges", "ranges_of_columns"]  # fmt: skip
 
 LANES = 16
 
@@ -210,9 +211,7 @@ def _floats(
     u = _extreme(builder, builder.and_(bits, _all(0x7FFFFFFF)), most, "<")
     code = builder.add(builder.and_(builder.ashr(u, drop), _all(1)), builder.add(u, half))
     small = builder.bitcast(builder.fadd(builder.bitcast(u, _FLOATS), builder.bitcast(magic, _FLOATS)), _INTS)
-    code = builder.select(
-        builder.icmp_signed("<", u, lowest), builder.sub(small, magic), builder.ashr(code, drop)
-    )
+    code = builder.select(builder.icmp_signed("<", u, lowest), builder.sub(small, magic), builder.ashr(code, drop))
     sign = builder.and_(builder.ashr(bits, _all(31)), sign_bit)
     return builder.or_(code, builder.select(builder.icmp_signed(">", code, above), sign, _all(0)))
 
@@ -252,63 +251,80 @@ def _packed(builder: Any, lanes: Any, bits: int) -> Any:
     return codes
 
 
-def _encoder(numbers: Any, bits: int) -> Any:
-    """Codes of ``x * inverse * factor``, ``zero`` further on, of the groups of a row, of ``bits`` bits each.
+_CODES = [
+    *((INTEGER, _integers, bits) for bits in BITS[INTEGER]),
+    *((FLOAT, _floats, bits) for bits in BITS[FLOAT]),
+    *((CODEBOOK, _places, bits) for bits in BITS[CODEBOOK]),
+]
 
-    Arguments: the addresses of the floats, and the lengths of a group and of the row; addresses of the three numbers of
-    the first group, each with the distance in bytes to those of the next; of what ``numbers`` is told; of the stream;
-    and how many bytes ahead lies what is read next, which is fetched meanwhile.
+
+def _encoder(of_columns: bool) -> Any:
+    """Codes of ``x * inverse * factor``, ``zero`` further on, of the groups of a row; or of columns, each with its own.
+
+    Arguments: kind and bits of codes; the addresses of the floats, and the lengths of a group and of the row; addresses
+    of the three numbers of the first group, each with the distance in bytes to those of the next; of what ``numbers``
+    is told; of the stream; and how many bytes ahead lies what is read next, which is fetched meanwhile. Of columns the
+    row is one group, and the three numbers of 16 of them lie side by side.
     """
 
     @intrinsic
     def encode(
-        _: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any, by_factor: Any,
-        by_zero: Any, parameters: Any, out: Any, ahead: Any,
+        _: Any, kind: Any, bits: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any,
+        by_factor: Any, by_zero: Any, parameters: Any, out: Any, ahead: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            x, size, length, inverse, factor, zero, by, by_factor, by_zero, parameters, out, ahead = arguments
-            told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
-            buffer = cgutils.alloca_once(builder, _INTS)
-
-            def group(g: Any, here: Any, count: Any) -> None:
-                places = [(inverse, by), (factor, by_factor), (zero, by_zero)]
-                own = [builder.add(start, builder.mul(g, step)) for start, step in places]
-                of_group = [_parameter(builder, place, 0, _FLOATS) for place in own]
-                stream_of_group = builder.add(
-                    out, builder.lshr(builder.mul(builder.mul(g, size), _ADDRESS(bits)), _ADDRESS(3))
-                )
-
-                def work(i: Any, values: Any, there: Any) -> None:
-                    _fetch(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
-                    v = builder.fmul(builder.fmul(values, of_group[0]), of_group[1])
-                    lanes = numbers(builder, v, of_group[2], *told)
-                    at = builder.add(stream_of_group, builder.mul(i, _ADDRESS(2 * bits)))
-                    if there is None:
-                        stream = _packed(builder, lanes, bits)
-                        builder.store(stream, builder.inttoptr(at, stream.type.as_pointer()), align=1)
-                        return
-                    # a stream is filled up with zeros
-                    stream = _packed(builder, builder.select(_within(builder, there), lanes, _all(0)), bits)
-                    memory = builder.bitcast(buffer, stream.type.as_pointer())
-                    builder.store(stream, memory, align=1)
-                    filled = builder.add(builder.mul(there, _ADDRESS(bits)), _ADDRESS(7))
-                    with cgutils.for_range(builder, builder.lshr(filled, _ADDRESS(3))) as loop:
-                        own = _place(builder, builder.ptrtoint(buffer, _ADDRESS), loop.index, 1, _BYTE)
-                        builder.store(builder.load(own, align=1), _place(builder, at, loop.index, 1, _BYTE), align=1)
-
-                _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
-
-            _for_groups(builder, x, size, length, group)
+            kind, bits, *others = arguments
+            for its_kind, numbers, its_bits in _CODES:
+                same = builder.icmp_signed("==", kind, _ADDRESS(its_kind))
+                with builder.if_then(builder.and_(same, builder.icmp_signed("==", bits, _ADDRESS(its_bits)))):
+                    _encode_groups(builder, numbers, its_bits, of_columns, *others)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 12), generate
+        return types.void(*[types.intp] * 14), generate
 
     return encode
 
 
-_integers_of_2, _integers_of_4, _integers_of_8, _integers_of_16 = (_encoder(_integers, bits) for bits in (2, 4, 8, 16))
-_floats_of_4, _floats_of_8 = (_encoder(_floats, bits) for bits in (4, 8))
-_places_of_4, _places_of_8 = (_encoder(_places, bits) for bits in (4, 8))
+def _encode_groups(
+    builder: Any, numbers: Any, bits: int, of_columns: bool, x: Any, size: Any, length: Any, inverse: Any, factor: Any,
+    zero: Any, by: Any, by_factor: Any, by_zero: Any, parameters: Any, out: Any, ahead: Any,
+) -> None:  # fmt: skip
+    told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
+    buffer = cgutils.alloca_once(builder, _INTS)
+
+    def group(g: Any, here: Any, count: Any) -> None:
+        places = [(inverse, by), (factor, by_factor), (zero, by_zero)]
+        own = [builder.add(start, builder.mul(g, step)) for start, step in places]
+        of_group = [] if of_columns else [_parameter(builder, place, 0, _FLOATS) for place in own]
+        stream_of_group = builder.add(out, builder.lshr(builder.mul(builder.mul(g, size), _ADDRESS(bits)), _ADDRESS(3)))
+
+        def work(i: Any, values: Any, there: Any) -> None:
+            _fetch(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
+            by_inverse, by_factor, zero = of_group or [
+                builder.load(_place(builder, place, i, 64, _FLOATS), align=4) for place in own
+            ]
+            v = builder.fmul(builder.fmul(values, by_inverse), by_factor)
+            lanes = numbers(builder, v, zero, *told)
+            at = builder.add(stream_of_group, builder.mul(i, _ADDRESS(2 * bits)))
+            if there is None:
+                stream = _packed(builder, lanes, bits)
+                builder.store(stream, builder.inttoptr(at, stream.type.as_pointer()), align=1)
+                return
+            # a stream is filled up with zeros
+            stream = _packed(builder, builder.select(_within(builder, there), lanes, _all(0)), bits)
+            memory = builder.bitcast(buffer, stream.type.as_pointer())
+            builder.store(stream, memory, align=1)
+            filled = builder.add(builder.mul(there, _ADDRESS(bits)), _ADDRESS(7))
+            with cgutils.for_range(builder, builder.lshr(filled, _ADDRESS(3))) as loop:
+                byte = _place(builder, builder.ptrtoint(buffer, _ADDRESS), loop.index, 1, _BYTE)
+                builder.store(builder.load(byte, align=1), _place(builder, at, loop.index, 1, _BYTE), align=1)
+
+        _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
+
+    _for_groups(builder, x, size, length, group)
+
+
+_groups, _columns = _encoder(False), _encoder(True)
 
 
 @njit(nogil=True, cache=True)
@@ -316,24 +332,7 @@ def _encode(
     kind: Any, bits: Any, x: Any, size: Any, length: Any, inverse: Any, factor: Any, zero: Any, by: Any,
     by_factor: Any, by_zero: Any, told: Any, out: Any, ahead: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    if kind == INTEGER:
-        if bits == 8:
-            _integers_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-        elif bits == 4:
-            _integers_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-        elif bits == 2:
-            _integers_of_2(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-        else:
-            _integers_of_16(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-    elif kind == FLOAT:
-        if bits == 8:
-            _floats_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-        else:
-            _floats_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-    elif bits == 8:
-        _places_of_8(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
-    else:
-        _places_of_4(x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
+    _groups(kind, bits, x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
 
 
 @njit(nogil=True, cache=True)
@@ -359,6 +358,61 @@ def encode(
             factor.ctypes.data + g * by_factor, zero.ctypes.data + g * by_zero, by, by_factor, by_zero, told,
             at + r * out.strides[0], 0,
         )  # fmt: skip
+
+
+# ---- columns
+
+ACROSS = 1024
+"""Columns at a time: the three numbers of each stay in the first cache."""
+
+
+@njit(nogil=True, cache=True)
+def magnitudes_of_columns(x: Any, size: Any, most: Any) -> None:  # pragma: no cover - compiled
+    """As ``magnitudes``, of the columns of each ``size`` rows."""
+    patterns = x.view(np.int32)
+    for part in range(most.shape[0]):
+        for c in range(0, x.shape[1], ACROSS):
+            own = most[part, c : c + ACROSS]
+            own[:] = 0
+            for r in range(part * size, min(part * size + size, x.shape[0])):
+                row = patterns[r, c : c + ACROSS]
+                for i in range(own.shape[0]):
+                    own[i] = max(own[i], row[i] & np.int32(0x7FFFFFFF))
+
+
+@njit(nogil=True, cache=True)
+def ranges_of_columns(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma: no cover - compiled
+    """As ``ranges``, of the columns of each ``size`` rows."""
+    patterns = x.view(np.int32)
+    for part in range(low.shape[0]):
+        for c in range(0, x.shape[1], ACROSS):
+            least, most = low[part, c : c + ACROSS], high[part, c : c + ACROSS]
+            least[:], most[:] = 0x7FFFFFFF, -0x80000000
+            for r in range(part * size, min(part * size + size, x.shape[0])):
+                row = patterns[r, c : c + ACROSS]
+                for i in range(least.shape[0]):
+                    key = row[i] ^ ((row[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+                    least[i], most[i] = min(least[i], key), max(most[i], key)
+            for ends in (least, most):
+                for i in range(ends.shape[0]):
+                    ends[i] ^= (ends[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)
+
+
+@njit(nogil=True, cache=True)
+def encode_columns(
+    x: Any, kind: Any, bits: Any, parameters: Any, inverse: Any, factor: Any, zero: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    """As ``encode``, where each column has the three numbers; these are filled up to whole vectors."""
+    rows, length = x.shape
+    start, at, step = x.ctypes.data, out.ctypes.data, out.strides[0]
+    for c in range(0, length, ACROSS):
+        count = min(ACROSS, length - c)
+        for r in range(rows):
+            _columns(
+                kind, bits, start + 4 * (r * length + c), count, count, inverse.ctypes.data + 4 * c,
+                factor.ctypes.data + 4 * c, zero.ctypes.data + 4 * c, 0, 0, 0, parameters.ctypes.data,
+                at + r * step + ((c * bits) >> 3), 4 * length,
+            )  # fmt: skip
 
 
 # ---- scales and codes at once

@@ -63,7 +63,7 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
         rows, fixed_zero = serve.rows_of_one_scale(x, grid, spec.block), serve.has_fixed_zero(spec, recipe)
         if rows is not None and rows[0] == 1 and not (fixed_zero and x.size <= BLOCK):
             result = _quantize_spanning(x.reshape(-1), grid, spec, recipe)
-        elif serve.one_scale_an_index_of_the_last_axis(x.shape, grid):
+        elif serve.one_scale_an_index_of_the_last_axis(x.shape, grid) and not encoders.serves(x, spec):
             result = _quantize_spanning(x.reshape(-1, x.shape[-1]), grid, spec, recipe)
         elif rows is not None and rows[1] >= serve.SHORTEST_ROW and fixed_zero:
             result = _quantize_rows(x.reshape(rows), grid, spec, recipe)
@@ -208,9 +208,9 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 def any_unusable(kept: Coded, *, spec: Spec) -> Any:
     """``affine.any_unusable``: codes of floats up to that of the largest number, without sign, are numbers."""
     codes, element = kept.codes, spec.of_scales.element
-    if isinstance(element, Float) and kept.scale is None and codes.size:
-        if codes.view(f"u{codes.itemsize}").max() <= element.largest_code:
-            return np.asarray(False)
+    largest = element.largest_code if isinstance(element, Float) and kept.scale is None else -1
+    if codes.view(f"u{codes.itemsize}").max(initial=0) <= largest:
+        return np.asarray(False)
     numbers = scales_of(kept, spec=spec)
     return numbers if numbers is NotImplemented else np.isnan(numbers).any()
 

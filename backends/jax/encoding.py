@@ -4,9 +4,9 @@ Owns: the primitives around the loops of ``cpu.encoding`` and what they become: 
 forms use, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
 operations. Imports: the CPU library, ``ffi``, ``primitives``.
 
-Where a scale is a product, one call makes scales and codes, so that memory is read once. Else one call finds extrema,
-XLA chooses the scales of the grid by the operations of the contract, whatever the format keeps, and another call makes
-the codes.
+Where groups lie along rows and a scale is a product, one call makes scales and codes, so that memory is read once. Else
+one call finds extrema, XLA chooses the scales of the grid by the operations of the contract, whatever the format keeps,
+and another call makes the codes.
 """
 
 from __future__ import annotations
@@ -88,6 +88,34 @@ def _find(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
 
 
 @njit(nogil=True)
+def _find_of_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    # The same; size: how many rows are a part, of which each column has its own.
+    x, size = operand(frame, 0), attribute(frame, 1)
+    rows = _rows_of(x, start * size, min(stop * size, dim(x, 0)), np.float32)
+    high = _rows_of(result(frame, 1), start, stop, np.int32)
+    if attribute(frame, 0) != 0:
+        encoding.magnitudes_of_columns(rows, size, high)
+    else:
+        encoding.ranges_of_columns(rows, size, _rows_of(result(frame, 0), start, stop, np.int32), high)
+
+
+@njit(nogil=True)
+def _encode_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    # As of groups, but numbers of columns, filled up to whole vectors.
+    told = operand(frame, 1)
+    encoding.encode_columns(
+        _rows_of(operand(frame, 0), start, stop, np.float32),
+        attribute(frame, 1),
+        attribute(frame, 0),
+        array(told, (dim(told, 0),), np.int32),
+        _rows_of(operand(frame, 2), 0, 1, np.float32),
+        _rows_of(operand(frame, 3), 0, 1, np.float32),
+        _rows_of(operand(frame, 4), 0, 1, np.float32),
+        _streams(frame, attribute(frame, 0), start, stop),
+    )
+
+
+@njit(nogil=True)
 def _encode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     # Operands: x, parameters, reciprocals, powers of two, zero points. Attributes: bits, kind, size. Result: codes.
     told = operand(frame, 1)
@@ -123,6 +151,9 @@ def _quantize(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
 
 
 _find_address, _encode_address, _quantize_address = (address_of(loop, 3) for loop in (_find, _encode, _quantize))
+_find_of_columns_address, _encode_columns_address = (
+    address_of(loop, 3) for loop in (_find_of_columns, _encode_columns)
+)
 
 
 def _handler(address: Any, version: int) -> Any:
@@ -138,10 +169,23 @@ def _handler(address: Any, version: int) -> Any:
     return handler
 
 
-_ADDRESSES = {
-    "aqt_lite_extrema": _find_address,
-    "aqt_lite_encode": _encode_address,
-    "aqt_lite_quantize": _quantize_address,
+def _handler_of_parts(address: Any, version: int) -> Any:
+    """The same where an item is one of the rows of the last result, each from several of x."""
+
+    def handler(frame: Any) -> Any:  # pragma: no cover - compiled
+        if describe(frame) or version < 0:
+            return OK
+        return parallel_for(frame, address(), dim(result(frame, 1), 0), 1)
+
+    return handler
+
+
+_HANDLERS = {
+    "aqt_lite_extrema": (_handler, _find_address),
+    "aqt_lite_extrema_of_columns": (_handler_of_parts, _find_of_columns_address),
+    "aqt_lite_encode": (_handler, _encode_address),
+    "aqt_lite_encode_columns": (_handler, _encode_columns_address),
+    "aqt_lite_quantize": (_handler, _quantize_address),
 }
 
 
@@ -149,12 +193,13 @@ _ADDRESSES = {
 def _is_registered(target: str) -> bool:
     version = version_of(sys.modules[__name__], encoding, ffi)
     announce_compilation("the handler that XLA calls")
-    return ffi.register(target, _handler(_ADDRESSES[target], version))
+    handler, address = _HANDLERS[target]
+    return ffi.register(target, handler(address, version))
 
 
 def register() -> bool:
     """Offer XLA all of them now; whether it has taken them."""
-    taken = [_is_registered(target) for target in _ADDRESSES]
+    taken = [_is_registered(target) for target in _HANDLERS]
     return all(taken)
 
 
@@ -167,16 +212,17 @@ def _extrema_call(spec: Spec, shape: tuple[int, ...]) -> Any:
     assert view is not None
 
     def results(x: Any, *, magnitudes: int, size: int) -> list[Any]:
-        rows = (0 if magnitudes else view.rows, view.rows)
+        rows = (0 if magnitudes else view.parts, view.parts)
         return [jax.core.ShapedArray((n, view.groups), jnp.int32) for n in rows]
 
     def plain(x: Array, *, magnitudes: int, size: int) -> list[Array]:
         rows, b = jnp.abs(x) if magnitudes else x, get_backend("jax")
-        ends = [reduced(rows, (1, size), end, jnp) for end in (jnp.min, b.largest)]
+        block = (size, 1) if view.of_columns else (1, size)
+        ends = [reduced(rows, block, end, jnp) for end in (jnp.min, b.largest)]
         found = [jax.lax.bitcast_convert_type(end, jnp.int32) for end in ends]
-        return [found[0][: 0 if magnitudes else view.rows], found[1]]
+        return [found[0][: 0 if magnitudes else view.parts], found[1]]
 
-    target = "aqt_lite_extrema"
+    target = "aqt_lite_extrema_of_columns" if view.of_columns else "aqt_lite_extrema"
     return primitive(target, plain, results, functools.partial(_is_registered, target))
 
 
@@ -193,7 +239,7 @@ def _encode_call(spec: Spec, recipe: Recipe, packed: bool, shape: tuple[int, ...
         codes = affine.encode(x.reshape(shape), qparams, spec=spec, recipe=recipe, b=get_backend("jax"))
         return [_as_kept(codes, spec, packed).reshape(view.rows, -1)]
 
-    target = "aqt_lite_encode"
+    target = "aqt_lite_encode_columns" if view.of_columns else "aqt_lite_encode"
     return primitive(target, plain, results, functools.partial(_is_registered, target))
 
 
@@ -259,7 +305,7 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
     rows = x.reshape(view.rows, view.length)
     static = {"bits": numbers.bits, "kind": numbers.kind, "size": view.size}
     told, how = jnp.asarray(numbers.parameters), (spec, recipe, packed, shape, numbers.bits)
-    if at_once is not None and not view.shared:
+    if at_once is not None and not view.shared and not view.of_columns:
         rule, kept = (jnp.asarray(a) for a in (encoders.rule_of(spec, recipe, numbers), encoders.kept_as(spec)))
         codes, scale = _quantize_call(*how)(rows, told, rule, kept, **static)
         middle = spec.element.middle
@@ -268,14 +314,24 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
     qparams = _chosen(x, spec, recipe)
     b = get_backend("jax")
     inverse, factor = encoders.steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
-    of_groups = [
-        jnp.full((1, 1), absent, jnp.float32)
-        if a is None
-        else jnp.broadcast_to(a, grid).astype(jnp.float32).reshape((1, 1) if view.shared else (view.rows, view.groups))
-        for a, absent in ((inverse, 1), (factor, 1), (qparams.zero_point, 0))
-    ]
+    of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
+    if view.of_columns:
+        of_groups = [_of_vectors(absent if a is None else a, view.groups) for a, absent in of_each]
+    else:
+        of_groups = [
+            jnp.full((1, 1), absent, jnp.float32)
+            if a is None
+            else jnp.broadcast_to(a, grid).astype(jnp.float32).reshape((1, 1) if view.shared else (view.rows, -1))
+            for a, absent in of_each
+        ]
     (codes,) = _encode_call(*how)(rows, told, *of_groups, *jax.tree.leaves(qparams), **static)
     return qparams.beside(codes.reshape(*shape[:-1], -1))
+
+
+def _of_vectors(numbers: Any, count: int) -> Array:
+    """A row of so many numbers, filled up to whole vectors."""
+    found = jnp.broadcast_to(jnp.asarray(numbers, jnp.float32).reshape(1, -1), (1, count))
+    return jnp.pad(found, ((0, 0), (0, -count % encoding.LANES)))
 
 
 def _chosen(x: Array, spec: Spec, recipe: Recipe) -> QParams:
@@ -283,12 +339,12 @@ def _chosen(x: Array, spec: Spec, recipe: Recipe) -> QParams:
     shape = tuple(x.shape)
     view, grid = encoders.view_of(shape, spec), grid_of(shape, spec.block)
     assert view is not None
-    magnitudes = int(recipe.of_magnitudes)
-    found = _extrema_call(spec, shape)(x.reshape(view.rows, view.length), magnitudes=magnitudes, size=view.size)
+    magnitudes, size = int(recipe.of_magnitudes), encoders.ROWS_OF_A_PART if view.of_columns else view.size
+    found = _extrema_call(spec, shape)(x.reshape(view.rows, view.length), magnitudes=magnitudes, size=size)
     low, high = (jax.lax.bitcast_convert_type(end, jnp.float32) for end in found)
-    if view.shared:
-        b = get_backend("jax")
-        low, high = jnp.min(low, initial=jnp.inf), b.largest(high, axis=None, keepdims=False)
+    if view.shared or view.of_columns:
+        b, axis = get_backend("jax"), 0 if view.of_columns else None
+        low, high = jnp.min(low, axis=axis, initial=jnp.inf), b.largest(high, axis=axis, keepdims=False)
     ends = jnp.stack([end.reshape(grid) for end in ([high] if magnitudes else [low, high])])
     of_rows = replace(spec, block=(None, *((1,) * len(grid))))
     chosen = affine.choose_qparams(ends, spec=of_rows, recipe=recipe, b=get_backend("jax"))
