@@ -172,7 +172,7 @@ def test_fixed_point_serves_what_it_is_for():
 
     def left(x, how):
         q = quantize(weight(8, x.shape[1]), **how)
-        w, spec = _as_stored(q, packed=True)
+        w, spec = as_stored(q, packed=True)
         with np.errstate(all="ignore"):
             operands = stored.operands_of(w, spec, x.shape[1], q.packed_length is not None, get_backend("numpy"))
         words = stored._arranged(x, operands).view(np.int32)[0]
@@ -194,7 +194,7 @@ def test_scales_of_any_size_and_sign_in_one_row(bad):
     q, x = quantize(weight(300, 512), "int4", granularity=PerGroup(32)), weight(1, 512, seed=2)
     scale = np.asarray(q.scale).copy()
     scale[7, 3] = bad
-    w, spec = _as_stored(replace(q, scale=scale), packed=True)
+    w, spec = as_stored(replace(q, scale=scale), packed=True)
     values = reference.values_stored(w, spec=spec, packed_length=q.packed_length, b=get_backend("numpy"))
     y = stored.matmul_stored(x, w, None, spec=spec, contract=1, packed_length=q.packed_length)
     assert_exact_to_float32(y, x, values)
@@ -204,7 +204,7 @@ def test_scales_of_any_size_and_sign_in_one_row(bad):
 @pytest.mark.parametrize("zero", [-100, 40, 3])
 def test_zero_points_that_are_no_codes(zero):
     q, x = quantize(weight(300, 512), "uint4", scheme="affine", granularity=PerGroup(32)), weight(1, 512, seed=2)
-    w, spec = _as_stored(q, packed=True)
+    w, spec = as_stored(q, packed=True)
     points = np.asarray(w.zero_point).copy()
     points[7, 3] = zero
     w = w._replace(zero_point=points)
