@@ -214,17 +214,6 @@ def _sum_of_lanes(_: Any, address: Any) -> Any:
     return types.float32(types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _claim(_: Any, address: Any, count: Any) -> Any:
-    """How many had been claimed before these, which nobody else gets."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = builder.inttoptr(arguments[0], _ADDRESS.as_pointer())
-        return builder.atomic_rmw("add", place, arguments[1], "monotonic")
-
-    return types.intp(types.intp, types.intp), generate
-
-
 class _Bytes:
     """8 bits: signed bytes, or unsigned ones whose highest bit ``flip`` turns over, which makes them 128 less."""
 
@@ -1034,18 +1023,17 @@ _by_dots = _add_in_dots if DOTS else _by_nothing
 @njit(nogil=True, cache=True)
 def multiply(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
-    zero: Any, size: Any, bias: Any, parts: Any, claimed: Any, y: Any,
+    zero: Any, size: Any, bias: Any, first_row: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``y[m, n] = sum_k (number[n, k] - zero[n, g]) * scale[n, g] x[m, k] + bias[n]``; whether that holds.
 
     ``x`` is arranged; ``inner`` is K. ``table`` has the numbers of codes of 4 bits. Scales are numbers, or codes of
     numbers that ``of_scales`` lists; zero points, where there are any, are integers. ``size`` is the length of a group,
-    a whole number of vectors, and may be longer than K. ``y`` is (M, N). Threads that share the work call this with the
-    same arguments: ``parts`` are the columns at which parts of it begin and end, and ``claimed``, an int64, how many
-    parts some thread has begun. The answer is False where a value might be beyond float32, which dequantizing would
-    clip, and where a scale is NaN or, not being kept as a code, 0.
+    a whole number of vectors, and may be longer than K. ``y`` is (M, N of w); ``first_row`` is the row of scales, zero
+    points and bias that w begins with. The answer is False where a value might be beyond float32, which dequantizing
+    would clip, and where a scale is NaN or, not being kept as a code, 0.
     """
-    rows = y.shape[0]
+    rows, columns = y.shape[0], w.shape[0]
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
     tile = 1 if one else ROWS
     groups_of_row = (inner + size - 1) // size
@@ -1060,65 +1048,43 @@ def multiply(
     lowest = np.int64(table.min()) if fixed and halves else 0
     less = np.uint32(0 if coded else 1)
     most = np.uint32(0)
-    while True:
-        part = _claim(claimed.ctypes.data, 1)
-        if part + 1 >= parts.shape[0]:
-            return most < LARGE
-        last_column = parts[part + 1]
-        for first in range(parts[part], last_column, STRIP):
-            stop = min(first + STRIP, last_column)
-            here, codes = stop - first, w[first:stop]
-            if coded:
-                _looked_up(
-                    codes_of_scales[first:] if codes_of_scales.shape[0] > 1 else codes_of_scales,
-                    of_scales,
-                    scales[:here],
-                )
-            numbers = scales[:here] if coded else scale[first:stop] if scale.shape[0] > 1 else scale
-            points = zero[first:stop] if zero.shape[0] > 1 else zero
-            dots, of_strip, s_start = (
-                fixed and (not shifted or _are_codes(points, lowest)),
-                np.uint32(0),
-                numbers.ctypes.data,
+    for first in range(0, columns, STRIP):
+        stop = min(first + STRIP, columns)
+        here, start, codes = stop - first, first_row + first, w[first:stop]
+        if coded:
+            several = codes_of_scales.shape[0] > 1
+            _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, scales[:here])
+        numbers = scales[:here] if coded else scale[start : start + here] if scale.shape[0] > 1 else scale
+        points = zero[start : start + here] if zero.shape[0] > 1 else zero
+        s_start, dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
+        if dots:
+            of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
+            of_strip, least = _by_dots(
+                codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest + MOST_SHIFT, less, size,
+                sums,
+            )  # fmt: skip
+            dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
+        else:
+            of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
+        most = max(most, of_strip)
+        if shifted and (unserved > 0 or not dots):
+            _as_floats(points, np.int32(flip), zeros[:here])
+        if dots and unserved > 0:
+            _add_unserved(
+                codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
             )
-            if dots:
-                of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
-                of_strip, least = _by_dots(
-                    codes,
-                    x,
-                    inner,
-                    halves,
-                    flip,
-                    table,
-                    s_start,
-                    s_stride,
-                    *of_points,
-                    lowest + MOST_SHIFT,
-                    less,
-                    size,
-                    sums,
-                )
-                dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
-            else:
-                of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
-            most = max(most, of_strip)
-            if shifted and (unserved > 0 or not dots):
-                _as_floats(points, np.int32(flip), zeros[:here])
-            if dots and unserved > 0:
-                _add_unserved(
-                    codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
-                )
-            for m in range(0, rows, ROWS_AT_ONCE):
-                last = min(m + ROWS_AT_ONCE, rows)
-                if not dots:
-                    _add_tiles(
-                        codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size,
-                        sums, last - m,
-                    )  # fmt: skip
-                for i in range(m, last):
-                    of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
-                    for n in range(here):
-                        y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[first + n]
+        for m in range(0, rows, ROWS_AT_ONCE):
+            last = min(m + ROWS_AT_ONCE, rows)
+            if not dots:
+                _add_tiles(
+                    codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size,
+                    sums, last - m,
+                )  # fmt: skip
+            for i in range(m, last):
+                of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
+                for n in range(here):
+                    y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
+    return most < LARGE
 
 
 @njit(nogil=True, cache=True)

@@ -89,27 +89,28 @@ def matmul_stored(
     y = np.empty((len(x), len(codes)), dtype=np.float32)
     arranged = _arranged(x, operands)
 
-    threads = runtime.cores() if codes.size >= runtime.LARGE else 1
-    shared = parts_of(len(codes), loops.STRIP, threads), np.zeros(1, np.int64)
+    ends = ends_of_parts(len(codes), loops.STRIP, runtime.cores() if codes.size >= runtime.LARGE else 1)
 
-    def work(*_: int) -> Any:
-        return loops.multiply(codes, arranged, x.shape[1], *operands, bias, *shared, y)
+    def parts(first: int, last: int) -> Any:
+        start, stop = ends[first], ends[last]
+        return loops.multiply(codes[start:stop], arranged, x.shape[1], *operands, bias, start, y[:, start:stop])
 
-    small = all(map_ranges(work, threads, 1, codes.size))
+    small = all(map_ranges(parts, len(ends) - 1, 1, codes.size, CHUNKS_PER_CORE))
     return y.astype(x_dtype, copy=False) if small else NotImplemented
 
 
 @functools.lru_cache(maxsize=64)
-def parts_of(length: int, multiple: int, threads: int) -> Array:
-    """Where parts of ``range(length)`` end that threads claim: large ones first, for memory is read ahead in order.
+def ends_of_parts(length: int, multiple: int, threads: int) -> list[int]:
+    """Where parts of ``range(length)`` end that threads take one after the other, large ones first.
 
-    Each is half of what would be a thread's share of what is left, so that all end at about the same time.
+    Each is half of a thread's share of what is left: long stretches, for memory is read ahead in order, and all end at
+    about the same time.
     """
-    ends, unit = [0], multiple
+    ends = [0]
     while ends[-1] < length:
-        share = (length - ends[-1]) // (2 * threads) // unit * unit if threads > 1 else length
-        ends.append(min(ends[-1] + max(share, unit), length))
-    return np.asarray(ends)
+        share = (length - ends[-1]) // (2 * threads) if threads > 1 else length + multiple
+        ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
+    return ends
 
 
 def _matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:

@@ -79,8 +79,7 @@ def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cove
         blocks_of(array(zero, (dim(zero, 0), dim(zero, 1)), np.int32), swapped, start, stop),
         attribute(frame, 2),
         array(bias, (columns,), np.float32)[start:stop],
-        np.array([0, stop - start]),
-        np.zeros(1, dtype=np.int64),
+        0,
         y[:, start:stop],
     )
 
