@@ -1,6 +1,7 @@
 """Products on NumPy for the instruction sets of this processor, as times the float32 product of the same one.
 
     python benchmarks/processors.py [--write]    # --write: into docs/performance.md
+    python benchmarks/processors.py --sets AVX2 --rows 1 8    # a part of it
 
 Each instruction set is a process of its own, in which numba and BLAS are told of no other. Weights take turns with each
 other, so that none is left in a cache, and so do products, whose threads come to rest in between; figures are medians.
@@ -8,6 +9,7 @@ other, so that none is left in a cache, and so do products, whose threads come t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -40,7 +42,7 @@ def environment(name: str) -> dict[str, str]:
     return {**os.environ, **variables, **limited, "NUMBA_CPU_FEATURES": ",".join(told)}
 
 
-def measured() -> dict[str, dict[int, float]]:
+def measured(of_rows: list[int]) -> dict[str, dict[int, float]]:
     """Milliseconds of every product in this process, by the number of rows."""
     import numpy as np
 
@@ -59,7 +61,8 @@ def measured() -> dict[str, dict[int, float]]:
         "int4, groups of 32, reproducible": lambda x, i: aqt_lite.linear(x, int4[i], mode="reproducible"),
     }
     found: dict[str, dict[int, float]] = {name: {} for name in forms}
-    for rows, calls in ROWS.items():
+    for rows in of_rows:
+        calls = ROWS[rows]
         x, times = rng.standard_normal((rows, SIZE), dtype=np.float32), {name: [] for name in forms}
         for call in range(calls):
             for name, form in forms.items():
@@ -75,11 +78,11 @@ def measured() -> dict[str, dict[int, float]]:
     return found
 
 
-def table() -> str:
+def table(sets: list[str], rows: list[int]) -> str:
     """One row an instruction set and weight."""
-    lines = ["| | " + " | ".join(f"M={m}" for m in ROWS) + " |", "|---|" + "---:|" * len(ROWS)]
-    for name in SETS:
-        command = [sys.executable, __file__, "--measure"]
+    lines = ["| | " + " | ".join(f"M={m}" for m in rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in sets:
+        command = [sys.executable, __file__, "--measure", "--rows", *map(str, rows)]
         done = subprocess.run(command, env=environment(name), stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout)
         plain = found.pop("float32")
@@ -90,12 +93,20 @@ def table() -> str:
 
 
 def main() -> None:
-    if "--measure" in sys.argv:
-        print(json.dumps(measured()))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--rows", nargs="+", type=int, choices=ROWS, default=list(ROWS))
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md; of all sets and rows")
+    parser.add_argument("--measure", action="store_true", help="in this process, for the table")
+    asked = parser.parse_args()
+    if asked.measure:
+        print(json.dumps(measured(asked.rows)))
         return
-    made = table()
+    if asked.write and (asked.sets, asked.rows) != (list(SETS), list(ROWS)):
+        parser.error("--write takes all sets and rows")
+    made = table(asked.sets, asked.rows)
     print(made, end="")
-    if "--write" in sys.argv:
+    if asked.write:
         text = PAGE.read_text()
         start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
         PAGE.write_text(text[:start] + made + text[stop:])
