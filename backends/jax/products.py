@@ -85,7 +85,10 @@ def _by_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
 
 
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
-    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
+    """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache.
+
+    The larger operand of a product is on the left: blocks of the weight, but not of one that has fewer rows than x.
+    """
     b = get_backend("jax")
     group, height = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
     length, width = w.codes.shape
@@ -101,7 +104,9 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
         own = Coded(codes, part(w.scale), part(w.zero_point))
         return affine.dequantize(own, spec=plain, out="float32", b=b)
 
-    if contract == 1:  # each block of rows gives some columns of the result
+    if contract == 1 and length <= height and _is_known(x.shape[0]) and length <= x.shape[0]:
+        y = lax.dot_general(x, weight(0, length), (((1,), (1,)), ((), ())))
+    elif contract == 1:  # each block of rows gives some columns of the result
 
         def columns(start: Any, rows: int) -> Array:
             return lax.dot_general(weight(start, rows), x, (((1,), (1,)), ((), ())))
