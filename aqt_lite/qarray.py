@@ -284,8 +284,9 @@ class QArray(ArrayShapes, ArrayBytes):
         scale = w.scale
         if isinstance(scale, tuple):
             scale = cls._of(affine.Coded(*scale), spec.of_scales)
-        q = cls(w.codes, scale, w.zero_point, spec.format.name, spec.block, spec.source.name, offset=w.offset)
-        return replace(q, ragged=q._ragged_axes()).packed()
+        ragged = _ragged_axes(tuple(w.codes.shape), spec.block)
+        return cls(w.codes, scale, w.zero_point, spec.format.name, spec.block, spec.source.name,
+                   offset=w.offset, ragged=ragged).packed()  # fmt: skip
 
     @classmethod
     def _kept(cls, storage: Array, qparams: affine.QParams, spec: affine.Spec, shape: tuple[int, ...]) -> QArray:
@@ -294,9 +295,9 @@ class QArray(ArrayShapes, ArrayBytes):
         scale = qparams.scale
         if isinstance(scale, tuple):
             scale = cls._of(affine.Coded(*scale), spec.of_scales)
-        q = cls(storage, scale, qparams.zero_point, spec.format.name, spec.block, spec.source.name,
-                offset=qparams.offset, packed_length=packed_length)  # fmt: skip
-        return replace(q, ragged=q._ragged_axes())
+        ragged = _ragged_axes(shape, spec.block)
+        return cls(storage, scale, qparams.zero_point, spec.format.name, spec.block, spec.source.name,
+                   offset=qparams.offset, packed_length=packed_length, ragged=ragged)  # fmt: skip
 
     # ---- what it is
 
@@ -330,7 +331,7 @@ class QArray(ArrayShapes, ArrayBytes):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def bits(self) -> int:
@@ -678,10 +679,7 @@ class QArray(ArrayShapes, ArrayBytes):
         return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
 
     def _ragged_axes(self) -> Block:
-        return tuple(
-            n if size is not None and 1 < size < n and n % size else None
-            for n, size in zip(self.shape, self.block, strict=True)
-        )
+        return _ragged_axes(self.shape, self.block)
 
     def _checked(self) -> QArray:
         """The same, after checking that the parts fit each other, with one block entry for each axis.
@@ -944,6 +942,13 @@ def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> 
             first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
             raise ValueError(f"{argument} is {numbers[first]} at index {first}: every one must be finite")
     return value
+
+
+def _ragged_axes(shape: tuple[int, ...], block: Block) -> Block:
+    """For each axis its length where groups do not divide it, else None."""
+    return tuple(
+        n if size is not None and 1 < size < n and n % size else None for n, size in zip(shape, block, strict=True)
+    )
 
 
 def _constant(kept: Any, b: Backend) -> Any:
