@@ -21,7 +21,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import aligned_empty, map_ranges
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
 from aqt_lite.ops import reference
 
