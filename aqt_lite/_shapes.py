@@ -80,7 +80,8 @@ class ArrayShapes:
         """Integers, slices, an ellipsis and None; or an array of integers, for rows by their index.
 
         An axis on which every element has its own scale, or all share one, can be indexed freely. An axis with groups
-        takes slices that cut between groups. The layout of the codes is kept.
+        takes integers, each with the scale of its group, and slices that cut between groups. The layout of the codes is
+        kept.
         """
         if _is_index_array(index):
             return self.take(index)
@@ -105,9 +106,7 @@ class ArrayShapes:
                 block.append(size)
             else:
                 position = _position(item, axis, length)
-                if size is not None and size > 1:
-                    raise IndexError(_has_groups(axis, size))
-                of_blocks.append(position if size == 1 else 0)
+                of_blocks.append(0 if size is None else position // size)
             axis += 1
         b = q._backend
         try:
@@ -128,7 +127,7 @@ class ArrayShapes:
             Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because
             a compiler traces, the nearest slice that there is, as in JAX.
         axis : int
-            One without groups.
+            Where it has groups, each slice has the scale of its own.
 
         Examples
         --------
@@ -143,12 +142,12 @@ class ArrayShapes:
             raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
         axis %= q.ndim
         length, size = q.shape[axis], q.block[axis]
-        if size is not None and size > 1 and not size >= length > 0:
-            raise IndexError(_has_groups(axis, size))
+        if size is not None and size > 1 and size >= length > 0:
+            size = None
         shape, flat = _positions(indices, axis, length, q)
         xp = q._backend.xp
 
-        def taken(a: Any) -> Any:
+        def taken(a: Any, flat: Array = flat) -> Any:
             a = a.take(flat, axis) if _is_quantized(a) else xp.take(a, flat, axis=axis)
             if len(shape) == 1:  # a compiler may not know how many, and a QArray asks before it reshapes
                 return a
@@ -158,8 +157,12 @@ class ArrayShapes:
             return _reshaped(a, (*a.shape[:axis], *((1,) * len(shape)), *a.shape[axis + 1 :]), xp)
 
         plain = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
-        block = (*q.block[:axis], *((1 if size == 1 else None,) * len(shape)), *q.block[axis + 1 :])
-        blocks = _on_blocks(q, taken if size == 1 else shared)
+        block = (*q.block[:axis], *((None if size is None else 1,) * len(shape)), *q.block[axis + 1 :])
+        if size is None:
+            blocks = _on_blocks(q, shared)
+        else:
+            of_groups = flat if size == 1 else flat // size
+            blocks = _on_blocks(q, lambda a: taken(a, of_groups))
         cut = replace(plain, storage=taken(plain.storage), **blocks, block=block, ragged=())
         cut = replace(cut, ragged=cut._ragged_axes())
         return cut.packed() if q.packed_length is not None else cut
@@ -178,12 +181,9 @@ class ArrayShapes:
         )
 
     def __iter__(self: QArray) -> Iterator[QArray]:  # type: ignore[misc]
-        """Slices along the first axis; TypeError where groups run along it: no single index can be taken there."""
+        """Slices along the first axis."""
         if not self.shape:
             raise TypeError("iteration over a 0-dimensional QArray")
-        size = self._checked().block[0]
-        if size is not None and 1 < size < len(self):
-            raise TypeError(f"axis 0 has groups of {size}: iterate over slices of {size}, or dequantize first")
         return (self[i] for i in range(len(self)))
 
     # ---- shapes
@@ -239,8 +239,8 @@ class ArrayShapes:
     def reshape(self: QArray, *shape: Any, order: str = "C") -> QArray:  # type: ignore[misc]
         """Another shape in which blocks stay blocks.
 
-        Leading axes may be merged or split where each of their elements has a scale, or all together; the axes from the
-        first one with groups on stay as they are. ``order`` is there for ``np.reshape`` and ``jnp.reshape``.
+        Axes may be merged or split where each of their elements has a scale, or all together, or where groups stay runs
+        of elements. ``order`` is there for ``np.reshape`` and ``jnp.reshape``.
 
         Examples
         --------
@@ -248,6 +248,8 @@ class ArrayShapes:
         >>> q = aqt_lite.quantize(np.ones((2, 3, 64), "float32"), granularity=aqt_lite.PerGroup(32))
         >>> q.reshape(6, 64).scale.shape
         (6, 2)
+        >>> q.reshape(2, 3, 4, 16).granularity
+        PerBlock((1, 1, 2, 16))
         """
         if order != "C":
             raise ValueError(
@@ -265,15 +267,18 @@ class ArrayShapes:
         pairs = list(zip(q.block[:lead], q.shape[:lead], strict=True))
         each = all(size == 1 or length == 1 for size, length in pairs)
         together = all(size is None or size >= length > 0 for size, length in pairs)
+        block_lead: tuple[int | None, ...] | None = ((1,) if each else (None,)) * len(new_lead)
         if not (each or together):
+            block_lead = _runs_of(pairs, new_lead)
+        if block_lead is None:
             raise ValueError(
                 f"reshape of {q.shape} in blocks {q.block} to {wanted} would tear blocks apart: dequantize first, or "
                 "reshape before quantizing"
             )
         xp = q._backend.xp
-        grid_lead = new_lead if each else (1,) * len(new_lead)
+        grid_lead = [1 if size is None else n // size for size, n in zip(block_lead, new_lead, strict=True)]
         blocks = _on_blocks(q, lambda a: _reshaped(a, (*grid_lead, *tuple(a.shape)[lead:]), xp))
-        block = ((1,) if each else (None,)) * len(new_lead) + q.block[lead:]
+        block = block_lead + q.block[lead:]
         if tail >= (axes_of_layout(q) or 1):
             stored = tuple(q.storage.shape)[lead:]
             cut = replace(q, storage=xp.reshape(q.storage, (*new_lead, *stored)), **blocks, block=block, ragged=())
@@ -510,8 +515,40 @@ def _resolved(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 # ---- indices
 
 
-def _has_groups(axis: int, size: int) -> str:
-    return f"axis {axis} has groups of {size}: slice it at multiples of {size}, or dequantize first"
+def _runs_of(pairs: list[tuple[int | None, int]], wanted: tuple[int, ...]) -> tuple[int | None, ...] | None:
+    """Blocks of the axes of lengths ``wanted`` that hold what those of ``pairs`` (block, length) do; None if none do.
+
+    Axes that go into as many elements are looked at together. Their blocks have to be runs: axes that blocks span
+    whole, before these one of which they take a part, and before that one axes of one index a block.
+    """
+    block: list[int | None] = []
+    pairs, left = list(pairs), list(wanted)
+    if 0 in left:
+        return None
+    while pairs or left:
+        of_old, new = ([pairs.pop(0)] if pairs else []), ([left.pop(0)] if left else [])
+        while (old := math.prod(n for _, n in of_old)) != (made := math.prod(new)):
+            if not (pairs if old < made else left):
+                return None
+            if old < made:
+                of_old.append(pairs.pop(0))
+            else:
+                new.append(left.pop(0))
+        run, whole = 1, True
+        for size, length in reversed(of_old):
+            taken = length if size is None else min(size, length)
+            if length % taken or (taken > 1 and not whole):
+                return None
+            run, whole = run * taken, whole and taken == length
+        found: list[int | None] = []
+        for length in reversed(new):
+            taken = math.gcd(run, length)
+            if taken != min(run, length):
+                return None
+            found.insert(0, None if taken == length > 1 else taken)
+            run //= taken
+        block += found
+    return tuple(block)
 
 
 def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[int, ...], Array]:

@@ -113,7 +113,7 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Array:
         Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because JAX
         traces, NaN, as in ``jax.numpy.take``.
     axis : int
-        One without groups, where ``a`` is quantized.
+        Where it has groups, each slice has the scale of its own.
 
     Returns
     -------
