@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Number
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -124,8 +125,8 @@ class ArrayShapes:
         Parameters
         ----------
         indices : array of integers, of any shape, or a list of them
-            Negative ones count from the end. What lies outside is an IndexError, or, where values are not known because
-            a compiler traces, the nearest slice that there is, as in JAX.
+            Negative ones count from the end. What lies outside is an IndexError, of Dask's when they are computed, or,
+            where values are not known because a compiler traces, the nearest slice that there is, as in JAX.
         axis : int
             Where it has groups, each slice has the scale of its own.
 
@@ -553,23 +554,33 @@ def _runs_of(pairs: list[tuple[int | None, int]], wanted: tuple[int, ...]) -> tu
 
 def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[int, ...], Array]:
     """The shape of ``indices``, and all of them counted from the beginning, in one dimension."""
-    b, xp = q._backend, q._backend.xp
-    ids = indices
-    if backend_of(indices) is not b:
-        known = np.asarray(indices)
-        ids = b.asarray(known.astype(np.int32) if known.dtype.kind in "iu" or not known.size else known, like=q.storage)
-    if not b.dtype_name(ids).lstrip("u").startswith("int"):
-        raise IndexError(f"indices have dtype {b.dtype_name(ids)}: give integers")
-    if b.has_values(ids):
-        known = b.to_numpy(ids).reshape(-1).astype(np.int64)
-        bad = (known < -length) | (known >= length)
-        if bad.any():
-            raise IndexError(f"index {known[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
-        counted = np.where(known < 0, known + length, known).astype(np.int32)
+    b, xp, ids = q._backend, q._backend.xp, indices
+    if backend_of(ids) is b:
+        name, known = b.dtype_name(ids), b.to_numpy(ids) if b.has_values(ids) else None
+    else:
+        known = np.asarray(ids)
+        ids = known = known if known.size else known.astype(np.int32)  # an empty list has floats
+        name = known.dtype.name
+    if not name.lstrip("u").startswith("int"):
+        raise IndexError(f"indices have dtype {name}: give integers")
+    check = partial(_check_inside, axis=axis, length=length)
+    if known is not None:
+        check(known)
+        counted = known.reshape(-1).astype(np.int64)
+        counted = np.where(counted < 0, counted + length, counted).astype(np.int32)
         return tuple(ids.shape), b.asarray(counted, like=q.storage)
-    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int32)
+    if b.is_deferred(ids):
+        ids = b.check_when_computed(ids, lambda part, _: check(part))
+    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int64 if name == "int64" else xp.int32)  # which is cut before it wraps
     flat = xp.clip(xp.where(flat < 0, flat + length, flat), 0, max(length - 1, 0))
-    return tuple(ids.shape), flat
+    return tuple(ids.shape), xp.astype(flat, xp.int32)
+
+
+def _check_inside(ids: np.ndarray[Any, Any], axis: int, length: int) -> None:
+    """IndexError where one of ``ids`` is none of an axis, counted from its beginning or its end."""
+    bad = (ids < -length) | (ids >= length)
+    if bad.any():
+        raise IndexError(f"index {ids.flat[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
 
 
 def _is_index_array(index: Any) -> bool:

@@ -224,6 +224,27 @@ def test_bounds_have_the_bits_of_the_whole(chunks, how):
     assert_same_bits(there.dequantize().compute(), here.dequantize())
 
 
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+def test_no_row_stands_for_one_that_there_is_not(granularity):
+    """Indices that are known are an error at once, others when they are computed."""
+    q, here = (quantize(a, granularity=granularity) for a in (da.from_array(X, chunks=5), X))
+    for bad in (12, -13, 99, 2**32 + 1):
+        message = f"index {bad} is out of range for axis 0 of length 12"
+        for known in (np.asarray([3, bad]), [3, bad], np.asarray([[bad, 0]])):
+            with pytest.raises(IndexError, match=message):
+                q.take(known)
+        for later in (da.from_array(np.asarray([3, 0, bad]), chunks=2), da.asarray(np.asarray(bad))):
+            for rows in (q[later], q.take(later)):
+                with pytest.raises(IndexError, match=message):
+                    rows.dequantize().compute()
+            with pytest.raises(IndexError, match=message):
+                here[later]
+    with pytest.raises(IndexError, match="index 20 is out of range for axis 1 of length 20"):
+        q.take([20], axis=1)
+    for good in ([3, -12, 11], np.asarray([[5]], np.uint8), da.from_array(np.asarray([3, -12, 11, 11]), chunks=3)):
+        assert_same_bits(q.take(good).to_backend("numpy"), here.take(np.asarray(good)))
+
+
 def test_bounds_that_are_not_kept():
     x = da.from_array(X, chunks=(5, 10))
     worst = np.unravel_index(np.argmax(np.abs(X - quantize(X, scheme="affine", offset="data").dequantize())), X.shape)

@@ -578,6 +578,9 @@ def test_rows_by_index(backend, dtype, how, layout):
     check(table[[4, 5, -6]], array_of(table)[[4, 5, -6]])
     with pytest.raises(IndexError, match="index 4 is out of range for axis 0 of length 4"):
         q[[0, 4]]
+    for far in (np.asarray([2**32 + 1]), np.asarray([2**64 - 1], "uint64")):  # which wrap to rows that there are
+        with pytest.raises(IndexError, match=f"index {far[0]} is out of range"):
+            q.take(far)
     check(q.take([9, 0, -4, 4], axis=2), values.take([9, 0, -4, 4], 2))  # each with the scale of its group
     check(q.take([[3, 4], [7, 8]], axis=2), values.take([[3, 4], [7, 8]], 2))
     with pytest.raises(IndexError, match="indices have dtype float32: give integers"):
