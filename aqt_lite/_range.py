@@ -1,6 +1,6 @@
 """The range that codes can represent, block by block, in float64 on NumPy.
 
-Owns: ``representable_range`` and the margin of what rounds into it. Imports: the container.
+Owns: ``representable_range``, ``range_of``, and the margin of what rounds into it. Imports: the container.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._registry import get_backend
+from aqt_lite.elements import ElementType
 from aqt_lite.granularity import grid_of
 from aqt_lite.qarray import QArray
 
-__all__ = ["representable_range", "scales_of_blocks", "with_margin"]
+__all__ = ["range_of", "representable_range", "scales_of_blocks", "with_margin"]
 
 _Numbers = np.ndarray[Any, Any]
 
@@ -24,11 +25,20 @@ def representable_range(q: QArray, *, slack: bool = False) -> tuple[_Numbers, _N
     With ``slack``, wider at each end by half the distance between the format's two outermost numbers: what lies in
     between rounds to the outermost code, and what lies beyond is clipped to it.
     """
-    low, after_low, before_high, high = q._element.outermost(get_backend("numpy"))
-    zero, scale = 0 if q.zero_point is None else q._backend.to_numpy(q.zero_point), scales_of_blocks(q)
-    offset = 0.0 if q.offset is None else _numbers(q.offset, q)
+    zero_point = None if q.zero_point is None else q._backend.to_numpy(q.zero_point)
+    offset = None if q.offset is None else _numbers(q.offset, q)
+    return range_of(q._element, scales_of_blocks(q), zero_point, offset, slack=slack)
+
+
+def range_of(
+    element: ElementType, scale: _Numbers, zero_point: _Numbers | None, offset: _Numbers | None, *, slack: bool
+) -> tuple[_Numbers, _Numbers]:
+    """The same from parameters that are known, as NumPy has them."""
+    low, after_low, before_high, high = element.outermost(get_backend("numpy"))
+    zero, scale = 0 if zero_point is None else zero_point, scale.astype(np.float64)
+    added = 0.0 if offset is None else offset.astype(np.float64)
     with np.errstate(over="ignore"):
-        bottom, top = (low - zero) * scale + offset, (high - zero) * scale + offset
+        bottom, top = (low - zero) * scale + added, (high - zero) * scale + added
         if slack:
             bottom, top = bottom - (after_low - low) / 2 * scale, top + (high - before_high) / 2 * scale
     return np.minimum(bottom, top), np.maximum(bottom, top)  # scales may be negative

@@ -18,6 +18,7 @@ import numpy as np
 
 from aqt_lite import _clipping, _given, _statistics, affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
 from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
+from aqt_lite._blocks import spread
 from aqt_lite._dispatch import offered, run
 from aqt_lite._into import (
     can_write,
@@ -37,7 +38,7 @@ from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend, IntLimits
 from aqt_lite._qparams import check_offset, check_scale, check_without_scale, check_zero_point, on_grid
-from aqt_lite._range import representable_range, with_margin
+from aqt_lite._range import range_of, representable_range, with_margin
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.bounds import AUTO, Attempt, Bound, Held, Largest, Later, Way, bound_of, quantize_within
@@ -218,8 +219,8 @@ def quantize(
     on_clip : {"saturate", "warn", "raise"}, optional
         What becomes of values beyond the numbers of the format, where a scale is given or a block format does not cover
         them: the number next to them; the same, and a :class:`ClippingWarning` that counts them, which is the default
-        where a scale is given, or the format has none; or a ValueError that counts them. Where values are not known, as
-        under a compiler, nothing warns.
+        where a scale is given, or the format has none; or a ValueError that counts them. With Dask a chunk warns or
+        raises when it is computed. Where values are not known, as under a compiler, nothing warns.
     max_abs_err, max_rel_err : float, optional
         A bound on the error of every finite element, in units of ``x`` or relative to the element itself (0 is then
         exact). It is checked on the result: ``q.dequantize()`` keeps it, in its own type or a wider one. Scales are
@@ -339,6 +340,8 @@ def _quantized(
         w = run(b, _given.quantize_with, constant, call.given, call.key, **static)
     _check_finite(x, w.scale, call)
     q = QArray._of(w, call.spec)
+    if on_clip != "saturate" and b.is_deferred(x):
+        return QArray._of(w._replace(codes=_checked_when_computed(constant, w, q, call, on_clip)), call.spec)
     if on_clip != "saturate":
         _check_clipped(constant, w, q, call, on_clip)
     return q
@@ -1068,12 +1071,13 @@ def _check_counted(counted: Any, x: Array, call: _Call, on_clip: str, stacklevel
         return
     first = tuple(int(i) for i in np.unravel_index(position, tuple(x.shape)))
     value = (x if isinstance(x, Marked) else b.to_numpy(x))[first]
-    scaled = call.spec.format.scaled
-    here, way = (" at this scale", "use a larger scale") if scaled else ("", "use a format with more bits")
-    words = (
-        f"x has {count} values of {math.prod(x.shape)} beyond the numbers that {call.spec.format.name} has{here}, "
-        f"the first at index {first}: {value}"
-    )
+    words = f"x has {count} values of {math.prod(x.shape)}"
+    _say_clipped(words, f"{first}: {value}", call.spec.format, on_clip, stacklevel + 1)
+
+
+def _say_clipped(how_many: str, first: str, form: Format, on_clip: str, stacklevel: int) -> None:
+    here, way = (" at this scale", "use a larger scale") if form.scaled else ("", "use a format with more bits")
+    words = f"{how_many} beyond the numbers that {form.name} has{here}, the first at index {first}"
     if on_clip == "raise":
         raise ValueError(f"{words}; {way}, or on_clip='saturate'")
     warnings.warn(
@@ -1081,3 +1085,43 @@ def _check_counted(counted: Any, x: Array, call: _Call, on_clip: str, stacklevel
         ClippingWarning,
         stacklevel=stacklevel,
     )
+
+
+def _checked_when_computed(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> Array:
+    """Deferred codes of ``x``, whose chunks warn or raise as ``_check_clipped`` does when they are computed."""
+    b, shape, static = call.b, tuple(x.shape), {"spec": call.spec, "recipe": call.recipe}
+    if not math.prod(shape):
+        return w.codes
+    beside: dict[str, Any] = {"x": x}
+    if on_clip == "raise":
+        qparams = None if call.together else affine.QParams(*w[1:])
+        beside["flags"] = run(b, _clipping.clipped, x, qparams, call.key, **static)
+    else:
+        for name, kept in (("scale", q.scale), ("zero_point", q.zero_point), ("offset", q.offset)):
+            if kept is not None:
+                numbers = kept.dequantize() if isinstance(kept, QArray) else kept
+                beside[name] = b.xp.broadcast_to(spread(numbers, shape, call.spec.block, b.xp), shape)
+    look = partial(_check_clipped_chunk, names=tuple(beside), on_clip=on_clip, **static)
+    return b.check_when_computed(w.codes, look, *beside.values())
+
+
+def _check_clipped_chunk(
+    codes: Any, start: tuple[int, ...], *arrays: Any, names: tuple[str, ...], on_clip: str, spec: Any, recipe: Any
+) -> None:
+    """``_check_clipped`` of a chunk that begins at an index, with parameters for each element; or flags that say it."""
+    b, beside = get_backend("numpy"), dict(zip(names, arrays, strict=True))
+    x, flags = beside["x"], beside.get("flags")
+    if flags is None:
+        if not bool(_clipping.reaches_an_end(codes, spec=spec, recipe=recipe, b=b)):
+            return
+        scale = beside["scale"] if "scale" in beside else np.ones(x.shape)
+        ends = range_of(spec.element, scale, beside.get("zero_point"), beside.get("offset"), slack=True)
+        compute, spec = spec.source.compute, replace(spec, block=(1,) * x.ndim)
+        with np.errstate(all="ignore"):  # as where the whole array is looked at
+            low, high = (end.astype(compute) for end in with_margin(*ends, compute))
+            flags = _clipping.beyond(x, low, high, spec=spec, b=b)
+    if flags.any():
+        at = np.unravel_index(np.argmax(flags), flags.shape)
+        first = tuple(int(i) + n for i, n in zip(at, start, strict=True))
+        words = f"x has {int(flags.sum())} values of {x.size} in the chunk at {start}"
+        _say_clipped(words, f"{first}: {x[at]}", spec.format, on_clip, stacklevel=2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite import _given, affine, packing, significant
+from aqt_lite import _clipping, _given, affine, packing, significant
 from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -63,6 +63,11 @@ def _fake_quantize(
     if w is NotImplemented:
         return w
     return _dequantize(w, spec=spec), affine.scales(w.scale, spec, _adapter_of(x))
+
+
+def _clipped(x: Array, qparams: QParams | None, key: Array | None = None, *, spec: Spec, recipe: Recipe) -> Any:
+    """By the operations, which find no largest value in a chunk of length 0."""
+    return _clipping.clipped(_without_empty(x), qparams, key, spec=spec, recipe=recipe, b=_adapter_of(x))
 
 
 def _choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
@@ -137,6 +142,7 @@ KERNELS: Kernels = {
     affine.quantize: Kernel(_quantize, anything),
     _given.quantize_with: Kernel(_quantize_with, anything),
     _given.fake_quantize: Kernel(_fake_quantize, anything),
+    _clipping.clipped: Kernel(_clipped, anything),
     affine.choose_qparams: Kernel(_choose_qparams, anything),
     affine.dequantize: Kernel(_dequantize, anything),
     packing.pack: Kernel(_pack, anything),

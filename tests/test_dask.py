@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import dask
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aqt_lite import (
+    ClippingWarning,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -222,6 +225,57 @@ def test_bounds_have_the_bits_of_the_whole(chunks, how):
     assert all(isinstance(array, da.Array) for array in there._arrays())
     assert_same_bits(there.to_backend("numpy"), here)
     assert_same_bits(there.dequantize().compute(), here.dequantize())
+
+
+SCALES = np.full((12, 5), 0.01, "f4")
+CLIPPING = [
+    ("int8", {"scale": 0.01}),
+    ("int8", {"scale": 0.01, "zero_point": 3}),
+    ("uint8", {"scale": 0.01, "offset": -0.5}),
+    ("int8", {"scale": 0.02, "missing": "nan"}),
+    ("int4", {"scale": SCALES, "granularity": PerGroup(4)}),
+    ("int4", {"scale": 0.1, **NOISE}),
+    ("mxfp4", {"granularity": PerGroup(4)}),
+    ("int4", {"scale": -0.1, "dialect": "onnxruntime"}),
+]
+
+
+@pytest.mark.parametrize("chunks", [(12, 20), (5, 20), ((5, 0, 7), (12, 8))], ids=str)
+@pytest.mark.parametrize(("dtype", "how"), CLIPPING, ids=lambda v: v if isinstance(v, str) else ",".join(v))
+def test_clipping_is_told_when_a_chunk_is_computed(dtype, how, chunks):
+    """As many values as NumPy tells of all at once."""
+    x = da.from_array(X, chunks=chunks)
+    there = {**how, "scale": da.from_array(SCALES, chunks=5)} if how.get("scale") is SCALES else how
+    with pytest.warns(ClippingWarning) as of_all:
+        here = quantize(X, dtype, on_clip="warn", **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ClippingWarning)
+        q = quantize(x, dtype, on_clip="warn", **there)
+    with pytest.warns(ClippingWarning, match=r"in the chunk at \(\d+, \d+\) beyond the numbers that") as of_chunks:
+        assert_same_bits(q.to_backend("numpy"), here)
+    assert sum(int(str(w.message).split()[2]) for w in of_chunks) == int(str(of_all[0].message).split()[2])
+
+    with pytest.raises(ValueError, match="x has") as of_all:
+        quantize(X, dtype, on_clip="raise", **how)
+    q = quantize(x, dtype, on_clip="raise", **there)
+    with pytest.raises(ValueError, match=r"in the chunk at .*on_clip='saturate'") as of_chunk:
+        q.dequantize().compute()
+    if x.npartitions == 1:
+        assert str(of_chunk.value).replace(" in the chunk at (0, 0)", "") == str(of_all.value)
+    first = re.search(r"first at index \((\d+), (\d+)\): (\S+);", str(of_chunk.value))
+    assert np.float32(first[3]) == X[int(first[1]), int(first[2])]
+
+
+def test_nothing_is_told_where_nothing_is_clipped():
+    x = da.from_array(X, chunks=(5, 7))
+    for on_clip in ("warn", "raise"):
+        for dtype, how in (("int8", {"scale": 0.05}), ("bitround7", {}), ("int4", {"granularity": PerGroup(4)})):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", ClippingWarning)
+                q = quantize(x, dtype, on_clip=on_clip, **how).to_backend("numpy")
+            assert_same_bits(q, quantize(X, dtype, **how))
+    empty = quantize(da.zeros((0, 4), dtype="f4"), scale=0.5, on_clip="raise")
+    assert empty.to_backend("numpy").shape == (0, 4)
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
