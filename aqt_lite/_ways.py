@@ -66,7 +66,7 @@ def no_array_of(library: str, node: Any, of_models: str) -> str:
 
 
 class FormatName(str):
-    """A ``QArray.dtype`` beside arrays of NumPy, whose dtypes other libraries ask before they ask anything else."""
+    """A ``QArray.dtype``, which other libraries ask as they ask an array's, before they ask anything else."""
 
     __slots__ = ()
 

@@ -68,6 +68,9 @@ from aqt_lite.packing import bytes_of, pack, unpack
 
 __all__ = ["CONTRACT_VERSION", "MOST_SWAPPED", "QArray", "checked_for_a_file", "described", "in_words", "rebuilt"]
 
+_OF_NAMES = frozenset({"array_api_strict", "dask", "jax", "jaxlib", "mlx", "ndonnx", "numpy"})
+"""Libraries beside whose arrays a dtype is a ``FormatName``. To torch's compiler it would be no constant."""
+
 _TOGETHER = 1 << 27
 """Elements up to which a byte for each, beside the result, does no harm."""
 
@@ -144,7 +147,7 @@ class QArray(ArrayShapes, ArrayBytes):
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
-        named = type(self.storage) is np.ndarray
+        named = type(self.storage).__module__.partition(".")[0] in _OF_NAMES
         if named != (type(self.dtype) is FormatName):
             self.__dict__["dtype"] = FormatName(self.dtype) if named else str(self.dtype)
 
@@ -1073,7 +1076,7 @@ _SAID_AS: dict[str, Callable[[Any], bool]] = {  # for each field that is no arra
 
 
 def _flatten(q: QArray) -> tuple[tuple[Any, ...], Any]:
-    return q._leaves(), tuple(getattr(q, name) for name in _STATIC)
+    return q._leaves(), (str(q.dtype), *(getattr(q, name) for name in _STATIC[1:]))
 
 
 def _unflatten(static: Any, leaves: Any) -> QArray:
@@ -1081,5 +1084,6 @@ def _unflatten(static: Any, leaves: Any) -> QArray:
 
 
 _STATIC = tuple(f.name for f in fields(QArray) if f.name not in _LEAVES)
+"""Names of what is no array, "dtype" first."""
 
 register_container(QArray, _flatten, _unflatten, _LEAVES)
