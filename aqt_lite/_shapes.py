@@ -170,10 +170,7 @@ class ArrayShapes:
 
     def __len__(self: QArray) -> int:  # type: ignore[misc]
         if not self.shape:
-            raise TypeError(
-                "a 0-dimensional QArray has no len(), and a QArray becomes no tensor or list by itself: q.dequantize() "
-                "is the array of its values, aqt_lite.torch.QuantizedWeight(q) keeps it in a torch module"
-            )
+            raise TypeError("a 0-dimensional QArray has no len(): q.dequantize() is the array of its value")
         return self.shape[0]
 
     def __bool__(self) -> NoReturn:

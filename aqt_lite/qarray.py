@@ -533,6 +533,15 @@ class QArray(ArrayShapes, ArrayBytes):
             "q.dequantize(), or for the codes with q.qvalue; to store it, take aqt_lite.save(path, q)"
         )
 
+    def __dlpack__(self, **_: Any) -> NoReturn:
+        """What torch's constructors ask for, and ``from_dlpack`` of any library: this, or the device first."""
+        raise TypeError(
+            f"a QArray becomes no tensor or list by itself ({self.dtype}, shape {self.shape}): q.dequantize() is the "
+            "array of its values, q.qvalue has its codes, aqt_lite.torch.QuantizedWeight(q) keeps it in a torch module"
+        )
+
+    __dlpack_device__ = __dlpack__
+
     def __getattr__(self, name: str) -> NoReturn:
         """Only for what does not exist: what is no array says so."""
         known = {f.name for f in fields(self)}

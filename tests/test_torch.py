@@ -633,9 +633,16 @@ def test_what_torch_would_make_of_a_qarray_says_what_to_do_or_works():
     module.register_buffer("none", None)
     with pytest.raises(AttributeError, match=r"it is a constant of derivatives.*QuantizedWeight\(q\)"):
         torch.nn.Parameter(q)
-    for make in (torch.as_tensor, torch.tensor, torch.asarray):
-        with pytest.raises((TypeError, ValueError), match=r"a QArray becomes no tensor.*q\.dequantize\(\)"):
-            make(q)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("granularity", [None, PerChannel(0), PerGroup(32)], ids=str)
+def test_constructors_of_tensors_name_the_way(dtype, granularity):
+    for x in (torch.ones(2, 64), np.ones((2, 64), "float32")):
+        q = quantize(x, dtype, granularity=granularity)
+        for make in (torch.as_tensor, torch.tensor, torch.asarray, torch.from_dlpack, np.from_dlpack):
+            with pytest.raises(TypeError, match=r"a QArray becomes no tensor.*q\.dequantize\(\).*QuantizedWeight\(q\)"):
+                make(q)
 
 
 def test_products_of_torch_are_those_of_a_qarray():
