@@ -270,7 +270,7 @@ def _in_format(q: QArray, side: Side, form: Format, b: Backend) -> tuple[Array, 
     if side.element == new:
         codes = q.qvalue
     else:
-        low = side.element.codes[0]
+        low = b.constant(side.element.codes[0], "int32", like=q.storage)
         looked_up = b.asarray(np.clip(table, *new.codes).astype(np.int32), like=q.storage)
         index = b.xp.astype(b.xp.reshape(q.qvalue, (-1,)), b.xp.int32) - low
         codes = b.xp.reshape(b.xp.astype(b.xp.take(looked_up, index, axis=0), b.dtype(new.storage)), q.shape)

@@ -890,7 +890,7 @@ def _in_few_bits(scale: Any, kept: Format, grid: tuple[int, ...], place: Callabl
     b = backend_of(numbers)
     assert b is not None
     spec = affine.Spec(kept, float_type(compute), (None,) * len(grid))
-    codes = affine.encode(numbers, affine.QParams(None), spec=spec, recipe=affine.Recipe(rounding="up"), b=b)
+    codes = run(b, affine.encode, numbers, affine.QParams(None), spec=spec, recipe=affine.Recipe(rounding="up"))
     found = QArray.from_codes(codes, None, dtype=kept.name, float_dtype=compute)
     if b.has_values(numbers):
         here, there = b.to_numpy(numbers), b.to_numpy(found.dequantize())

@@ -703,6 +703,10 @@ def test_no_transfer_that_nobody_asked_for(shape):
         quantize(x, missing="nan").dequantize(fill_value=1.0)
         aqt_lite.stack([w, w])
         aqt_lite.concatenate([w, w])
+        for dtype, scheme in (("int8", "symmetric"), ("int4", "symmetric"), ("uint8", "affine")):
+            aqt_lite.convert(quantize(x, dtype, scheme=scheme), "int16")
+        aqt_lite.convert(quantize(x, "mxfp4"), "int16")
+        aqt_lite.convert(quantize(x, "nvfp4"), "int16", scale_dtype="float32")
         w.to_backend("numpy").to_backend("jax")
         fake_quantize(x)
         choose_qparams(x)
