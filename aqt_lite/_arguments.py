@@ -49,7 +49,8 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not known.issuperset(kwargs):
             name = next(k for k in kwargs if k not in known)
-            way = SAID_ELSEWHERE.get(name)
+            ways = (SAID_ELSEWHERE.get(name, ""), "keepbits=" if name in ("bits", "num_bits") else "")
+            way = next((way for way in ways if way.partition("=")[0] in known), None)  # of what it takes
             arguments = ", ".join(k for k in inspect.signature(function).parameters)
             raise TypeError(
                 f"{function.__name__}() has no argument {name!r}: " + (f"use {way}" if way else f"it has {arguments}")

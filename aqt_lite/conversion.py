@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from aqt_lite._arguments import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
@@ -27,6 +28,7 @@ __all__ = ["convert"]
 _Numbers = np.ndarray[Any, Any]
 
 
+@naming_the_argument
 def convert(
     q: QArray,
     dtype: Any = None,

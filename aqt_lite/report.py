@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite._arguments import as_float_array
+from aqt_lite._arguments import as_float_array, naming_the_argument
 from aqt_lite._blocks import spread
 from aqt_lite._namespace import Numbers
 from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
@@ -102,6 +102,7 @@ class ErrorReport:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+@naming_the_argument
 def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     """How far ``q`` is from the array ``x`` that it stands for.
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aqt_lite import _registry
+from aqt_lite._arguments import naming_the_argument
 from aqt_lite._foreign import refusal
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
@@ -45,6 +46,7 @@ _LAYOUT_OF_NAMES = {"kernel": "dense", "weight": "linear", "embedding": "linear"
 "weight"; of an embedding, rows are looked up."""
 
 
+@naming_the_argument
 def quantize_tree(
     params: Any, rules: Rules | None = None, *, layout: str | None = None, progress: Progress = None
 ) -> Any:

@@ -19,7 +19,9 @@ from aqt_lite import (
     PerGroup,
     PerTensor,
     QArray,
+    bitround,
     choose_qparams,
+    convert,
     dense,
     dequantize,
     error_report,
@@ -27,6 +29,7 @@ from aqt_lite import (
     int_limits,
     linear,
     quantize,
+    quantize_tree,
 )
 from aqt_lite._registry import get_backend
 from aqt_lite.testing import assert_same_bits
@@ -260,6 +263,21 @@ def test_wrong_arguments(backend, error, message, arguments):
     for function in (quantize, fake_quantize):
         with pytest.raises(error, match=message):
             function(x, **arguments)
+
+
+def test_arguments_that_other_libraries_have_are_named():
+    q, tree = quantize(X), {"w": X}
+    for call, words in [
+        (lambda: quantize(X, axis=0), r"quantize\(\) has no argument 'axis': use granularity=PerChannel\(axis\)"),
+        (lambda: quantize(X, bits=4), "'bits': use dtype='int4'"),
+        (lambda: convert(q, "int16", axis=0), r"convert\(\) has no argument 'axis': use granularity=PerChannel"),
+        (lambda: convert(q, bits=4), "'bits': use dtype='int4'"),
+        (lambda: quantize_tree(tree, "int4", group_size=32), r"quantize_tree\(\) has no argument 'group_size': it has"),
+        (lambda: error_report(X, q, axis=0), r"error_report\(\) has no argument 'axis': it has x, q, worst"),
+        (lambda: bitround(X, bits=7), r"bitround\(\) has no argument 'bits': use keepbits="),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 def test_wrong_scale_arrays_of_the_backend(backend):
