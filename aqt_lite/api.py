@@ -1089,7 +1089,8 @@ def _say_clipped(how_many: str, first: str, form: Format, on_clip: str, stacklev
 
 def _checked_when_computed(x: Array, w: affine.Coded, q: QArray, call: _Call, on_clip: str) -> Array:
     """Deferred codes of ``x``, whose chunks warn or raise as ``_check_clipped`` does when they are computed."""
-    b, shape, static = call.b, tuple(x.shape), {"spec": call.spec, "recipe": call.recipe}
+    b, shape = call.b, tuple(x.shape)
+    static: dict[str, Any] = {"spec": call.spec, "recipe": call.recipe}
     if not math.prod(shape):
         return w.codes
     beside: dict[str, Any] = {"x": x}
