@@ -707,6 +707,37 @@ def test_square_weights_with_groups_along_their_outputs_are_questioned(backend, 
         dense(x, w.for_dense())  # which says for whom it is
 
 
+@pytest.mark.parametrize("made", [{}, {"dtype": "int4"}, {"dtype": "uint8"}, {"dtype": "mxfp4"}], ids=str)
+@pytest.mark.parametrize(("name", "axis"), [("dense", 0), ("linear", 1)])
+def test_square_weights_with_a_scale_for_each_input_are_questioned(backend, name, axis, made):
+    values = np.random.default_rng(0).standard_normal((6, 6)).astype("float32")
+    x, w = backend.asarray(X[0, :, :6].copy()), quantize(backend.asarray(values), granularity=PerChannel(axis), **made)
+    says, plainly, there = {
+        "dense": ("x @ w", lambda x, w: w.__rmatmul__(x), "linear(x, w) reads it as (out, in)"),
+        "linear": ("x @ w.T", lambda x, w: w.T.__rmatmul__(x), "dense(x, w) reads it as (in, out)"),
+    }[name]
+    words = f"{name} reads w, which then has a scale for each input, and none for each output, as "
+    with pytest.warns(UserWarning, match=f"^{words}.*{re.escape(there)}, and {re.escape(says)} leaves no doubt"):
+        y = backend.to_numpy({"dense": dense, "linear": aqt_lite.linear}[name](x, w))
+    dequantized = backend.to_numpy(w.dequantize())
+    np.testing.assert_allclose(
+        y, X[0, :, :6] @ (dequantized if name == "dense" else dequantized.T), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_array_equal(backend.to_numpy(plainly(x, w)), y)
+
+
+def test_weights_whose_orientation_is_known_are_not_questioned(backend):
+    square = backend.asarray(np.random.default_rng(0).standard_normal((6, 6)).astype("float32"))
+    x = backend.asarray(X[0, :, :6].copy())
+    each_row, each_column = (quantize(square, granularity=PerChannel(axis)) for axis in (0, 1))
+    for right in (each_row, each_column.T, quantize(square), quantize(square, "bitround7"), each_row[:1, :1]):
+        aqt_lite.linear(x[:, : right.shape[1]], right)
+    for right in (each_column, each_row.T, quantize(square), each_row.for_dense(), each_row[:, :5]):
+        dense(x[:, : right.shape[0]], right)
+    for either in (each_row, each_column):
+        either.__rmatmul__(x), either @ x, quantize(x) @ either, aqt_lite.einsum("bi,io->bo", x, either)
+
+
 def test_scales_that_training_has_moved_are_not_used(backend):
     """Trained ones, where they have become negative, either; others may be: libraries store such."""
     q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))

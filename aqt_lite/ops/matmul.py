@@ -144,25 +144,31 @@ def _without_overflow(y: Array, x: Any, bias: Array | None, b: Backend) -> Array
     return checked if own is y else y
 
 
-_OTHER = {"dense": ("linear", "(in, out)", "(out, in)"), "linear": ("dense", "(out, in)", "(in, out)")}
-"""Which function a square weight may have been made for, and how each of the two reads it."""
+_OTHER = {
+    "dense": ("linear", "(in, out)", "(out, in)", "x @ w"),
+    "linear": ("dense", "(out, in)", "(in, out)", "x @ w.T"),
+}
+"""Which function a square weight may have been made for, how each of the two reads it, and what leaves no doubt."""
 
 
 def _warn_of_the_other(name: str, w: QArray, contract: int) -> None:
     """A warning where a square weight looks as if it had been made for the other of ``dense`` and ``linear``."""
-    other, here, there = _OTHER[name]
+    other, here, there, plainly = _OTHER[name]
     size, length = w.block[1 - contract], w.shape[0]
+    for_each_input = w.scale is not None and w.block[contract] == 1 and length > 1
     if w.transposed:
         if name == "dense" or "_turned" in w.__dict__:
             return
         why = "is stored as for_dense() does"
-    elif size is not None and 1 < size < length and w.block[contract] == 1:
+    elif for_each_input and size is not None and 1 < size < length:
         why = f"then has groups of {size} along its outputs, and a scale for each input"
+    elif for_each_input and (size is None or size >= length):
+        why = "then has a scale for each input, and none for each output"
     else:
         return
     warnings.warn(
         f"{name} reads w, which {why}, as {here}; its shape {w.shape} does not tell whether that is meant: "
-        f"{other}(x, w) reads it as {there}",
+        f"{other}(x, w) reads it as {there}, and {plainly} leaves no doubt that it is meant as {here}",
         stacklevel=4,
     )
 
@@ -394,6 +400,11 @@ def as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     return value
 
 
+def _right_product(x: Any, w: QArray) -> Array:
+    """``x @ w``: ``dense``, of a weight that is (in, out) without a doubt."""
+    return product("x @ q", x, w, None, "fast", contract=0)
+
+
 def _left_product(w: QArray, x: Any) -> Array:
     """``w @ x`` of a vector or a matrix: ``linear``, whatever way the codes are stored."""
     b = w._backend
@@ -407,4 +418,4 @@ def _left_product(w: QArray, x: Any) -> Array:
     return b.xp.permute_dims(product("q @ x", b.xp.permute_dims(x, (1, 0)), w, None, "fast", contract=1), (1, 0))
 
 
-register_products(dense, _left_product)
+register_products(_right_product, _left_product)
