@@ -517,6 +517,11 @@ class QArray(ArrayShapes, ArrayBytes):
         By default they are constants: training that differentiates everything it finds would move them, and codes would
         no longer fit. Codes and zero points have no derivatives in any case.
 
+        Raises
+        ------
+        ValueError
+            Scales or offsets are codes themselves ("mxfp4"), or there are none ("bitround7").
+
         Examples
         --------
         >>> import aqt_lite
@@ -524,6 +529,8 @@ class QArray(ArrayShapes, ArrayBytes):
         True
         """
         self._check_doubts()
+        if trainable:
+            self._check_may_train()
         return replace(self, trainable=trainable)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
@@ -749,6 +756,19 @@ class QArray(ArrayShapes, ArrayBytes):
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         self._check_doubts()
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
+
+    def _check_may_train(self) -> None:
+        """ValueError where no derivative could reach the scales and offsets that there are."""
+        if self.scale is None and not _needs_scale(_stored_format(self.dtype)):
+            raise ValueError(f"with_trainable_scales: {self.dtype} has no scales, and its codes have no derivative")
+        for name in ("scale", "offset"):
+            kept = getattr(self, name)
+            if isinstance(kept, QArray):
+                raise ValueError(
+                    f"with_trainable_scales: every {name} of this {self.dtype} is kept as {kept.dtype}, and codes have "
+                    "no derivative: scales of float32 train, quantize(x, ..., scale_dtype='float32'), or "
+                    "convert(q, scale_dtype='float32') of an array that exists"
+                )
 
     def _check_doubts(self) -> None:
         """Raise where the backend whose tree this was made of has found that its leaves do not belong together."""

@@ -738,6 +738,23 @@ def test_weights_whose_orientation_is_known_are_not_questioned(backend):
         either.__rmatmul__(x), either @ x, quantize(x) @ either, aqt_lite.einsum("bi,io->bo", x, either)
 
 
+@pytest.mark.parametrize("how", [{"dtype": "mxfp4"}, {"dtype": "nvfp4"}, {"scale_dtype": "bfloat16"}], ids=str)
+def test_scales_in_few_bits_do_not_train(backend, how):
+    q = quantize(backend.asarray(X), **how)
+    assert not q.with_trainable_scales(False).trainable
+    with pytest.raises(ValueError, match=rf"every scale of this {q.dtype} is kept as {q.scale.dtype}.*'float32'"):
+        q.with_trainable_scales()
+    assert quantize(backend.asarray(X), **{**how, "scale_dtype": "float32"}).with_trainable_scales().trainable
+    numbers = aqt_lite.convert(q, scale_dtype="float32")
+    assert numbers.with_trainable_scales().trainable
+    how = {"dtype": q.dtype, "granularity": q.granularity, "scale_dtype": "float32"}
+    kept = QArray.from_codes(numbers.qvalue, numbers.scale, offset=q.scale, **how)
+    with pytest.raises(ValueError, match=rf"every offset of this {q.dtype} is kept as {q.scale.dtype}"):
+        kept.with_trainable_scales()
+    with pytest.raises(ValueError, match="bitround7 has no scales, and its codes have no derivative"):
+        quantize(backend.asarray(X), "bitround7").with_trainable_scales()
+
+
 def test_scales_that_training_has_moved_are_not_used(backend):
     """Trained ones, where they have become negative, either; others may be: libraries store such."""
     q = quantize(backend.asarray(X[0]), granularity=PerChannel(0))
