@@ -893,6 +893,33 @@ def test_onnx_computes_the_same(in_onnx, evaluator):
         np.testing.assert_allclose(y, of_model, rtol=1e-5, atol=1e-5, err_msg=f"{names[at // 4]}, {at % 4}")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of this exporter
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["int8", "zero points", "groups of nf4", "mxfp4"])
+def test_the_exporter_of_traces_is_refused(name):
+    """It would make float32 of the weight without a word."""
+    pytest.importorskip("onnx", reason="onnx is not installed: requirements-dev.txt has it")
+    how = IN_ONNX.get(name, {"granularity": PerChannel(0)})
+    for rows in (8, 1100):  # small, and large enough for compiled loops
+        layer = quantize_(torch.nn.Linear(1024, rows), [("weight", how)]).eval()
+        x, q = torch.ones(2, 1024), layer.weight.qarray
+        for use in (layer, lambda x: x @ dequantize(q).T, lambda x: dense(x, q.T)):  # noqa: B023 - called at once
+            with pytest.raises(NotImplementedError, match=r"dynamo=False.* say torch.onnx.export\(.*dynamo=True\)"):
+                torch.onnx.export(AsModule(use), (x,), io.BytesIO(), dynamo=False)
+            if name == "int8":
+                with torch.no_grad():
+                    torch.testing.assert_close(torch.jit.trace(use, x)(x), use(x), rtol=1e-4, atol=1e-4)
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 @pytest.mark.exhaustive  # seconds
 @pytest.mark.parametrize("what", ["mode", "activations"])
 def test_what_onnx_cannot_say_is_told(what):

@@ -35,7 +35,15 @@ __all__ = ["makes_onnx_of_codes", "values_in_onnx", "with_codes_in_onnx", "with_
 
 
 def makes_onnx_of_codes() -> bool:
-    """Whether a program for ONNX is being made, by a torch that can say DequantizeLinear in it."""
+    """Whether a program for ONNX is being made, by a torch that can say DequantizeLinear in it.
+
+    NotImplementedError where it is made of a trace, which has no words for codes.
+    """
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # type: ignore[attr-defined, no-untyped-call]
+        raise NotImplementedError(
+            "torch.onnx.export(..., dynamo=False) would make float32 of quantized weights: "
+            "say torch.onnx.export(model, inputs, dynamo=True), which keeps codes"
+        )
     return makes_onnx() and hasattr(torch.onnx, "ops")  # of torch 2.8
 
 
