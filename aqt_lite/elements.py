@@ -730,7 +730,7 @@ class BitRound(ElementType):
         code = xp.astype(codes, xp.int32)
         pattern = code << self.dropped
         known = (code & self.codes[1]) <= self.largest_code
-        pattern = xp.where(known, pattern, xp.full_like(pattern, _INFINITE | _QUIET))
+        pattern = xp.where(known, pattern, b.constant(_INFINITE | _QUIET, "int32", like=pattern))
         return xp.astype(b.floats_of(pattern, "float32"), b.dtype(compute))
 
 

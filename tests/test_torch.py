@@ -836,6 +836,7 @@ IN_ONNX = {
     "float4": {"dtype": "float4_e2m1fn", "granularity": PerGroup(32)},
     "scales of 16 bits": {"dtype": "int4", "granularity": PerGroup(32), "scale_dtype": "float16"},
     **{name: {"dtype": name} for name in ("mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4")},
+    **{name: {"dtype": name} for name in ("bitround0", "bitround3", "bitround7", "bitround12")},
 }
 
 
@@ -854,7 +855,7 @@ class InOnnx(torch.nn.Module):
         ]
 
 
-SOME = ("zero points", "mxfp4")
+SOME = ("zero points", "mxfp4", "bitround7")
 
 
 @pytest.fixture(scope="module", params=[SOME, pytest.param(tuple(IN_ONNX), marks=pytest.mark.exhaustive)], ids=len)
@@ -895,7 +896,7 @@ def test_onnx_computes_the_same(in_onnx, evaluator):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of this exporter
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", ["int8", "zero points", "groups of nf4", "mxfp4"])
+@pytest.mark.parametrize("name", ["int8", "zero points", "groups of nf4", "mxfp4", "bitround7"])
 def test_the_exporter_of_traces_is_refused(name):
     """It would make float32 of the weight without a word."""
     pytest.importorskip("onnx", reason="onnx is not installed: requirements-dev.txt has it")

@@ -48,6 +48,8 @@ class TorchBackend(Backend):
         return _bitcast(x, getattr(torch, "uint8" if x.element_size() == 1 else f"int{8 * x.element_size()}"))
 
     def floats_of(self, bits: Array, name: str) -> Array:
+        if name == "float32" and makes_onnx():
+            return _by_arithmetic(bits)
         return _bitcast(bits, getattr(torch, name))
 
     def to_device(self, x: Array, device: Any) -> Array:
@@ -259,6 +261,16 @@ def _bitcast(x: Array, dtype: Any) -> Array:
             stacklevel=2,
         )
     return x.view(dtype)
+
+
+def _by_arithmetic(bits: Array) -> Array:
+    """The float32 numbers of these patterns, for a program that cannot read them as floats."""
+    exponent, fraction = bits >> 23 & 255, bits & (1 << 23) - 1
+    powers = torch.tensor([2.0 ** (max(e, 1) - 127) for e in range(255)] + [float("inf")])
+    significand = fraction.to(torch.float32) * 2.0**-23 + torch.where(exponent > 0, 1.0, 0.0)  # 24 bits: exact
+    size = significand * powers[exponent.to(torch.int64)]
+    size = torch.where((exponent == 255) & (fraction != 0), float("nan"), size)
+    return torch.where(bits < 0, -size, size)
 
 
 def _as_tuples(kept: Any) -> Any:

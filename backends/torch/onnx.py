@@ -190,6 +190,8 @@ def _looked_up(kind: Any) -> Any:
                 return super().decode(codes, b, compute)
             if self.zero_points and self.missing is None:
                 return _as_float(codes)
+            if self.own_range:  # patterns of float32, which no table has
+                return super().decode(_of_bytes(codes, self.bits), b, compute)
             if codes.dtype not in (torch.int8, torch.uint8):  # scales of 16 bits: a table is longer than they are
                 return super().decode(codes, b, compute)
             first, last = self.codes
@@ -209,6 +211,14 @@ def _as_float(codes: Any) -> Array:
     codes = codes.to(torch.int32)  # in 16 bits onnxruntime does next to nothing
     high, low = (codes >> 8).to(byte), (codes & 255).to(torch.uint8)
     return _dequantize_linear(high, one) * 256.0 + _dequantize_linear(low, one)
+
+
+def _of_bytes(codes: Any, bits: int) -> Array:
+    """Codes of that many bits as int32, put together from their bytes when the program runs."""
+    codes = codes.to(torch.int32)
+    parts = [(codes >> start & 255).to(torch.uint8) for start in range(0, bits, 8)]
+    whole = [_as_float(part).to(torch.int32) << 8 * i for i, part in enumerate(parts)]
+    return functools.reduce(torch.bitwise_or, whole)
 
 
 def _in_onnx(form: Format) -> Format:
