@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import aqt_lite
 from aqt_lite import Codebook, PerChannel, PerGroup, QArray, linear, quantize, quantize_tree, tree_report
@@ -587,6 +588,19 @@ LAYERS = {  # what a compiler is to see of a large layer
     "kept scales": ({"dtype": "mxfp4"}, "stored_product"),
     "kept in two": ({"dtype": "nvfp4"}, "stored_product"),
 }
+
+
+@pytest.mark.parametrize("how", [{"granularity": PerGroup(32)}, {"dtype": "mxfp4"}], ids=str)
+def test_one_graph_serves_any_number_of_rows(how):
+    """Though a batch of 2 is as long as the scales of 2 groups, which torch would take for the same length."""
+    model = quantize_(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 48)), [("*", how)])
+    counted = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counted)
+    for rows in (2, 3, 8, 9, 40):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert counted.frame_count == 1
 
 
 @pytest.mark.skipif(not (products.HAS_DOTS and products.DECODES), reason="needs numba, and the operators of torch 2.7")
