@@ -442,3 +442,27 @@ def test_processors_without_avx_512():
     tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
     tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
     run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")
+
+
+@pytest.mark.parametrize("times", [20, 200, 1e5])
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        ("int4", {"granularity": PerGroup(128)}),
+        ("uint4", {"granularity": PerGroup(64), "scheme": "affine"}),
+        ("mxfp4", {}),
+        ("int8", {"granularity": PerGroup(128)}),
+    ],
+)
+def test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours(dtype, how, times):
+    """In every quarter, as where columns of a weight were pruned: what is rounded is the sum, not the largest entry."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((256, 2048), dtype=np.float32)
+    w[:, ::16] = 0
+    x = (rng.choice([-1, 1], (1, 2048)) * rng.uniform(1, 1.01, (1, 2048))).astype(np.float32)
+    x[:, ::16] *= np.float32(times)
+    q = quantize(w, dtype, **how)
+    values = q.dequantize()
+    exact = x.astype(np.float64) @ values.astype(np.float64).T
+    of_floats, ours = (np.sqrt(np.mean((y - exact) ** 2)) for y in (x @ values.T, linear(x, q)))
+    assert ours <= 2 * of_floats

@@ -19,23 +19,22 @@ of its entries; ``DEPTH`` codes of a row meet a part of x that the first cache h
 
 **One row of x, by the int8 dot product** (AVX-512 VNNI, ``_in_dots``). For one row the price of a value is not shared,
 so no value is made. Every ``QUARTER`` bytes of codes, a quarter of a vector, their entries of x are integers relative
-to a power of two of their own: ``x = X 2^(e - bits)``, where ``|X| <= 127/64 2^bits``, which four signed digits of 8
-bits hold. Codes become unsigned bytes ``u``, in the order in which they lie: those of 8 bits by turning their highest
+to a power of two of their own: ``x = X 2^(e - 30)``, where ``|X| <= 127/64 2^30``, which four signed digits of 8 bits
+hold. Codes become unsigned bytes ``u``, in the order in which they lie: those of 8 bits by turning their highest
 bit over, those of 4 by a table, wherever numbers are ``step (u + lowest)``. ``vpdpbusd`` adds four products of bytes
 to each of 16 lanes, so that a lane holds a sum of 4 entries, or of 8 where codes have 4 bits:
 
     T  =  sum X (u + lowest)  =  sum_d 256^d (sum digit_d u)  +  lowest sum X
 
-It begins with the last term. From the highest digit on it is shifted by 8, and the next digit's sum is added; of the
-lowest digit's what is left of ``T / 2^8``, rounded to nearest. ``bits``, at most 30, is such that int32 holds that:
-numbers of magnitude up to M make ``|T| < 2^(bits + 1) 4 M``, or ``8 M``, which is to be at most 2^39. A float of it
-meets, in one fused step, the scale of its group times ``2^(e - leading)``, spread over lanes by a permutation. Zero
-points of 4 bits are taken from ``u``, exactly.
+The two higher digits make one int32 in each lane, and the two lower ones another, each with its part of the last term:
+at most 2^27, since eight bytes at most meet two digits, below 2^15. Two floats of them and one fused
+step are ``T``, rounded as a sum of floats is; another one multiplies it by the scale of its group times
+``2^(e - leading)``, spread over lanes by a permutation. Zero points of 4 bits are taken from ``u``, exactly.
 
-What this loses of an entry is about 2^-30 of the largest in its quarter. So quarters in which one entry lies far below
-that, or many somewhat below, and those with infinities, NaN, or no number but subnormal ones, are multiplied as
-floats; all are, where many quarters are such. Where scales are so far from 1 that a product with those powers of two
-might not be a normal number, all of a strip's rows are multiplied as floats.
+What this loses of an entry is 2^-31 of the largest in its quarter, whatever the codes are. So quarters in which one
+entry lies far below that, or many somewhat below, and those with infinities, NaN, or no number but subnormal ones, are
+multiplied as floats; all are, where many quarters are such. Where scales are so far from 1 that a product with those
+powers of two might not be a normal number, all of a strip's rows are multiplied as floats.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ QUARTER = 16
 BLOCK = 16
 """Quarters whose scales are one vector."""
 
-MOST_BITS = 30
+BITS = 30
 """Of an entry of x in fixed point, the leading one of a quarter, without its sign."""
 
 MOST_SHIFT = 16
@@ -123,7 +122,7 @@ MOST_SHIFT = 16
 MOST_FRACTION = np.int32(0x7E0000)
 """Of 127/64, its bits below the exponent's: what is larger would carry into a fifth digit."""
 
-FINEST = np.float32(2.0**6)
+FINEST = np.float32(2.0**16)
 COARSE, COARSE_ENTRIES = np.float32(2.0**22), 8
 """Fixed point serves no quarter with an entry below the first, or with more than one in so many below the second."""
 
@@ -467,7 +466,7 @@ def _in_dots(kind: Any) -> Any:
             permute = _function(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [_FLOATS, _INTS])
             permute_words = _function(builder, "llvm.x86.avx512.permvar.si.512", _INTS, [_INTS, _INTS])
             fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-            entry = 64 * (4 * kind.parts + 2)
+            entry, byte = 64 * (4 * kind.parts + 2), ir.Constant(_INTS, [8] * LANES)
 
             def prefetch(address: Any) -> None:
                 builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
@@ -515,18 +514,21 @@ def _in_dots(kind: Any) -> Any:
                         numbers.append(found)
                     of_x = [_load(builder, builder.add(x, _ADDRESS(64 * i)), _INTS) for i in range(4 * kind.parts + 2)]
                     for r in range(height):
-                        *digits_of_x, high, low = of_x
+                        *digits_of_x, first_high, first_low = of_x
+                        high, low = first_high, ir.Constant(_INTS, None)
                         for d in range(4):
-                            if 0 < d < 3:
-                                high = builder.shl(high, ir.Constant(_INTS, [8] * LANES))
+                            if d == 1:
+                                high = builder.shl(high, byte)
+                            elif d == 3:
+                                low = builder.add(builder.shl(low, byte), first_low)
                             for part, number in enumerate(numbers[r]):
                                 digit = digits_of_x[d * kind.parts + part]
-                                if d < 3:
+                                if d < 2:
                                     high = builder.call(dot, [high, number, digit])
                                 else:
                                     low = builder.call(dot, [low, number, digit])
-                        low = builder.ashr(low, ir.Constant(_INTS, [8] * LANES))
-                        sums = builder.sitofp(builder.add(high, low), _FLOATS)
+                        high, low = (builder.sitofp(v, _FLOATS) for v in (high, low))
+                        sums = builder.call(fma, [high, ir.Constant(_FLOATS, [65536.0] * LANES), low])
                         totals[r] = builder.call(fma, [sums, builder.call(permute, [scales[r], lanes]), totals[r]])
                 return [*totals, most, least]
 
@@ -605,16 +607,16 @@ def shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
 
 @njit(nogil=True, cache=True)
 def _numbers_as_bytes(table: Any, shifted: Any, numbers: Any) -> Any:  # pragma: no cover - compiled
-    """Numbers of 4 bits as ``step * (numbers + lowest)``; the step, 0 where there is none, and the largest magnitude.
+    """Numbers of 4 bits as ``step * (numbers + lowest)``: the step, 0 where there is none, and the lowest.
 
     With zero points numbers are integers; what is taken off then makes them ``MOST_SHIFT`` more than they mean.
     """
     for halvings in range(1 if shifted else 5):
         step = np.float32(0.5) ** halvings
-        low, largest, plain = np.float32(0), np.float32(0), True
+        low, plain = np.float32(0), True
         for i in range(16):
             number = table[i] / step
-            low, largest = min(low, number), max(largest, abs(number))
+            low = min(low, number)
             plain &= abs(number) < 128 and number == np.rint(number)
         if plain:
             top = 0
@@ -623,8 +625,8 @@ def _numbers_as_bytes(table: Any, shifted: Any, numbers: Any) -> Any:  # pragma:
                 top = max(top, np.int64(numbers[i]))
             if shifted and top >= MOST_SHIFT:
                 break
-            return step, np.int64(-MOST_SHIFT if shifted else low), np.int64(top if shifted else largest)
-    return np.float32(0), 0, 0
+            return step, np.int64(-MOST_SHIFT if shifted else low)
+    return np.float32(0), 0
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -700,12 +702,12 @@ def _quarter(parts: int) -> Any:
                 ]
                 total = builder.add(builder.add(fours[0], fours[1]), builder.add(fours[2], fours[3]))
                 halves.append(builder.mul(total, low))
-            # halves[1] * 2^16 + halves[0] = high * 2^24 + low; 128 more round what is shifted out then to nearest
+            # halves[1] * 2^16 + halves[0] = high * 2^24 + rest
             high = builder.ashr(halves[1], ir.Constant(low.type, [8] * 4))
             rest = builder.shl(
                 builder.and_(halves[1], ir.Constant(low.type, [255] * 4)), ir.Constant(low.type, [16] * 4)
             )
-            rest = builder.add(builder.add(rest, halves[0]), ir.Constant(low.type, [128] * 4))
+            rest = builder.add(rest, halves[0])
             for i, vector in enumerate((high, rest)):
                 _put(builder, vector, builder.add(starts, _ADDRESS(64 * i)))
             for part, vector in enumerate(integers):
@@ -730,14 +732,11 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
     head, of_unserved, firsts, places, powers, digits, end = parts_of(inner, halves)  # pragma: no cover - compiled
     words, numbers = out.view(np.int32), out.view(np.uint8)
     words[head // 4] = 0
-    step, lowest, largest = np.float32(1), -128, 128
+    step, lowest = np.float32(1), -128
     if halves:
-        step, lowest, largest = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
+        step, lowest = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
     if step == 0 or (shifted and not halves):
         return
-    bits = MOST_BITS
-    while largest * (8 if halves else 4) << bits > 1 << 38:
-        bits -= 1
     codes, entry = (2 * QUARTER, 640) if halves else (QUARTER, 384)
     there, blocks = (inner + codes - 1) // codes, (inner + codes * BLOCK - 1) // (codes * BLOCK)
     exponents, leading = words[powers // 4 : powers // 4 + BLOCK * blocks], -127
@@ -754,8 +753,8 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
         e = (most >> 23) - 127
         if (most & 0x7FFFFF) > MOST_FRACTION:
             e += 1
-        half = (bits - e) >> 1
-        factors[0], factors[1] = (half + 127) << 23, (bits - e - half + 127) << 23
+        half = (BITS - e) >> 1
+        factors[0], factors[1] = (half + 127) << 23, (BITS - e - half + 127) << 23
         first, second = factors.view(np.float32)[0], factors.view(np.float32)[1]
         if halves:
             served = _quarter_of_halves(x, first, second, lowest, of_digits, of_sums)
@@ -779,7 +778,7 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
         words[firsts // 4 + b] = group
         for i in range(BLOCK):
             words[places // 4 + b * BLOCK + i] = min((b * BLOCK + i) * codes // size, groups - 1) - group
-    e = leading - bits + 8
+    e = leading - BITS
     half = e >> 1
     out[head // 4 + 2], out[head // 4 + 3] = np.float32(2.0) ** half * step, np.float32(2.0) ** (e - half)
     words[head // 4], words[head // 4 + 1] = 1, unserved
