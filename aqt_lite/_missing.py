@@ -148,16 +148,12 @@ def _mask_of(mask: Any, x: Array, b: Backend) -> Array:
 # ---- values that nobody called missing
 
 
-def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
-    """Warn where one value of ``x``, from which ``q`` was calibrated, is far from all others.
+def warn_of_fill_values(x: Any, q: QArray | None, stacklevel: int) -> None:
+    """Warn where one value of ``x`` is far from all others; ``q`` was calibrated from it, if that went well.
 
-    The scales tell whether there can be one; only then ``x`` is looked at.
+    The scales tell whether there can be one; only then, or where there are none, ``x`` is looked at.
     """
-    b = q._backend
-    if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
-        return
-    element, scale = q._element, b.to_numpy(q.scale)
-    if max(float(scale.max()), -float(scale.min())) * max(element.max, -element.min) < _EXTREME:
+    if q is not None and not _is_extreme(q):
         return
     if not isinstance(x, Marked):
         array, own = as_float_array(x, "x")
@@ -166,6 +162,15 @@ def warn_of_fill_values(x: Any, q: QArray, stacklevel: int) -> None:
         found = _suspect(x)
         if found is not None:
             warnings.warn(found, SuspectValueWarning, stacklevel=stacklevel)
+
+
+def _is_extreme(q: QArray) -> bool:
+    """Whether there are scales in which a fill value may be."""
+    b = q._backend
+    if q.scale is None or isinstance(q.scale, QArray) or not b.has_values(q.scale) or not q.size:
+        return False
+    element, scale = q._element, b.to_numpy(q.scale)
+    return max(float(scale.max()), -float(scale.min())) * max(element.max, -element.min) >= _EXTREME
 
 
 def _suspect(values: Any) -> str | None:

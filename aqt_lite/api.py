@@ -282,7 +282,11 @@ def quantize(
     }  # fmt: skip
     if bound is not None:
         _check_free(bound, scale, zero_point, offset)
-        q = _within(bound, x, dtype, scheme, offset, may_miss, out, read, rest)
+        try:
+            q = _within(bound, x, dtype, scheme, offset, may_miss, out, read, rest)
+        except ValueError:
+            warn_of_fill_values(x, None, stacklevel=5)  # which no scale that keeps the bound may have room for
+            raise
     else:
         if isinstance(dtype, str) and dtype == AUTO:
             raise ValueError(

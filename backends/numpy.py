@@ -90,7 +90,7 @@ class NumpyBackend(Backend):
 
     def why_unusable(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):
-            return "is a masked array, which only quantize and error_report take: fill it first, as with x.filled(0)"
+            return "is a masked array, which only quantize and error_report take: give x.filled(np.nan), for instance"
         if isinstance(x, np.matrix):
             return "is a numpy.matrix, which is never other than two-dimensional: use np.asarray(x)"
         return None

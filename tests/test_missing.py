@@ -535,6 +535,17 @@ def test_pictures_leave_them_white():
 # ---- fill values that nobody named
 
 
+def test_a_bound_that_a_fill_value_makes_impossible_is_refused_with_a_word_of_it():
+    x = np.random.default_rng(0).normal(285, 1, (40, 50)).astype("float32")
+    x[:10] = 9.96921e36
+    for how in ({"dtype": "auto"}, {"dtype": "auto", "fill_value": 9.969e36}, {"dtype": "int8"}):
+        with (
+            pytest.warns(SuspectValueWarning, match=r"x has 500 values of 9.96921e\+36.*pass fill_value="),
+            pytest.raises(ValueError, match="max_abs_err"),
+        ):
+            quantize(x, max_abs_err=0.1, **how)
+
+
 @pytest.mark.parametrize("fill", [1e20, -1e30, 9.969209968386869e36])
 def test_a_fill_value_left_in_is_a_warning(backend, fill):
     x = np.where(LAND, np.float32(fill), SEA)

@@ -349,6 +349,21 @@ def test_functions_of_torch_take_a_quantized_weight_as_they_take_its_qarray():
         torch.add(weight, 1)
     with pytest.raises(TypeError, match=r"not a QArray"):
         nn.functional.linear(weight, torch.ones(2, 16))
+    assert_same_bits(torch.ones(2, weight.shape[1]) @ weight.T, linear(torch.ones(2, weight.shape[1]), weight.qarray))
+
+
+def test_what_is_no_qarray_of_torch_is_told_what_to_give(tmp_path):
+    for given, words in (
+        (torch.ones(2, 3), r"q is a Tensor, not a QArray: quantize it first"),
+        (quantize(np.ones((2, 3), "float32")), r"q is a numpy QArray: .* q\.to_backend\('torch'\)"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            QuantizedWeight(given)
+    weight = QuantizedWeight(quantize(torch.ones(2, 3)))
+    with pytest.raises(TypeError, match=r"leaf 'w': it is a QuantizedWeight: give the \.qarray"):
+        aqt_lite.save(tmp_path / "w.npz", {"w": weight})
+    with pytest.raises(TypeError, match=r"einsum of .*a layer's weight holds one, \.qarray"):
+        aqt_lite.einsum("ab,cb->ac", torch.ones(2, 3), weight)
 
 
 def test_a_module_of_ones_own_keeps_a_qarray_as_it_keeps_parameters(tmp_path):

@@ -138,7 +138,8 @@ def einsum(subscripts: str, x: Any, w: Any, *, mode: Mode = "fast", activations:
     """
     if isinstance(x, QArray) == isinstance(w, QArray):
         kinds = f"a {type(x).__name__} and a {type(w).__name__}"
-        raise TypeError(f"einsum of {kinds}: give one array and one QArray; q.dequantize() is an array")
+        held = " (a layer's weight holds one, .qarray)" if any(hasattr(a, "qarray") for a in (x, w)) else ""
+        raise TypeError(f"einsum of {kinds}: give one array and one QArray{held}; q.dequantize() is an array")
     operands, result = _subscripts(subscripts)
     if isinstance(x, QArray):
         x, w, operands = w, x, operands[::-1]

@@ -91,6 +91,8 @@ class TorchBackend(Backend):
         return recording or has_no_values(x)
 
     def why_unusable(self, x: Array) -> str | None:
+        if not isinstance(x, torch.Tensor):
+            return f"is a {type(x).__name__}: give the .qarray that it holds"
         if x.layout != torch.strided:
             return f"is a tensor of layout {x.layout}: make it dense first with x.to_dense()"
         if x.is_nested:

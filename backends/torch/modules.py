@@ -23,6 +23,7 @@ from aqt_lite import _mark
 from aqt_lite._registry import get_backend
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
 from aqt_lite._shapes import swapped_back
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.backends.torch import products
 from aqt_lite.granularity import PerGroup
@@ -116,6 +117,10 @@ class QuantizedWeight(nn.Module):
     like: torch.Tensor
 
     def __init__(self, q: QArray) -> None:
+        if not isinstance(q, QArray):
+            raise TypeError(not_a_qarray("q", q))
+        if q.backend != "torch":
+            raise TypeError(f"q is a {q.backend} QArray: a torch module holds q.to_backend('torch')")
         super().__init__()
         self.structure = _Structure.of(q)
         for name, array in zip(self.structure.names(), _arrays_of(q), strict=True):
@@ -152,6 +157,11 @@ class QuantizedWeight(nn.Module):
                 if y is not NotImplemented:
                     return y  # type: ignore[no-any-return]
         return linear(x, self.qarray, bias)  # type: ignore[no-any-return]
+
+    @property
+    def T(self) -> QArray:  # noqa: N802 - what arrays call it
+        """The transpose of the QArray, as in ``x @ self.weight.T``."""
+        return self.qarray.T
 
     @property
     def shape(self) -> torch.Size:
