@@ -247,7 +247,7 @@ class ArrayShapes:
         >>> q.reshape(6, 64).scale.shape
         (6, 2)
         >>> q.reshape(2, 3, 4, 16).granularity
-        PerBlock((1, 1, 2, 16))
+        PerBlock(shape=(1, 1, 2, -1))
         """
         if order != "C":
             raise ValueError(

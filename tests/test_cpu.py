@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -258,3 +260,19 @@ def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
     ]:
         with pytest.raises(kind, match=words):
             aqt_lite.warm_up(**how)
+
+
+@pytest.mark.skipif(runtime.cores() < 2, reason="there are no threads beside the caller's")
+def test_threads_that_never_came_to_their_turn_keep_no_arrays():
+    """The pool is busy with something else: what is queued there must not hold on to what is done."""
+    wait, given = threading.Event(), np.zeros(8)
+    busy = [runtime._pool().submit(wait.wait) for _ in range(runtime.cores() - 1)]
+    seen = weakref.ref(given)
+    try:
+        runtime.map_ranges(lambda start, stop, given=given: given[start:stop].sum(), 8, elements=runtime.LARGE)
+        del given
+        assert seen() is None
+    finally:
+        wait.set()
+        for task in busy:
+            task.result()

@@ -65,6 +65,7 @@ def map_ranges(
     chunks = min(cores() * chunks_per_core if listener is None else max(100, cores()), units)
     bounds = [min(units * i // chunks * multiple, length) for i in range(chunks + 1)]
     results: list[Any] = [None] * chunks
+    job = [work]  # let go at the end, or a thread that has not come to its turn yet would keep arrays
     changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
     telling, done = threading.Lock(), 0
 
@@ -84,7 +85,7 @@ def map_ranges(
                         return
                     i, begun = begun, begun + 1
                 try:
-                    results[i] = work(bounds[i], bounds[i + 1])
+                    results[i] = job[0](bounds[i], bounds[i + 1])
                     tell(bounds[i + 1] - bounds[i])
                 except BaseException as failure:
                     failures.append(failure)
@@ -100,6 +101,7 @@ def map_ranges(
     claim()
     with changed:
         changed.wait_for(lambda: ended == begun)
+    job.clear()
     if failures:
         raise failures[0]
     return results
