@@ -15,7 +15,7 @@ import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, _clipping, _given, affine, packing
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import QParams, Recipe, Spec
-from aqt_lite.backends.cpu import packed, quantize
+from aqt_lite.backends.cpu import packed, quantize, runtime
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS, scale_format_of
 from aqt_lite.granularity import grid_of
@@ -134,6 +134,21 @@ def test_codes_are_packed_by_words_as_by_columns(bits, monkeypatch):
             back = packed.unpack(stream, bits=bits, length=shape[-1], signed=c.dtype == np.int8)
             if back is not NotImplemented:
                 assert_same_bits(back, np.ascontiguousarray(c))
+
+
+@pytest.mark.parametrize("library", SHARED)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])  # scales that tell by their codes what they are, and two levels
+def test_scales_can_be_large_arrays_themselves(name, library):
+    """Those of 2^17 groups pass through the loops that look at codes, too."""
+    form, backend = FORMATS[name], get_backend(library)
+    x = np.random.default_rng(1).standard_normal((runtime.LARGE // 16, 16 * form.group), dtype=np.float32)
+    q = aqt_lite.quantize(backend.asarray(x), name)
+    w = plainly(affine.quantize, x, spec=Spec(form, FLOAT_TYPES["float32"], q.block), recipe=Recipe())
+    assert_same_bits(q.qvalue, w.codes)
+    assert_same_bits(q.scale.qvalue, w.scale.codes)
+    x[5, 7] = np.inf
+    with pytest.raises(ValueError, match="has 1 non-finite"):
+        aqt_lite.quantize(backend.asarray(x), name)
 
 
 @pytest.mark.exhaustive_unless(form=[*FORMATS.values()][::3])

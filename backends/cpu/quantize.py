@@ -206,13 +206,13 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
 
 def any_unusable(kept: Coded, *, spec: Spec) -> Any:
-    """``affine.any_unusable``: codes of floats up to that of the largest number, without sign, are numbers."""
+    """``affine.any_unusable``, an array of one value: codes of floats up to that of the largest number are numbers."""
     codes, element = kept.codes, spec.of_scales.element
     largest = element.largest_code if isinstance(element, Float) and kept.scale is None else -1
     if codes.view(f"u{codes.itemsize}").max(initial=0) <= largest:
         return np.asarray(False)
     numbers = scales_of(kept, spec=spec)
-    return numbers if numbers is NotImplemented else np.isnan(numbers).any()
+    return numbers if numbers is NotImplemented else np.asarray(np.isnan(numbers).any())
 
 
 def scales_of(kept: Coded, *, spec: Spec) -> Any:
