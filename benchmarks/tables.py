@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("int8, groups of 32", "int4, groups of 32", "int4, groups of 32, reproducible", "mxfp4")
+"""Of the products with groups, those in README."""
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "models.md")
 
 
@@ -46,7 +48,8 @@ def tables(results: dict) -> dict[str, str]:
     return of_shapes | {
         "frameworks": frameworks(layers["rows"]),
         "machine of frameworks": machine(layers, copying=False),
-        "stored": products_stored(stored),
+        "stored": products_stored(stored, None),
+        "some stored": products_stored(stored, SHOWN),
         "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
         "machine": machine(results),
         "products": products(results, ("linear", "linear, reproducible")),
@@ -64,18 +67,18 @@ def machine(results: dict, copying: bool = True) -> str:
     return f"{told}; copying reads and writes {results['copy_gb_s']:.0f} GB/s." if copying else f"{told}."
 
 
-def products_stored(results: dict) -> str:
-    """Times as fast as the backend's own best float32 product; for one row also the share of the speed of reading."""
+def products_stored(results: dict, who: tuple[str, ...] | None) -> str:
+    """Of all, or of some and the peers: times as fast as the backend's own best float32 product; for one row also the share of the speed of reading."""
     found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in results["rows"]}
     columns = sorted({(r["size"], r["m"]) for r in results["rows"]})
     lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]
     for backend in ("jax", "torch", "numpy", "numpy alone"):
-        for who in dict.fromkeys(r["who"] for r in results["rows"]):
-            cells = [found.get((backend, who, *column)) for column in columns]
-            if not any(cells):
+        for name in dict.fromkeys(r["who"] for r in results["rows"]):
+            cells = [found.get((backend, name, *column)) for column in columns]
+            if not any(cells) or (who is not None and name not in who and not name.startswith("peer")):
                 continue
             shown = [_ratio_and_share(c) for c in cells]
-            lines.append(f"| {backend}: {who} | " + " | ".join(shown) + " |")
+            lines.append(f"| {backend}: {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
