@@ -192,6 +192,10 @@ class Backend(ExactArithmetic, ABC):
         """
         return x
 
+    def look_ups_raise(self, x: Array) -> bool:
+        """Whether the library itself raises, when a program runs, where positions not known before lie outside."""
+        return False
+
     def has_values(self, x: Array) -> bool:
         """Whether values of ``x`` may be looked at without more ado."""
         return not (self.is_traced(x) or self.is_deferred(x))

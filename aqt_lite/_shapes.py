@@ -34,6 +34,7 @@ __all__ = [
     "stack",
     "swapped_back",
     "swapped_forth",
+    "taken_from",
 ]
 
 Swapped = bool | tuple[int, int]
@@ -125,8 +126,9 @@ class ArrayShapes:
         Parameters
         ----------
         indices : array of integers, of any shape, or a list of them
-            Negative ones count from the end. What lies outside is an IndexError, of Dask's when they are computed, or,
-            where values are not known because a compiler traces, the nearest slice that there is, as in JAX.
+            Negative ones count from the end. What lies outside is an IndexError, of Dask's when they are computed.
+            Where values are not known because a compiler traces, it is torch's error when the program runs, and in JAX,
+            where no program raises, the nearest slice that there is.
         axis : int
             Where it has groups, each slice has the scale of its own.
 
@@ -138,35 +140,7 @@ class ArrayShapes:
         array([[0., 0., 1.],
                [1., 0., 0.]], dtype=float32)
         """
-        q = self._checked()
-        if not -q.ndim <= axis < q.ndim:
-            raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
-        axis %= q.ndim
-        length, size = q.shape[axis], q.block[axis]
-        if size is not None and size > 1 and size >= length > 0:
-            size = None
-        shape, flat = _positions(indices, axis, length, q)
-        xp = q._backend.xp
-
-        def taken(a: Any, flat: Array = flat) -> Any:
-            a = a.take(flat, axis) if _is_quantized(a) else xp.take(a, flat, axis=axis)
-            if len(shape) == 1:  # a compiler may not know how many, and a QArray asks before it reshapes
-                return a
-            return _reshaped(a, (*a.shape[:axis], *shape, *a.shape[axis + 1 :]), xp)
-
-        def shared(a: Any) -> Any:  # by the whole axis: one scale for each of its new axes
-            return _reshaped(a, (*a.shape[:axis], *((1,) * len(shape)), *a.shape[axis + 1 :]), xp)
-
-        plain = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
-        block = (*q.block[:axis], *((None if size is None else 1,) * len(shape)), *q.block[axis + 1 :])
-        if size is None:
-            blocks = _on_blocks(q, shared)
-        else:
-            of_groups = flat if size == 1 else flat // size
-            blocks = _on_blocks(q, lambda a: taken(a, of_groups))
-        cut = replace(plain, storage=taken(plain.storage), **blocks, block=block, ragged=())
-        cut = replace(cut, ragged=cut._ragged_axes())
-        return cut.packed() if q.packed_length is not None else cut
+        return taken_from(self._checked(), indices, axis)
 
     def __len__(self: QArray) -> int:  # type: ignore[misc]
         if not self.shape:
@@ -549,7 +523,39 @@ def _runs_of(pairs: list[tuple[int | None, int]], wanted: tuple[int, ...]) -> tu
     return tuple(block)
 
 
-def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[int, ...], Array]:
+def taken_from(q: QArray, indices: Any, axis: int = 0, *, from_end: bool = True) -> QArray:
+    """``QArray.take``; negative indices count ``from_end`` or lie outside."""
+    if not -q.ndim <= axis < q.ndim:
+        raise ValueError(f"axis={axis} is out of range for {q.ndim} dimensions")
+    axis %= q.ndim
+    length, size = q.shape[axis], q.block[axis]
+    if size is not None and size > 1 and size >= length > 0:
+        size = None
+    shape, flat = _positions(indices, axis, length, q, from_end)
+    xp = q._backend.xp
+
+    def taken(a: Any, flat: Array = flat) -> Any:
+        a = a.take(flat, axis) if _is_quantized(a) else xp.take(a, flat, axis=axis)
+        if len(shape) == 1:  # a compiler may not know how many, and a QArray asks before it reshapes
+            return a
+        return _reshaped(a, (*a.shape[:axis], *shape, *a.shape[axis + 1 :]), xp)
+
+    def shared(a: Any) -> Any:  # by the whole axis: one scale for each of its new axes
+        return _reshaped(a, (*a.shape[:axis], *((1,) * len(shape)), *a.shape[axis + 1 :]), xp)
+
+    plain = q if _is_leading(q, axis) else replace(q, storage=q.qvalue, transposed=False, packed_length=None)
+    block = (*q.block[:axis], *((None if size is None else 1,) * len(shape)), *q.block[axis + 1 :])
+    if size is None:
+        blocks = _on_blocks(q, shared)
+    else:
+        of_groups = flat if size == 1 else flat // size
+        blocks = _on_blocks(q, lambda a: taken(a, of_groups))
+    cut = replace(plain, storage=taken(plain.storage), **blocks, block=block, ragged=())
+    cut = replace(cut, ragged=cut._ragged_axes())
+    return cut.packed() if q.packed_length is not None else cut
+
+
+def _positions(indices: Any, axis: int, length: int, q: QArray, from_end: bool) -> tuple[tuple[int, ...], Array]:
     """The shape of ``indices``, and all of them counted from the beginning, in one dimension."""
     b, xp, ids = q._backend, q._backend.xp, indices
     if backend_of(ids) is b:
@@ -560,7 +566,7 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
         name = known.dtype.name
     if not name.lstrip("u").startswith("int"):
         raise IndexError(f"indices have dtype {name}: give integers")
-    check = partial(_check_inside, axis=axis, length=length)
+    check = partial(_check_inside, axis=axis, length=length, first=-length if from_end else 0)
     if known is not None:
         check(known)
         counted = known.reshape(-1).astype(np.int64)
@@ -568,14 +574,21 @@ def _positions(indices: Any, axis: int, length: int, q: QArray) -> tuple[tuple[i
         return tuple(ids.shape), b.asarray(counted, like=q.storage)
     if b.is_deferred(ids):
         ids = b.check_when_computed(ids, lambda part, _: check(part))
-    flat = xp.astype(xp.reshape(ids, (-1,)), xp.int64 if name == "int64" else xp.int32)  # which is cut before it wraps
-    flat = xp.clip(xp.where(flat < 0, flat + length, flat), 0, max(length - 1, 0))
-    return tuple(ids.shape), xp.astype(flat, xp.int32)
+    flat, last = xp.reshape(ids, (-1,)), max(length - 1, 0)
+    if b.look_ups_raise(ids):
+        flat = xp.astype(flat, xp.int64)
+        flat = xp.where(flat < 0, flat + length, flat) if from_end else flat
+        return tuple(ids.shape), xp.where(flat < 0, length, flat)  # which is outside to every library
+    if name in ("uint32", "uint64"):
+        return tuple(ids.shape), xp.astype(xp.clip(flat, 0, last), xp.int32)
+    flat = xp.astype(flat, xp.int64 if name == "int64" else xp.int32)  # which is cut before it wraps
+    flat = xp.where(flat < 0, flat + length, flat) if from_end else flat
+    return tuple(ids.shape), xp.astype(xp.clip(flat, 0, last), xp.int32)
 
 
-def _check_inside(ids: np.ndarray[Any, Any], axis: int, length: int) -> None:
-    """IndexError where one of ``ids`` is none of an axis, counted from its beginning or its end."""
-    bad = (ids < -length) | (ids >= length)
+def _check_inside(ids: np.ndarray[Any, Any], axis: int, length: int, first: int) -> None:
+    """IndexError where one of ``ids`` is none of an axis, which are those from ``first`` on."""
+    bad = (ids < first) | (ids >= length)
     if bad.any():
         raise IndexError(f"index {ids.flat[np.argmax(bad)]} is out of range for axis {axis} of length {length}")
 

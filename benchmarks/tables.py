@@ -68,7 +68,7 @@ def machine(results: dict, copying: bool = True) -> str:
 
 
 def products_stored(results: dict, who: tuple[str, ...] | None) -> str:
-    """Of all, or of some and the peers: times as fast as the backend's own best float32 product; for one row also the share of the speed of reading."""
+    """Of all, or of some and the peers, times as fast as the best float32 product; for one row the share of reading."""
     found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in results["rows"]}
     columns = sorted({(r["size"], r["m"]) for r in results["rows"]})
     lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -336,6 +337,37 @@ def test_a_quantized_weight_says_what_a_parameter_would():
     assert layer.weight.requires_grad is False
     with pytest.raises(ValueError, match="quantized weights get no derivative"):
         layer.weight.requires_grad = True
+
+
+@pytest.mark.parametrize("way", ["eager", "export", pytest.param("compile", marks=pytest.mark.exhaustive)])
+def test_ids_that_an_embedding_has_not_are_refused(way):
+    """Also where values are not known while a program is made, and those below 0, as ``nn.Embedding`` does."""
+    model = quantize_(nn.Sequential(nn.Embedding(60, 64)), [("*", {"dtype": "int4", "granularity": PerGroup(32)})])
+    ids = torch.tensor([[0, 59], [3, 4]])
+    want = model(ids)
+    call = {"eager": lambda: model, "compile": lambda: torch.compile(model, fullgraph=True)}.get(
+        way, lambda: torch.export.export(model, (ids,)).module()
+    )()
+    assert_same_bits(call(ids), want)
+    for bad in (60, 99, -1, -61):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            call(torch.tensor([[bad, 0], [0, 0]]))
+
+
+@pytest.mark.exhaustive  # a compiler for each
+@pytest.mark.parametrize("layer", [nn.Conv1d(64, 32, 3), nn.Conv2d(64, 8, 3), nn.ConvTranspose2d(64, 8, 3)], ids=type)
+def test_kernels_in_groups_are_compiled(layer):
+    sides = (8,) * (layer.weight.ndim - 2)
+    x = torch.linspace(-1, 1, 2 * 64 * math.prod(sides)).reshape(2, 64, *sides)
+    model = quantize_(nn.Sequential(layer), [("*weight", {"dtype": "int4", "granularity": PerGroup(32)})])
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+def test_an_operator_s_result_lies_as_the_compiler_is_told():
+    scales = torch.tensor([[[1.0, 0.0], [2.0, torch.inf]]]).mT
+    found = torch.ops.aqt_lite.unusable_as_nan(scales, False)
+    assert found.stride() == (4, 2, 1)
+    torch.testing.assert_close(found, torch.tensor([[[1.0, 2.0], [torch.nan, torch.nan]]]), equal_nan=True)
 
 
 def test_functions_of_torch_take_a_quantized_weight_as_they_take_its_qarray():

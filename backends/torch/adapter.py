@@ -159,6 +159,9 @@ class TorchBackend(Backend):
             return id(x)
         return x.data_ptr(), x.device, x.dtype, tuple(x.shape), x.stride()  # ``state_dict`` makes new tensors
 
+    def look_ups_raise(self, x: Array) -> bool:
+        return not makes_onnx()
+
     def straight_through(self, x: Array, y: Array, inside: Array) -> Array:
         if not (self.differentiates(x) or torch.compiler.is_compiling()):
             return y.detach()
@@ -231,7 +234,7 @@ def outside_transformations() -> Any:
 def _unusable_as_nan(scale: torch.Tensor, positive: bool) -> torch.Tensor:
     values = scale.numpy(force=True)
     wrong = (values <= 0 if positive else values == 0) | np.isinf(values)
-    return torch.from_numpy(np.where(wrong, np.float32(np.nan), values))
+    return torch.from_numpy(np.ascontiguousarray(np.where(wrong, np.float32(np.nan), values)))
 
 
 @_unusable_as_nan.register_fake

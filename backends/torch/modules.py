@@ -22,7 +22,7 @@ from torch import nn
 from aqt_lite import _mark
 from aqt_lite._registry import get_backend
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
-from aqt_lite._shapes import swapped_back
+from aqt_lite._shapes import swapped_back, taken_from
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.backends.torch import products
@@ -308,7 +308,7 @@ class QuantizedEmbedding(nn.Embedding):
     weight: QuantizedWeight  # type: ignore[assignment]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.weight.qarray.take(input.reshape(-1)).dequantize()
+        rows: torch.Tensor = taken_from(self.weight.qarray, input.reshape(-1), from_end=False).dequantize()
         return rows.reshape(*input.shape, self.embedding_dim).to(dtype=self.weight.like.dtype)
 
 
