@@ -19,7 +19,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
-from aqt_lite.backends.cpu.stored import blocks_of_rows
+from aqt_lite.backends.cpu.stored import blocks_of_rows, ends_of_parts
 from aqt_lite.backends.cpu.tiles import numbers_of_codes
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
@@ -155,15 +155,17 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     x = np.ascontiguousarray(x, dtype=np.float32)
     bias = np.zeros(columns, np.float32) if bias is None else reference.flushed(bias.astype(np.float32, copy=False), np)
     y = np.empty((rows, columns), dtype=np.float32)
+    ends = ends_of_parts(columns, loops.COLUMNS, runtime.cores() if codes.size >= runtime.LARGE else 1)
     for first in range(0, rows, loops.ROWS_AT_ONCE):
         these = slice(first, first + loops.ROWS_AT_ONCE)
         prepared = _rows_in_groups(x[these], of_weight, powers)
 
-        def some(start: int, stop: int, prepared: Rows = prepared, out: Array = y[these]) -> Any:
+        def parts(a: int, b: int, prepared: Rows = prepared, out: Array = y[these]) -> Any:
+            start, stop = ends[a], ends[b]
             of_columns = codes[start:stop], *of_weight, inner
             return loops.multiply(*of_columns, *prepared, powers, bias, start, out[:, start:stop])
 
-        if not all(map_ranges(some, columns, loops.COLUMNS, codes.size, CHUNKS_PER_CORE)):
+        if not all(map_ranges(parts, len(ends) - 1, 1, codes.size, CHUNKS_PER_CORE)):
             return NotImplemented
     return y.astype(x_dtype, copy=False)
 

@@ -1,4 +1,4 @@
-"""Loops for reproducible products with groups along the contracted axis: exact sums of integers, in float64.
+"""Loops for reproducible products with groups along the contracted axis: exact sums of integers.
 
 Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
 own file changes, and not when another does; what the contract's constants are is written here once more. The loops hold
@@ -19,7 +19,14 @@ four signed digits of 8, and codes become unsigned bytes by taking ``lowest`` of
 table where they are no plain integers. The words of 16 rows, transposed, hold four codes of each of 16 columns, which
 ``vpdpbusd`` multiplies with four digits that all lanes share. A digit's sum, of up to 512 products, is at most
 ``512 * 255 * 128 < 2^24``; the four together are the same integer as above, and what follows a group is the same, too.
-Codes of 4 bits leave their bytes as those at even and those at odd positions, so digits lie in that order.
+Codes of 4 bits leave their bytes as those at even and those at odd positions, so digits lie in that order. Where two
+digits' sums fit one int32 (``LARGEST_SUM``), as they do but for long groups of 8 bits, no float64 is needed: the two
+integers left become the contract's ``high`` and ``low``, vectors of 16 lanes.
+
+A scale relative to its column's largest and the power of a row's group are one factor: what the contract multiplies by
+the significand, and then by the power, is the same, for only the significand's product rounds. A call of an intrinsic
+with arrays costs more than the arithmetic of a group, so that what is called for each span takes addresses, and for one
+row of x a run of 16 groups is one call (``_spans_of``).
 
 Without that instruction, ``vpmaddwd`` adds two products of shorts: an integer is two signed digits of 16 bits, and the
 four bytes of a word become two pairs of shorts in registers, the even ones and the odd ones. A digit's sum, of up to
@@ -29,7 +36,7 @@ four bytes of a word become two pairs of shorts in registers, the even ones and 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -58,9 +65,12 @@ DOTS = "+avx2" in _features()
 BITS_OF_DIGIT = 8 if _OF_BYTES else 16
 """Of integers in fixed point: what that product multiplies unsigned bytes, or shorts, with."""
 
-LARGEST_SUM = 65281
-"""Sum of a group's unsigned codes up to which 257 times 128 of it, two digits' sums in one, fit int32; and 2^15 of it,
-one sum of digits of 16 bits."""
+HALF = 0x8080 if BITS_OF_DIGIT == 8 else 0x8000
+"""What ``lower`` is at least minus: integers are ``upper * 2^16 + lower``, each two bytes or a short."""
+
+LARGEST_SUM = 65280
+"""Length of a group times its largest number, zero points taken off, up to which sums of ``lower`` fit int32: it is
+below 2^31 / 32896. Those of ``upper``, at most 32513, do so as well, and may be one 65536th of the others' larger."""
 
 LONGEST_OF_SHORTS = 256
 """Length of groups up to which sums of digits of 16 bits fit int32, whatever the codes: a 255th of that."""
@@ -102,6 +112,10 @@ BITS = 30
 LEAST_DROP = np.float32(2.0**-60)
 FINER = 2.0**31
 
+LEAST_FACTOR = int(LEAST_DROP.view(np.int32))
+"""The bits of the least product of a scale, relative to its column's largest, and a row's power that counts: its power
+is at least that, since its significand is at least 1."""
+
 _LOOKED_UP_IN = 16 if _WIDE else 8 if "+avx2" in _features() else 0
 
 TABLES = _LOOKED_UP_IN > 0
@@ -141,6 +155,13 @@ def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
 
 def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
+
+
+def _read_ahead(builder: Any, address: Any) -> None:
+    """Into the second cache; past an array's end that is harmless."""
+    pointer = ir.PointerType(ir.IntType(8))  # type: ignore[no-untyped-call]
+    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INT, _INT, _INT])
+    builder.call(fetch, [builder.inttoptr(address, pointer), _INT(0), _INT(2), _INT(1)])
 
 
 def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
@@ -378,7 +399,7 @@ def prepare(
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """Groups of ``size`` entries of float32 rows as integers ``rint(x * 2^(30 - exponent))``, and their sums.
 
-    Of the integers of a row whose groups are multiplied ``in_dots``, four digits each.
+    Of the integers of a row whose groups are multiplied ``in_dots``, four digits each, and two int32 of each sum.
     ``row_power`` is 2^(exponent - row_exponent), the latter the largest of a row. ``powers[i]`` is 2^(i - 256), 0 far
     below. ``many`` says which groups of which rows want a second pass, ``wants`` which rows have such a group, ``bad``
     which have a value that is not finite: they become zeros.
@@ -428,7 +449,7 @@ def prepare(
         for g in range(groups):
             row_power[m, g] = powers[exponent[m, g] - leading + 256]
         if dots:
-            _split(out, halves)
+            _split(out, halves, size, sums[m].view(np.int32))
 
 
 @njit(nogil=True, cache=True)
@@ -456,7 +477,7 @@ def refine(
             sums[m, g] = total
         out[x.shape[1] :] = 0
         if dots:
-            _split(out, halves)
+            _split(out, halves, size, sums[m].view(np.int32))
 
 
 # ---- what both forms of the product do
@@ -472,13 +493,24 @@ def _chunk_of_rows(w: Any, first: Any, here: Any, at: Any, rest: Any) -> Any:  #
     return rest.ctypes.data, CHUNK
 
 
-@njit(nogil=True, cache=True)
-def _end_run(run: Any, total: Any) -> None:  # pragma: no cover - compiled
-    """Add the sums of up to ``RUN`` groups to those of all, and begin anew."""
-    for m in range(run.shape[0]):
-        for lane in range(COLUMNS):
-            total[m, lane] += run[m, lane]
-            run[m, lane] = 0
+@intrinsic  # type: ignore[untyped-decorator]
+def _end_run(_: Any, run: Any, total: Any, rows: Any) -> Any:
+    """Add the sums of up to ``RUN`` groups, 16 of each of ``rows``, to those of all, and begin anew."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        run, total, rows = arguments
+
+        def row(m: Any, none: list[Any]) -> list[Any]:
+            at = [_at(builder, start, m, 4 * COLUMNS) for start in (run, total)]
+            both = builder.fadd(*(_load(builder, place, _FLOATS) for place in at))
+            for place, vector in zip(at, (_same(_FLOATS, 0), both), strict=True):
+                _store(builder, vector, place)
+            return none
+
+        _loop(builder, rows, [], row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), generate
 
 
 @njit(nogil=True, cache=True)
@@ -537,39 +569,43 @@ def _dot(builder: Any, total: Any, codes: Any, digit: Any) -> Any:
     return builder.add(total, builder.call(multiply, [codes, builder.bitcast(digit, _SHORTS)]))
 
 
-def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
-    """``CHUNK`` bytes of up to 16 rows as unsigned numbers, four codes of each of 16 columns in a vector.
+def _put_unsigned(
+    builder: Any, halves: bool, looked_up: bool, starts: list[Any], table: Any, flip: Any, ahead: Any, out: Any
+) -> None:
+    """``CHUNK`` bytes of 16 rows as unsigned numbers, four codes of each of 16 columns in a vector.
 
-    Arguments as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes use, and that
-    ``ahead`` says how far ahead memory is read into the second cache. A tile of the weight whose rows are a power of
-    two apart does not fit the first one; reading past the weight's end that way is harmless.
+    ``table`` and ``flip`` are as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes
+    use. ``ahead`` says how far ahead memory is read into the second cache. A tile of the weight whose rows are a power
+    of two apart does not fit the first one.
     """
+    for start in starts:
+        _read_ahead(builder, builder.add(start, ahead))
+    look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
+    numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
+    flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
+    for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
+        block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
+        for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
+            found = [words if looked_up else builder.xor(words, flipped)]
+            if halves:
+                upper = builder.lshr(found[0], _same(_WORDS, 4))
+                found = [builder.and_(found[0], low), builder.and_(upper, low)]
+            if looked_up:
+                found = [builder.call(look_up, [numbers, builder.bitcast(c, _BYTES)]) for c in found]
+            for v, vector in enumerate(found):
+                place = CHUNK * ((first + i) * len(found) + v) + 4 * column
+                _store(builder, vector, builder.add(out, _ADDRESS(place)))
+
+
+def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
+    """``_put_unsigned`` of up to 16 rows: after the last that is there it comes again."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def decode(_: Any, w: Any, stride: Any, there: Any, table: Any, flip: Any, ahead: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, there, table, flip, ahead, out = arguments
             starts = _rows_of_tile(builder, w, stride, there)
-            pointer = ir.PointerType(_BYTE)
-            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INT, _INT, _INT])
-            for start in starts:
-                line = builder.inttoptr(builder.add(start, ahead), pointer)
-                builder.call(fetch, [line, _INT(0), _INT(2), _INT(1)])
-            look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
-            numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
-            flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
-            for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
-                block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
-                for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
-                    found = [words if looked_up else builder.xor(words, flipped)]
-                    if halves:
-                        upper = builder.lshr(found[0], _same(_WORDS, 4))
-                        found = [builder.and_(found[0], low), builder.and_(upper, low)]
-                    if looked_up:
-                        found = [builder.call(look_up, [numbers, builder.bitcast(c, _BYTES)]) for c in found]
-                    for v, vector in enumerate(found):
-                        place = CHUNK * ((first + i) * len(found) + v) + 4 * column
-                        _store(builder, vector, builder.add(out, _ADDRESS(place)))
+            _put_unsigned(builder, halves, looked_up, starts, table, flip, ahead, out)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), generate
@@ -577,93 +613,205 @@ def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
     return decode
 
 
-def _exact_sum(builder: Any, digits: list[Any], short: bool) -> Any:
-    """The sum of digits times powers of their base, in float64; ``short``: pairs of bytes fit int32."""
-    if short and BITS_OF_DIGIT == 8:
-        pairs = [builder.add(builder.shl(digits[i + 1], _same(_INTS, 8)), digits[i]) for i in (0, 2)]
-        parts, base = pairs, 65536.0
-    else:
-        parts, base = digits, _BASE
-    total = builder.sitofp(parts[-1], _DOUBLES)
-    for part in parts[-2::-1]:
-        scaled = builder.fmul(total, _same(_DOUBLES, base), flags=_EXACT)
-        total = builder.fadd(scaled, builder.sitofp(part, _DOUBLES), flags=_EXACT)
-    return total
+def _rounded(builder: Any, digits: list[Any], short: bool, less: Any, entries: list[Any]) -> Any:
+    """The sum of digits times powers of their base, rounded once to float32.
+
+    ``short``: the sums of upper and lower digits fit int32. ``upper * 2^16 + lower`` is then ``high * 2^24 + low``,
+    ``0 <= low < 2^24``, both of them floats. Else what zero points are more than unsigned codes, ``less``, times the
+    entries' sums, as upper and lower digits, is still to be added.
+    """
+    if short:
+        pairs = len(digits) // 2
+        lower, upper = (
+            digits[i] if pairs == 1 else builder.add(builder.shl(digits[i + 1], _same(_INTS, BITS_OF_DIGIT)), digits[i])
+            for i in (0, pairs)
+        )
+        upper = builder.add(upper, builder.ashr(lower, _same(_INTS, 16)))
+        low = builder.or_(builder.shl(upper, _same(_INTS, 16)), builder.and_(lower, _same(_INTS, 0xFFFF)))
+        low = builder.and_(low, _same(_INTS, 0xFFFFFF))
+        high = builder.sitofp(builder.ashr(upper, _same(_INTS, 8)), _FLOATS)
+        scaled = builder.fmul(high, _same(_FLOATS, 2.0**24), flags=_EXACT)
+        return builder.fadd(scaled, builder.sitofp(low, _FLOATS), flags=_EXACT)
+    total = builder.sitofp(digits[-1], _DOUBLES)
+    for digit in digits[-2::-1]:
+        scaled = builder.fmul(total, _same(_DOUBLES, _BASE), flags=_EXACT)
+        total = builder.fadd(scaled, builder.sitofp(digit, _DOUBLES), flags=_EXACT)
+    lower, upper = (builder.sitofp(v, _DOUBLE) for v in entries)
+    of_x = builder.fadd(builder.fmul(upper, _DOUBLE(65536.0), flags=_EXACT), lower, flags=_EXACT)
+    shift = builder.fmul(builder.sitofp(less, _DOUBLES), _in_all_lanes(builder, of_x, _DOUBLES), flags=_EXACT)
+    return builder.fptrunc(builder.fadd(total, shift, flags=_EXACT), _FLOATS)
 
 
-def _group_of(rows: int, short: bool, twice: bool = False) -> Any:
-    """Add a group, of ``rows`` rows of x, to ``run``: ``steps`` vectors of four codes of each of 16 columns.
+class _OfGroups(NamedTuple):
+    """Addresses and numbers of the groups of some columns and rows of x, in registers."""
 
-    Addresses: of those; of digits of x, and of what a second pass multiplies; of the bits of scales, the exponents that
-    they are relative to, and zero points, 16 each; of sums of the group's entries of x, in either pass, and of powers
-    of its rows, each ``groups`` apart; and of the sum of groups. ``lowest`` is what unsigned codes are less than meant.
+    x: Any
+    """Of digits of x, ``x_stride`` bytes from one row to the next."""
+    finer: Any
+    """The same of what a second pass multiplies."""
+    x_stride: Any
+    scale: Any
+    """Of the bits of scales, 16 a group."""
+    leading: Any
+    """Of those of the exponents that they are relative to."""
+    zero: Any
+    """Of zero points, 16 a group, ``z_step`` bytes from one to the next."""
+    z_step: Any
+    lowest: Any
+    """What unsigned codes are less than meant."""
+    of_x: Any
+    """Of sums of the groups' entries of x, rows ``groups`` of them apart; ``of_finer`` in the second pass."""
+    of_finer: Any
+    row_power: Any
+    """Of powers of the row's groups, likewise."""
+    groups: Any
+    run: Any
+    """Of the sums of groups, 16 a row."""
+
+    def after(self, builder: Any, count: Any, steps: Any) -> _OfGroups:
+        """Those of one row from a group on, for codes of ``steps`` vectors a group."""
+        return self._replace(
+            x=_at(builder, self.x, builder.mul(count, steps), 16),
+            scale=_at(builder, self.scale, count, 4 * COLUMNS),
+            zero=builder.add(self.zero, builder.mul(count, self.z_step)),
+            of_x=_at(builder, self.of_x, count, 8),
+            row_power=_at(builder, self.row_power, count, 4),
+        )
+
+
+def _add_groups(
+    builder: Any, rows: int, short: bool, twice: bool, numbers: Any, steps: Any, count: Any, of_groups: _OfGroups
+) -> None:
+    """Add ``count`` groups, of ``rows`` rows of x, to their run: ``steps`` vectors of four codes of 16 columns each.
+
+    A sum of integers may pass the ends of int32 on its way, and is right where it ends within. So zero points times
+    entries are what it begins with.
+    """
+    x, finer, x_stride, scale, leading, zero, z_step, lowest, of_x, of_finer, row_power, groups, run = of_groups
+    of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
+    in_sums = [_at(builder, of_x, builder.mul(groups, _ADDRESS(m)), 8) for m in range(rows)]
+    powers = [_at(builder, row_power, builder.mul(groups, _ADDRESS(m)), 4) for m in range(rows)]
+    if twice:
+        of_rows.append(finer)
+        in_sums.append(of_finer)
+    lowest = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
+    nothing = _same(_INTS, 0)
+
+    def group(g: Any, none: list[Any]) -> list[Any]:
+        before = builder.mul(g, steps)
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            i = builder.add(before, i)
+            start, at, new = _at(builder, numbers, i, CHUNK), builder.shl(i, _ADDRESS(4)), list(totals)
+            loaded = [_load(builder, builder.add(start, _ADDRESS(4 * column)), _WORDS) for column in _PARTS]
+            codes = [_pairs_of(builder, words) for words in loaded]
+            for m, row in enumerate(of_rows):
+                entry = builder.add(row, at)
+                for word in range(4):  # digits of bytes, or the even and the odd ones of a digit of shorts
+                    of_entry = _load(builder, builder.add(entry, _ADDRESS(4 * word)), _INT)
+                    digit = _in_all_lanes(builder, of_entry, _WORDS)
+                    d, pair = divmod(word, 4 // DIGITS)
+                    for part in range(len(_PARTS)):
+                        place = (m * DIGITS + d) * len(_PARTS) + part
+                        new[place] = _dot(builder, new[place], codes[part][pair], digit)
+            return new
+
+        less = builder.sub(lowest, _load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
+        entries, starts = [], []
+        for place in in_sums:
+            place = _at(builder, place, g, 8)
+            entries.append([_load(builder, builder.add(place, _ADDRESS(4 * i)), _INT) for i in (0, 1)])
+            for d in range(DIGITS):
+                half, first = divmod(d, DIGITS // 2)
+                start = builder.mul(less, _in_all_lanes(builder, entries[-1][half], _INTS))
+                starts += _in_parts(builder, start if short and first == 0 else nothing)
+        sums = _loop(builder, steps, starts, step)
+        found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
+        bits, largest = _load(builder, _at(builder, scale, g, 4 * COLUMNS), _INTS), _load(builder, leading, _INTS)
+        below = builder.sub(largest, builder.and_(bits, _same(_INTS, 0x7F800000)))
+        near = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
+        relative = builder.add(builder.sub(bits, largest), _same(_INTS, 0x3F800000))
+        of_columns = builder.bitcast(builder.select(near, relative, nothing), _FLOATS)
+
+        def rounded(m: int) -> Any:
+            return _rounded(builder, found[m * DIGITS : m * DIGITS + DIGITS], short, less, entries[m])
+
+        for m in range(rows):
+            t = rounded(m)
+            if twice:
+                t = builder.fadd(t, builder.fmul(rounded(rows), _same(_FLOATS, 1 / FINER)))
+            of_row = _load(builder, _at(builder, powers[m], g, 4), _FLOAT)
+            factor = builder.fmul(of_columns, _in_all_lanes(builder, of_row, _FLOATS))
+            magnitude = builder.and_(builder.bitcast(factor, _INTS), _same(_INTS, 0x7FFFFFFF))
+            seen = builder.icmp_signed(">=", magnitude, _same(_INTS, LEAST_FACTOR))
+            t = builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0)))
+            place = builder.add(run, _ADDRESS(4 * COLUMNS * m))
+            _store(builder, builder.fadd(_load(builder, place, _FLOATS), t), place)
+        return none
+
+    _loop(builder, count, [], group)
+
+
+def _groups_of(rows: int, short: bool, twice: bool = False) -> Any:
+    """``_add_groups`` of codes that are unsigned numbers in memory."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def groups_of(
+        _: Any, numbers: Any, steps: Any, count: Any, x: Any, finer: Any, x_stride: Any, scale: Any, leading: Any,
+        zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, groups: Any, run: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            numbers, steps, count, *others = arguments
+            _add_groups(builder, rows, short, twice, numbers, steps, count, _OfGroups(*others))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 16), generate
+
+    return groups_of
+
+
+def _spans_of(halves: bool, looked_up: bool = False) -> Any:
+    """``_put_unsigned`` and ``_add_groups`` in turns, for one row of x, 16 rows of the weight and short sums.
+
+    That is what ``_add_strip`` does, ``spans`` times ``pieces`` chunks and then ``count`` groups, without the calls,
+    which take a third of the time.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def group(
-        _: Any, numbers: Any, steps: Any, x: Any, finer: Any, x_stride: Any, scale: Any, leading: Any, zero: Any,
-        lowest: Any, of_x: Any, of_finer: Any, row_power: Any, groups: Any, run: Any,
+    def spans_of(
+        _: Any, w: Any, stride: Any, table: Any, flip: Any, ahead: Any, spans: Any, pieces: Any, numbers: Any,
+        steps: Any, count: Any, x: Any, scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any,
+        row_power: Any, run: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            numbers, steps, x, finer, x_stride, scale, leading, zero, lowest, *others = arguments
-            of_x, of_finer, row_power, groups, run = others
-            of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
-            if twice:
-                of_rows.append(finer)
+            w, stride, table, flip, ahead, spans, pieces, numbers, steps, count, x, *others = arguments
+            *others, of_x, row_power, run = others
+            no = _ADDRESS(0)
+            of_groups = _OfGroups(x, no, no, *others, of_x, no, row_power, no, run)
+            fours = [builder.add(w, builder.mul(stride, _ADDRESS(4 * i))) for i in range(COLUMNS // 4)]
+            chunk = COLUMNS * CHUNK * (2 if halves else 1)
 
-            def step(i: Any, totals: list[Any]) -> list[Any]:
-                start, at, new = _at(builder, numbers, i, CHUNK), builder.shl(i, _ADDRESS(4)), list(totals)
-                loaded = [_load(builder, builder.add(start, _ADDRESS(4 * column)), _WORDS) for column in _PARTS]
-                codes = [_pairs_of(builder, words) for words in loaded]
-                for m, row in enumerate(of_rows):
-                    entry = builder.add(row, at)
-                    for word in range(4):  # digits of bytes, or the even and the odd ones of a digit of shorts
-                        of_x = _load(builder, builder.add(entry, _ADDRESS(4 * word)), _INT)
-                        digit = _in_all_lanes(builder, of_x, _WORDS)
-                        d, pair = divmod(word, 4 // DIGITS)
-                        for part in range(len(_PARTS)):
-                            place = (m * DIGITS + d) * len(_PARTS) + part
-                            new[place] = _dot(builder, new[place], codes[part][pair], digit)
-                return new
+            def span(s: Any, none: list[Any]) -> list[Any]:
+                def piece(i: Any, none: list[Any]) -> list[Any]:
+                    at = builder.shl(builder.add(builder.mul(s, pieces), i), _ADDRESS(CHUNK.bit_length() - 1))
+                    here = [builder.add(four, at) for four in fours]
+                    starts = [builder.add(four, builder.mul(stride, _ADDRESS(i))) for four in here for i in range(4)]
+                    _put_unsigned(
+                        builder, halves, looked_up, starts, table, flip, ahead, _at(builder, numbers, i, chunk)
+                    )
+                    return none
 
-            zeros = [_same(_WORDS, 0)] * (DIGITS * len(of_rows) * len(_PARTS))
-            sums = _loop(builder, steps, zeros, step)
-            found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
-            bits = _load(builder, scale, _INTS)
-            one = _same(_INTS, 0x3F800000)
-            fraction = builder.or_(builder.and_(bits, _same(_INTS, -0x7F800001)), one)
-            fraction = builder.bitcast(fraction, _FLOATS)
-            exponent = builder.and_(bits, _same(_INTS, 0x7F800000))
-            below = builder.sub(_load(builder, leading, _INTS), exponent)
-            near = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
-            power = builder.select(near, builder.sub(one, below), _same(_INTS, 0))
-            power = builder.bitcast(power, _FLOATS)
-            zeros = builder.sitofp(_load(builder, zero, _INTS), _DOUBLES)
-            zeros = builder.fsub(zeros, _in_all_lanes(builder, lowest, _DOUBLES))
+                _loop(builder, pieces, [], piece)
+                first = builder.mul(s, count)
+                _add_groups(builder, 1, True, False, numbers, steps, count, of_groups.after(builder, first, steps))
+                return none
 
-            def rounded(digits: list[Any], entries: Any) -> Any:
-                shift = builder.fmul(zeros, _in_all_lanes(builder, entries, _DOUBLES), flags=_EXACT)
-                return builder.fptrunc(builder.fsub(_exact_sum(builder, digits, short), shift, flags=_EXACT), _FLOATS)
-
-            for m in range(rows):
-                at = builder.mul(groups, _ADDRESS(m))
-                entries = _load(builder, builder.add(of_x, builder.shl(at, _ADDRESS(3))), _DOUBLE)
-                t = rounded(found[m * DIGITS : m * DIGITS + DIGITS], entries)
-                if twice:
-                    small = rounded(found[DIGITS:], _load(builder, of_finer, _DOUBLE))
-                    t = builder.fadd(t, builder.fmul(small, _same(_FLOATS, 1 / FINER)))
-                t = builder.fmul(t, fraction)
-                of_row = _load(builder, builder.add(row_power, builder.shl(at, _ADDRESS(2))), _FLOAT)
-                factor = builder.fmul(power, _in_all_lanes(builder, of_row, _FLOATS))
-                seen = builder.fcmp_ordered(">=", factor, _same(_FLOATS, float(LEAST_DROP)))
-                t = builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0)))
-                place = builder.add(run, _ADDRESS(4 * COLUMNS * m))
-                _store(builder, builder.fadd(_load(builder, place, _FLOATS), t), place)
+            _loop(builder, spans, [], span)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8, types.float64, *[types.intp] * 5), generate
+        return types.void(*[types.intp] * 19), generate
 
-    return group
+    return spans_of
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -675,13 +823,17 @@ def _columns_of(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         of_rows, stride, there, blocks, mask, out, most, least = arguments
         starts = _rows_of_tile(builder, of_rows, stride, there)
+        ahead = builder.mul(stride, _ADDRESS(COLUMNS))
         masks = _in_all_lanes(builder, builder.trunc(mask, _INT), _INTS)
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
             high, low = totals
             at = builder.mul(i, _ADDRESS(4 * COLUMNS))
             place = builder.add(out, builder.mul(i, _ADDRESS(4 * COLUMNS * COLUMNS)))
-            for words in _transposed(builder, [_load(builder, builder.add(start, at), _INTS) for start in starts]):
+            here = [builder.add(start, at) for start in starts]
+            for address in here:
+                _read_ahead(builder, builder.add(address, ahead))
+            for words in _transposed(builder, [_load(builder, address, _INTS) for address in here]):
                 _store(builder, words, place)
                 place = builder.add(place, _ADDRESS(4 * COLUMNS))
                 part = builder.and_(words, masks)
@@ -699,17 +851,27 @@ def _columns_of(
 
 _unsigned_of_bytes, _unsigned_of_halves = _unsigned_of(False), _unsigned_of(True)
 _unsigned_by_table = _unsigned_of(True, True)
-_long_of_one, _long_of_two, _long_of_four = (_group_of(rows, short=False) for rows in (1, 2, 4))
-_short_of_one, _short_of_two, _short_of_four = (_group_of(rows, short=True) for rows in (1, 2, 4))
-_long_twice, _short_twice = _group_of(1, short=False, twice=True), _group_of(1, short=True, twice=True)
+_long_of_one, _long_of_two, _long_of_four = (_groups_of(rows, short=False) for rows in (1, 2, 4))
+_short_of_one, _short_of_two, _short_of_four = (_groups_of(rows, short=True) for rows in (1, 2, 4))
+_spans_of_bytes, _spans_of_halves, _spans_by_table = _spans_of(False), _spans_of(True), _spans_of(True, True)
+_long_twice, _short_twice = _groups_of(1, short=False, twice=True), _groups_of(1, short=True, twice=True)
 
 
 @njit(nogil=True, cache=True)
-def _split(row: Any, halves: Any) -> None:  # pragma: no cover - compiled
+def _split(row: Any, halves: Any, size: Any, sums: Any) -> None:  # pragma: no cover - compiled
     """Integers of 31 bits, float64, as signed digits, in the first half of the row: 16 bytes for those of four codes.
 
-    Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth.
+    Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth. ``sums`` become
+    those of lower and of upper digits, two for each group of ``size``.
     """
+    for g in range(sums.shape[0] // 2):
+        lower, upper = np.int64(0), np.int64(0)
+        for k in range(g * size, min(g * size + size, row.shape[0])):
+            value = np.int64(row[k])
+            low = ((value + HALF) & 0xFFFF) - HALF
+            lower += low
+            upper += (value - low) >> 16
+        sums[2 * g], sums[2 * g + 1] = lower, upper
     out, shorts = row.view(np.int8), row.view(np.int16)
     found = np.empty(8, dtype=np.int64)
     for start in range(0, row.shape[0], 8):
@@ -749,40 +911,135 @@ def _in_columns(of_rows: Any, first: Any, here: Any, mask: Any, padded: Any, out
 
 @njit(nogil=True, cache=True)
 def _add_to_rows(
-    codes: Any, steps: Any, short: Any, x: Any, finer: Any, by: Any, g: Any, scale: Any, leading: Any, zero: Any,
-    lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, run: Any,
+    codes: Any, steps: Any, count: Any, short: Any, x: Any, by: Any, scale: Any, leading: Any, zero: Any, z_step: Any,
+    lowest: Any, of_x: Any, row_power: Any, groups: Any, run: Any, rows: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Group ``g`` of all rows of x, as many at a time as want no second pass, up to ``MOST_IN_DOTS``."""
-    (rows, groups), m = of_x.shape, 0
-    while m < rows:
-        several = 4 if rows - m >= 4 and MOST_IN_DOTS == 4 else 2 if rows - m >= 2 else 1
-        wanted = False
-        if again:
-            for i in range(several):
-                wanted |= many[m + i, g] != 0
-            several = 1 if wanted else several
-        e, f = x + m * by, finer + m * by
-        o, p, r = of_x[m, g:].ctypes.data, row_power[m, g:].ctypes.data, run[m].ctypes.data
-        if wanted and many[m, g] != 0:
-            second = of_finer[m, g:].ctypes.data
-            if short:
-                _short_twice(codes, steps, e, f, by, scale, leading, zero, lowest, o, second, p, groups, r)
-            else:
-                _long_twice(codes, steps, e, f, by, scale, leading, zero, lowest, o, second, p, groups, r)
+    """``count`` groups of ``rows`` rows of x, of which none wants a second pass; operands are ``_groups_of``'s."""
+    while rows > 0:
+        several = 4 if rows >= 4 and MOST_IN_DOTS == 4 else 2 if rows >= 2 else 1
+        if short and several == 4:
+            _short_of_four(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
+        elif short and several == 2:
+            _short_of_two(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
         elif short:
-            if several == 4:
-                _short_of_four(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
-            elif several == 2:
-                _short_of_two(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
-            else:
-                _short_of_one(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
+            _short_of_one(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
         elif several == 4:
-            _long_of_four(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
+            _long_of_four(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
         elif several == 2:
-            _long_of_two(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
+            _long_of_two(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
         else:
-            _long_of_one(codes, steps, e, 0, by, scale, leading, zero, lowest, o, 0, p, groups, r)
-        m += several
+            _long_of_one(
+                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+            )
+        x, of_x, row_power = x + several * by, of_x + several * groups * 8, row_power + several * groups * 4
+        run, rows = run + several * 4 * COLUMNS, rows - several
+
+
+@njit(nogil=True, cache=True)
+def _add_to_rows_twice(
+    codes: Any, steps: Any, count: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
+    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, run: Any, many: Any, first: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """The same where groups, from ``first`` on, may want a second pass: one row and one group at a time."""
+    rows, groups = many.shape
+    for m in range(rows):
+        for i in range(count):
+            c, e, s, z = (
+                codes + i * steps * CHUNK,
+                x + m * by + i * steps * 16,
+                scale + i * 4 * COLUMNS,
+                zero + i * z_step,
+            )
+            at, r = m * groups + i, run + m * 4 * COLUMNS
+            o, p = of_x + at * 8, row_power + at * 4
+            if many[m, first + i] == 0:
+                _add_to_rows(c, steps, 1, short, e, by, s, leading, z, z_step, lowest, o, p, groups, r, 1)
+            elif short:
+                f, second = finer + m * by + i * steps * 16, of_finer + at * 8
+                _short_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
+            else:
+                f, second = finer + m * by + i * steps * 16, of_finer + at * 8
+                _long_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
+
+
+@njit(nogil=True, cache=True)
+def _add_strip(
+    w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
+    size: Any, inner: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
+    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, run: Any, total: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing."""
+    rows, groups = many.shape
+    chunk, step, ahead = CHUNK * 2 if halves else CHUNK, 8 if halves else 4, COLUMNS * stride
+    span, whole = _span(size, chunk), 0
+    several, pieces, steps = span // size, span // chunk, size // 4
+    while rows == 1 and short and not again and here == COLUMNS and inner - whole >= RUN * size:
+        g, start = whole // size, w + (whole // 2 if halves else whole)
+        e, s, z, o, p = x + whole * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
+        spans = RUN // several
+        if tabled:
+            _spans_by_table(
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
+                lowest, o, p, run,
+            )  # fmt: skip
+        elif halves:
+            _spans_of_halves(
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
+                lowest, o, p, run,
+            )  # fmt: skip
+        else:
+            _spans_of_bytes(
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
+                lowest, o, p, run,
+            )  # fmt: skip
+        whole += RUN * size
+        _end_run(run, total, rows)
+    for k in range(whole, inner, span):
+        part = min(span, inner - k)
+        out = numbers
+        for at in range(k // 2 if halves else k, (k + part + 1) // 2 if halves else k + part, CHUNK):
+            start, apart = w + at, stride
+            if at + CHUNK > length:
+                start, apart = rest, CHUNK
+            if tabled:
+                _unsigned_by_table(start, apart, here, unsigned, word, ahead, out)
+            elif halves:
+                _unsigned_of_halves(start, apart, here, unsigned, word, ahead, out)
+            else:
+                _unsigned_of_bytes(start, apart, here, unsigned, word, ahead, out)
+            out += chunk * COLUMNS
+        done = 0
+        while done < part:
+            g = (k + done) // size
+            count = max((part - done) // size, 1)  # of which sixteen end a run, as whole spans do
+            steps = (min(size, part - done) + step - 1) // step * step // 4
+            codes, e, f = numbers + done * COLUMNS, x + (k + done) * 4, finer + (k + done) * 4
+            s, z, o, second, p = (
+                scale + g * 4 * COLUMNS,
+                zero + g * z_step,
+                of_x + g * 8,
+                of_finer + g * 8,
+                row_power + g * 4,
+            )
+            if again:
+                _add_to_rows_twice(
+                    codes, steps, count, short, e, f, by, s, leading, z, z_step, lowest, o, second, p, run, many, g
+                )
+            else:
+                _add_to_rows(codes, steps, count, short, e, by, s, leading, z, z_step, lowest, o, p, groups, run, rows)
+            done += count * size
+            if (g + count) % RUN == 0 or g + count == groups:
+                _end_run(run, total, rows)
 
 
 @njit(nogil=True, cache=True)
@@ -793,80 +1050,58 @@ def _multiply_by_dots(
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``multiply`` where ``in_dots`` says so."""
     (rows, columns), groups = y.shape, of_x.shape[1]
-    chunk = CHUNK * 2 if halves else CHUNK
     word = (flip ^ 128) * 0x01010101
-    span = _span(size, chunk)
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
-    numbers = np.empty(span * COLUMNS + 64, dtype=np.uint8)
+    numbers = np.empty(_span(size, CHUNK * 2 if halves else CHUNK) * COLUMNS + 64, dtype=np.uint8)
     unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), False, 255
-    lowest = np.float64(-128)
+    lowest = -128
     if halves:
         low = np.float32(0)
         for i in range(16):
             low = min(low, table[i])
         for i in range(64):
             unsigned[i] = np.uint8(table[i & 15] - low)
-        lowest = np.float64(low)
+        lowest = np.int64(low)
         largest = np.int64(unsigned.max())
         for i in range(16):  # plain integers, signed or not, want no table
             tabled |= np.int64(unsigned[i]) != i ^ np.int64(unsigned[0])
         word = np.int64(unsigned[0]) * 0x11111111
-    less = np.float64(lowest + flip)
-    short = largest * size <= LARGEST_SUM
+    shifted = zero.shape[0] > 0
+    less = lowest + flip
     run = np.zeros((rows, COLUMNS), dtype=np.float32)
     total = np.empty((rows, COLUMNS), dtype=np.float32)
     bits = np.empty((wide, COLUMNS), dtype=np.int32)
-    zeros = np.zeros((wide if zero.shape[0] > 0 else 1, COLUMNS), dtype=np.int32)
+    zeros = np.zeros((wide if shifted else 1, COLUMNS), dtype=np.int32)
     padded = np.empty((COLUMNS, wide), dtype=np.int32)
     most, least = np.empty(COLUMNS, dtype=np.int32), np.empty(COLUMNS, dtype=np.int32)
-    highest, deepest = np.empty(COLUMNS, dtype=np.int32), np.empty(COLUMNS, dtype=np.int32)
+    highest, deepest = np.zeros(COLUMNS, dtype=np.int32), np.zeros(COLUMNS, dtype=np.int32)
     rest = np.zeros((COLUMNS, CHUNK), dtype=np.uint8)  # of the last chunk: no loop reads beyond the weight
+    whole = w.shape[1] // CHUNK * CHUNK
     of_scale = scale.view(np.int32)
-    ahead = COLUMNS * w.strides[0]
-    step = 8 if halves else 4
     for first in range(0, columns, COLUMNS):
         here = min(COLUMNS, columns - first)
         _in_columns(of_scale, first_row + first, here, 0x7F800000, padded, bits, most, least)
         for lane in range(COLUMNS):
             if least[lane] == 0 or most[lane] == 0x7F800000:
                 return False
-        if zero.shape[0] > 0:
+        if shifted:
             _in_columns(zero, first_row + first, here, -1, padded, zeros, highest, deepest)
-            for lane in range(COLUMNS):
-                if highest[lane] - flip > LARGEST_ZERO or deepest[lane] - flip < -LARGEST_ZERO:
-                    return False
+        number = np.int64(0)  # the largest there can be, zero points taken off
+        for lane in range(COLUMNS):
+            if shifted and (highest[lane] - flip > LARGEST_ZERO or deepest[lane] - flip < -LARGEST_ZERO):
+                return False
+            number = max(number, largest - (deepest[lane] - less), highest[lane] - less)
+        for n in range(here if whole < w.shape[1] else 0):
+            rest[n, : w.shape[1] - whole] = w[first + n, whole:]
         total[:] = 0
         numbers_at = (numbers.ctypes.data + 63) & -64  # here, as numba frees an array after its last use
-        k = 0
-        while k < inner:
-            part = min(span, inner - k)
-            pieces = (part + chunk - 1) // chunk
-            for piece in range(pieces):
-                at = (k + piece * chunk) // 2 if halves else k + piece * chunk
-                start, by = _chunk_of_rows(w, first, here, at, rest)
-                out = numbers_at + piece * chunk * COLUMNS
-                if tabled:
-                    _unsigned_by_table(start, by, here, unsigned.ctypes.data, word, ahead, out)
-                elif halves:
-                    _unsigned_of_halves(start, by, here, unsigned.ctypes.data, word, ahead, out)
-                else:
-                    _unsigned_of_bytes(start, by, here, unsigned.ctypes.data, word, ahead, out)
-            g = k // size
-            done = 0
-            while done < part:
-                steps = (min(size, part - done) + step - 1) // step * step // 4
-                codes, s = numbers_at + done * COLUMNS, bits.ctypes.data + g * 4 * COLUMNS
-                z = zeros.ctypes.data + (g * 4 * COLUMNS if zero.shape[0] > 0 else 0)
-                for_rows = x.ctypes.data + (k + done) * 4, finer.ctypes.data + (k + done) * 4
-                _add_to_rows(
-                    codes, steps, short, *for_rows, x.strides[0], g, s, most.ctypes.data, z, less, of_x, of_finer,
-                    row_power, many, again, run,
-                )  # fmt: skip
-                done += size
-                g += 1
-                if g % RUN == 0 or g == groups:
-                    _end_run(run, total)
-            k += span
+        _add_strip(
+            w.ctypes.data + first * w.strides[0], w.strides[0], w.shape[1], here, rest.ctypes.data, halves, tabled,
+            unsigned.ctypes.data, word, size, inner, numbers_at, number * size <= LARGEST_SUM, x.ctypes.data,
+            finer.ctypes.data, x.strides[0], bits.ctypes.data, most.ctypes.data, zeros.ctypes.data,
+            4 * COLUMNS if shifted else 0, less, of_x.ctypes.data, of_finer.ctypes.data, row_power.ctypes.data, many,
+            again, run.ctypes.data, total.ctypes.data,
+        )  # fmt: skip
         for lane in range(COLUMNS):
             most[lane] = (most[lane] >> 23) - 127
         last = first + here
@@ -1019,7 +1254,7 @@ def multiply(
                         run[t, m].ctypes.data,
                     )  # fmt: skip
                 if last_of_run:
-                    _end_run(run[t], total[t])
+                    _end_run(run[t].ctypes.data, total[t].ctypes.data, rows)
         for t in range(used):
             first = strip + t * COLUMNS
             last = min(first + COLUMNS, columns)
