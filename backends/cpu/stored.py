@@ -29,6 +29,7 @@ __all__ = [
     "Operands",
     "blocks_of_rows",
     "blocks_of_values",
+    "ends_of_parts",
     "matmul_stored",
     "operands_of",
 ]
