@@ -276,3 +276,31 @@ def test_threads_that_never_came_to_their_turn_keep_no_arrays():
         wait.set()
         for task in busy:
             task.result()
+
+
+def test_threads_found_on_their_caller_s_core_are_kept_off_it(monkeypatch):
+    told, core, allowed, caller = [], {"caller": 0, "other": 1}, {0, 1, 2}, threading.get_ident()
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "_core", lambda: core["caller" if threading.get_ident() == caller else "other"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(allowed), raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *of_thread: told.append(of_thread), raising=False)
+    pool = runtime._Pool()
+
+    def told_in_a_call():
+        told.clear()
+        thread = pool.submit(threading.get_native_id).result()
+        return [cores for number, cores in told if number == thread]
+
+    try:
+        assert [told_in_a_call() for _ in range(3)] == [[], [], []], "where threads are apart nothing is told"
+        core["caller"] = 1
+        assert told_in_a_call() == []
+        assert told_in_a_call() == [{0, 2}], "found there in the call before"
+        core["other"] = 0
+        assert told_in_a_call() == [], "as long as the caller stays"
+        core["caller"] = 2
+        assert told_in_a_call() == [{0, 1}]
+        allowed, core["caller"] = {1}, 1
+        assert told_in_a_call() == [], "a caller that is confined confines nobody"
+    finally:
+        pool._executor.shutdown()

@@ -8,12 +8,14 @@ tried and what each gave.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,59 @@ CHUNKS_PER_CORE = 8
 """For work that is cheap to cut: with one chunk for each core, all would wait for a core that another program has."""
 
 
+class _Pool:
+    """Threads beside the caller's, kept off its core from when one has been found there.
+
+    A virtual machine that was idle may wake a thread on the core of the one that wakes it, and leave both there for 40
+    ms though another core is idle: each call then takes as long as with one thread. Elsewhere nothing is asked of the
+    system but the number of a core.
+    """
+
+    def __init__(self) -> None:
+        self._threads = list[int]()  # their numbers in the system
+        self._met, self._kept_off = False, -1
+        self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._enter)
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        core = _core()
+        if self._met and core != self._kept_off:
+            self._keep_off(core)
+        return self._executor.submit(self._beside, core, work)
+
+    def _enter(self) -> None:
+        self._threads.append(threading.get_native_id())
+        self._kept_off = -1  # is asked for again, of this thread, too
+
+    def _beside(self, core: int, work: Callable[[], Any]) -> Any:
+        self._met |= core >= 0 and core == _core()
+        return work()
+
+    def _keep_off(self, core: int) -> None:
+        allowed = os.sched_getaffinity(0)
+        if 1 < cores() <= len(allowed):  # a caller that is confined to fewer is not to confine the others
+            with contextlib.suppress(OSError):  # not permitted
+                for thread in self._threads:
+                    os.sched_setaffinity(thread, allowed - {core})
+        self._kept_off = core
+
+
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, cores() - 1), thread_name_prefix="aqt_lite")
+def _pool() -> _Pool:
+    return _Pool()
+
+
+def _no_core() -> int:
+    return -1
+
+
+def _teller_of_cores() -> Callable[[], int]:
+    """What tells the core that a thread is running on, or -1 where threads cannot be told where to run."""
+    if sys.platform != "linux":
+        return _no_core
+    return getattr(ctypes.PyDLL(None), "sched_getcpu", _no_core)
+
+
+_core = _teller_of_cores()
 
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the child make its own
