@@ -201,6 +201,25 @@ def test_scales_of_any_size_and_sign_in_one_row(bad):
 
 
 @needs_loops
+@pytest.mark.parametrize("times", [1.0, 0.75])
+def test_scales_that_are_codes_are_looked_up_whatever_numbers_these_have(times):
+    """Powers of two are made of their codes; what lies beside them, or in another order, is looked up."""
+    with np.errstate(over="ignore"):
+        powers = np.float32(times) * np.ldexp(np.float32(1), np.arange(256) - 127)
+    powers[255] = powers[0]
+    others = np.random.default_rng(0).standard_normal(256).astype(np.float32)
+    codes = np.random.default_rng(1).integers(1, 255, (4, 37)).astype(np.uint8)
+    codes[1, 5], codes[2, 36] = 0, 255
+    assert LOOPS._doubling(powers) == (1 if times == 1 else 2, 254)
+    for table in (powers, others):
+        for rows in ([0, 1, 2, 3], [2]):  # one for all
+            found = np.empty(codes.shape, np.float32)
+            LOOPS._looked_up(codes[rows], table, LOOPS._doubling(table), found)
+            expected = np.broadcast_to(table[codes[rows]], found.shape)
+            assert found.tobytes() == expected.tobytes()
+
+
+@needs_loops
 @pytest.mark.parametrize("zero", [-100, 40, 3])
 def test_zero_points_that_are_no_codes(zero):
     q, x = quantize(weight(300, 512), "uint4", scheme="affine", granularity=PerGroup(32)), weight(1, 512, seed=2)

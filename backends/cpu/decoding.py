@@ -823,12 +823,37 @@ def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) 
 
 
 @njit(nogil=True, cache=True)
-def _looked_up(codes: Any, table: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Numbers of scales that are kept as codes."""
+def _doubling(table: Any) -> Any:  # pragma: no cover - compiled
+    """Codes about the middle one, the first and the last, of which each has twice the number of the one before."""
+    bits = table.view(np.uint32)
+    first = last = bits.shape[0] // 2
+    while first > 0 and bits[first] - bits[first - 1] == 1 << 23:
+        first -= 1
+    while last + 1 < bits.shape[0] and bits[last + 1] - bits[last] == 1 << 23:
+        last += 1
+    return first, last
+
+
+@njit(nogil=True, cache=True)
+def _looked_up(codes: Any, table: Any, doubling: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Numbers of scales that are kept as codes; in vectors where ``doubling`` has those of a row.
+
+    Twice a number is one more in its exponent, which the bits from the 23rd on are. So all bits are those of code 0, as
+    it would be, and the code's.
+    """
+    first, last = doubling
+    serves = last > first
+    of_none = np.uint32(table.view(np.uint32)[first] - (first << 23)) if serves else np.uint32(0)
     for n in range(out.shape[0]):
         row, numbers = codes[n if codes.shape[0] > 1 else 0], out[n]
-        for g in range(numbers.shape[0]):
-            numbers[g] = table[np.uint64(row[g])]
+        bits, least, most = numbers.view(np.uint32), np.uint8(255), np.uint8(0)
+        for g in range(bits.shape[0] if serves else 0):
+            code = row[g]
+            least, most = min(least, code), max(most, code)
+            bits[g] = of_none + (np.uint32(code) << np.uint32(23))
+        if not serves or least < first or most > last:
+            for g in range(numbers.shape[0]):
+                numbers[g] = table[np.uint64(row[g])]
 
 
 @njit(nogil=True, cache=True)
@@ -1045,14 +1070,14 @@ def multiply(
     fixed = one and DOTS and x.view(np.int32)[0, head] != 0
     unserved = np.int64(x.view(np.int32)[0, head + 1]) if fixed else 0
     lowest = np.int64(table.min()) if fixed and halves else 0
-    less = np.uint32(0 if coded else 1)
+    less, doubling = np.uint32(0 if coded else 1), _doubling(of_scales)
     most = np.uint32(0)
     for first in range(0, columns, STRIP):
         stop = min(first + STRIP, columns)
         here, start, codes = stop - first, first_row + first, w[first:stop]
         if coded:
             several = codes_of_scales.shape[0] > 1
-            _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, scales[:here])
+            _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, doubling, scales[:here])
         numbers = scales[:here] if coded else scale[start : start + here] if scale.shape[0] > 1 else scale
         points = zero[start : start + here] if zero.shape[0] > 1 else zero
         s_start, dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
@@ -1115,10 +1140,11 @@ def dequantize(
     numbers, zeros = np.empty((1, groups), dtype=np.float32), np.zeros((1, groups), dtype=np.float32)
     a = table.ctypes.data
     whole, most = inner // size if size % LANES == 0 else 0, np.uint32(0)
+    doubling = _doubling(of_scales)
     for n in range(w.shape[0]):
         row = first_row + n if kept.shape[0] > 1 else 0
         if coded:
-            _looked_up(codes_of_scales[row : row + 1], of_scales, numbers)
+            _looked_up(codes_of_scales[row : row + 1], of_scales, doubling, numbers)
         else:
             numbers[0] = scale[row]
         most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))

@@ -198,14 +198,28 @@ def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Arra
     if several or b.dtype_name(codes) not in ("int8", "uint8") or codes.ndim != 2:
         scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
         return scale, _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
+    kind, plain = b.dtype_name(codes), b.name == "numpy" and all(part is None for part in kept[1:])
+    numbers = _numbers_of_scales(spec, kind) if plain else _numbers_of_every_code(kept, spec, kind, b)
+    if kind == "int8":
+        codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
+    return _as_array(_NO_SCALES, b), codes, numbers
+
+
+def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Array:
+    """What scales would be if their codes were these, one after the other."""
     assert spec.format.scale is not None
-    bits, (least, most) = np.arange(256, dtype=np.uint8).view(b.dtype_name(codes)), spec.format.scale.element.codes
+    bits, (least, most) = np.arange(256, dtype=np.uint8).view(kind), spec.format.scale.element.codes
     every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
     with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
-        numbers = affine.scales(kept._replace(codes=b.asarray(every, like=codes)), spec, b)
-    if b.dtype_name(codes) == "int8":
-        codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
-    return _as_array(_NO_SCALES, b), codes, xp.reshape(xp.astype(numbers, xp.float32), (-1,))
+        numbers = affine.scales(kept._replace(codes=b.asarray(every, like=kept.codes)), spec, b)
+    return b.xp.reshape(b.xp.astype(numbers, b.xp.float32), (-1,))
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers_of_scales(spec: Spec, kind: str) -> Array:
+    """The same where nothing else is kept: for a small product they would take longer than all of the loops."""
+    b = get_backend("numpy")
+    return _numbers_of_every_code(Coded(np.empty((1, 1), kind), None, None), spec, kind, b)
 
 
 def _as_array(nothing: np.ndarray[Any, Any], b: Backend) -> Array:
