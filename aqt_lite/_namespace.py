@@ -6,6 +6,7 @@ Owns: which standard-conforming namespace speaks for an array. Imports: array-ap
 from __future__ import annotations
 
 import importlib
+import types
 from typing import Any, Protocol
 
 import array_api_compat
@@ -38,9 +39,15 @@ def array_namespace(x: Array) -> Any:
     return array_api_compat.array_namespace(x)
 
 
-def wrapped_namespace(library: str) -> Any:
-    """array-api-compat's wrapper of a library that does not speak the whole standard itself."""
-    return importlib.import_module(f"array_api_compat.{library}")
+def wrapped_namespace(library: str, **functions: Any) -> Any:
+    """array-api-compat's wrapper of a library that does not speak the whole standard itself, with other ``functions``.
+
+    A module, as Dynamo traces functions of no other object as well.
+    """
+    found = types.ModuleType(f"aqt_lite.{library}")
+    wrapper = vars(importlib.import_module(f"array_api_compat.{library}"))
+    vars(found).update({name: value for name, value in wrapper.items() if name[:2] != "__"} | functions)
+    return found
 
 
 def is_array(x: object) -> bool:

@@ -25,6 +25,18 @@ def without_warnings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def _of_arrays_in_memory(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """``operation``, quiet: arrays on disks are read whole here; kernels read them in parts."""
+
+    @functools.wraps(operation)
+    def call(*arrays: Any, **static: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return operation(*(np.asarray(a) if hasattr(a, "__array__") else a for a in arrays), **static)
+
+    return call
+
+
+@functools.cache
 def _name(dtype: Any) -> str:
     return str(dtype.name)  # the same for either byte order
 
@@ -34,7 +46,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     array_modules = ("numpy", "ml_dtypes")
-    xp = wrapped_namespace("numpy")
+    xp = wrapped_namespace("numpy", clip=np.clip)  # bounds are numbers of the array's type here: nothing is promoted
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
         return np.array(values)  # a copy: what another library gave may be written to there
@@ -60,7 +72,7 @@ class NumpyBackend(Backend):
         return np.arange(start, stop, dtype=np.int32)
 
     def has_nan(self, x: Array) -> bool:
-        return bool(x.size and np.isnan(np.max(x)))  # which needs no memory
+        return bool(x.size and np.isnan(x.max()))  # which needs no memory
 
     def to_device(self, x: Array, device: Any) -> Array:
         if device != "cpu":
@@ -80,13 +92,7 @@ class NumpyBackend(Backend):
         return True
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        quiet = without_warnings(function)
-
-        @functools.wraps(function)
-        def call(*arrays: Any, **static: Any) -> Any:  # arrays on disks are read whole here; kernels read them in parts
-            return quiet(*(np.asarray(a) if hasattr(a, "__array__") else a for a in arrays), **static)
-
-        return call
+        return _of_arrays_in_memory(function)
 
     def why_unusable(self, x: Array) -> str | None:
         if isinstance(x, np.ma.MaskedArray):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from aqt_lite import (
     Codebook,
@@ -708,6 +709,12 @@ def test_other_functions_of_torch_name_the_way_and_operators_their_own():
     for operate in (operator.eq, operator.ne):
         with pytest.raises(TypeError, match="not compared by =="):
             operate(X, q)
+
+
+def test_make_fx_takes_no_result_for_a_constant():
+    for size in (8, 512):  # as NumPy does it, and by the CPU library
+        with pytest.raises(RuntimeError, match="tracing tensor"):  # which is looked at for NaN
+            make_fx(lambda x: fake_quantize(x))(torch.ones(size, size))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared, and a trace has one shape

@@ -8,6 +8,7 @@ inside 32, those inside 64. The word's lowest ``bits`` bytes then are the stream
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,10 @@ _OF_HALF_WORDS: dict[int, Any] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.d
 
 def pack(codes: Array, *, bits: int) -> Any:
     """``packing.pack`` of codes of one byte."""
-    if codes.size < LARGE or codes.dtype.itemsize != 1:
+    if not codes.size or codes.dtype.itemsize != 1:
         return NotImplemented
+    if codes.size < LARGE:
+        return packed_rows(codes, bits)
     stream = aligned_empty((*codes.shape[:-1], packing.bytes_of(codes.shape[-1], bits)), np.uint8)
     _for_tiles(lambda c, s: _pack(c.view(np.uint8), bits, s), np.ascontiguousarray(codes), stream, bits)
     return stream
@@ -40,8 +43,10 @@ def pack(codes: Array, *, bits: int) -> Any:
 
 def unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
     """``packing.unpack``."""
-    if stream.size * 8 // bits < LARGE or stream.dtype != np.uint8 or bits > 8:
+    if not length or not stream.size or stream.dtype != np.uint8 or bits > 8:
         return NotImplemented
+    if stream.size * 8 // bits < LARGE:
+        return unpacked_rows(stream, bits, length, signed)
     codes = aligned_empty((*stream.shape[:-1], length), np.int8 if signed else np.uint8)
     _for_tiles(lambda c, s: _unpack(s, bits, signed, c.view(np.uint8)), codes, np.ascontiguousarray(stream), bits)
     return codes
@@ -83,6 +88,7 @@ def _for_tiles(work: Callable[[Array, Array], None], codes: Array, stream: Array
     map_ranges(some, len(tiles), 1, chunks_per_core=CHUNKS_PER_CORE)
 
 
+@functools.cache
 def _steps(bits: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
     """For lanes of 16, 32 and 64 bits: how far the upper half moves down, and the masks of both halves then."""
     found = []

@@ -207,8 +207,14 @@ def _quotas(root: str, path: str, *names: str) -> list[int]:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
-    """An uninitialized array that begins on a cache line, so that other libraries can take it over without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    """An uninitialized array that begins on a cache line, so that other libraries can take it over without a copy.
+
+    Small ones begin anywhere: copying them takes less time than finding out where that is.
+    """
+    count = math.prod(shape)
+    if count < LARGE:
+        return np.empty(shape, dtype)
+    size = count * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, dtype=np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)

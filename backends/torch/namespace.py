@@ -5,7 +5,6 @@ Owns: the functions that differ from array-api-compat's. Imports: its wrapper, a
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
@@ -16,11 +15,8 @@ __all__ = ["namespace"]
 
 
 def namespace() -> Any:
-    """A module, as Dynamo traces functions of no other object as well."""
-    found = types.ModuleType("aqt_lite.backends.torch.array_api")
-    vars(found).update({name: value for name, value in vars(wrapped_namespace("torch")).items() if name[:2] != "__"})
-    found.clip = clip  # type: ignore[attr-defined]
-    return found
+    """The wrapper, with the functions below."""
+    return wrapped_namespace("torch", clip=clip)
 
 
 def clip(x: Array, /, min: Any = None, max: Any = None) -> Array:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from aqt_lite import affine
 from aqt_lite._blocks import spread
+from aqt_lite._dispatch import run
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
@@ -653,6 +654,9 @@ def _as_numpy(tensors: Any) -> list[Any]:
 
 
 def _from_numpy(a: Any) -> Array:
+    a = np.asarray(a)
+    if not a.flags.writeable:  # one number for many places, of which torch warns
+        a = a.copy()
     if a.dtype.name == "bfloat16":  # of which torch knows no NumPy type
         return torch.from_numpy(a.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(a)
@@ -667,25 +671,38 @@ def _check_memory(tensors: Any) -> None:
             raise ValueError(f"a tensor {without_memory(t)}")
 
 
-def _of_large(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of the CPU library for large tensors; small ones are left to torch itself."""
+def _in_memory(operation: Callable[..., Any], *, of_few_steps: bool = False) -> Callable[..., Any]:
+    """``operation`` on memory that NumPy can read: of small tensors as NumPy does it, of large ones by the CPU's form.
+
+    A step of torch's own takes a few microseconds before it does anything, and an operation has dozens of them; small
+    tensors are left to torch where it is ``of_few_steps``, which take less time than going to NumPy and back.
+    """
+    form = runtime.gated(quantize.FORMS[operation])
 
     def kernel(*arrays: Any, **static: Any) -> Any:
         if torch.compiler.is_compiling():  # first of all: to compare a size is to compile for it
             return NotImplemented
         first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
-        if first.numel() < runtime.LARGE or not _have_numpy_memory(runtime.arrays_in(arrays)):
+        small = first.numel() < runtime.LARGE
+        if (small and of_few_steps) or not _have_numpy_memory(runtime.arrays_in(arrays)):
             return NotImplemented
         with outside_transformations():
-            result = form(*runtime.on_each(lambda t: t.numpy(force=True), arrays), **static)
+            given = runtime.on_each(lambda t: t.numpy(force=True), arrays)
+            way = functools.partial(run, get_backend("numpy"), operation) if small else form
+            result = way(*given, **static)
             return result if result is NotImplemented else runtime.on_each(_from_numpy, result)
 
     return kernel
 
 
 def _have_numpy_memory(tensors: Any) -> bool:
-    """Whether all have memory that NumPy can read, and no derivative to carry."""
+    """Whether all have memory that NumPy can read, no derivative to carry, and nobody who listens to torch's steps.
+
+    ``make_fx`` does, who would hear of none, and take the result for a constant.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if _get_current_dispatch_mode() is not None:
         return False
     tracking = torch.is_grad_enabled()
     for t in tensors:  # a loop, because a generator takes a good part of the time of a small product
@@ -727,11 +744,9 @@ def _of_integers(x: Coded, w: Coded, bias: Array | None, *, contract: int, out: 
 
 
 KERNELS: Kernels = {
-    **{operation: Kernel(_of_large(runtime.gated(form)), anything) for operation, form in quantize.FORMS.items()},
-    affine.dequantize: Kernel(
-        with_codes_in_onnx(_of_large(runtime.gated(quantize.FORMS[affine.dequantize]))), anything
-    ),
-    unpack: Kernel(with_streams_in_onnx(_of_large(runtime.gated(quantize.FORMS[unpack]))), anything),
+    **{operation: Kernel(_in_memory(operation), anything) for operation in quantize.FORMS},
+    affine.dequantize: Kernel(with_codes_in_onnx(_in_memory(affine.dequantize, of_few_steps=True)), anything),
+    unpack: Kernel(with_streams_in_onnx(_in_memory(unpack)), anything),
     reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
     reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),
