@@ -37,6 +37,12 @@ MOST_CODES_AT_ONCE = 1 << 20
 CODES_A_ROW = 1 << 13
 """Codes of such a weight that a row of x pays for: turning them to floats takes less time than BLAS gains."""
 
+CODES_OF_MANY_ROWS = 3 * CODES_A_ROW
+"""The same of each of ``MANY_ROWS`` or more, which BLAS gains more on: what it does before it begins, they share."""
+
+MANY_ROWS = 24
+"""How many those are, by measurement."""
+
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
 
@@ -176,7 +182,8 @@ def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract:
 
 def is_worth_floats(rows: int, codes: int) -> bool:
     """Whether so many rows of x meet a weight so small that its floats stay in cache, where BLAS is faster."""
-    return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * CODES_A_ROW, MOST_CODES_AT_ONCE)
+    a_row = CODES_A_ROW if rows < MANY_ROWS else CODES_OF_MANY_ROWS
+    return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
 
 
 def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:

@@ -184,32 +184,20 @@ def _by_loops(form: Callable[..., Any], x: Array, w: Coded, bias: Array | None, 
 
 
 def _by_decoding(
-    x: Array,
-    w: Coded,
-    bias: Array | None,
-    *,
-    spec: Spec,
-    contract: int,
-    packed_length: int | None,
-    has_memory: bool = False,
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
 ) -> Any:
-    """NumPy's form whose codes become numbers in registers, or in a cache, where it serves.
-
-    ``has_memory``: the weight is known to have some that NumPy can read.
-    """
+    """NumPy's form whose codes become numbers in registers, or in a cache, where it serves."""
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
-    static = get_backend("torch").dtype_name(x), w, spec, contract, packed_length is not None
+    is_packed = packed_length is not None
+    static = get_backend("torch").dtype_name(x), w, spec, contract, is_packed
     if not serve.becomes_floats(*static):
         return NotImplemented
-    is_packed = packed_length is not None
-    if serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1]) or (
-        is_packed and not serve.decodes(*static)  # bytes have loops for any group elsewhere
-    ):
-        has_memory = has_memory or _have_numpy_memory(runtime.arrays_in(w))
-        return _of_floats(x, w, bias, spec, is_packed) if has_memory else NotImplemented
-    if not serve.decodes(*static):
-        return NotImplemented
+    floats_pay = serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1])
+    if floats_pay or not serve.decodes(*static):
+        if not (floats_pay or is_packed):  # bytes have loops for any group elsewhere
+            return NotImplemented
+        return _of_floats(x, w, bias, spec, is_packed) if _have_numpy_memory(runtime.arrays_in(w)) else NotImplemented
     form = functools.partial(stored.matmul_stored, packed_length=packed_length)
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
@@ -484,7 +472,7 @@ def _stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **
         return _as_one_call(x, w, bias, **static)
     tensors = runtime.arrays_in((x, *w, bias))
     if _have_numpy_memory(tensors):
-        return _by_decoding(x, w, bias, **static, has_memory=True)
+        return _by_decoding(x, w, bias, **static)
     if not _may_be_read(tensors) or not _serves(serve.becomes_floats, x, w, static):
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
