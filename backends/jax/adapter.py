@@ -59,6 +59,9 @@ class JaxBackend(Backend):
             # Over several processes, all of which run the same program, and so ask for the same.
             gathered = importlib.import_module("jax.experimental.multihost_utils").process_allgather(x, tiled=True)
             return np.asarray(gathered)
+        if isinstance(x, jax.Array) and not self.is_traced(x):  # in a tenth of the time of ``device_get``
+            with jax.transfer_guard_device_to_host("allow"):
+                return np.asarray(x)
         return np.asarray(jax.device_get(x))  # likewise
 
     def arange(self, start: int, stop: int, like: Array) -> Array:
