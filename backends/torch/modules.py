@@ -26,6 +26,7 @@ from aqt_lite._shapes import swapped_back, taken_from
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.backends.torch import products
+from aqt_lite.formats import element_type
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import linear
 from aqt_lite.ops.matmul import as_stored, in_integers, may_go_as_stored
@@ -264,7 +265,8 @@ def _in_one_call(q: QArray, buffers: dict[str, Any]) -> Any:
     if len(q.shape) != 2 or q.transposed or q.scale is None or q.offset is not None or q.storage.is_meta:
         return None
     stored = as_stored(q, packed=True) if may_go_as_stored(q, "fast", 1) else None
-    found = products.in_one_call(stored, in_integers(q) if stored is None else None, q.packed_length)
+    as_they_are = stored is None and element_type(q.dtype).zero_points and not isinstance(q.scale, QArray)
+    found = products.in_one_call(stored, in_integers(q) if as_they_are else None, q.packed_length)
     if found is None:
         return None
     operator, told, tensors = found
