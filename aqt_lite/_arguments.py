@@ -5,10 +5,7 @@ Owns: the checks that several public functions share. Imports: elements, the con
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,45 +16,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.qarray import QArray
 
-__all__ = ["SAID_ELSEWHERE", "as_float_array", "check_floats", "naming_the_argument", "one_of"]
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-SAID_ELSEWHERE = {
-    "axis": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
-    "dim": "granularity=PerChannel(axis), or PerGroup(size, axis) for groups",
-    "channel_axis": "granularity=PerChannel(axis)",
-    "bits": "dtype='int4', 'int8', ...",
-    "num_bits": "dtype='int4', 'int8', ...",
-    "group_size": "granularity=PerGroup(size)",
-    "block_size": "granularity=PerGroup(size), or PerBlock(shape)",
-    "symmetric": "scheme='symmetric' or 'affine'",
-    "per_channel": "granularity=PerChannel(axis)",
-    "zero": "zero_point=",
-    "seed": "key= with rounding='stochastic'",
-    "out_dtype": "dtype= of dequantize",
-    "keepbits": "dtype='bitround7' and the like",
-}
-
-
-def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``function``, whose TypeError for an argument that other libraries have says what it is called here."""
-    known = frozenset(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not known.issuperset(kwargs):
-            name = next(k for k in kwargs if k not in known)
-            ways = (SAID_ELSEWHERE.get(name, ""), "keepbits=" if name in ("bits", "num_bits") else "")
-            way = next((way for way in ways if way.partition("=")[0] in known), None)  # of what it takes
-            arguments = ", ".join(k for k in inspect.signature(function).parameters)
-            raise TypeError(
-                f"{function.__name__}() has no argument {name!r}: " + (f"use {way}" if way else f"it has {arguments}")
-            )
-        return function(*args, **kwargs)
-
-    return call
+__all__ = ["as_float_array", "check_floats", "one_of"]
 
 
 def as_float_array(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._qparams import unusable_codes
 from aqt_lite._registry import backend_of, get_backend
@@ -69,6 +70,7 @@ class ArrayBytes:
         return found.packed(_leaves_of(q, found))
 
     @classmethod
+    @naming_the_argument
     def from_bytes(  # type: ignore[misc]
         cls: type[QArray],
         data: bytes | bytearray | memoryview | AnyArray,

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite._arguments import SAID_ELSEWHERE, check_floats
+from aqt_lite._arguments import check_floats
 from aqt_lite._foreign import refusal
+from aqt_lite._keywords import said_here
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import Swapped, swapped_forth
 from aqt_lite.api import quantize
@@ -223,8 +224,7 @@ def check_layout(argument: str, layout: Any) -> None:
 
 
 def _no_such_key(key: Any, keys: tuple[str, ...]) -> str:
-    way = SAID_ELSEWHERE.get(str(key))
-    if way:
+    if way := said_here(str(key), keys):
         return f"there is no {key!r}: use {way}"
     near = difflib.get_close_matches(str(key), keys, 1, 0.6)
     return f"there is no {key!r}" + (f": did you mean {near[0]!r}?" if near else f"; a spec has {', '.join(keys)}")

@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import numpy as np
 
 from aqt_lite import _clipping, _given, _statistics, affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
-from aqt_lite._arguments import as_float_array, naming_the_argument, one_of
+from aqt_lite._arguments import as_float_array, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import offered, run
 from aqt_lite._into import (
@@ -32,6 +32,7 @@ from aqt_lite._into import (
     quantize_stored,
     storage_of,
 )
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._missing import Marked, marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._noise import MOST_ELEMENTS, key_words
@@ -482,6 +483,7 @@ def choose_qparams(
     return kept, found.zero_point if found.offset is None else found.offset
 
 
+@naming_the_argument
 def dequantize(q: QArray, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
     """The values that the codes stand for: ``(number - zero_point) * scale``, or ``number * scale + offset``.
 
@@ -554,6 +556,7 @@ def fake_quantize(
     return y
 
 
+@naming_the_argument
 def int_limits(dtype: Any, backend: str = "numpy") -> IntLimits:
     """Limits of an integer type, asked of a backend.
 

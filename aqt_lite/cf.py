@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._parts import boxes, memory_order
 from aqt_lite._progress import over, over_tasks
 from aqt_lite.qarray import QArray
@@ -173,6 +174,7 @@ class Packing:
         )
 
 
+@naming_the_argument
 def choose_packing(
     x: Any,
     *,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Numbers
 from aqt_lite._sides import (
     Differences,
@@ -158,6 +159,7 @@ def _of(count: int | None, of: int, much: str) -> str:
     return f"{count} of {of} differ, by {much}" if count else f"all {of} the same"
 
 
+@naming_the_argument
 def compare(
     a: QArray | Codes,
     b: QArray | Codes | Numbers,

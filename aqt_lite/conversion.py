@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite._arguments import naming_the_argument
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend

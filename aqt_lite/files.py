@@ -20,6 +20,7 @@ import numpy as np
 from aqt_lite import _npz, _safetensors, _shards
 from aqt_lite._atomic import replacing
 from aqt_lite._document import PARTS, Branch, Leaf, Reader, Writer, about, joined, kind_of, said, unique
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite._stored import DOCUMENT, Contents, Memory, Stored, bits_of, memory_of
@@ -44,6 +45,7 @@ _LAYOUTS = {
 }
 
 
+@naming_the_argument
 def save(
     path: str | os.PathLike[str], tree: Any, *, max_shard_bytes: int | None = None, check_values: bool = True
 ) -> None:
@@ -101,6 +103,7 @@ def save(
         _shards.remove(name)
 
 
+@naming_the_argument
 def load(
     path: str | os.PathLike[str],
     *,
@@ -162,6 +165,7 @@ def load(
         return _with_leaves(reader.tree, made)
 
 
+@naming_the_argument
 def to_arrays(tree: Any, *, check_values: bool = True) -> tuple[dict[str, np.ndarray[Any, Any]], str]:
     """A tree as arrays of NumPy by name, and a text that says what they are: for HDF5 and other containers.
 
@@ -192,6 +196,7 @@ def to_arrays(tree: Any, *, check_values: bool = True) -> tuple[dict[str, np.nda
         return {entry.name: entry.values() for entry in writer.entries}, writer.document
 
 
+@naming_the_argument
 def from_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], document: str, *, check_values: bool = True) -> Any:
     """The tree that :func:`to_arrays` took apart; its arrays are those given, or views of them.
 

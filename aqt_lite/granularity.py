@@ -1,6 +1,6 @@
 """From a granularity to a block shape to a grid of blocks: pure integers, no arrays.
 
-Owns: ``PerTensor``, ``PerChannel``, ``PerGroup``, ``PerBlock`` and the block arithmetic. Imports: nothing.
+Owns: ``PerTensor``, ``PerChannel``, ``PerGroup``, ``PerBlock`` and the block arithmetic. Imports: words.
 
 Every granularity is a *block shape*: along each axis, how many neighbours share one scale, or None for the whole
 axis. The *grid* has ``ceil(length / block)`` entries along each axis (one, where the block is the whole axis), and
@@ -13,6 +13,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from aqt_lite._keywords import naming_the_fields
 
 __all__ = ["Block", "Granularity", "PerBlock", "PerChannel", "PerGroup", "PerTensor"]
 
@@ -31,6 +33,7 @@ def _integer(value: Any, name: str, owner: str, least: int | None = None) -> int
     return number
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole array: shape ``(1, ..., 1)``.
@@ -43,6 +46,7 @@ class PerTensor:
     """
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class PerChannel:
     """One scale for each index along ``axis`` (which may be negative): ``(N, 1)`` for axis 0 of an (N, K) array.
@@ -60,6 +64,7 @@ class PerChannel:
         object.__setattr__(self, "axis", _integer(self.axis, "axis", "PerChannel"))
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class PerGroup:
     """One scale for every ``size`` neighbours along ``axis`` and each index of the other axes.
@@ -86,6 +91,7 @@ class PerGroup:
         object.__setattr__(self, "axis", _integer(self.axis, "axis", "PerGroup"))
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class PerBlock:
     """One scale for every block of the given shape: one length for each axis, -1 for the whole axis.

@@ -34,6 +34,7 @@ from aqt_lite._bytes import ArrayBytes
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
 from aqt_lite._into import can_write, check_out, decode_into, is_packed
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._protocol import DOUBT, Backend, Doubt
 from aqt_lite._qparams import (
@@ -152,6 +153,7 @@ class QArray(ArrayShapes, ArrayBytes):
             self.__dict__["dtype"] = FormatName(self.dtype) if named else str(self.dtype)
 
     @classmethod
+    @naming_the_argument
     def from_codes(
         cls,
         qvalue: AnyArray,
@@ -378,6 +380,7 @@ class QArray(ArrayShapes, ArrayBytes):
         codes = self.qvalue
         return codes == b.constant(missing, b.dtype_name(codes), like=codes)
 
+    @naming_the_argument
     def dequantize(self, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`: where a narrower type overflows, ``out`` has been written to.
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite._arguments import as_float_array, naming_the_argument
+from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Numbers
 from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
 from aqt_lite._progress import over, untold

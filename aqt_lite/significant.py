@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
-from aqt_lite._arguments import as_float_array, naming_the_argument
+from aqt_lite._arguments import as_float_array
 from aqt_lite._dispatch import run
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._parts import boxes, memory_order, part_of_array
 from aqt_lite._progress import over

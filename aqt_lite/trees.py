@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aqt_lite import _registry
-from aqt_lite._arguments import naming_the_argument
 from aqt_lite._foreign import refusal
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
 from aqt_lite._rules import Leaf, Planned, Rules, is_matrix, named, naming, nbytes_of_array, planned, quantized
@@ -112,6 +112,7 @@ def quantize_tree(
     return quantized_as_planned(params, _plans(_quantizable_leaves(params), rules, layout), progress)
 
 
+@naming_the_argument
 def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = None) -> TreePlan:
     """What :func:`quantize_tree` would do, as a table: nothing is quantized, and values are not looked at.
 
@@ -131,6 +132,7 @@ def plan_tree(params: Any, rules: Rules | None = None, *, layout: str | None = N
     return TreePlan(tuple(_plans(_quantizable_leaves(params), rules, layout)))
 
 
+@naming_the_argument
 def dequantize_tree(tree: Any, dtype: Any = None) -> Any:
     """The tree with the array of its values in the place of each :class:`QArray`; tied ones are tied again.
 
@@ -156,6 +158,7 @@ def dequantize_tree(tree: Any, dtype: Any = None) -> Any:
     return _rebuilt(tree, [made.get(id(leaf), leaf) for _, leaf in leaves])
 
 
+@naming_the_argument
 def tree_nbytes(tree: Any) -> int:
     """Bytes of all arrays and QArrays of a tree, of tied ones once.
 
@@ -170,6 +173,7 @@ def tree_nbytes(tree: Any) -> int:
     return sum(nbytes_of_array(leaf) for leaf in once.values())
 
 
+@naming_the_argument
 def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> TreeReport:
     """How far each QArray of a tree is from the leaf of ``params`` that it stands for; worst first.
 

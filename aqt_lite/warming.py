@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aqt_lite._arguments import one_of
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._registry import get_backend
 from aqt_lite.api import Scheme, quantize
 from aqt_lite.elements import float_type
@@ -27,6 +28,7 @@ __all__ = ["warm_up"]
 _MODES: tuple[Literal["fast", "reproducible"], ...] = ("fast", "reproducible")
 
 
+@naming_the_argument
 def warm_up(
     dtype: Any = "int8",
     *,

@@ -30,6 +30,7 @@ import xarray as xr
 
 from aqt_lite import __version__, api, cf, significant
 from aqt_lite._document import unique
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite.granularity import Granularity, PerBlock
 from aqt_lite.qarray import QArray, described, rebuilt
 
@@ -300,6 +301,7 @@ def _readable(obj: xr.DataArray) -> Any:
 # ---- fewer significant bits
 
 
+@naming_the_argument
 def bitround(
     obj: xr.DataArray | xr.Dataset,
     keepbits: int | Mapping[Hashable, int] | None = None,
@@ -470,6 +472,7 @@ def quantize(
     return found
 
 
+@naming_the_argument
 def dequantize(ds: xr.Dataset, dtype: Any = None) -> xr.Dataset:
     """The Dataset with values in place of codes; the inverse of :func:`quantize`.
 

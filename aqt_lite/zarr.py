@@ -37,6 +37,7 @@ from zarr.registry import register_codec
 
 from aqt_lite import api, cf
 from aqt_lite._bits import bytes_of_stream, stream_of, words_of
+from aqt_lite._keywords import naming_the_argument, naming_the_fields
 from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import PerBlock
 from aqt_lite.qarray import QArray
@@ -104,6 +105,7 @@ class _Codec(ArrayBytesCodec):
 # ---- a bound
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class BoundCodec(_Codec):
     """``aqt_lite.bound``: every value within a bound, each chunk in as few bits as its range asks for.
@@ -193,6 +195,7 @@ def _parsed(data: _Numbers) -> tuple[int, bool, float, float]:
 # ---- any format
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class QuantizeCodec(_Codec):
     """``aqt_lite.quantize``: codes of any format, with scales for blocks of each chunk.
@@ -302,6 +305,7 @@ def _template(codec: QuantizeCodec, shape: tuple[int, ...], dtype: str) -> QArra
 # ---- packbits
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class PackBitsCodec(_Codec):
     """``packbits`` of the zarr extensions: some bits of each element, one element after the other.
@@ -417,6 +421,7 @@ def _component(dtype: np.dtype[Any]) -> _Component:
 # ---- codecs that others have
 
 
+@naming_the_argument
 def standard_codecs(x: Any, *, max_abs_err: float, dtype: str = "int16") -> list[dict[str, Any]]:
     """The bound in the words of the zarr extensions, ``scale_offset`` and ``cast_value``: no reader needs this library.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import array_api_strict
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import lacks
 
+import aqt_lite
 from aqt_lite import (
     PerBlock,
     PerChannel,
@@ -28,6 +30,7 @@ from aqt_lite import (
     fake_quantize,
     int_limits,
     linear,
+    plan_tree,
     quantize,
     quantize_tree,
 )
@@ -272,12 +275,54 @@ def test_arguments_that_other_libraries_have_are_named():
         (lambda: quantize(X, bits=4), "'bits': use dtype='int4'"),
         (lambda: convert(q, "int16", axis=0), r"convert\(\) has no argument 'axis': use granularity=PerChannel"),
         (lambda: convert(q, bits=4), "'bits': use dtype='int4'"),
-        (lambda: quantize_tree(tree, "int4", group_size=32), r"quantize_tree\(\) has no argument 'group_size': it has"),
+        (lambda: convert(q, "int16", symmetric=True), r"'symmetric': it has q, .*quantize says that with scheme="),
+        (lambda: quantize_tree(tree, bits=4), r"'bits': use rules=\[\(pattern, spec\)\], .*with dtype='int4'"),
+        (lambda: quantize_tree(tree, "int4", group_size=32), r"'group_size': use rules.*granularity=PerGroup\(size\)"),
+        (
+            lambda: quantize_tree(tree, [("*", {"weights": "int8"})]),
+            r"rule 1 \('\*'\): there is no 'weights': use dtype=",
+        ),
+        (lambda: plan_tree(tree, qtype="int4"), r"'qtype': use rules=.*with dtype='int4'"),
         (lambda: error_report(X, q, axis=0), r"error_report\(\) has no argument 'axis': it has x, q, worst"),
         (lambda: bitround(X, bits=7), r"bitround\(\) has no argument 'bits': use keepbits="),
+        (
+            lambda: QArray.from_codes(q.qvalue, 1.0, axis=0),
+            r"from_codes\(\) has no argument 'axis': use granularity=Per",
+        ),
+        (lambda: QArray.from_codes(q.qvalue, 1.0, scales=1.0), r"'scales': use scale="),
+        (
+            lambda: linear(X, q, axis=0),
+            r"linear\(\) has no argument 'axis': it has x, w, bias, mode; aqt_lite.quantize",
+        ),
+        (lambda: dense(X, q, transpose=True), r"dense\(\) has no argument 'transpose': use w= .*, or linear"),
+        (
+            lambda: dequantize(q, bits=4),
+            r"'bits': it has q, dtype, fill_value, out; .*quantize says that with dtype='int4'",
+        ),
+        (
+            lambda: q.dequantize(num_bits=4),
+            r"dequantize\(\) has no argument 'num_bits': it has dtype, fill_value, out;",
+        ),
+        (lambda: PerGroup(group_size=32), r"PerGroup\(\) has no argument 'group_size': use size="),
+        (lambda: PerGroup(32, dim=0), r"PerGroup\(\) has no argument 'dim': use axis="),
+        (lambda: PerBlock(block_size=(1, 32)), r"PerBlock\(\) has no argument 'block_size': use shape="),
+        (lambda: PerTensor(0, nonsense=1), r"PerTensor\(\) has no argument 'nonsense': it has none"),
     ]:
         with pytest.raises(TypeError, match=words):
             call()
+
+
+def test_no_public_function_leaves_an_argument_of_other_libraries_to_python():
+    """What is no function of arrays has arguments of its own alone: records, registries, and the joining of arrays."""
+    others = {"available_backends", "concatenate", "stack", "progress", "register_backend", "register_format"}
+    functions = [
+        f for name in aqt_lite.__all__ if inspect.isfunction(f := getattr(aqt_lite, name)) and name not in others
+    ]
+    assert len(functions) > 20
+    for function in (*functions, QArray.from_codes, QArray.from_bytes, QArray.dequantize):
+        for name in ("num_bits", "qtype", "groupsize", "per_channel", "sym", "no_such_name"):
+            with pytest.raises(TypeError, match=rf"\w+\(\) has no argument '{name}': (use|it has) "):
+                function(**{name: 4})
 
 
 def test_wrong_scale_arrays_of_the_backend(backend):

@@ -226,3 +226,9 @@ def test_what_is_refused():
         quantize(turned, [("weight", {})])
     with pytest.raises(TypeError, match="neither an array nor a tree"):
         quantize("a model")
+
+
+def test_arguments_of_other_libraries_are_named():
+    for function in (quantize, plan):
+        with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
+            function(None, bits=4)

@@ -493,3 +493,9 @@ def test_what_makes_no_sense():
         with_quantized_layers(model.apply, [("*", {"activation": "int8"})])
     with pytest.raises(TypeError, match=r"and a QArray .*layers of a model take it"):  # without with_quantized_layers
         model.apply({"params": {"kernel": aqt_lite.quantize(variables["params"]["kernel"]), "bias": X[0, 0, :6]}}, X)
+
+
+def test_arguments_of_other_libraries_are_named():
+    for function in (with_quantized_layers,):
+        with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
+            function(None, bits=4)

@@ -506,3 +506,9 @@ def test_sharding_of_the_result_is_said_otherwise():
     layer = quantize_(drawn(lambda: nnx.Linear(16, 6, rngs=rngs())))
     with pytest.raises(ValueError, match="has no out_sharding"):
         layer(X, out_sharding=jax.sharding.PartitionSpec("x"))
+
+
+def test_arguments_of_other_libraries_are_named():
+    for function in (quantize_, plan):
+        with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
+            function(None, bits=4)

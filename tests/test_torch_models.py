@@ -787,3 +787,9 @@ def test_the_module_is_imported_when_it_is_asked_for():
     subprocess.run([sys.executable, "-c", code], check=True)
     assert aqt_lite.torch.quantize_ is quantize_
     assert np.all([getattr(aqt_lite.torch, name).__doc__ for name in aqt_lite.torch.__all__])
+
+
+def test_arguments_of_other_libraries_are_named():
+    for function in (quantize_, aqt_lite.torch.plan):
+        with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
+            function(None, bits=4)

@@ -21,6 +21,7 @@ import numpy as np
 from aqt_lite import affine
 from aqt_lite._arguments import one_of
 from aqt_lite._dispatch import run
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._shapes import axes_of_layout, swapped_forth
@@ -39,6 +40,7 @@ DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int
 """As ``jax.lax.dot_general`` has it: the axes of each side that are summed over, and those that are mapped over."""
 
 
+@naming_the_argument
 def dot_general(
     x: Numbers,
     w: QArray,
@@ -104,6 +106,7 @@ def dot_general(
     return _contracted(left, w, (x_in, w_in), (x_batch, w_batch), mode, activations)
 
 
+@naming_the_argument
 def einsum(subscripts: str, x: Any, w: Any, *, mode: Mode = "fast", activations: str | None = None) -> Array:
     """A product in the words of ``numpy.einsum``, of an array and a quantized one, in either order.
 

@@ -15,6 +15,7 @@ from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import kernel_for, run
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
@@ -29,6 +30,7 @@ __all__ = ["Mode", "as_operand", "as_stored", "dense", "in_integers", "linear", 
 Mode = Literal["fast", "reproducible", "integer"]
 
 
+@naming_the_argument
 def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w + bias`` with a quantized weight of shape (in, out), as in Flax and Keras.
 
@@ -69,6 +71,7 @@ def dense(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: 
     return product("dense", x, w, bias, mode, contract=0)
 
 
+@naming_the_argument
 def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode: Mode = "fast") -> Array:
     """``x @ w.T + bias`` with a quantized weight of shape (out, in), as in torch; all else as :func:`dense`.
 
@@ -169,7 +172,7 @@ def _warn_of_the_other(name: str, w: QArray, contract: int) -> None:
     warnings.warn(
         f"{name} reads w, which {why}, as {here}; its shape {w.shape} does not tell whether that is meant: "
         f"{other}(x, w) reads it as {there}, and {plainly} leaves no doubt that it is meant as {here}",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -17,6 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named
 from aqt_lite.backends.jax import functions, layers
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 
+@naming_the_argument
 def quantize(model: Any, rules: Rules | None = None, *, progress: Progress = None) -> Any:
     """Quantize weights of an Equinox model: a new one, with those of its layers quantized that rules choose.
 
@@ -97,6 +99,7 @@ def quantize(model: Any, rules: Rules | None = None, *, progress: Progress = Non
     return eqx.tree_at(chosen, made, replacements)
 
 
+@naming_the_argument
 def plan(model: Any, rules: Rules | None = None) -> TreePlan:
     """What :func:`quantize` would do, as a table; see :func:`aqt_lite.plan_tree`.
 

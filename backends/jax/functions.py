@@ -17,12 +17,14 @@ import numpy as np
 from jax import lax
 
 from aqt_lite import ops
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite.qarray import QArray
 
 __all__ = ["conv_general_dilated", "dot_general", "einsum", "take"]
 
 
+@naming_the_argument
 def dot_general(
     lhs: Any,
     rhs: Any,
@@ -69,6 +71,7 @@ def dot_general(
     return _as_asked(y, preferred_element_type)
 
 
+@naming_the_argument
 def einsum(
     subscripts: str,
     /,
@@ -103,6 +106,7 @@ def einsum(
     return _as_asked(ops.einsum(subscripts, *operands, mode=mode, activations=activations), preferred_element_type)
 
 
+@naming_the_argument
 def take(a: Any, indices: Any, axis: int | None = None) -> Array:
     """``jax.numpy.take``: rows of a quantized table, of which only those that are looked up are dequantized.
 
@@ -142,6 +146,7 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Array:
     return jnp.where(jnp.expand_dims(inside, [*range(at), *range(at + inside.ndim, rows.ndim)]), rows, jnp.nan)
 
 
+@naming_the_argument
 def conv_general_dilated(
     lhs: Any,
     rhs: Any,

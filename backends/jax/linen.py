@@ -25,6 +25,7 @@ from flax.core import FrozenDict, freeze, lift
 from flax.core.scope import in_filter
 from flax.linen import dtypes
 
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
 from aqt_lite.backends.jax import flax_state, functions, layers
@@ -114,6 +115,7 @@ def plan(model: Any, variables: Any, *args: Any, rules: Rules | None = None, **k
     return TreePlan(tuple(_plans(model, variables, params, args, kwargs, rules)))
 
 
+@naming_the_argument
 def with_quantized_layers(function: Callable[..., Any], rules: Rules | None = None) -> Callable[..., Any]:
     """``function``, in which Flax's layers take QArrays as parameters: for ``model.apply`` and what calls it.
 

@@ -19,6 +19,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, quantized
 from aqt_lite.backends.jax import flax_state, functions, layers
@@ -197,6 +198,7 @@ class _Slot:
     is_added: bool = False
 
 
+@naming_the_argument
 def quantize_(model: Any, rules: Rules | None = None, *, progress: Progress = None) -> Any:
     """Quantize weights of a Flax NNX model in place: those of its layers that rules choose.
 
@@ -255,6 +257,7 @@ def quantize_(model: Any, rules: Rules | None = None, *, progress: Progress = No
     return model
 
 
+@naming_the_argument
 def plan(model: Any, rules: Rules | None = None) -> TreePlan:
     """What :func:`quantize_` would do, as a table of the model's parameters; see :func:`aqt_lite.plan_tree`.
 
@@ -273,6 +276,7 @@ def plan(model: Any, rules: Rules | None = None) -> TreePlan:
     return TreePlan(tuple(_plans(_slots(model), rules, [*quantized_weights(model)])))
 
 
+@naming_the_argument
 def quantized_weights(model: Any) -> dict[str, QArray]:
     """The quantized weights of a model by the paths of their variables, shared ones under each of their paths.
 

@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from aqt_lite import _mark
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._registry import get_backend
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
 from aqt_lite._shapes import swapped_back, taken_from
@@ -408,6 +409,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # ---- models
 
 
+@naming_the_argument
 def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progress = None) -> nn.Module:
     """Quantize the weights of a model in place: those of Linear, Embedding and Conv layers that rules choose.
 
@@ -472,6 +474,7 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     return model
 
 
+@naming_the_argument
 def plan(model: nn.Module, rules: Rules | None = None) -> TreePlan:
     """What :func:`quantize_` would do, as a table of the model's parameters; see :func:`aqt_lite.plan_tree`.
 
@@ -487,6 +490,7 @@ def plan(model: nn.Module, rules: Rules | None = None) -> TreePlan:
     return TreePlan(tuple(_plans(_slots(model), rules, _already(model))))
 
 
+@naming_the_argument
 def quantized_weights(model: nn.Module) -> dict[str, QArray]:
     """The quantized weights of a model by the names that the parameters had, tied ones under each of their names.
 
