@@ -723,6 +723,12 @@ def test_small_eager_arrays_compile_nothing():
                 q.unpacked().packed()
                 fake_quantize(x, dtype, granularity=granularity)
                 choose_qparams(x, dtype, granularity=granularity)
+            q = quantize(x, granularity=PerChannel(0))
+            assert_same_bits(aqt_lite.bitround(x, 7), aqt_lite.bitround(np.asarray(x), 7))
+            for rows, mode in ((x, "reproducible"), (q, "fast"), (q, "reproducible"), (q, "integer")):
+                on_numpy = (a.to_backend("numpy") if isinstance(a, QArray) else np.asarray(a) for a in (rows, q))
+                assert_same_bits(linear(rows, q, mode=mode), linear(*on_numpy, mode=mode))
+            aqt_lite.error_report(x, q)
     assert compilations.count == 0
 
 

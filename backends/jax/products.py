@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from aqt_lite import _clipping, affine, packing
+from aqt_lite import _clipping, affine, packing, significant
 from aqt_lite._into import quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
@@ -387,7 +387,13 @@ _jitted = jax.jit(_product, static_argnums=(0, 1, 2))
 
 
 def _kernel(reproducible: bool) -> Callable[..., Array]:
+    of_small = in_memory(reference.matmul_reproducible)  # the same bits, for which XLA would compile most of a second
+
     def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Array:
+        if reproducible:
+            y = of_small(x, w, bias, spec=spec, contract=contract)
+            if y is not NotImplemented:
+                return y
         return _jitted(reproducible, spec, contract, x, w, bias)
 
     return kernel
@@ -423,6 +429,9 @@ def encoding_loops() -> Any:
 _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     **quantize.FORMS,
     affine.scales_of: None,
+    significant.bitrounded: None,
+    reference.sums_of_codes: None,
+    reference.matmul_integer: None,
     _clipping.clipped: None,
     _clipping.beyond: None,
     _clipping.count_clipped: None,
