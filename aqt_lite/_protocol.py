@@ -9,6 +9,7 @@ a default that is right for an eager library on a CPU with IEEE arithmetic, and 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,10 @@ class Backend(ExactArithmetic, ABC):
         """Limits of an integer type, asked of the library itself."""
         info = self.xp.iinfo(self.dtype(dtype))
         return IntLimits(bits=int(info.bits), min=int(info.min), max=int(info.max))
+
+    def number_of_elements(self, shape: tuple[int, ...]) -> int:
+        """What a container of this library's arrays has as ``size``: a number, but for libraries where it is called."""
+        return math.prod(shape)
 
     def device(self, x: Array) -> Any:
         """The device that holds ``x``; None where arrays have no single device."""

@@ -335,8 +335,9 @@ class QArray(ArrayShapes, ArrayBytes):
 
     @property
     def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+        """Number of elements; of torch's arrays ``q.size()`` and ``q.size(axis)`` are what they are of a tensor."""
+        b = backend_of(self.storage)
+        return math.prod(self.shape) if b is None else b.number_of_elements(self.shape)
 
     @property
     def bits(self) -> int:

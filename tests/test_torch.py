@@ -481,12 +481,15 @@ def test_export_finds_out_by_itself_that_any_number_of_rows_will_do():
 
 def test_group_weights_of_two_shapes_in_one_compiled_function():
     small, large = (quantize(data(n, 40, seed=n), granularity=PerGroup(12)) for n in (5, 9))
-    x = data(6, 40)
-    compiled = whole(lambda x, a, b: (linear(x, a), linear(x, b)))
-    for _ in range(2):  # the second time lengths are symbols
-        for got, expected in zip(compiled(x, small, large), (linear(x, small), linear(x, large)), strict=True):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = whole(lambda x, a, b: (linear(x, a), linear(x, b)), backend=graphs)
+    middle = quantize(data(7, 40), granularity=PerGroup(12))
+    pairs = (((small, large), 1), ((large, small), 2), ((small, middle), 2), ((middle, middle), 3))
+    for (a, b), so_many in pairs:  # from the second on lengths are symbols, of which torch takes equal ones to be one
+        x = data(6, 40)
+        for got, expected in zip(compiled(x, a, b), (linear(x, a), linear(x, b)), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        small, large = large, small
+        assert graphs.frame_count == so_many
 
 
 # ---- formats

@@ -793,3 +793,66 @@ def test_arguments_of_other_libraries_are_named():
     for function in (quantize_, aqt_lite.torch.plan):
         with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
             function(None, bits=4)
+
+
+# ---- state dicts with QArrays, or with floats for them
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_qarray_in_a_state_dict_is_loaded_where_the_model_is_quantized(strict, assign):
+    def model():
+        return nn.Sequential(nn.Linear(20, 12), nn.Embedding(7, 20), nn.Conv2d(2, 3, 3))
+
+    floats = model()
+    saved = {**floats.state_dict(), **quantized_weights(quantize_(copy.deepcopy(floats)))}
+    loaded = quantize_(model())
+    assert not any(loaded.load_state_dict(saved, strict, assign))
+    for name, q in quantized_weights(loaded).items():
+        assert_same_bits(q, saved[name])
+    for weight, message in (
+        (quantize(torch.ones(12, 20), "int4"), r"0.weight was saved as int4.*, and the model's is int8 "),
+        (saved["0.weight"].to_backend("numpy"), r"0.weight is a numpy QArray: give its .to_backend\('torch'\)"),
+        (torch.ones(12, 20), r"0.weight is a Tensor, and the model's is quantized: load it before"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            loaded.load_state_dict({**saved, "0.weight": weight}, strict, assign)
+    with pytest.raises(RuntimeError, match=r'named "0.weight".*a QArray .*aqt_lite\.torch\.(QuantizedW|quantize_)'):
+        floats.load_state_dict(saved, strict, assign)
+
+
+def test_sizes_as_torch_asks_for_them():
+    q = quantize(torch.ones(12, 20))
+    assert q.size == 240
+    assert (q.size(), q.size(0), q.size(-1)) == (torch.Size([12, 20]), 12, 20)
+    assert type(pickle.loads(pickle.dumps(q.size))) is int
+    assert len(torch.utils.data.TensorDataset(q, torch.ones(12))) == 12
+
+
+# ---- traces of TorchScript
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared, and a trace has one shape
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_traces_of_layers_have_their_derivatives(dtype):
+    model = quantize_(nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 5)), [("*.weight", {"dtype": dtype})])
+    x = torch.randn(3, 20, requires_grad=True)
+    with torch.enable_grad():
+        traced, file = torch.jit.trace(model, x), io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        for again in (traced, torch.jit.load(file)):
+            torch.testing.assert_close(again(x + 1), model(x + 1), rtol=1e-5, atol=1e-5)
+            (dx,), (expected,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (again, model))
+            torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traces_of_other_layers_and_scripts():
+    model, x = quantize_(nn.Conv2d(2, 3, 3)), torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x + 1), model(x + 1))
+    assert not hasattr(model.weight, "T")
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script knows no quantized arrays: use torch.export"):
+        torch.jit.script(nn.Sequential(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -79,6 +80,12 @@ class TorchBackend(Backend):
     def from_pickle(self, x: Array, dtype: str) -> Array:
         wanted = getattr(torch, dtype)
         return x.view(wanted) if _SIGNED.get(wanted) == x.dtype else x
+
+    def number_of_elements(self, shape: tuple[int, ...]) -> int:
+        number = math.prod(shape)  # which stays one, and no symbol's copy, where shapes are symbols
+        if torch.compiler.is_compiling() or type(number) is not int:
+            return number
+        return _Size(number, shape)
 
     def device(self, x: Array) -> Any:
         return x.device
@@ -207,6 +214,23 @@ class TorchBackend(Backend):
         # torch.load(weights_only=True) trusts them: fields, and no code
         kinds = Codebook, Float, Integer, FloatOrMissing, IntegerOrMissing
         torch.serialization.add_safe_globals([cls, Format, *kinds])
+
+
+class _Size(int):
+    """``q.size``, which torch's own functions call, as in words about a state dict that they cannot load."""
+
+    shape: tuple[int, ...]
+
+    def __new__(cls, number: int, shape: tuple[int, ...]) -> _Size:
+        size = super().__new__(cls, number)
+        size.shape = shape
+        return size
+
+    def __call__(self, dim: int | None = None) -> Any:
+        return torch.Size(self.shape) if dim is None else self.shape[dim]
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
 
 
 def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:

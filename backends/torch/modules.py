@@ -163,6 +163,8 @@ class QuantizedWeight(nn.Module):
     @property
     def T(self) -> QArray:  # noqa: N802 - what arrays call it
         """The transpose of the QArray, as in ``x @ self.weight.T``."""
+        if len(self.structure.fields["block"]) != 2:  # said so, because torch.jit.trace looks at every name
+            raise AttributeError("T is for 2 dimensions")
         return self.qarray.T
 
     @property
@@ -244,6 +246,12 @@ class QuantizedWeight(nn.Module):
             return f"{prefix}scale has {zeros} scales of {scale.numel()} that are 0: it was changed since it was saved"
         return None
 
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            "torch.jit.script knows no quantized arrays: use torch.export.export or torch.compile; torch.jit.trace "
+            "records layers whose activations are floats"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "known": self.qarray}  # it knows formats that are not built in
 
@@ -284,7 +292,28 @@ def _arrays_of(q: QArray) -> list[Any]:
 # ---- layers
 
 
-class QuantizedLinear(nn.Linear):
+class _Quantized(nn.Module):
+    """What layers have in common: how a state dict is read that has something else for their weight."""
+
+    weight: Any
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
+        key, errors = f"{prefix}weight", how[-1]
+        given = state_dict.get(key)
+        if isinstance(given, QArray) and given.backend == "torch":
+            del state_dict[key]  # of a copy that torch made, from which the weight, below, will read
+            state_dict.update(QuantizedWeight(given).state_dict(prefix=f"{key}."))
+        elif isinstance(given, QArray):
+            errors.append(f"{key} is a {given.backend} QArray: give its .to_backend('torch')")
+        elif given is not None:
+            errors.append(
+                f"{key} is a {type(given).__name__}, and the model's is quantized: load it before "
+                "aqt_lite.torch.quantize_(model), or quantize it first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *how)
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
     """``nn.Linear`` with a quantized weight (out, in); :func:`aqt_lite.linear` says what it computes.
 
     With ``activations``, a format, each row of the input is quantized, too: with int8 the sums are of integers.
@@ -305,7 +334,7 @@ class QuantizedLinear(nn.Linear):
         return y
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(_Quantized, nn.Embedding):
     """``nn.Embedding`` with a quantized table, of which only the rows that are looked up are dequantized."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -315,7 +344,7 @@ class QuantizedEmbedding(nn.Embedding):
         return rows.reshape(*input.shape, self.embedding_dim).to(dtype=self.weight.like.dtype)
 
 
-class QuantizedConv1d(nn.Conv1d):
+class QuantizedConv1d(_Quantized, nn.Conv1d):
     """``nn.Conv1d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -325,7 +354,7 @@ class QuantizedConv1d(nn.Conv1d):
         return y
 
 
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(_Quantized, nn.Conv2d):
     """``nn.Conv2d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -335,7 +364,7 @@ class QuantizedConv2d(nn.Conv2d):
         return y
 
 
-class QuantizedConv3d(nn.Conv3d):
+class QuantizedConv3d(_Quantized, nn.Conv3d):
     """``nn.Conv3d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -345,7 +374,7 @@ class QuantizedConv3d(nn.Conv3d):
         return y
 
 
-class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+class QuantizedConvTranspose1d(_Quantized, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -354,7 +383,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
         return _transposed_convolution(self, input, output_size, nn.functional.conv_transpose1d)
 
 
-class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+class QuantizedConvTranspose2d(_Quantized, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]
@@ -363,7 +392,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
         return _transposed_convolution(self, input, output_size, nn.functional.conv_transpose2d)
 
 
-class QuantizedConvTranspose3d(nn.ConvTranspose3d):
+class QuantizedConvTranspose3d(_Quantized, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with a quantized weight, dequantized at each call: it saves memory, not time."""
 
     weight: QuantizedWeight  # type: ignore[assignment]

@@ -339,16 +339,24 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
     if not torch.compiler.is_compiling():
         _check_memory((x, *w, bias))
     if get_backend("torch").differentiates(x, w.scale, bias):
-        if torch.compiler.is_compiling() and is_inside_grad():
+        if is_inside_grad() if torch.compiler.is_compiling() else _is_in_a_trace():
             return _by_plain_operations(reproducible, spec, contract, x, w, bias)
         return _Product.apply(reproducible, spec, contract, x, bias, *w)  # type: ignore[no-untyped-call]
     return _without_derivatives(reproducible, spec, contract, x, w, bias)
 
 
+def _is_in_a_trace() -> bool:
+    """Whether ``torch.jit.trace`` records; NotImplementedError where it does so for ONNX."""
+    return bool(torch.jit.is_tracing()) and not makes_onnx_of_codes()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _by_plain_operations(
     reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None
 ) -> Array:
-    """A product that autograd follows by itself: Dynamo leaves out the derivatives of ours inside ``torch.func.grad``.
+    """A product that autograd follows by itself.
+
+    Dynamo leaves out the derivatives of ours inside ``torch.func.grad``, and ``torch.jit.trace`` records a call of
+    Python where it stands, which is another one each time, and which no file holds.
 
     What is reproducible has the derivative of the values' product, a sum of floats.
     """
