@@ -89,7 +89,7 @@ def test_sums_are_exact_to_float32(how, rows):
         assert_exact_to_float32(y, x, q.dequantize(), bias)
 
 
-needs_dots = pytest.mark.skipif(LOOPS is None or not LOOPS.DOTS, reason="one row is multiplied as floats here")
+needs_dots = needs_loops
 
 
 @pytest.mark.parametrize("shift", [0, -70, 70])

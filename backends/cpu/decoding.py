@@ -69,13 +69,15 @@ def _features() -> set[str]:
 
 _WIDE = _features() >= {"+avx512f", "+avx512bw", "+avx512vl"}
 
-DOTS = _WIDE and "+avx512vnni" in _features()
-"""Whether there is an int8 dot product, which multiplies one row of x in fixed point."""
-
 AVAILABLE = _WIDE or _features() >= {"+avx2", "+fma"}
 """Whether the processor permutes vectors of floats by other vectors: of 16 lanes, or of 8."""
 
 LANES = 16 if _WIDE else 8
+
+_OF_BYTES = _features() >= {"+avx512vl", "+avx512vnni"} or "+avxvnni" in _features()
+
+BITS_OF_DIGIT = 8 if _OF_BYTES else 16
+"""Of an entry of x in fixed point: what integer dot products multiply unsigned bytes, or else signed shorts, with."""
 
 HEIGHT = 4 if _WIDE else 3
 """Rows of the weight in a tile."""
@@ -107,10 +109,13 @@ DEPTH_OF_MANY = 512
 ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of ``ROWS``."""
 
-QUARTER = 16
-"""Bytes of a row of the weight whose entries of x have an exponent of their own: a quarter of a vector of them."""
+VECTOR = 4 * LANES
+"""Bytes of codes that meet x in fixed point at a time."""
 
-BLOCK = 16
+QUARTER = 16
+"""Bytes of a row of the weight whose entries of x have an exponent of their own: a quarter of a vector of 64."""
+
+BLOCK = LANES
 """Quarters whose scales are one vector."""
 
 BITS = 30
@@ -118,6 +123,9 @@ BITS = 30
 
 MOST_SHIFT = 16
 """What codes with zero points are more than they mean, as unsigned bytes."""
+
+MOST_NUMBER = 127 if _OF_BYTES else 31
+"""Of codes of 4 bits, also less their zero points: 2^8 times as much, times digits, is added up in int32 by shorts."""
 
 MOST_FRACTION = np.int32(0x7E0000)
 """Of 127/64, its bits below the exponent's: what is larger would carry into a fifth digit."""
@@ -144,6 +152,7 @@ LARGE = np.uint32((100 + 127) << 23)
 _BYTE, _INT, _ADDRESS, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _POINTER: Any = ir.PointerType(_BYTE)  # type: ignore[no-untyped-call]
 _FLOATS, _INTS, _BYTES = (ir.VectorType(item, LANES) for item in (_FLOAT, _INT, _BYTE))
+_PERMUTE = "llvm.x86.avx512.permvar.sf.512" if _WIDE else "llvm.x86.avx2.permps"
 
 
 def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -169,13 +178,10 @@ def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
 
 
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
-    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least ``least``."""
+def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
+    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
     before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    if least:
-        builder.branch(loop)
-    else:
-        builder.cbranch(builder.icmp_signed(">", count, _ADDRESS(0)), loop, after)
+    builder.branch(loop)
     builder.position_at_end(loop)
     i = builder.phi(_ADDRESS)
     carried = [builder.phi(total.type) for total in totals]
@@ -186,13 +192,7 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1
         phi.add_incoming(next_one, end)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
-    if least:
-        return new
-    results = [builder.phi(total.type) for total in totals]
-    for result, first, last in zip(results, totals, new, strict=True):
-        result.add_incoming(first, before)
-        result.add_incoming(last, end)
-    return results
+    return new
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -238,8 +238,7 @@ class _Halves:
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         self.builder = builder
         self.table = [_load(builder, _at(builder, table, _ADDRESS(i), 4), _FLOATS) for i in range(0, 16, LANES)]
-        name = "llvm.x86.avx512.permvar.sf.512" if LANES == 16 else "llvm.x86.avx2.permps"
-        self.permute = _function(builder, name, _FLOATS, [_FLOATS, _INTS])
+        self.permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
 
     def of_group(self, scale: Any, zero: Any) -> Any:
         return [self.builder.fmul(self.builder.fsub(part, zero), scale) for part in self.table]
@@ -398,32 +397,51 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
     return tile
 
 
-# ---- one row of x in fixed point, by the int8 dot product
+# ---- one row of x in fixed point, by integer dot products
 
-_VECTOR = ir.VectorType(_BYTE, 64)
+_VECTOR, _SHORTS = ir.VectorType(_BYTE, VECTOR), ir.VectorType(ir.IntType(16), VECTOR // 2)
+
+PARTS_OF_BYTES = BITS_OF_DIGIT // 8
+PARTS_OF_HALVES = 2 * PARTS_OF_BYTES
+"""Vectors of numbers that a vector of codes becomes, each of which meets vectors of digits of its own."""
+
+STARTS = 2 if _OF_BYTES else 0
+"""Vectors that sums begin with, for numbers as unsigned bytes are more than they mean."""
+
+ENTRY_OF_BYTES, ENTRY_OF_HALVES = (
+    VECTOR * (32 // BITS_OF_DIGIT * parts + STARTS) for parts in (PARTS_OF_BYTES, PARTS_OF_HALVES)
+)
+"""Bytes of what is kept of x for each vector of codes: digits, and what sums begin with."""
 
 
-class _UnsignedBytes:
-    """Codes of 8 bits, ``flip`` turned over, as unsigned bytes: 128 more than they mean."""
+class _BytesForDots:
+    """Codes of 8 bits, ``flip`` turned over: as unsigned bytes 128 more than they mean, or as signed shorts."""
 
-    parts, shifted = 1, False
+    parts, shifted = PARTS_OF_BYTES, False
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
-        word = builder.mul(builder.trunc(builder.xor(flip, _ADDRESS(128)), _INT), _INT(0x01010101))
+        flip = builder.xor(flip, _ADDRESS(128)) if _OF_BYTES else flip
+        word = builder.mul(builder.trunc(flip, _INT), _INT(0x01010101))
         self.builder, self.flip = builder, _in_all_lanes(builder, word, _INTS)
 
     def numbers(self, codes: Any) -> list[Any]:
         return [self.builder.xor(self.builder.bitcast(codes, _INTS), self.flip)]
 
+    def shorts(self, pairs: Any) -> list[Any]:
+        """Signed bytes at even and at odd positions."""
+        eight = ir.Constant(_SHORTS, [8] * _SHORTS.count)
+        return [self.builder.ashr(v, eight) for v in (self.builder.shl(pairs, eight), pairs)]
 
-class _UnsignedHalves:
-    """Codes of 4 bits as unsigned bytes, those at even and those at odd positions, by a table of 64 bytes."""
 
-    parts, shifted = 2, False
+class _HalvesForDots:
+    """Codes of 4 bits as bytes, those at even and those at odd positions, by a table of 16 that each lane has."""
+
+    parts, shifted = PARTS_OF_HALVES, False
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         self.builder, self.table = builder, _load(builder, table, _VECTOR)
-        self.look_up = _function(builder, "llvm.x86.avx512.pshuf.b.512", _VECTOR, [_VECTOR, _VECTOR])
+        name = "llvm.x86.avx512.pshuf.b.512" if _WIDE else "llvm.x86.avx2.pshuf.b"
+        self.look_up = _function(builder, name, _VECTOR, [_VECTOR, _VECTOR])
 
     def numbers(self, codes: Any) -> list[Any]:
         words, low = self.builder.bitcast(codes, _INTS), ir.Constant(_INTS, [0x0F0F0F0F] * LANES)
@@ -431,42 +449,58 @@ class _UnsignedHalves:
         places = [self.builder.bitcast(self.builder.and_(w, low), _VECTOR) for w in (words, upper)]
         return [self.builder.bitcast(self.builder.call(self.look_up, [self.table, p]), _INTS) for p in places]
 
+    def shorts(self, pairs: Any) -> list[Any]:
+        """2^8 times signed bytes at even and at odd positions: they are the upper bytes of shorts."""
+        upper = ir.Constant(_SHORTS, [-256] * _SHORTS.count)
+        return [self.builder.shl(pairs, ir.Constant(_SHORTS, [8] * _SHORTS.count)), self.builder.and_(pairs, upper)]
 
-class _ShiftedHalves(_UnsignedHalves):
-    """The same, of which zero points are taken off: ``MOST_SHIFT`` more than they mean."""
+
+class _ShiftedForDots(_HalvesForDots):
+    """The same, of which zero points are taken off."""
 
     shifted = True
 
 
-def _in_dots(kind: Any) -> Any:
-    """``out[r, lane] += sum of value[r, k] x[k]`` over whole rows, x in fixed point as ``_to_fixed_point`` leaves it.
+def _dot(builder: Any, total: Any, numbers: Any, digits: Any) -> Any:
+    """``vpdpbusd``, of four bytes a lane, or ``vpmaddwd``, of two shorts."""
+    if _OF_BYTES:
+        dot = _function(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", _INTS, [_INTS] * 3)
+        return builder.call(dot, [total, numbers, digits])
+    name = "llvm.x86.avx512.pmaddw.d.512" if _WIDE else "llvm.x86.avx2.pmadd.wd"
+    multiply = _function(builder, name, _INTS, [_SHORTS] * 2)
+    return builder.add(total, builder.call(multiply, [numbers, builder.bitcast(digits, _SHORTS)]))
 
-    Arguments: addresses and strides as ``_tile`` has them; the bytes of a row; where the parts of x begin; how many
-    scales a row has; what zero points are taken from; and where the extremes of the bits of scales are kept, a vector
-    of the largest, ``less`` taken off, and one of the least, 1 taken off.
+
+def _in_dots(kind: Any) -> Any:
+    """``out[r, lane] += sum of value[r, k] x[k]`` over whole blocks, x in fixed point as ``_to_fixed_point`` leaves it.
+
+    Arguments: addresses and strides as ``_tile`` has them; how many blocks of codes; where the parts of x begin; how
+    many scales a row has; what is taken off zero points; and where the extremes of the bits of scales are kept, a
+    vector of the largest, ``less`` taken off, and one of the least, 1 taken off.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        _: Any, w: Any, w_stride: Any, there: Any, length: Any, head: Any, firsts: Any, places: Any, powers: Any,
-        digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, highest: Any, flip: Any,
+        _: Any, w: Any, w_stride: Any, there: Any, blocks: Any, head: Any, firsts: Any, places: Any, powers: Any,
+        digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, lowest: Any, flip: Any,
         less: Any, extremes: Any, out: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, w_stride, there, length, head, firsts, places, powers, digits, *others = arguments
-            scale, s_stride, groups, zero, z_stride, highest, flip, less, extremes, out = others
+            w, w_stride, there, blocks, head, firsts, places, powers, digits, *others = arguments
+            scale, s_stride, groups, zero, z_stride, lowest, flip, less, extremes, out = others
             height = HEIGHT_OF_ONE
             of_codes, of_scales, of_zeros = _rows_of_tile(
                 builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
             )
             decoder = kind(builder, builder.add(head, _ADDRESS(64)), flip)
-            top, off = (_in_all_lanes(builder, builder.trunc(v, _INT), _INTS) for v in (highest, less))
-            dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, [_INTS] * 3)
+            low_point, off = (_in_all_lanes(builder, builder.trunc(v, _INT), _INTS) for v in (lowest, less))
             fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
-            permute = _function(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [_FLOATS, _INTS])
-            permute_words = _function(builder, "llvm.x86.avx512.permvar.si.512", _INTS, [_INTS, _INTS])
+            permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
+            words = "llvm.x86.avx512.permvar.si.512" if _WIDE else "llvm.x86.avx2.permd"
+            permute_words = _function(builder, words, _INTS, [_INTS, _INTS])
             fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-            entry, byte = 64 * (4 * kind.parts + 2), ir.Constant(_INTS, [8] * LANES)
+            entry = VECTOR * (32 // BITS_OF_DIGIT * kind.parts + STARTS)
+            byte, none = ir.Constant(_INTS, [8] * LANES), ir.Constant(_INTS, None)
 
             def prefetch(address: Any) -> None:
                 builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
@@ -474,7 +508,7 @@ def _in_dots(kind: Any) -> Any:
             def extreme(order: str, a: Any, b: Any) -> Any:
                 return builder.select(builder.icmp_unsigned(order, a, b), a, b)
 
-            def block(b: Any, totals: list[Any], whole: bool) -> list[Any]:
+            def block(b: Any, totals: list[Any]) -> list[Any]:
                 *totals, most, least = totals
                 at = builder.mul(b, _ADDRESS(4 * BLOCK))
                 first = builder.sext(_load(builder, _at(builder, firsts, b, 4), _INT), _ADDRESS)
@@ -490,55 +524,45 @@ def _in_dots(kind: Any) -> Any:
                     least = extreme("<", least, builder.sub(magnitude, ir.Constant(_INTS, [1] * LANES)))
                     scales.append(builder.fmul(builder.call(permute, [numbers, order]), power))
                 for start in of_zeros if kind.shifted else ():
-                    points = _only(builder, _at(builder, start, first, 4), there, ir.Constant(_INTS, None))
-                    points = builder.sub(top, builder.call(permute_words, [points, order]))
+                    points = _only(builder, _at(builder, start, first, 4), there, none)
+                    points = builder.sub(builder.call(permute_words, [points, order]), low_point)
                     shifts.append(builder.mul(points, ir.Constant(_INTS, [0x01010101] * LANES)))
-                for v in range(4):
-                    k = builder.add(builder.mul(b, _ADDRESS(16 * BLOCK)), _ADDRESS(64 * v))
-                    x = _at(builder, builder.add(digits, _ADDRESS(entry * v)), b, 4 * entry)
-                    lanes, numbers = ir.Constant(_INTS, [4 * v + i // 4 for i in range(LANES)]), []
+                for v in range(BLOCK * QUARTER // VECTOR):
+                    k = builder.add(builder.mul(b, _ADDRESS(QUARTER * BLOCK)), _ADDRESS(VECTOR * v))
+                    x = _at(builder, builder.add(digits, _ADDRESS(entry * v)), b, BLOCK * QUARTER // VECTOR * entry)
+                    lanes = ir.Constant(_INTS, [(LANES * v + i) // 4 for i in range(LANES)])  # a quarter is four lanes
+                    *of_x, first_high, first_low = [
+                        _load(builder, builder.add(x, _ADDRESS(i)), _INTS) for i in range(0, entry, VECTOR)
+                    ] + [none] * (2 - STARTS)
                     for r, start in enumerate(of_codes):
                         here = builder.add(start, k)
-                        prefetch(builder.add(here, _ADDRESS(AHEAD)))
-                        nothing = ir.Constant(_VECTOR, None)
-                        codes = (
-                            _load(builder, here, _VECTOR)
-                            if whole
-                            else _only(builder, here, builder.sub(length, k), nothing)
-                        )
-                        found = decoder.numbers(codes)
+                        if VECTOR * v % 64 == 0:  # a line of the cache
+                            prefetch(builder.add(here, _ADDRESS(AHEAD)))
+                        numbers = decoder.numbers(_load(builder, here, _VECTOR))
                         if kind.shifted:
                             shift = builder.bitcast(builder.call(permute_words, [shifts[r], lanes]), _VECTOR)
-                            shifted = [builder.add(builder.bitcast(n, _VECTOR), shift) for n in found]
-                            found = [builder.bitcast(n, _INTS) for n in shifted]
-                        numbers.append(found)
-                    of_x = [_load(builder, builder.add(x, _ADDRESS(64 * i)), _INTS) for i in range(4 * kind.parts + 2)]
-                    for r in range(height):
-                        *digits_of_x, first_high, first_low = of_x
-                        high, low = first_high, ir.Constant(_INTS, None)
-                        for d in range(4):
-                            if d == 1:
-                                high = builder.shl(high, byte)
-                            elif d == 3:
-                                low = builder.add(builder.shl(low, byte), first_low)
-                            for part, number in enumerate(numbers[r]):
-                                digit = digits_of_x[d * kind.parts + part]
-                                if d < 2:
-                                    high = builder.call(dot, [high, number, digit])
-                                else:
-                                    low = builder.call(dot, [low, number, digit])
-                        high, low = (builder.sitofp(v, _FLOATS) for v in (high, low))
-                        sums = builder.call(fma, [high, ir.Constant(_FLOATS, [65536.0] * LANES), low])
-                        totals[r] = builder.call(fma, [sums, builder.call(permute, [scales[r], lanes]), totals[r]])
+                            shifted = [builder.sub(builder.bitcast(n, _VECTOR), shift) for n in numbers]
+                            numbers = [builder.bitcast(n, _INTS) for n in shifted]
+                        if not _OF_BYTES:
+                            numbers = [s for n in numbers for s in decoder.shorts(builder.bitcast(n, _SHORTS))]
+                        sums = []
+                        for of_half, initial in zip(
+                            _in_two(of_x), ((first_high, none), (none, first_low)), strict=True
+                        ):
+                            total = initial[0]
+                            for i, digit in enumerate(of_half):
+                                if i == kind.parts:
+                                    total = builder.add(builder.shl(total, byte), initial[1])
+                                total = _dot(builder, total, numbers[i % kind.parts], digit)
+                            sums.append(builder.sitofp(total, _FLOATS))
+                        both = builder.call(fma, [sums[0], ir.Constant(_FLOATS, [65536.0] * LANES), sums[1]])
+                        totals[r] = builder.call(fma, [both, builder.call(permute, [scales[r], lanes]), totals[r]])
                 return [*totals, most, least]
 
-            at_extremes = [builder.add(extremes, _ADDRESS(64 * i)) for i in range(2)]
+            at_extremes = [builder.add(extremes, _ADDRESS(4 * LANES * i)) for i in range(2)]
             totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
             totals += [_load(builder, place, _INTS) for place in at_extremes]
-            in_whole, rest = (f(length, _ADDRESS(16 * BLOCK)) for f in (builder.sdiv, builder.srem))
-            totals = _loop(builder, in_whole, totals, lambda b, totals: block(b, totals, True), least=0)
-            left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
-            totals = _loop(builder, left, totals, lambda _, totals: block(in_whole, totals, False), least=0)
+            totals = _loop(builder, blocks, totals, block)
             half, other = (
                 _in_all_lanes(builder, _load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
             )
@@ -556,20 +580,23 @@ def _in_dots(kind: Any) -> Any:
     return tile
 
 
+def _in_two(items: list[Any]) -> tuple[list[Any], list[Any]]:
+    return items[: len(items) // 2], items[len(items) // 2 :]
+
+
 def _only(builder: Any, address: Any, count: Any, others: Any) -> Any:
-    """The first ``count`` items of a vector in memory, and ``others`` after them, where nothing is read."""
+    """The first ``count`` words of a vector in memory, and ``others`` after them, where nothing is read."""
     vector = others.type
-    lanes, item = vector.count, "f32" if vector == _FLOATS else f"i{vector.element.width}"
-    word, mask, pointer = ir.IntType(lanes), ir.VectorType(ir.IntType(1), lanes), vector.as_pointer()
-    few = builder.select(builder.icmp_signed("<", count, _ADDRESS(lanes)), count, _ADDRESS(lanes))
-    ones = builder.lshr(word(-1), builder.trunc(builder.sub(_ADDRESS(lanes), few), word))
-    ones = builder.select(builder.icmp_signed(">", count, _ADDRESS(0)), ones, word(0))
-    load = _function(builder, f"llvm.masked.load.v{lanes}{item}.p0", vector, [pointer, _INT, mask, vector])
-    return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), builder.bitcast(ones, mask), others])
+    pointer, mask = vector.as_pointer(), ir.VectorType(ir.IntType(1), LANES)
+    few = builder.select(builder.icmp_signed("<", count, _ADDRESS(LANES)), count, _ADDRESS(LANES))
+    few = _in_all_lanes(builder, builder.trunc(few, _INT), _INTS)
+    there = builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), few)
+    name = f"llvm.masked.load.v{LANES}{'f32' if vector == _FLOATS else 'i32'}.p0"
+    load = _function(builder, name, vector, [pointer, _INT, mask, vector])
+    return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), there, others])
 
 
-if DOTS:
-    _bytes_in_dots, _halves_in_dots, _shifted_in_dots = map(_in_dots, (_UnsignedBytes, _UnsignedHalves, _ShiftedHalves))
+_bytes_in_dots, _halves_in_dots, _shifted_in_dots = map(_in_dots, (_BytesForDots, _HalvesForDots, _ShiftedForDots))
 
 
 _bytes_of_one_row, _bytes_of_rows = _tile(_Bytes, HEIGHT_OF_ONE, 1), _tile(_Bytes, HEIGHT, ROWS)
@@ -585,48 +612,51 @@ def parts_of(inner: int, halves: bool) -> tuple[int, int, int, int, int, int, in
     A head: whether they are there, how many quarters are not served, two powers of two that the sums are multiplied by,
     and from its 64th byte on the numbers of codes as bytes. Which quarters are not served. For each block, the first of
     its scales; for each quarter which scale after that one it has, and its power of two. For each vector of codes the
-    digits of x, from the highest, those at even positions before those at odd ones, and what its sums begin with.
+    digits of x, from the highest, each of them in the order of the vectors of numbers, and what its sums begin with.
     """
-    codes, entry = (2 * QUARTER, 640) if halves else (QUARTER, 384)
-    vector = 2 * LANES if halves else LANES
+    codes, entry = (2 * QUARTER, ENTRY_OF_HALVES) if halves else (QUARTER, ENTRY_OF_BYTES)
     blocks = (inner + codes * BLOCK - 1) // (codes * BLOCK)
-    head = (inner + vector - 1) // vector * vector * 4
+    head = (inner + codes - 1) // codes * codes * 4
     unserved = head + 128
     firsts = unserved + 4 * BLOCK * blocks
     places = firsts + (4 * blocks + 63) // 64 * 64
     powers = places + 4 * BLOCK * blocks
     digits = powers + 4 * BLOCK * blocks
-    return head, unserved, firsts, places, powers, digits, digits + entry * 4 * blocks
+    return head, unserved, firsts, places, powers, digits, digits + entry * (BLOCK * QUARTER // VECTOR) * blocks
 
 
 def shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
     """Shape of what ``arrange`` fills."""
     head, *_, end = parts_of.py_func(inner, halves)
-    return (1, (end if DOTS else head) // 4) if rows == 1 else (-(-rows // ROWS) * ROWS, head // 4)
+    return (1, end // 4) if rows == 1 else (-(-rows // ROWS) * ROWS, head // 4)
 
 
 @njit(nogil=True, cache=True)
 def _numbers_as_bytes(table: Any, shifted: Any, numbers: Any) -> Any:  # pragma: no cover - compiled
     """Numbers of 4 bits as ``step * (numbers + lowest)``: the step, 0 where there is none, and the lowest.
 
-    With zero points numbers are integers; what is taken off then makes them ``MOST_SHIFT`` more than they mean.
+    Signed bytes, which shorts are made of, are the numbers themselves. With zero points numbers are integers, of which
+    the least is taken off, as it then is of zero points: unsigned bytes are ``MOST_SHIFT`` more than they mean.
     """
     for halvings in range(1 if shifted else 5):
         step = np.float32(0.5) ** halvings
-        low, plain = np.float32(0), True
+        low, most, plain = np.float32(0), np.float32(0), True
         for i in range(16):
             number = table[i] / step
-            low = min(low, number)
-            plain &= abs(number) < 128 and number == np.rint(number)
-        if plain:
-            top = 0
-            for i in range(64):
-                numbers[i] = np.uint8(table[i % 16] / step - low)
-                top = max(top, np.int64(numbers[i]))
-            if shifted and top >= MOST_SHIFT:
-                break
-            return step, np.int64(-MOST_SHIFT if shifted else low)
-    return np.float32(0), 0
+            low, most = min(low, number), max(most, number)
+            plain &= abs(number) <= MOST_NUMBER and number == np.rint(number)
+        if not plain:
+            continue
+        if shifted and most - low >= MOST_SHIFT:
+            break
+        lowest = np.int64(0)
+        if _OF_BYTES:
+            lowest = np.int64(-MOST_SHIFT if shifted else low)
+        taken_off = np.int64(low if shifted else 0) + lowest
+        for i in range(64):
+            numbers[i] = (np.int64(table[i % 16] / step) - taken_off) & 255
+        return step, lowest
+    return np.float32(0), np.int64(0)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -648,6 +678,44 @@ def _largest_magnitude(_: Any, x: Any, vectors: Any) -> Any:
     return types.intp(types.intp, types.intp), generate
 
 
+_SIXTEEN, _SIXTEEN_FLOATS = ir.VectorType(_INT, QUARTER), ir.VectorType(_FLOAT, QUARTER)
+
+
+def _sixteen_floats(builder: Any, address: Any, distance: int) -> Any:
+    """A vector of floats, or two of them and so far apart."""
+    parts = [_load(builder, builder.add(address, _ADDRESS(distance * i)), _FLOATS) for i in range(QUARTER // LANES)]
+    if len(parts) == 1:
+        return parts[0]
+    return builder.shuffle_vector(*parts, ir.Constant(_SIXTEEN, list(range(QUARTER))))
+
+
+def _put_starts(builder: Any, integers: list[Any], lowest: Any, starts: Any) -> None:
+    """Sums of four entries of each vector, in two halves, which are multiplied by ``lowest`` exactly."""
+    low = _in_all_lanes(builder, builder.trunc(lowest, _INT), ir.VectorType(_INT, 4))
+    halves = []
+    for half in (0, 1):
+        total = ir.Constant(_SIXTEEN, None)
+        for v in integers:
+            part = (
+                builder.ashr(v, ir.Constant(_SIXTEEN, [16] * QUARTER))
+                if half
+                else builder.and_(v, ir.Constant(_SIXTEEN, [0xFFFF] * QUARTER))
+            )
+            total = builder.add(total, part)
+        fours = [
+            builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_INT, 4), [a, a + 4, a + 8, a + 12]))
+            for a in range(4)
+        ]
+        total = builder.add(builder.add(fours[0], fours[1]), builder.add(fours[2], fours[3]))
+        halves.append(builder.mul(total, low))
+    # halves[1] * 2^16 + halves[0] = high * 2^24 + rest
+    high = builder.ashr(halves[1], ir.Constant(low.type, [8] * 4))
+    rest = builder.shl(builder.and_(halves[1], ir.Constant(low.type, [255] * 4)), ir.Constant(low.type, [16] * 4))
+    rest = builder.add(rest, halves[0])
+    for i, vector in enumerate((high, rest)):
+        _put(builder, vector, builder.add(starts, _ADDRESS(VECTOR * i)))
+
+
 def _quarter(parts: int) -> Any:
     """``QUARTER * parts`` entries of x times two powers of two: their digits, and what sums begin with, if they serve.
 
@@ -659,22 +727,22 @@ def _quarter(parts: int) -> Any:
     def split(_: Any, x: Any, first: Any, second: Any, lowest: Any, digits: Any, starts: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, first, second, lowest, digits, starts = arguments
-            first, second = (_in_all_lanes(builder, v, _FLOATS) for v in (first, second))
-            scaled = [
-                builder.fmul(builder.fmul(_load(builder, builder.add(x, _ADDRESS(64 * i)), _FLOATS), first), second)
-                for i in range(parts)
-            ]
-            magnitude = _function(builder, f"llvm.fabs.v{LANES}f32", _FLOATS, [_FLOATS])
-            bits = ir.IntType(LANES)
-            population = _function(builder, f"llvm.ctpop.i{LANES}", bits, [bits])
+            floats, ints, each = _SIXTEEN_FLOATS, _SIXTEEN, PARTS_OF_BYTES
+            first, second = (_in_all_lanes(builder, v, floats) for v in (first, second))
+            places = [builder.add(x, _ADDRESS(4 * LANES * i)) for i in range(parts)]
+            entries = [_sixteen_floats(builder, place, 4 * LANES * parts) for place in places]
+            scaled = [builder.fmul(builder.fmul(v, first), second) for v in entries]
+            magnitude = _function(builder, "llvm.fabs.v16f32", floats, [floats])
+            bits = ir.IntType(QUARTER)
+            population = _function(builder, "llvm.ctpop.i16", bits, [bits])
 
             def counted(order: str, limit: float) -> Any:
                 """Entries other than 0 that are below a limit."""
                 total = _INT(0)
                 for v in scaled:
-                    size, zero = builder.call(magnitude, [v]), ir.Constant(_FLOATS, [0.0] * LANES)
+                    size, zero = builder.call(magnitude, [v]), ir.Constant(floats, [0.0] * QUARTER)
                     there = builder.fcmp_ordered(">", size, zero)
-                    below = builder.fcmp_ordered(order, size, ir.Constant(_FLOATS, [limit] * LANES))
+                    below = builder.fcmp_ordered(order, size, ir.Constant(floats, [limit] * QUARTER))
                     found = builder.call(population, [builder.bitcast(builder.and_(there, below), bits)])
                     total = builder.add(total, builder.zext(found, _INT))
                 return total
@@ -682,40 +750,20 @@ def _quarter(parts: int) -> Any:
             fine = builder.icmp_signed("==", counted("<", float(FINEST)), _INT(0))
             many = builder.mul(counted("<", float(COARSE)), _INT(COARSE_ENTRIES))
             served = builder.and_(fine, builder.icmp_signed("<=", many, counted("<", float("inf"))))
-            rounded = _function(builder, f"llvm.rint.v{LANES}f32", _FLOATS, [_FLOATS])
-            integers = [builder.fptosi(builder.call(rounded, [v]), _INTS) for v in scaled]
-            # sums of ``parts`` times four entries, in two halves, which are multiplied by ``lowest`` exactly
-            low = _in_all_lanes(builder, builder.trunc(lowest, _INT), ir.VectorType(_INT, 4))
-            halves = []
-            for half in (0, 1):
-                total = ir.Constant(_INTS, None)
-                for v in integers:
-                    part = (
-                        builder.ashr(v, ir.Constant(_INTS, [16] * LANES))
-                        if half
-                        else builder.and_(v, ir.Constant(_INTS, [0xFFFF] * LANES))
-                    )
-                    total = builder.add(total, part)
-                fours = [
-                    builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(_INT, 4), [a, a + 4, a + 8, a + 12]))
-                    for a in range(4)
-                ]
-                total = builder.add(builder.add(fours[0], fours[1]), builder.add(fours[2], fours[3]))
-                halves.append(builder.mul(total, low))
-            # halves[1] * 2^16 + halves[0] = high * 2^24 + rest
-            high = builder.ashr(halves[1], ir.Constant(low.type, [8] * 4))
-            rest = builder.shl(
-                builder.and_(halves[1], ir.Constant(low.type, [255] * 4)), ir.Constant(low.type, [16] * 4)
-            )
-            rest = builder.add(rest, halves[0])
-            for i, vector in enumerate((high, rest)):
-                _put(builder, vector, builder.add(starts, _ADDRESS(64 * i)))
+            rounded = _function(builder, "llvm.rint.v16f32", floats, [floats])
+            integers = [builder.fptosi(builder.call(rounded, [v]), ints) for v in scaled]
+            if STARTS:
+                _put_starts(builder, integers, lowest, starts)
+            digit_type = ir.VectorType(ir.IntType(BITS_OF_DIGIT), QUARTER)
             for part, vector in enumerate(integers):
-                for d in range(3, -1, -1):
-                    digit = builder.trunc(vector, _BYTES)
-                    _put(builder, digit, builder.add(digits, _ADDRESS(64 * (d * parts + part))))
-                    vector = builder.sub(vector, builder.sext(digit, _INTS))
-                    vector = builder.ashr(vector, ir.Constant(_INTS, [8] * LANES))
+                for d in range(32 // BITS_OF_DIGIT - 1, -1, -1):
+                    digit = builder.trunc(vector, digit_type)
+                    for i in range(each):  # shorts at even positions, and at odd ones
+                        some = ir.Constant(ir.VectorType(_INT, QUARTER // each), list(range(i, QUARTER, each)))
+                        place = builder.add(digits, _ADDRESS(VECTOR * ((d * parts + part) * each + i)))
+                        _put(builder, builder.shuffle_vector(digit, digit, some), place)
+                    vector = builder.sub(vector, builder.sext(digit, ints))
+                    vector = builder.ashr(vector, ir.Constant(ints, [BITS_OF_DIGIT] * QUARTER))
             return builder.zext(served, _ADDRESS)
 
         return types.intp(types.intp, types.float32, types.float32, *[types.intp] * 3), generate
@@ -737,7 +785,10 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
         step, lowest = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
     if step == 0 or (shifted and not halves):
         return
-    codes, entry = (2 * QUARTER, 640) if halves else (QUARTER, 384)
+    codes, entry = (2 * QUARTER, ENTRY_OF_HALVES) if halves else (QUARTER, ENTRY_OF_BYTES)
+    groups, of_vector = (inner + size - 1) // size, VECTOR // QUARTER
+    if groups > 1 and size % codes != 0:
+        return
     there, blocks = (inner + codes - 1) // codes, (inner + codes * BLOCK - 1) // (codes * BLOCK)
     exponents, leading = words[powers // 4 : powers // 4 + BLOCK * blocks], -127
     factors = np.empty(2, dtype=np.int32)
@@ -745,8 +796,8 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
     start, unserved = out.ctypes.data, 0
     for q in range(there):
         x, most = start + 4 * codes * q, _largest_magnitude(start + 4 * codes * q, codes // LANES)
-        at = start + digits + q // 4 * entry
-        of_digits, of_sums = at + q % 4 * QUARTER, at + entry - 128 + q % 4 * 16
+        at, nth = start + digits + q // of_vector * entry, q % of_vector * QUARTER
+        of_digits, of_sums = at + nth, at + entry - 2 * VECTOR + nth
         exponents[q] = NOTHING if most == 0 else UNSERVED
         if most < 0x00800000 or most >= 0x7F800000:
             continue
@@ -772,12 +823,13 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
         exponents[q] = (e - leading + 127) << 23 if served else 0  # a power of two, or 0
     if unserved * MOST_IN_FLOATS > there:
         return
-    groups = (inner + size - 1) // size
     for b in range(blocks):
         group = min(b * BLOCK * codes // size, groups - 1)
         words[firsts // 4 + b] = group
         for i in range(BLOCK):
             words[places // 4 + b * BLOCK + i] = min((b * BLOCK + i) * codes // size, groups - 1) - group
+    if halves and BITS_OF_DIGIT == 16:
+        step *= np.float32(2.0**-8)  # their numbers are the upper bytes of shorts
     e = leading - BITS
     half = e >> 1
     out[head // 4 + 2], out[head // 4 + 3] = np.float32(2.0) ** half * step, np.float32(2.0) ** (e - half)
@@ -785,25 +837,16 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
 
 
 @njit(nogil=True, cache=True)
-def _by_nothing(*arguments: Any) -> Any:  # pragma: no cover - compiled
-    """In place of loops by the int8 dot product where the processor lacks it, which nothing then asks for."""
-    return np.uint32(0), np.uint32(0)
-
-
-_in_fixed_point = _to_fixed_point if DOTS else _by_nothing
-
-
-@njit(nogil=True, cache=True)
 def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Rows of x as the loops read them, the entries beside lower halves of bytes before those beside upper halves.
 
-    ``out`` has whole tiles and whole vectors: what x does not fill is 0. Where it has room for more, as for a product
+    ``out`` has whole tiles and whole quarters: what x does not fill is 0. Where it has room for more, as for a product
     of one row, that row in fixed point follows, for codes in groups of ``size``, with numbers in ``table`` where they
     are ``halves``, and with zero points where they are ``shifted``.
     """
     rows, inner = x.shape
     vector = 2 * LANES if halves else LANES
-    whole, width = inner - inner % vector, (inner + vector - 1) // vector * vector
+    whole, width = inner - inner % vector, parts_of(inner, halves)[0] // 4
     for m in range(rows):
         row, arranged = x[m], out[m, :width]
         if not halves:
@@ -819,7 +862,7 @@ def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) 
             arranged[whole + (k % 2) * LANES + (k - whole) // 2] = row[k]
     out[rows:] = 0
     if out.shape[1] > width:
-        _in_fixed_point(halves, inner, size, table, shifted, out[0])
+        _to_fixed_point(halves, inner, size, table, shifted, out[0])
 
 
 @njit(nogil=True, cache=True)
@@ -904,40 +947,49 @@ def _are_codes(zero: Any, lowest: Any) -> Any:  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def _add_in_dots(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
-    highest: Any, less: Any, size: Any, sums: Any,
+    lowest: Any, less: Any, size: Any, sums: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``_add_tiles`` of one row that is in fixed point; ``zero`` is the address of integers, 0 where there are none.
 
     The answer is the largest and the least of the bits of scales, as ``_in_dots`` has them.
     """
-    here, of_row = w.shape[0], x.ctypes.data
-    head, _, firsts, places, powers, digits, _ = parts_of(inner, halves)
-    head, firsts, places, powers, digits = (
-        of_row + head, of_row + firsts, of_row + places, of_row + powers, of_row + digits
-    )  # fmt: skip
-    start, by, groups = w.ctypes.data, w.strides[0], (inner + size - 1) // size
-    length = (inner + 1) // 2 if halves else inner
+    here, of_row, groups = w.shape[0], x.ctypes.data, (inner + size - 1) // size
+    head, _, of_firsts, of_places, of_powers, of_digits, _ = parts_of(inner, halves)
+    codes_of_block, entry = BLOCK * QUARTER, ENTRY_OF_BYTES
+    if halves:
+        codes_of_block, entry = 2 * BLOCK * QUARTER, ENTRY_OF_HALVES
+    blocks = inner // codes_of_block
+    whole = blocks * codes_of_block
+    rest = np.zeros((here if whole < inner else 0, BLOCK * QUARTER), dtype=np.uint8)
+    _copy_rest(w, inner, whole, halves, rest)
     extremes = np.empty((2, LANES), dtype=np.uint32)
     extremes[0], extremes[1] = 0, 0xFFFFFFFF
     sums[:] = 0
-    for n in range(0, here, HEIGHT_OF_ONE):
-        codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
-        out, there = sums.ctypes.data + n * sums.strides[1], here - n
-        if not halves:
-            _bytes_in_dots(
-                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
-                highest, flip, less, extremes.ctypes.data, out,
-            )  # fmt: skip
-        elif zero != 0:
-            _shifted_in_dots(
-                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
-                highest, flip, less, extremes.ctypes.data, out,
-            )  # fmt: skip
-        else:
-            _halves_in_dots(
-                codes, by, there, length, head, firsts, places, powers, digits, s, s_stride, groups, z, z_stride,
-                highest, flip, less, extremes.ctypes.data, out,
-            )  # fmt: skip
+    for beyond in range(2):
+        start, by, first, length = w.ctypes.data, w.strides[0], 0, blocks
+        if beyond:
+            start, by, first, length = rest.ctypes.data, rest.strides[0], blocks, 1 if whole < inner else 0
+        firsts, places = of_row + of_firsts + 4 * first, of_row + of_places + 4 * BLOCK * first
+        powers = of_row + of_powers + 4 * BLOCK * first
+        digits = of_row + of_digits + BLOCK * QUARTER // VECTOR * entry * first
+        for n in range(0, here if length else 0, HEIGHT_OF_ONE):
+            codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
+            out, there = sums.ctypes.data + n * sums.strides[1], here - n
+            if not halves:
+                _bytes_in_dots(
+                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
+                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                )  # fmt: skip
+            elif zero != 0:
+                _shifted_in_dots(
+                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
+                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                )  # fmt: skip
+            else:
+                _halves_in_dots(
+                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
+                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                )  # fmt: skip
     return extremes[0].max(), extremes[1].min()
 
 
@@ -947,11 +999,11 @@ def _add_unserved(
     size: Any, sums: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """What ``_add_in_dots`` leaves out: quarters of x that fixed point does not serve, as floats."""
-    here, codes = w.shape[0], 2 * QUARTER if halves else QUARTER
+    here, codes, steps = w.shape[0], 2 * QUARTER if halves else QUARTER, QUARTER // LANES
     head, unserved, _, _, _, _, _ = parts_of(inner, halves)
     words = x.view(np.int32)[0]
     whole = inner - inner % codes
-    rest = np.zeros((here, LANES), dtype=np.uint8)
+    rest = np.zeros((here, QUARTER), dtype=np.uint8)
     _copy_rest(w, inner, whole, halves, rest)
     for n in range(0, here, HEIGHT_OF_ONE):
         out, there = sums.ctypes.data + n * sums.strides[1], here - n
@@ -960,15 +1012,15 @@ def _add_unserved(
             g = k // size
             at, by = w.ctypes.data + n * w.strides[0] + (k // 2 if halves else k), w.strides[0]
             if k == whole:
-                at, by = rest.ctypes.data + n * LANES, LANES
+                at, by = rest.ctypes.data + n * QUARTER, QUARTER
             entries, s, z = x.ctypes.data + 4 * k, scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
             if halves:
                 _halves_of_one_row(
-                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, 1, out
+                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
             else:
                 _bytes_of_one_row(
-                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, 1, out
+                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
 
 
@@ -1041,9 +1093,6 @@ def _add_tiles(
         k += length
 
 
-_by_dots = _add_in_dots if DOTS else _by_nothing
-
-
 @njit(nogil=True, cache=True)
 def multiply(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
@@ -1067,7 +1116,7 @@ def multiply(
     z_stride = zeros.strides[0] if shifted else 0
     s_stride = scales.strides[0] if coded else (scale.strides[0] if scale.shape[0] > 1 else 0)
     head = parts_of(inner, halves)[0] // 4
-    fixed = one and DOTS and x.view(np.int32)[0, head] != 0
+    fixed = one and x.view(np.int32)[0, head] != 0
     unserved = np.int64(x.view(np.int32)[0, head + 1]) if fixed else 0
     lowest = np.int64(table.min()) if fixed and halves else 0
     less, doubling = np.uint32(0 if coded else 1), _doubling(of_scales)
@@ -1083,8 +1132,8 @@ def multiply(
         s_start, dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
         if dots:
             of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
-            of_strip, least = _by_dots(
-                codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest + MOST_SHIFT, less, size,
+            of_strip, least = _add_in_dots(
+                codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest, less, size,
                 sums,
             )  # fmt: skip
             dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
