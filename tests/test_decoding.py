@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from optional import jax, jnp, needs, torch
-from processors import run_without_avx_512
+from processors import run_without, run_without_avx_512
 
 from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
 from aqt_lite._registry import get_backend
@@ -89,9 +89,6 @@ def test_sums_are_exact_to_float32(how, rows):
         assert_exact_to_float32(y, x, q.dequantize(), bias)
 
 
-needs_dots = needs_loops
-
-
 @pytest.mark.parametrize("shift", [0, -70, 70])
 @pytest.mark.parametrize("kind", ["int4", "uint4", "int4 with zero points", "float4_e2m1fn", "int8", "uint8"])
 def test_sums_of_integers_are_exact(kind, shift):
@@ -166,7 +163,7 @@ def test_what_cancels_leaves_what_float32_leaves(how):
     assert ours <= 2 * theirs
 
 
-@needs_dots
+@needs_loops
 def test_fixed_point_serves_what_it_is_for():
     """How many quarters of a row are left to floats; -1 where all are."""
 
@@ -186,6 +183,32 @@ def test_fixed_point_serves_what_it_is_for():
         assert left(rows["entries of all sizes"], how) == left(rows["subnormal"], how) == -1
     assert left(rows["normal"], {"dtype": "nf4", "granularity": PerGroup(32)}) == -1
     assert left(rows["normal"], {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(32)}) == -1
+    if LOOPS.LANES == 8:  # groups of half a quarter, which vectors of floats serve
+        assert left(rows["normal"], {"dtype": "int4", "granularity": PerGroup(16)}) == -1
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "float4_e2m1fn"}, {"dtype": "int8"}, {"dtype": "uint4"}], ids=name_of)
+def test_the_largest_sums_of_digits_do_not_overflow(how):
+    """Entries that are the largest there are, or have digits of -128 or -2^15, beside the largest numbers."""
+    w = np.asarray([[1.0], [-1.0], [0.5]], np.float32) * np.ones((1, 512), np.float32)
+    if how["dtype"] == "uint4":
+        codes, zero = np.tile(np.asarray([[15], [0], [8]], np.uint8), (1, 512)), np.asarray([[0], [15], [0]], np.int32)
+        q = QArray.from_codes(codes, np.ones((3, 1), np.float32), zero, granularity=PerGroup(512), dtype="uint4")
+    else:
+        q = quantize(w, **how, granularity=PerGroup(32))
+    values = np.asarray(q.dequantize(), np.float64)
+    for entry in (
+        127 / 64,
+        -127 / 64,
+        1 + 2.0**-15,
+        -1 - 2.0**-15,
+        1 + 2.0**-15 + 2.0**-23,
+        63 / 64 - 2.0**-15 - 2.0**-23,
+    ):
+        x = np.full((1, 512), entry, np.float32)
+        exact = x.astype(np.float64) @ values.T
+        np.testing.assert_allclose(decoded_product(x, q), exact, rtol=2.0**-20)
 
 
 @needs_loops
@@ -455,14 +478,6 @@ def test_derivatives_of_torch(dtype):
     torch.testing.assert_close(bias.grad.float(), torch.full((300,), 5.0))
 
 
-@needs_loops
-@pytest.mark.exhaustive  # compiles all loops anew, for another processor
-def test_processors_without_avx_512():
-    tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
-    tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
-    run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")
-
-
 @pytest.mark.parametrize("times", [20, 200, 1e5])
 @pytest.mark.parametrize(
     ("dtype", "how"),
@@ -485,3 +500,44 @@ def test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours(dty
     exact = x.astype(np.float64) @ values.astype(np.float64).T
     of_floats, ours = (np.sqrt(np.mean((y - exact) ** 2)) for y in (x @ values.T, linear(x, q)))
     assert ours <= 2 * of_floats
+
+
+IN_DOTS = [
+    test_sums_of_integers_are_exact,
+    test_one_row_is_as_exact_as_a_float32_product,
+    test_what_cancels_leaves_what_float32_leaves,
+    test_fixed_point_serves_what_it_is_for,
+    test_the_largest_sums_of_digits_do_not_overflow,
+    test_scales_of_any_size_and_sign_in_one_row,
+    test_zero_points_that_are_no_codes,
+    test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours,
+    "test_what_pads_the_last_byte_meets_nothing[numpy-int4]",
+    "test_an_infinity_or_nan_stays_in_its_row[numpy]",
+]
+
+
+def form(lanes, bits):
+    return f"(runtime.decoding_loops().LANES, runtime.decoding_loops().BITS_OF_DIGIT) == {(lanes, bits)}"
+
+
+@needs_loops
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+def test_processors_without_avx_512():
+    tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
+    tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
+    run_without_avx_512(__file__, [*tests, *IN_DOTS], form(8, 16))
+
+
+@needs_loops
+@pytest.mark.exhaustive  # compiles all loops anew, for another processor
+@pytest.mark.parametrize("narrow", [False, True], ids=["shorts", "bytes of vectors of 256 bits"])
+def test_other_dot_products(narrow):
+    if (LOOPS.LANES, LOOPS.BITS_OF_DIGIT) != (16, 8):
+        pytest.skip("the processor has no AVX-512 VNNI, whose other forms these are")
+    of_bytes = (
+        "+avx512bw",
+        "+avx512vbmi",
+        "+avx512bitalg",
+        "+avx512fp16",
+    )  # those that have vectors of 512 bits of them
+    run_without(of_bytes if narrow else ("+avx512vnni",), __file__, IN_DOTS, form(*((8, 8) if narrow else (16, 16))))

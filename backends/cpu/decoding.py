@@ -17,19 +17,26 @@ Either way a value is what dequantizing gives, to the bit. It stays in a registe
 its price is shared. A tile of the result (``HEIGHT`` rows of the weight, ``ROWS`` of x) has one vector of sums for each
 of its entries; ``DEPTH`` codes of a row meet a part of x that the first cache holds before the next part comes.
 
-**One row of x, by the int8 dot product** (AVX-512 VNNI, ``_in_dots``). For one row the price of a value is not shared,
-so no value is made. Every ``QUARTER`` bytes of codes, a quarter of a vector, their entries of x are integers relative
-to a power of two of their own: ``x = X 2^(e - 30)``, where ``|X| <= 127/64 2^30``, which four signed digits of 8 bits
-hold. Codes become unsigned bytes ``u``, in the order in which they lie: those of 8 bits by turning their highest
-bit over, those of 4 by a table, wherever numbers are ``step (u + lowest)``. ``vpdpbusd`` adds four products of bytes
-to each of 16 lanes, so that a lane holds a sum of 4 entries, or of 8 where codes have 4 bits:
+**One row of x, by integer dot products** (``_in_dots``). For one row the price of a value is not shared, so no value
+is made. Every ``QUARTER`` bytes of codes, four lanes of a vector of them, their entries of x are integers relative to a
+power of two of their own: ``x = X 2^(e - 30)``, where ``|X| <= 127/64 2^30``, which four signed digits of 8 bits hold,
+or two of 16. Codes become bytes ``u``, in the order in which they lie: those of 8 bits by turning their highest bit
+over, those of 4 by a table, wherever numbers are ``step (u + lowest)``. A lane holds a sum of 4 entries, or of 8 where
+codes have 4 bits:
 
-    T  =  sum X (u + lowest)  =  sum_d 256^d (sum digit_d u)  +  lowest sum X
+    T  =  sum X (u + lowest)  =  sum_d 2^(8 d) (sum digit_d u)  +  lowest sum X
 
-The two higher digits make one int32 in each lane, and the two lower ones another, each with its part of the last term:
-at most 2^27, since eight bytes at most meet two digits, below 2^15. Two floats of them and one fused
-step are ``T``, rounded as a sum of floats is; another one multiplies it by the scale of its group times
-``2^(e - leading)``, spread over lanes by a permutation. Zero points of 4 bits are taken from ``u``, exactly.
+- ``vpdpbusd`` (AVX-512 VNNI, AVX-VNNI) adds four products of unsigned bytes and digits of 8 bits to each lane. The two
+  higher digits make one int32 in each lane, and the two lower ones another, each with its part of the last term: at
+  most 2^27, since eight bytes at most meet two digits, below 2^15.
+- ``vpmaddwd`` (AVX2, AVX-512 without VNNI) adds two products of shorts. ``lowest`` is 0, bytes are signed, and those at
+  even and at odd positions become shorts. Bytes of codes of 4 bits stay where they are, the upper halves of shorts,
+  which are ``2^8 u`` at one instruction each. A digit is an int32 in each lane: at most ``8 * 31 * 2^8 * 2^15 < 2^31``
+  where numbers are at most ``MOST_NUMBER``, and a float of it has no more than 24 bits to keep.
+
+Two floats of the two int32 and one fused step are ``T``, rounded as a sum of floats is; another one multiplies it by
+the scale of its group times ``2^(e - leading)``, spread over lanes by a permutation. Zero points of 4 bits are taken
+from bytes, exactly.
 
 What this loses of an entry is 2^-31 of the largest in its quarter, whatever the codes are. So quarters in which one
 entry lies far below that, or many somewhat below, and those with infinities, NaN, or no number but subnormal ones, are
@@ -128,7 +135,7 @@ MOST_NUMBER = 127 if _OF_BYTES else 31
 """Of codes of 4 bits, also less their zero points: 2^8 times as much, times digits, is added up in int32 by shorts."""
 
 MOST_FRACTION = np.int32(0x7E0000)
-"""Of 127/64, its bits below the exponent's: what is larger would carry into a fifth digit."""
+"""Of 127/64, its bits below the exponent's: what is larger would carry into a further digit."""
 
 FINEST = np.float32(2.0**16)
 COARSE, COARSE_ENTRIES = np.float32(2.0**22), 8
@@ -178,10 +185,13 @@ def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
 
 
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
-    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
+def _loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
+    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least ``least``."""
     before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
+    if least:
+        builder.branch(loop)
+    else:
+        builder.cbranch(builder.icmp_signed(">", count, _ADDRESS(0)), loop, after)
     builder.position_at_end(loop)
     i = builder.phi(_ADDRESS)
     carried = [builder.phi(total.type) for total in totals]
@@ -192,7 +202,13 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
         phi.add_incoming(next_one, end)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
-    return new
+    if least:
+        return new
+    results = [builder.phi(total.type) for total in totals]
+    for result, first, last in zip(results, totals, new, strict=True):
+        result.add_incoming(first, before)
+        result.add_incoming(last, end)
+    return results
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -456,7 +472,7 @@ class _HalvesForDots:
 
 
 class _ShiftedForDots(_HalvesForDots):
-    """The same, of which zero points are taken off."""
+    """The same, of which zero points are taken, less the lowest number as the table's are."""
 
     shifted = True
 
@@ -472,25 +488,26 @@ def _dot(builder: Any, total: Any, numbers: Any, digits: Any) -> Any:
 
 
 def _in_dots(kind: Any) -> Any:
-    """``out[r, lane] += sum of value[r, k] x[k]`` over whole blocks, x in fixed point as ``_to_fixed_point`` leaves it.
+    """``out[r, lane] += sum of value[r, k] x[k]`` over whole rows, x in fixed point as ``_to_fixed_point`` leaves it.
 
-    Arguments: addresses and strides as ``_tile`` has them; how many blocks of codes; where the parts of x begin; how
-    many scales a row has; what is taken off zero points; and where the extremes of the bits of scales are kept, a
-    vector of the largest, ``less`` taken off, and one of the least, 1 taken off.
+    Arguments: addresses and strides as ``_tile`` has them; the bytes of a row, and the address of copies of those that
+    fill no vector, a vector for each row; where the parts of x begin; how many scales a row has; what is taken off zero
+    points; and where the extremes of the bits of scales are kept, a vector of the largest, ``less`` taken off, and one
+    of the least, 1 taken off.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        _: Any, w: Any, w_stride: Any, there: Any, blocks: Any, head: Any, firsts: Any, places: Any, powers: Any,
-        digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, lowest: Any, flip: Any,
-        less: Any, extremes: Any, out: Any,
+        _: Any, w: Any, w_stride: Any, there: Any, length: Any, rest: Any, head: Any, firsts: Any, places: Any,
+        powers: Any, digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, lowest: Any,
+        flip: Any, less: Any, extremes: Any, out: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, w_stride, there, blocks, head, firsts, places, powers, digits, *others = arguments
+            w, w_stride, there, length, rest, head, firsts, places, powers, digits, *others = arguments
             scale, s_stride, groups, zero, z_stride, lowest, flip, less, extremes, out = others
             height = HEIGHT_OF_ONE
-            of_codes, of_scales, of_zeros = _rows_of_tile(
-                builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
+            of_codes, of_rest, of_scales, of_zeros = _rows_of_tile(
+                builder, height, there, (w, w_stride), (rest, _ADDRESS(VECTOR)), (scale, s_stride), (zero, z_stride)
             )
             decoder = kind(builder, builder.add(head, _ADDRESS(64)), flip)
             low_point, off = (_in_all_lanes(builder, builder.trunc(v, _INT), _INTS) for v in (lowest, less))
@@ -508,7 +525,7 @@ def _in_dots(kind: Any) -> Any:
             def extreme(order: str, a: Any, b: Any) -> Any:
                 return builder.select(builder.icmp_unsigned(order, a, b), a, b)
 
-            def block(b: Any, totals: list[Any]) -> list[Any]:
+            def block(b: Any, totals: list[Any], whole: bool) -> list[Any]:
                 *totals, most, least = totals
                 at = builder.mul(b, _ADDRESS(4 * BLOCK))
                 first = builder.sext(_load(builder, _at(builder, firsts, b, 4), _INT), _ADDRESS)
@@ -534,10 +551,13 @@ def _in_dots(kind: Any) -> Any:
                     *of_x, first_high, first_low = [
                         _load(builder, builder.add(x, _ADDRESS(i)), _INTS) for i in range(0, entry, VECTOR)
                     ] + [none] * (2 - STARTS)
-                    for r, start in enumerate(of_codes):
+                    inside = builder.icmp_signed("<=", builder.add(k, _ADDRESS(VECTOR)), length)
+                    for r, (start, beyond) in enumerate(zip(of_codes, of_rest, strict=True)):
                         here = builder.add(start, k)
                         if VECTOR * v % 64 == 0:  # a line of the cache
                             prefetch(builder.add(here, _ADDRESS(AHEAD)))
+                        if not whole:  # after the row's end, where digits are 0, codes are anything
+                            here = builder.select(inside, here, beyond)
                         numbers = decoder.numbers(_load(builder, here, _VECTOR))
                         if kind.shifted:
                             shift = builder.bitcast(builder.call(permute_words, [shifts[r], lanes]), _VECTOR)
@@ -562,7 +582,10 @@ def _in_dots(kind: Any) -> Any:
             at_extremes = [builder.add(extremes, _ADDRESS(4 * LANES * i)) for i in range(2)]
             totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
             totals += [_load(builder, place, _INTS) for place in at_extremes]
-            totals = _loop(builder, blocks, totals, block)
+            blocks, rest = (f(length, _ADDRESS(QUARTER * BLOCK)) for f in (builder.sdiv, builder.srem))
+            totals = _loop(builder, blocks, totals, lambda b, totals: block(b, totals, True), least=0)
+            left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
+            totals = _loop(builder, left, totals, lambda _, totals: block(blocks, totals, False), least=0)
             half, other = (
                 _in_all_lanes(builder, _load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
             )
@@ -575,7 +598,7 @@ def _in_dots(kind: Any) -> Any:
                 builder.store(vector, builder.inttoptr(place, _INTS.as_pointer()), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 19), generate
+        return types.void(*[types.intp] * 20), generate
 
     return tile
 
@@ -927,8 +950,9 @@ def _copy_rest(w: Any, inner: Any, whole: Any, halves: Any, rest: Any) -> None: 
     """Codes from ``whole`` on, which fill no vector: no loop reads beyond the weight."""
     first = whole // 2 if halves else whole
     for n in range(w.shape[0] if whole < inner else 0):
-        for i in range(first, w.shape[1]):
-            rest[n, i - first] = w[n, i]
+        codes, out = w[n, first:], rest[n]
+        for i in range(codes.shape[0]):
+            out[i] = codes[i]
         if halves and inner % 2:  # the last upper half pads: whatever it says, no number of it is to meet x
             rest[n, (inner - whole) // 2] &= 15
 
@@ -953,43 +977,36 @@ def _add_in_dots(
 
     The answer is the largest and the least of the bits of scales, as ``_in_dots`` has them.
     """
-    here, of_row, groups = w.shape[0], x.ctypes.data, (inner + size - 1) // size
-    head, _, of_firsts, of_places, of_powers, of_digits, _ = parts_of(inner, halves)
-    codes_of_block, entry = BLOCK * QUARTER, ENTRY_OF_BYTES
-    if halves:
-        codes_of_block, entry = 2 * BLOCK * QUARTER, ENTRY_OF_HALVES
-    blocks = inner // codes_of_block
-    whole = blocks * codes_of_block
-    rest = np.zeros((here if whole < inner else 0, BLOCK * QUARTER), dtype=np.uint8)
-    _copy_rest(w, inner, whole, halves, rest)
+    here, of_row = w.shape[0], x.ctypes.data
+    head, _, firsts, places, powers, digits, _ = parts_of(inner, halves)
+    head, firsts, places, powers, digits = (
+        of_row + head, of_row + firsts, of_row + places, of_row + powers, of_row + digits
+    )  # fmt: skip
+    start, by, groups = w.ctypes.data, w.strides[0], (inner + size - 1) // size
+    length = (inner + 1) // 2 if halves else inner
+    rest = np.zeros((here if length % (QUARTER * BLOCK) else 0, VECTOR), dtype=np.uint8)
+    _copy_rest(w, inner, inner - inner % (2 * VECTOR if halves else VECTOR), halves, rest)
     extremes = np.empty((2, LANES), dtype=np.uint32)
     extremes[0], extremes[1] = 0, 0xFFFFFFFF
     sums[:] = 0
-    for beyond in range(2):
-        start, by, first, length = w.ctypes.data, w.strides[0], 0, blocks
-        if beyond:
-            start, by, first, length = rest.ctypes.data, rest.strides[0], blocks, 1 if whole < inner else 0
-        firsts, places = of_row + of_firsts + 4 * first, of_row + of_places + 4 * BLOCK * first
-        powers = of_row + of_powers + 4 * BLOCK * first
-        digits = of_row + of_digits + BLOCK * QUARTER // VECTOR * entry * first
-        for n in range(0, here if length else 0, HEIGHT_OF_ONE):
-            codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
-            out, there = sums.ctypes.data + n * sums.strides[1], here - n
-            if not halves:
-                _bytes_in_dots(
-                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
-                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
-                )  # fmt: skip
-            elif zero != 0:
-                _shifted_in_dots(
-                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
-                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
-                )  # fmt: skip
-            else:
-                _halves_in_dots(
-                    codes, by, there, length, of_row + head, firsts, places, powers, digits, s, s_stride, groups, z,
-                    z_stride, lowest, flip, less, extremes.ctypes.data, out,
-                )  # fmt: skip
+    for n in range(0, here, HEIGHT_OF_ONE):
+        codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
+        out, there, beyond = sums.ctypes.data + n * sums.strides[1], here - n, rest.ctypes.data + n * VECTOR
+        if not halves:
+            _bytes_in_dots(
+                codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
+                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
+        elif zero != 0:
+            _shifted_in_dots(
+                codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
+                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
+        else:
+            _halves_in_dots(
+                codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
+                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+            )  # fmt: skip
     return extremes[0].max(), extremes[1].min()
 
 
