@@ -108,6 +108,24 @@ def test_every_size_of_groups_and_of_rows(calls):
 
 
 @needs_loops
+@pytest.mark.parametrize("size", [255, 256, 257, 512])
+def test_strips_of_rows_whose_sums_are_wide_by_their_zero_points_alone(size, calls):
+    """Beside others: whether two int32 are rounded at once is said strip by strip."""
+    rng = np.random.default_rng(size)
+    codes = rng.integers(0, 256, (70, 2 * size)).astype(np.uint8)
+    codes[18:22], codes[40] = 255, 0
+    zero = np.full((70, 2), 128, np.int32)
+    zero[16:20], zero[40:44], zero[66] = 0, 255, 0
+    scale = np.exp2(rng.integers(-9, 9, (70, 2))).astype(np.float32)
+    q = aqt_lite.QArray.from_codes(codes, scale, zero, granularity=PerGroup(size))
+    x = hard_rows(rng, 13, 2 * size)
+    x[0] = 1.0  # all digits of a row alike, and all sums as far as they go
+    for rows in (x[:1], x[1:2], x):
+        assert_same_bits(linear(rows, q, mode="reproducible"), without_kernels(rows, q, None))
+    assert calls == [True] * 3
+
+
+@needs_loops
 def test_the_largest_sums_are_exact():
     """512 products of the largest numbers there are: below 2^48, of which float32(high) keeps every bit."""
     codes = np.tile(np.asarray([[0], [255], [1]], np.uint8), (1, 512))
