@@ -75,6 +75,12 @@ def check_offset(offset: Any, spec: Spec) -> None:
         raise ValueError(f"offset={wide[bad].flat[0]}: every offset must be finite, within {spec.source.name}")
 
 
+_WHOLE = (
+    "it must be an integer, the code of 0.0: where all are whole, .astype('int32') of them; a real one is "
+    "offset=-zero_point * scale"
+)
+
+
 def check_zero_point(zero_point: Any, spec: Spec) -> None:
     """ValueError where a zero point is no code."""
     low, high = spec.element.zero_codes
@@ -86,10 +92,10 @@ def check_zero_point(zero_point: Any, spec: Spec) -> None:
     if isinstance(zero_point, int) and _is_number(zero_point) and low <= zero_point <= high:
         return
     if isinstance(zero_point, float):
-        raise TypeError(f"zero_point={zero_point} is a float: it must be an integer, the code of 0.0")
+        raise TypeError(f"zero_point={zero_point} is a float: {_WHOLE}")
     values = np.asarray(zero_point)
     if values.dtype.name not in INTEGER_TYPES:
-        raise TypeError(f"zero_point has dtype {values.dtype.name}: it must be an integer, the code of 0.0")
+        raise TypeError(f"zero_point has dtype {values.dtype.name}: {_WHOLE}")
     bad = (values < low) | (values > high)
     if bad.any():
         raise ValueError(f"zero_point={values[bad].flat[0]}: must be {codes}")

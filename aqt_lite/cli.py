@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for instance, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:
-        print(f"aqt-lite: {error}: pip install 'aqt_lite[science]'", file=sys.stderr)
+        way = "" if "pip install" in str(error) else ": pip install 'aqt_lite[science]'"
+        print(f"aqt-lite: {error}{way}", file=sys.stderr)
         return 1
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last are those of damaged HDF5
         print(f"aqt-lite: {error}", file=sys.stderr)

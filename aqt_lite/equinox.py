@@ -4,13 +4,16 @@ Owns: nothing; it is the public name of ``aqt_lite.backends.jax.equinox``. Impor
 it as ``import aqt_lite.equinox``: ``import aqt_lite`` alone imports no framework.
 """
 
-from aqt_lite.backends.jax.equinox import (
-    QuantizedConv,
-    QuantizedConvTranspose,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    plan,
-    quantize,
-)
+from aqt_lite._extras import installed_by
+
+with installed_by("pip install 'aqt_lite[jax]' equinox", __name__):
+    from aqt_lite.backends.jax.equinox import (
+        QuantizedConv,
+        QuantizedConvTranspose,
+        QuantizedEmbedding,
+        QuantizedLinear,
+        plan,
+        quantize,
+    )
 
 __all__ = ["QuantizedConv", "QuantizedConvTranspose", "QuantizedEmbedding", "QuantizedLinear", "plan", "quantize"]

@@ -84,6 +84,8 @@ def save(
     >>> tree["dense"]["w"].granularity, tree["dense"]["bias"].dtype, tree["step"]
     (PerGroup(size=32, axis=-1), dtype('float64'), 7)
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}: the first argument is the file's name, the second the tree")
     name = os.fsdecode(path)
     layout = _layout_of(name)
     if max_shard_bytes is not None:

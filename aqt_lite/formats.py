@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from aqt_lite._near import did_you_mean
 from aqt_lite.elements import (
     FLOAT_TYPES,
     INTEGER_TYPES,
@@ -281,6 +282,19 @@ DERIVED = {**BLOCK_TYPES, **BITROUND, **WITH_MISSING}
 
 _DTYPES = frozenset({"bool", "complex64", "complex128", *FLOAT_TYPES, *INTEGER_TYPES})
 _ALIASES = {"float4_e2m1fn_x2": "float4_e2m1fn"}
+_ELSEWHERE = {
+    "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "f8e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2", "fp6": "float6_e2m3fn", "fp4": "float4_e2m1fn", "float4": "float4_e2m1fn",
+    "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn", "normalfloat4": "nf4", "nvfp": "nvfp4",
+    "mxfp8": "mxfp8_e4m3", "mxfp6": "mxfp6_e2m3",
+    "4": "int4", "8": "int8", "w4": "int4", "w8": "int8", "qint8": "int8", "quint8": "uint8", "qint4": "int4",
+    "quint4x2": "uint4", "i4": "int4", "i8": "int8", "u4": "uint4", "u8": "uint8",
+}  # fmt: skip
+"""What other libraries call formats."""
+_SCALES_ELSEWHERE = {"e8m0": "float8_e8m0fnu", "ue8m0": "float8_e8m0fnu", "fp16": "float16", "half": "float16"} | {
+    "bf16": "bfloat16", "fp32": "float32", "float": "float32",
+}  # fmt: skip
+"""The same of scales."""
 _lock = threading.Lock()
 
 
@@ -359,7 +373,8 @@ def format_of(dtype: Any) -> Format:
                 "quantize keepbits, max_rel_err or max_abs_err"
             )
         known = ", ".join([*FORMATS, *BLOCK_TYPES, *(f"{f[0].name} to {f[-1].name}" for f in FAMILIES.values())])
-        raise ValueError(f"dtype={dtype!r} is not a quantized type: use one of {known}")
+        near = "" if name in _DTYPES else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
+        raise ValueError(f"dtype={dtype!r} is not a quantized type{near}: use one of {known}")
     return found
 
 
@@ -389,7 +404,8 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
     found = SCALE_FORMATS.get(name) or FORMATS.get(name)
     if found is None:
         known = ", ".join(dict.fromkeys(["float32", *SCALE_FORMATS, *FORMATS]))
-        raise ValueError(f"{argument}={dtype!r} is not a format of scales: use one of {known}")
+        near = did_you_mean(name, [*SCALE_FORMATS, *FORMATS], _SCALES_ELSEWHERE | _ELSEWHERE)
+        raise ValueError(f"{argument}={dtype!r} is not a format of scales{near}: use one of {known}")
     return found
 
 

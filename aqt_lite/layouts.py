@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._dispatch import run
+from aqt_lite._near import did_you_mean
 from aqt_lite._registry import get_backend
 from aqt_lite.packing import pack, unpack
 
@@ -486,7 +487,8 @@ def layout_of(layout: Any, dtype: str, bits: int) -> Layout:
         return found.holding(dtype, bits)
     if not isinstance(found, Layout):
         what = repr(layout) if isinstance(layout, str) else f"a {type(layout).__name__}"
-        raise ValueError(f"layout={what} is not known: give a Layout, or one of {', '.join(LAYOUTS)}")
+        near = did_you_mean(layout, LAYOUTS)
+        raise ValueError(f"layout={what} is not known{near}: give a Layout, or one of {', '.join(LAYOUTS)}")
     if not found.holds(dtype, bits):
         wanted = f"{found.bits} bits" if found.dtype is None else f"format {found.dtype}"
         raise ValueError(f"layout {found.name!r} is for codes of {wanted}, and this array has {dtype} ({bits} bits)")

@@ -26,13 +26,16 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from aqt_lite import __version__, api, cf, significant
 from aqt_lite._document import unique
+from aqt_lite._extras import installed_by
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite.granularity import Granularity, PerBlock
 from aqt_lite.qarray import QArray, described, rebuilt
+
+with installed_by("pip install 'aqt_lite[science]'", __name__):
+    import xarray as xr
 
 __all__ = [
     "DataArrayAccessor",
@@ -993,10 +996,12 @@ _OF_PARTS = {"mode": ("w", "w-"), "group": (), "compute": (True,), "append_dim":
 
 def _the_bound(max_abs_err: Any, kwargs: Mapping[str, Any]) -> Any:
     """``max_abs_err``, or TypeError with the way where it is not given, or another bound is."""
-    if max_abs_err is None or "max_rel_err" in kwargs:
+    relative = next((name for name in ("max_rel_err", "rtol", "rel_tol", "relative_error") if name in kwargs), None)
+    if max_abs_err is None or relative is not None:
+        given = "no bound is given" if relative is None else f"{relative}={kwargs[relative]!r} is given"
         raise TypeError(
-            "max_abs_err= is the bound to keep, in units of the values; integers keep no relative one: for that write "
-            "obj.aqt.bitround(max_rel_err=...) by xarray's own to_netcdf or to_zarr, which compress it"
+            f"{given}: max_abs_err= is the bound to keep, in units of the values; integers keep no relative one: for "
+            "that write obj.aqt.bitround(max_rel_err=...) by xarray's own to_netcdf or to_zarr, which compress it"
         )
     return max_abs_err
 

@@ -30,17 +30,20 @@ from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
-from zarr.abc.codec import ArrayBytesCodec
-from zarr.core.array_spec import ArraySpec
-from zarr.core.buffer import Buffer, NDBuffer
-from zarr.registry import register_codec
 
 from aqt_lite import api, cf
 from aqt_lite._bits import bytes_of_stream, stream_of, words_of
+from aqt_lite._extras import installed_by
 from aqt_lite._keywords import naming_the_argument, naming_the_fields
 from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import PerBlock
 from aqt_lite.qarray import QArray
+
+with installed_by("pip install 'aqt_lite[science]'", __name__):
+    from zarr.abc.codec import ArrayBytesCodec
+    from zarr.core.array_spec import ArraySpec
+    from zarr.core.buffer import Buffer, NDBuffer
+    from zarr.registry import register_codec
 
 __all__ = ["BoundCodec", "PackBitsCodec", "QuantizeCodec", "standard_codecs"]
 

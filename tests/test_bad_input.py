@@ -199,7 +199,11 @@ def test_lists_beyond_float32():
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ValueError, "dtype='int9' is not a quantized type: use one of int2, .*, nvfp4", {"dtype": "int9"}),
+        (
+            ValueError,
+            r"dtype='int9' is not a quantized type \(did you mean 'int\d'\?\): use one of int2, .*, nvfp4",
+            {"dtype": "int9"},
+        ),
         (ValueError, "dtype=None is not a quantized type", {"dtype": None}),
         (ValueError, "dtype='float32' is not", {"dtype": "float32"}),
         (ValueError, "int64.*is not a quantized type", {"dtype": np.int64}),
@@ -546,3 +550,20 @@ def test_wrong_things_inside_jit_are_errors_at_trace_time():
         jax.jit(quantize)(jnp.arange(3))
     with pytest.raises(TypeError, match="zero_point has dtype float32: it must convert to int32"):
         jax.jit(lambda x, z: quantize(x, scale=0.1, zero_point=z))(jnp.ones(3), jnp.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("INT4", "int4"),
+        ("fp8", "float8_e4m3fn"),
+        ("mxfp5", "mxfp4"),
+        (4, "int4"),
+        ("int32", None),  # a dtype, and no misspelling
+        ("something", None),
+    ],
+)
+def test_a_format_that_is_not_known_is_told_the_nearest(given, meant):
+    told = "" if meant is None else rf" \(did you mean '{meant}'\?\)"
+    with pytest.raises(ValueError, match=rf"^dtype={given!r} is not a quantized type{told}: use one of int2"):
+        quantize(np.ones((4, 64), np.float32), given)

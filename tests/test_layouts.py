@@ -540,7 +540,10 @@ def with_bytes(name, at, *values):
         (lambda: QArray.from_bytes(bytes(18), "q4_0", (1, -32)), r"shape=\(1, -32\): give a tuple of lengths"),
         (lambda: QArray.from_bytes(bytes(18), "q4_0", 32), "shape=32: give a tuple"),
         (lambda: QArray.from_bytes(bytes(18), "q4_0", (1, 32.5)), r"shape=\(1, 32.5\): give a tuple"),
-        (lambda: QArray.from_bytes(bytes(18), "q4_9", (1, 32)), "layout='q4_9' is not known: give a Layout, or one of"),
+        (
+            lambda: QArray.from_bytes(bytes(18), "q4_9", (1, 32)),
+            "layout='q4_9' is not known \\(did you mean 'q4_.'\\?\\): give a Layout, or one of",
+        ),
         (lambda: QArray.from_bytes(bytes(18), 4, (1, 32)), "layout=a int is not known"),
         (
             lambda: QArray.from_bytes(bytes(18), "gguf", (1, 32)),

@@ -119,3 +119,24 @@ def test_nothing_is_logged_on_import_and_where_nothing_is_compiled():
 def test_the_first_large_call_logs_one_line():
     lines = python(LOGGED).splitlines()
     assert lines[lines.index("small") + 1 :] == ["aqt_lite INFO"]
+
+
+def test_a_module_whose_package_is_missing_says_what_installs_it():
+    code = """
+import importlib, sys
+for module, package in {"xarray": "xarray", "zarr": "zarr", "torch": "torch", "nnx": "jax", "equinox": "jax"}.items():
+    sys.modules[package] = None
+    try:
+        importlib.import_module(f"aqt_lite.{module}")
+    except ModuleNotFoundError as error:
+        print(error)
+    del sys.modules[package]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "aqt_lite.xarray needs the package xarray: pip install 'aqt_lite[science]'",
+        "aqt_lite.zarr needs the package zarr: pip install 'aqt_lite[science]'",
+        "aqt_lite.torch needs the package torch: pip install 'aqt_lite[torch]'",
+        "aqt_lite.nnx needs the package jax: pip install 'aqt_lite[jax]' flax",
+        "aqt_lite.equinox needs the package jax: pip install 'aqt_lite[jax]' equinox",
+    ]

@@ -339,6 +339,23 @@ def test_a_quantized_weight_says_what_a_parameter_would():
         layer.weight.requires_grad = True
 
 
+def test_a_quantized_layer_takes_another_qarray_for_its_weight():
+    layer = quantize_(nn.Linear(64, 32), [("weight", {})])
+    q = quantize(torch.linspace(-1, 1, 64 * 32).reshape(32, 64), "int4", granularity=PerGroup(32))
+    layer.weight = q
+    x = torch.linspace(-1, 1, 64).reshape(1, 64)
+    assert_same_bits(layer(x), aqt_lite.linear(x, q, layer.bias))
+    assert layer.state_dict()["weight.storage"].shape == (32, 32)
+    with pytest.raises(ValueError, match=r"weight has shape \(32, 32\), and the layer's \(32, 64\)"):
+        layer.weight = quantize(torch.ones(32, 32))
+    with pytest.raises(TypeError, match="to_backend"):
+        layer.weight = q.to_backend("numpy")
+    with pytest.raises(AttributeError, match=r"no attribute 'data': .*\.qarray\.dequantize\(\)"):
+        _ = layer.weight.data
+    with pytest.raises(AttributeError, match=r"no attribute 'something'$"):
+        _ = layer.weight.something
+
+
 @pytest.mark.parametrize("way", ["eager", "export", pytest.param("compile", marks=pytest.mark.exhaustive)])
 def test_ids_that_an_embedding_has_not_are_refused(way):
     """Also where values are not known while a program is made, and those below 0, as ``nn.Embedding`` does."""

@@ -134,6 +134,15 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("like", like, persistent=False)
         self.in_one_call = _in_one_call(q, dict(zip(self.structure.names(), _arrays_of(q), strict=True)))
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if hasattr(torch.Tensor, name):
+                way = "a quantized weight is no tensor: .qarray.dequantize() is one of its values"
+                raise AttributeError(f"{error}: {way}") from None
+            raise
+
     @property
     def qarray(self) -> QArray:
         """The weight. Its arrays are the buffers, which are not to be written to."""
@@ -293,9 +302,16 @@ def _arrays_of(q: QArray) -> list[Any]:
 
 
 class _Quantized(nn.Module):
-    """What layers have in common: how a state dict is read that has something else for their weight."""
+    """What layers have in common: how a weight is given, and read of a state dict that has something else for it."""
 
     weight: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, QArray):
+            if value.shape != tuple(self.weight.shape):
+                raise ValueError(f"weight has shape {value.shape}, and the layer's {tuple(self.weight.shape)}")
+            value = QuantizedWeight(value)
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *how: Any) -> None:
         key, errors = f"{prefix}weight", how[-1]
