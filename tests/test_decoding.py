@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -387,15 +389,32 @@ def test_values_beyond_float32_are_clipped_as_dequantize_does(backend):
 
 
 @pytest.mark.parametrize("how", [{"dtype": NINE}, {"dtype": "int4"}], ids=name_of)
-def test_what_pads_the_last_byte_meets_nothing(backend, how):
+@pytest.mark.parametrize("length", [333, 511])  # 511 codes fill whole vectors, but for the half that pads
+def test_what_pads_the_last_byte_meets_nothing(backend, length, how):
     """Whoever packed the codes: with an odd number of them, the upper half of a row's last byte is nobody's."""
-    q = quantize(weight(520, 333), **how, granularity=PerGroup(32))
+    q = quantize(weight(520, length), **how, granularity=PerGroup(32))
     dirty = np.asarray(q.storage).copy()
     dirty[:, -1] |= 0xF0
-    q, x = replace(q, storage=dirty).to_backend(backend.name), weight(5, 333, seed=6)
+    q, x = replace(q, storage=dirty).to_backend(backend.name), weight(5, length, seed=6)
     for rows in (1, 5):
         y = backend.to_numpy(linear(backend.asarray(x[:rows]), q))
         assert_exact_to_float32(y, x[:rows], backend.to_numpy(q.dequantize()))
+
+
+def test_memory_beside_the_loops_own_is_not_written_to():
+    """Where whole vectors end with half a byte that pads; the allocator finds out, and ends the process."""
+    code = """
+import numpy as np
+from aqt_lite import PerGroup, linear, quantize
+for length in (255, 511, 1023):
+    q = quantize(np.ones((300, length), np.float32), "int4", granularity=PerGroup(32))
+    x = np.ones((1, length), np.float32)
+    for _ in range(30):
+        y = linear(x, q)
+    np.testing.assert_allclose(y, length, rtol=1e-6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("largest", [4000.0, 5000.0, 1e30])
@@ -511,7 +530,9 @@ IN_DOTS = [
     test_scales_of_any_size_and_sign_in_one_row,
     test_zero_points_that_are_no_codes,
     test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours,
-    "test_what_pads_the_last_byte_meets_nothing[numpy-int4]",
+    "test_what_pads_the_last_byte_meets_nothing[numpy-333-int4]",
+    "test_what_pads_the_last_byte_meets_nothing[numpy-511-int4]",
+    test_memory_beside_the_loops_own_is_not_written_to,
     "test_an_infinity_or_nan_stays_in_its_row[numpy]",
 ]
 

@@ -984,8 +984,10 @@ def _add_in_dots(
     )  # fmt: skip
     start, by, groups = w.ctypes.data, w.strides[0], (inner + size - 1) // size
     length = (inner + 1) // 2 if halves else inner
-    rest = np.zeros((here if length % (QUARTER * BLOCK) else 0, VECTOR), dtype=np.uint8)
-    _copy_rest(w, inner, inner - inner % (2 * VECTOR if halves else VECTOR), halves, rest)
+    ends_within = length % (QUARTER * BLOCK) != 0  # if not, an upper half may still pad, and meets digits that are 0
+    rest = np.zeros((here if ends_within else 0, VECTOR), dtype=np.uint8)
+    if ends_within:
+        _copy_rest(w, inner, inner - inner % (2 * VECTOR if halves else VECTOR), halves, rest)
     extremes = np.empty((2, LANES), dtype=np.uint32)
     extremes[0], extremes[1] = 0, 0xFFFFFFFF
     sums[:] = 0
