@@ -9,18 +9,23 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["did_you_mean"]
+__all__ = ["did_you_mean", "nearest"]
 
 
 def did_you_mean(name: Any, known: Iterable[str], others: Mapping[str, str] | None = None) -> str:
-    """``" (did you mean 'int4'?)"``, or nothing where no name is near.
+    """``" (did you mean 'int4'?)"``, or nothing where no name is near."""
+    near = nearest(name, known, others)
+    return f" (did you mean {near!r}?)" if near and near != str(name) else ""
+
+
+def nearest(
+    name: Any, known: Iterable[str], others: Mapping[str, str] | None = None, *, likeness: float = 0.75
+) -> str | None:
+    """The name that was meant, or None.
 
     Near are: what ``others``, names elsewhere, are called here; the same letters in capitals; and a name that has most
     of its letters.
     """
-    names, said = list(known), str(name)
-    low = said.lower()
+    names, low = list(known), str(name).lower()
     near = (others or {}).get(low) or next((n for n in names if n.lower() == low), None)
-    if near is None:
-        near = next(iter(difflib.get_close_matches(low, names, 1, 0.75)), None)
-    return f" (did you mean {near!r}?)" if near and near != said else ""
+    return near or next(iter(difflib.get_close_matches(low, names, 1, likeness)), None)

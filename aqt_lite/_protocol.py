@@ -197,7 +197,7 @@ class Backend(ExactArithmetic, ABC):
         """
         return x
 
-    def look_ups_raise(self, x: Array) -> bool:
+    def look_ups_raise(self) -> bool:
         """Whether the library itself raises, when a program runs, where positions not known before lie outside."""
         return False
 

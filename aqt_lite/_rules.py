@@ -20,6 +20,7 @@ import numpy as np
 from aqt_lite._arguments import check_floats
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import said_here
+from aqt_lite._near import nearest
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import Swapped, swapped_forth
 from aqt_lite.api import quantize
@@ -226,8 +227,8 @@ def check_layout(argument: str, layout: Any) -> None:
 def _no_such_key(key: Any, keys: tuple[str, ...]) -> str:
     if way := said_here(str(key), keys):
         return f"there is no {key!r}: use {way}"
-    near = difflib.get_close_matches(str(key), keys, 1, 0.6)
-    return f"there is no {key!r}" + (f": did you mean {near[0]!r}?" if near else f"; a spec has {', '.join(keys)}")
+    near = nearest(key, keys, likeness=0.6)
+    return f"there is no {key!r}" + (f": did you mean {near!r}?" if near else f"; a spec has {', '.join(keys)}")
 
 
 def _read(rules: Any, extra: tuple[str, ...]) -> list[_Rule]:

@@ -575,7 +575,7 @@ def _positions(indices: Any, axis: int, length: int, q: QArray, from_end: bool) 
     if b.is_deferred(ids):
         ids = b.check_when_computed(ids, lambda part, _: check(part))
     flat, last = xp.reshape(ids, (-1,)), max(length - 1, 0)
-    if b.look_ups_raise(ids):
+    if b.look_ups_raise():
         flat = xp.astype(flat, xp.int64)
         flat = xp.where(flat < 0, flat + length, flat) if from_end else flat
         return tuple(ids.shape), xp.where(flat < 0, length, flat)  # which is outside to every library

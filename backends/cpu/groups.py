@@ -962,13 +962,12 @@ def _add_to_rows_twice(
             )
             at, r = m * groups + i, run + m * 4 * COLUMNS
             o, p = of_x + at * 8, row_power + at * 4
+            f, second = finer + m * by + i * steps * 16, of_finer + at * 8
             if many[m, first + i] == 0:
                 _add_to_rows(c, steps, 1, short, e, by, s, leading, z, z_step, lowest, o, p, groups, r, 1)
             elif short:
-                f, second = finer + m * by + i * steps * 16, of_finer + at * 8
                 _short_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
             else:
-                f, second = finer + m * by + i * steps * 16, of_finer + at * 8
                 _long_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
 
 
