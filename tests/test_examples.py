@@ -26,10 +26,10 @@ def rows(output):
     return {first: rest for first, *rest in split if rest}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+@pytest.fixture(scope="module", params=[pytest.param("demo.py", marks=pytest.mark.exhaustive)])  # a quarter of a minute
+def demo(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return run(EXAMPLES / "demo.py", folder), folder
+    return run(EXAMPLES / request.param, folder), folder
 
 
 def test_demo_compares_the_bits_of_every_framework(demo):

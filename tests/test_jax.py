@@ -42,6 +42,7 @@ GRANULARITIES = [
     PerGroup(2, axis=0),
     PerBlock((2, 3)),
 ]
+few_granularities = pytest.mark.exhaustive_unless(granularity=GRANULARITIES[1::4])  # a second each
 FORMS = [("int8", "symmetric"), ("uint8", "symmetric"), ("int8", "affine"), ("uint16", "affine")]
 
 
@@ -90,6 +91,8 @@ def test_a_given_scale_may_be_traced():
     assert np.isnan(dequantize(bad)).all(axis=1).tolist() == [False, False, True, False, True, False]
 
 
+@pytest.mark.exhaustive_where(product=linear, with_bias=False)
+@pytest.mark.exhaustive_where(product=dense, with_bias=True)
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 @pytest.mark.parametrize("product", [dense, linear])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -161,6 +164,7 @@ def test_numpy_qarray_and_jax_x_meet_inside_jit_but_not_outside():
 # ---- vmap, scan, shard_map
 
 
+@few_granularities
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_vmap_over_layers(granularity):
     one = calibrated("int8", "affine", granularity)
@@ -215,6 +219,7 @@ def test_vmap_over_x_is_one_product_of_all_rows(granularity):
     assert forward == plain
 
 
+@pytest.mark.exhaustive_where(granularity=PerTensor())
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(3)], ids=str)
 def test_scan_over_stacked_layers(granularity):
     square = data(3, 8, 8, seed=5) / 100
@@ -268,6 +273,7 @@ def test_straight_through_gradient_is_that_of_torch(compile_):
         assert_same_bits(derivative(jnp.asarray(x)), t.grad)
 
 
+@few_granularities
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_calibrated_fake_quantize_is_the_identity_to_gradients(granularity):
     upstream = data(6, 8, seed=7)
@@ -286,6 +292,7 @@ def test_nothing_flows_into_scales_or_through_quantize():
     assert jax.grad(lambda s: fake_quantize(X, scale=s).sum())(jnp.float32(0.5)) == 0
 
 
+@few_granularities
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_gradient_of_dequantize_with_respect_to_scale(granularity):
     constant = quantize(X, scheme="affine", granularity=granularity)
@@ -582,6 +589,7 @@ def test_export_with_any_number_of_rows(form):
             assert_same_bits(a, b)
 
 
+@pytest.mark.exhaustive_unless(product=["int8", "mxfp4"])
 @pytest.mark.parametrize("product", ["int8", "int4", "nf4", "mxfp4"])
 def test_fast_products_export_with_any_number_of_rows(product):
     (rows,) = jax.export.symbolic_shape("rows")

@@ -273,7 +273,7 @@ def peak(*arguments):
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
 
 
-@pytest.mark.exhaustive_unless(call=[CALLS[i] for i in (0, 2, 7, 9)])  # a process each
+@pytest.mark.exhaustive_unless(call=[CALLS[i] for i in (0, 7, 9)])  # a process each
 @linux
 @pytest.mark.parametrize("call", CALLS)
 def test_memory_beside_the_result_of_numpy(call):
@@ -289,7 +289,7 @@ def test_memory_beside_the_result_of_libraries_that_share_memory(library, call):
     assert peak(library, call) < 0.5
 
 
-@pytest.mark.exhaustive_where(dtype="int4")
+@pytest.mark.exhaustive_unless(dtype=["int3"], call=ON_QARRAYS[:2])
 @linux
 @pytest.mark.parametrize("call", ON_QARRAYS)
 @pytest.mark.parametrize("dtype", ["int4", "int3"])
