@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,6 +178,15 @@ def test_it_becomes_no_array_unasked(backend):
     ):
         with pytest.raises(TypeError, match=way):
             ask(q)
+
+
+def test_numpy_compares_the_values(backend):
+    """``np.array_equal`` takes any error for "not equal", so that it would answer False to equal arrays."""
+    values = quantize(X, "int4", granularity=PerGroup(4)).dequantize()
+    q = quantize(backend.asarray(X), "int4", granularity=PerGroup(4))
+    for equal in (np.array_equal, partial(np.array_equal, equal_nan=True), np.array_equiv):
+        assert [equal(q, q), equal(q, values), equal(values, q)] == [True] * 3
+        assert [equal(q, values + 1), equal(q[0], q[1])] == [False] * 2
 
 
 @pytest.mark.parametrize("symbol", ["+", "-", "*", "/", "//", "%", "**", "<", "<=", ">", ">="])
