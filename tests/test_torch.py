@@ -867,9 +867,11 @@ class InOnnx(torch.nn.Module):
 
 
 SOME = ("zero points", "mxfp4", "bitround7")
+OTHERS = tuple(name for name in IN_ONNX if name not in SOME)
+AT_ONCE = [SOME, *(pytest.param(OTHERS[i::4], marks=pytest.mark.exhaustive) for i in range(4))]
 
 
-@pytest.fixture(scope="module", params=[SOME, pytest.param(tuple(IN_ONNX), marks=pytest.mark.exhaustive)], ids=len)
+@pytest.fixture(scope="module", params=AT_ONCE, ids=", ".join)
 def in_onnx(request):
     """Names of weights, their model, its inputs, and the program that the exporter makes of it with all defaults."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: requirements-dev.txt has it")
