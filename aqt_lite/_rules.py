@@ -273,12 +273,27 @@ def planned(
         chosen = _chosen(leaves, rules, extra, already)
     refused = [leaf for leaf, spec in zip(leaves, chosen, strict=True) if spec is not None and leaf.why_not]
     if refused:
-        several = f" (and {len(refused) - 1} more: {', '.join(r.path for r in refused[1:4])})" if refused[1:] else ""
         raise ValueError(
-            f"{refused[0].path} cannot be quantized{several}: {refused[0].why_not}; a rule ({refused[0].path!r}, None) "
-            "before the one that matches leaves it as it is"
+            f"{refused[0].path} cannot be quantized{_also([leaf.path for leaf in refused[1:]])}: {refused[0].why_not}; "
+            f"a rule ({refused[0].path!r}, None) before the one that matches leaves it as it is"
         )
-    return [_plan(leaf, spec, layout, extra) for leaf, spec in zip(leaves, chosen, strict=True)]
+    plans, failed, at_first = list[Planned](), list[str](), None
+    for leaf, spec in zip(leaves, chosen, strict=True):
+        try:
+            plans.append(_plan(leaf, spec, layout, extra))
+        except (TypeError, ValueError) as error:
+            failed.append(leaf.path)
+            at_first = at_first or error
+    if at_first is not None:
+        raise type(at_first)(f"{at_first}{_also(failed[1:])}") from at_first
+    return plans
+
+
+def _also(paths: list[str]) -> str:
+    """What is said of other leaves, behind what is said of the first."""
+    if not paths:
+        return ""
+    return f" (and {len(paths)} more: {', '.join(paths[:3])}{', ...' if paths[3:] else ''})"
 
 
 def _chosen(

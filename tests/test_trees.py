@@ -288,6 +288,17 @@ def test_a_leaf_that_cannot_be_quantized_is_named_and_nothing_is_done(leaf, erro
     assert_same_bits(tree["first"]["weight"], before)
 
 
+@pytest.mark.parametrize(
+    ("flat", "words"), [("a", ""), ("ac", " (and 1 more: c)"), ("abdfg", " (and 4 more: b, d, f, ...)")]
+)
+def test_every_leaf_that_a_rule_does_not_fit_is_named(flat, words):
+    tree = {name: data(4, 8) if name in flat else data(4, 8, 3) for name in "abcdefgh"}
+    for function in (quantize_tree, plan_tree):
+        with pytest.raises(ValueError, match=rf"^a: PerChannel\(axis=2\): .*{re.escape(words)}$") as raised:
+            function(tree, [("*", {"granularity": PerChannel(2), "layout": None})])
+        assert str(raised.value).count(" more: ") == bool(words)
+
+
 def test_array_likes_that_are_refused_say_what_to_pass():
     pd = type("Frame", (), {"__module__": "pandas", "shape": (2, 2), "dtype": None})()
     with pytest.raises(TypeError, match=r"^weight: it is of type pandas.Frame, .*\.to_numpy\(\)"):
