@@ -60,6 +60,7 @@ def test_the_code_of_the_page_of_layouts_runs_and_prints_what_it_says():
         "(8, 288) q4_0 float16 True",
         "int32 (8, 1) 0x77777777",
         "PerGroup(size=128, axis=0) True True",
+        "(512, 1) (4, 1) True True",
         "uint32 (8, 64) True",
         "(4, 8) 0x19",
     ]
