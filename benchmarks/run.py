@@ -109,6 +109,13 @@ def copy_speed() -> float:
     return 2 * x.nbytes / (take_turns({"copy": lambda i: copy(x, y)}, seconds=2)["copy"]["ms"] * 1e-3)
 
 
+def read_speed() -> float:
+    """Bytes a second that all cores read of an array larger than the cache."""
+    x = np.ones(1 << 26, np.float32)
+    call = {"read": lambda _: map_ranges(lambda lo, hi: x[lo:hi].max(), x.size, 1 << 16, x.size, 8)}
+    return x.nbytes / (take_turns(call, seconds=2)["read"]["ms"] * 1e-3)
+
+
 def copy(x: np.ndarray, y: np.ndarray) -> None:
     """Copy one array to another of its size on all cores."""
     x, y = x.reshape(-1), y.reshape(-1)
@@ -268,8 +275,9 @@ def peers_quantize(t, granularity) -> dict[str, Candidate]:
 
 
 def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[dict]:
-    """Rows: backend, size, M, who, ms, and how many times as fast as the backend's own float32 product."""
+    """Rows: backend, size, M, who, ms, times as fast as the backend's own float32 product, and the share of reading."""
     table: list[dict] = []
+    read = read_speed()
     for size in sizes:
         rng = np.random.default_rng(SEED)
         w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
@@ -291,6 +299,7 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
                 found = take_turns(candidates)
                 base = min(times["ms"] for who, times in found.items() if who.startswith("float32"))
                 for who, times in found.items():
+                    nbytes = w.nbytes if who.startswith("float32") else weights["channel"].nbytes
                     row = {
                         "backend": kind,
                         "size": size,
@@ -298,6 +307,7 @@ def products(sizes: list[int], rows_of_x: list[int], kinds: list[str]) -> list[d
                         "who": who,
                         **times,
                         "times_as_fast": base / times["ms"],
+                        "read_share": None if who.startswith("peer") else nbytes / read / (times["ms"] * 1e-3),
                     }
                     # a peer that quantizes for itself computes another product: its error is not this one's
                     table.append({**row, "error": None if who.startswith("peer") else errors.get(who, own)})

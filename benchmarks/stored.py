@@ -26,7 +26,7 @@ import torch
 import aqt_lite
 from aqt_lite import PerChannel, PerGroup
 from aqt_lite.backends.cpu import runtime
-from aqt_lite.backends.cpu.runtime import cores, map_ranges
+from aqt_lite.backends.cpu.runtime import cores
 
 WEIGHTS = {
     "int8, groups of 32": {"granularity": PerGroup(32)},
@@ -69,13 +69,6 @@ def alone(function):
 def awaited(function):
     jitted = jax.jit(function)
     return lambda *arguments: run.wait(jitted(*arguments))
-
-
-def read_speed() -> float:
-    """Bytes a second that all cores read of an array larger than the cache."""
-    x = np.ones(1 << 26, np.float32)
-    call = {"read": lambda _: map_ranges(lambda lo, hi: x[lo:hi].max(), x.size, 1 << 16, x.size, 8)}
-    return x.nbytes / (run.take_turns(call, seconds=2)["read"]["ms"] * 1e-3)
 
 
 KINDS = ["numpy", "numpy alone", "torch", "jax"]
@@ -208,7 +201,7 @@ def main() -> None:
     quick = options.quick
     torch.set_num_threads(cores())
     results: dict = {"machine": run.machine()}
-    read = read_speed()
+    read = run.read_speed()
     results["read_gb_s"] = read / 1e9
     print(f"{results['machine']['processor']}; reads {read / 1e9:.1f} GB/s")
     chosen = {name: WEIGHTS[name] for name in list(WEIGHTS)[: 3 if quick else None]}

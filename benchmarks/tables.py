@@ -85,7 +85,7 @@ def products_stored(results: dict, who: tuple[str, ...] | None) -> str:
 def _ratio_and_share(c: dict | None) -> str:
     if c is None:
         return ""
-    return f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 and c["read_share"] else "")
+    return f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 and c.get("read_share") else "")
 
 
 def shapes(results: dict) -> str:
@@ -101,7 +101,7 @@ def shapes(results: dict) -> str:
 
 
 def products(results: dict, who: tuple[str, ...] | None) -> str:
-    """Times as fast as the backend's own float32 product."""
+    """Times as fast as the backend's own float32 product; for one row the share of reading."""
     rows = results["products"]
     sizes, ms = sorted({r["size"] for r in rows}), sorted({r["m"] for r in rows})
     head = [f"{size}², M={m}" for size in sizes for m in ms]
@@ -113,7 +113,7 @@ def products(results: dict, who: tuple[str, ...] | None) -> str:
             if name == "float32" or (who is not None and name not in who and not name.startswith("peer")):
                 continue
             cells = [by_row.get((backend, name, size, m)) for size in sizes for m in ms]
-            shown = [f"{c['times_as_fast']:.2f}x" if c else "" for c in cells]
+            shown = [_ratio_and_share(c) for c in cells]
             label = name if name.startswith("peer") else f"**{name}**" if who else name
             lines.append(f"| {backend}: {label} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
