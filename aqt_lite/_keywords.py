@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import ParamSpec, TypeVar
 
-__all__ = ["naming_the_argument", "naming_the_fields", "said_here"]
+__all__ = ["in_a_spec", "naming_the_argument", "naming_the_fields", "said_here"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -40,6 +40,21 @@ _WAYS = {  # each begins with the argument that it names; of several, the first 
     "w= as for_dense() stores it, or linear": "transpose",
 }
 _OF_QUANTIZE = frozenset({"dtype", "granularity", "scheme", "scale", "zero_point", "rounding", "key"})
+_OF_SPECS = _OF_QUANTIZE | frozenset(
+    [
+        "offset",
+        "scale_dtype",
+        "scale_mode",
+        "dialect",
+        "nonfinite",
+        "mask",
+        "fill_value",
+        "missing",
+        "on_clip",
+        "max_abs_err",
+        "max_rel_err",
+    ]
+)
 _BESIDE_FORMATS = frozenset({"granularity", "scheme"})  # what functions have whose dtype is a format, and no float type
 
 
@@ -50,6 +65,12 @@ def said_here(name: str, arguments: Collection[str]) -> str:
         if name in names.split() and way.partition("=")[0] in arguments and (has_formats or way[:6] != "dtype="):
             return way
     return ""
+
+
+def in_a_spec(name: str) -> str:
+    """How rules say what ``quantize``, or another library, calls ``name``; empty where neither has such a name."""
+    way = f"{name}=" if name in _OF_SPECS else said_here(name, _OF_QUANTIZE)
+    return f"use rules=[(pattern, spec)], where a spec is a dict of quantize's keywords, with {way}" if way else ""
 
 
 def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -79,9 +100,8 @@ def _no_such_argument(function: str, name: str, known: tuple[str, ...]) -> str:
     words = f"{function}() has no argument {name!r}: "
     if way := said_here(name, known):
         return words + f"use {way}"
-    way, has = said_here(name, _OF_QUANTIZE), f"it has {', '.join(known)}" if known else "it has none"
-    if not way:
-        return words + has
-    if "rules" in known:
-        return words + f"use rules=[(pattern, spec)], where a spec is a dict of quantize's keywords, with {way}"
-    return words + f"{has}; aqt_lite.quantize says that with {way}"
+    has = f"it has {', '.join(known)}" if known else "it has none"
+    if "rules" in known and (way := in_a_spec(name)):
+        return words + way
+    way = said_here(name, _OF_QUANTIZE)
+    return words + has + (f"; aqt_lite.quantize says that with {way}" if way else "")

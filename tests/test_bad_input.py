@@ -316,6 +316,15 @@ def test_arguments_that_other_libraries_have_are_named():
             call()
 
 
+def test_words_of_quantize_itself_are_for_rules_where_there_are_rules():
+    """Each of them but those that no leaf of a tree has."""
+    for name in set(inspect.signature(quantize).parameters) - {"x", "keepbits", "out", "backend"}:
+        with pytest.raises(
+            TypeError, match=rf"has no argument '{name}': use rules=.*quantize's keywords, with {name}=$"
+        ):
+            quantize_tree({}, **{name: None})
+
+
 def test_no_public_function_leaves_an_argument_of_other_libraries_to_python():
     """What is no function of arrays has arguments of its own alone: records, registries, and the joining of arrays."""
     others = {"available_backends", "concatenate", "stack", "progress", "register_backend", "register_format"}

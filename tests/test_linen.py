@@ -495,7 +495,27 @@ def test_what_makes_no_sense():
         model.apply({"params": {"kernel": aqt_lite.quantize(variables["params"]["kernel"]), "bias": X[0, 0, :6]}}, X)
 
 
-def test_arguments_of_other_libraries_are_named():
-    for function in (with_quantized_layers,):
-        with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
-            function(None, bits=4)
+def test_arguments_that_are_for_rules_are_named():
+    with pytest.raises(TypeError, match=r"has no argument 'bits': use rules=.* with dtype='int4'"):
+        with_quantized_layers(None, bits=4)
+    model = nn.Dense(6)
+    variables = made(model, X)
+    for function in (quantize, plan):
+        for name, way in (("bits", "dtype='int4'"), ("granularity", "granularity=$"), ("group_size", "granularity=")):
+            with pytest.raises(TypeError, match=rf"^Dense has no argument '{name}': use rules=.* with {way}"):
+                function(model, variables, X, **{name: 4})
+        with pytest.raises(TypeError, match="unexpected keyword argument 'deterministic'"):  # a model's own
+            function(model, variables, X, deterministic=True)
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x, mask=None):
+        return nn.Dense(6)(x if mask is None else x * mask)
+
+
+def test_arguments_of_a_model_may_have_names_of_specs():
+    model = Masked()
+    variables = made(model, X)
+    found = quantize(model, variables, X, mask=X > 0)
+    assert isinstance(found["params"]["Dense_0"]["kernel"], aqt_lite.QArray)

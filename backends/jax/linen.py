@@ -25,7 +25,7 @@ from flax.core import FrozenDict, freeze, lift
 from flax.core.scope import in_filter
 from flax.linen import dtypes
 
-from aqt_lite._keywords import naming_the_argument
+from aqt_lite._keywords import in_a_spec, naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
 from aqt_lite.backends.jax import flax_state, functions, layers
@@ -439,6 +439,7 @@ def _plans(model: Any, variables: Any, params: Any, args: Any, kwargs: Any, rule
     already = [path for path, leaf in leaves_of(params) if isinstance(leaf, QArray)]
     if already:
         raise TypeError(f"variables has {already[0]} quantized already: give those that model.init made")
+    _check_keywords(model, kwargs)
     seen = _seen_in_a_call(model, variables, args, kwargs)
     leaves = [_leaf(paths, array, seen) for paths, array in places_of(leaves_of(params))]
     plans = layers.planned_layers(leaves, rules)
@@ -446,6 +447,16 @@ def _plans(model: Any, variables: Any, params: Any, args: Any, kwargs: Any, rule
         users = [use for path in found.leaf.paths for use in seen.get(path, ())]
         check_activations(found, [use.layer for use in users if not use.of_products])
     return plans
+
+
+def _check_keywords(model: Any, kwargs: dict[str, Any]) -> None:
+    """Those that rules are to have would reach the model, which does not know them."""
+    takes = inspect.signature(type(model).__call__).parameters
+    if "method" in kwargs or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+    for name in kwargs:
+        if name not in takes and (way := in_a_spec(name)):
+            raise TypeError(f"{type(model).__name__} has no argument {name!r}: {way}")
 
 
 def _leaf(paths: list[str], array: Any, seen: dict[str, list[_Seen]]) -> Leaf:
