@@ -378,10 +378,11 @@ def test_what_the_form_declines():
     assert decoded_product(x[:0], q) is NotImplemented
 
 
-def test_values_beyond_float32_are_clipped_as_dequantize_does(backend):
+@pytest.mark.parametrize("dtype", ["uint4", "uint8"])
+def test_values_beyond_float32_are_clipped_as_dequantize_does(backend, dtype):
     w = np.full((300, 512), 1.5 * 2.0**127, np.float32)
     w[:, 0] = 1
-    q = quantize(w, "uint4", scheme="affine", granularity=PerGroup(32)).to_backend(backend.name)
+    q = quantize(w, dtype, scheme="affine", granularity=PerGroup(32)).to_backend(backend.name)
     x = np.zeros((1, 512), np.float32)
     x[0, 1] = 1
     expected = np.asarray(backend.to_numpy(q.dequantize()))[:, 1]
