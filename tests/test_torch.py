@@ -615,6 +615,11 @@ def test_a_weight_that_changes_after_its_first_product_is_looked_at_again():
     q.scale.data = q.scale.half()
     with pytest.raises(TypeError, match="this QArray's scale has dtype float16"):
         linear(X, q)
+    q = quantize(data(5, 64), "mxfp4")
+    assert_same_bits(linear(data(1, 64), q), linear(data(1, 64), q))
+    q.scale.storage.data = q.scale.storage.to(torch.int16)
+    with pytest.raises(TypeError, match="this QArray's storage has dtype int16"):
+        linear(data(1, 64), q)
     q = quantize(data(5, 8), granularity=PerChannel(0))
     linear(X, q)
     q.scale.requires_grad_()

@@ -192,33 +192,47 @@ class _Ready(NamedTuple):
 def _state(w: QArray) -> tuple[Any, ...]:
     """What may change of arrays under one's hands (``t.data = ...``)."""
     codes, scale, zero = w.storage, w.scale, w.zero_point
+    if isinstance(scale, QArray):
+        scale = scale.storage
     of_scale = None if scale is None else (scale.dtype, scale.shape)
     return codes.dtype, codes.shape, of_scale, None if zero is None else (zero.dtype, zero.shape)
 
 
 def _ready(w: QArray, b: Backend) -> _Ready | None:
-    """Kept with a weight of plain scales, and of plain integers or packed, from its first product on.
+    """Kept with a weight of plain integers or packed, from its first product on.
 
-    None where it has to be looked at (again).
+    Its scales are plain, too, or codes and nothing else where it is packed. None where it has to be looked at (again).
     """
     if b.is_traced(w.storage) or b.is_deferred(w.storage):
         return None
     known: _Ready | None = w.__dict__.get("_ready")
     if known is not None:
-        return known if known.state == _state(w) and not b.differentiates(w.scale) else None
-    if isinstance(w.scale, QArray) or w.scale is None or w.offset is not None or w._checked() is not w:
+        trains = not isinstance(w.scale, QArray) and b.differentiates(w.scale)
+        return known if known.state == _state(w) and not trains else None
+    kept = w.scale
+    if isinstance(kept, QArray) and (w.packed_length is None or kept.packed_length is not None or _has_more(kept)):
+        return None
+    if kept is None or w.offset is not None or w._checked() is not w:
         return None
     operation: Callable[..., Any]
     if w.packed_length is None:
         operation, found, static = reference.matmul, in_integers(w), dict[str, Any]()
     else:
         operation, (found, static) = reference.matmul_stored, _packed(w)
-    if found is None or found[0].scale is not w.scale or found[0].codes is not w.storage:  # other arrays would be kept
+    if found is None or found[0].codes is not w.storage:
         return None
     weight, spec = found
+    numbers, own = (weight.scale.codes, kept.storage) if isinstance(kept, QArray) else (weight.scale, kept)
+    if numbers is not own:  # other arrays would be kept
+        return None
     kernels = [kernel_for(b, operation, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
     w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, static, kernels)
     return known
+
+
+def _has_more(scale: QArray) -> bool:
+    """Whether scales that are kept as codes are more than these, one for each of the weight's."""
+    return scale._has_groups or any(leaf is not None for leaf in (scale.scale, scale.zero_point, scale.offset))
 
 
 def as_stored(w: QArray, *, packed: bool = False) -> tuple[affine.Coded, affine.Spec]:
