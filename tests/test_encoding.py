@@ -113,11 +113,13 @@ def check(name, scheme, shape, granularity):
         )  # fmt: skip
     if form.scale is None:
         assert_same_bits(rows.scale[0], given.scale)
-    at_once = encoders.quantize(x, spec, recipe, packed=False)
+    at_once, chosen = encoders.quantize(x, spec, recipe, packed=False), encoders.choose(x, spec, recipe)
     if at_once is NotImplemented:
         assert not made_at_once(spec, recipe, shape)
+        assert chosen is NotImplemented
     else:
         assert_same_trees(at_once, affine.Coded(codes, *given[:3]))
+        assert_same_trees(chosen, given)
     if form.element.bits < 8:
         stream = pack(codes, bits=form.element.bits, b=NUMPY)
         stored = offered(NUMPY, quantize_stored, x, spec=spec, recipe=recipe)
@@ -189,6 +191,24 @@ def test_loops_keep_scales_in_few_bits_as_the_contract_does(kept):
             made = encoders.quantize(x, spec, affine.Recipe(), packed=False)
             assert made is not NotImplemented
             assert_same_trees(made, expected_of(x, spec, affine.Recipe()))
+            chosen = encoders.choose(x, spec, affine.Recipe())
+            assert_same_trees(chosen[:2], made[1:3])
+            assert_same_bits(encoders.encode(x, chosen, spec, affine.Recipe(), packed=False), made.codes)
+
+
+@pytest.mark.parametrize("kept", ["float8_e4m3fn", "float8_e8m0fnu", "float16"])
+def test_codes_from_every_scale_in_few_bits_are_those_of_the_contract(kept):
+    """NaN, infinities, subnormal numbers and those below 0 among them."""
+    element, x = SCALE_FORMATS[kept].element, np.clip(hard((256, 8192)), np.float32(-1e4), np.float32(1e4))
+    storage = np.dtype(element.storage)
+    codes = np.arange(1 << (8 * storage.itemsize), dtype=f"u{storage.itemsize}").view(storage)
+    codes = np.resize(codes, 256 * 512).reshape(256, 512)
+    form = Format("kept", FORMATS["int8"].element, SCALE_FORMATS[kept], 16, True, "largest", "half_even")
+    spec = affine.Spec(form, float_type("float32"), (1, 16))
+    given = affine.QParams(affine.Coded(codes, None))
+    with np.errstate(all="ignore"):
+        expected = affine.encode(x, given, spec=spec, recipe=affine.Recipe(), b=NUMPY)
+    assert_same_bits(encoders.encode(x, given, spec, affine.Recipe(), packed=False), expected)
 
 
 def test_scales_that_no_number_stands_for_are_left_to_the_contract():
@@ -203,6 +223,7 @@ def test_scales_that_no_number_stands_for_are_left_to_the_contract():
         y = x.copy()
         y[3] *= np.float32(change)
         assert encoders.quantize(y, spec, affine.Recipe(), packed=False) is NotImplemented
+        assert encoders.choose(y, spec, affine.Recipe()) is NotImplemented
     with pytest.raises(ValueError, match="scale_dtype='float16' cannot hold 40 of the scales"):
         aqt_lite.quantize(x * np.float32(2.0**24) * (np.arange(256) == 3)[:, None], "int8",
                           granularity=PerGroup(16), scale_dtype="float16")  # fmt: skip
@@ -241,15 +262,18 @@ def test_processors_without_avx_512():
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["int4", "mxfp4", "uint8"])
 def test_values_that_are_not_finite_are_found_wherever_they_lie(dtype, value):
-    x = np.ones((512, 512), np.float32)
+    x, granularity = np.ones((512, 512), np.float32), None if dtype == "mxfp4" else PerGroup(64)
+    out = np.full_like(aqt_lite.quantize(x, dtype, granularity=granularity).storage, 77)
     for at in ((0, 0), (7, 37), (511, 511)):
         x[at] = value
         for how in ({}, {"scheme": "affine"}) if dtype == "uint8" else ({},):
-            with pytest.raises(
-                ValueError, match=rf"1 non-finite values of 262144, the first at index \({at[0]}, {at[1]}\)"
-            ):
-                aqt_lite.quantize(x, dtype, granularity=None if dtype == "mxfp4" else PerGroup(64), **how)
+            for into in (None, out):
+                with pytest.raises(
+                    ValueError, match=rf"1 non-finite values of 262144, the first at index \({at[0]}, {at[1]}\)"
+                ):
+                    aqt_lite.quantize(x, dtype, granularity=granularity, out=into, **how)
         x[at] = 1
+    assert (out == 77).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])

@@ -7,6 +7,7 @@ calls it, and has other forms for what is not served here.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
-__all__ = ["ROWS_OF_A_PART", "Numbers", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of", "lies_in_order",
-           "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of", "serves", "steps_of",
+__all__ = ["ROWS_OF_A_PART", "Numbers", "choose", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of",
+           "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of", "serves", "steps_of",
            "view_of"]  # fmt: skip
 
 
@@ -196,19 +197,33 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
         return NotImplemented
     b, (view, rows), loops = get_backend("numpy"), found, runtime.encoding_loops()
     codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
+    stream, grid = codes.reshape(view.rows, -1).view(np.uint8), grid_of(x.shape, spec.block)
+    shape = (1, 1) if view.shared else (view.rows, view.groups)
+    if kept_as(spec) is not None and not (view.shared or view.of_columns):
+        kept, plain = qparams.scale, spec.format.scale is None
+        scale = _of_grid(kept if plain else kept.codes, grid, dtype_of_scales(spec)).reshape(shape).view(np.uint8)
+        zero = np.zeros((1, 1), np.float32)
+        if qparams.zero_point is not None:
+            zero = _of_grid(qparams.zero_point, grid, np.float32).reshape(shape)
+        steps = np.empty((2, 0), np.float32) if plain else _steps_of_codes(spec, numbers.step)
+        beside = np.asarray([spec.headroom, numbers.step, spec.zero_scale], np.float32)
+
+        def from_kept(lo: int, hi: int) -> None:
+            own = zero if zero.size == 1 else zero[lo:hi]
+            told = *numbers[:3], beside, steps, scale[lo:hi], own
+            loops.encode_kept(rows[lo:hi], view.size, *told, stream[lo:hi])
+
+        map_ranges(from_kept, view.rows, 1, x.size, CHUNKS_PER_CORE)
+        return codes
     inverse, factor = steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
-    grid, shape = grid_of(x.shape, spec.block), (1, 1) if view.shared else (view.rows, view.groups)
     of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
     if view.of_columns:
         of_groups = [_of_vectors(absent if a is None else a, view.groups, loops.LANES) for a, absent in of_each]
     else:
         of_groups = [
-            np.full((1, 1), absent, np.float32)
-            if a is None
-            else np.ascontiguousarray(np.broadcast_to(a, grid), np.float32).reshape(shape)
+            np.full((1, 1), absent, np.float32) if a is None else _of_grid(a, grid, np.float32).reshape(shape)
             for a, absent in of_each
         ]
-    stream = codes.reshape(view.rows, -1).view(np.uint8)
 
     def some(lo: int, hi: int) -> None:
         if view.of_columns:
@@ -219,6 +234,21 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
 
     map_ranges(some, view.rows, 1, x.size, CHUNKS_PER_CORE)
     return codes
+
+
+@functools.lru_cache(8)
+def _steps_of_codes(spec: Spec, step: float) -> Array:
+    """``steps_of`` every code of scales that are kept in a byte or two: a row of each."""
+    dtype, b = dtype_of_scales(spec), get_backend("numpy")
+    codes = np.arange(1 << (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}").view(dtype)
+    kept = Coded(codes.reshape(*(1,) * (len(spec.block) - 1), -1), None)
+    inverse, factor = steps_of(affine.scales(kept, spec, b), spec, step, b)
+    return np.stack([a.reshape(-1) for a in (inverse, np.ones_like(inverse) if factor is None else factor)])
+
+
+def _of_grid(a: Array, grid: tuple[int, ...], dtype: Any) -> Array:
+    """One for each block, in the order of C."""
+    return np.ascontiguousarray(np.broadcast_to(a, grid), dtype)
 
 
 def _of_vectors(numbers: Any, count: int, lanes: int) -> Array:
@@ -235,7 +265,7 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or found[0].shared or found[0].of_columns:
         return NotImplemented
-    (view, rows), loops, middle = found, runtime.encoding_loops(), spec.element.middle
+    (view, rows), loops, grid = found, runtime.encoding_loops(), grid_of(x.shape, spec.block)
     codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
     stream, bytes_of_scales = (a.reshape(view.rows, -1).view(np.uint8) for a in (codes, scale))
     how = *numbers[:3], rule_of(spec, recipe, numbers), kept_as(spec)
@@ -245,8 +275,30 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     )  # fmt: skip
     if not all(usable):
         return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
-    grid = grid_of(x.shape, spec.block)
-    return Coded(codes, kept_of(scale.reshape(grid), spec), np.full(grid, middle, np.int32) if middle else None)
+    return Coded(codes, kept_of(scale.reshape(grid), spec), _middles(grid, spec))
+
+
+@np.errstate(all="ignore")
+def choose(x: Array, spec: Spec, recipe: Recipe) -> Any:
+    """The parameters that ``quantize`` chooses, and no codes; NotImplemented where it is."""
+    numbers = numbers_at_once(spec, recipe, packed=False) if _lies_right(x) else None
+    found = None if numbers is None else _rows(x, spec)
+    if numbers is None or found is None or found[0].shared or found[0].of_columns:
+        return NotImplemented
+    (view, rows), loops, grid = found, runtime.encoding_loops(), grid_of(x.shape, spec.block)
+    scale = aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
+    how = rule_of(spec, recipe, numbers), kept_as(spec)
+    bytes_of_scales = scale.view(np.uint8)
+    usable = map_ranges(
+        lambda lo, hi: loops.choose(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi]),
+        view.rows, 1, x.size, CHUNKS_PER_CORE,
+    )  # fmt: skip
+    return QParams(kept_of(scale.reshape(grid), spec), _middles(grid, spec)) if all(usable) else NotImplemented
+
+
+def _middles(grid: tuple[int, ...], spec: Spec) -> Array | None:
+    """The zero points of formats whose middle code is not 0."""
+    return np.full(grid, spec.element.middle, np.int32) if spec.element.middle else None
 
 
 def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:

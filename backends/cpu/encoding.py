@@ -26,8 +26,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode", "encode_columns", "magnitudes",
-           "magnitudes_of_columns", "quantize", "ranges", "ranges_of_columns"]  # fmt: skip
+__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "choose", "encode", "encode_columns",
+           "encode_kept", "magnitudes", "magnitudes_of_columns", "quantize", "ranges", "ranges_of_columns"]  # fmt: skip
 
 LANES = 16
 
@@ -480,7 +480,35 @@ def _store(codes: Any, width: Any, out: Any) -> None:  # pragma: no cover - comp
             words[i] = codes[i]
 
 
+@njit(nogil=True, cache=True)
+def _choose_and_keep(
+    x: Any, size: Any, length: Any, rule: Any, kept: Any, most: Any, scale: Any, codes: Any, out: Any
+) -> Any:  # pragma: no cover - compiled
+    """Scales of the groups of ``length`` values at ``x``, as ``quantize`` has them, and their bytes in ``out``."""
+    _largest_magnitude(x, size, length, most.ctypes.data)
+    usable, width = _choose(most, rule, scale), kept[0]
+    if width == 4:
+        _store(scale.view(np.int32), width, out)
+        return usable
+    usable &= _keep(kept, scale, codes)
+    _store(codes, width, out)
+    return usable
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
+def _invert(
+    scale: Any, headroom: Any, step: Any, of_zeros: Any, inverse: Any, factor: Any
+) -> None:  # pragma: no cover - compiled
+    """What values are multiplied by, in turn: as ``encoders.steps_of``."""
+    for i in range(scale.shape[0]):
+        s = scale[i]
+        beside = headroom if s > np.float32(1) else np.float32(1)
+        inverse[i], factor[i] = np.float32(1) / (s * beside), beside * step
+        if s == np.float32(0) and of_zeros == np.float32(0):
+            inverse[i] = np.float32(0)
+
+
+@njit(nogil=True, cache=True)
 def quantize(
     x: Any, size: Any, kind: Any, bits: Any, parameters: Any, rule: Any, kept: Any, scale: Any, out: Any
 ) -> Any:  # pragma: no cover - compiled
@@ -504,21 +532,79 @@ def quantize(
         for g in range(0, groups, together):
             count = min(together, groups - g)
             here, some = start + 4 * g * size, min(count * size, length - g * size)
-            _largest_magnitude(here, size, some, most.ctypes.data)
-            usable &= _choose(most[:count], rule, chosen)
-            if width == 4:
-                _store(chosen[:count].view(np.int32), width, scales[r, width * g : width * (g + count)])
-            else:
-                usable &= _keep(kept, chosen[:count], codes)
-                _store(codes[:count], width, scales[r, width * g : width * (g + count)])
-            for i in range(count):
-                s = chosen[i]
-                beside = headroom if s > np.float32(1) else np.float32(1)
-                inverse[i], factor[i] = np.float32(1) / (s * beside), beside * step
-                if s == np.float32(0):
-                    inverse[i] = np.float32(0)
+            own = scales[r, width * g : width * (g + count)]
+            usable &= _choose_and_keep(
+                here, size, some, rule, kept, most[:count], chosen[:count], codes[:count], own
+            )  # fmt: skip
+            _invert(chosen[:count], headroom, step, rule[3], inverse, factor)
             _encode(
                 kind, bits, here, size, some, inverse.ctypes.data, factor.ctypes.data, rule.ctypes.data + 24, 4, 4, 0,
                 told, at + ((g * size * bits) >> 3), 4 * some,
             )  # fmt: skip
     return usable
+
+
+# ---- scales first, and codes once all of them are known
+
+
+@njit(nogil=True, cache=True)
+def choose(x: Any, size: Any, rule: Any, kept: Any, scale: Any) -> Any:  # pragma: no cover - compiled
+    """The scales that ``quantize`` chooses, and no codes."""
+    rows, length = x.shape
+    if length == size:
+        rows, length = 1, x.size
+    groups, together, width = (length + size - 1) // size, max(1, TOGETHER // size), kept[0]
+    scales, most = scale.reshape(rows, groups * width), np.empty(together, dtype=np.int32)
+    chosen, codes, usable = np.empty(together, dtype=np.float32), np.empty(together, dtype=np.int32), True
+    for r in range(rows):
+        start = x.ctypes.data + 4 * r * length
+        for g in range(0, groups, together):
+            count = min(together, groups - g)
+            here, some = start + 4 * g * size, min(count * size, length - g * size)
+            own = scales[r, width * g : width * (g + count)]
+            usable &= _choose_and_keep(
+                here, size, some, rule, kept, most[:count], chosen[:count], codes[:count], own
+            )  # fmt: skip
+    return usable
+
+
+@njit(nogil=True, cache=True)
+def _look_up(codes: Any, steps: Any, inverse: Any, factor: Any) -> None:  # pragma: no cover - compiled
+    for i in range(codes.shape[0]):
+        code = np.intp(codes[i])
+        inverse[i], factor[i] = steps[0, code], steps[1, code]
+
+
+@njit(nogil=True, cache=True)
+def encode_kept(
+    x: Any, size: Any, kind: Any, bits: Any, parameters: Any, beside: Any, steps: Any, scale: Any, zero: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    """As ``encode``, from scales as they are kept, which become reciprocals some groups at a time.
+
+    ``scale`` is bytes, a row of them for each row of x. ``steps`` has reciprocal and power of two of each code of one
+    byte or two; there are none for scales that are float32, whose powers of two and scale of zeros are ``beside``.
+    """
+    rows, length = x.shape
+    width, told = scale.shape[1] // ((length + size - 1) // size), parameters.ctypes.data
+    by_zero = 4 if zero.size > 1 else 0
+    if length == size and 8 * out.shape[1] == length * bits:
+        rows, length = 1, x.size
+    groups, together = (length + size - 1) // size, max(1, TOGETHER // size)
+    scales = scale.reshape(rows, groups * width)
+    inverse, factor = np.empty(together, dtype=np.float32), np.empty(together, dtype=np.float32)
+    for r in range(rows):
+        start, at = x.ctypes.data + 4 * r * length, out.ctypes.data + r * out.strides[0]
+        for g in range(0, groups, together):
+            count = min(together, groups - g)
+            some, own = min(count * size, length - g * size), scales[r, width * g : width * (g + count)]
+            if width == 1:
+                _look_up(own, steps, inverse, factor)
+            elif width == 2:
+                _look_up(own.view(np.uint16), steps, inverse, factor)
+            else:
+                _invert(own.view(np.float32), beside[0], beside[1], beside[2], inverse, factor)
+            _encode(
+                kind, bits, start + 4 * g * size, size, some, inverse.ctypes.data, factor.ctypes.data,
+                zero.ctypes.data + (r * groups + g) * by_zero, 4, 4, by_zero, told, at + ((g * size * bits) >> 3),
+                4 * some,
+            )  # fmt: skip

@@ -92,9 +92,12 @@ def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: R
 
 
 def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
-    """``affine.choose_qparams`` from the extrema of tiles."""
+    """``affine.choose_qparams`` by a loop that makes scales, or from the extrema of tiles."""
     if not _worth_tiles(x, spec) or recipe.dialect.together is not None:
         return NotImplemented
+    chosen = encoders.choose(x, spec, recipe)
+    if chosen is not NotImplemented:
+        return chosen
     return _of_extrema(x, with_twins(spec), recipe, affine.choose_qparams)
 
 
