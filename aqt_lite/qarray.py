@@ -548,8 +548,8 @@ class QArray(ArrayShapes, ArrayBytes):
         raise TypeError(
             f"a QArray ({self.dtype}, shape {self.shape}) does not become an array by itself, since its floats take "
             f"{float_type(self.float_dtype).bits / max(self.bits, 1):.3g} times the memory: ask for them with "
-            "q.dequantize(), or for the codes with q.qvalue; aqt_lite.concatenate, aqt_lite.stack, q.transpose(...) and "
-            "q.reshape(shape) keep it quantized; to store it, take aqt_lite.save(path, q)"
+            "q.dequantize(), or for the codes with q.qvalue; aqt_lite.concatenate, aqt_lite.stack, q.transpose(...) "
+            "and q.reshape(shape) keep it quantized; to store it, take aqt_lite.save(path, q)"
         )
 
     def __dlpack__(self, **_: Any) -> NoReturn:
