@@ -108,6 +108,31 @@ def test_every_size_of_groups_and_of_rows(calls):
 
 
 @needs_loops
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *[("int4", 32), ("float4_e2m1fn", 64), ("uint4", 128), ("iq4_nl", 256), ("int4", 16)],
+        *[("uint8", 16), ("int8", 32), ("uint8", 64), ("uint8", 128), ("int8", 24)],
+    ],
+)
+def test_one_row_and_runs_of_sixteen_groups(dtype, size, calls):
+    """33 columns are two tiles and a row; 35 groups and a part of one are two runs and what is left."""
+    rng = np.random.default_rng(size)
+    k = 35 * size + size // 2
+    scheme = "affine" if dtype.startswith("uint") else "symmetric"
+    q = quantize(weight(33, k), dtype, scheme=scheme, granularity=PerGroup(size))
+    signs = np.where(rng.random(q.scale.shape) < 0.5, -1, 1) * np.exp2(rng.integers(-70, 9, q.scale.shape))
+    q = replace(q, scale=q.scale * signs.astype(np.float32))
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    x[1] *= np.exp2(rng.integers(-12, 0, k)).astype(np.float32)
+    x[2] = np.where(rng.random(k) < 0.5, np.float32(-127 / 64), np.float32(1e-41))
+    expected = without_kernels(x, q, None)
+    for i in range(3):
+        assert_same_bits(linear(x[i : i + 1], q, mode="reproducible"), expected[i : i + 1])
+    assert calls == [True] * 3
+
+
+@needs_loops
 @pytest.mark.parametrize("size", [255, 256, 257, 512])
 def test_strips_of_rows_whose_sums_are_wide_by_their_zero_points_alone(size, calls):
     """Beside others: whether two int32 are rounded at once is said strip by strip."""
@@ -278,6 +303,7 @@ def test_transformations_of_jax():
 EXACT = [
     test_the_loops_have_the_bits_of_the_reference,
     test_every_size_of_groups_and_of_rows,
+    test_one_row_and_runs_of_sixteen_groups,
     test_the_largest_sums_of_digits_are_exact,
 ]
 

@@ -28,6 +28,13 @@ the significand, and then by the power, is the same, for only the significand's 
 with arrays costs more than the arithmetic of a group, so that what is called for each span takes addresses, and for one
 row of x a run of 16 groups is one call (``_spans_of``).
 
+**One row, codes in the order in which they lie** (``in_order``; vectors of 64 bytes). A vector of a row's codes meets
+the digits of as many entries of x, so that no word is transposed and none is stored. A group is a quarter of a vector,
+a half, or whole ones. Sums of two digits are one int32 in each lane; those of a vector and four rows are added up, the
+lanes of a quarter, by six shuffles, and become four columns of four quarters; those of four times four rows are
+transposed. Lanes are 16 columns then, and all that follows is as above. A partial sum may pass the ends of int32, where
+the whole is within.
+
 Without that instruction, ``vpmaddwd`` adds two products of shorts: an integer is two signed digits of 16 bits, and the
 four bytes of a word become two pairs of shorts in registers, the even ones and the odd ones. A digit's sum, of up to
 256 products, is at most ``256 * 255 * 2^15 < 2^31``. Vectors are of 16 lanes or, for 16 columns, two of 8.
@@ -64,6 +71,9 @@ DOTS = "+avx2" in _features()
 
 BITS_OF_DIGIT = 8 if _OF_BYTES else 16
 """Of integers in fixed point: what that product multiplies unsigned bytes, or shorts, with."""
+
+ORDERED = LANES == 16 and BITS_OF_DIGIT == 8
+"""Whether one row of x meets codes in the order in which they lie."""
 
 HALF = 0x8080 if BITS_OF_DIGIT == 8 else 0x8000
 """What ``lower`` is at least minus: integers are ``upper * 2^16 + lower``, each two bytes or a short."""
@@ -393,6 +403,13 @@ def in_dots(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
+def in_order(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
+    """Whether one row of x meets codes in the order in which they lie: groups are whole vectors, halves or quarters."""
+    length = size // 2 if halves else size
+    return ORDERED and (length % CHUNK == 0 or length == CHUNK // 2 or length == CHUNK // 4)
+
+
+@njit(nogil=True, cache=True)
 def prepare(
     x: Any, size: Any, halves: Any, powers: Any, integers: Any, sums: Any, exponent: Any, row_exponent: Any,
     row_power: Any, many: Any, wants: Any, bad: Any,
@@ -450,6 +467,8 @@ def prepare(
             row_power[m, g] = powers[exponent[m, g] - leading + 256]
         if dots:
             _split(out, halves, size, sums[m].view(np.int32))
+            if in_order(size, halves):
+                _put_in_order(out, halves)
 
 
 @njit(nogil=True, cache=True)
@@ -569,29 +588,44 @@ def _dot(builder: Any, total: Any, codes: Any, digit: Any) -> Any:
     return builder.add(total, builder.call(multiply, [codes, builder.bitcast(digit, _SHORTS)]))
 
 
+def _numbers_for_dots(builder: Any, halves: bool, looked_up: bool, table: Any, flip: Any) -> Any:
+    """What makes unsigned numbers of a vector of codes; of codes of 4 bits those at even and at odd positions.
+
+    ``table`` and ``flip`` are as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes
+    use.
+    """
+    look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
+    numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
+    flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
+
+    def numbers_of(words: Any) -> list[Any]:
+        found = [words if looked_up else builder.xor(words, flipped)]
+        if halves:
+            upper = builder.lshr(found[0], _same(_WORDS, 4))
+            found = [builder.and_(found[0], low), builder.and_(upper, low)]
+        if looked_up:
+            places = [builder.bitcast(c, _BYTES) for c in found]
+            found = [builder.bitcast(builder.call(look_up, [numbers, p]), _WORDS) for p in places]
+        return found
+
+    return numbers_of
+
+
 def _put_unsigned(
     builder: Any, halves: bool, looked_up: bool, starts: list[Any], table: Any, flip: Any, ahead: Any, out: Any
 ) -> None:
     """``CHUNK`` bytes of 16 rows as unsigned numbers, four codes of each of 16 columns in a vector.
 
-    ``table`` and ``flip`` are as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes
-    use. ``ahead`` says how far ahead memory is read into the second cache. A tile of the weight whose rows are a power
-    of two apart does not fit the first one.
+    ``ahead`` says how far ahead memory is read into the second cache. A tile of the weight whose rows are a power of
+    two apart does not fit the first one.
     """
     for start in starts:
         _read_ahead(builder, builder.add(start, ahead))
-    look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
-    numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
-    flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
+    numbers_of = _numbers_for_dots(builder, halves, looked_up, table, flip)
     for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
         block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
         for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
-            found = [words if looked_up else builder.xor(words, flipped)]
-            if halves:
-                upper = builder.lshr(found[0], _same(_WORDS, 4))
-                found = [builder.and_(found[0], low), builder.and_(upper, low)]
-            if looked_up:
-                found = [builder.call(look_up, [numbers, builder.bitcast(c, _BYTES)]) for c in found]
+            found = numbers_of(words)
             for v, vector in enumerate(found):
                 place = CHUNK * ((first + i) * len(found) + v) + 4 * column
                 _store(builder, vector, builder.add(out, _ADDRESS(place)))
@@ -679,6 +713,23 @@ class _OfGroups(NamedTuple):
         )
 
 
+def _relative_scales(builder: Any, scale: Any, leading: Any, g: Any) -> Any:
+    """Scales of a group of 16 columns, divided by the powers of two of the columns' largest; 0 far below."""
+    bits, largest = _load(builder, _at(builder, scale, g, 4 * COLUMNS), _INTS), _load(builder, leading, _INTS)
+    below = builder.sub(largest, builder.and_(bits, _same(_INTS, 0x7F800000)))
+    near = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
+    relative = builder.add(builder.sub(bits, largest), _same(_INTS, 0x3F800000))
+    return builder.bitcast(builder.select(near, relative, _same(_INTS, 0)), _FLOATS)
+
+
+def _with_group(builder: Any, run: Any, t: Any, of_columns: Any, of_row: Any) -> Any:
+    """The sum of groups and one more group's rounded sums, times its scales and its power of two of a row."""
+    factor = builder.fmul(of_columns, _in_all_lanes(builder, of_row, _FLOATS))
+    magnitude = builder.and_(builder.bitcast(factor, _INTS), _same(_INTS, 0x7FFFFFFF))
+    seen = builder.icmp_signed(">=", magnitude, _same(_INTS, LEAST_FACTOR))
+    return builder.fadd(run, builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0))))
+
+
 def _add_groups(
     builder: Any, rows: int, short: bool, twice: bool, numbers: Any, steps: Any, count: Any, of_groups: _OfGroups
 ) -> None:
@@ -727,11 +778,7 @@ def _add_groups(
                 starts += _in_parts(builder, start if short and first == 0 else nothing)
         sums = _loop(builder, steps, starts, step)
         found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
-        bits, largest = _load(builder, _at(builder, scale, g, 4 * COLUMNS), _INTS), _load(builder, leading, _INTS)
-        below = builder.sub(largest, builder.and_(bits, _same(_INTS, 0x7F800000)))
-        near = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
-        relative = builder.add(builder.sub(bits, largest), _same(_INTS, 0x3F800000))
-        of_columns = builder.bitcast(builder.select(near, relative, nothing), _FLOATS)
+        of_columns = _relative_scales(builder, scale, leading, g)
 
         def rounded(m: int) -> Any:
             return _rounded(builder, found[m * DIGITS : m * DIGITS + DIGITS], short, less, entries[m])
@@ -741,12 +788,8 @@ def _add_groups(
             if twice:
                 t = builder.fadd(t, builder.fmul(rounded(rows), _same(_FLOATS, 1 / FINER)))
             of_row = _load(builder, _at(builder, powers[m], g, 4), _FLOAT)
-            factor = builder.fmul(of_columns, _in_all_lanes(builder, of_row, _FLOATS))
-            magnitude = builder.and_(builder.bitcast(factor, _INTS), _same(_INTS, 0x7FFFFFFF))
-            seen = builder.icmp_signed(">=", magnitude, _same(_INTS, LEAST_FACTOR))
-            t = builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0)))
             place = builder.add(run, _ADDRESS(4 * COLUMNS * m))
-            _store(builder, builder.fadd(_load(builder, place, _FLOATS), t), place)
+            _store(builder, _with_group(builder, _load(builder, place, _FLOATS), t, of_columns, of_row), place)
         return none
 
     _loop(builder, count, [], group)
@@ -814,6 +857,129 @@ def _spans_of(halves: bool, looked_up: bool = False) -> Any:
     return spans_of
 
 
+def _sums_of_fours(builder: Any, rows: list[Any]) -> Any:
+    """Of each four lanes of four vectors the sum: those of the first four lanes, of the four vectors, come first."""
+    pairs, fours = [], range(0, COLUMNS, 4)
+    for two in (rows[:2], rows[2:]):  # lanes 0 and 2 of the first vector and of the second, then lanes 1 and 3
+        order = [lane for q in fours for lane in (q, COLUMNS + q, q + 1, COLUMNS + q + 1)]
+        pairs.append(builder.add(*(_shuffled(builder, *two, [lane + i for lane in order]) for i in (0, 2))))
+    order = [lane for q in fours for lane in (q, q + 1, COLUMNS + q, COLUMNS + q + 1)]
+    return builder.add(*(_shuffled(builder, *pairs, [lane + i for lane in order]) for i in (0, 2)))
+
+
+def _fours_transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Four vectors of four times four lanes, rows for columns."""
+    found = []
+    for half in (0, 8):
+        order = [first + half + lane for first in (0, COLUMNS) for lane in range(8)]
+        pairs = [_shuffled(builder, *two, order) for two in (rows[:2], rows[2:])]
+        for i in (0, 4):
+            order = [first + i + lane for first in range(0, 2 * COLUMNS, 8) for lane in range(4)]
+            found.append(_shuffled(builder, *pairs, order))
+    return found
+
+
+def _in_order(halves: bool, groups: int) -> Any:
+    """Add groups of one row of x and 16 rows of the weight to their run, codes met in the order in which they lie.
+
+    ``units`` of ``vectors`` vectors of a row's codes, which are one group; or of one vector, which is 2 or 4
+    ``groups``. ``ordered`` are digits of x as ``_put_in_order`` leaves them; ``sums`` is room for 8 vectors. It makes
+    the sums of four rows a step of a loop, for which registers suffice.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def in_order(
+        _: Any, w: Any, stride: Any, table: Any, flip: Any, ahead: Any, units: Any, vectors: Any, sums: Any,
+        ordered: Any, scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any,
+        run: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            w, stride, table, flip, ahead, units, vectors, sums, ordered, *others = arguments
+            scale, leading, zero, z_step, lowest, of_x, row_power, run = others
+            numbers_of = _numbers_for_dots(builder, halves, halves, table, flip)
+            lowest, nothing = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS), _same(_INTS, 0)
+            parts = 2 if halves else 1
+
+            def codes_and_digits(starts: list[Any], vector: Any, v: Any) -> tuple[list[Any], list[Any]]:
+                entry = _at(builder, ordered, vector, 4 * parts * CHUNK)
+                places = [builder.add(entry, _ADDRESS(CHUNK * i)) for i in range(4 * parts)]
+                numbers = []
+                for start in starts:
+                    here = _at(builder, start, v, CHUNK)
+                    _read_ahead(builder, builder.add(here, ahead))
+                    numbers.append(numbers_of(_load(builder, here, _INTS)))
+                return numbers, [_load(builder, place, _INTS) for place in places]
+
+            def dots(total: Any, numbers: list[Any], digits: list[Any]) -> Any:
+                for codes, digit in zip(numbers, digits, strict=True):
+                    total = _dot(builder, total, codes, digit)
+                return total
+
+            def sums_of_digits(starts: list[Any], first: Any) -> list[Any]:
+                """Of the lower two digits of x and four rows, then of the upper two: each pair as one int32."""
+                if groups > 1:
+                    numbers, digits = codes_and_digits(starts, first, _ADDRESS(0))
+                    found = []
+                    for d in (0, 2):
+                        for row in numbers:
+                            upper = dots(nothing, row, digits[d + 1 :: 4])
+                            found.append(dots(builder.shl(upper, _same(_INTS, 8)), row, digits[d::4]))
+                    return found
+
+                def vector(v: Any, totals: list[Any]) -> list[Any]:
+                    numbers, digits = codes_and_digits(starts, builder.add(first, v), v)
+                    return [dots(total, numbers[i // 4], digits[i % 4 :: 4]) for i, total in enumerate(totals)]
+
+                found = _loop(builder, vectors, [nothing] * 16, vector)
+                return [
+                    builder.add(builder.shl(found[i + 1], _same(_INTS, 8)), found[i])
+                    for d in (0, 2)
+                    for i in range(d, 16, 4)
+                ]
+
+            def unit(u: Any, totals: list[Any]) -> list[Any]:
+                first = builder.mul(u, vectors)
+
+                def four(r: Any, none: list[Any]) -> list[Any]:
+                    start = builder.add(
+                        _at(builder, w, first, CHUNK), _at(builder, _ADDRESS(0), builder.mul(r, stride), 4)
+                    )
+                    starts = [builder.add(start, builder.mul(stride, _ADDRESS(i))) for i in range(4)]
+                    found = sums_of_digits(starts, first)
+                    for half in (0, 1):
+                        place = _at(builder, builder.add(sums, _ADDRESS(4 * CHUNK * half)), r, CHUNK)
+                        _store(builder, _sums_of_fours(builder, found[4 * half : 4 * half + 4]), place)
+                    return none
+
+                _loop(builder, _ADDRESS(COLUMNS // 4), [], four)
+                places = [builder.add(sums, _ADDRESS(CHUNK * i)) for i in range(8)]
+                loaded = [_load(builder, place, _INTS) for place in places]
+                quarters = [_fours_transposed(builder, loaded[i : i + 4]) for i in (0, 4)]
+                [total] = totals
+                for i in range(groups):
+                    g = builder.add(builder.mul(u, _ADDRESS(groups)), _ADDRESS(i))
+                    less = builder.sub(lowest, _load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
+                    digits, entries = [], []
+                    for half, of_half in enumerate(quarters):
+                        place = _at(builder, builder.add(of_x, _ADDRESS(4 * half)), g, 8)
+                        entries.append(_load(builder, place, _INT))
+                        digit = builder.mul(less, _in_all_lanes(builder, entries[-1], _INTS))
+                        for quarter in of_half[i * 4 // groups : (i + 1) * 4 // groups]:
+                            digit = builder.add(digit, quarter)
+                        digits.append(digit)
+                    t = _rounded(builder, digits, True, less, entries)
+                    of_row = _load(builder, _at(builder, row_power, g, 4), _FLOAT)
+                    total = _with_group(builder, total, t, _relative_scales(builder, scale, leading, g), of_row)
+                return [total]
+
+            _store(builder, _loop(builder, units, [_load(builder, run, _FLOATS)], unit)[0], run)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 17), generate
+
+    return in_order
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _columns_of(
     _: Any, of_rows: Any, stride: Any, there: Any, blocks: Any, mask: Any, out: Any, most: Any, least: Any
@@ -854,6 +1020,8 @@ _unsigned_by_table = _unsigned_of(True, True)
 _long_of_one, _long_of_two, _long_of_four = (_groups_of(rows, short=False) for rows in (1, 2, 4))
 _short_of_one, _short_of_two, _short_of_four = (_groups_of(rows, short=True) for rows in (1, 2, 4))
 _spans_of_bytes, _spans_of_halves, _spans_by_table = _spans_of(False), _spans_of(True), _spans_of(True, True)
+_bytes_of_one_group, _bytes_of_two, _bytes_of_four = (_in_order(False, groups) for groups in (1, 2, 4))
+_halves_of_one_group, _halves_of_two, _halves_of_four = (_in_order(True, groups) for groups in (1, 2, 4))
 _long_twice, _short_twice = _groups_of(1, short=False, twice=True), _groups_of(1, short=True, twice=True)
 
 
@@ -891,6 +1059,22 @@ def _split(row: Any, halves: Any, size: Any, sums: Any) -> None:  # pragma: no c
                 at = (four >> 1) + (code & 1) * 2 + (code >> 1)
                 shorts[at] = lower
                 shorts[at + 4] = (value - lower) >> 16
+
+
+@njit(nogil=True, cache=True)
+def _put_in_order(row: Any, halves: Any) -> None:  # pragma: no cover - compiled
+    """Digits that ``_split`` has left in the first half of a row, in the other half, a vector of each digit.
+
+    Those of as many codes as ``CHUNK`` bytes have; those at even positions before those at odd ones, where bytes have
+    two.
+    """
+    words, parts = row.view(np.int32), 2 if halves else 1
+    out = words[row.shape[0] :]
+    for start in range(0, row.shape[0], 64 * parts):
+        for part in range(parts):
+            for d in range(4):
+                for i in range(16):
+                    out[start + (part * 4 + d) * 16 + i] = words[start + (i * parts + part) * 4 + d]
 
 
 @njit(nogil=True, cache=True)
@@ -972,6 +1156,54 @@ def _add_to_rows_twice(
 
 
 @njit(nogil=True, cache=True)
+def _add_in_order(
+    w: Any, stride: Any, table: Any, flip: Any, ahead: Any, halves: Any, size: Any, sums: Any, ordered: Any, scale: Any,
+    leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any, run: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``RUN`` groups of one row; operands are ``_in_order``'s."""
+    length = size // 2 if halves else size
+    if halves and length >= CHUNK:
+        _halves_of_one_group(
+            w, stride, table, flip, ahead, RUN, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
+            of_x, row_power, run,
+        )  # fmt: skip
+    elif halves and length == CHUNK // 2:
+        _halves_of_two(
+            w, stride, table, flip, ahead, RUN // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            row_power, run,
+        )  # fmt: skip
+    elif halves:
+        _halves_of_four(
+            w, stride, table, flip, ahead, RUN // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            row_power, run,
+        )  # fmt: skip
+    elif length >= CHUNK:
+        _bytes_of_one_group(
+            w, stride, table, flip, ahead, RUN, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
+            of_x, row_power, run,
+        )  # fmt: skip
+    elif length == CHUNK // 2:
+        _bytes_of_two(
+            w, stride, table, flip, ahead, RUN // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            row_power, run,
+        )  # fmt: skip
+    else:
+        _bytes_of_four(
+            w, stride, table, flip, ahead, RUN // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            row_power, run,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _by_nothing(*arguments: Any) -> Any:  # pragma: no cover - compiled
+    """In place of a form whose instructions the processor lacks, which nothing then asks for."""
+    return False
+
+
+_by_order = _add_in_order if ORDERED else _by_nothing
+
+
+@njit(nogil=True, cache=True)
 def _add_strip(
     w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
     size: Any, inner: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
@@ -982,11 +1214,17 @@ def _add_strip(
     chunk, step, ahead = CHUNK * 2 if halves else CHUNK, 8 if halves else 4, COLUMNS * stride
     span, whole = _span(size, chunk), 0
     several, pieces, steps = span // size, span // chunk, size // 4
+    ordered = in_order(size, halves)
     while rows == 1 and short and not again and here == COLUMNS and inner - whole >= RUN * size:
         g, start = whole // size, w + (whole // 2 if halves else whole)
         e, s, z, o, p = x + whole * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
         spans = RUN // several
-        if tabled:
+        if ordered:
+            _by_order(
+                start, stride, unsigned, word, ahead, halves, size, numbers, e + by // 2, s, leading, z, z_step, lowest,
+                o, p, run,
+            )  # fmt: skip
+        elif tabled:
             _spans_by_table(
                 start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
                 lowest, o, p, run,
@@ -1106,12 +1344,6 @@ def _multiply_by_dots(
         last = first + here
         _finish(total, row_exponent, most, powers, bias[first_row + first : first_row + last], bad, y[:, first:last])
     return True
-
-
-@njit(nogil=True, cache=True)
-def _by_nothing(*arguments: Any) -> Any:  # pragma: no cover - compiled
-    """In place of ``_multiply_by_dots`` where the processor lacks the instruction, which nothing then asks for."""
-    return False
 
 
 _by_dots = _multiply_by_dots if DOTS else _by_nothing
