@@ -63,6 +63,18 @@ def assert_exact_to_float32(y, x, values, bias=0.0):
 
 
 @needs_loops
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs("torch"))])
+@pytest.mark.parametrize("how", [{"granularity": PerGroup(32)}, {"dtype": "uint8", "scheme": "affine"}], ids=name_of)
+def test_small_weights_go_by_the_loops_where_rows_pay(backend, how):
+    x, q = weight(8, 160, 1), quantize(weight(110, 160), **how)
+    x[3, 5] = 1e12
+    b, bias = get_backend(backend), weight(1, 110, 2)[0]
+    y = b.to_numpy(linear(b.asarray(x), q.to_backend(backend), b.asarray(bias)))
+    np.testing.assert_array_equal(y, decoded_product(x, q, bias))
+    assert_exact_to_float32(y, x, q.dequantize(), bias)
+
+
+@needs_loops
 @of_each_kind
 def test_a_row_with_a_single_one_gives_the_values_of_dequantize(how):
     """Each of the weight's values by itself: those beyond the last whole vector, and in the last group, too."""

@@ -48,8 +48,10 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
     looked_at = w.scale.shape[contract] > 1 and serve.decodes(x_name, w, spec, contract, packed=False)
     if not looked_at and serve.values_may_overflow(w):
         return NotImplemented
-    if worth_floats or w.codes.size >= LARGE:
-        y = NotImplemented if worth_floats else matmul_by_dots(x, w, bias, spec=spec, contract=contract)
+    large = w.codes.size >= LARGE
+    if worth_floats or large or serve.is_worth_decoding(len(x), w, contract):
+        by_dots = large and not worth_floats
+        y = matmul_by_dots(x, w, bias, spec=spec, contract=contract) if by_dots else NotImplemented
         if y is NotImplemented:
             y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
         if y is not NotImplemented:

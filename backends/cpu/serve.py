@@ -186,6 +186,17 @@ def is_worth_floats(rows: int, codes: int) -> bool:
     return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
 
 
+def is_worth_decoding(rows: int, w: Coded, contract: int) -> bool:
+    """Whether so many rows of x meet a weight small enough to go by NumPy's own steps, for which loops pay even so.
+
+    NumPy scales every code of a group, or takes zero points off all, in steps of their own; without either, one call of
+    a compiled loop does all for few rows.
+    """
+    steps = w.zero_point is not None or w.scale.shape[contract] > 1 or rows > MOST_ROWS_FOR_LOOPS
+    work = w.codes.shape[0] * w.codes.shape[1] * (rows if w.zero_point is None else MOST_ROWS_FOR_LOOPS)
+    return steps and contract == 1 and work >= runtime.LARGE and runtime.decoding_loops() is not None
+
+
 def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
     """Whether the loop serves that turns codes to floats, a block of rows at a time, for groups of any length."""
     return runtime.decoding_loops() is not None and decodes_in_vectors(1, x_dtype, w, spec, contract, packed)

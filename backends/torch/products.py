@@ -98,14 +98,15 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     y = _by_loops(fixed_point.matmul_by_dots, x, w, bias, spec, contract) if digits_serve else NotImplemented
     if y is not NotImplemented:
         return y
-    if w.codes.numel() >= runtime.LARGE:
+    tracing, rows = torch.compiler.is_compiling(), x.shape[0]  # to compare a size is to compile for it
+    if w.codes.numel() >= runtime.LARGE or (not tracing and serve.is_worth_decoding(rows, w, contract)):
         y = _by_decoding(x, w, bias, spec=spec, contract=contract, packed_length=None)
         if y is not NotImplemented:
             return y
     if (
         _have_numpy_memory((x, *w, bias))
-        and x.shape[0] <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
-        and serve.row_loops(x.shape[0], w, contract)
+        and rows <= (1 if digits_serve else serve.MOST_ROWS_FOR_LOOPS)
+        and serve.row_loops(rows, w, contract)
     ):
         return _shared(floats.matmul, x, w, bias, spec=spec, contract=contract)
     if digits_serve and _has_at_most(MOST_ROWS_AS_DIGITS, x) and (b.is_traced(x) or reference.fits_fixed_point(x, b)):
