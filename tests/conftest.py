@@ -10,13 +10,15 @@ import pytest
 from optional import WITHOUT, check_installed, needs
 
 from aqt_lite._registry import _BUILTIN, get_backend
+from aqt_lite.backends.cpu import runtime
 
 BACKENDS = tuple(name for name in _BUILTIN if name not in WITHOUT)
 
 
 def pytest_configure(config):
-    """Refuse to test less than was asked for."""
+    """Refuse to test less than was asked for, and let small arrays be cut into parts as large ones are."""
     check_installed()
+    runtime.LARGE_LOOPS = 2 * runtime.LARGE
 
 
 def pytest_report_header():

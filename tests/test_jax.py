@@ -736,6 +736,13 @@ def test_small_eager_arrays_compile_nothing():
             for rows, mode in ((x, "reproducible"), (q, "fast"), (q, "reproducible"), (q, "integer")):
                 on_numpy = (a.to_backend("numpy") if isinstance(a, QArray) else np.asarray(a) for a in (rows, q))
                 assert_same_bits(linear(rows, q, mode=mode), linear(*on_numpy, mode=mode))
+            for weight in (
+                q,
+                quantize(x, "int4", granularity=PerGroup(8)),
+                quantize(x, "nf4", granularity=PerGroup(8)),
+            ):
+                row = np.asarray(x)[:1]
+                assert_same_bits(linear(jax.device_put(row), weight), linear(row, weight.to_backend("numpy")))
             aqt_lite.error_report(x, q)
     assert compilations.count == 0
 

@@ -15,7 +15,7 @@ import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine
 from aqt_lite._blocks import spread
 from aqt_lite._registry import get_backend
-from aqt_lite.backends.cpu import quantize, runtime
+from aqt_lite.backends.cpu import quantize, runtime, stored
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
@@ -215,6 +215,27 @@ def test_integer_products_do_not_saturate_on_processors_without_dot_product_inst
     run = [sys.executable, "-c", SATURATION]
     lines = subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout.split("\n")
     assert [line.split()[-1] for line in lines if line] == ["0"] * 8, lines
+
+
+def test_threads_are_started_where_loops_take_longer_than_that(monkeypatch):
+    started = []
+
+    class Pool:
+        def submit(self, work):
+            started.append(work)
+
+    monkeypatch.setattr(runtime, "_pool", Pool)
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "LARGE_LOOPS", 3 << 22)
+    few, many = runtime.loops_of_product(1536 * 384, 8), runtime.loops_of_product(4096 * 4096, 1)
+    for work, parts in ((few, 1), (many, 5)):
+        ends = stored.ends_of_parts(1536, 8, work)
+        found = runtime.map_ranges(lambda a, b, ends=ends: ends[b] - ends[a], len(ends) - 1, 1, work, 8)
+        assert sum(found) == ends[-1] == 1536
+        assert len(started) == (parts > 1)
+        assert len(found) >= parts
+    assert min(np.diff(ends)[:-1]) >= 1536 // 12  # a part is no shorter than a quarter of what is worth a thread
+    assert not any(e % 8 for e in ends)
 
 
 def test_map_ranges_covers_a_range_once_at_multiples():

@@ -20,7 +20,7 @@ from aqt_lite._records import Kept
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, loops_of_elements, map_ranges
 from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
@@ -171,7 +171,7 @@ def extrema(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array | N
     def some(lo: int, hi: int) -> None:
         loop(rows[lo * high : hi * high], size, *ends[:, lo:hi])
 
-    map_ranges(some, view.parts, 1, x.size, CHUNKS_PER_CORE)
+    map_ranges(some, view.parts, 1, loops_of_elements(x.size), CHUNKS_PER_CORE)
     of_groups = ends.view(np.float32)
     if view.shared or view.of_columns:
         axis = (1, 2) if view.shared else 1
@@ -213,7 +213,7 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
             told = *numbers[:3], beside, steps, scale[lo:hi], own
             loops.encode_kept(rows[lo:hi], view.size, *told, stream[lo:hi])
 
-        map_ranges(from_kept, view.rows, 1, x.size, CHUNKS_PER_CORE)
+        map_ranges(from_kept, view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE)
         return codes
     inverse, factor = steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
     of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
@@ -232,7 +232,7 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
         own = (a if a.shape[0] < 2 else a[lo:hi] for a in of_groups)
         loops.encode(rows[lo:hi], view.size, *numbers[:3], *own, stream[lo:hi])
 
-    map_ranges(some, view.rows, 1, x.size, CHUNKS_PER_CORE)
+    map_ranges(some, view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE)
     return codes
 
 
@@ -271,7 +271,7 @@ def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     how = *numbers[:3], rule_of(spec, recipe, numbers), kept_as(spec)
     usable = map_ranges(
         lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi], stream[lo:hi]),
-        view.rows, 1, x.size, CHUNKS_PER_CORE,
+        view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE,
     )  # fmt: skip
     if not all(usable):
         return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
@@ -291,7 +291,7 @@ def choose(x: Array, spec: Spec, recipe: Recipe) -> Any:
     bytes_of_scales = scale.view(np.uint8)
     usable = map_ranges(
         lambda lo, hi: loops.choose(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi]),
-        view.rows, 1, x.size, CHUNKS_PER_CORE,
+        view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE,
     )  # fmt: skip
     return QParams(kept_of(scale.reshape(grid), spec), _middles(grid, spec)) if all(usable) else NotImplemented
 

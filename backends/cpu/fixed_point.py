@@ -18,8 +18,8 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
-from aqt_lite.backends.cpu.stored import blocks_of_rows, ends_of_parts
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, loops_of_product, map_ranges
+from aqt_lite.backends.cpu.stored import blocks_of_rows, ends_of_parts, plain_scales
 from aqt_lite.backends.cpu.tiles import numbers_of_codes
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
@@ -58,7 +58,7 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     """
     if not serve.dots(x, x.dtype.name, w, spec, contract):
         return NotImplemented
-    if fast and (not serve.dots_beat_floats() or serve.is_worth_floats(len(x), w.codes.size)):
+    if fast and (not serve.dots_beat_floats() or serve.is_worth_floats(len(x), w.codes.size, by_digits=True)):
         return NotImplemented
     (rows, _), columns, x_dtype = x.shape, len(w.codes), x.dtype
     dots, powers = runtime.integer_dots(), powers_of_two()
@@ -74,13 +74,17 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     codes, unsigned = w.codes.view(np.int8), w.codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
-    def finish(start: int, stop: int) -> None:
+    height, work = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP, loops_of_product(codes.size, rows)
+    ends = ends_of_parts(columns, height, work)
+
+    def finish(first: int, last: int) -> None:
+        start, stop = ends[first], ends[last]
         of_columns = [v[start:stop] for v in vectors]
         for part, row_exponent, total, flags, panels, tail in parts:
             of_rows = (panels, tail, row_exponent, total, flags)
             dots.finish_columns(codes[start:stop], unsigned, *of_rows, *of_columns, powers, y[part, start:stop])
 
-    map_ranges(finish, columns, dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP, codes.size, CHUNKS_PER_CORE)
+    map_ranges(finish, len(ends) - 1, 1, work, CHUNKS_PER_CORE)
     return y.astype(x_dtype, copy=False)
 
 
@@ -110,9 +114,7 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend, swapped: bool = Fa
     size = spec.block[1]
     assert size is not None
     assert unit is not None
-    scale = affine.scales(w.scale, spec, b)
-    if unit != 1:
-        scale = scale * unit
+    scale = _scales_in(unit, w.scale, spec, b)
 
     def of_rows(blocks: Array) -> Array:
         return blocks_of_rows(blocks, rows, spec, b, swapped)
@@ -120,6 +122,23 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend, swapped: bool = Fa
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else xp.astype(w.zero_point, xp.int32)
     flip = 128 if not packed and b.dtype_name(w.codes) == "uint8" else 0
     return Groups(packed, flip, multiples_of_codes(spec.element, packed), of_rows(scale), of_rows(zero), size)
+
+
+def _scales_in(unit: float, kept: Any, spec: Spec, b: Backend) -> Array:
+    """Scales of multiples of ``unit``, a power of two; codes of scales are looked up where that takes no compiler."""
+    if b.name != "numpy":
+        scale, codes, numbers = affine.scales(kept, spec, b), np.empty(0, np.uint8), np.empty(0, np.float32)
+    else:
+        scale, codes, numbers = plain_scales(kept, spec, b)
+    if not codes.size:
+        return scale if unit == 1 else scale * unit
+    numbers, found = numbers * np.float32(unit), np.empty(codes.shape, np.float32)
+
+    def look_up(start: int, stop: int) -> None:
+        numbers.take(codes[start:stop], mode="clip", out=found[start:stop])  # there are 256 numbers
+
+    map_ranges(look_up, len(codes), 1, codes.size)
+    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,7 +174,8 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     x = np.ascontiguousarray(x, dtype=np.float32)
     bias = np.zeros(columns, np.float32) if bias is None else reference.flushed(bias.astype(np.float32, copy=False), np)
     y = np.empty((rows, columns), dtype=np.float32)
-    ends = ends_of_parts(columns, loops.COLUMNS, runtime.cores() if codes.size >= runtime.LARGE else 1)
+    work = loops_of_product(columns * inner, min(rows, loops.ROWS_AT_ONCE))
+    ends = ends_of_parts(columns, loops.COLUMNS, work)
     for first in range(0, rows, loops.ROWS_AT_ONCE):
         these = slice(first, first + loops.ROWS_AT_ONCE)
         prepared = _rows_in_groups(x[these], of_weight, powers)
@@ -165,7 +185,7 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
             of_columns = codes[start:stop], *of_weight, inner
             return loops.multiply(*of_columns, *prepared, powers, bias, start, out[:, start:stop])
 
-        if not all(map_ranges(parts, len(ends) - 1, 1, codes.size, CHUNKS_PER_CORE)):
+        if not all(map_ranges(parts, len(ends) - 1, 1, work, CHUNKS_PER_CORE)):
             return NotImplemented
     return y.astype(x_dtype, copy=False)
 

@@ -17,7 +17,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, map_ranges, tiles
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, loops_of_product, map_ranges, tiles
 from aqt_lite.backends.cpu.stored import matmul_stored
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
@@ -36,7 +36,7 @@ _ADDS_NOTHING = np.asarray(
 
 def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
     """The form of the product that is fastest for these arguments."""
-    worth_floats = serve.is_worth_floats(len(x), w.codes.size)
+    worth_floats = serve.is_worth_floats(len(x), w.codes.size, serve.by_digits(w, contract, packed=False))
     if not worth_floats and w.codes.size < LARGE and w.zero_point is None:
         y = matmul_in_one_call(x, w, bias, contract=contract)
         if y is not NotImplemented:
@@ -194,8 +194,5 @@ def _by_row_loops(x: Array, w: Coded, block: Block, contract: int) -> Array:
                 else:
                     loops.rows_times(codes[part], row, out[part])
 
-    if codes.size < LARGE:
-        columns(0, len(codes))
-    else:
-        map_ranges(columns, len(codes), 4, codes.size, CHUNKS_PER_CORE)
+    map_ranges(columns, len(codes), 4, loops_of_product(codes.size, len(x)), CHUNKS_PER_CORE)
     return y if grouped else np.multiply(y, scale.T, out=y)

@@ -9,7 +9,15 @@ import numpy as np
 
 from aqt_lite._namespace import Array
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, einsum, map_ranges, tiles
+from aqt_lite.backends.cpu.runtime import (
+    CHUNKS_PER_CORE,
+    LARGE,
+    aligned_empty,
+    einsum,
+    loops_of_product,
+    map_ranges,
+    tiles,
+)
 
 __all__ = ["exact_matmul", "integer_matmul"]
 
@@ -69,7 +77,8 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             e = min(n + dots.STRIP, stop)
             multiply(_as_int8(w[n:e], scratch[: e - n]), y[:, n:e])
 
-    map_ranges(columns, len(w), dots.STRIP if rows > 1 else dots.HEIGHT_FOR_ONE_ROW, w.size, CHUNKS_PER_CORE)
+    height, work = dots.STRIP if rows > 1 else dots.HEIGHT_FOR_ONE_ROW, loops_of_product(w.size, rows)
+    map_ranges(columns, len(w), height, work, CHUNKS_PER_CORE)
 
 
 def _as_int8(w: Array, out: Array | None) -> Array:

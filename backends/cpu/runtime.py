@@ -37,6 +37,20 @@ CHUNKS_PER_CORE = 8
 """For work that is cheap to cut: with one chunk for each core, all would wait for a core that another program has."""
 
 
+LARGE_LOOPS = 3 << 22
+"""Steps of compiled loops for which other threads are started: some tenths of a millisecond, as starting takes."""
+
+
+def loops_of_product(codes: int, rows: int) -> int:
+    """What ``map_ranges`` is to count as elements of a product: each row of x takes as long as reading the codes."""
+    return codes * (rows + 1) * LARGE // LARGE_LOOPS
+
+
+def loops_of_elements(count: int) -> int:
+    """The same of loops that turn numbers into codes, or codes into numbers: eight steps an element."""
+    return count * 8 * LARGE // LARGE_LOOPS
+
+
 class _Pool:
     """Threads beside the caller's, kept off its core from when one has been found there.
 
@@ -119,7 +133,7 @@ def map_ranges(
     results: list[Any] = [None] * chunks
     job = [work]  # let go at the end, or a thread that has not come to its turn yet would keep arrays
     changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
-    telling, done = threading.Lock(), 0
+    telling, done, front = threading.Lock(), 0, 0
 
     def tell(part: int) -> None:
         nonlocal done
@@ -128,14 +142,18 @@ def map_ranges(
                 done += part
                 listener(done, length)
 
-    def claim() -> None:
-        nonlocal begun, ended
+    def claim(own: bool = False) -> None:
+        nonlocal begun, ended, front
         with np.errstate(all="ignore"):
             while True:
                 with changed:
                     if begun == chunks or failures:
                         return
-                    i, begun = begun, begun + 1
+                    begun += 1
+                    if own:
+                        i, front = front, front + 1
+                    else:
+                        i = chunks - begun + front
                 try:
                     results[i] = job[0](bounds[i], bounds[i + 1])
                     tell(bounds[i + 1] - bounds[i])
@@ -150,7 +168,7 @@ def map_ranges(
     with contextlib.suppress(RuntimeError):
         for _ in range(min(cores(), chunks) - 1):
             _pool().submit(claim)
-    claim()
+    claim(own=True)
     with changed:
         changed.wait_for(lambda: ended == begun)
     job.clear()

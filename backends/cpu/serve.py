@@ -37,6 +37,9 @@ MOST_CODES_AT_ONCE = 1 << 20
 CODES_A_ROW = 1 << 13
 """Codes of such a weight that a row of x pays for: turning them to floats takes less time than BLAS gains."""
 
+CODES_A_ROW_OF_DIGITS = 4 * CODES_A_ROW
+"""The same where digits are what else would multiply: of codes of 8 bits that have a scale for each output."""
+
 CODES_OF_MANY_ROWS = 3 * CODES_A_ROW
 """The same of each of ``MANY_ROWS`` or more, which BLAS gains more on: what it does before it begins, they share."""
 
@@ -180,10 +183,19 @@ def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract:
     return known and small and (lanes == 1 or (spec.block[1] or 0) % (lanes * (2 if packed else 1)) == 0)
 
 
-def is_worth_floats(rows: int, codes: int) -> bool:
-    """Whether so many rows of x meet a weight so small that its floats stay in cache, where BLAS is faster."""
-    a_row = CODES_A_ROW if rows < MANY_ROWS else CODES_OF_MANY_ROWS
+def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
+    """Whether so many rows of x meet a weight so small that its floats stay in cache, where BLAS is faster.
+
+    ``by_digits``: whether its codes are multiplied by digits of x else.
+    """
+    a_row = CODES_A_ROW_OF_DIGITS if by_digits else CODES_A_ROW if rows < MANY_ROWS else CODES_OF_MANY_ROWS
     return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
+
+
+def by_digits(w: Coded, contract: int, packed: bool) -> bool:
+    """Whether that is how a weight is multiplied that keeps no floats in a cache: a code a byte, a scale an output."""
+    plain = w.scale is not None and not isinstance(w.scale, tuple) and not packed
+    return plain and one_scale_a_column(w, contract) and dots_beat_floats()
 
 
 def is_worth_decoding(rows: int, w: Coded, contract: int) -> bool:

@@ -21,7 +21,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, loops_of_product, map_ranges
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
 from aqt_lite.ops import reference
 
@@ -32,6 +32,7 @@ __all__ = [
     "ends_of_parts",
     "matmul_stored",
     "operands_of",
+    "plain_scales",
 ]
 
 _NO_NUMBERS = np.empty(0, dtype=np.float32)
@@ -78,7 +79,7 @@ def matmul_stored(
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
-    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1]):
+    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1], serve.by_digits(w, contract, packed)):
         return _matmul_of_floats(x, w, bias, spec, packed)
     if not serve.decodes(x_name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
         return _matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented
@@ -90,26 +91,30 @@ def matmul_stored(
     y = np.empty((len(x), len(codes)), dtype=np.float32)
     arranged = _arranged(x, operands)
 
-    ends = ends_of_parts(len(codes), loops.STRIP, runtime.cores() if codes.size >= runtime.LARGE else 1)
+    work = loops_of_product(len(codes) * x.shape[1], rows)
+    ends = ends_of_parts(len(codes), loops.STRIP, work)
 
     def parts(first: int, last: int) -> Any:
         start, stop = ends[first], ends[last]
         return loops.multiply(codes[start:stop], arranged, x.shape[1], *operands, bias, start, y[:, start:stop])
 
-    small = all(map_ranges(parts, len(ends) - 1, 1, codes.size, CHUNKS_PER_CORE))
+    small = all(map_ranges(parts, len(ends) - 1, 1, work, CHUNKS_PER_CORE))
     return y.astype(x_dtype, copy=False) if small else NotImplemented
 
 
 @functools.lru_cache(maxsize=64)
-def ends_of_parts(length: int, multiple: int, threads: int) -> list[int]:
+def ends_of_parts(length: int, multiple: int, work: int) -> list[int]:
     """Where parts of ``range(length)`` end that threads take one after the other, large ones first.
 
     Each is half of a thread's share of what is left: long stretches, for memory is read ahead in order, and all end at
-    about the same time.
+    about the same time. None is so short that taking it, for which threads wait for each other, would be felt. All is
+    one part where there is too little ``work``, in the elements of ``map_ranges``, for several threads.
     """
-    ends = [0]
+    if work < runtime.LARGE:
+        return [0, length]
+    ends, least = [0], length * runtime.LARGE // (4 * work)
     while ends[-1] < length:
-        share = (length - ends[-1]) // (2 * threads) if threads > 1 else length + multiple
+        share = max((length - ends[-1]) // (2 * runtime.cores()), least)
         ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
     return ends
 
@@ -167,7 +172,7 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swap
     vector = loops.LANES * (2 if halves else 1)
     size = spec.block[1] or max(-(-inner // vector), 1) * vector
     flip = 128 if not halves and b.dtype_name(w.codes) == "uint8" else 0
-    scale, codes_of_scales, of_scales = _plain_scales(w.scale, spec, b)
+    scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
     zero = _as_array(_NO_ZEROS, b) if w.zero_point is None else w.zero_point
 
     def of_rows(blocks: Array) -> Array:
@@ -187,7 +192,7 @@ def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bo
     return b.contiguous(blocks)
 
 
-def _plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
+def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
     """Scales as numbers; or as codes, and the numbers of all codes. What is not needed is empty."""
     xp = b.xp
     if not isinstance(kept, tuple):

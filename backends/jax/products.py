@@ -17,9 +17,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import _clipping, affine, packing, significant
+from aqt_lite._dispatch import offered
 from aqt_lite._into import quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
@@ -359,8 +361,13 @@ _jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1))
 
 
 def _stored(reproducible: bool) -> Callable[..., Any]:
-    """A product with a stored weight where the loops serve."""
+    """A product with a stored weight: as NumPy does it where all is small and in memory, else where the loops serve."""
     form = _FORMS[reproducible]
+
+    def as_numpy_does(*arrays: Any, b: Backend, **static: Any) -> Any:
+        return offered(b, form.reference, *arrays, **static)
+
+    of_small = in_memory(as_numpy_does)
 
     def kernel(
         x: Array,
@@ -372,10 +379,15 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
         packed_length: int | None,
         swapped: bool = False,
     ) -> Any:
+        static = _Stored(spec, contract, packed_length, swapped)
+        if reproducible or w.codes.size < SMALLEST_FOR_LOOPS:
+            y = of_small(x, w, bias, **static._asdict())
+            if y is not NotImplemented:
+                return y
         known = form.loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
         if not known or not form.serves(x.dtype.name, w, spec, contract, packed_length is not None):
             return NotImplemented
-        return _jitted_stored(reproducible, _Stored(spec, contract, packed_length, swapped), x, w, bias)
+        return _jitted_stored(reproducible, static, x, w, bias)
 
     return kernel
 
@@ -387,13 +399,21 @@ _jitted = jax.jit(_product, static_argnums=(0, 1, 2))
 
 
 def _kernel(reproducible: bool) -> Callable[..., Array]:
-    of_small = in_memory(reference.matmul_reproducible)  # the same bits, for which XLA would compile most of a second
+    # XLA would compile most of a second for them
+    of_small = in_memory(reference.matmul_reproducible if reproducible else reference.matmul)
+
+    def serves(x: Array, w: Coded, contract: int) -> bool:
+        if (
+            reproducible or w.codes.size >= SMALLEST_FOR_LOOPS
+        ):  # fast ones by loops have the bits of the same in programs
+            return reproducible
+        few = _is_known(x.shape[0]) and x.shape[0] <= serve.MOST_ROWS_FOR_LOOPS
+        return few and w.zero_point is None and w.scale.shape[contract] == 1  # others take NumPy longer than XLA
 
     def kernel(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Array:
-        if reproducible:
-            y = of_small(x, w, bias, spec=spec, contract=contract)
-            if y is not NotImplemented:
-                return y
+        y = of_small(x, w, bias, spec=spec, contract=contract) if serves(x, w, contract) else NotImplemented
+        if y is not NotImplemented:
+            return y
         return _jitted(reproducible, spec, contract, x, w, bias)
 
     return kernel
