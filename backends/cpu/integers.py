@@ -77,8 +77,8 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             e = min(n + dots.STRIP, stop)
             multiply(_as_int8(w[n:e], scratch[: e - n]), y[:, n:e])
 
-    height, work = dots.STRIP if rows > 1 else dots.HEIGHT_FOR_ONE_ROW, loops_of_product(w.size, rows)
-    map_ranges(columns, len(w), height, work, CHUNKS_PER_CORE)
+    multiple, work = dots.STRIP if rows > 1 else dots.HEIGHT_FOR_ONE_ROW, loops_of_product(w.size, rows)
+    map_ranges(columns, len(w), multiple, work, CHUNKS_PER_CORE)
 
 
 def _as_int8(w: Array, out: Array | None) -> Array:
