@@ -133,7 +133,7 @@ def map_ranges(
     results: list[Any] = [None] * chunks
     job = [work]  # let go at the end, or a thread that has not come to its turn yet would keep arrays
     changed, begun, ended, failures = threading.Condition(), 0, 0, list[BaseException]()
-    telling, done, front = threading.Lock(), 0, 0
+    telling, done = threading.Lock(), 0
 
     def tell(part: int) -> None:
         nonlocal done
@@ -142,18 +142,14 @@ def map_ranges(
                 done += part
                 listener(done, length)
 
-    def claim(own: bool = False) -> None:
-        nonlocal begun, ended, front
+    def claim() -> None:
+        nonlocal begun, ended
         with np.errstate(all="ignore"):
             while True:
                 with changed:
                     if begun == chunks or failures:
                         return
-                    begun += 1
-                    if own:
-                        i, front = front, front + 1
-                    else:
-                        i = chunks - begun + front
+                    i, begun = begun, begun + 1
                 try:
                     results[i] = job[0](bounds[i], bounds[i + 1])
                     tell(bounds[i + 1] - bounds[i])
@@ -168,7 +164,7 @@ def map_ranges(
     with contextlib.suppress(RuntimeError):
         for _ in range(min(cores(), chunks) - 1):
             _pool().submit(claim)
-    claim(own=True)
+    claim()
     with changed:
         changed.wait_for(lambda: ended == begun)
     job.clear()
