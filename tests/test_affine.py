@@ -192,7 +192,9 @@ def test_every_number_of_sixteen_bits_is_exact_on_every_form(dtype):
 # ---- many numbers, one form against another
 
 
-def test_large_arrays_agree_on_every_form():
+@pytest.mark.exhaustive_where(compiled_by_torch=True)  # a quarter of a minute
+@pytest.mark.parametrize("compiled_by_torch", [False, True])
+def test_large_arrays_agree_on_every_form(compiled_by_torch):
     """Large enough for kernels that small arrays never reach: 131,072 numbers and more."""
     wide = random_magnitudes(512, 600, "float32", seed=3)
     tied = calibrated_near_ties(512, 600, "float32", seed=4)
@@ -208,7 +210,8 @@ def test_large_arrays_agree_on_every_form():
         Problem(normal, Call("int8", granularity=PerBlock((512, -1)))),
         Problem(normal, Call("int8", granularity=ROWS), np.full((512, 1), 0.03, "float32")),
     ]
-    assert not disagreements(problems, on_numpy(problems), ALL_BUT_CONSTANTS)
+    forms = [form for form in ALL_BUT_CONSTANTS if (form == COMPILED) == compiled_by_torch]
+    assert not disagreements(problems, on_numpy(problems), forms)
     some = [0, 7, 100, 255, 256, 400, 511]  # rows are blocks: a few are enough to hold NumPy itself to the oracle
     for problem, bits in zip(problems[:2], on_numpy(problems[:2]), strict=True):
         cut = Bits(bits.codes[some], bits.scale[some], None, bits.values[some])

@@ -177,7 +177,7 @@ def test_every_format_has_the_same_bits_jitted(form, step, dtype):
 @pytest.mark.exhaustive  # compiling takes half a minute; test_golden has some of them
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_formats_have_the_same_bits_in_compiled_torch(dtype):
-    problems = some_of(40, dtype)[::9]
+    problems = some_of(40, dtype)[:: 9 if dtype == "float32" else 18]
     assert not disagreements(problems, on_numpy(problems), [COMPILED])
 
 
