@@ -261,44 +261,37 @@ def _of_vectors(numbers: Any, count: int, lanes: int) -> Array:
 @np.errstate(all="ignore")
 def quantize(x: Array, spec: Spec, recipe: Recipe, packed: bool) -> Any:
     """Scales and codes at once, where a scale is a product and its group a part of a row; else NotImplemented."""
-    numbers = numbers_at_once(spec, recipe, packed) if _lies_right(x) else None
-    found = None if numbers is None else _rows(x, spec, numbers.bits)
+    found = _at_once(x, spec, recipe, packed)
+    return found if found is NotImplemented else Coded(*found)
+
+
+@np.errstate(all="ignore")
+def choose(x: Array, spec: Spec, recipe: Recipe) -> Any:
+    """The parameters that ``quantize`` chooses, and no codes; NotImplemented where it is."""
+    found = _at_once(x, spec, recipe, packed=None)
+    return found if found is NotImplemented else QParams(*found[1:])
+
+
+def _at_once(x: Array, spec: Spec, recipe: Recipe, packed: bool | None) -> Any:
+    """Codes, or None where ``packed`` is None, scales and zero points; NotImplemented where the loop does not serve."""
+    numbers = numbers_at_once(spec, recipe, bool(packed)) if _lies_right(x) else None
+    found = None if numbers is None else _rows(x, spec, 8 if packed is None else numbers.bits)
     if numbers is None or found is None or found[0].shared or found[0].of_columns:
         return NotImplemented
     (view, rows), loops, grid = found, runtime.encoding_loops(), grid_of(x.shape, spec.block)
-    codes, scale = _memory(x.shape, spec, packed), aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
-    stream, bytes_of_scales = (a.reshape(view.rows, -1).view(np.uint8) for a in (codes, scale))
-    how = *numbers[:3], rule_of(spec, recipe, numbers), kept_as(spec)
+    codes = None if packed is None else _memory(x.shape, spec, packed)
+    scale = aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
+    stream = np.empty((view.rows, 0), np.uint8) if codes is None else codes.reshape(view.rows, -1).view(np.uint8)
+    bits, bytes_of_scales = 0 if codes is None else numbers.bits, scale.reshape(view.rows, -1).view(np.uint8)
+    how = numbers.kind, bits, numbers.parameters, rule_of(spec, recipe, numbers), kept_as(spec)
     usable = map_ranges(
         lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi], stream[lo:hi]),
         view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE,
     )  # fmt: skip
     if not all(usable):
         return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
-    return Coded(codes, kept_of(scale.reshape(grid), spec), _middles(grid, spec))
-
-
-@np.errstate(all="ignore")
-def choose(x: Array, spec: Spec, recipe: Recipe) -> Any:
-    """The parameters that ``quantize`` chooses, and no codes; NotImplemented where it is."""
-    numbers = numbers_at_once(spec, recipe, packed=False) if _lies_right(x) else None
-    found = None if numbers is None else _rows(x, spec)
-    if numbers is None or found is None or found[0].shared or found[0].of_columns:
-        return NotImplemented
-    (view, rows), loops, grid = found, runtime.encoding_loops(), grid_of(x.shape, spec.block)
-    scale = aligned_empty((view.rows, view.groups), dtype_of_scales(spec))
-    how = rule_of(spec, recipe, numbers), kept_as(spec)
-    bytes_of_scales = scale.view(np.uint8)
-    usable = map_ranges(
-        lambda lo, hi: loops.choose(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi]),
-        view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE,
-    )  # fmt: skip
-    return QParams(kept_of(scale.reshape(grid), spec), _middles(grid, spec)) if all(usable) else NotImplemented
-
-
-def _middles(grid: tuple[int, ...], spec: Spec) -> Array | None:
-    """The zero points of formats whose middle code is not 0."""
-    return np.full(grid, spec.element.middle, np.int32) if spec.element.middle else None
+    middles = np.full(grid, spec.element.middle, np.int32) if spec.element.middle else None
+    return codes, kept_of(scale.reshape(grid), spec), middles
 
 
 def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:

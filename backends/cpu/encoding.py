@@ -26,7 +26,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "choose", "encode", "encode_columns",
+__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode", "encode_columns",
            "encode_kept", "magnitudes", "magnitudes_of_columns", "quantize", "ranges", "ranges_of_columns"]  # fmt: skip
 
 LANES = 16
@@ -517,7 +517,8 @@ def quantize(
     It has NaN then. ``rule``: what the largest magnitude is multiplied by, the magnitude that counts as 0, the least
     scale, the scale of zeros, two powers of two that values are multiplied by beside the reciprocal, the first where
     the scale is above 1, and the zero point. ``kept``, how scales are kept: bytes of one, and unless these are the
-    float's own what ``_keep`` is told. ``scale`` and ``out`` are bytes, a row of them for each row of x.
+    float's own what ``_keep`` is told. ``scale`` and ``out`` are bytes, a row of them for each row of x. ``bits`` of 0
+    asks for scales and no codes.
     """
     headroom, step, told = rule[4], rule[5], parameters.ctypes.data
     rows, length = x.shape
@@ -536,6 +537,8 @@ def quantize(
             usable &= _choose_and_keep(
                 here, size, some, rule, kept, most[:count], chosen[:count], codes[:count], own
             )  # fmt: skip
+            if bits == 0:
+                continue
             _invert(chosen[:count], headroom, step, rule[3], inverse, factor)
             _encode(
                 kind, bits, here, size, some, inverse.ctypes.data, factor.ctypes.data, rule.ctypes.data + 24, 4, 4, 0,
@@ -545,27 +548,6 @@ def quantize(
 
 
 # ---- scales first, and codes once all of them are known
-
-
-@njit(nogil=True, cache=True)
-def choose(x: Any, size: Any, rule: Any, kept: Any, scale: Any) -> Any:  # pragma: no cover - compiled
-    """The scales that ``quantize`` chooses, and no codes."""
-    rows, length = x.shape
-    if length == size:
-        rows, length = 1, x.size
-    groups, together, width = (length + size - 1) // size, max(1, TOGETHER // size), kept[0]
-    scales, most = scale.reshape(rows, groups * width), np.empty(together, dtype=np.int32)
-    chosen, codes, usable = np.empty(together, dtype=np.float32), np.empty(together, dtype=np.int32), True
-    for r in range(rows):
-        start = x.ctypes.data + 4 * r * length
-        for g in range(0, groups, together):
-            count = min(together, groups - g)
-            here, some = start + 4 * g * size, min(count * size, length - g * size)
-            own = scales[r, width * g : width * (g + count)]
-            usable &= _choose_and_keep(
-                here, size, some, rule, kept, most[:count], chosen[:count], codes[:count], own
-            )  # fmt: skip
-    return usable
 
 
 @njit(nogil=True, cache=True)

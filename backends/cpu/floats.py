@@ -36,7 +36,7 @@ _ADDS_NOTHING = np.asarray(
 
 def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
     """The form of the product that is fastest for these arguments."""
-    worth_floats = serve.is_worth_floats(len(x), w.codes.size, serve.by_digits(w, contract, packed=False))
+    worth_floats = serve.is_worth_floats(len(x), w.codes.size, serve.by_digits(len(x), w, contract, packed=False))
     if not worth_floats and w.codes.size < LARGE and w.zero_point is None:
         y = matmul_in_one_call(x, w, bias, contract=contract)
         if y is not NotImplemented:

@@ -192,8 +192,10 @@ def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
     return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
 
 
-def by_digits(w: Coded, contract: int, packed: bool) -> bool:
-    """Whether that is how a weight is multiplied that keeps no floats in a cache: a code a byte, a scale an output."""
+def by_digits(rows: int, w: Coded, contract: int, packed: bool) -> bool:
+    """Whether that is how several rows of x meet a weight of a code a byte and a scale an output, if not floats."""
+    if rows <= MOST_ROWS_FOR_LOOPS:  # nobody asks, and it would take a good part of the time of a small product
+        return False
     plain = w.scale is not None and not isinstance(w.scale, tuple) and not packed
     return plain and one_scale_a_column(w, contract) and dots_beat_floats()
 

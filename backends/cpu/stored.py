@@ -79,7 +79,7 @@ def matmul_stored(
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
-    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1], serve.by_digits(w, contract, packed)):
+    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1], serve.by_digits(rows, w, contract, packed)):
         return _matmul_of_floats(x, w, bias, spec, packed)
     if not serve.decodes(x_name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
         return _matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented

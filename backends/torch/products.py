@@ -330,7 +330,7 @@ def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, 
     # first of all, before anything else is asked: each question takes a good part of the time of a small product
     if not reproducible and _have_numpy_memory((x, *w, bias)):
         y, codes = NotImplemented, w.codes.numel()
-        if serve.is_worth_floats(x.shape[0], codes, serve.by_digits(w, contract, packed=False)):
+        if serve.is_worth_floats(x.shape[0], codes, serve.by_digits(x.shape[0], w, contract, packed=False)):
             if serve.becomes_floats(get_backend("torch").dtype_name(x), w, spec, contract, packed=False):
                 y = _of_floats(x, w, bias, spec, packed=False)
         elif w.zero_point is None and codes < runtime.LARGE:
