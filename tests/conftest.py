@@ -18,7 +18,7 @@ BACKENDS = tuple(name for name in _BUILTIN if name not in WITHOUT)
 def pytest_configure(config):
     """Refuse to test less than was asked for, and let small arrays be cut into parts as large ones are."""
     check_installed()
-    runtime.LARGE_LOOPS = 2 * runtime.LARGE
+    runtime.LARGE_LOOPS = runtime.LARGE_PARTS = 2 * runtime.LARGE
 
 
 def pytest_report_header():

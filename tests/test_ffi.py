@@ -16,8 +16,9 @@ import pytest
 from numba import njit
 
 from aqt_lite.backends.cpu import runtime
+from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.jax import ffi
-from aqt_lite.backends.jax.ffi import OK, address_of, array, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.ffi import OK, array, describe, dim, operand, parallel_for, result
 
 OFFSETS = {
     "FRAME_EXTENSION": "offsetof(XLA_FFI_CallFrame, extension_start)",

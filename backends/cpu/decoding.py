@@ -54,6 +54,9 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.pool import in_parts
+
 __all__ = [
     "AVAILABLE",
     "HEIGHT",
@@ -64,6 +67,7 @@ __all__ = [
     "arrange",
     "dequantize",
     "multiply",
+    "multiply_in_parts",
     "parts_of",
     "shape_of_arranged",
 ]
@@ -1177,6 +1181,33 @@ def multiply(
                 for n in range(here):
                     y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
     return most < LARGE
+
+
+@njit(nogil=True)
+def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y = given
+    if not multiply(
+        w[start:stop], x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, start,
+        y[:, start:stop],
+    ):  # fmt: skip
+        served[0] = False
+
+
+_task = task_of(_part)
+
+
+@njit(nogil=True, cache=True)
+def multiply_in_parts(
+    pool: Any, ends: Any, w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any,
+    codes_of_scales: Any, of_scales: Any, zero: Any, size: Any, bias: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``multiply`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
+    served = np.ones(1, dtype=np.bool_)
+    given = (
+        w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y
+    )  # fmt: skip
+    in_parts(pool, ends, _task(given))
+    return served[0]
 
 
 @njit(nogil=True, cache=True)

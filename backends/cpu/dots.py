@@ -42,6 +42,9 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.pool import in_parts
+
 __all__ = [
     "ANY_FLAG",
     "AVAILABLE",
@@ -63,6 +66,7 @@ __all__ = [
     "dots_across_planes",
     "dots_along_k",
     "finish_columns",
+    "finish_in_parts",
     "multiply_one_row",
     "multiply_rows",
     "pack_one_row",
@@ -697,3 +701,26 @@ def finish_columns(
             for m in range(first, last):
                 if flags[m] & NOT_FINITE:
                     out[m - first, :] = np.float32(np.nan)
+
+
+@njit(nogil=True)
+def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    w, unsigned, panels, tail, row_exponent, total, flags, fraction, exponent, zero, bias, powers, y = given
+    finish_columns(
+        w[start:stop], unsigned, panels, tail, row_exponent, total, flags, fraction[start:stop], exponent[start:stop],
+        zero[start:stop], bias[start:stop], powers, y[:, start:stop],
+    )  # fmt: skip
+
+
+_task = task_of(_part)
+
+
+@njit(nogil=True, cache=True)
+def finish_in_parts(
+    pool: Any, ends: Any, w: Any, unsigned: Any, panels: Any, tail: Any, row_exponent: Any, total: Any, flags: Any,
+    fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``finish_columns`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
+    given = w, unsigned, panels, tail, row_exponent, total, flags, fraction, exponent, zero, bias, powers, y
+    in_parts(pool, ends, _task(given))
+    return True

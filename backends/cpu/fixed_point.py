@@ -18,7 +18,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, loops_of_product, map_ranges
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, in_parts, map_ranges, steps_of_product
 from aqt_lite.backends.cpu.stored import blocks_of_rows, ends_of_parts, plain_scales
 from aqt_lite.backends.cpu.tiles import numbers_of_codes
 from aqt_lite.elements import ElementType
@@ -74,17 +74,11 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     codes, unsigned = w.codes.view(np.int8), w.codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
-    height, work = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP, loops_of_product(codes.size, rows)
-    ends = ends_of_parts(columns, height, work)
-
-    def finish(first: int, last: int) -> None:
-        start, stop = ends[first], ends[last]
-        of_columns = [v[start:stop] for v in vectors]
-        for part, row_exponent, total, flags, panels, tail in parts:
-            of_rows = (panels, tail, row_exponent, total, flags)
-            dots.finish_columns(codes[start:stop], unsigned, *of_rows, *of_columns, powers, y[part, start:stop])
-
-    map_ranges(finish, len(ends) - 1, 1, work, CHUNKS_PER_CORE)
+    height = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP
+    for part, row_exponent, total, flags, panels, tail in parts:
+        of_rows = panels, tail, row_exponent, total, flags
+        ends = ends_of_parts(columns, height, steps_of_product(codes.size, len(flags)))
+        in_parts(dots.finish_in_parts, ends, codes, unsigned, *of_rows, *vectors, powers, y[part])
     return y.astype(x_dtype, copy=False)
 
 
@@ -174,18 +168,12 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     x = np.ascontiguousarray(x, dtype=np.float32)
     bias = np.zeros(columns, np.float32) if bias is None else reference.flushed(bias.astype(np.float32, copy=False), np)
     y = np.empty((rows, columns), dtype=np.float32)
-    work = loops_of_product(columns * inner, min(rows, loops.ROWS_AT_ONCE))
-    ends = ends_of_parts(columns, loops.COLUMNS, work)
+    steps = steps_of_product(columns * inner, min(rows, loops.ROWS_AT_ONCE))
+    ends = ends_of_parts(columns, loops.COLUMNS, steps)
     for first in range(0, rows, loops.ROWS_AT_ONCE):
         these = slice(first, first + loops.ROWS_AT_ONCE)
-        prepared = _rows_in_groups(x[these], of_weight, powers)
-
-        def parts(a: int, b: int, prepared: Rows = prepared, out: Array = y[these]) -> Any:
-            start, stop = ends[a], ends[b]
-            of_columns = codes[start:stop], *of_weight, inner
-            return loops.multiply(*of_columns, *prepared, powers, bias, start, out[:, start:stop])
-
-        if not all(map_ranges(parts, len(ends) - 1, 1, work, CHUNKS_PER_CORE)):
+        of_rows = _rows_in_groups(x[these], of_weight, powers)
+        if not in_parts(loops.multiply_in_parts, ends, codes, *of_weight, inner, *of_rows, powers, bias, y[these]):
             return NotImplemented
     return y.astype(x_dtype, copy=False)
 

@@ -51,7 +51,10 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-__all__ = ["COLUMNS", "ROWS_AT_ONCE", "TABLES", "multiply", "prepare", "width_of_rows"]
+from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.pool import in_parts
+
+__all__ = ["COLUMNS", "ROWS_AT_ONCE", "TABLES", "multiply", "multiply_in_parts", "prepare", "width_of_rows"]
 
 
 def _features() -> set[str]:
@@ -1492,3 +1495,35 @@ def multiply(
             of_columns = powers, bias[first_row + first : first_row + last], bad, y[:, first:last]
             _finish(total[t], row_exponent, exponent[t], *of_columns)
     return True
+
+
+@njit(nogil=True)
+def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    (
+        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
+        again, bad, powers, bias, served, y,
+    ) = given  # fmt: skip
+    if not multiply(
+        w[start:stop], halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power,
+        many, again, bad, powers, bias, start, y[:, start:stop],
+    ):  # fmt: skip
+        served[0] = False
+
+
+_task = task_of(_part)
+
+
+@njit(nogil=True, cache=True)
+def multiply_in_parts(
+    pool: Any, ends: Any, w: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, size: Any, inner: Any,
+    x: Any, finer: Any, of_x: Any, of_finer: Any, row_exponent: Any, row_power: Any, many: Any, again: Any, bad: Any,
+    powers: Any, bias: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``multiply`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
+    served = np.ones(1, dtype=np.bool_)
+    given = (
+        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
+        again, bad, powers, bias, served, y,
+    )  # fmt: skip
+    in_parts(pool, ends, _task(given))
+    return served[0]

@@ -38,12 +38,20 @@ CHUNKS_PER_CORE = 8
 
 
 LARGE_LOOPS = 3 << 22
-"""Steps of compiled loops for which other threads are started: some tenths of a millisecond, as starting takes."""
+"""Steps of compiled loops for which Python starts other threads: some tenths of a millisecond, as starting takes."""
+
+LARGE_PARTS = 1 << 21
+"""The same for threads that wait in compiled code (``in_parts``): some hundredths of a millisecond."""
+
+
+def steps_of_product(codes: int, rows: int) -> int:
+    """Steps of a product's loops: each row of x takes as long as reading the codes."""
+    return codes * (rows + 1)
 
 
 def loops_of_product(codes: int, rows: int) -> int:
-    """What ``map_ranges`` is to count as elements of a product: each row of x takes as long as reading the codes."""
-    return codes * (rows + 1) * LARGE // LARGE_LOOPS
+    """What ``map_ranges`` is to count as elements of a product."""
+    return steps_of_product(codes, rows) * LARGE // LARGE_LOOPS
 
 
 def loops_of_elements(count: int) -> int:
@@ -51,8 +59,8 @@ def loops_of_elements(count: int) -> int:
     return count * 8 * LARGE // LARGE_LOOPS
 
 
-class _Pool:
-    """Threads beside the caller's, kept off its core from when one has been found there.
+class _Places:
+    """Threads that are kept off their caller's core from when one has been found there.
 
     A virtual machine that was idle may wake a thread on the core of the one that wakes it, and leave both there for 40
     ms though another core is idle: each call then takes as long as with one thread. Elsewhere nothing is asked of the
@@ -61,30 +69,57 @@ class _Pool:
 
     def __init__(self) -> None:
         self._threads = list[int]()  # their numbers in the system
-        self._met, self._kept_off = False, -1
-        self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._enter)
+        self._kept_off = -1
 
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        core = _core()
-        if self._met and core != self._kept_off:
-            self._keep_off(core)
-        return self._executor.submit(self._beside, core, work)
-
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Be one of the threads."""
         self._threads.append(threading.get_native_id())
         self._kept_off = -1  # is asked for again, of this thread, too
 
-    def _beside(self, core: int, work: Callable[[], Any]) -> Any:
-        self._met |= core >= 0 and core == _core()
-        return work()
-
-    def _keep_off(self, core: int) -> None:
+    def keep_off(self, core: int) -> None:
+        """Let the threads run on every core but this one."""
+        if core == self._kept_off:
+            return
         allowed = os.sched_getaffinity(0)
         if 1 < cores() <= len(allowed):  # a caller that is confined to fewer is not to confine the others
             with contextlib.suppress(OSError):  # not permitted
                 for thread in self._threads:
                     os.sched_setaffinity(thread, allowed - {core})
         self._kept_off = core
+
+
+class _Pool:
+    """Threads beside the caller's, for work that Python does."""
+
+    def __init__(self) -> None:
+        self._places, self._met = _Places(), False
+        self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._places.enter)
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        core = _core()
+        if self._met:
+            self._places.keep_off(core)
+        return self._executor.submit(self._beside, core, work)
+
+    def _beside(self, core: int, work: Callable[[], Any]) -> Any:
+        self._met |= core >= 0 and core == _core()
+        return work()
+
+
+class _CompiledPool:
+    """Threads beside the caller's, for loops that numba compiles: they wait in such a loop."""
+
+    def __init__(self) -> None:
+        from aqt_lite.backends.cpu.pool import Pool
+
+        self._places = _Places()
+        self._pool = Pool(cores() - 1, self._places.enter)
+
+    def address(self) -> int:
+        """What loops are given."""
+        if self._pool.has_met():
+            self._places.keep_off(_core())
+        return self._pool.address
 
 
 @functools.cache
@@ -106,8 +141,32 @@ def _teller_of_cores() -> Callable[[], int]:
 _core = _teller_of_cores()
 
 
+@functools.cache
+def _compiled_pool() -> _CompiledPool | None:
+    """None where the system has no POSIX threads."""
+    return None if os.name == "nt" else _CompiledPool()
+
+
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the child make its own
     os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_compiled_pool.cache_clear)
+
+
+def worth_parts() -> int:
+    """Steps from which ``in_parts`` is to have several parts."""
+    return LARGE_LOOPS if os.name == "nt" else LARGE_PARTS
+
+
+def in_parts(loop: Callable[..., bool], ends: Array, *given: Any) -> bool:
+    """``loop(pool, ends, *given)``, which numba compiled as ``pool`` says, on every core; its answer.
+
+    Where there is no such pool, this module's threads call it for one part at a time, without one.
+    """
+    several = len(ends) > 2 and cores() > 1
+    pool = _compiled_pool() if several else None
+    if pool is not None or not several:
+        return loop(0 if pool is None else pool.address(), ends, *given)
+    return all(map_ranges(lambda a, b: loop(0, ends[a : b + 1], *given), len(ends) - 1, chunks_per_core=len(ends)))
 
 
 def map_ranges(

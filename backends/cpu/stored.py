@@ -21,7 +21,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, loops_of_product, map_ranges
+from aqt_lite.backends.cpu.runtime import aligned_empty, in_parts, map_ranges, steps_of_product
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
 from aqt_lite.ops import reference
 
@@ -91,32 +91,28 @@ def matmul_stored(
     y = np.empty((len(x), len(codes)), dtype=np.float32)
     arranged = _arranged(x, operands)
 
-    work = loops_of_product(len(codes) * x.shape[1], rows)
-    ends = ends_of_parts(len(codes), loops.STRIP, work)
-
-    def parts(first: int, last: int) -> Any:
-        start, stop = ends[first], ends[last]
-        return loops.multiply(codes[start:stop], arranged, x.shape[1], *operands, bias, start, y[:, start:stop])
-
-    small = all(map_ranges(parts, len(ends) - 1, 1, work, CHUNKS_PER_CORE))
+    ends = ends_of_parts(len(codes), loops.STRIP, steps_of_product(len(codes) * x.shape[1], rows))
+    small = in_parts(loops.multiply_in_parts, ends, codes, arranged, x.shape[1], *operands, bias, y)
     return y.astype(x_dtype, copy=False) if small else NotImplemented
 
 
-@functools.lru_cache(maxsize=64)
-def ends_of_parts(length: int, multiple: int, work: int) -> list[int]:
-    """Where parts of ``range(length)`` end that threads take one after the other, large ones first.
+def ends_of_parts(length: int, multiple: int, steps: int) -> Array:
+    """Where parts of ``range(length)`` end that threads take one after the other, large ones first; all begin at 0.
 
     Each is half of a thread's share of what is left: long stretches, for memory is read ahead in order, and all end at
-    about the same time. None is so short that taking it, for which threads wait for each other, would be felt. All is
-    one part where there is too little ``work``, in the elements of ``map_ranges``, for several threads.
+    about the same time. None is so short that taking it would be felt, and all is one part where there are too few
+    ``steps`` of loops for several threads.
     """
-    if work < runtime.LARGE:
-        return [0, length]
-    ends, least = [0], length * runtime.LARGE // (4 * work)
+    return _ends(length, multiple, steps, runtime.worth_parts(), runtime.cores())
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(length: int, multiple: int, steps: int, worth: int, cores: int) -> Array:
+    ends, least = [0], length * worth // max(4 * steps, 1) if steps >= worth else length
     while ends[-1] < length:
-        share = max((length - ends[-1]) // (2 * runtime.cores()), least)
+        share = max((length - ends[-1]) // (2 * cores), least)
         ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
-    return ends
+    return np.array(ends)
 
 
 def _matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:

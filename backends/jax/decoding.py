@@ -20,11 +20,12 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, stored, turning
+from aqt_lite.backends.cpu import decoding, native, stored, turning
 from aqt_lite.backends.cpu.decoding import STRIP, arrange, multiply, shape_of_arranged
+from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
-from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.ffi import OK, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
 
 __all__ = ["product"]
@@ -117,7 +118,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], decoding, turning, ffi)
+    version = version_of(sys.modules[__name__], decoding, turning, ffi, native)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 

@@ -20,7 +20,7 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import dots
+from aqt_lite.backends.cpu import dots, native
 from aqt_lite.backends.cpu.dots import (
     CODES,
     DIGITS,
@@ -34,8 +34,9 @@ from aqt_lite.backends.cpu.dots import (
     shape_of_panels,
 )
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
+from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.jax import ffi
-from aqt_lite.backends.jax.ffi import OK, address_of, array, attribute, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.ffi import OK, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
@@ -113,7 +114,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], dots, ffi)
+    version = version_of(sys.modules[__name__], dots, ffi, native)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 

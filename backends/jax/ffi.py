@@ -1,7 +1,8 @@
 """Loops that numba compiles, called by XLA itself on a CPU: its foreign-function interface, written with numba.
 
 Owns: the layout of that interface's structs (xla/ffi/api/c_api.h of jaxlib) and a parallel loop on XLA's own threads;
-nothing about products. No Python runs in a call and no lock is held. A kernel is a loop body and a handler around it::
+nothing about products. Imports: the CPU library's ``native``. No Python runs in a call and no lock is held. A kernel is
+a loop body and a handler around it::
 
     @njit
     def negate_rows(frame, start, stop):
@@ -22,18 +23,32 @@ What numba caches holds no address, so processes may share it.
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 import warnings
 from typing import Any
 
 import jax
-import llvmlite.ir as ir
 import numba
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from aqt_lite.backends.cpu.native import (
+    INT64,
+    address_of,
+    atomic_add,
+    atomic_load,
+    call1,
+    call3,
+    free,
+    load32,
+    load64,
+    local_words,
+    malloc,
+    store32,
+    store64,
+    yield_core,
+)
 
 # Layout of the structs in xla/ffi/api/c_api.h, FFI API version 0.2 (what is used of
 # it is the same in 0.3, and XLA serves handlers of older versions), on 64-bit
@@ -82,95 +97,6 @@ STATE_SIZE = 192
 HANDLER = types.int64(types.int64)  # XLA_FFI_Error* (XLA_FFI_CallFrame*)
 OK = 0
 
-INT64 = ir.IntType(64)
-
-
-# -------------------------------------------------------------- instructions
-
-
-def _load(word):
-    @intrinsic
-    def load(typingctx, address):
-        """Read an integer."""
-
-        def codegen(context, builder, signature, args):
-            pointer = builder.inttoptr(args[0], word.as_pointer())
-            return builder.sext(builder.load(pointer), INT64)
-
-        return types.int64(types.int64), codegen
-
-    return load
-
-
-def _store(word):
-    @intrinsic
-    def store(typingctx, address, value):
-        """Write an integer."""
-
-        def codegen(context, builder, signature, args):
-            pointer = builder.inttoptr(args[0], word.as_pointer())
-            builder.store(builder.trunc(args[1], word), pointer)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
-
-    return store
-
-
-load32, load64 = _load(ir.IntType(32)), _load(INT64)
-store32, store64 = _store(ir.IntType(32)), _store(INT64)
-
-
-@intrinsic
-def atomic_load(typingctx, address):
-    """Read an integer that other threads write."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], INT64.as_pointer())
-        return builder.load_atomic(pointer, "seq_cst", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def atomic_add(typingctx, address, value):
-    """Add to an integer that other threads write; return its old value."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], INT64.as_pointer())
-        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-def _call(arity):
-    @intrinsic
-    def call(typingctx, address, args):
-        """Call a C function of integers, which returns one; args is a tuple."""
-
-        def codegen(context, builder, signature, values):
-            address, args = values
-            function = ir.FunctionType(INT64, [INT64] * arity).as_pointer()
-            return builder.call(builder.inttoptr(address, function), cgutils.unpack_tuple(builder, args))
-
-        return types.int64(types.int64, types.UniTuple(types.int64, arity)), codegen
-
-    return call
-
-
-call1, call3 = _call(1), _call(3)
-
-
-@intrinsic(prefer_literal=True)
-def local_words(typingctx, count):
-    """The address of this many integers that live until the caller returns."""
-
-    def codegen(context, builder, signature, args):
-        words = ir.ArrayType(INT64, count.literal_value)
-        return builder.ptrtoint(cgutils.alloca_once(builder, words), INT64)
-
-    return types.int64(count), codegen
-
 
 @intrinsic
 def failure_text(typingctx):
@@ -181,92 +107,6 @@ def failure_text(typingctx):
         return builder.ptrtoint(text, INT64)
 
     return types.int64(), codegen
-
-
-def _libc(name, signature):
-    """Call a function of the C library."""
-
-    def codegen(context, builder, signature, args):
-        function = ir.FunctionType(INT64, [INT64] * len(args))
-        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
-
-    return signature, codegen
-
-
-@intrinsic
-def malloc(typingctx, size):
-    """Memory of the C library; 0 where there is none."""
-    return _libc("malloc", types.int64(types.int64))
-
-
-@intrinsic
-def free(typingctx, address):
-    """Give memory of the C library back."""
-    return _libc("free", types.int64(types.int64))
-
-
-@intrinsic
-def yield_core(typingctx):
-    """Let another thread have this core for now."""
-    return _libc("SwitchToThread" if os.name == "nt" else "sched_yield", types.int64())
-
-
-@intrinsic
-def _madvise(typingctx, address, size, advice):
-    """Tell Linux what memory is for."""
-    return _libc("madvise", types.int64(types.int64, types.int64, types.int64))
-
-
-PAGE, HUGE, WILL_BE_HUGE = 4096, 1 << 22, 14  # MADV_HUGEPAGE
-
-
-@numba.njit
-def _in_huge_pages(address, size):
-    first = (address + PAGE - 1) & ~(PAGE - 1)
-    last = (address + size) & ~(PAGE - 1)
-    if size >= HUGE:
-        _madvise(first, last - first, WILL_BE_HUGE)
-
-
-@numba.njit
-def _in_usual_pages(address, size):
-    pass
-
-
-in_huge_pages = _in_huge_pages if sys.platform == "linux" else _in_usual_pages
-"""Ask for huge pages, where results are large, before they are touched: XLA's memory is fresh, and comes in pages of
-4 KB unless somebody asks, as NumPy does."""
-
-
-def address_of(function: Any, arity: int) -> Any:
-    """Make an intrinsic: the C address of a jitted function of integers.
-
-    The C function returns whether the jitted one raised an exception, which goes
-    no further.  It is compiled into the code that asks for its address.  (A
-    jitted function that is passed as an argument, instead, would put an address
-    of this process into the code, which numba then refuses to cache.)
-    """
-    signature = types.void(*[types.int64] * arity)
-
-    @intrinsic
-    def address(typingctx):
-        compiled = function.get_compile_result(signature)
-        name = f"{compiled.fndesc.mangled_name}.c"
-
-        def codegen(context, builder, _, args):
-            if name in builder.module.globals:
-                return builder.ptrtoint(builder.module.globals[name], INT64)
-            wrapper = ir.Function(builder.module, ir.FunctionType(INT64, [INT64] * arity), name)
-            wrapper.linkage = "internal"
-            body = ir.IRBuilder(wrapper.append_basic_block())
-            context.add_linking_libs([compiled.library])
-            status, _ = context.call_internal_no_propagate(body, compiled.fndesc, signature, wrapper.args)
-            body.ret(body.zext(status.is_error, INT64))
-            return builder.ptrtoint(wrapper, INT64)
-
-        return types.int64(), codegen
-
-    return address
 
 
 # ---------------------------------------------------------- the call's frame

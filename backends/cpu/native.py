@@ -1,0 +1,298 @@
+"""What compiled loops say to the machine: memory by its address, atomic words, functions of the C library and of numba.
+
+Owns: intrinsics of one instruction or call each, and the C address of a jitted function. Imports: numba. ``pool`` and
+JAX's ``ffi`` are written with them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import llvmlite.ir as ir
+import numba
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+INT64 = ir.IntType(64)
+
+
+def _load(word):
+    @intrinsic
+    def load(typingctx, address):
+        """Read an integer."""
+
+        def codegen(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], word.as_pointer())
+            return builder.sext(builder.load(pointer), INT64)
+
+        return types.int64(types.int64), codegen
+
+    return load
+
+
+def _store(word):
+    @intrinsic
+    def store(typingctx, address, value):
+        """Write an integer."""
+
+        def codegen(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], word.as_pointer())
+            builder.store(builder.trunc(args[1], word), pointer)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return store
+
+
+load32, load64 = _load(ir.IntType(32)), _load(INT64)
+store32, store64 = _store(ir.IntType(32)), _store(INT64)
+
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """Read an integer that other threads write."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        return builder.load_atomic(pointer, "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):
+    """Add to an integer that other threads write; return its old value."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx, address, value):
+    """Write an integer that other threads read."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        builder.store_atomic(args[1], pointer, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def compare_and_swap(typingctx, address, expected, value):
+    """Write an integer where this one is ``expected``; return whether it was."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+def _call(arity):
+    @intrinsic
+    def call(typingctx, address, args):
+        """Call a C function of integers, which returns one; args is a tuple."""
+
+        def codegen(context, builder, signature, values):
+            address, args = values
+            function = ir.FunctionType(INT64, [INT64] * arity).as_pointer()
+            return builder.call(builder.inttoptr(address, function), cgutils.unpack_tuple(builder, args))
+
+        return types.int64(types.int64, types.UniTuple(types.int64, arity)), codegen
+
+    return call
+
+
+call1, call3, call5 = _call(1), _call(3), _call(5)
+
+
+@intrinsic(prefer_literal=True)
+def local_words(typingctx, count):
+    """The address of this many integers that live until the caller returns."""
+
+    def codegen(context, builder, signature, args):
+        words = ir.ArrayType(INT64, count.literal_value)
+        return builder.ptrtoint(cgutils.alloca_once(builder, words), INT64)
+
+    return types.int64(count), codegen
+
+
+def _libc(name, signature):
+    """Call a function of the C library."""
+
+    def codegen(context, builder, signature, args):
+        function = ir.FunctionType(INT64, [INT64] * len(args))
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
+
+    return signature, codegen
+
+
+@intrinsic
+def malloc(typingctx, size):
+    """Memory of the C library; 0 where there is none."""
+    return _libc("malloc", types.int64(types.int64))
+
+
+@intrinsic
+def free(typingctx, address):
+    """Give memory of the C library back."""
+    return _libc("free", types.int64(types.int64))
+
+
+@intrinsic
+def yield_core(typingctx):
+    """Let another thread have this core for now."""
+    return _libc("SwitchToThread" if os.name == "nt" else "sched_yield", types.int64())
+
+
+@intrinsic
+def _madvise(typingctx, address, size, advice):
+    """Tell Linux what memory is for."""
+    return _libc("madvise", types.int64(types.int64, types.int64, types.int64))
+
+
+@intrinsic
+def _sched_getcpu(typingctx):
+    return _libc("sched_getcpu", types.int64())
+
+
+@numba.njit
+def _core_of_linux():
+    return _sched_getcpu() & 0x7FFFFFFF  # an int, whose upper half in a register is undefined
+
+
+@numba.njit
+def _no_core():
+    return -1
+
+
+this_core = _core_of_linux if sys.platform == "linux" else _no_core
+"""The number of the core that the caller runs on, or -1 where that cannot be asked."""
+
+
+@intrinsic
+def mutex_init(typingctx, mutex, nothing):
+    """Make a mutex of memory."""
+    return _libc("pthread_mutex_init", types.int64(types.int64, types.int64))
+
+
+@intrinsic
+def mutex_lock(typingctx, mutex):
+    """Wait for a mutex."""
+    return _libc("pthread_mutex_lock", types.int64(types.int64))
+
+
+@intrinsic
+def mutex_unlock(typingctx, mutex):
+    """Let another thread have a mutex."""
+    return _libc("pthread_mutex_unlock", types.int64(types.int64))
+
+
+@intrinsic
+def condition_init(typingctx, condition, nothing):
+    """Make a condition variable of memory."""
+    return _libc("pthread_cond_init", types.int64(types.int64, types.int64))
+
+
+@intrinsic
+def condition_wait(typingctx, condition, mutex):
+    """Sleep until woken, perhaps for no reason; the mutex is another's meanwhile."""
+    return _libc("pthread_cond_wait", types.int64(types.int64, types.int64))
+
+
+@intrinsic
+def condition_signal(typingctx, condition):
+    """Wake a thread that sleeps there."""
+    return _libc("pthread_cond_signal", types.int64(types.int64))
+
+
+PAGE, HUGE, WILL_BE_HUGE = 4096, 1 << 22, 14  # MADV_HUGEPAGE
+
+
+@numba.njit
+def _in_huge_pages(address, size):
+    first = (address + PAGE - 1) & ~(PAGE - 1)
+    last = (address + size) & ~(PAGE - 1)
+    if size >= HUGE:
+        _madvise(first, last - first, WILL_BE_HUGE)
+
+
+@numba.njit
+def _in_usual_pages(address, size):
+    pass
+
+
+in_huge_pages = _in_huge_pages if sys.platform == "linux" else _in_usual_pages
+"""Ask for huge pages, where results are large, before they are touched: XLA's memory is fresh, and comes in pages of
+4 KB unless somebody asks, as NumPy does."""
+
+
+def address_of(function: Any, arity: int) -> Any:
+    """Make an intrinsic: the C address of a jitted function of integers.
+
+    The C function returns whether the jitted one raised an exception, which goes
+    no further.  It is compiled into the code that asks for its address.  (A
+    jitted function that is passed as an argument, instead, would put an address
+    of this process into the code, which numba then refuses to cache.)
+    """
+    signature = types.void(*[types.int64] * arity)
+
+    @intrinsic
+    def address(typingctx):
+        compiled = function.get_compile_result(signature)
+        name = f"{compiled.fndesc.mangled_name}.c"
+
+        def codegen(context, builder, _, args):
+            if name in builder.module.globals:
+                return builder.ptrtoint(builder.module.globals[name], INT64)
+            wrapper = ir.Function(builder.module, ir.FunctionType(INT64, [INT64] * arity), name)
+            wrapper.linkage = "internal"
+            body = ir.IRBuilder(wrapper.append_basic_block())
+            context.add_linking_libs([compiled.library])
+            status, _ = context.call_internal_no_propagate(body, compiled.fndesc, signature, wrapper.args)
+            body.ret(body.zext(status.is_error, INT64))
+            return builder.ptrtoint(wrapper, INT64)
+
+        return types.int64(), codegen
+
+    return address
+
+
+def task_of(function: Any) -> Any:
+    """Make an intrinsic of a jitted ``function(given, start, stop)`` with a tuple ``given``: what C needs to call it.
+
+    In a jitted function ``task_of(f)(given)`` is two integers, the address of a C function and of where ``given`` lies
+    until the caller returns. The C function takes the latter, start and stop, and returns whether ``f`` raised.
+    """
+
+    @intrinsic
+    def task(typingctx, given):
+        signature = types.void(given, types.int64, types.int64)
+        compiled = function.get_compile_result(signature)
+
+        def codegen(context, builder, _, args):
+            wrapper = ir.Function(
+                builder.module, ir.FunctionType(INT64, [INT64] * 3), f"{compiled.fndesc.mangled_name}.task"
+            )
+            wrapper.linkage = "internal"
+            body = ir.IRBuilder(wrapper.append_basic_block())
+            context.add_linking_libs([compiled.library])
+            place = cgutils.alloca_once_value(builder, args[0])
+            at, start, stop = wrapper.args
+            values = [body.load(body.inttoptr(at, place.type)), start, stop]
+            status, _ = context.call_internal_no_propagate(body, compiled.fndesc, signature, values)
+            body.ret(body.zext(status.is_error, INT64))
+            return cgutils.pack_array(builder, [builder.ptrtoint(wrapper, INT64), builder.ptrtoint(place, INT64)])
+
+        return types.UniTuple(types.int64, 2)(given), codegen
+
+    return task

@@ -1,0 +1,210 @@
+"""Threads that wait in compiled code, and so begin without the interpreter's lock.
+
+Owns: the words that they and their callers share, and the threads. Imports: ``native``. A loop is cut so::
+
+    @njit(nogil=True)
+    def _part(given, start, stop):
+        x, y = given
+        y[start:stop] = -x[start:stop]
+
+    _task = task_of(_part)
+
+    @njit(nogil=True, cache=True)
+    def negate(pool, ends, x, y):
+        in_parts(pool, ends, _task((x, y)))
+
+    runtime.in_parts(negate, ends, x, y)  # from Python
+
+A pool works on one job at a time: a caller that finds it taken does all its parts itself, for then there are as many
+callers as cores already. Callers claim parts as the pool's threads do. At the end they wait for threads that have begun
+a part, but for none that has not: another library's threads may keep it from a core.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from aqt_lite.backends.cpu.native import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call3,
+    call5,
+    compare_and_swap,
+    condition_init,
+    condition_signal,
+    condition_wait,
+    load64,
+    mutex_init,
+    mutex_lock,
+    mutex_unlock,
+    store64,
+    this_core,
+    yield_core,
+)
+
+# What callers and threads share is a block of int64 words. Those that several threads write are a cache line apart.
+RUN = 0  # the address of ``_run``: what is compiled elsewhere knows no more of this file than where this is
+TAKEN = 64  # whether a caller has the pool
+GENERATION = 128  # how many jobs there have been; threads wait for it to change
+OPEN = 192  # whether there is a job to take part in
+NEXT = 256  # the first part that nobody has claimed
+INSIDE = 320  # threads that may be at work on a part
+ASLEEP = 384  # threads that have to be woken
+TASK, GIVEN, ENDS, PARTS, CORE = 448, 456, 464, 472, 480  # the job, and the core that its caller began on
+STOPPED = 488  # whether threads are to end
+FAILED = 512  # parts that raised an exception
+MET = 576  # whether a thread has ever found itself on its caller's core
+MUTEX, CONDITION = 640, 768  # the largest of any system have 64 bytes
+SIZE = 896
+
+LOOKS = 400
+"""How often a thread that is done looks for the next job before it sleeps: for some 30 microseconds."""
+
+
+@njit
+def _work(pool: Any) -> Any:  # pragma: no cover - compiled
+    """Do parts until all are claimed; return how many failed."""
+    task, given, ends, parts = load64(pool + TASK), load64(pool + GIVEN), load64(pool + ENDS), load64(pool + PARTS)
+    failed = 0
+    while True:
+        i = atomic_add(pool + NEXT, 1)
+        if i >= parts:
+            return failed
+        failed += call3(task, (given, load64(ends + 8 * i), load64(ends + 8 * i + 8)))
+
+
+def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pragma: no cover - compiled
+    """Do a job of so many parts; return how many failed."""
+    if parts == 1 or not compare_and_swap(pool + TAKEN, 0, 1):
+        return call3(task, (given, load64(ends), load64(ends + 8 * parts)))
+    store64(pool + TASK, task)
+    store64(pool + GIVEN, given)
+    store64(pool + ENDS, ends)
+    store64(pool + PARTS, parts)
+    store64(pool + CORE, this_core())
+    atomic_store(pool + NEXT, 0)
+    atomic_store(pool + FAILED, 0)
+    atomic_store(pool + OPEN, 1)
+    atomic_add(pool + GENERATION, 1)
+    asleep = min(atomic_load(pool + ASLEEP), parts - 1)
+    if asleep > 0:
+        mutex_lock(pool + MUTEX)  # who has looked before the job was there sleeps from now on, and hears the signal
+        mutex_unlock(pool + MUTEX)
+        for _ in range(asleep):
+            condition_signal(pool + CONDITION)
+    failed = _work(pool)
+    # A thread counts itself in before it looks whether a job is open. So either it sees that this one is not, or it is
+    # waited for here.
+    atomic_store(pool + OPEN, 0)
+    while atomic_load(pool + INSIDE) != 0:
+        yield_core()
+    failed += atomic_load(pool + FAILED)
+    atomic_store(pool + TAKEN, 0)
+    return failed
+
+
+@njit(nogil=True, cache=True)
+def _serve(pool: Any) -> Any:  # pragma: no cover - compiled
+    """Take part in jobs until the pool is stopped."""
+    seen = 0
+    while True:
+        for _ in range(LOOKS):
+            if atomic_load(pool + GENERATION) != seen:
+                break
+            yield_core()
+        if atomic_load(pool + GENERATION) == seen:
+            mutex_lock(pool + MUTEX)
+            atomic_add(pool + ASLEEP, 1)
+            while atomic_load(pool + GENERATION) == seen:
+                condition_wait(pool + CONDITION, pool + MUTEX)
+            atomic_add(pool + ASLEEP, -1)
+            mutex_unlock(pool + MUTEX)
+        seen = atomic_load(pool + GENERATION)
+        if atomic_load(pool + STOPPED) != 0:
+            return
+        atomic_add(pool + INSIDE, 1)
+        if atomic_load(pool + OPEN) != 0:
+            core = this_core()
+            if core >= 0 and core == load64(pool + CORE):
+                atomic_store(pool + MET, 1)
+            atomic_add(pool + FAILED, _work(pool))
+        atomic_add(pool + INSIDE, -1)
+
+
+@njit(cache=True)
+def _prepare(pool: Any, run: Any) -> None:  # pragma: no cover - compiled
+    store64(pool + RUN, run)
+    mutex_init(pool + MUTEX, 0)
+    condition_init(pool + CONDITION, 0)
+
+
+@njit(nogil=True, cache=True)
+def _stop(pool: Any) -> Any:  # pragma: no cover - compiled
+    atomic_store(pool + STOPPED, 1)
+    mutex_lock(pool + MUTEX)
+    atomic_add(pool + GENERATION, 1)
+    for _ in range(atomic_load(pool + ASLEEP)):
+        condition_signal(pool + CONDITION)
+    mutex_unlock(pool + MUTEX)
+
+
+@njit
+def in_parts(pool: Any, ends: Any, task: Any) -> None:  # pragma: no cover - compiled
+    """Do parts ``[ends[i], ends[i + 1])`` of a task, with the threads of a pool where ``pool`` is no 0.
+
+    Raises MemoryError where a part did, the only exception that loops know.
+    """
+    function, given = task
+    if pool == 0:
+        failed = call3(function, (given, ends[0], ends[-1]))
+    else:
+        failed = call5(load64(pool + RUN), (pool, function, given, ends.ctypes.data, len(ends) - 1))
+    if failed != 0:
+        raise MemoryError("there is no memory for what a compiled loop keeps")
+
+
+class Pool:
+    """``threads`` threads beside the callers', each of which calls ``enter`` first; they end when the process does."""
+
+    def __init__(self, threads: int, enter: Callable[[], None]) -> None:
+        memory = np.zeros(SIZE + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+        self._words = memory[start : start + SIZE].view(np.int64)
+        self.address = int(self._words.ctypes.data)
+        self._process = os.getpid()
+        self._run = cfunc(types.int64(*[types.int64] * 5), cache=True)(_run)
+        _prepare(self.address, self._run.address)
+        self._threads = [
+            threading.Thread(target=self._work, args=(enter,), name=f"aqt_lite_loops_{i}", daemon=True)
+            for i in range(threads)
+        ]
+        # none can be started, perhaps because the interpreter is shutting down: callers do all by themselves
+        with contextlib.suppress(RuntimeError):
+            for thread in self._threads:
+                thread.start()
+        atexit.register(self.stop)  # before what is compiled goes
+
+    def _work(self, enter: Callable[[], None]) -> None:
+        enter()
+        _serve(self.address)
+
+    def has_met(self) -> bool:
+        """Whether a thread has ever found itself on the core of the caller that it worked for."""
+        return bool(self._words[MET // 8])
+
+    def stop(self) -> None:
+        """End the threads; callers do all by themselves from now on."""
+        if os.getpid() == self._process:  # a child that was forked has none, and perhaps a mutex that was locked
+            _stop(self.address)
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join()
