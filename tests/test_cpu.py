@@ -265,8 +265,9 @@ def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
 @pytest.mark.skipif(runtime.cores() < 2, reason="there are no threads beside the caller's")
 def test_threads_that_never_came_to_their_turn_keep_no_arrays():
     """The pool is busy with something else: what is queued there must not hold on to what is done."""
-    wait, given = threading.Event(), np.zeros(8)
-    busy = [runtime._pool().submit(wait.wait) for _ in range(runtime.cores() - 1)]
+    wait, ended, given = threading.Event(), threading.Semaphore(0), np.zeros(8)
+    for _ in range(runtime.cores() - 1):
+        runtime._pool().submit(lambda: (wait.wait(), ended.release()))
     seen = weakref.ref(given)
     try:
         runtime.map_ranges(lambda start, stop, given=given: given[start:stop].sum(), 8, elements=runtime.LARGE)
@@ -274,8 +275,8 @@ def test_threads_that_never_came_to_their_turn_keep_no_arrays():
         assert seen() is None
     finally:
         wait.set()
-        for task in busy:
-            task.result()
+        for _ in range(runtime.cores() - 1):
+            assert ended.acquire(timeout=60)
 
 
 def test_threads_found_on_their_caller_s_core_are_kept_off_it(monkeypatch):

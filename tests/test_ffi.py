@@ -38,7 +38,6 @@ OFFSETS = {
     "METADATA_STATE": "offsetof(XLA_FFI_Metadata, state_type_id)",
     "API_ERROR_CREATE": "offsetof(XLA_FFI_Api, XLA_FFI_Error_Create)",
     "API_ERROR_DESTROY": "offsetof(XLA_FFI_Api, XLA_FFI_Error_Destroy)",
-    "API_POOL_SCHEDULE": "offsetof(XLA_FFI_Api, XLA_FFI_ThreadPool_Schedule)",
     "API_POOL_THREADS": "offsetof(XLA_FFI_Api, XLA_FFI_ThreadPool_NumThreads)",
     "METADATA_EXTENSION": "XLA_FFI_Extension_Metadata",
     "INTERNAL_ERROR": "XLA_FFI_Error_Code_INTERNAL",

@@ -227,15 +227,23 @@ def test_threads_are_started_where_loops_take_longer_than_that(monkeypatch):
     monkeypatch.setattr(runtime, "_pool", Pool)
     monkeypatch.setattr(runtime, "cores", lambda: 2)
     monkeypatch.setattr(runtime, "LARGE_LOOPS", 3 << 22)
-    few, many = runtime.loops_of_product(1536 * 384, 8), runtime.loops_of_product(4096 * 4096, 1)
-    for work, parts in ((few, 1), (many, 5)):
-        ends = stored.ends_of_parts(1536, 8, work)
-        found = runtime.map_ranges(lambda a, b, ends=ends: ends[b] - ends[a], len(ends) - 1, 1, work, 8)
-        assert sum(found) == ends[-1] == 1536
-        assert len(started) == (parts > 1)
-        assert len(found) >= parts
-    assert min(np.diff(ends)[:-1]) >= 1536 // 12  # a part is no shorter than a quarter of what is worth a thread
-    assert not any(e % 8 for e in ends)
+    for codes, rows, several in ((1536 * 384, 8, False), (4096 * 4096, 1, True)):
+        started.clear()
+        runtime.map_ranges(lambda a, b: None, 1536, 8, runtime.loops_of_product(codes, rows), 8)
+        assert bool(started) == several
+
+
+def test_parts_are_no_shorter_than_a_quarter_of_what_is_worth_a_thread(monkeypatch):
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "LARGE_PARTS", 1 << 21)
+    assert stored.ends_of_parts(1024, 8, runtime.steps_of_product(1000 * 1024, 1)).tolist() == [0, 1024]
+    for length, codes in ((1024, 1 << 20), (1536, 4096 * 4096)):
+        steps = runtime.steps_of_product(codes, 1)
+        ends = stored.ends_of_parts(length, 8, steps)
+        assert (ends[0], ends[-1]) == (0, length)
+        assert len(ends) > 2
+        assert min(np.diff(ends)[:-1]) >= length * (1 << 19) // steps
+        assert not any(e % 8 for e in ends)
 
 
 def test_map_ranges_covers_a_range_once_at_multiples():

@@ -60,6 +60,8 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
         return NotImplemented
     if fast and (not serve.dots_beat_floats() or serve.is_worth_floats(len(x), w.codes.size, by_digits=True)):
         return NotImplemented
+    if fast and serve.decoding_beats_dots(len(x), x.dtype.name, w, spec, contract):
+        return NotImplemented
     (rows, _), columns, x_dtype = x.shape, len(w.codes), x.dtype
     dots, powers = runtime.integer_dots(), powers_of_two()
     x = np.ascontiguousarray(x, dtype=np.float32)

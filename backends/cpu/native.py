@@ -6,10 +6,12 @@ JAX's ``ffi`` are written with them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from typing import Any
 
+import llvmlite.binding
 import llvmlite.ir as ir
 import numba
 from numba import types
@@ -180,6 +182,34 @@ this_core = _core_of_linux if sys.platform == "linux" else _no_core
 
 
 @intrinsic
+def _sched_setaffinity(typingctx, thread, size, mask):
+    return _libc("sched_setaffinity", types.int64(types.int64, types.int64, types.int64))
+
+
+MASK = 16
+"""Words of a mask of cores, for 1024 of them."""
+
+
+@numba.njit
+def _leave_core_of_linux(allowed, core):
+    mask = local_words(MASK)
+    for i in range(MASK):
+        store64(mask + 8 * i, load64(allowed + 8 * i))
+    at = mask + 8 * (core >> 6)
+    store64(at, load64(at) & ~(1 << (core & 63)))
+    _sched_setaffinity(0, 8 * MASK, mask)  # the system refuses a mask of no cores
+
+
+@numba.njit
+def _leave_no_core(allowed, core):
+    pass
+
+
+leave_core = _leave_core_of_linux if sys.platform == "linux" else _leave_no_core
+"""Let this thread run on the cores of a mask but this one, below ``64 * MASK``, from now on."""
+
+
+@intrinsic
 def mutex_init(typingctx, mutex, nothing):
     """Make a mutex of memory."""
     return _libc("pthread_mutex_init", types.int64(types.int64, types.int64))
@@ -234,6 +264,30 @@ def _in_usual_pages(address, size):
 in_huge_pages = _in_huge_pages if sys.platform == "linux" else _in_usual_pages
 """Ask for huge pages, where results are large, before they are touched: XLA's memory is fresh, and comes in pages of
 4 KB unless somebody asks, as NumPy does."""
+
+
+_pool_of_process = ctypes.c_int64(0)
+_POOL = "aqt_lite_pool_of_process"
+llvmlite.binding.add_symbol(_POOL, ctypes.addressof(_pool_of_process))
+
+
+def announce_pool(pool: int) -> None:
+    """Say what ``pool_of_process`` is from now on."""
+    _pool_of_process.value = pool
+
+
+@intrinsic
+def pool_of_process(typingctx):
+    """The address of the pool (``pool``) for functions that C calls, which nobody can tell; 0 where there is none.
+
+    It is read where a symbol lies that each process defines: what numba caches holds no address.
+    """
+
+    def codegen(context, builder, signature, args):
+        word = builder.module.globals.get(_POOL) or ir.GlobalVariable(builder.module, INT64, _POOL)
+        return builder.load(word)
+
+    return types.int64(), codegen
 
 
 def address_of(function: Any, arity: int) -> Any:

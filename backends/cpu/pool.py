@@ -27,12 +27,14 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
 
 from aqt_lite.backends.cpu.native import (
+    MASK,
     atomic_add,
     atomic_load,
     atomic_store,
@@ -42,6 +44,7 @@ from aqt_lite.backends.cpu.native import (
     condition_init,
     condition_signal,
     condition_wait,
+    leave_core,
     load64,
     mutex_init,
     mutex_lock,
@@ -60,11 +63,13 @@ NEXT = 256  # the first part that nobody has claimed
 INSIDE = 320  # threads that may be at work on a part
 ASLEEP = 384  # threads that have to be woken
 TASK, GIVEN, ENDS, PARTS, CORE = 448, 456, 464, 472, 480  # the job, and the core that its caller began on
-STOPPED = 488  # whether threads are to end
+SUMMONER = 488  # the core of who last asked for Python
+STOPPED = 496  # whether threads are to end
 FAILED = 512  # parts that raised an exception
-MET = 576  # whether a thread has ever found itself on its caller's core
-MUTEX, CONDITION = 640, 768  # the largest of any system have 64 bytes
-SIZE = 896
+SUMMONS = 576  # calls of Python that nobody has begun
+MUTEX, CONDITION = 640, 704  # the largest of any system have 64 bytes
+ALLOWED = 768  # a mask of the cores that threads may run on; 0 where they stay where the system puts them
+SIZE = ALLOWED + 8 * MASK
 
 LOOKS = 400
 """How often a thread that is done looks for the next job before it sleeps: for some 30 microseconds."""
@@ -82,6 +87,23 @@ def _work(pool: Any) -> Any:  # pragma: no cover - compiled
         failed += call3(task, (given, load64(ends + 8 * i), load64(ends + 8 * i + 8)))
 
 
+@njit
+def _wake(pool: Any, most: Any) -> None:  # pragma: no cover - compiled
+    asleep = min(atomic_load(pool + ASLEEP), most)
+    if asleep > 0:
+        mutex_lock(pool + MUTEX)  # who has looked before GENERATION changed sleeps from now on, and hears the signal
+        mutex_unlock(pool + MUTEX)
+        for _ in range(asleep):
+            condition_signal(pool + CONDITION)
+
+
+@njit
+def _stay_apart(pool: Any, core: Any) -> None:  # pragma: no cover - compiled
+    """Leave the core that a caller runs on."""
+    if core == this_core() and 0 <= core < 64 * MASK:
+        leave_core(pool + ALLOWED, core)
+
+
 def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pragma: no cover - compiled
     """Do a job of so many parts; return how many failed."""
     if parts == 1 or not compare_and_swap(pool + TAKEN, 0, 1):
@@ -95,12 +117,7 @@ def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pra
     atomic_store(pool + FAILED, 0)
     atomic_store(pool + OPEN, 1)
     atomic_add(pool + GENERATION, 1)
-    asleep = min(atomic_load(pool + ASLEEP), parts - 1)
-    if asleep > 0:
-        mutex_lock(pool + MUTEX)  # who has looked before the job was there sleeps from now on, and hears the signal
-        mutex_unlock(pool + MUTEX)
-        for _ in range(asleep):
-            condition_signal(pool + CONDITION)
+    _wake(pool, parts - 1)
     failed = _work(pool)
     # A thread counts itself in before it looks whether a job is open. So either it sees that this one is not, or it is
     # waited for here.
@@ -114,7 +131,7 @@ def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pra
 
 @njit(nogil=True, cache=True)
 def _serve(pool: Any) -> Any:  # pragma: no cover - compiled
-    """Take part in jobs until the pool is stopped."""
+    """Take part in jobs until Python is asked for, or the pool is stopped."""
     seen = 0
     while True:
         for _ in range(LOOKS):
@@ -131,11 +148,12 @@ def _serve(pool: Any) -> Any:  # pragma: no cover - compiled
         seen = atomic_load(pool + GENERATION)
         if atomic_load(pool + STOPPED) != 0:
             return
+        if atomic_load(pool + SUMMONS) > 0:
+            _stay_apart(pool, atomic_load(pool + SUMMONER))
+            return
         atomic_add(pool + INSIDE, 1)
         if atomic_load(pool + OPEN) != 0:
-            core = this_core()
-            if core >= 0 and core == load64(pool + CORE):
-                atomic_store(pool + MET, 1)
+            _stay_apart(pool, load64(pool + CORE))
             atomic_add(pool + FAILED, _work(pool))
         atomic_add(pool + INSIDE, -1)
 
@@ -148,13 +166,20 @@ def _prepare(pool: Any, run: Any) -> None:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _stop(pool: Any) -> Any:  # pragma: no cover - compiled
+def _summon(pool: Any, summons: Any) -> None:  # pragma: no cover - compiled
+    """Ask for Python so many times more, or less."""
+    atomic_add(pool + SUMMONS, summons)
+    if summons > 0:
+        atomic_store(pool + SUMMONER, this_core())
+        atomic_add(pool + GENERATION, 1)
+        _wake(pool, summons)
+
+
+@njit(nogil=True, cache=True)
+def _stop(pool: Any) -> None:  # pragma: no cover - compiled
     atomic_store(pool + STOPPED, 1)
-    mutex_lock(pool + MUTEX)
     atomic_add(pool + GENERATION, 1)
-    for _ in range(atomic_load(pool + ASLEEP)):
-        condition_signal(pool + CONDITION)
-    mutex_unlock(pool + MUTEX)
+    _wake(pool, atomic_load(pool + ASLEEP))
 
 
 @njit
@@ -173,36 +198,54 @@ def in_parts(pool: Any, ends: Any, task: Any) -> None:  # pragma: no cover - com
 
 
 class Pool:
-    """``threads`` threads beside the callers', each of which calls ``enter`` first; they end when the process does."""
+    """``threads`` threads beside the callers', for loops and for Python; they end when the process does.
 
-    def __init__(self, threads: int, enter: Callable[[], None]) -> None:
+    A virtual machine that was idle may wake a thread on the core of the one that wakes it, and leave both there for 40
+    ms though another core is idle: each call then takes as long as with one thread. So a thread that finds itself there
+    leaves, and stays away from that core until it meets a caller on another one.
+    """
+
+    def __init__(self, threads: int) -> None:
         memory = np.zeros(SIZE + 64, np.uint8)
         start = -memory.ctypes.data % 64
-        self._words = memory[start : start + SIZE].view(np.int64)
-        self.address = int(self._words.ctypes.data)
+        self._memory = memory[start : start + SIZE]
+        self.address = int(self._memory.ctypes.data)
         self._process = os.getpid()
         self._run = cfunc(types.int64(*[types.int64] * 5), cache=True)(_run)
         _prepare(self.address, self._run.address)
-        self._threads = [
-            threading.Thread(target=self._work, args=(enter,), name=f"aqt_lite_loops_{i}", daemon=True)
-            for i in range(threads)
-        ]
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        if threads < len(allowed):  # a caller that is confined to fewer cores is not to confine the threads
+            mask = np.zeros(64 * MASK, np.uint8)
+            mask[[core for core in allowed if core < mask.size]] = 1
+            self._memory[ALLOWED:] = np.packbits(mask, bitorder="little")
+        self._calls, self._stopped = SimpleQueue[Callable[[], Any]](), False
+        self._threads = [threading.Thread(target=self._work, name=f"aqt_lite_{i}", daemon=True) for i in range(threads)]
         # none can be started, perhaps because the interpreter is shutting down: callers do all by themselves
         with contextlib.suppress(RuntimeError):
             for thread in self._threads:
                 thread.start()
         atexit.register(self.stop)  # before what is compiled goes
 
-    def _work(self, enter: Callable[[], None]) -> None:
-        enter()
-        _serve(self.address)
+    def submit(self, call: Callable[[], Any]) -> None:
+        """Let a thread call Python, when one comes to it; RuntimeError where none will."""
+        if self._stopped:
+            raise RuntimeError("the interpreter is shutting down")
+        self._calls.put(call)
+        _summon(self.address, 1)
 
-    def has_met(self) -> bool:
-        """Whether a thread has ever found itself on the core of the caller that it worked for."""
-        return bool(self._words[MET // 8])
+    def _work(self) -> None:
+        while not self._stopped:
+            _serve(self.address)
+            with contextlib.suppress(Empty):
+                while not self._stopped:
+                    call = self._calls.get_nowait()
+                    _summon(self.address, -1)
+                    call()
+                    del call  # and what it keeps
 
     def stop(self) -> None:
         """End the threads; callers do all by themselves from now on."""
+        self._stopped = True
         if os.getpid() == self._process:  # a child that was forked has none, and perhaps a mutex that was locked
             _stop(self.address)
             for thread in self._threads:

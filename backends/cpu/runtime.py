@@ -59,27 +59,36 @@ def loops_of_elements(count: int) -> int:
     return count * 8 * LARGE // LARGE_LOOPS
 
 
-class _Places:
-    """Threads that are kept off their caller's core from when one has been found there.
+class _Pool:
+    """Threads beside the caller's for work that Python does, kept off its core from when one has been found there.
 
     A virtual machine that was idle may wake a thread on the core of the one that wakes it, and leave both there for 40
     ms though another core is idle: each call then takes as long as with one thread. Elsewhere nothing is asked of the
     system but the number of a core.
     """
 
+    address = 0
+
     def __init__(self) -> None:
         self._threads = list[int]()  # their numbers in the system
-        self._kept_off = -1
+        self._met, self._kept_off = False, -1
+        self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._enter)
 
-    def enter(self) -> None:
-        """Be one of the threads."""
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        core = _core()
+        if self._met and core != self._kept_off:
+            self._keep_off(core)
+        return self._executor.submit(self._beside, core, work)
+
+    def _enter(self) -> None:
         self._threads.append(threading.get_native_id())
         self._kept_off = -1  # is asked for again, of this thread, too
 
-    def keep_off(self, core: int) -> None:
-        """Let the threads run on every core but this one."""
-        if core == self._kept_off:
-            return
+    def _beside(self, core: int, work: Callable[[], Any]) -> Any:
+        self._met |= core >= 0 and core == _core()
+        return work()
+
+    def _keep_off(self, core: int) -> None:
         allowed = os.sched_getaffinity(0)
         if 1 < cores() <= len(allowed):  # a caller that is confined to fewer is not to confine the others
             with contextlib.suppress(OSError):  # not permitted
@@ -88,43 +97,34 @@ class _Places:
         self._kept_off = core
 
 
-class _Pool:
-    """Threads beside the caller's, for work that Python does."""
-
-    def __init__(self) -> None:
-        self._places, self._met = _Places(), False
-        self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._places.enter)
-
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        core = _core()
-        if self._met:
-            self._places.keep_off(core)
-        return self._executor.submit(self._beside, core, work)
-
-    def _beside(self, core: int, work: Callable[[], Any]) -> Any:
-        self._met |= core >= 0 and core == _core()
-        return work()
+_pools, _making = list[Any](), threading.Lock()
 
 
-class _CompiledPool:
-    """Threads beside the caller's, for loops that numba compiles: they wait in such a loop."""
-
-    def __init__(self) -> None:
-        from aqt_lite.backends.cpu.pool import Pool
-
-        self._places = _Places()
-        self._pool = Pool(cores() - 1, self._places.enter)
-
-    def address(self) -> int:
-        """What loops are given."""
-        if self._pool.has_met():
-            self._places.keep_off(_core())
-        return self._pool.address
+def _pool() -> Any:
+    """The one pool of this process."""
+    if not _pools:
+        with _making:
+            if not _pools:
+                _pools.append(_new_pool())
+    return _pools[0]
 
 
-@functools.cache
-def _pool() -> _Pool:
-    return _Pool()
+def _new_pool() -> Any:
+    """Threads that wait in compiled code (``pool.Pool``), where there is such code and the system has theirs."""
+    if compiled_loops() is None or os.name == "nt":
+        return _Pool()
+    from aqt_lite.backends.cpu.native import announce_pool
+    from aqt_lite.backends.cpu.pool import Pool
+
+    pool = Pool(cores() - 1)
+    announce_pool(pool.address)
+    return pool
+
+
+def _forget_pool() -> None:
+    global _making
+    _making = threading.Lock()  # another thread may have had it
+    _pools.clear()
 
 
 def _no_core() -> int:
@@ -141,15 +141,13 @@ def _teller_of_cores() -> Callable[[], int]:
 _core = _teller_of_cores()
 
 
-@functools.cache
-def _compiled_pool() -> _CompiledPool | None:
-    """None where the system has no POSIX threads."""
-    return None if os.name == "nt" else _CompiledPool()
-
-
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the child make its own
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-    os.register_at_fork(after_in_child=_compiled_pool.cache_clear)
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def compiled_pool() -> int:
+    """What loops are given that run on the threads which wait in compiled code; 0 where these wait in Python."""
+    return int(_pool().address)
 
 
 def worth_parts() -> int:
@@ -163,9 +161,9 @@ def in_parts(loop: Callable[..., bool], ends: Array, *given: Any) -> bool:
     Where there is no such pool, this module's threads call it for one part at a time, without one.
     """
     several = len(ends) > 2 and cores() > 1
-    pool = _compiled_pool() if several else None
-    if pool is not None or not several:
-        return loop(0 if pool is None else pool.address(), ends, *given)
+    pool = compiled_pool() if several else 0
+    if pool or not several:
+        return loop(pool, ends, *given)
     return all(map_ranges(lambda a, b: loop(0, ends[a : b + 1], *given), len(ends) - 1, chunks_per_core=len(ends)))
 
 

@@ -31,6 +31,9 @@ SHORTEST_ROW_TO_ENCODE = 64
 MOST_ROWS_FOR_LOOPS = 8
 """Rows of x for which compiled loops beat BLAS on a dequantized block."""
 
+MOST_ROWS_TO_DECODE = 4
+"""Rows of x for which loops that decode codes beat the int8 dot products of one scale an output: one tile of them."""
+
 MOST_CODES_AT_ONCE = 1 << 20
 """Codes of a weight, or of a part of one, whose floats (4 MB) stay in a cache until BLAS has read them."""
 
@@ -137,6 +140,11 @@ def dots_beat_floats() -> bool:
     """Whether products that may round as floats do are faster by the int8 dot products, where those serve."""
     loops = runtime.integer_dots()
     return loops is not None and bool(loops.FASTER_THAN_FLOATS)
+
+
+def decoding_beats_dots(rows: int, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether so few rows of x meet codes faster where those become numbers in registers, in products of floats."""
+    return rows <= MOST_ROWS_TO_DECODE and w.codes.size >= runtime.LARGE and decodes(x_dtype, w, spec, contract, False)
 
 
 def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:

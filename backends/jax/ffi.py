@@ -1,8 +1,8 @@
 """Loops that numba compiles, called by XLA itself on a CPU: its foreign-function interface, written with numba.
 
-Owns: the layout of that interface's structs (xla/ffi/api/c_api.h of jaxlib) and a parallel loop on XLA's own threads;
-nothing about products. Imports: the CPU library's ``native``. No Python runs in a call and no lock is held. A kernel is
-a loop body and a handler around it::
+Owns: the layout of that interface's structs (xla/ffi/api/c_api.h of jaxlib) and a parallel loop; nothing about
+products. Imports: the CPU library's ``native`` and its threads. No Python runs in a call and no lock is held. A kernel
+is a loop body and a handler around it::
 
     @njit
     def negate_rows(frame, start, stop):
@@ -35,20 +35,19 @@ from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.native import (
     INT64,
-    address_of,
-    atomic_add,
-    atomic_load,
     call1,
     call3,
+    call5,
     free,
     load32,
     load64,
     local_words,
     malloc,
+    pool_of_process,
     store32,
     store64,
-    yield_core,
 )
+from aqt_lite.backends.cpu.runtime import compiled_pool
 
 # Layout of the structs in xla/ffi/api/c_api.h, FFI API version 0.2 (what is used of
 # it is the same in 0.3, and XLA serves handlers of older versions), on 64-bit
@@ -76,23 +75,10 @@ METADATA_STATE = 40  # XLA_FFI_Metadata: state_type_id
 
 API_ERROR_CREATE = 48  # XLA_FFI_Api: XLA_FFI_Error_Create
 API_ERROR_DESTROY = 64  # XLA_FFI_Api: XLA_FFI_Error_Destroy
-API_POOL_SCHEDULE = 136  # XLA_FFI_Api: XLA_FFI_ThreadPool_Schedule
 API_POOL_THREADS = 144  # XLA_FFI_Api: XLA_FFI_ThreadPool_NumThreads
 
 METADATA_EXTENSION = 1  # XLA_FFI_Extension_Metadata
 INTERNAL_ERROR = 13  # XLA_FFI_Error_Code_INTERNAL
-
-# What parallel_for shares with its helpers is a block of int64 words.  Those
-# that several threads write are a cache line apart.
-STATE_NEXT = 0  # the first item that nobody has claimed
-STATE_FINISHED = 64  # how many items the helpers have finished
-STATE_FAILED = 72  # how many chunks have raised an exception
-STATE_OWNERS = 80  # how many threads may still look at the block
-STATE_CHUNK = 128
-STATE_FRAME = 136
-STATE_TOTAL = 144
-STATE_MOST = 152
-STATE_SIZE = 192
 
 HANDLER = types.int64(types.int64)  # XLA_FFI_Error* (XLA_FFI_CallFrame*)
 OK = 0
@@ -200,12 +186,6 @@ def _pool_threads(frame):
 
 
 @numba.njit
-def _schedule(frame, task, state):
-    context = load64(frame + FRAME_CONTEXT)
-    return _succeeds(frame, _call_api(frame, API_POOL_SCHEDULE, context, task, state))
-
-
-@numba.njit
 def _outcome(frame, failed):
     """What a handler returns."""
     if failed == 0:
@@ -217,78 +197,22 @@ def _outcome(frame, failed):
 
 
 @numba.njit
-def _work(state):
-    """Run chunks until none is left; return how many items that was."""
-    chunk = load64(state + STATE_CHUNK)
-    frame = load64(state + STATE_FRAME)
-    total = load64(state + STATE_TOTAL)
-    most = load64(state + STATE_MOST)
-    finished = 0
-    while True:
-        start = atomic_add(state + STATE_NEXT, most)
-        if start >= total:
-            return finished
-        stop = min(start + most, total)
-        atomic_add(state + STATE_FAILED, call3(chunk, (frame, start, stop)))
-        finished += stop - start
-
-
-@numba.njit
-def _disown(state):
-    """One owner less; the last frees the state."""
-    if atomic_add(state + STATE_OWNERS, -1) == 1:
-        free(state)
-
-
-@numba.njit
-def _help(state):
-    """What a helper does, whenever the pool comes to run it."""
-    atomic_add(state + STATE_FINISHED, _work(state))
-    _disown(state)
-
-
-_help_address = address_of(_help, 1)
-
-
-@numba.njit
 def parallel_for(frame: Any, chunk: Any, total: Any, most: Any) -> Any:  # pragma: no cover - compiled
     """Call chunk(frame, start, stop) for all of total items, at most so many at a time.
 
     chunk is an address from address_of().  The chunks run in this thread and in
-    helpers on XLA's thread pool, which all claim one after another.
-
-    All the pool's threads may be busy, or waiting just here, so this thread does
-    not wait for helpers to begin.  It works until all chunks are claimed, then
-    waits for those that helpers are running: these end by themselves.  A helper
-    that begins later finds nothing to claim.  By then the frame may be gone, so
-    it does not touch it, and whoever is last frees the state.
+    those of the CPU library's pool, where XLA has threads of its own, that is,
+    where nobody has told it to do without.
     """
-    helpers = (total - 1) // most
-    if helpers > 0:
-        helpers = min(helpers, _pool_threads(frame) - 1)
-    state = 0
-    if helpers > 0:
-        state = malloc(STATE_SIZE)
-    if state == 0:
+    parts = (total - 1) // most + 1
+    pool = pool_of_process() if parts > 1 and _pool_threads(frame) > 1 else 0
+    ends = malloc(8 * (parts + 1)) if pool != 0 else 0
+    if ends == 0:
         return _outcome(frame, call3(chunk, (frame, 0, total)))
-
-    store64(state + STATE_NEXT, 0)
-    store64(state + STATE_FINISHED, 0)
-    store64(state + STATE_FAILED, 0)
-    store64(state + STATE_OWNERS, 1 + helpers)
-    store64(state + STATE_CHUNK, chunk)
-    store64(state + STATE_FRAME, frame)
-    store64(state + STATE_TOTAL, total)
-    store64(state + STATE_MOST, most)
-    for _ in range(helpers):
-        if not _schedule(frame, _help_address(), state):
-            _disown(state)
-
-    helped = total - _work(state)
-    while atomic_load(state + STATE_FINISHED) != helped:
-        yield_core()
-    failed = load64(state + STATE_FAILED)
-    _disown(state)
+    for i in range(parts + 1):
+        store64(ends + 8 * i, min(i * most, total))
+    failed = call5(load64(pool), (pool, chunk, frame, ends, parts))
+    free(ends)
     return _outcome(frame, failed)
 
 
@@ -310,6 +234,7 @@ def register(name: str, function: Any) -> bool:
         if name not in _handlers:
             try:
                 jax.devices("cpu")
+                compiled_pool()
                 handler = numba.cfunc(HANDLER, cache=True)(function)
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")
             except Exception as error:

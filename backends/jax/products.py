@@ -64,6 +64,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    if _is_known(x.shape[0]) and serve.decoding_beats_dots(x.shape[0], x.dtype.name, w, spec, contract):
+        return _by_floats(x, w, bias, spec, contract)
     dots = _dots_for(x, w, spec, contract) if serve.dots_beat_floats() else None
     if dots is not None:
         y, flags = dots.product(x, w, bias, spec)
@@ -144,16 +146,46 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     return y.astype(x_dtype)
 
 
+def _in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | None, spec: Spec) -> Array:
+    """``product(x, w, bias)`` with a weight (N, K), a block of its rows at a time.
+
+    For what programs hold beside compiled loops, and hardly ever run: XLA takes memory for it at every call, 64 MB for
+    the values of 4096 x 4096, which is a tenth of a millisecond.
+    """
+    group, height, length = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block), w.codes.shape[0]
+    blocks, tail = divmod(length, height)
+    cut = all(a.shape[0] in (1, -(-length // group)) for a in jax.tree.leaves(w[1:]))  # and no blocks of scales' own
+
+    def columns(start: Any, rows: int) -> Array:
+        def part(a: Array, size: int) -> Array:
+            return a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start // size, -(-rows // size))
+
+        own = jax.tree.map(lambda a: part(a, group), w._replace(codes=None))._replace(codes=part(w.codes, 1))
+        return product(x, own, None if bias is None else part(bias, 1))
+
+    if not (blocks and cut):
+        return product(x, w, bias)
+    y = lax.map(lambda i: columns(i * height, height), jnp.arange(blocks))
+    y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], blocks * height)
+    return jnp.concatenate([y, columns(blocks * height, tail)], axis=1) if tail else y
+
+
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     def plain() -> Array:
         return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("jax"))
 
+    def in_blocks() -> Array:
+        def product(x: Array, w: Coded, bias: Array | None) -> Array:
+            return reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
+
+        return _in_blocks(product, x, w, bias, spec)
+
     dots = _dots_for(x, w, spec, contract)
     if dots is None:
-        y = _by_loops(True, x, w, bias, spec, contract, None, plain)
+        y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
         return plain() if y is NotImplemented else y
     y, flags = dots.product(x, w, bias, spec)
-    return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, plain)
+    return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, in_blocks)
 
 
 def _is_known(length: Any) -> bool:
@@ -328,12 +360,15 @@ def _stored_product(reproducible: bool, static: _Stored, x: Array, w: Coded, bia
 @functools.cache
 def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Array]:
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
-        def otherwise() -> Array:
-            return _FORMS[reproducible].reference(x, w, bias, **static._asdict(), b=get_backend("jax"))
-
         spec, contract, packed_length, swapped = static
+        plain = partial(_FORMS[reproducible].reference, **static._asdict(), b=get_backend("jax"))
+
+        def otherwise() -> Array:
+            turned = reference.in_order(w, swapped, get_backend("jax"))
+            return _in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
+
         y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise, swapped)
-        return otherwise() if y is NotImplemented else y
+        return plain(x, w, bias) if y is NotImplemented else y
 
     return _rows_at_once(product)
 
