@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -29,7 +30,23 @@ text = about.get_payload()
 assert about["Description-Content-Type"] == "text/markdown" and text.lstrip().startswith("# aqt_lite"), text[:99]
 links = [to for to in re.findall(r"\\]\\(([^)]*)\\)", text) if not to.startswith("http")]
 assert "docs/models.md" in text and not links, f"links in the description that lead nowhere: {links}"
+assert "Project-URL" not in about, "there are no addresses unless AQT_LITE_HOME says so"
 print("the wheel works:", aqt_lite.__version__, aqt_lite.__file__)
+"""
+RELEASED = """
+import contextlib, email, os, re, sys
+from setuptools import build_meta
+with contextlib.redirect_stdout(sys.stderr):
+    folder = os.path.join(sys.argv[1], build_meta.prepare_metadata_for_build_wheel(sys.argv[1]))
+with open(os.path.join(folder, "METADATA"), encoding="utf-8") as file:
+    about = email.message_from_string(file.read())
+addresses = dict(line.split(", ", 1) for line in about.get_all("Project-URL"))
+assert {"Homepage", "Documentation", "Changelog", "Source", "Issues"} == set(addresses), addresses
+assert addresses["Issues"] == "https://example.org/some/aqt_lite/issues", addresses
+links = re.findall(r"\\]\\(([^)]*)\\)", about.get_payload())
+assert "https://example.org/some/aqt_lite/blob/main/docs/models.md" in {link.partition("#")[0] for link in links}
+assert all(link.startswith("https://") for link in links), links
+print("a release has", len(addresses), "addresses and", len(links), "links, all absolute")
 """
 
 
@@ -37,6 +54,10 @@ def main() -> None:
     """Run the checks; an exception is a failure."""
     with tempfile.TemporaryDirectory() as scratch:
         built, env = Path(scratch) / "dist", Path(scratch) / "env"
+        at_home = {**os.environ, "AQT_LITE_HOME": "https://example.org/some/aqt_lite/"}
+        released = [sys.executable, "-c", RELEASED, str(Path(scratch) / "released")]
+        (Path(scratch) / "released").mkdir()
+        subprocess.run(released, check=True, cwd=ROOT, env=at_home, stderr=subprocess.DEVNULL)
         run = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(ROOT)]
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
         (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")

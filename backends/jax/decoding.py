@@ -1,7 +1,7 @@
 """Products whose codes become numbers in registers, inside programs that XLA compiles, on a CPU with numba installed.
 
 Owns: the primitive ``decoding_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
-uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
+uses, which XLA makes without Python; elsewhere, and in programs that are exported, XLA's own
 operations. Imports: the CPU library, ``ffi``, ``primitives``.
 """
 

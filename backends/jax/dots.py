@@ -1,7 +1,7 @@
 """The processor's int8 dot products inside programs that XLA compiles, on a CPU with numba installed.
 
 Owns: the primitive ``fixed_point_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's
-kernel uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, the
+kernel uses, which XLA makes without Python; elsewhere, and in programs that are exported, the
 reference in XLA's own operations. The bits are the same.
 """
 

@@ -1,7 +1,7 @@
 """Quantization by compiled loops, inside programs that XLA compiles, on a CPU with numba installed.
 
 Owns: the primitives around the loops of ``cpu.encoding`` and what they become: on a CPU calls of the loops that NumPy's
-forms use, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
+forms use, which XLA makes without Python; elsewhere, and in programs that are exported, XLA's own
 operations. Imports: the CPU library, ``ffi``, ``primitives``.
 
 Where groups lie along rows and a scale is a product, one call makes scales and codes, so that memory is read once. Else

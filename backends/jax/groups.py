@@ -1,7 +1,7 @@
 """Reproducible products with groups, inside programs that XLA compiles, on a CPU with numba installed.
 
 Owns: the primitive ``group_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
-uses, which XLA makes from its own threads without Python; elsewhere, and in programs that are exported, XLA's own
+uses, which XLA makes without Python; elsewhere, and in programs that are exported, XLA's own
 operations. Imports: the CPU library, the operations, ``ffi``, ``primitives``.
 """
 
