@@ -26,7 +26,7 @@ HOME = ROOT / "build" / "pythons"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE = ["golden", "granularity", "laws", "qarray", "report", "files", "broken_files", "backends.py::test_conformance"]
-LIBRARIES = ["plots"]  # tests that need matplotlib
+LIBRARIES = ["plots", "pool"]  # tests that need matplotlib, or numba
 OF_FILES = ["zarr", "containers", "docs.py::test_the_code_of_tables_runs"]
 MINUTES = 15  # for the tests of one environment: more means that something hangs
 
@@ -67,10 +67,11 @@ OF_ITS_TIME = "pyparsing<3.3"  # later ones warn about the way in which the lowe
 EVERYTHING = pinned([*REQUIRED, "jax", "jaxlib", "numba", "matplotlib", *TEST_TOOLS])
 FILES = pinned(["xarray", "netCDF4", "h5netcdf", "h5py", "dask", "distributed"])
 FILES += ["zarr==3.4.2", "cast-value-rs==0.5.1", "pyarrow==26.0.1"]  # for Python 3.12 on; too large for every day
-WITH_PLOTS = (*CORE, *LIBRARIES)
+ALL_OF_CORE = (*CORE, *LIBRARIES)
+BETWEEN = tuple(name for name in ALL_OF_CORE if name != "qarray")  # where an older and a newer Python run that
 ENVIRONMENTS = [
-    Environment("3.12", "3.12", EVERYTHING, ["torch"], WITH_PLOTS),
-    Environment("3.13", "3.13", EVERYTHING, ["torch"], WITH_PLOTS),
+    Environment("3.12", "3.12", EVERYTHING, ["torch"], BETWEEN),
+    Environment("3.13", "3.13", EVERYTHING, ["torch"], ALL_OF_CORE),
     Environment(
         "files",
         "3.12",
@@ -79,7 +80,7 @@ ENVIRONMENTS = [
         tuple(OF_FILES),
     ),
     Environment(
-        "lowest versions", "3.11", [*lowest("jax", "fast", "plot", "test"), OF_ITS_TIME], ["torch"], WITH_PLOTS
+        "lowest versions", "3.11", [*lowest("jax", "fast", "plot", "test"), OF_ITS_TIME], ["torch"], ALL_OF_CORE
     ),
     Environment("NumPy alone", "3.11", pinned([*REQUIRED, *TEST_TOOLS]), ["jax", "torch", "numba", "matplotlib"]),
 ]

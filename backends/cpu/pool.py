@@ -72,7 +72,7 @@ ALLOWED = 768  # a mask of the cores that threads may run on; 0 where they stay 
 SIZE = ALLOWED + 8 * MASK
 
 LOOKS = 400
-"""How often a thread that is done looks for the next job before it sleeps: for some 30 microseconds."""
+"""How often a thread that is done looks for the next job before it sleeps: for some 200 microseconds."""
 
 
 @njit
