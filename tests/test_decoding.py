@@ -496,6 +496,27 @@ def test_scales_of_zero_give_nan_under_jit():
         assert np.isfinite(np.delete(np.asarray(y), 5, axis=1)).all()
 
 
+@needs("jax")
+@needs_loops
+@pytest.mark.parametrize(
+    "how",
+    [{"dtype": "int4", "granularity": PerGroup(16)}, {"granularity": PerChannel(0)}, {"scheme": "affine"}],
+    ids=name_of,
+)
+def test_many_rows_meet_values_inside_programs(how):
+    """A small weight becomes floats, more than one thread's share, which XLA multiplies; scales of 0 do not."""
+    q = quantize(jnp.asarray(weight(230, 400)), **how)
+    x, bias = jnp.asarray(weight(70, 400, seed=4)), jnp.asarray(weight(1, 230)[0])
+    made = jax.jit(lambda s: linear(x, replace(q, scale=s), bias)).lower(q.scale).compile()
+    assert "aqt_lite_decoded_values" in made.as_text()
+    assert_exact_to_float32(made(q.scale), x, q.dequantize(), bias)
+    if q.scale.size > 1:
+        y = np.asarray(made(q.scale.at[5, -1].set(0.0)))
+        assert np.isnan(y[:, 5]).all()
+        others = np.delete(np.arange(230), 5)
+        assert_exact_to_float32(y[:, others], x, q.dequantize()[others], bias[others])
+
+
 @needs("torch")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_of_torch(dtype):

@@ -121,8 +121,7 @@ def matmul_stored(
     NaN takes the place of scales that are plain numbers and 0. ``swapped``: the axes of scales and zero points are in
     the other order than those of the codes, and than ``spec`` says.
     """
-    w = in_order(w, swapped, b)
-    values = values_stored(_with_usable_scales(w, b), spec=spec, packed_length=packed_length, b=b)
+    values = usable_values(in_order(w, swapped, b), spec=spec, packed_length=packed_length, b=b)
     return matmul_of_values(x, values, bias, contract=contract, b=b)
 
 
@@ -135,6 +134,11 @@ def in_order(w: Coded, swapped: bool, b: Backend) -> Coded:
         return None if blocks is None else b.xp.permute_dims(blocks, (1, 0))
 
     return Coded(w.codes, *map(turned, w[1:])) if swapped else w
+
+
+def usable_values(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
+    """The values of such a weight, NaN where a scale that is a plain number is 0."""
+    return values_stored(_with_usable_scales(w, b), spec=spec, packed_length=packed_length, b=b)
 
 
 def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:

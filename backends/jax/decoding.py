@@ -1,14 +1,15 @@
-"""Products whose codes become numbers in registers, inside programs that XLA compiles, on a CPU with numba installed.
+"""Codes that become numbers inside programs that XLA compiles, on a CPU with numba: in registers, or in memory.
 
-Owns: the primitive ``decoding_product`` and what it becomes: on a CPU a call of the compiled loops that NumPy's form
-uses, which XLA makes without Python; elsewhere, and in programs that are exported, XLA's own
-operations. Imports: the CPU library, ``ffi``, ``primitives``.
+Owns: the primitives ``decoding_product``, and ``decoded_values``, which XLA itself multiplies, and what they become:
+on a CPU a call of the compiled loops that NumPy's form uses, which XLA makes without Python;
+elsewhere, and in programs that are exported, XLA's own operations. Imports: the CPU library, ``ffi``, ``primitives``.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,19 +22,22 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import decoding, native, stored, turning
-from aqt_lite.backends.cpu.decoding import STRIP, arrange, multiply, shape_of_arranged
+from aqt_lite.backends.cpu.decoding import STRIP, arrange, dequantize, multiply, shape_of_arranged
 from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
 
-__all__ = ["product"]
+__all__ = ["product", "values"]
 
-TARGET = "aqt_lite_decoding_product"
+TARGET, TARGET_OF_VALUES = "aqt_lite_decoding_product", "aqt_lite_decoded_values"
 
 AT_ONCE = 2 * STRIP
 """Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
+
+CODES_AT_ONCE = 1 << 16
+"""Codes that a thread of XLA turns to floats at a time: some microseconds of work, as threads may begin late."""
 
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
 # scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
@@ -115,12 +119,62 @@ def _handler(version: int) -> Any:
     return handler
 
 
+# ---- the values. Operands: the codes, the table, scales, codes of scales, the numbers of those and zero points, as
+# above. Attributes, by name: flip, halves, inner, size. Results: values (N, K) float32, for each row 1 where a scale is
+# too large.
+
+
+@njit(nogil=True)
+def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    codes, table, scale, kept = operand(frame, 0), operand(frame, 1), operand(frame, 2), operand(frame, 3)
+    numbers, zero = operand(frame, 4), operand(frame, 5)
+    rows, inner = dim(codes, 0), attribute(frame, 2)
+    small = dequantize(
+        array(codes, (rows, dim(codes, 1)), np.uint8)[start:stop],
+        inner,
+        attribute(frame, 1) != 0,
+        attribute(frame, 0),
+        array(table, (dim(table, 0),), np.float32),
+        array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
+        array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8),
+        array(numbers, (dim(numbers, 0),), np.float32),
+        array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
+        attribute(frame, 3),
+        start,
+        array(result(frame, 0), (rows, inner), np.float32)[start:stop],
+    )
+    array(result(frame, 1), (rows,), np.int32)[start:stop] = 0 if small else 1
+
+
+_decode_address = address_of(_decode, 3)
+
+
+def _handler_of_values(version: int) -> Any:
+    def handler(frame: Any) -> Any:  # pragma: no cover - compiled
+        if describe(frame) or version < 0:
+            return OK
+        height = max(CODES_AT_ONCE // attribute(frame, 2), 1)
+        return parallel_for(frame, _decode_address(), dim(operand(frame, 0), 0), height)
+
+    return handler
+
+
+def _register(target: str, handler: Callable[[int], Any]) -> bool:
+    version = version_of(sys.modules[__name__], decoding, turning, ffi, native)
+    announce_compilation("the handler that XLA calls")
+    return ffi.register(target, handler(version))
+
+
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], decoding, turning, ffi, native)
-    announce_compilation("the handler that XLA calls")
-    return ffi.register(TARGET, _handler(version))
+    return _register(TARGET, _handler)
+
+
+@functools.cache
+def are_values_registered() -> bool:
+    """The same of those that make values."""
+    return _register(TARGET_OF_VALUES, _handler_of_values)
 
 
 # ---- what JAX sees
@@ -131,9 +185,20 @@ def _plain(
     *, flip: int, halves: bool, size: int, swapped: bool,
 ) -> list[Array]:  # fmt: skip
     """The same in XLA's own operations."""
-    rows, inner = codes.shape[0], x.shape[1]
     if swapped:
         scale, kept, zero = scale.T, kept.T, zero.T
+    of_weight = codes, table, scale, kept, numbers, zero
+    values, unserved = _plain_values(*of_weight, flip=flip, halves=halves, inner=x.shape[1], size=size)
+    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size, swapped=swapped)[1:]
+    flag = jnp.full(flags.shape, jnp.any(unserved != 0), jnp.int32)
+    return [x @ values.T + bias, flag, *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
+
+
+def _plain_values(
+    codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array,
+    *, flip: int, halves: bool, inner: int, size: int,
+) -> list[Array]:  # fmt: skip
+    rows = codes.shape[0]
 
     def spread(groups: Array) -> Array:
         return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
@@ -146,10 +211,8 @@ def _plain(
     if zero.size:
         values = values - spread(zero - flip).astype(jnp.float32)
     scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
-    y = x @ (values * spread(scale)).T + bias
-    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size, swapped=swapped)[1:]
     small = jnp.all((jnp.abs(scale) < 2.0**100) & ((scale != 0) | (numbers.size > 0)))
-    return [y, jnp.full(flags.shape, ~small, jnp.int32), *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
+    return [values * spread(scale), jnp.full(rows, ~small, jnp.int32)]
 
 
 def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int, swapped: bool) -> list[Any]:
@@ -162,7 +225,13 @@ def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int, sw
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
+def _results_of_values(codes: Any, *_: Any, flip: int, halves: bool, inner: int, size: int) -> list[Any]:
+    rows = codes.shape[0]
+    return [jax.core.ShapedArray((rows, inner), jnp.float32), jax.core.ShapedArray((rows,), jnp.int32)]
+
+
 _bind = primitive(TARGET, _plain, _results, is_registered)
+_bind_values = primitive(TARGET_OF_VALUES, _plain_values, _results_of_values, are_values_registered)
 
 
 def product(
@@ -177,3 +246,10 @@ def product(
     operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
     y, flags, _ = _bind(*operands, flip=flip, halves=halves, size=size, swapped=swapped)
     return y.astype(x.dtype), jnp.any(flags != 0)
+
+
+def values(w: Coded, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
+    """The values (N, ``inner``) of such a weight, groups of any length, and whether they have to be made otherwise."""
+    halves, flip, table, *others, size = stored.operands_of(w, spec, inner, packed, get_backend("jax"))
+    made, flags = _bind_values(w.codes, table, *others, flip=flip, halves=halves, inner=inner, size=size)
+    return made, jnp.any(flags != 0)

@@ -36,6 +36,12 @@ MOST_ROWS_AS_DIGITS = 16
 SMALLEST_FOR_LOOPS = 1 << 16
 """Codes of a weight below which XLA's own product takes no longer than a call of the compiled loops."""
 
+SMALLEST_TO_UNPACK = 1 << 13
+"""Packed codes below which XLA unpacks them in no longer than a call of a loop takes."""
+
+ROWS_TO_ONE_OF_NUMPY = 2
+"""Rows of x for each that NumPy needs for floats to pay: XLA's threads share what other forms do, too."""
+
 ROWS_OF_A_BLOCK = 256
 """Rows of the weight that are dequantized at a time: with 8192 columns, 8 MB of float32, which stays in cache."""
 
@@ -64,6 +70,9 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    y = _of_values(x, w, bias, spec, contract, None)
+    if y is not NotImplemented:
+        return y
     if _is_known(x.shape[0]) and serve.decoding_beats_dots(x.shape[0], x.dtype.name, w, spec, contract):
         return _by_floats(x, w, bias, spec, contract)
     dots = _dots_for(x, w, spec, contract) if serve.dots_beat_floats() else None
@@ -273,6 +282,44 @@ def _by_loops(
     return _unless(unserved, y, otherwise)
 
 
+def _of_values(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None) -> Any:
+    """XLA's own product with the values of a small weight, which loops make, where that is faster than other forms."""
+    loops = decoding_loops()
+    if (
+        loops is None
+        or jax.sharding.get_abstract_mesh().manual_axes
+        or not _is_worth_values(x, w, spec, contract, packed_length is not None)
+    ):
+        return NotImplemented
+    values, unserved = loops.values(w, spec, x.shape[1], packed_length is not None)
+    b = get_backend("jax")
+
+    def otherwise() -> Array:
+        return reference.usable_values(w, spec=spec, packed_length=packed_length, b=b)
+
+    values = lax.cond(unserved, otherwise, lambda: values)
+    return reference.matmul_of_values(x, values, bias, contract=contract, b=b)
+
+
+def _is_worth_values(x: Array, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether loops serve that make values, and are worth a call.
+
+    So they are where many rows meet few codes; and for any rows where no loop multiplies packed codes, for XLA unpacks
+    them in many steps.
+    """
+    rows = x.shape[0]
+    if not _is_known(rows) or not rows or not serve.becomes_floats(x.dtype.name, w, spec, contract, packed):
+        return False
+    codes = w.codes.shape[0] * x.shape[1]
+    if codes < (SMALLEST_TO_UNPACK if packed else SMALLEST_FOR_LOOPS):
+        return False
+    rows_as_numpy = rows // ROWS_TO_ONE_OF_NUMPY
+    if serve.is_worth_floats(rows_as_numpy, codes, serve.by_digits(rows_as_numpy, w, contract, packed)):
+        return True
+    multiplied = w.codes.size >= SMALLEST_FOR_LOOPS and serve.decodes(x.dtype.name, w, spec, contract, packed)
+    return packed and not multiplied and codes <= serve.MOST_CODES_AT_ONCE
+
+
 def _dots_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     """``integer_dots`` where they serve and the product is large enough to be worth the call; else None."""
     worth_a_call = w.codes.size >= SMALLEST_FOR_LOOPS and w.codes.shape[1] >= 64
@@ -361,6 +408,11 @@ def _stored_product(reproducible: bool, static: _Stored, x: Array, w: Coded, bia
 def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Array]:
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
         spec, contract, packed_length, swapped = static
+        if not reproducible:
+            ordered = reference.in_order(w, swapped, get_backend("jax"))
+            y = _of_values(x, ordered, bias, spec, contract, packed_length)
+            if y is not NotImplemented:
+                return y
         plain = partial(_FORMS[reproducible].reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
@@ -419,8 +471,10 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
             y = of_small(x, w, bias, **static._asdict())
             if y is not NotImplemented:
                 return y
+        told = w, spec, contract, packed_length is not None
         known = form.loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
-        if not known or not form.serves(x.dtype.name, w, spec, contract, packed_length is not None):
+        served = known and form.serves(x.dtype.name, *told)
+        if not served and (reproducible or form.loops() is None or not _is_worth_values(x, *told)):
             return NotImplemented
         return _jitted_stored(reproducible, static, x, w, bias)
 
