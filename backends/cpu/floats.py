@@ -18,7 +18,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, loops_of_product, map_ranges, tiles
-from aqt_lite.backends.cpu.stored import matmul_stored
+from aqt_lite.backends.cpu.stored import matmul_of_floats, matmul_stored
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
@@ -42,6 +42,11 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if y is not NotImplemented:
             return y
     x_name = get_backend("numpy").dtype_name(x)
+    if worth_floats and serve.becomes_floats(x_name, w, spec, contract, packed=False):
+        with np.errstate(all="ignore"):
+            y = matmul_of_floats(x, w, bias, spec, packed=False)
+        if y is not NotImplemented:
+            return y
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
     # loops for groups look at scales as they meet them: of many groups, one more look takes a tenth of one row's time

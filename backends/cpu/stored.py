@@ -30,6 +30,7 @@ __all__ = [
     "blocks_of_rows",
     "blocks_of_values",
     "ends_of_parts",
+    "matmul_of_floats",
     "matmul_stored",
     "operands_of",
     "plain_scales",
@@ -80,9 +81,9 @@ def matmul_stored(
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
     if serve.is_worth_floats(rows, len(w.codes) * x.shape[1], serve.by_digits(rows, w, contract, packed)):
-        return _matmul_of_floats(x, w, bias, spec, packed)
+        return matmul_of_floats(x, w, bias, spec, packed)
     if not serve.decodes(x_name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
-        return _matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented
+        return matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented
     loops, x_dtype = runtime.decoding_loops(), x.dtype
     operands = operands_of(w, spec, x.shape[1], packed, get_backend("numpy"))
     x = np.ascontiguousarray(x, dtype=np.float32)
@@ -115,14 +116,19 @@ def _ends(length: int, multiple: int, steps: int, worth: int, cores: int) -> Arr
     return np.array(ends)
 
 
-def _matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
-    """The same by BLAS, for groups of any length."""
+def matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
+    """The same by BLAS, for groups of any length: ``serve.becomes_floats``."""
     x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
-    y = np.empty((len(x), len(w.codes)), dtype=np.float32)
+    length: int = len(w.codes)
+    y: Any = None
     for columns, values in blocks_of_values(w, spec, x.shape[1], packed):
         if values is None:
             return NotImplemented
-        np.matmul(x, values.T, out=y[:, columns])
+        if len(values) == length:
+            y = np.matmul(x, values.T)
+        else:
+            y = np.empty((len(x), length), dtype=np.float32) if y is None else y
+            np.matmul(x, values.T, out=y[:, columns])
     if bias is not None:
         y += bias
     return y.astype(x_dtype, copy=False)
@@ -172,7 +178,8 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swap
     zero = _as_array(_NO_ZEROS, b) if w.zero_point is None else w.zero_point
 
     def of_rows(blocks: Array) -> Array:
-        return blocks_of_rows(blocks, rows, spec, b, swapped)
+        # those of nothing are as they should be: to find that out anew takes time that small products feel
+        return blocks if blocks is _NO_CODES or blocks is _NO_ZEROS else blocks_of_rows(blocks, rows, spec, b, swapped)
 
     table = numbers_of_codes(spec.element) if halves else _NO_NUMBERS
     return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
