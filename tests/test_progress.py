@@ -16,7 +16,7 @@ from aqt_lite import cf
 from aqt_lite.testing import assert_same_bits
 
 X = np.random.default_rng(0).standard_normal((1500, 1000)).astype("float32")
-Q = aqt_lite.quantize(X)
+Q, Q4 = aqt_lite.quantize(X), aqt_lite.quantize(X[:, :992], "int4", granularity=aqt_lite.PerGroup(32))
 CALLS = [
     lambda: aqt_lite.quantize(X),
     lambda: aqt_lite.quantize(X, "mxfp4"),
@@ -26,6 +26,8 @@ CALLS = [
     lambda: aqt_lite.error_report(X, Q),
     lambda: aqt_lite.bitround(X, 5),
     lambda: aqt_lite.keepbits_for(X, max_rel_err=0.01),
+    lambda: aqt_lite.linear(X[:8, :992], Q4),
+    lambda: aqt_lite.linear(X[:8, :992], Q4, mode="reproducible"),
 ]
 
 

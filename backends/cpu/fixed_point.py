@@ -79,8 +79,9 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     height = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP
     for part, row_exponent, total, flags, panels, tail in parts:
         of_rows = panels, tail, row_exponent, total, flags
-        ends = ends_of_parts(columns, height, steps_of_product(codes.size, len(flags)))
-        in_parts(dots.finish_in_parts, ends, codes, unsigned, *of_rows, *vectors, powers, y[part])
+        steps = steps_of_product(codes.size, len(flags))
+        ends = ends_of_parts(columns, height, steps)
+        in_parts(dots.finish_in_parts, steps, ends, codes, unsigned, *of_rows, *vectors, powers, y[part])
     return y.astype(x_dtype, copy=False)
 
 
@@ -175,7 +176,9 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     for first in range(0, rows, loops.ROWS_AT_ONCE):
         these = slice(first, first + loops.ROWS_AT_ONCE)
         of_rows = _rows_in_groups(x[these], of_weight, powers)
-        if not in_parts(loops.multiply_in_parts, ends, codes, *of_weight, inner, *of_rows, powers, bias, y[these]):
+        if not in_parts(
+            loops.multiply_in_parts, steps, ends, codes, *of_weight, inner, *of_rows, powers, bias, y[these]
+        ):
             return NotImplemented
     return y.astype(x_dtype, copy=False)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from typing import Any
 
@@ -182,6 +183,11 @@ this_core = _core_of_linux if sys.platform == "linux" else _no_core
 
 
 @intrinsic
+def _sched_getaffinity(typingctx, thread, size, mask):
+    return _libc("sched_getaffinity", types.int64(types.int64, types.int64, types.int64))
+
+
+@intrinsic
 def _sched_setaffinity(typingctx, thread, size, mask):
     return _libc("sched_setaffinity", types.int64(types.int64, types.int64, types.int64))
 
@@ -191,22 +197,109 @@ MASK = 16
 
 
 @numba.njit
-def _leave_core_of_linux(allowed, core):
-    mask = local_words(MASK)
+def _leave_core_of_linux(core, least, own):
+    allowed, last, now = own, own + 8 * MASK, local_words(MASK)
     for i in range(MASK):
-        store64(mask + 8 * i, load64(allowed + 8 * i))
-    at = mask + 8 * (core >> 6)
-    store64(at, load64(at) & ~(1 << (core & 63)))
-    _sched_setaffinity(0, 8 * MASK, mask)  # the system refuses a mask of no cores
+        store64(now + 8 * i, 0)
+    if not 0 <= core < 64 * MASK or _sched_getaffinity(0, 8 * MASK, now) & 0x80000000:  # an int, below 0
+        return
+    told = False  # by somebody else, since this thread was here
+    for i in range(MASK):
+        told |= load64(now + 8 * i) != load64(last + 8 * i)
+    cores = 0
+    for i in range(MASK):
+        if told:
+            store64(allowed + 8 * i, load64(now + 8 * i))
+        word = load64(allowed + 8 * i)
+        store64(last + 8 * i, word & ~(1 << (core & 63)) if i == core >> 6 else word)
+        for bit in range(64):
+            cores += (word >> bit) & 1
+    if cores >= least:
+        _sched_setaffinity(0, 8 * MASK, last)
+    else:
+        for i in range(MASK):
+            store64(last + 8 * i, load64(now + 8 * i))
 
 
 @numba.njit
-def _leave_no_core(allowed, core):
+def _leave_no_core(core, least, own):
     pass
 
 
 leave_core = _leave_core_of_linux if sys.platform == "linux" else _leave_no_core
-"""Let this thread run on the cores of a mask but this one, below ``64 * MASK``, from now on."""
+"""Let this thread run on all of its cores but this one, if there are ``least``, until it is here again.
+
+``own`` are two masks of this thread's, zeros at first: what somebody allowed it, and what it has told the system.
+"""
+
+
+# ---- how floats are rounded, and whether subnormal ones count: a word of each thread's, which the processor keeps
+
+
+@intrinsic
+def _float_mode_of_x86(typingctx):
+    """The word MXCSR."""
+
+    def codegen(context, builder, signature, args):
+        place = cgutils.alloca_once(builder, ir.IntType(32))
+        pointer = builder.bitcast(place, cgutils.voidptr_t)
+        function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse.stmxcsr"), [pointer])
+        return builder.zext(builder.load(place), INT64)
+
+    return types.int64(), codegen
+
+
+@intrinsic
+def _set_float_mode_of_x86(typingctx, mode):
+    """Write the word MXCSR."""
+
+    def codegen(context, builder, signature, args):
+        place = cgutils.alloca_once(builder, ir.IntType(32))
+        builder.store(builder.trunc(args[0], ir.IntType(32)), place)
+        pointer = builder.bitcast(place, cgutils.voidptr_t)
+        function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse.ldmxcsr"), [pointer])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def _float_mode_of_arm(typingctx):
+    """The register FPCR."""
+    return _libc("llvm.aarch64.get.fpcr", types.int64())
+
+
+@intrinsic
+def _set_float_mode_of_arm(typingctx, mode):
+    """Write the register FPCR."""
+
+    def codegen(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), [INT64])
+        builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.aarch64.set.fpcr"), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@numba.njit
+def _no_float_mode():
+    return 0
+
+
+@numba.njit
+def _set_no_float_mode(mode):
+    pass
+
+
+_MACHINE = platform.machine().lower()
+if _MACHINE in ("x86_64", "amd64"):
+    float_mode, set_float_mode = _float_mode_of_x86, _set_float_mode_of_x86
+elif _MACHINE in ("aarch64", "arm64"):
+    float_mode, set_float_mode = _float_mode_of_arm, _set_float_mode_of_arm
+else:
+    float_mode, set_float_mode = _no_float_mode, _set_no_float_mode
 
 
 @intrinsic

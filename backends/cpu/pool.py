@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -44,11 +45,13 @@ from aqt_lite.backends.cpu.native import (
     condition_init,
     condition_signal,
     condition_wait,
+    float_mode,
     leave_core,
     load64,
     mutex_init,
     mutex_lock,
     mutex_unlock,
+    set_float_mode,
     store64,
     this_core,
     yield_core,
@@ -63,13 +66,14 @@ NEXT = 256  # the first part that nobody has claimed
 INSIDE = 320  # threads that may be at work on a part
 ASLEEP = 384  # threads that have to be woken
 TASK, GIVEN, ENDS, PARTS, CORE = 448, 456, 464, 472, 480  # the job, and the core that its caller began on
-SUMMONER = 488  # the core of who last asked for Python
+MODE = 488  # how its caller rounds floats
 STOPPED = 496  # whether threads are to end
 FAILED = 512  # parts that raised an exception
 SUMMONS = 576  # calls of Python that nobody has begun
+SUMMONER, MODE_OF_SUMMONER = 584, 592  # the core of who last asked for Python, and how that one rounds floats
 MUTEX, CONDITION = 640, 704  # the largest of any system have 64 bytes
-ALLOWED = 768  # a mask of the cores that threads may run on; 0 where they stay where the system puts them
-SIZE = ALLOWED + 8 * MASK
+LEAST = 768  # cores that a thread is allowed where it may leave one of them
+SIZE = 832
 
 LOOKS = 400
 """How often a thread that is done looks for the next job before it sleeps: for some 200 microseconds."""
@@ -98,10 +102,10 @@ def _wake(pool: Any, most: Any) -> None:  # pragma: no cover - compiled
 
 
 @njit
-def _stay_apart(pool: Any, core: Any) -> None:  # pragma: no cover - compiled
+def _stay_apart(pool: Any, core: Any, own: Any) -> None:  # pragma: no cover - compiled
     """Leave the core that a caller runs on."""
-    if core == this_core() and 0 <= core < 64 * MASK:
-        leave_core(pool + ALLOWED, core)
+    if core == this_core():
+        leave_core(core, load64(pool + LEAST), own)
 
 
 def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pragma: no cover - compiled
@@ -113,6 +117,7 @@ def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pra
     store64(pool + ENDS, ends)
     store64(pool + PARTS, parts)
     store64(pool + CORE, this_core())
+    store64(pool + MODE, float_mode())
     atomic_store(pool + NEXT, 0)
     atomic_store(pool + FAILED, 0)
     atomic_store(pool + OPEN, 1)
@@ -130,8 +135,12 @@ def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pra
 
 
 @njit(nogil=True, cache=True)
-def _serve(pool: Any) -> Any:  # pragma: no cover - compiled
-    """Take part in jobs until Python is asked for, or the pool is stopped."""
+def _serve(pool: Any, own: Any) -> None:  # pragma: no cover - compiled
+    """Take part in jobs until Python is asked for, or the pool is stopped; ``own`` is for ``leave_core``.
+
+    A thread rounds floats as whom it works for, and so a part has the bits that its caller would make: threads of XLA,
+    and of who asks for that, take subnormal numbers for 0.
+    """
     seen = 0
     while True:
         for _ in range(LOOKS):
@@ -149,18 +158,27 @@ def _serve(pool: Any) -> Any:  # pragma: no cover - compiled
         if atomic_load(pool + STOPPED) != 0:
             return
         if atomic_load(pool + SUMMONS) > 0:
-            _stay_apart(pool, atomic_load(pool + SUMMONER))
+            _stay_apart(pool, atomic_load(pool + SUMMONER), own)
+            set_float_mode(atomic_load(pool + MODE_OF_SUMMONER))
             return
         atomic_add(pool + INSIDE, 1)
         if atomic_load(pool + OPEN) != 0:
-            _stay_apart(pool, load64(pool + CORE))
+            _stay_apart(pool, load64(pool + CORE), own)
+            set_float_mode(load64(pool + MODE))
             atomic_add(pool + FAILED, _work(pool))
         atomic_add(pool + INSIDE, -1)
 
 
+@functools.cache
+def prepared() -> Any:
+    """``_run`` for C, which has to outlive all pools; compiled before threads are, which a signal may come between."""
+    return cfunc(types.int64(*[types.int64] * 5), cache=True)(_run)
+
+
 @njit(cache=True)
-def _prepare(pool: Any, run: Any) -> None:  # pragma: no cover - compiled
+def _prepare(pool: Any, run: Any, least: Any) -> None:  # pragma: no cover - compiled
     store64(pool + RUN, run)
+    store64(pool + LEAST, least)
     mutex_init(pool + MUTEX, 0)
     condition_init(pool + CONDITION, 0)
 
@@ -168,9 +186,11 @@ def _prepare(pool: Any, run: Any) -> None:  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def _summon(pool: Any, summons: Any) -> None:  # pragma: no cover - compiled
     """Ask for Python so many times more, or less."""
-    atomic_add(pool + SUMMONS, summons)
     if summons > 0:
         atomic_store(pool + SUMMONER, this_core())
+        atomic_store(pool + MODE_OF_SUMMONER, float_mode())
+    atomic_add(pool + SUMMONS, summons)
+    if summons > 0:
         atomic_add(pool + GENERATION, 1)
         _wake(pool, summons)
 
@@ -211,13 +231,8 @@ class Pool:
         self._memory = memory[start : start + SIZE]
         self.address = int(self._memory.ctypes.data)
         self._process = os.getpid()
-        self._run = cfunc(types.int64(*[types.int64] * 5), cache=True)(_run)
-        _prepare(self.address, self._run.address)
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        if threads < len(allowed):  # a caller that is confined to fewer cores is not to confine the threads
-            mask = np.zeros(64 * MASK, np.uint8)
-            mask[[core for core in allowed if core < mask.size]] = 1
-            self._memory[ALLOWED:] = np.packbits(mask, bitorder="little")
+        # a caller that is confined to fewer cores is not to confine the threads
+        _prepare(self.address, prepared().address, max(threads + 1, 2))
         self._calls, self._stopped = SimpleQueue[Callable[[], Any]](), False
         self._threads = [threading.Thread(target=self._work, name=f"aqt_lite_{i}", daemon=True) for i in range(threads)]
         # none can be started, perhaps because the interpreter is shutting down: callers do all by themselves
@@ -234,8 +249,9 @@ class Pool:
         _summon(self.address, 1)
 
     def _work(self) -> None:
+        own = np.zeros(2 * MASK, np.int64)
         while not self._stopped:
-            _serve(self.address)
+            _serve(self.address, own.ctypes.data)
             with contextlib.suppress(Empty):
                 while not self._stopped:
                     call = self._calls.get_nowait()
@@ -246,6 +262,7 @@ class Pool:
     def stop(self) -> None:
         """End the threads; callers do all by themselves from now on."""
         self._stopped = True
+        atexit.unregister(self.stop)
         if os.getpid() == self._process:  # a child that was forked has none, and perhaps a mutex that was locked
             _stop(self.address)
             for thread in self._threads:

@@ -44,6 +44,10 @@ LARGE_PARTS = 1 << 21
 """The same for threads that wait in compiled code (``in_parts``): some hundredths of a millisecond."""
 
 
+LONG = 1 << 35
+"""Steps of which a call takes a second and longer."""
+
+
 def steps_of_product(codes: int, rows: int) -> int:
     """Steps of a product's loops: each row of x takes as long as reading the codes."""
     return codes * (rows + 1)
@@ -74,7 +78,12 @@ class _Pool:
         self._met, self._kept_off = False, -1
         self._executor = ThreadPoolExecutor(max(1, cores() - 1), "aqt_lite", initializer=self._enter)
 
+    def stop(self) -> None:
+        """End the threads."""
+        self._executor.shutdown(wait=False)
+
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        """Let a thread call Python, when one comes to it; RuntimeError where none will."""
         core = _core()
         if self._met and core != self._kept_off:
             self._keep_off(core)
@@ -97,15 +106,21 @@ class _Pool:
         self._kept_off = core
 
 
-_pools, _making = list[Any](), threading.Lock()
+_pools = list[Any]()
 
 
 def _pool() -> Any:
-    """The one pool of this process."""
+    """The one pool of this process: the first that one of perhaps several callers at once has made.
+
+    None waits for another: it may be a signal's handler, and the other what the signal came between.
+    """
     if not _pools:
-        with _making:
-            if not _pools:
-                _pools.append(_new_pool())
+        pool = _new_pool()
+        _pools.append(pool)
+        if _pools[0] is not pool:
+            pool.stop()
+        elif pool.address:
+            _announce(pool.address)
     return _pools[0]
 
 
@@ -113,17 +128,24 @@ def _new_pool() -> Any:
     """Threads that wait in compiled code (``pool.Pool``), where there is such code and the system has theirs."""
     if compiled_loops() is None or os.name == "nt":
         return _Pool()
-    from aqt_lite.backends.cpu.native import announce_pool
-    from aqt_lite.backends.cpu.pool import Pool
+    from aqt_lite.backends.cpu import pool
 
-    pool = Pool(cores() - 1)
-    announce_pool(pool.address)
-    return pool
+    try:
+        pool.prepared()
+    except RuntimeError:  # numba finds no folder that it may write its cache to
+        return _Pool()
+    return pool.Pool(cores() - 1)
+
+
+def _announce(pool: int) -> None:
+    from aqt_lite.backends.cpu.native import announce_pool
+
+    announce_pool(pool)
 
 
 def _forget_pool() -> None:
-    global _making
-    _making = threading.Lock()  # another thread may have had it
+    if _pools and _pools[0].address:
+        _announce(0)
     _pools.clear()
 
 
@@ -155,15 +177,17 @@ def worth_parts() -> int:
     return LARGE_LOOPS if os.name == "nt" else LARGE_PARTS
 
 
-def in_parts(loop: Callable[..., bool], ends: Array, *given: Any) -> bool:
+def in_parts(loop: Callable[..., bool], steps: int, ends: Array, *given: Any) -> bool:
     """``loop(pool, ends, *given)``, which numba compiled as ``pool`` says, on every core; its answer.
 
-    Where there is no such pool, this module's threads call it for one part at a time, without one.
+    Where there is no such pool, this module's threads call it for one part at a time, without one. So they do where
+    somebody wants to be told of parts that are done, and of products that take so many ``steps`` that a program is to
+    hear signals meanwhile.
     """
-    several = len(ends) > 2 and cores() > 1
-    pool = compiled_pool() if several else 0
-    if pool or not several:
-        return loop(pool, ends, *given)
+    if told() is None and steps < LONG:
+        pool = compiled_pool() if len(ends) > 2 and cores() > 1 else 0
+        if pool or len(ends) == 2:
+            return loop(pool, ends, *given)
     return all(map_ranges(lambda a, b: loop(0, ends[a : b + 1], *given), len(ends) - 1, chunks_per_core=len(ends)))
 
 

@@ -92,8 +92,9 @@ def matmul_stored(
     y = np.empty((len(x), len(codes)), dtype=np.float32)
     arranged = _arranged(x, operands)
 
-    ends = ends_of_parts(len(codes), loops.STRIP, steps_of_product(len(codes) * x.shape[1], rows))
-    small = in_parts(loops.multiply_in_parts, ends, codes, arranged, x.shape[1], *operands, bias, y)
+    steps = steps_of_product(len(codes) * x.shape[1], rows)
+    ends = ends_of_parts(len(codes), loops.STRIP, steps)
+    small = in_parts(loops.multiply_in_parts, steps, ends, codes, arranged, x.shape[1], *operands, bias, y)
     return y.astype(x_dtype, copy=False) if small else NotImplemented
 
 
