@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: the README as the package's description, and where the project is at home.
 
 A release says where that is: ``AQT_LITE_HOME=https://host/owner/aqt_lite python -m build``. Then links to files lead
-there, and so do the package's addresses. Without it a link to a file becomes its text, which names the file; the sdist
-has all of them.
+there, and so do the package's addresses, as GitHub's lie and those of hosts like it. Without it a link to a file
+becomes its text, which names the file; the sdist has all of them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ def addresses(home: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    home = os.environ.get("AQT_LITE_HOME", "").rstrip("/")
-    if home and not re.fullmatch(r"https://[\w.-]+(/[\w.~-]+)+", home):
-        raise SystemExit(f"AQT_LITE_HOME={home!r} is no address of a repository: use https://host/owner/name")
+    home = os.environ.get("AQT_LITE_HOME", "")
+    if (home and not re.fullmatch(r"https://[\w.-]+(:\d+)?(/[\w.~-]+){2,}/?", home)) or re.search(
+        r"\.git/?$|/(tree|blob)/", home
+    ):
+        raise SystemExit(
+            f"AQT_LITE_HOME={home!r} is no repository's page: use https://host/owner/name, without .git or a branch"
+        )
+    home = home.rstrip("/")
     setup(
         long_description=description(home),
         long_description_content_type="text/markdown",

@@ -59,7 +59,8 @@ def main() -> None:
         (Path(scratch) / "released").mkdir()
         subprocess.run(released, check=True, cwd=ROOT, env=at_home, stderr=subprocess.DEVNULL)
         run = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(ROOT)]
-        subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        without = {name: value for name, value in os.environ.items() if name != "AQT_LITE_HOME"}
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL, env=without)
         (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
         in_wheel = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
         sources = {f"aqt_lite/{p.relative_to(ROOT / 'aqt_lite')}" for p in (ROOT / "aqt_lite").glob("**/*.py")}

@@ -305,3 +305,23 @@ def test_threads_found_on_their_caller_s_core_are_kept_off_it(monkeypatch):
         assert told_in_a_call() == [], "a caller that is confined confines nobody"
     finally:
         pool._executor.shutdown()
+
+
+@pytest.mark.skipif(runtime.compiled_loops() is None, reason="numba is not installed")
+def test_numba_without_a_folder_for_its_cache_is_told_of_once():
+    code = """
+import warnings, numpy as np
+from numba.core import caching
+def refuse(*_): raise RuntimeError("cannot cache function: no locator available")
+(getattr(caching, 'CacheImpl', None) or caching._CacheImpl).__init__ = refuse
+import aqt_lite
+w = np.ones((512, 512), "float32")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    q = aqt_lite.quantize(w, "int4", granularity=aqt_lite.PerGroup(32))
+    assert (aqt_lite.linear(w[:1], q) == 512).all() and (aqt_lite.linear(w[:9], q) == 512).all()
+told = [str(c.message) for c in caught if c.category is RuntimeWarning]
+assert len(told) == 1 and "set NUMBA_CACHE_DIR" in told[0], told
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

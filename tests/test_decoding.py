@@ -11,8 +11,9 @@ import pytest
 from optional import jax, jnp, needs, torch
 from processors import run_without, run_without_avx_512
 
-from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
+from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine, dense, linear, quantize
 from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded
 from aqt_lite.backends.cpu import runtime, serve, stored
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
@@ -596,3 +597,33 @@ def test_other_dot_products(narrow):
         "+avx512fp16",
     )  # those that have vectors of 512 bits of them
     run_without(of_bytes if narrow else ("+avx512vnni",), __file__, IN_DOTS, form(*((8, 8) if narrow else (16, 16))))
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [KINDS[0], *KINDS[-8:]], ids=name_of)
+def test_many_scales_of_16_bits_or_in_the_other_order_are_those_that_few_are(how):
+    """Loops look them up and turn them: the bits of a weight that lies as products read it."""
+    x, w = weight(3, 512, 1), weight(512, 400)
+    turned = quantize(w, granularity=PerGroup(32, axis=0), **how).for_dense()
+    plain = quantize(w.T.copy(), granularity=PerGroup(32), **how)
+    assert plain.scale.size > max(stored.FEWEST_TO_LOOK_UP, stored.FEWEST_TO_TURN)
+    for mode in ("fast", "reproducible"):
+        for rows in (1, 3):
+            y = dense(x[:rows], turned, mode=mode)
+            np.testing.assert_array_equal(y, linear(x[:rows], plain, mode=mode))
+    assert_exact_to_float32(y, x, plain.dequantize())
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_scale_of_16_bits_is_looked_up_as_it_is_decoded(dtype):
+    q = quantize(weight(4, 64), "int4", granularity=PerGroup(32), scale_dtype=dtype)
+    _, spec = as_stored(q, packed=True)
+    codes = np.arange(1 << 16, dtype=np.uint16).view(np.int16).reshape(256, 256)
+    b = get_backend("numpy")
+    for lie in (codes, codes.T, codes[:, ::2], codes.reshape(1, -1)):
+        kept = Coded(lie, None)
+        found, *_ = stored.plain_scales(kept, spec, b)
+        with np.errstate(all="ignore"):
+            wanted = affine.scales(kept, spec, b).astype(np.float32)
+        np.testing.assert_array_equal(found.view(np.int32), wanted.view(np.int32))

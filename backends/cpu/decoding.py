@@ -66,6 +66,7 @@ __all__ = [
     "STRIP",
     "arrange",
     "dequantize",
+    "look_up",
     "multiply",
     "multiply_in_parts",
     "parts_of",
@@ -924,6 +925,13 @@ def _looked_up(codes: Any, table: Any, doubling: Any, out: Any) -> None:  # prag
         if not serves or least < first or most > last:
             for g in range(numbers.shape[0]):
                 numbers[g] = table[np.uint64(row[g])]
+
+
+@njit(nogil=True, cache=True)
+def look_up(codes: Any, table: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Numbers of codes of 16 bits."""
+    for i in range(codes.shape[0]):
+        out[i] = table[codes[i]]
 
 
 @njit(nogil=True, cache=True)

@@ -12,8 +12,9 @@ Owns: the words that they and their callers share, and the threads. Imports: ``n
     @njit(nogil=True, cache=True)
     def negate(pool, ends, x, y):
         in_parts(pool, ends, _task((x, y)))
+        return True
 
-    runtime.in_parts(negate, ends, x, y)  # from Python
+    runtime.in_parts(negate, steps, ends, x, y)  # from Python, ``ends`` as ``stored.ends_of_parts`` makes them: int64
 
 A pool works on one job at a time: a caller that finds it taken does all its parts itself, for then there are as many
 callers as cores already. Callers claim parts as the pool's threads do. At the end they wait for threads that have begun
@@ -33,6 +34,8 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
+from numba.core.errors import TypingError
+from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.native import (
     MASK,
@@ -202,12 +205,22 @@ def _stop(pool: Any) -> None:  # pragma: no cover - compiled
     _wake(pool, atomic_load(pool + ASLEEP))
 
 
+@intrinsic
+def check_ends(typingctx: Any, ends: Any) -> Any:
+    """Refuse, where a loop is compiled, what is no contiguous array of int64."""
+    if not isinstance(ends, types.Array) or ends.dtype != types.int64 or ends.layout != "C":
+        raise TypingError(f"ends: {ends} is no contiguous array of int64")
+    return types.void(ends), lambda context, *_: context.get_dummy_value()
+
+
 @njit
 def in_parts(pool: Any, ends: Any, task: Any) -> None:  # pragma: no cover - compiled
     """Do parts ``[ends[i], ends[i + 1])`` of a task, with the threads of a pool where ``pool`` is no 0.
 
-    Raises MemoryError where a part did, the only exception that loops know.
+    ``ends`` are contiguous int64: threads read them as they lie. Raises MemoryError where a part raised anything, for
+    want of memory is all that loops know.
     """
+    check_ends(ends)
     function, given = task
     if pool == 0:
         failed = call3(function, (given, ends[0], ends[-1]))

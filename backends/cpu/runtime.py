@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -342,7 +343,15 @@ def compiled_loops() -> Any:
         if config.DISABLE_JIT:  # type: ignore[attr-defined]
             return None
         from aqt_lite.backends.cpu import loops
-    except (ImportError, RuntimeError):  # RuntimeError: numba finds no folder that it may write its cache to
+    except ImportError:
+        return None
+    except RuntimeError as error:
+        warnings.warn(
+            "aqt_lite: large arrays take several times as long as they need, since numba finds no folder that it may "
+            f"write compiled loops to: set NUMBA_CACHE_DIR to one ({error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     announce_compilation("the loops of numba")
     return loops
@@ -366,6 +375,18 @@ def encoding_loops() -> Any:
 def group_loops() -> Any:
     """The loops for exact sums of groups, or None without numba."""
     return None if compiled_loops() is None else _loaded_groups()
+
+
+def turning_loops() -> Any:
+    """The loop that turns scales, or None where there are no vectors to turn them in."""
+    return None if decoding_loops() is None else _loaded_turning()
+
+
+@functools.cache
+def _loaded_turning() -> Any:
+    from aqt_lite.backends.cpu import turning
+
+    return turning
 
 
 @functools.cache

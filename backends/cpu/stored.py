@@ -36,6 +36,12 @@ __all__ = [
     "plain_scales",
 ]
 
+FEWEST_TO_LOOK_UP = 1 << 12
+"""Scales of 16 bits from which on looking them up takes less time than decoding them."""
+
+FEWEST_TO_TURN = 1 << 12
+"""Scales that lie in the other order from which on a loop turns them in less time than a copy takes."""
+
 _NO_NUMBERS = np.empty(0, dtype=np.float32)
 _NO_SCALES, _NO_CODES, _NO_ZEROS = (np.empty((0, 0), dtype=kind) for kind in (np.float32, np.uint8, np.int32))
 """What takes the place of operands that a weight has none of."""
@@ -193,7 +199,18 @@ def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bo
         shape, block = [blocks.shape[0], blocks.shape[1]], [1, 1]
         shape[axis], block[axis] = rows, shared
         blocks = spread(blocks, tuple(shape), tuple(block), b.xp)
-    return b.contiguous(blocks)
+    return _turned(blocks) if b.name == "numpy" else b.contiguous(blocks)
+
+
+def _turned(blocks: Array) -> Array:
+    """The same in the order of C: by a loop where many lie in the other order, for a copy takes ten times as long."""
+    lies_so = blocks.ndim == 2 and blocks.flags.f_contiguous and not blocks.flags.c_contiguous
+    loops = runtime.turning_loops() if lies_so and blocks.size > FEWEST_TO_TURN else None
+    if loops is None or blocks.dtype.itemsize not in (1, 4):
+        return np.ascontiguousarray(blocks)
+    out = np.empty(blocks.shape, blocks.dtype)
+    loops.turn(blocks.T, 0, len(blocks), out)
+    return out
 
 
 def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
@@ -204,10 +221,13 @@ def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array
     kept = Coded(*kept)
     codes, inner = kept.codes, kept.scale
     several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
-    if several or b.dtype_name(codes) not in ("int8", "uint8") or codes.ndim != 2:
-        scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
-        return scale, _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
     kind, plain = b.dtype_name(codes), b.name == "numpy" and all(part is None for part in kept[1:])
+    if several or kind not in ("int8", "uint8") or codes.ndim != 2:
+        if plain and codes.dtype.itemsize == 2 and codes.size > FEWEST_TO_LOOK_UP and runtime.decoding_loops():
+            scale = _looked_up(codes, _numbers_of_scales(spec, kind))
+        else:
+            scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
+        return scale, _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
     numbers = _numbers_of_scales(spec, kind) if plain else _numbers_of_every_code(kept, spec, kind, b)
     if kind == "int8":
         codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
@@ -217,7 +237,8 @@ def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array
 def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Array:
     """What scales would be if their codes were these, one after the other."""
     assert spec.format.scale is not None
-    bits, (least, most) = np.arange(256, dtype=np.uint8).view(kind), spec.format.scale.element.codes
+    size, (least, most) = np.dtype(kind).itemsize, spec.format.scale.element.codes
+    bits = np.arange(256**size, dtype=f"u{size}").view(kind)
     every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
     with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
         numbers = affine.scales(kept._replace(codes=b.asarray(every, like=kept.codes)), spec, b)
@@ -229,6 +250,15 @@ def _numbers_of_scales(spec: Spec, kind: str) -> Array:
     """The same where nothing else is kept: for a small product they would take longer than all of the loops."""
     b = get_backend("numpy")
     return _numbers_of_every_code(Coded(np.empty((1, 1), kind), None, None), spec, kind, b)
+
+
+def _looked_up(codes: Array, numbers: Array) -> Array:
+    """The numbers of codes of 16 bits, which lie as the codes do."""
+    turned = codes.flags.f_contiguous and not codes.flags.c_contiguous
+    given = codes.T if turned else np.ascontiguousarray(codes)
+    found = np.empty(given.shape, np.float32)
+    runtime.decoding_loops().look_up(given.view(np.uint16).reshape(-1), numbers, found.reshape(-1))
+    return found.T if turned else found
 
 
 def _as_array(nothing: np.ndarray[Any, Any], b: Backend) -> Array:

@@ -21,7 +21,7 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, native, stored, turning
+from aqt_lite.backends.cpu import decoding, native, pool, stored, turning
 from aqt_lite.backends.cpu.decoding import STRIP, arrange, dequantize, multiply, shape_of_arranged
 from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
@@ -37,7 +37,7 @@ AT_ONCE = 2 * STRIP
 """Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
 
 CODES_AT_ONCE = 1 << 16
-"""Codes that a thread of XLA turns to floats at a time: some microseconds of work, as threads may begin late."""
+"""Codes that a thread turns to floats at a time: some microseconds of work, as threads may begin late."""
 
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
 # scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
@@ -160,7 +160,7 @@ def _handler_of_values(version: int) -> Any:
 
 
 def _register(target: str, handler: Callable[[int], Any]) -> bool:
-    version = version_of(sys.modules[__name__], decoding, turning, ffi, native)
+    version = version_of(sys.modules[__name__], decoding, turning, ffi, native, pool)
     announce_compilation("the handler that XLA calls")
     return ffi.register(target, handler(version))
 

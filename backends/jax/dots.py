@@ -20,7 +20,7 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import dots, native
+from aqt_lite.backends.cpu import dots, native, pool
 from aqt_lite.backends.cpu.dots import (
     CODES,
     DIGITS,
@@ -114,7 +114,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], dots, ffi, native)
+    version = version_of(sys.modules[__name__], dots, ffi, native, pool)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 

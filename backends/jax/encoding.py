@@ -27,7 +27,7 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import encoders, encoding, native
+from aqt_lite.backends.cpu import encoders, encoding, native, pool
 from aqt_lite.backends.cpu.native import address_of, in_huge_pages
 from aqt_lite.backends.cpu.quantize import scales_can_be_cut
 from aqt_lite.backends.jax import ffi
@@ -190,7 +190,7 @@ _HANDLERS = {
 
 @functools.cache
 def _is_registered(target: str) -> bool:
-    version = version_of(sys.modules[__name__], encoding, ffi, native)
+    version = version_of(sys.modules[__name__], encoding, ffi, native, pool)
     announce_compilation("the handler that XLA calls")
     handler, address = _HANDLERS[target]
     return ffi.register(target, handler(address, version))

@@ -20,7 +20,7 @@ from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import groups, native, turning
+from aqt_lite.backends.cpu import groups, native, pool, turning
 from aqt_lite.backends.cpu.fixed_point import groups_of, powers_of_two
 from aqt_lite.backends.cpu.groups import ROWS_AT_ONCE, STRIP, multiply, prepare, refine, width_of_rows
 from aqt_lite.backends.cpu.native import address_of
@@ -157,7 +157,7 @@ def _handler(version: int) -> Any:
 @functools.cache
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], groups, turning, ffi, native)
+    version = version_of(sys.modules[__name__], groups, turning, ffi, native, pool)
     announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 

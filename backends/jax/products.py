@@ -40,7 +40,7 @@ SMALLEST_TO_UNPACK = 1 << 13
 """Packed codes below which XLA unpacks them in no longer than a call of a loop takes."""
 
 ROWS_TO_ONE_OF_NUMPY = 2
-"""Rows of x for each that NumPy needs for floats to pay: XLA's threads share what other forms do, too."""
+"""Rows of x for each that NumPy needs for floats to pay: threads share what other forms do, too."""
 
 ROWS_OF_A_BLOCK = 256
 """Rows of the weight that are dequantized at a time: with 8192 columns, 8 MB of float32, which stays in cache."""
