@@ -589,7 +589,8 @@ def _why_not(layer: nn.Module, name: str) -> str:
     if kind not in _QUANTIZED or name != "weight":
         known = ", ".join(layer.__name__ for layer in _QUANTIZED)
         way = "one's own layer may hold aqt_lite.torch.QuantizedWeight(aqt_lite.quantize(weight))"
-        return f"it is the {name} of a {kind.__name__}, and quantized are weights of {known}, not of their subclasses; {way}"
+        what = f"it is the {name} of a {kind.__name__}"
+        return f"{what}, and quantized are weights of {known}, not of their subclasses; {way}"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "its Embedding has max_norm, with which looking up writes to the table"
     return ""
