@@ -33,7 +33,7 @@ from aqt_lite import (
 )
 from aqt_lite.backends.torch import products
 from aqt_lite.testing import assert_same_bits
-from aqt_lite.torch import quantize_
+from aqt_lite.torch import QuantizedWeight, quantize_
 
 pytestmark = [
     # torch.compile's own code generator and forward-mode AD load parts of torch.jit, which torch has deprecated
@@ -165,6 +165,12 @@ class Layer(torch.nn.Module):
         return linear(x, self.attribute, self.bias), linear(x, own, self.bias)
 
 
+def told_of_layer():
+    """Such a layer, of whose attribute there is a warning."""
+    with pytest.warns(UserWarning, match="Layer.attribute is a QArray, which no state_dict holds"):
+        return Layer()
+
+
 class Apply(torch.nn.Module):
     def forward(self, x, w):
         return linear(x, w), quantize(x, granularity=PerGroup(4))
@@ -172,7 +178,7 @@ class Apply(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_a_module_that_holds_a_qarray(strict):
-    layer = Layer()
+    layer = told_of_layer()
     for got, expected in zip(torch.export.export(layer, (X,), strict=strict).module()(X), layer(X), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -645,6 +651,30 @@ def test_what_torch_would_make_of_a_qarray_says_what_to_do_or_works():
         torch.nn.Parameter(q)
 
 
+class Holding(torch.nn.Module):
+    """A module with a QArray, and perhaps a parameter after it."""
+
+    def __init__(self, q, parameter):
+        super().__init__()
+        self.w = q
+        if parameter:
+            self.bias = torch.nn.Parameter(torch.zeros(8))
+
+
+def test_qarrays_as_attributes_of_modules_are_told_of():
+    q = quantize(data(8, 5))
+    telling = r"Holding.w is a QArray, which no state_dict holds.*self.w = aqt_lite.torch.QuantizedWeight\(q\) keeps it"
+    with pytest.warns(UserWarning, match=telling):
+        Holding(q, True)
+    for outer in (torch.nn.Sequential, lambda *modules: torch.nn.ModuleList(modules)):
+        alone = Holding(q, False)  # nobody asks
+        with pytest.warns(UserWarning, match=telling):
+            assert "1.w" not in outer(torch.nn.Linear(2, 2), alone).state_dict()
+        outer(alone)  # said once
+    kept = torch.nn.Sequential(Holding(QuantizedWeight(q), True))
+    assert "0.w.storage" in kept.state_dict()
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("granularity", [None, PerChannel(0), PerGroup(32)], ids=str)
 def test_constructors_of_tensors_name_the_way(dtype, granularity):
@@ -824,10 +854,10 @@ def test_modules_forget_a_qarray_that_is_a_plain_attribute():
     module = torch.nn.Module()
     module.w = W
     assert module.state_dict() == {}  # torch knows tensors alone; no hook of the value's class is asked
-    assert [name for name, _ in Layer().named_buffers()] == ["codes", "scale", "zero_point"]
-    again = Layer()
+    again = told_of_layer()
+    assert [name for name, _ in again.named_buffers()] == ["codes", "scale", "zero_point"]
     again.codes.zero_()
-    again.load_state_dict(Layer().state_dict())
+    again.load_state_dict(told_of_layer().state_dict())
     assert_same_bits(again.codes, W.qvalue)
 
 

@@ -5,11 +5,14 @@ asked for.
 
 ``torch.matmul``, ``torch.mm`` and ``F.linear`` are the products that the container has. All else raises TypeError with
 the way; operators of tensors (``x * q``) take that for an answer, and ask the container's own. What has the hook is
-taken for a tensor by modules that register buffers, which goes wrong when they are moved or saved.
+taken for a tensor by modules that register buffers, which goes wrong when they are moved or saved; as an attribute it
+would be neither.
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -33,7 +36,25 @@ def serve(cls: type) -> None:
                 f"aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
             )
 
-    torch.nn.modules.module.register_module_buffer_registration_hook(refuse)
+    told = weakref.WeakSet[torch.nn.Module]()  # export, for one, makes a module part of another, too
+
+    def tell(module: torch.nn.Module) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, cls) and module not in told:
+                told.add(module)
+                warnings.warn(
+                    f"aqt_lite: {type(module).__name__}.{name} is a QArray, which no state_dict holds, and which does "
+                    f"not move with the module: self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and "
+                    f"{_OF_MODELS} makes layers that do",
+                    UserWarning,
+                    stacklevel=5,
+                )
+
+    # torch asks nobody about plain attributes: those that are there are looked at when it asks about something else
+    hooks = torch.nn.modules.module
+    hooks.register_module_buffer_registration_hook(refuse)
+    hooks.register_module_parameter_registration_hook(lambda module, *_: tell(module))
+    hooks.register_module_module_registration_hook(lambda _, name, module: None if module is None else tell(module))
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
