@@ -180,19 +180,15 @@ def _in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | 
 
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
-    def plain() -> Array:
-        return reference.matmul_reproducible(x, w, bias, spec=spec, contract=contract, b=get_backend("jax"))
+    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
-        def product(x: Array, w: Coded, bias: Array | None) -> Array:
-            return reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
-
-        return _in_blocks(product, x, w, bias, spec)
+        return _in_blocks(plain, x, w, bias, spec)
 
     dots = _dots_for(x, w, spec, contract)
     if dots is None:
         y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
-        return plain() if y is NotImplemented else y
+        return plain(x, w, bias) if y is NotImplemented else y
     y, flags = dots.product(x, w, bias, spec)
     return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, in_blocks)
 
