@@ -152,7 +152,8 @@ class QArray(ArrayShapes, ArrayBytes):
     version: int = CONTRACT_VERSION
 
     def __post_init__(self) -> None:
-        named = type(self.storage).__module__.partition(".")[0] in _OF_NAMES
+        is_axis = isinstance(self.storage, int)  # of vmap: torch.compile knows no module of numbers
+        named = not is_axis and type(self.storage).__module__.partition(".")[0] in _OF_NAMES
         if named != (type(self.dtype) is FormatName):
             self.__dict__["dtype"] = FormatName(self.dtype) if named else str(self.dtype)
 
@@ -767,6 +768,7 @@ class QArray(ArrayShapes, ArrayBytes):
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         self._check_doubts()
+        self._backend.in_use(self)
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
 
     def _check_may_train(self) -> None:

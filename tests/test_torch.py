@@ -355,14 +355,68 @@ def test_vmap():
 
 def test_trees():
     symmetric = quantize(X)
-    assert len(pytree.tree_leaves({"a": W, "b": symmetric})) == 5  # no leaf for the missing zero point
+    assert len(pytree.tree_leaves({"a": W, "b": symmetric})) == 7  # no leaf for the missing zero point
     keys = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(W)[0]]
-    assert keys == [".storage", ".scale", ".zero_point"]
+    assert keys == [".storage", ".scale", ".zero_point", ".mark"]
     assert_same_bits(pytree.tree_map(torch.clone, symmetric), symmetric)
     leaves, structure = pytree.tree_flatten(W)
     again = pytree.treespec_loads(pytree.treespec_dumps(structure))
     assert_same_bits(pytree.tree_unflatten(leaves, again), W)
     assert again == structure
+
+
+ANOTHER_STRUCTURE = {  # whose leaves have the same shapes and types
+    "block": ({"granularity": PerGroup(9)}, {"granularity": PerGroup(10)}),
+    "layout": ({}, {}),
+    "format": ({"dtype": "int4"}, {"dtype": "nf4"}),
+    "scales": ({"scale_dtype": "float8_e4m3fn"}, {"scale_dtype": "float8_e5m2"}),
+}
+
+
+@pytest.mark.parametrize("case", ANOTHER_STRUCTURE)
+def test_leaves_are_not_read_as_another_array(case):
+    x, (first, second) = data(36, 36, seed=1), ANOTHER_STRUCTURE[case]
+    a, b = quantize(x, **first), quantize(x, **second)
+    b = b.for_dense() if case == "layout" else b
+    (leaves, _), (others, structure) = pytree.tree_flatten(a), pytree.tree_flatten(b)
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [(leaf.shape, leaf.dtype) for leaf in others]
+    with pytest.raises(ValueError, match=r"was saved as .* read into a template of"):
+        pytree.tree_unflatten(leaves, structure)
+    zeros = [torch.zeros_like(leaf) for leaf in leaves]  # what optimizers begin with says nothing
+    assert pytree.tree_unflatten(zeros, structure).storage.sum() == 0
+
+
+def test_what_was_computed_with_all_leaves_is_refused_at_first_use():
+    doubled = pytree.tree_map(lambda t: t * 2, W)
+    again = pytree.tree_map(torch.clone, doubled)  # and says so where it was taken apart once more
+    for q in (doubled, again, copy.deepcopy(doubled)):
+        with pytest.raises(ValueError, match=r"the leaf `mark` of this QArray is none: .* \(tree_map\)"):
+            q.dequantize()
+    assert_same_bits(pytree.tree_map(lambda t: t.contiguous(), W), W)
+    stacked = pytree.tree_map(lambda a, b: torch.stack([a, b]), W, W)
+    assert_same_bits(stacked[1], W)
+
+
+def test_a_zero_point_is_not_read_as_an_offset():
+    leaves, _ = pytree.tree_flatten(W)
+    _, structure = pytree.tree_flatten(dataclasses.replace(W, zero_point=None, offset=W.scale))
+    with pytest.raises(ValueError, match=r"codes and scale, zero_point, and is put together as .* scale, offset: use"):
+        pytree.tree_unflatten(leaves, structure)
+
+
+def test_compiled_maps_over_leading_axes():
+    q = quantize(data(3, 6, 32), "mxfp4")
+    assert_same_bits(whole(lambda q: torch.func.vmap(lambda row: row.dequantize())(q))(q), q.dequantize())
+
+
+def test_trees_of_what_is_no_array_are_kept_as_they_are():
+    axes = pytree.tree_map(lambda _: 0, W)
+    assert pytree.tree_leaves(axes) == [0, 0, 0, 0]
+    assert_same_bits(torch.func.vmap(lambda q: q.dequantize(), in_dims=(axes,))(W), W.dequantize())
+    of_numpy = W.to_backend("numpy")
+    leaves, structure = pytree.tree_flatten(of_numpy)
+    assert {type(leaf) for leaf in leaves} == {np.ndarray}
+    assert_same_bits(pytree.tree_unflatten(leaves, structure).dequantize(), of_numpy.dequantize())
 
 
 @pytest.mark.parametrize("weights_only", [True, False])
@@ -683,6 +737,35 @@ def test_constructors_of_tensors_name_the_way(dtype, granularity):
         for make in (torch.as_tensor, torch.tensor, torch.asarray, torch.from_dlpack, np.from_dlpack):
             with pytest.raises(TypeError, match=r"a QArray becomes no tensor.*q\.dequantize\(\).*QuantizedWeight\(q\)"):
                 make(q)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: linear(x, m.w),
+        lambda m, x: x @ m.w.T,
+        lambda m, x: torch.nn.functional.linear(x, m.w),
+        lambda m, x: x @ m.w.dequantize().T,
+        lambda m, x: torch.mm(x, m.w.T),
+    ],
+)
+def test_a_lone_module_is_told_of_its_attribute_when_it_is_used(use):
+    class Lone(torch.nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.w = w
+
+        def forward(self, x):
+            return use(self, x)
+
+    lone = Lone(copy.copy(W))
+    with pytest.warns(UserWarning, match=r"Lone\.w is a QArray, which no state_dict holds.*QuantizedWeight") as told:
+        y = lone(X)
+    assert [warning.filename for warning in told] == [__file__]
+    assert_same_bits(lone(X), y)  # once is enough: warnings are errors here
+    kept = QuantizedWeight(copy.copy(W))
+    assert_same_bits(linear(X, kept.qarray), linear(X, W))
+    assert kept in torch.nn.Sequential(kept)  # nor is there a warning of a QArray that is kept beside its buffers
 
 
 def test_products_of_torch_are_those_of_a_qarray():

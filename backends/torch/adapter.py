@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,15 +10,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-import torch.utils._pytree as torch_pytree
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses import FakeTensor
 
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite.backends.torch import functions
+from aqt_lite.backends.torch import functions, trees
 from aqt_lite.backends.torch.namespace import namespace
+from aqt_lite.backends.torch.tensors import (
+    has_its_memory,
+    has_no_values,
+    is_functorch,
+    is_inside_grad,
+    outside_transformations,
+    without_memory,
+    wraps_tensors,
+)
 from aqt_lite.elements import Codebook, Float, FloatOrMissing, Integer, IntegerOrMissing
 from aqt_lite.formats import Format
 
@@ -185,31 +190,11 @@ class TorchBackend(Backend):
             return super().unusable_as_nan(scale, positive)
         return _unusable_as_nan(scale, positive)
 
+    def in_use(self, q: Any) -> None:
+        functions.look_for_a_module(q)
+
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
-        def with_keys(node: Any) -> Any:  # None is a leaf to torch, but no tensor: it becomes part of the structure
-            leaves, static = flatten(node)
-            present = tuple(leaf is not None for leaf in leaves)
-            keys = (torch_pytree.GetAttrKey(name) for name in names)
-            return [pair for pair in zip(keys, leaves, strict=True) if pair[1] is not None], (static, present)
-
-        def without_keys(node: Any) -> Any:
-            pairs, context = with_keys(node)
-            return [leaf for _, leaf in pairs], context
-
-        def rebuild(leaves: Any, context: Any) -> Any:
-            static, present = context
-            found = iter(leaves)
-            return unflatten(static, [next(found) if there else None for there in present])
-
-        torch_pytree.register_pytree_node(
-            cls,
-            without_keys,
-            rebuild,
-            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            to_dumpable_context=list,
-            from_dumpable_context=_as_tuples,
-            flatten_with_keys_fn=with_keys,
-        )
+        trees.register(cls, flatten, unflatten, names)
         functions.serve(cls)
         # torch.load(weights_only=True) trusts them: fields, and no code
         kinds = Codebook, Float, Integer, FloatOrMissing, IntegerOrMissing
@@ -241,17 +226,7 @@ def _is_of_ml_dtypes(dtype: np.dtype[Any]) -> bool:
 HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
 
 
-_NO_TRANSFORMATION: Any = contextlib.nullcontext()
 _SIGNED = {torch.uint16: torch.int16}
-
-
-def outside_transformations() -> Any:
-    """A context in which plain tensors have memory, also where a function is transformed (``torch.func``)."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return _NO_TRANSFORMATION
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
 
 
 @torch.library.custom_op("aqt_lite::unusable_as_nan", mutates_args=())
@@ -300,54 +275,3 @@ def _by_arithmetic(bits: Array) -> Array:
     size = significand * powers[exponent.to(torch.int64)]
     size = torch.where((exponent == 255) & (fraction != 0), float("nan"), size)
     return torch.where(bits < 0, -size, size)
-
-
-def _as_tuples(kept: Any) -> Any:
-    return tuple(_as_tuples(k) for k in kept) if isinstance(kept, list) else kept
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_inside_grad() -> bool:
-    """Whether ``torch.func.grad``, ``vjp`` or ``jvp`` surrounds what a compiler traces, which asks while it does."""
-    kinds = torch._C._functorch.TransformType
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
-
-
-def has_no_values(x: Array) -> bool:
-    """Whether x is on the meta device, a fake tensor, or wrapped by a functorch transformation."""
-    return bool(x.is_meta or isinstance(x, FakeTensor) or is_functorch_wrapped_tensor(x))
-
-
-def has_its_memory(x: Array) -> bool:
-    """Whether the storage is as large as the tensor says; torch lets one take it away, and reads on regardless."""
-    present = x.untyped_storage().nbytes()
-    if present >= x.nbytes and x.is_contiguous() and not x.storage_offset():
-        return True
-    if 0 in x.shape:
-        return True
-    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return bool(present >= (last + 1) * x.element_size())
-
-
-def without_memory(x: Array) -> str:
-    """What is wrong with a tensor without its memory."""
-    return (
-        f"has shape {tuple(x.shape)}, but its storage was freed or cut, to {x.untyped_storage().nbytes()} bytes (as "
-        f"FSDP does between uses): gather its values first"
-    )
-
-
-def wraps_tensors(x: Array) -> bool:
-    """Whether x has no memory of its own, as DTensor has none: a class that answers every operator itself."""
-    cls = type(x)
-    return (
-        cls is not torch.Tensor
-        and cls is not torch.nn.Parameter
-        and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    )
-
-
-def is_functorch(x: Array) -> bool:
-    """Whether a functorch transformation (vmap, grad) wraps the tensor."""
-    return bool(is_functorch_wrapped_tensor(x))

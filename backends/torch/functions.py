@@ -11,8 +11,10 @@ would be neither.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ import torch.utils._pytree as pytree
 
 from aqt_lite._ways import no_array_of
 
-__all__ = ["serve"]
+__all__ = ["look_for_a_module", "serve"]
 
 _OF_MODELS = "aqt_lite.torch.quantize_(model, rules)"
+_KEEPS = "qarray"  # what a module has whose buffers are the arrays of a container
 
 
 def serve(cls: type) -> None:
@@ -36,25 +39,49 @@ def serve(cls: type) -> None:
                 f"aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
             )
 
-    told = weakref.WeakSet[torch.nn.Module]()  # export, for one, makes a module part of another, too
-
-    def tell(module: torch.nn.Module) -> None:
-        for name, value in vars(module).items():
-            if isinstance(value, cls) and module not in told:
-                told.add(module)
-                warnings.warn(
-                    f"aqt_lite: {type(module).__name__}.{name} is a QArray, which no state_dict holds, and which does "
-                    f"not move with the module: self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and "
-                    f"{_OF_MODELS} makes layers that do",
-                    UserWarning,
-                    stacklevel=5,
-                )
-
     # torch asks nobody about plain attributes: those that are there are looked at when it asks about something else
     hooks = torch.nn.modules.module
     hooks.register_module_buffer_registration_hook(refuse)
-    hooks.register_module_parameter_registration_hook(lambda module, *_: tell(module))
-    hooks.register_module_module_registration_hook(lambda _, name, module: None if module is None else tell(module))
+    hooks.register_module_parameter_registration_hook(lambda module, *_: _tell_of(module, cls))
+    hooks.register_module_module_registration_hook(
+        lambda _, name, module: None if module is None else _tell_of(module, cls)
+    )
+
+
+_told = weakref.WeakSet[torch.nn.Module]()  # export, for one, makes a module part of another, too
+
+
+def _tell_of(module: torch.nn.Module, cls: type) -> None:
+    """Warn of a container that is a plain attribute of a module."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, cls) and module not in _told and not hasattr(type(module), _KEEPS):
+            _told.add(module)
+            frame = _caller()
+            warnings.warn_explicit(
+                f"aqt_lite: {type(module).__name__}.{name} is a QArray, which no state_dict holds, and which does "
+                f"not move with the module: self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and "
+                f"{_OF_MODELS} makes layers that do",
+                UserWarning,
+                frame.f_code.co_filename,
+                frame.f_lineno,
+            )
+
+
+def look_for_a_module(q: Any) -> None:
+    """Warn where ``q``, which is about to be used, is a plain attribute of a module that its user knows."""
+    if torch.compiler.is_compiling():
+        return
+    for value in list(_caller().f_locals.values()):  # a list, since a module's names change by other threads
+        if issubclass(type(value), torch.nn.Module) and any(own is q for own in list(vars(value).values())):
+            _tell_of(value, type(q))
+
+
+def _caller() -> FrameType:
+    """The frame of who called this package, by way of torch or not."""
+    frame: FrameType = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("aqt_lite.", "torch.")):
+        frame = frame.f_back
+    return frame
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,7 +22,13 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve, stored
-from aqt_lite.backends.torch.adapter import (
+from aqt_lite.backends.torch.onnx import (
+    makes_onnx_of_codes,
+    values_in_onnx,
+    with_codes_in_onnx,
+    with_streams_in_onnx,
+)
+from aqt_lite.backends.torch.tensors import (
     has_its_memory,
     has_no_values,
     is_functorch,
@@ -30,12 +36,6 @@ from aqt_lite.backends.torch.adapter import (
     outside_transformations,
     without_memory,
     wraps_tensors,
-)
-from aqt_lite.backends.torch.onnx import (
-    makes_onnx_of_codes,
-    values_in_onnx,
-    with_codes_in_onnx,
-    with_streams_in_onnx,
 )
 from aqt_lite.elements import float_type
 from aqt_lite.formats import FORMATS, Format, element_type
