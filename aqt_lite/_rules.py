@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._arguments import check_floats
+from aqt_lite._callers import warn
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import said_here
 from aqt_lite._near import nearest
@@ -43,6 +44,7 @@ __all__ = [
     "planned",
     "quantized",
     "specs",
+    "to_quantize",
 ]
 
 Rules = Sequence[tuple["str | re.Pattern[str]", "dict[str, Any] | None"]]
@@ -566,3 +568,16 @@ class naming:  # noqa: N801 - a context manager that reads like a phrase
 def named(plans: Iterable[Planned]) -> Iterator[Planned]:
     """Those that are quantized."""
     return (plan for plan in plans if plan.arguments is not None)
+
+
+def to_quantize(plans: Sequence[Planned], rules: Rules | None, already: Sequence[str] = ()) -> list[Planned]:
+    """Those that are quantized; a warning where nobody said which, and there are none, nor were before."""
+    chosen = list(named(plans))
+    if rules is None and plans and not (chosen or already):
+        leaf = max((plan.leaf for plan in plans), key=lambda leaf: math.prod(leaf.array.shape))
+        why = leaf.why_not or "without rules only floating-point matrices are"
+        warn(
+            f"nothing was quantized; of {len(plans)} arrays the largest is {leaf.path or 'params'!r} of shape "
+            f"{tuple(leaf.array.shape)}: {why}"
+        )
+    return chosen

@@ -22,7 +22,17 @@ from aqt_lite._foreign import refusal
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
-from aqt_lite._rules import Leaf, Planned, Rules, is_matrix, named, naming, nbytes_of_array, planned, quantized
+from aqt_lite._rules import (
+    Leaf,
+    Planned,
+    Rules,
+    is_matrix,
+    naming,
+    nbytes_of_array,
+    planned,
+    quantized,
+    to_quantize,
+)
 from aqt_lite.qarray import QArray
 from aqt_lite.report import ErrorReport, error_report
 
@@ -79,6 +89,11 @@ def quantize_tree(
         Of the same structure. An array that stood in several places (tied weights) is quantized once, and the QArray
         stands in all of them.
 
+    Warns
+    -----
+    UserWarning
+        There are no rules, and nothing was quantized.
+
     Raises
     ------
     ValueError
@@ -109,7 +124,10 @@ def quantize_tree(
     >>> q["layer"]["kernel"].granularity, aqt_lite.dense(np.ones(64, "float32"), **{"w": q["layer"]["kernel"]}).shape
     (PerGroup(size=32, axis=0), (32,))
     """
-    return quantized_as_planned(params, _plans(_quantizable_leaves(params), rules, layout), progress)
+    leaves = _quantizable_leaves(params)
+    return quantized_as_planned(
+        params, to_quantize(_plans(leaves, rules, layout), rules, quantized_already(leaves)), progress
+    )
 
 
 @naming_the_argument
@@ -318,9 +336,9 @@ def _table(rows: list[tuple[str, ...]], right: int) -> str:
 
 
 def quantized_as_planned(params: Any, plans: Sequence[Planned], progress: Progress) -> Any:
-    """The tree that those plans of its leaves make."""
+    """The tree that those plans of leaves that are quantized make."""
     made: dict[Hashable, QArray] = {}
-    for plan in with_progress(list(named(plans)), progress, lambda plan: plan.leaf.path):
+    for plan in with_progress(plans, progress, lambda plan: plan.leaf.path):
         made[_key_of(plan.leaf.array)] = quantized(plan)
     return _rebuilt(params, [made.get(_key_of(leaf), leaf) for _, leaf in leaves_of(params)])
 
@@ -333,6 +351,11 @@ def leaves_of(tree: Any, argument: str = "params") -> list[tuple[str, Any]]:
             "and tuples, or a JAX pytree; of a torch model its state_dict(), or use aqt_lite.torch.quantize_(model)"
         )
     return list(_walk(tree, "", ()))
+
+
+def quantized_already(leaves: list[tuple[str, Any]]) -> list[str]:
+    """Paths of the leaves that are quantized."""
+    return [path for path, leaf in leaves if isinstance(leaf, QArray)]
 
 
 def _quantizable_leaves(params: Any) -> list[tuple[str, Any]]:

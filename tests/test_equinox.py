@@ -124,6 +124,11 @@ def test_a_model_in_three_lines():
     assert isinstance(quantize(model).own, jax.Array)
 
 
+def test_a_model_without_layers_to_quantize_is_told_of():
+    with pytest.warns(UserWarning, match=r"nothing was quantized; of 2 arrays the largest is '(weight|bias)' of shape"):
+        quantize(eqx.nn.LayerNorm(4))
+
+
 def test_rows_outside_the_table():
     small = quantize(eqx.nn.Embedding(50, 16, key=KEY))
     plain = dequantize_tree(small)
@@ -212,7 +217,8 @@ def test_what_is_refused():
     conv = Mine(4, 6, 3, key=KEY)
     with pytest.raises(ValueError, match="it is the weight of a Mine, a subclass that may use it in other ways"):
         quantize(conv, [("*", {})])
-    assert quantize(conv).weight is conv.weight
+    with pytest.warns(UserWarning, match="nothing was quantized.*it is the weight of a Mine"):
+        assert quantize(conv).weight is conv.weight
     with pytest.raises(ValueError, match="this is the weight of Embedding"):
         quantize(eqx.nn.Embedding(5, 4, key=KEY), [("*", {"activations": "int8"})])
     with pytest.raises(ValueError, match="this is the weight of no layer"):

@@ -276,6 +276,11 @@ def test_without_rules_every_weight_of_known_layers():
     assert isinstance(model.own, nnx.Param)
 
 
+def test_a_model_without_layers_to_quantize_is_told_of():
+    with pytest.warns(UserWarning, match=r"nothing was quantized; of 2 arrays the largest is '(scale|bias)' of shape"):
+        quantize_(nnx.LayerNorm(4, rngs=rngs()))
+
+
 def test_split_merge_state_update_and_clone():
     model = quantize_(drawn(lambda: Model(rngs())), RULES)
     graph, state = nnx.split(model)
@@ -454,7 +459,8 @@ def test_layers_that_could_not_use_it(name):
     model = drawn(make)
     with pytest.raises(ValueError, match=message):
         quantize_(model, [("*", {})])
-    assert not quantized_weights(quantize_(model))
+    with pytest.warns(UserWarning, match=f"nothing was quantized; .*{message}"):
+        assert not quantized_weights(quantize_(model))
 
 
 def test_specs_that_make_no_sense():

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -235,6 +236,14 @@ def test_everything_else_stays_what_it_was():
     assert called == ["hook"]
     before = model.state_dict()
     assert quantize_(model).state_dict().keys() == before.keys()  # nothing is left to be done
+
+
+def test_a_model_without_layers_to_quantize_is_told_of():
+    model = torch.nn.GRU(8, 4)
+    words = "nothing was quantized; of 4 arrays the largest is 'weight_ih_l0' of shape (12, 8): it is the weight_ih_l0 "
+    with pytest.warns(UserWarning, match=f"{re.escape(words)}of a GRU, and quantized are weights of Linear"):
+        quantize_(model)
+    quantize_(quantize_(torch.nn.Linear(3, 2)))  # the second time there is nothing left, which is as it should be
 
 
 def test_tied_weights_stay_tied():

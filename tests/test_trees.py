@@ -117,6 +117,18 @@ def test_the_first_rule_that_matches_wins_and_none_leaves_alone():
     assert kinds == {"encoder/layer0/kernel": "int4", "embed/embedding": "uint8", "head/weight": "uint8"}
 
 
+def test_a_tree_of_which_nothing_is_quantized_is_told_of():
+    tree = {"norm": {"scale": data(16), "bias": data(3)}, "step": np.arange(3)}
+    words = r"nothing was quantized; of 3 arrays the largest is 'norm/scale' of shape \(16,\): without rules only"
+    with pytest.warns(UserWarning, match=words) as told:
+        same = quantize_tree(tree)
+    assert same["norm"]["scale"] is tree["norm"]["scale"]
+    assert [warning.filename for warning in told] == [__file__]
+    quantize_tree(tree, [("*", None)])  # asked for: no warning, which would be an error here
+    quantize_tree({"kernel": quantize_tree({"kernel": data(4, 4)})["kernel"], "bias": data(4)})  # done before
+    quantize_tree({})
+
+
 def test_small_leaves_are_quantized_where_a_rule_says_that_they_are_no_weights():
     tree = model()
     q = quantize_tree(tree, [("*bias", {"layout": None}), ("*norm*", {"layout": None, "granularity": PerGroup(4)})])
@@ -215,7 +227,8 @@ def test_more_dimensions_need_a_granularity_or_a_layout():
     assert grouped.granularity == PerGroup(4, 2)
     stack = quantize_tree({"kernel": data(4, 8, 8)}, [("*", {"granularity": PerBlock((1, -1, 1))})])["kernel"]
     assert stack[2].granularity == PerChannel(1)
-    assert quantize_tree(tree) == tree
+    with pytest.warns(UserWarning, match="the largest is 'conv/kernel'"):
+        assert quantize_tree(tree) == tree
 
 
 # ---- what is refused, and where

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, to_quantize
 from aqt_lite.backends.jax import functions, layers
 from aqt_lite.ops import dot_general
 from aqt_lite.qarray import QArray
-from aqt_lite.trees import Progress, TreePlan, layout_of, leaves_of, places_of, quantized_as_planned
+from aqt_lite.trees import Progress, TreePlan, layout_of, leaves_of, places_of, quantized_already, quantized_as_planned
 
 __all__ = [
     "QuantizedConv",
@@ -80,7 +80,7 @@ def quantize(model: Any, rules: Rules | None = None, *, progress: Progress = Non
     (5, 10)
     """
     plans = _plans(model, rules)
-    made = quantized_as_planned(model, plans, progress)
+    made = quantized_as_planned(model, to_quantize(plans, rules, quantized_already(leaves_of(model))), progress)
     activations = {path: found.extra.get("activations") for found in plans for path in found.leaf.paths}
     places, replacements = [], []
     for place, (path, layer) in enumerate(_layers(made)):

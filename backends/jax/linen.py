@@ -27,7 +27,7 @@ from flax.linen import dtypes
 
 from aqt_lite._keywords import in_a_spec, naming_the_argument
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, specs, to_quantize
 from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
@@ -90,7 +90,8 @@ def quantize(
     """
     boxed = _params_of(variables)
     params = nn.meta.unbox(boxed)
-    made = quantized_as_planned(params, _plans(model, variables, params, args, kwargs, rules), progress)
+    plans = _plans(model, variables, params, args, kwargs, rules)
+    made = quantized_as_planned(params, to_quantize(plans, rules), progress)
     found = {**variables, "params": nn.meta.replace_boxed(boxed, made)}
     return freeze(found) if isinstance(variables, FrozenDict) else found
 

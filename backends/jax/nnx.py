@@ -21,7 +21,7 @@ from jax import lax
 
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, quantized
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named, quantized, to_quantize
 from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
@@ -250,7 +250,8 @@ def quantize_(model: Any, rules: Rules | None = None, *, progress: Progress = No
     PerGroup(size=32, axis=0)
     """
     slots = _slots(model)
-    chosen = list(named(_plans(slots, rules, [*quantized_weights(model)])))
+    already = [*quantized_weights(model)]
+    chosen = to_quantize(_plans(slots, rules, already), rules, already)
     made = [quantized(found) for found in with_progress(chosen, progress, lambda found: found.leaf.path)]
     for found, q in zip(chosen, made, strict=True):  # nothing here can fail
         _exchange(slots[id(found.leaf.array)], q, found.extra.get("activations"))

@@ -11,15 +11,13 @@ would be neither.
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
+from aqt_lite._callers import caller, warn
 from aqt_lite._ways import no_array_of
 
 __all__ = ["look_for_a_module", "serve"]
@@ -56,14 +54,10 @@ def _tell_of(module: torch.nn.Module, cls: type) -> None:
     for name, value in list(vars(module).items()):
         if isinstance(value, cls) and module not in _told and not hasattr(type(module), _KEEPS):
             _told.add(module)
-            frame = _caller()
-            warnings.warn_explicit(
+            warn(
                 f"aqt_lite: {type(module).__name__}.{name} is a QArray, which no state_dict holds, and which does "
                 f"not move with the module: self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and "
-                f"{_OF_MODELS} makes layers that do",
-                UserWarning,
-                frame.f_code.co_filename,
-                frame.f_lineno,
+                f"{_OF_MODELS} makes layers that do"
             )
 
 
@@ -71,17 +65,9 @@ def look_for_a_module(q: Any) -> None:
     """Warn where ``q``, which is about to be used, is a plain attribute of a module that its user knows."""
     if torch.compiler.is_compiling():
         return
-    for value in list(_caller().f_locals.values()):  # a list, since a module's names change by other threads
+    for value in list(caller().f_locals.values()):  # a list, since a module's names change by other threads
         if issubclass(type(value), torch.nn.Module) and any(own is q for own in list(vars(value).values())):
             _tell_of(value, type(q))
-
-
-def _caller() -> FrameType:
-    """The frame of who called this package, by way of torch or not."""
-    frame: FrameType = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("aqt_lite.", "torch.")):
-        frame = frame.f_back
-    return frame
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,7 +22,7 @@ from torch import nn
 from aqt_lite import _mark
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._registry import get_backend
-from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized
+from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, naming, planned, quantized, to_quantize
 from aqt_lite._shapes import swapped_back, taken_from
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
@@ -476,6 +476,11 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     torch.nn.Module
         ``model`` itself. Layers that shared a weight share the quantized one.
 
+    Warns
+    -----
+    UserWarning
+        There are no rules, and nothing was quantized.
+
     Raises
     ------
     ValueError, TypeError
@@ -503,8 +508,8 @@ def quantize_(model: nn.Module, rules: Rules | None = None, *, progress: Progres
     >>> model(torch.ones(2, 64)).shape, list(model.state_dict())[:4]
     (torch.Size([2, 10]), ['0.bias', '0.weight.storage', '0.weight.scale', '0.weight.mark'])
     """
-    slots = _slots(model)
-    chosen = [found for found in _plans(slots, rules, _already(model)) if found.arguments is not None]
+    slots, already = _slots(model), _already(model)
+    chosen = to_quantize(_plans(slots, rules, already), rules, already)
     made = []
     for found in with_progress(chosen, progress, lambda found: found.leaf.path):
         made.append(QuantizedWeight(quantized(found)))
