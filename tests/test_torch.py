@@ -758,7 +758,9 @@ def test_a_lone_module_is_told_of_its_attribute_when_it_is_used(use):
         def forward(self, x):
             return use(self, x)
 
-    lone = Lone(copy.copy(W))
+    w = copy.copy(W)
+    assert linear(X, w).shape == linear(X, w).shape  # used before, which is no module's business
+    lone = Lone(w)
     with pytest.warns(UserWarning, match=r"Lone\.w is a QArray, which no state_dict holds.*QuantizedWeight") as told:
         y = lone(X)
     assert [warning.filename for warning in told] == [__file__]

@@ -61,10 +61,16 @@ def _tell_of(module: torch.nn.Module, cls: type) -> None:
             )
 
 
+_LOOKS = "_looks_for_a_module"
+_MOST_LOOKS = 16  # of a container, which may have been used before it became an attribute; two microseconds each
+
+
 def look_for_a_module(q: Any) -> None:
     """Warn where ``q``, which is about to be used, is a plain attribute of a module that its user knows."""
-    if torch.compiler.is_compiling():
+    looks = q.__dict__.get(_LOOKS, 0)
+    if looks == _MOST_LOOKS or torch.compiler.is_compiling():
         return
+    q.__dict__[_LOOKS] = looks + 1
     for value in list(caller().f_locals.values()):  # a list, since a module's names change by other threads
         if issubclass(type(value), torch.nn.Module) and any(own is q for own in list(vars(value).values())):
             _tell_of(value, type(q))
