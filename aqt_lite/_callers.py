@@ -17,7 +17,7 @@ _INSIDE = ("aqt_lite.", "torch.")  # torch asks for what its own functions were 
 def caller() -> FrameType:
     """The frame of who called this package, by way of torch or not."""
     frame: FrameType = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_INSIDE):
         frame = frame.f_back
     return frame
 

@@ -9,7 +9,6 @@ mean. So the leaves say it themselves.
 
 from __future__ import annotations
 
-import enum
 import functools
 import itertools
 import zlib
@@ -23,21 +22,7 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import DERIVED, FORMATS, SCALE_FORMATS
 from aqt_lite.granularity import Block
 
-__all__ = [
-    "LENGTH",
-    "Says",
-    "encoded",
-    "in_words",
-    "no_mark",
-    "of",
-    "parts_of",
-    "parts_said",
-    "read",
-    "repeated",
-    "shape_beside",
-    "shape_of",
-    "surplus",
-]
+__all__ = ["LENGTH", "encoded", "in_words", "of", "parts_of", "parts_said", "repeated", "shape_of", "surplus"]
 
 LENGTH = 16
 """Bytes: 2 of a checksum, 3 of the format's name, 1 of flags, 2 of the packed length, 8 of four block lengths.
@@ -50,15 +35,6 @@ _WHOLE_AXIS = 0
 _LONGEST = (1 << 16) - 1
 _RUNS = tuple((first, second) for first in range(1, 5) for second in range(1, 5) if (first, second) != (1, 1))
 _TRANSPOSED, _PACKED = 1, 2  # flags; two more bits are the type of the values, the upper four the contract's version
-
-
-class Says(enum.Enum):
-    """What a leaf says of the container that it came with."""
-
-    NOTHING = enum.auto()
-    LATER = enum.auto()  # it is not computed yet
-    THE_SAME = enum.auto()
-    NONSENSE = enum.auto()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,39 +108,6 @@ _PARTS_OF = {
 def parts_said(length: int) -> tuple[str, ...] | None:
     """What lies beside the codes of a leaf of so many bytes; None where no leaf has so many."""
     return _PARTS_OF.get(length)
-
-
-def read(values: np.ndarray[Any, Any], own: bytes) -> Says:
-    """What the bytes of a leaf say, where ``own`` would be the mark.
-
-    Raises ValueError where they are the mark of another structure.
-    """
-    first = values.reshape(-1, values.shape[-1])[0, :LENGTH] if values.ndim and values.size else values
-    found = bytes(first.tobytes())
-    if found == own:
-        return Says.THE_SAME
-    other = in_words(found)
-    if other is not None:
-        raise ValueError(
-            f"a QArray was saved as {other}, and is read into a template of {in_words(own)}: its codes would stand "
-            "for other numbers; make the template as the saved one was made, and convert afterwards"
-        )
-    return Says.NONSENSE if values.any() else Says.NOTHING
-
-
-def no_mark(tree_map: str) -> str:
-    """Words for bytes that are no mark."""
-    return (
-        f"the leaf `mark` of this QArray is none: something was computed with all leaves of a tree ({tree_map}), codes "
-        "and scales alike, or another leaf was read in its place; compute with q.dequantize(), or leave it as a whole "
-        "with is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)"
-    )
-
-
-def shape_beside(q: Any) -> tuple[int, ...]:
-    """Shape of the leaf of a container."""
-    grid = getattr(q.scale, "shape", None)  # None where there are no scales, or where they are elsewhere for now
-    return shape_of(tuple(q.storage.shape if grid is None else grid), q.block, LENGTH + surplus(parts_of(q)))
 
 
 def shape_of(grid: tuple[int, ...], block: Block, length: int = LENGTH) -> tuple[int, ...]:

@@ -321,9 +321,6 @@ class Backend(ExactArithmetic, ABC):
         """
         return None
 
-    def in_use(self, q: Any) -> None:
-        """A container of the library's arrays, whose parts fit each other, is about to be used."""
-
     def register_container(
         self,
         cls: type,

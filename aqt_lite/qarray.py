@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from aqt_lite import _mark, affine
+from aqt_lite._asked import Asked
 from aqt_lite._bytes import ArrayBytes
 from aqt_lite._dispatch import run
 from aqt_lite._foreign import refusal
@@ -84,7 +85,7 @@ CONTRACT_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QArray(ArrayShapes, ArrayBytes):
+class QArray(ArrayShapes, ArrayBytes, Asked):
     """A quantized array: codes, a scale for each block of them, and perhaps a zero point or an offset.
 
     Made by :func:`aqt_lite.quantize`, or by :meth:`from_codes` from codes that exist already. Frozen. A pytree in
@@ -768,7 +769,6 @@ class QArray(ArrayShapes, ArrayBytes):
         if kind != wanted:
             raise TypeError(f"this QArray's storage has dtype {kind}, but codes of {self.dtype} are kept as {wanted}")
         self._check_doubts()
-        self._backend.in_use(self)
         return self if extra == 0 else replace(self, block=block, ragged=ragged)
 
     def _check_may_train(self) -> None:

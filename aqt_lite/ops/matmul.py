@@ -94,8 +94,6 @@ def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> A
     ready = _ready(w, b)
     if ready is None:
         w = w._checked()
-    else:
-        b.in_use(w)
     w_shape = w.shape if ready is None else ready.shape
     if name in _OTHER and len(w_shape) == 2 and w_shape[0] == w_shape[1]:
         _warn_of_the_other(name, w, contract)

@@ -12,6 +12,7 @@ leaves. Zeros, which optimizers begin with, say nothing; nor do values that a co
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 from dataclasses import fields
@@ -22,7 +23,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aqt_lite import _mark
-from aqt_lite._mark import Says
 from aqt_lite._protocol import DOUBT, Doubt, Node, Ways
 from aqt_lite._registry import backend_of
 from aqt_lite.backends.jax.eager import is_tracing
@@ -59,6 +59,15 @@ def register(cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) ->
 # ---- the mark
 
 
+class _Says(enum.Enum):
+    """What a leaf says of the container that it came with."""
+
+    NOTHING = enum.auto()
+    LATER = enum.auto()  # it is not computed yet
+    THE_SAME = enum.auto()
+    NONSENSE = enum.auto()
+
+
 def _leaf_of(q: Any) -> Any:
     of_node, storage = q.__dict__, q.storage
     kept = of_node.get(_KEPT)
@@ -75,8 +84,8 @@ def _leaf_of(q: Any) -> Any:
             return kept
         else:  # received before it was computed
             says = _said_by(kept, q)
-            if says is not Says.NOTHING:
-                of_node[_CHECKED] = says is not Says.LATER
+            if says is not _Says.NOTHING:
+                of_node[_CHECKED] = says is not _Says.LATER
                 return kept
     mark = _made_for(q)
     if _may_stay(q, mark):
@@ -96,14 +105,14 @@ def _receive(q: Any, mark: Any) -> None:
             of_node[_KEPT], of_node[_CHECKED] = mark, True
     else:
         says = _said_by(mark, q)
-        if says is Says.NOTHING:
+        if says is _Says.NOTHING:
             missing = ()
         elif _may_stay(q, mark):
-            of_node[_KEPT], of_node[_CHECKED] = mark, says is not Says.LATER
-        if says is Says.NONSENSE:
+            of_node[_KEPT], of_node[_CHECKED] = mark, says is not _Says.LATER
+        if says is _Says.NONSENSE:
             of_node[DOUBT] = Doubt(_NO_MARK, mark)
             return
-        if says is Says.LATER and not missing:
+        if says is _Says.LATER and not missing:
             of_node[DOUBT] = Doubt(functools.partial(_in_doubt, mark, _mark.of(q)), mark)
             return
     if missing:
@@ -131,12 +140,27 @@ def _in_doubt(mark: Any, own: bytes) -> str | None:
     if isinstance(mark, jax.Array) and mark.is_deleted():
         return None
     try:
-        return _NO_MARK if _read(mark, own) is Says.NONSENSE else None
+        return _NO_MARK if _read(mark, own) is _Says.NONSENSE else None
     except ValueError as error:
         return str(error)
 
 
-_NO_MARK = _mark.no_mark("jax.tree.map")
+_NO_MARK = (
+    "the leaf `mark` of this QArray is none: something was computed with all leaves of a tree (jax.tree.map), codes "
+    "and scales alike, or another leaf was read in its place; compute with q.dequantize(), or leave it as a whole with "
+    "is_leaf=lambda leaf: isinstance(leaf, aqt_lite.QArray)"
+)
+
+
+def _of_another(other: str, own: bytes) -> str:
+    return (
+        f"a QArray was saved as {other}, and is read into a template of {_mark.in_words(own)}: its codes would stand "
+        "for other numbers; make the template as the saved one was made, and convert afterwards"
+    )
+
+
+def _first(mark: np.ndarray[Any, Any]) -> bytes:
+    return bytes(mark.reshape(-1, mark.shape[-1])[0, : _mark.LENGTH].tobytes()) if mark.ndim and mark.size else b""
 
 
 def _may_stay(q: Any, mark: Any) -> bool:
@@ -147,37 +171,43 @@ def _may_stay(q: Any, mark: Any) -> bool:
     storage, traced = q.storage, isinstance(mark, jax.core.Tracer)
     if traced != isinstance(storage, jax.core.Tracer) or isinstance(mark, jax.Array) != isinstance(storage, jax.Array):
         return False
-    return tuple(mark.shape) == _mark.shape_beside(q)
+    return tuple(mark.shape) == _shape_of(q)
 
 
-def _said_by(leaf: Any, q: Any) -> Says:
+def _said_by(leaf: Any, q: Any) -> _Says:
     """What a leaf that is not traced says of ``q``.
 
     Raises where it is the mark of another structure.
     """
     if not isinstance(leaf, jax.Array | np.ndarray):
-        return Says.NOTHING
+        return _Says.NOTHING
     if isinstance(leaf, jax.Array) and (leaf.is_deleted() or not leaf.is_fully_addressable):
-        return Says.NOTHING
+        return _Says.NOTHING
     if leaf.dtype != np.uint8:  # where all leaves were cast to the type of the codes, those are what they were
-        return Says.NOTHING if leaf.dtype in (jax.dtypes.float0, q.storage.dtype) else Says.NONSENSE
+        return _Says.NOTHING if leaf.dtype in (jax.dtypes.float0, q.storage.dtype) else _Says.NONSENSE
     said = _parts_by_length(leaf)
     if said is None or leaf.size == 0:  # joined or cut along the last axis
-        return Says.NOTHING
+        return _Says.NOTHING
     if isinstance(leaf, jax.Array) and not leaf.is_ready():  # type: ignore[attr-defined]
-        return Says.LATER
+        return _Says.LATER
     says = _read(leaf, _mark.of(q))
-    return Says.NOTHING if says is Says.THE_SAME and not set(_mark.parts_of(q)) <= set(said) else says
+    return _Says.NOTHING if says is _Says.THE_SAME and not set(_mark.parts_of(q)) <= set(said) else says
 
 
-def _read(leaf: Any, own: bytes) -> Says:
+def _read(leaf: Any, own: bytes) -> _Says:
     """What the bytes of a leaf say, where ``own`` would be the mark.
 
     Raises where they are the mark of another structure.
     """
     with jax.transfer_guard_device_to_host("allow"):
         values = np.asarray(leaf)
-    return _mark.read(values, own)
+    found = _first(values)
+    if found == own:
+        return _Says.THE_SAME
+    other = _mark.in_words(found)
+    if other is not None:
+        raise ValueError(_of_another(other, own))
+    return _Says.NONSENSE if values.any() else _Says.NOTHING
 
 
 def _holds_codes(storage: Any) -> bool:
@@ -190,8 +220,14 @@ def _holds_codes(storage: Any) -> bool:
     return b is not None and b.name != "jax"  # of JAX's other things with a shape, none holds values
 
 
+def _shape_of(q: Any) -> tuple[int, ...]:
+    grid = getattr(q.scale, "shape", None)  # None where there are no scales, or where they are elsewhere for now
+    length = _mark.LENGTH + _mark.surplus(_mark.parts_of(q))
+    return _mark.shape_of(tuple(q.storage.shape if grid is None else grid), q.block, length)
+
+
 def _made_for(q: Any) -> Any:
-    storage, shape = q.storage, _mark.shape_beside(q)
+    storage, shape = q.storage, _shape_of(q)
     if not all(isinstance(n, int) for n in shape):  # symbolic dimensions of jax.export
         return jax.numpy.broadcast_to(_mark.repeated(_mark.of(q), shape[-1:]), shape)
     mark = _mark.repeated(_mark.of(q), shape)
@@ -235,9 +271,9 @@ def _like(q: Any) -> Any:
     if isinstance(like, NamedSharding):
         return NamedSharding(like.mesh, _leading(like.spec, q))
     if isinstance(like, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(_mark.shape_beside(q), np.uint8)  # type: ignore[no-untyped-call]
+        return jax.ShapeDtypeStruct(_shape_of(q), np.uint8)  # type: ignore[no-untyped-call]
     if isinstance(like, np.ndarray):
-        return np.zeros(_mark.shape_beside(q), like.dtype)
+        return np.zeros(_shape_of(q), like.dtype)
     return like
 
 

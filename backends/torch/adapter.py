@@ -190,9 +190,6 @@ class TorchBackend(Backend):
             return super().unusable_as_nan(scale, positive)
         return _unusable_as_nan(scale, positive)
 
-    def in_use(self, q: Any) -> None:
-        functions.look_for_a_module(q)
-
     def register_container(self, cls: type, flatten: Any, unflatten: Any, names: tuple[str, ...]) -> None:
         trees.register(cls, flatten, unflatten, names)
         functions.serve(cls)

@@ -5,25 +5,25 @@ asked for.
 
 ``torch.matmul``, ``torch.mm`` and ``F.linear`` are the products that the container has. All else raises TypeError with
 the way; operators of tensors (``x * q``) take that for an answer, and ask the container's own. What has the hook is
-taken for a tensor by modules that register buffers, which goes wrong when they are moved or saved; as an attribute it
-would be neither.
+taken for a tensor by modules that register buffers, which goes wrong when they are moved or saved, and is refused; as
+an attribute it would be neither, and there is a warning.
 """
 
 from __future__ import annotations
 
-import weakref
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-from aqt_lite._callers import caller, warn
+from aqt_lite._asked import Asked
+from aqt_lite._callers import warn
 from aqt_lite._ways import no_array_of
 
-__all__ = ["look_for_a_module", "serve"]
+__all__ = ["serve"]
 
 _OF_MODELS = "aqt_lite.torch.quantize_(model, rules)"
-_KEEPS = "qarray"  # what a module has whose buffers are the arrays of a container
 
 
 def serve(cls: type) -> None:
@@ -37,43 +37,24 @@ def serve(cls: type) -> None:
                 f"aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
             )
 
-    # torch asks nobody about plain attributes: those that are there are looked at when it asks about something else
-    hooks = torch.nn.modules.module
-    hooks.register_module_buffer_registration_hook(refuse)
-    hooks.register_module_parameter_registration_hook(lambda module, *_: _tell_of(module, cls))
-    hooks.register_module_module_registration_hook(
-        lambda _, name, module: None if module is None else _tell_of(module, cls)
-    )
+    torch.nn.modules.module.register_module_buffer_registration_hook(refuse)
+    Asked.listeners.append(_tell_of_attributes)
 
 
-_told = weakref.WeakSet[torch.nn.Module]()  # export, for one, makes a module part of another, too
-
-
-def _tell_of(module: torch.nn.Module, cls: type) -> None:
-    """Warn of a container that is a plain attribute of a module."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, cls) and module not in _told and not hasattr(type(module), _KEEPS):
-            _told.add(module)
-            warn(
-                f"aqt_lite: {type(module).__name__}.{name} is a QArray, which no state_dict holds, and which does "
-                f"not move with the module: self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and "
-                f"{_OF_MODELS} makes layers that do"
-            )
-
-
-_LOOKS = "_looks_for_a_module"
-_MOST_LOOKS = 16  # of a container, which may have been used before it became an attribute; two microseconds each
-
-
-def look_for_a_module(q: Any) -> None:
-    """Warn where ``q``, which is about to be used, is a plain attribute of a module that its user knows."""
-    looks = q.__dict__.get(_LOOKS, 0)
-    if looks == _MOST_LOOKS or torch.compiler.is_compiling():
+def _tell_of_attributes(q: Any, asking: FrameType) -> None:
+    """Warn of a container that becomes a plain attribute of a module, for which torch has no hook."""
+    if asking.f_code is not _SETS_ATTRIBUTES:
         return
-    q.__dict__[_LOOKS] = looks + 1
-    for value in list(caller().f_locals.values()):  # a list, since a module's names change by other threads
-        if issubclass(type(value), torch.nn.Module) and any(own is q for own in list(vars(value).values())):
-            _tell_of(value, type(q))
+    module, name = asking.f_locals["self"], asking.f_locals["name"]
+    if not any(name in vars(module).get(kept, ()) for kept in ("_buffers", "_modules")):  # where it is refused
+        own = f"{type(module).__name__}.{name}"
+        warn(
+            f"aqt_lite: {own} is a QArray, which no state_dict holds, and which does not move with the module: "
+            f"self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
+        )
+
+
+_SETS_ATTRIBUTES = torch.nn.Module.__setattr__.__code__
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

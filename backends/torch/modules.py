@@ -100,8 +100,8 @@ class QuantizedWeight(nn.Module):
     Conversions (``.half()``, ``.to(dtype)``) leave them as they are: they move between devices only. A state dict with
     codes of another format, block, layout or dtype is refused by ``load_state_dict``.
 
-    In a module of your own it is what a parameter would be. A QArray as a plain attribute is in no state dict: torch
-    never asks it.
+    In a module of your own it is what a parameter would be. A QArray as a plain attribute is in no state dict, and
+    there is a warning.
 
     >>> import aqt_lite
     >>> class Scores(torch.nn.Module):
