@@ -26,8 +26,8 @@ from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
 __all__ = ["ROWS_OF_A_PART", "Numbers", "choose", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of",
-           "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of", "serves", "steps_of",
-           "view_of"]  # fmt: skip
+           "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "of_one_zero_point", "quantize", "rule_of",
+           "serves", "steps_of", "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -76,6 +76,15 @@ def _told(element: ElementType, narrow: bool, loops: Any) -> tuple[int, Array, f
         filled = cuts + [math.inf] * (loops.MOST_CUTS - len(cuts))
         return loops.CODEBOOK, np.concatenate([_floats(*filled), np.asarray(words, np.int32)]), 1.0
     return None
+
+
+def of_one_zero_point(numbers: Numbers, zero: int) -> Numbers:
+    """What the loops are told of the same numbers, if all zero points are this: they do less for whole ones then."""
+    loops = runtime.encoding_loops()
+    if numbers.kind != loops.INTEGER or zero % 2:
+        return numbers
+    least, most = numbers.parameters.view(np.float32) - np.float32(zero)
+    return numbers._replace(kind=loops.WHOLE_NUMBERS, parameters=_floats(least, most, 1.5 * 2.0**23 + zero))
 
 
 def _floats(*numbers: float) -> Array:
@@ -195,6 +204,8 @@ def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool,
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or not (out is None or lies_in_order(out)):
         return NotImplemented
+    if qparams.zero_point is None:
+        numbers = of_one_zero_point(numbers, 0)
     b, (view, rows), loops = get_backend("numpy"), found, runtime.encoding_loops()
     codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
     stream, grid = codes.reshape(view.rows, -1).view(np.uint8), grid_of(x.shape, spec.block)
@@ -306,7 +317,8 @@ def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
     """What ``quantize`` is told, or None: scales have to be products, kept in a way that the loops know."""
     if not recipe.of_magnitudes or recipe.ignore_nonfinite or kept_as(spec) is None:
         return None
-    return numbers_for(QParams(None), spec, recipe, packed)
+    found = numbers_for(QParams(None), spec, recipe, packed)
+    return None if found is None else of_one_zero_point(found, spec.element.middle)
 
 
 def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:

@@ -31,10 +31,10 @@ __all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode
 
 LANES = 16
 
-INTEGER, FLOAT, CODEBOOK = 0, 1, 2
+INTEGER, FLOAT, CODEBOOK, WHOLE_NUMBERS = 0, 1, 2, 3
 """Kinds of numbers; ``encoders`` says what each is told of."""
 
-BITS = {INTEGER: (2, 4, 8, 16), FLOAT: (4, 8), CODEBOOK: (4, 8)}
+BITS = {INTEGER: (2, 4, 8, 16), FLOAT: (4, 8), CODEBOOK: (4, 8), WHOLE_NUMBERS: (2, 4, 8, 16)}
 """Of a code in memory."""
 
 MOST_CUTS = 15
@@ -125,6 +125,23 @@ def _within(builder: Any, there: Any) -> Any:
     return builder.icmp_signed("<", number, _in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
 
 
+WHOLE = 1, 2, 4, 8
+"""Vectors of the groups that usual formats have: their statistics are taken without a loop inside the loop."""
+
+
+def _across(builder: Any, lanes: Any, relation: str) -> Any:
+    """The extreme of all lanes: halves against each other, each half as wide a vector as the one before."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        lower, upper = (
+            builder.shuffle_vector(lanes, lanes, ir.Constant(ir.VectorType(_INT, width), list(range(a, a + width))))
+            for a in (0, width)
+        )
+        lanes = _extreme(builder, lower, upper, relation)
+    return builder.extract_element(lanes, _INT(0))
+
+
 def _statistic(of: Any, relation: str, first: int) -> Any:
     """The extreme of ``of(builder, patterns)`` of each group of a row of floats, as integers into memory."""
 
@@ -132,7 +149,28 @@ def _statistic(of: Any, relation: str, first: int) -> Any:
     def statistic(_: Any, x: Any, size: Any, length: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, size, length, out = arguments
-            found = cgutils.alloca_once(builder, _INTS)
+            found, done = cgutils.alloca_once(builder, _INTS), cgutils.alloca_once(builder, _ADDRESS)
+
+            def put(g: Any, lanes: Any, out: Any) -> None:
+                builder.store(_across(builder, lanes, relation), _place(builder, out, g, 4, _INT), align=4)
+
+            builder.store(_ADDRESS(0), done)
+            for vectors in WHOLE:
+                with builder.if_then(builder.icmp_signed("==", size, _ADDRESS(vectors * LANES))):
+                    groups = builder.udiv(length, _ADDRESS(vectors * LANES))
+                    with cgutils.for_range(builder, groups) as loop:
+                        of_group = builder.mul(loop.index, _ADDRESS(vectors))
+                        places = [builder.add(of_group, _ADDRESS(v)) for v in range(vectors)]
+                        keys = [
+                            of(builder, builder.load(_place(builder, x, place, 4 * LANES, _INTS), align=4))
+                            for place in places
+                        ]
+                        while len(keys) > 1:
+                            keys = [
+                                _extreme(builder, a, b, relation) for a, b in zip(keys[::2], keys[1::2], strict=True)
+                            ]
+                        put(loop.index, keys[0], out)
+                    builder.store(groups, done)
 
             def group(g: Any, here: Any, count: Any) -> None:
                 builder.store(_all(first), found)
@@ -144,14 +182,13 @@ def _statistic(of: Any, relation: str, first: int) -> Any:
                     builder.store(_extreme(builder, builder.load(found), keys, relation), found)
 
                 _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
-                lanes, width = builder.load(found), LANES
-                while width > 1:  # halves against each other
-                    width //= 2
-                    order = ir.Constant(_INTS, [(i + width) % LANES for i in range(LANES)])
-                    lanes = _extreme(builder, lanes, builder.shuffle_vector(lanes, lanes, order), relation)
-                builder.store(builder.extract_element(lanes, _INT(0)), _place(builder, out, g, 4, _INT), align=4)
+                put(g, builder.load(found), rest_of_out)
 
-            _for_groups(builder, x, size, length, group)
+            before = builder.load(done)
+            passed = builder.mul(before, size)
+            rest_of_x = builder.add(x, builder.mul(passed, _ADDRESS(4)))
+            rest_of_out = builder.add(out, builder.mul(before, _ADDRESS(4)))
+            _for_groups(builder, rest_of_x, size, builder.sub(length, passed), group)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 4), generate
@@ -199,6 +236,18 @@ def _integers(builder: Any, v: Any, zero: Any, least: Any, most: Any) -> Any:
     return builder.fptosi(builder.select(builder.fcmp_unordered("uno", code, code), zero, clipped), _INTS)
 
 
+def _whole_numbers(builder: Any, v: Any, zero: Any, least: Any, most: Any, magic: Any) -> Any:
+    """Integers of one zero point, ``least`` and ``most`` below it: the last bits of a sum whose last bit is 1.
+
+    ``magic`` is 1.5 * 2^23 and the zero point, an even number: the sum is rounded as the value alone would be, halves
+    to even. NaN gets the code of zero.
+    """
+    clipped = builder.select(builder.fcmp_ordered(">", v, least), v, least)
+    clipped = builder.select(builder.fcmp_ordered("<", clipped, most), clipped, most)
+    clipped = builder.select(builder.fcmp_ordered("ord", v, v), clipped, _all(0.0, _FLOATS))
+    return builder.bitcast(builder.fadd(clipped, magic), _INTS)
+
+
 def _floats(
     builder: Any, v: Any, zero: Any, drop: Any, half: Any, most: Any, lowest: Any, magic: Any, sign_bit: Any, above: Any
 ) -> Any:
@@ -229,7 +278,12 @@ def _places(builder: Any, v: Any, zero: Any, *told: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", v, v), of_nan, code)
 
 
-_TOLD = {_integers: [_FLOATS] * 2, _floats: [_INTS] * 7, _places: [_FLOATS] * MOST_CUTS + [_INTS] * 3}
+_TOLD = {
+    _integers: [_FLOATS] * 2,
+    _whole_numbers: [_FLOATS] * 3,
+    _floats: [_INTS] * 7,
+    _places: [_FLOATS] * MOST_CUTS + [_INTS] * 3,
+}
 
 # ---- packing
 
@@ -255,6 +309,7 @@ _CODES = [
     *((INTEGER, _integers, bits) for bits in BITS[INTEGER]),
     *((FLOAT, _floats, bits) for bits in BITS[FLOAT]),
     *((CODEBOOK, _places, bits) for bits in BITS[CODEBOOK]),
+    *((WHOLE_NUMBERS, _whole_numbers, bits) for bits in BITS[WHOLE_NUMBERS]),
 ]
 
 
@@ -263,8 +318,8 @@ def _encoder(of_columns: bool) -> Any:
 
     Arguments: kind and bits of codes; the addresses of the floats, and the lengths of a group and of the row; addresses
     of the three numbers of the first group, each with the distance in bytes to those of the next; of what ``numbers``
-    is told; of the stream; and how many bytes ahead lies what is read next, which is fetched meanwhile. Of columns the
-    row is one group, and the three numbers of 16 of them lie side by side.
+    is told; of the stream; and how many bytes ahead lies what is read next, which is fetched meanwhile. Of columns a
+    vector is a group, and its three numbers are vectors.
     """
 
     @intrinsic
@@ -289,26 +344,43 @@ def _encode_groups(
     builder: Any, numbers: Any, bits: int, of_columns: bool, x: Any, size: Any, length: Any, inverse: Any, factor: Any,
     zero: Any, by: Any, by_factor: Any, by_zero: Any, parameters: Any, out: Any, ahead: Any,
 ) -> None:  # fmt: skip
-    told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
-    buffer = cgutils.alloca_once(builder, _INTS)
+    """Groups of whole vectors in one loop, which counts those ``left`` of a group; others one after the other.
 
-    def group(g: Any, here: Any, count: Any) -> None:
-        places = [(inverse, by), (factor, by_factor), (zero, by_zero)]
-        own = [builder.add(start, builder.mul(g, step)) for start, step in places]
-        of_group = [] if of_columns else [_parameter(builder, place, 0, _FLOATS) for place in own]
-        stream_of_group = builder.add(out, builder.lshr(builder.mul(builder.mul(g, size), _ADDRESS(bits)), _ADDRESS(3)))
+    A loop of its own for each group took longer than the codes of 32 values.
+    """
+    told = [_parameter(builder, parameters, i, vector) for i, vector in enumerate(_TOLD[numbers])]
+    buffer, left = cgutils.alloca_once(builder, _INTS), cgutils.alloca_once(builder, _ADDRESS)
+    places = [(inverse, by), (factor, by_factor), (zero, by_zero)]
+    own = [cgutils.alloca_once(builder, _ADDRESS) for _ in places]
+    follow = builder.icmp_signed("==", builder.and_(size, _ADDRESS(LANES - 1)), _ADDRESS(0))
+    run, vectors = builder.select(follow, length, size), builder.select(follow, builder.lshr(size, _ADDRESS(4)), length)
+
+    def several(r: Any, here: Any, count: Any) -> None:
+        for (start, step), place in zip(places, own, strict=True):
+            builder.store(builder.add(start, builder.mul(r, step)), place)
+        builder.store(vectors, left)
+        stream_of_run = builder.add(out, builder.lshr(builder.mul(builder.mul(r, run), _ADDRESS(bits)), _ADDRESS(3)))
 
         def work(i: Any, values: Any, there: Any) -> None:
             _fetch(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
-            by_inverse, by_factor, zero = of_group or [
-                builder.load(_place(builder, place, i, 64, _FLOATS), align=4) for place in own
-            ]
+            by_inverse, by_factor, zero = (
+                builder.load(_place(builder, builder.load(place), _ADDRESS(0), 0, _FLOATS), align=4)
+                if of_columns
+                else _parameter(builder, builder.load(place), 0, _FLOATS)
+                for place in own
+            )
             v = builder.fmul(builder.fmul(values, by_inverse), by_factor)
             lanes = numbers(builder, v, zero, *told)
-            at = builder.add(stream_of_group, builder.mul(i, _ADDRESS(2 * bits)))
+            at = builder.add(stream_of_run, builder.mul(i, _ADDRESS(2 * bits)))
             if there is None:
                 stream = _packed(builder, lanes, bits)
                 builder.store(stream, builder.inttoptr(at, stream.type.as_pointer()), align=1)
+                others = builder.sub(builder.load(left), _ADDRESS(1))
+                none = builder.icmp_signed("==", others, _ADDRESS(0))
+                builder.store(builder.select(none, vectors, others), left)
+                for (_, step), place in zip(places, own, strict=True):
+                    passed = builder.select(none, step, _ADDRESS(0))
+                    builder.store(builder.add(builder.load(place), passed), place)
                 return
             # a stream is filled up with zeros
             stream = _packed(builder, builder.select(_within(builder, there), lanes, _all(0)), bits)
@@ -321,7 +393,7 @@ def _encode_groups(
 
         _for_vectors(builder, here, count, _all(0.0, _FLOATS), work)
 
-    _for_groups(builder, x, size, length, group)
+    _for_groups(builder, x, run, length, several)
 
 
 _groups, _columns = _encoder(False), _encoder(True)
@@ -362,8 +434,8 @@ def encode(
 
 # ---- columns
 
-ACROSS = 1024
-"""Columns at a time: the three numbers of each stay in the first cache."""
+ACROSS = 8192
+"""Columns at a time: the three numbers of each stay in the second cache, and memory is read in long runs."""
 
 
 @njit(nogil=True, cache=True)
@@ -409,8 +481,8 @@ def encode_columns(
         count = min(ACROSS, length - c)
         for r in range(rows):
             _columns(
-                kind, bits, start + 4 * (r * length + c), count, count, inverse.ctypes.data + 4 * c,
-                factor.ctypes.data + 4 * c, zero.ctypes.data + 4 * c, 0, 0, 0, parameters.ctypes.data,
+                kind, bits, start + 4 * (r * length + c), LANES, count, inverse.ctypes.data + 4 * c,
+                factor.ctypes.data + 4 * c, zero.ctypes.data + 4 * c, 64, 64, 64, parameters.ctypes.data,
                 at + r * step + ((c * bits) >> 3), 4 * length,
             )  # fmt: skip
 
@@ -420,25 +492,24 @@ def encode_columns(
 TOGETHER = 2048
 """Values whose statistics are taken before their codes are made, at least: a part of the first cache."""
 
-_INFINITE, _NAN, _SIGNIFICAND, _LEADING = (np.int32(n) for n in (0x7F800000, 0x7FC00000, 0x7FFFFF, 0x800000))
+_NAN, _SIGNIFICAND, _LEADING = (np.int32(n) for n in (0x7FC00000, 0x7FFFFF, 0x800000))
 _NOTHING, _ONE = np.int32(0), np.int32(1)
 
 
 @njit(nogil=True, cache=True)
-def _choose(most: Any, rule: Any, scale: Any) -> Any:  # pragma: no cover - compiled
-    """Scales of some groups from the patterns of their largest magnitudes; whether all of these are finite."""
-    by_most, tiny, least, of_zeros, magnitude = rule[0], rule[1], rule[2], rule[3], most.view(np.float32)
-    found = _NOTHING
-    for i in range(most.shape[0]):
-        s = np.float32((magnitude[i] if magnitude[i] >= tiny else np.float32(0)) * by_most)
+def _choose(most: Any, count: Any, rule: Any, scale: Any) -> Any:  # pragma: no cover - compiled
+    """Scales of ``count`` groups from their largest magnitudes; whether all of these are finite."""
+    by_most, tiny, least, of_zeros, finite = rule[0], rule[1], rule[2], rule[3], True
+    for i in range(count):
+        s = np.float32((most[i] if most[i] >= tiny else np.float32(0)) * by_most)
         s = of_zeros if s < tiny else max(s, least)
-        scale[i] = s if most[i] < _INFINITE else np.float32(np.nan)
-        found = max(found, most[i])
-    return found < _INFINITE
+        scale[i] = s if most[i] < np.float32(np.inf) else np.float32(np.nan)
+        finite &= most[i] < np.float32(np.inf)
+    return finite
 
 
 @njit(nogil=True, cache=True)
-def _keep(kept: Any, scale: Any, codes: Any) -> Any:  # pragma: no cover - compiled
+def _keep(kept: Any, patterns: Any, count: Any, codes: Any) -> Any:  # pragma: no cover - compiled
     """Codes of scales, and in place of these the numbers that the codes stand for; whether all have such a number.
 
     As ``Float.encode``, of what is not below 0: a scale is ``whole * 2^(e - mantissa)``, and what it has beyond that,
@@ -447,8 +518,8 @@ def _keep(kept: Any, scale: Any, codes: Any) -> Any:  # pragma: no cover - compi
     """
     drop, lowest, hidden, part, over, even = kept[1], kept[2], kept[3], kept[4], kept[5], kept[6]
     smallest, beyond, largest, nan = kept[7], kept[8], kept[9], kept[10]
-    patterns, without = scale.view(np.int32), _NOTHING
-    for i in range(scale.shape[0]):
+    without = _NOTHING
+    for i in range(count):
         pattern = patterns[i]
         fits, is_zero = smallest <= pattern < beyond, pattern == _NOTHING
         u = min(pattern, largest) if fits else largest
@@ -465,42 +536,27 @@ def _keep(kept: Any, scale: Any, codes: Any) -> Any:  # pragma: no cover - compi
 
 
 @njit(nogil=True, cache=True)
-def _store(codes: Any, width: Any, out: Any) -> None:  # pragma: no cover - compiled
+def _store(codes: Any, count: Any, width: Any, out: Any) -> None:  # pragma: no cover - compiled
     """The lowest bytes of codes, as many as they are kept in."""
     if width == 1:
-        for i in range(codes.shape[0]):
+        for i in range(count):
             out[i] = codes[i]
     elif width == 2:
         halves = out.view(np.int16)
-        for i in range(codes.shape[0]):
+        for i in range(count):
             halves[i] = codes[i]
     else:
         words = out.view(np.int32)
-        for i in range(codes.shape[0]):
+        for i in range(count):
             words[i] = codes[i]
-
-
-@njit(nogil=True, cache=True)
-def _choose_and_keep(
-    x: Any, size: Any, length: Any, rule: Any, kept: Any, most: Any, scale: Any, codes: Any, out: Any
-) -> Any:  # pragma: no cover - compiled
-    """Scales of the groups of ``length`` values at ``x``, as ``quantize`` has them, and their bytes in ``out``."""
-    _largest_magnitude(x, size, length, most.ctypes.data)
-    usable, width = _choose(most, rule, scale), kept[0]
-    if width == 4:
-        _store(scale.view(np.int32), width, out)
-        return usable
-    usable &= _keep(kept, scale, codes)
-    _store(codes, width, out)
-    return usable
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _invert(
-    scale: Any, headroom: Any, step: Any, of_zeros: Any, inverse: Any, factor: Any
+    scale: Any, count: Any, headroom: Any, step: Any, of_zeros: Any, inverse: Any, factor: Any
 ) -> None:  # pragma: no cover - compiled
     """What values are multiplied by, in turn: as ``encoders.steps_of``."""
-    for i in range(scale.shape[0]):
+    for i in range(count):
         s = scale[i]
         beside = headroom if s > np.float32(1) else np.float32(1)
         inverse[i], factor[i] = np.float32(1) / (s * beside), beside * step
@@ -519,30 +575,40 @@ def quantize(
     the scale is above 1, and the zero point. ``kept``, how scales are kept: bytes of one, and unless these are the
     float's own what ``_keep`` is told. ``scale`` and ``out`` are bytes, a row of them for each row of x. ``bits`` of 0
     asks for scales and no codes.
+
+    What the loop inside makes no views of, since a view's owner is counted: that took a tenth of the time.
     """
-    headroom, step, told = rule[4], rule[5], parameters.ctypes.data
+    headroom, step, of_zeros, told = rule[4], rule[5], rule[3], parameters.ctypes.data
     rows, length = x.shape
     if length == size and 8 * out.shape[1] == length * bits:  # rows of one group are groups of one row
         rows, length = 1, x.size
     groups, together, width = (length + size - 1) // size, max(1, TOGETHER // size), kept[0]
-    scales, most = scale.reshape(rows, groups * width), np.empty(together, dtype=np.int32)
+    scales, most = scale.reshape(rows, groups * width), np.empty(together, dtype=np.float32)
     chosen, codes = np.empty(together, dtype=np.float32), np.empty(together, dtype=np.int32)
     inverse, factor, usable = np.empty_like(chosen), np.empty_like(chosen), True
+    patterns, at_most, at_inverse, at_factor = (
+        chosen.view(np.int32),
+        most.ctypes.data,
+        inverse.ctypes.data,
+        factor.ctypes.data,
+    )
+    zero = rule.ctypes.data + 24
     for r in range(rows):
         start, at = x.ctypes.data + 4 * r * length, out.ctypes.data + r * out.strides[0]
         for g in range(0, groups, together):
             count = min(together, groups - g)
             here, some = start + 4 * g * size, min(count * size, length - g * size)
-            own = scales[r, width * g : width * (g + count)]
-            usable &= _choose_and_keep(
-                here, size, some, rule, kept, most[:count], chosen[:count], codes[:count], own
-            )  # fmt: skip
+            _largest_magnitude(here, size, some, at_most)
+            usable &= _choose(most, count, rule, chosen)
+            if width < 4:
+                usable &= _keep(kept, patterns, count, codes)
+            _store(codes if width < 4 else patterns, count, width, scales[r, width * g : width * (g + count)])
             if bits == 0:
                 continue
-            _invert(chosen[:count], headroom, step, rule[3], inverse, factor)
+            _invert(chosen, count, headroom, step, of_zeros, inverse, factor)
             _encode(
-                kind, bits, here, size, some, inverse.ctypes.data, factor.ctypes.data, rule.ctypes.data + 24, 4, 4, 0,
-                told, at + ((g * size * bits) >> 3), 4 * some,
+                kind, bits, here, size, some, at_inverse, at_factor, zero, 4, 4, 0, told,
+                at + ((g * size * bits) >> 3), 4 * some,
             )  # fmt: skip
     return usable
 
@@ -584,7 +650,7 @@ def encode_kept(
             elif width == 2:
                 _look_up(own.view(np.uint16), steps, inverse, factor)
             else:
-                _invert(own.view(np.float32), beside[0], beside[1], beside[2], inverse, factor)
+                _invert(own.view(np.float32), count, beside[0], beside[1], beside[2], inverse, factor)
             _encode(
                 kind, bits, start + 4 * g * size, size, some, inverse.ctypes.data, factor.ctypes.data,
                 zero.ctypes.data + (r * groups + g) * by_zero, 4, 4, by_zero, told, at + ((g * size * bits) >> 3),

@@ -302,17 +302,24 @@ def _quotas(root: str, path: str, *names: str) -> list[int]:
     return found
 
 
+HUGE = 2 << 20
+"""Bytes of a huge page, of what processors usually have."""
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialized array that begins on a cache line, so that other libraries can take it over without a copy.
 
-    Small ones begin anywhere: copying them takes less time than finding out where that is.
+    Small ones begin anywhere: copying them takes less time than finding out where that is. Large ones begin where a
+    huge page does, for which NumPy asks from 4 MB on: those that begin or end inside of one come in pages of 4 KB
+    there, hundreds of faults. What lies before them is never touched, and so is no memory but addresses.
     """
     count = math.prod(shape)
     if count < LARGE:
         return np.empty(shape, dtype)
     size = count * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, dtype=np.uint8)
-    start = -raw.ctypes.data % 64
+    line = HUGE if size >= 2 * HUGE else 64
+    raw = np.empty(size + line, dtype=np.uint8)
+    start = -raw.ctypes.data % line
     return raw[start : start + size].view(dtype).reshape(shape)
 
 

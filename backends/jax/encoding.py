@@ -302,15 +302,17 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
     view = encoders.view_of(shape, spec, numbers.bits)
     assert view is not None
     rows = x.reshape(view.rows, view.length)
-    static = {"bits": numbers.bits, "kind": numbers.kind, "size": view.size}
-    told, how = jnp.asarray(numbers.parameters), (spec, recipe, packed, shape, numbers.bits)
+    how, static = (spec, recipe, packed, shape, numbers.bits), {"bits": numbers.bits, "size": view.size}
     if at_once is not None and not view.shared and not view.of_columns:
-        rule, kept = (jnp.asarray(a) for a in (encoders.rule_of(spec, recipe, numbers), encoders.kept_as(spec)))
-        codes, scale = _quantize_call(*how)(rows, told, rule, kept, **static)
+        rule, kept = (jnp.asarray(a) for a in (encoders.rule_of(spec, recipe, at_once), encoders.kept_as(spec)))
+        told = jnp.asarray(at_once.parameters)
+        codes, scale = _quantize_call(*how)(rows, told, rule, kept, kind=at_once.kind, **static)
         middle = spec.element.middle
         zero = jnp.full(grid, middle, jnp.int32) if middle else None
         return Coded(codes.reshape(*shape[:-1], -1), encoders.kept_of(scale.reshape(grid), spec), zero)
     qparams = _chosen(x, spec, recipe)
+    if qparams.zero_point is None:
+        numbers = encoders.of_one_zero_point(numbers, 0)
     b = get_backend("jax")
     inverse, factor = encoders.steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
     of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
@@ -323,7 +325,8 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
             else jnp.broadcast_to(a, grid).astype(jnp.float32).reshape((1, 1) if view.shared else (view.rows, -1))
             for a, absent in of_each
         ]
-    (codes,) = _encode_call(*how)(rows, told, *of_groups, *jax.tree.leaves(qparams), **static)
+    told = jnp.asarray(numbers.parameters)
+    (codes,) = _encode_call(*how)(rows, told, *of_groups, *jax.tree.leaves(qparams), kind=numbers.kind, **static)
     return qparams.beside(codes.reshape(*shape[:-1], -1))
 
 

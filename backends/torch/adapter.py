@@ -10,10 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
+from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu.runtime import LARGE
 from aqt_lite.backends.torch import functions, trees
 from aqt_lite.backends.torch.namespace import namespace
 from aqt_lite.backends.torch.tensors import (
@@ -165,6 +168,12 @@ class TorchBackend(Backend):
             inside = is_inside_grad()
             return any(a is not None and (inside or a.requires_grad) for a in arrays)
         return any(a is not None and (a.requires_grad or is_functorch(a)) for a in arrays)
+
+    def has_nan(self, x: Array) -> bool:
+        listened_to = is_functorch(x) or _get_current_dispatch_mode() is not None
+        if listened_to or type(x) is not torch.Tensor or not x.is_cpu or x.numel() < LARGE:
+            return super().has_nan(x)
+        return get_backend("numpy").has_nan(self.to_numpy(x))  # torch's threads would go on spinning beside the loops
 
     def memory_of(self, x: Array) -> Any:
         if has_no_values(x) or wraps_tensors(x) or x.numel() == 0:
