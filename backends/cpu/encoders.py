@@ -20,7 +20,16 @@ from aqt_lite._records import Kept
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, aligned_empty, loops_of_elements, map_ranges
+from aqt_lite.backends.cpu.runtime import (
+    CHUNKS_PER_CORE,
+    LARGE,
+    aligned_empty,
+    in_parts,
+    loops_of_elements,
+    map_ranges,
+    steps_of_elements,
+)
+from aqt_lite.backends.cpu.stored import ends_of_parts
 from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
@@ -295,11 +304,9 @@ def _at_once(x: Array, spec: Spec, recipe: Recipe, packed: bool | None) -> Any:
     stream = np.empty((view.rows, 0), np.uint8) if codes is None else codes.reshape(view.rows, -1).view(np.uint8)
     bits, bytes_of_scales = 0 if codes is None else numbers.bits, scale.reshape(view.rows, -1).view(np.uint8)
     how = numbers.kind, bits, numbers.parameters, rule_of(spec, recipe, numbers), kept_as(spec)
-    usable = map_ranges(
-        lambda lo, hi: loops.quantize(rows[lo:hi], view.size, *how, bytes_of_scales[lo:hi], stream[lo:hi]),
-        view.rows, 1, loops_of_elements(x.size), CHUNKS_PER_CORE,
-    )  # fmt: skip
-    if not all(usable):
+    steps = steps_of_elements(x.size)
+    ends = ends_of_parts(view.rows, 1, steps)
+    if not in_parts(loops.quantize_in_parts, steps, ends, rows, view.size, *how, bytes_of_scales, stream):
         return NotImplemented  # whoever knows what becomes of NaN and infinities does it again
     middles = np.full(grid, spec.element.middle, np.int32) if spec.element.middle else None
     return codes, kept_of(scale.reshape(grid), spec), middles

@@ -2,7 +2,8 @@
 
 Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
 own file changes, and not when another does; what the contract's constants are comes in as arguments. The loops hold no
-lock and start no thread. ``encoders`` calls them, and says what they are for; so does what XLA calls.
+lock, and run on the threads of ``pool`` where their names say so. ``encoders`` calls them, and says what they are for;
+so does what XLA calls.
 
 An array is rows of ``size`` values that share a scale, the last of a row perhaps fewer; or each column has a scale.
 Four pieces combine, each a few instructions on a vector of 16 values, which LLVM cuts into what the processor has:
@@ -26,8 +27,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "encode", "encode_columns",
-           "encode_kept", "magnitudes", "magnitudes_of_columns", "quantize", "ranges", "ranges_of_columns"]  # fmt: skip
+from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.pool import in_parts
+
+__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "WHOLE_NUMBERS", "encode", "encode_columns",
+           "encode_kept", "magnitudes", "magnitudes_of_columns", "quantize", "quantize_in_parts", "ranges",
+           "ranges_of_columns"]  # fmt: skip
 
 LANES = 16
 
@@ -611,6 +616,29 @@ def quantize(
                 at + ((g * size * bits) >> 3), 4 * some,
             )  # fmt: skip
     return usable
+
+
+@njit(nogil=True)
+def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    x, size, kind, bits, parameters, rule, kept, scale, out, usable = given
+    if not quantize(
+        x[start:stop], size, kind, bits, parameters, rule, kept, scale[start:stop], out[start:stop]
+    ):  # fmt: skip
+        usable[0] = False
+
+
+_task = task_of(_part)
+
+
+@njit(nogil=True, cache=True)
+def quantize_in_parts(
+    pool: Any, ends: Any, x: Any, size: Any, kind: Any, bits: Any, parameters: Any, rule: Any, kept: Any, scale: Any,
+    out: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``quantize`` for rows from each of ``ends`` to the next, on the threads of a pool."""
+    usable = np.ones(1, dtype=np.bool_)
+    in_parts(pool, ends, _task((x, size, kind, bits, parameters, rule, kept, scale, out, usable)))
+    return usable[0]
 
 
 # ---- scales first, and codes once all of them are known

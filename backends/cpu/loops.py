@@ -1,7 +1,8 @@
 """Loops that numba compiles for NumPy arrays: what a ufunc cannot say in one pass.
 
-Owns: nothing but the loops. They hold no lock and start no thread; ``runtime.map_ranges`` runs them on every core. Each
-works on one-dimensional views, whose indices the compiler need not check for a second axis.
+Owns: nothing but the loops. They hold no lock and start no thread; ``runtime.map_ranges`` runs them on every core, or
+``pool`` where their names say so. Each works on one-dimensional views, whose indices the compiler need not check for a
+second axis.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+
+from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.pool import in_parts
 
 _REORDER = {"contract", "reassoc"}  # sums may be taken in any order: that is what lets them use vector registers
 
@@ -24,13 +28,25 @@ def encode_columns(x: Any, inverse: Any, zero: Any, least: Any, most: Any, codes
             out[c] = np.int32(min(max(code, least), most))
 
 
-@njit(nogil=True, cache=True)
-def decode_rows(codes: Any, scale: Any, zero: Any, values: Any) -> None:  # pragma: no cover - compiled
-    """``(codes - zero) * scale`` with a scale and a zero point for each row."""
-    for r in range(codes.shape[0]):
+@njit(nogil=True)
+def _decode_rows(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    codes, scale, zero, values = given
+    for r in range(start, stop):
         row, out, s, z = codes[r], values[r], scale[r], zero[r]
         for c in range(row.shape[0]):
             out[c] = np.float32(np.int32(row[c]) - z) * s
+
+
+_decode_task = task_of(_decode_rows)
+
+
+@njit(nogil=True, cache=True)
+def decode_rows_in_parts(
+    pool: Any, ends: Any, codes: Any, scale: Any, zero: Any, values: Any
+) -> Any:  # pragma: no cover - compiled
+    """``(codes - zero) * scale`` with a scale and a zero point for each row, on the threads of a pool."""
+    in_parts(pool, ends, _decode_task((codes, scale, zero, values)))
+    return True
 
 
 @njit(nogil=True, cache=True)

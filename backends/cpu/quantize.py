@@ -29,6 +29,7 @@ from aqt_lite.backends.cpu import encoders, runtime, serve
 from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
 from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
+from aqt_lite.backends.cpu.stored import ends_of_parts
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.elements import Float
 from aqt_lite.granularity import Block, grid_of
@@ -700,11 +701,9 @@ def _dequantize_rows(w: Coded, spec: Spec, out: str, into: Array | None = None) 
     if loops is not None and not may_overflow and rows[1] >= serve.SHORTEST_ROW_TO_DECODE:
         scales = np.ascontiguousarray(s[:, 0])
         zeros = np.zeros(rows[0], np.int32) if z is None else np.ascontiguousarray(z[:, 0])
-        map_ranges(
-            lambda lo, hi: loops.decode_rows(flat[lo:hi], scales[lo:hi], zeros[lo:hi], values[lo:hi]),
-            rows[0],
-            chunks_per_core=CHUNKS_PER_CORE,
-        )
+        steps = runtime.steps_of_elements(codes.size)
+        ends = ends_of_parts(rows[0], 1, steps)
+        runtime.in_parts(loops.decode_rows_in_parts, steps, ends, flat, scales, zeros, values)
     else:
         map_ranges(work, rows[0])
     return values.reshape(codes.shape)

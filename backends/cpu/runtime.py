@@ -59,9 +59,14 @@ def loops_of_product(codes: int, rows: int) -> int:
     return steps_of_product(codes, rows) * LARGE // LARGE_LOOPS
 
 
+def steps_of_elements(count: int) -> int:
+    """Steps of loops that turn numbers into codes, or codes into numbers: eight an element."""
+    return count * 8
+
+
 def loops_of_elements(count: int) -> int:
-    """The same of loops that turn numbers into codes, or codes into numbers: eight steps an element."""
-    return count * 8 * LARGE // LARGE_LOOPS
+    """What ``map_ranges`` is to count as elements of them."""
+    return steps_of_elements(count) * LARGE // LARGE_LOOPS
 
 
 class _Pool:
