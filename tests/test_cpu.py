@@ -325,3 +325,9 @@ assert len(told) == 1 and "set NUMBA_CACHE_DIR" in told[0], told
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("size", "place"), [(runtime.LARGE, 64), (4 << 20, runtime.HUGE)])
+def test_results_begin_on_a_line_of_cache_and_large_ones_on_a_huge_page(size, place):
+    kept = [runtime.aligned_empty((size >> 10, 1 << 10), np.uint8) for _ in range(3)]
+    assert all(a.ctypes.data % place == 0 and a.flags.c_contiguous and a.flags.writeable for a in kept)

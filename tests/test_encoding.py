@@ -252,6 +252,20 @@ def test_every_float16_pattern_and_its_neighbours_get_the_code_of_the_contract(n
         assert_same_bits(own, expected)
 
 
+@pytest.mark.parametrize("name", ["int16", "int2", "int4", "uint4", "uint8"])
+def test_whole_numbers_of_one_zero_point_are_rounded_as_others_are(name):
+    element, loops = FORMATS[name].element, runtime.encoding_loops()
+    x = np.stack([(EVERY_FLOAT16.view(np.int32) + near).view(np.float32) for near in (-1, 0, 1)])  # with NaN
+    usual = encoders.numbers_of(element, False, False)
+    fewer, streams = encoders.of_one_zero_point(usual, element.middle), []
+    assert fewer.kind == loops.WHOLE_NUMBERS != usual.kind
+    one, zero = np.ones((1, 1), np.float32), np.full((1, 1), element.middle, np.float32)
+    for kind, bits, parameters, _ in (usual, fewer):
+        streams.append(np.full((3, x.shape[1] * bits // 8), 85, np.uint8))
+        loops.encode(x, x.shape[1], kind, bits, parameters, one, one, zero, streams[-1])
+    assert_same_bits(streams[1], streams[0])
+
+
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
 def test_processors_without_avx_512():
     tests = [test_codes_and_scales_of_every_layout_are_those_of_the_contract]

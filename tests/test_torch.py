@@ -138,6 +138,14 @@ def test_weights_in_groups_are_one_operator_of_what_is_compiled(how):
         assert_same_bits(turned(x), torch.cat([linear(row[None], w) for row in x]))
 
 
+def test_nan_among_many_scales_is_found():
+    x = torch.ones(2048, 1024)
+    assert quantize(x, granularity=PerGroup(8)).scale.min() > 0
+    x[1024, 77] = torch.nan
+    with pytest.raises(ValueError, match=r"the first at index \(1024, 77\)"):
+        quantize(x, granularity=PerGroup(8))
+
+
 def test_compiled_non_finite_values_are_loud():
     x = X.clone()
     x[2, 3], x[4, 1] = torch.nan, torch.inf
