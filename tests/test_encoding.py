@@ -257,7 +257,7 @@ def test_whole_numbers_of_one_zero_point_are_rounded_as_others_are(name):
     element, loops = FORMATS[name].element, runtime.encoding_loops()
     x = np.stack([(EVERY_FLOAT16.view(np.int32) + near).view(np.float32) for near in (-1, 0, 1)])  # with NaN
     usual = encoders.numbers_of(element, False, False)
-    fewer, streams = encoders.of_one_zero_point(usual, element.middle), []
+    fewer, streams = encoders.numbers_of(element, False, False, element.middle), []
     assert fewer.kind == loops.WHOLE_NUMBERS != usual.kind
     one, zero = np.ones((1, 1), np.float32), np.full((1, 1), element.middle, np.float32)
     for kind, bits, parameters, _ in (usual, fewer):

@@ -35,8 +35,8 @@ from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of
 
 __all__ = ["ROWS_OF_A_PART", "Numbers", "choose", "dtype_of_scales", "encode", "extrema", "kept_as", "kept_of",
-           "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "of_one_zero_point", "quantize", "rule_of",
-           "serves", "steps_of", "view_of"]  # fmt: skip
+           "lies_in_order", "numbers_at_once", "numbers_for", "numbers_of", "quantize", "rule_of", "serves", "steps_of",
+           "view_of"]  # fmt: skip
 
 
 class Numbers(NamedTuple):
@@ -51,15 +51,26 @@ class Numbers(NamedTuple):
     """A power of two that values are multiplied by before they are rounded."""
 
 
-def numbers_of(element: ElementType, narrow: bool, packed: bool) -> Numbers | None:
-    """What the loops are told, or None where they do not know such numbers; ``packed``: as a stream of bits."""
-    if element.missing is not None:
+def numbers_of(element: ElementType, narrow: bool, packed: bool, zero: int | None = None) -> Numbers | None:
+    """What the loops are told, or None where they do not know such numbers; ``packed``: as a stream of bits.
+
+    ``zero``: the zero point, if all have the same. They do less for whole numbers then.
+    """
+    if element.missing is not None or runtime.encoding_loops() is None:
         return None
+    return _numbers_of(element, narrow, packed, zero)
+
+
+@functools.lru_cache(64)
+def _numbers_of(element: ElementType, narrow: bool, packed: bool, zero: int | None) -> Numbers | None:
     loops = runtime.encoding_loops()
-    found = None if loops is None else _told(element, narrow, loops)
+    found = _told(element, narrow, loops)
     if found is None:
         return None
     kind, parameters, step = found
+    if kind == loops.INTEGER and zero is not None and zero % 2 == 0:
+        least, most = parameters.view(np.float32) - np.float32(zero)
+        kind, parameters = loops.WHOLE_NUMBERS, _floats(least, most, 1.5 * 2.0**23 + zero)
     bits = element.bits if packed else 8 * np.dtype(element.storage).itemsize
     return Numbers(kind, bits, parameters, step) if bits in loops.BITS[kind] else None
 
@@ -85,15 +96,6 @@ def _told(element: ElementType, narrow: bool, loops: Any) -> tuple[int, Array, f
         filled = cuts + [math.inf] * (loops.MOST_CUTS - len(cuts))
         return loops.CODEBOOK, np.concatenate([_floats(*filled), np.asarray(words, np.int32)]), 1.0
     return None
-
-
-def of_one_zero_point(numbers: Numbers, zero: int) -> Numbers:
-    """What the loops are told of the same numbers, if all zero points are this: they do less for whole ones then."""
-    loops = runtime.encoding_loops()
-    if numbers.kind != loops.INTEGER or zero % 2:
-        return numbers
-    least, most = numbers.parameters.view(np.float32) - np.float32(zero)
-    return numbers._replace(kind=loops.WHOLE_NUMBERS, parameters=_floats(least, most, 1.5 * 2.0**23 + zero))
 
 
 def _floats(*numbers: float) -> Array:
@@ -209,12 +211,11 @@ def steps_of(scale: Array, spec: Spec, step: float, b: Backend) -> tuple[Array, 
 @np.errstate(all="ignore")
 def encode(x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, out: Array | None = None) -> Any:
     """Codes, packed or not, into ``out`` if it is given; NotImplemented where the loops do not serve."""
-    numbers = numbers_for(qparams, spec, recipe, packed) if _lies_right(x) else None
+    zero_point = 0 if qparams.zero_point is None else None
+    numbers = numbers_for(qparams, spec, recipe, packed, zero_point) if _lies_right(x) else None
     found = None if numbers is None else _rows(x, spec, numbers.bits)
     if numbers is None or found is None or not (out is None or lies_in_order(out)):
         return NotImplemented
-    if qparams.zero_point is None:
-        numbers = of_one_zero_point(numbers, 0)
     b, (view, rows), loops = get_backend("numpy"), found, runtime.encoding_loops()
     codes = _memory(x.shape, spec, packed) if out is None else np.asarray(out)
     stream, grid = codes.reshape(view.rows, -1).view(np.uint8), grid_of(x.shape, spec.block)
@@ -312,20 +313,19 @@ def _at_once(x: Array, spec: Spec, recipe: Recipe, packed: bool | None) -> Any:
     return codes, kept_of(scale.reshape(grid), spec), middles
 
 
-def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
-    """What ``encode`` is told, or None where the loops do not know the rules."""
+def numbers_for(qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, zero: int | None = None) -> Numbers | None:
+    """What ``encode`` is told, or None where the loops do not know the rules; ``zero`` as for ``numbers_of``."""
     plain = recipe.plain and spec.source.compute == "float32" and not spec.floor and spec.element.has_zero
     if not (plain and spec.format.scaled) or qparams.offset is not None or qparams.steps is not None:
         return None
-    return numbers_of(spec.element, recipe.narrow(spec), packed)
+    return numbers_of(spec.element, recipe.narrow(spec), packed, zero)
 
 
 def numbers_at_once(spec: Spec, recipe: Recipe, packed: bool) -> Numbers | None:
     """What ``quantize`` is told, or None: scales have to be products, kept in a way that the loops know."""
     if not recipe.of_magnitudes or recipe.ignore_nonfinite or kept_as(spec) is None:
         return None
-    found = numbers_for(QParams(None), spec, recipe, packed)
-    return None if found is None else of_one_zero_point(found, spec.element.middle)
+    return numbers_for(QParams(None), spec, recipe, packed, spec.element.middle)
 
 
 def rule_of(spec: Spec, recipe: Recipe, numbers: Numbers) -> Array:

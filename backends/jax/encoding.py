@@ -312,7 +312,8 @@ def quantize(x: Array, *, spec: Spec, recipe: Recipe, packed: bool) -> Coded:
         return Coded(codes.reshape(*shape[:-1], -1), encoders.kept_of(scale.reshape(grid), spec), zero)
     qparams = _chosen(x, spec, recipe)
     if qparams.zero_point is None:
-        numbers = encoders.of_one_zero_point(numbers, 0)
+        numbers = encoders.numbers_for(qparams, spec, recipe, packed, 0)
+        assert numbers is not None
     b = get_backend("jax")
     inverse, factor = encoders.steps_of(affine.scales(qparams.scale, spec, b), spec, numbers.step, b)
     of_each = (inverse, 1), (factor, 1), (qparams.zero_point, 0)
