@@ -36,6 +36,11 @@ class Kernel(NamedTuple):
     call: Callable[..., Any]
     serves: Callable[[Mapping[str, Any]], bool] = plain_integers
     """Whether it serves these static arguments; it is not offered others."""
+    of_weight: Callable[..., Callable[..., Any]] | None = None
+    """Of products: given a weight and the static arguments, ``call(x, w, bias)`` for weights of its types and shapes.
+
+    What these say is decided once so. It keeps nothing of the arrays.
+    """
 
 
 Kernels = Mapping[Callable[..., Any], Kernel]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +18,7 @@ from processors import run_without, run_without_avx_512
 from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine, dense, linear, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded
-from aqt_lite.backends.cpu import runtime, serve, stored
+from aqt_lite.backends.cpu import floats, runtime, serve, stored
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import as_stored
@@ -281,9 +285,72 @@ def test_floats_of_groups_of_any_length_are_those_of_dequantize(how):
             granularity = {} if how["dtype"] == "mxfp4" else {"granularity": PerGroup(size)}
             q = quantize(weight(rows, columns), **how, **granularity)
             w, spec = as_stored(q, packed=True)
-            [(part, values)] = stored.blocks_of_values(w, spec, columns, q.packed_length is not None)
+            [(part, values)] = stored.ByLoops(w, spec, 1, q.packed_length).blocks_of_values(w)
             assert part == slice(0, rows)
             np.testing.assert_array_equal(values, q.dequantize())
+
+
+def written_in_place(q, other):
+    """The arrays of ``q``, with what those of ``other`` hold."""
+    for a, b in zip(q._arrays(), other._arrays(), strict=True):
+        a[...] = b
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs("torch"))])
+@of_each_kind
+def test_nothing_is_kept_of_a_weight_that_may_be_written(how, backend, monkeypatch):
+    """By the loops and by BLAS, where the second product begins with what the first one found out."""
+    monkeypatch.setattr(floats, "LARGE", 1)
+    granularity = {} if how["dtype"] == "mxfp4" else {"granularity": PerGroup(32)}
+    b = get_backend(backend)
+    for rows in (1, 24):
+        x = b.asarray(weight(rows, 96, 3))
+        q, other = (quantize(weight(40, 96, seed), **how, **granularity).to_backend(backend) for seed in (1, 2))
+        first, expected = linear(x, q), b.to_numpy(linear(x, other))
+        np.testing.assert_array_equal(b.to_numpy(linear(x, q)), b.to_numpy(first))
+        written_in_place(q, other)
+        np.testing.assert_array_equal(b.to_numpy(linear(x, q)), expected)
+        if isinstance(q.scale, QArray):
+            continue
+        q.scale[7, 2] = 2.0**110  # no loop multiplies by it
+        assert np.isfinite(b.to_numpy(linear(x * 1e-30, q))).all()
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"dtype": "int4"}, {"dtype": "mxfp4"}], ids=name_of)
+def test_what_is_kept_of_a_weight_goes_with_it(how):
+    q = quantize(weight(40, 96), **how)
+    before = linear(weight(24, 96), q)
+    for same in (copy.copy(q), copy.deepcopy(q), pickle.loads(pickle.dumps(q)), replace(q)):
+        assert "_ready" in q.__dict__
+        assert "_ready" not in same.__dict__
+        np.testing.assert_array_equal(linear(weight(24, 96), same), before)
+    alive = [weakref.ref(a) for a in q._arrays()]
+    del q, same
+    assert not any(ref() is not None for ref in alive)
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs("torch"))])
+def test_what_was_decided_with_loops_does_not_outlive_them(backend, monkeypatch):
+    b = get_backend(backend)
+    q, x = quantize(weight(40, 96), "int4").to_backend(backend), b.asarray(weight(24, 96))
+    expected = b.to_numpy(linear(x, q))
+    monkeypatch.setattr(runtime, "compiled_loops", lambda: None)
+    monkeypatch.setattr(stored.ByLoops, "blocks_of_values", lambda *_: pytest.fail("a loop is called"))
+    np.testing.assert_allclose(b.to_numpy(linear(x, q)), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"dtype": "uint4", "scheme": "affine"}], ids=name_of)
+def test_first_products_on_several_threads(how, monkeypatch):
+    monkeypatch.setattr(floats, "LARGE", 1)
+    q, x, rows = quantize(weight(40, 96), **how, granularity=PerGroup(32)), weight(24, 96), [1, 24, 8, 2] * 4
+    expected = [linear(x[:n], replace(q)) for n in rows]
+    with ThreadPoolExecutor(4) as threads:
+        for y, z in zip(threads.map(lambda n: linear(x[:n], q), rows), expected, strict=True):
+            np.testing.assert_array_equal(y, z)
 
 
 @needs_loops

@@ -885,13 +885,21 @@ def test_tensors_that_lost_their_storage_are_refused(shape, take_away):
         quantize(w, scale=freed(torch.full((1, 1), 0.5)))
 
 
-def test_storage_that_is_freed_after_a_first_product():
-    q = quantize(data(24, 40), granularity=PerChannel(0))
-    q = dataclasses.replace(q, storage=q.storage.clone())
-    linear(data(1, 40), q)
-    q.storage.data = freed(q.storage)
-    with pytest.raises(ValueError, match="freed or cut"):
-        linear(data(1, 40), q)
+@pytest.mark.parametrize("rows", [1, 24])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_storage_that_is_freed_after_a_first_product(dtype, rows):
+    q, x = quantize(data(24, 64), dtype), data(rows, 64)
+    q = q._with_each(torch.clone)
+    expected = linear(x, q)
+    for t in q._arrays():
+        kept = t.clone()
+        t.data = freed(t)
+        with pytest.raises(ValueError, match="freed or cut"):
+            linear(x, q)
+        t.data = kept.T.contiguous().T  # elsewhere, and in another order
+        torch.testing.assert_close(linear(x, q), expected)
+    with pytest.raises(TypeError, match="freed or cut"):
+        linear(freed(x), q)
 
 
 class Subclass(torch.Tensor):

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from aqt_lite import affine
 from aqt_lite._arguments import as_float_array, check_floats, one_of
 from aqt_lite._blocks import spread
-from aqt_lite._dispatch import kernel_for, run
+from aqt_lite._dispatch import kernel_for, kernel_of_weight, run
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
 from aqt_lite._protocol import Backend
@@ -182,11 +182,9 @@ class _Ready(NamedTuple):
     state: tuple[Any, ...]
     shape: tuple[int, ...]
     weight: affine.Coded
-    spec: affine.Spec
-    static: dict[str, Any]
-    """What the kernels are told beside ``spec`` and ``contract``."""
     kernels: list[Callable[..., Any] | None]
-    """Of ``reference.matmul``, or of ``matmul_stored`` where codes are packed, by the axis that is contracted."""
+    """``call(x, weight, bias)`` of ``reference.matmul``, or of ``matmul_stored`` where codes are packed, by the axis
+    that is contracted."""
 
 
 def _state(w: QArray) -> tuple[Any, ...]:
@@ -212,7 +210,7 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     kept = w.scale
     if isinstance(kept, QArray) and (w.packed_length is None or kept.packed_length is not None or _has_more(kept)):
         return None
-    if kept is None or w.offset is not None or w._checked() is not w:
+    if kept is None or w.offset is not None or w._checked() is not w or len(w.shape) != 2:
         return None
     operation: Callable[..., Any]
     if w.packed_length is None:
@@ -225,8 +223,8 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     numbers, own = (weight.scale.codes, kept.storage) if isinstance(kept, QArray) else (weight.scale, kept)
     if numbers is not own:  # other arrays would be kept
         return None
-    kernels = [kernel_for(b, operation, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
-    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, spec, static, kernels)
+    kernels = [kernel_of_weight(b, operation, weight, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, kernels)
     return known
 
 
@@ -305,8 +303,7 @@ def _float_product(
     stored = 1 - contract if w.transposed else contract
     if ready is not None and mode == "fast":
         kernel = ready.kernels[stored]
-        static = {"spec": ready.spec, "contract": stored, **ready.static}
-        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias, **static)
+        y = NotImplemented if kernel is None else kernel(x, ready.weight, bias)
         if y is not NotImplemented:
             return y
     elif may_go_as_stored(w, mode, contract):

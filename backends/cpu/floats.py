@@ -7,6 +7,8 @@ the operations, the runtime, and ``serve``, which says what each is for.
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,11 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, loops_of_product, map_ranges, tiles
-from aqt_lite.backends.cpu.stored import matmul_of_floats, matmul_stored
+from aqt_lite.backends.cpu.stored import ByLoops, matmul_stored
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
-__all__ = ["in_whole_groups", "matmul", "matmul_in_one_call", "rows_of_blocks"]
+__all__ = ["in_whole_groups", "matmul", "matmul_in_one_call", "of_weight", "rows_of_blocks", "shortly"]
 
 ROWS_OF_A_BLOCK = {0: 256, 1: 512}
 """Rows of a weight 8192 wide that are dequantized at a time, by the contracted axis."""
@@ -43,10 +45,10 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
             return y
     x_name = get_backend("numpy").dtype_name(x)
     if worth_floats and serve.becomes_floats(x_name, w, spec, contract, packed=False):
-        with np.errstate(all="ignore"):
-            y = matmul_of_floats(x, w, bias, spec, packed=False)
+        y = ByLoops(w, spec, contract, None).by_floats(x, w, bias)
         if y is not NotImplemented:
-            return y
+            with np.errstate(all="ignore"):
+                return y.astype(x.dtype, copy=False)
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
     # loops for groups look at scales as they meet them: of many groups, one more look takes a tenth of one row's time
@@ -75,6 +77,40 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if bias is not None:
             y += bias
         return y.astype(x_dtype, copy=False)
+
+
+def shortly(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, Array | None], Any]:
+    """The forms that are known to be fastest for a weight of these types and shapes, as soon as rows of x are counted.
+
+    NotImplemented for what is left to ``matmul``: where more is asked, of numbers or of other forms.
+    """
+    loops, large, most = ByLoops(w, spec, contract, None), w.codes.shape[0] * w.codes.shape[1] >= LARGE, 0
+    in_one_call = not large and w.zero_point is None
+    if large and loops.decodes:  # digits meet more rows where their sums have one scale
+        most = serve.MOST_ROWS_TO_DECODE if w.scale.shape[contract] == 1 else sys.maxsize
+
+    def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        if not loops.take(x, bias):
+            return NotImplemented
+        rows = len(x)
+        if loops.are_worth_floats(rows):
+            return loops.by_floats(x, w, bias)
+        if in_one_call:
+            return matmul_in_one_call(x, w, bias, contract=contract)
+        return loops.by_decoding(x, w, bias) if 0 < rows <= most else NotImplemented
+
+    return call
+
+
+def of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, Array | None], Any]:
+    """``matmul`` for a weight of these types and shapes."""
+    short = shortly(w, spec=spec, contract=contract)
+
+    def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        y = short(x, w, bias)
+        return matmul(x, w, bias, spec=spec, contract=contract) if y is NotImplemented else y
+
+    return call
 
 
 def matmul_in_one_call(x: Array, w: Coded, bias: Array | None, *, contract: int) -> Any:

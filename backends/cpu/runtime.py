@@ -446,6 +446,11 @@ def gated(form: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def gated_of_weight(of_weight: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    """The same of what a kernel gives for one weight."""
+    return functools.wraps(of_weight)(lambda w, **static: gated(of_weight(w, **static)))
+
+
 def admitted(arrays: Any) -> Any:
     """The same arrays, copied where they are not plain."""
     return arrays if _all_plain(arrays) else on_each(_plain, tuple(arrays))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,14 +26,14 @@ from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
 from aqt_lite.ops import reference
 
 __all__ = [
+    "ByLoops",
     "Operands",
     "blocks_of_rows",
-    "blocks_of_values",
     "ends_of_parts",
-    "matmul_of_floats",
     "matmul_stored",
     "operands_of",
     "plain_scales",
+    "stored_of_weight",
 ]
 
 FEWEST_TO_LOOK_UP = 1 << 12
@@ -42,6 +42,7 @@ FEWEST_TO_LOOK_UP = 1 << 12
 FEWEST_TO_TURN = 1 << 12
 """Scales that lie in the other order from which on a loop turns them in less time than a copy takes."""
 
+_FLOAT32 = np.dtype(np.float32)
 _NO_NUMBERS = np.empty(0, dtype=np.float32)
 _NO_SCALES, _NO_CODES, _NO_ZEROS = (np.empty((0, 0), dtype=kind) for kind in (np.float32, np.uint8, np.int32))
 """What takes the place of operands that a weight has none of."""
@@ -68,6 +69,114 @@ class Operands(NamedTuple):
     """Codes in a group: whole vectors."""
 
 
+class ByLoops:
+    """Products with a weight of these types, shapes and format: what these alone say of the loops is decided once.
+
+    Nothing of the weight's arrays is kept. Each call is given them, and they may lie elsewhere by then, or hold other
+    numbers.
+    """
+
+    def __init__(self, w: Coded, spec: Spec, contract: int, packed_length: int | None) -> None:
+        self._spec, self._packed = spec, packed_length is not None
+        told = "float32", w, spec, contract, self._packed
+        self._length, self._inner = w.codes.shape[0], w.codes.shape[1] if packed_length is None else packed_length
+        self.becomes_floats = serve.becomes_floats(*told)
+        """Whether a loop serves that makes floats of codes."""
+        self.decodes = self.becomes_floats and serve.decodes(*told)
+        """Whether loops serve whose codes become numbers in registers."""
+        self._by_digits = serve.by_digits(serve.MOST_ROWS_FOR_LOOPS + 1, w, contract, self._packed)
+        self._constants: tuple[bool, int, Array, Array, int] | None = None
+        self._loops = runtime.decoding_loops()
+
+    def are_there(self) -> bool:
+        """Whether what was decided still holds: tests and benchmarks do without loops that others had before."""
+        return self._loops is runtime.decoding_loops()
+
+    def take(self, x: Array, bias: Array | None) -> bool:
+        """Whether loops read both as they are."""
+        return x.dtype == _FLOAT32 and (bias is None or bias.dtype == _FLOAT32) and self.are_there()
+
+    def __call__(self, x: Array, w: Coded, bias: Array | None) -> Any:
+        """``x @ w.T + bias`` in float32; x and the bias are no float64."""
+        if not (self.becomes_floats and len(x)):
+            return NotImplemented
+        if self.are_worth_floats(len(x)) or (self._packed and not self.decodes):
+            return self.by_floats(x, w, bias)
+        return self.by_decoding(x, w, bias) if self.decodes else NotImplemented  # bytes have other loops for any group
+
+    def are_worth_floats(self, rows: int) -> bool:
+        """Whether so many rows of x are multiplied by BLAS, for the weight's floats stay in a cache."""
+        return self.becomes_floats and serve.is_worth_floats(rows, self._length * self._inner, self._by_digits)
+
+    def by_floats(self, x: Array, w: Coded, bias: Array | None) -> Any:
+        """The product by BLAS, for groups of any length: ``serve.becomes_floats``."""
+        y: Any = None
+        with np.errstate(all="ignore"):
+            x = np.ascontiguousarray(x, dtype=np.float32)
+            for columns, values in self.blocks_of_values(w):
+                if values is None:
+                    return NotImplemented
+                if len(values) == self._length:
+                    y = np.matmul(x, values.T)
+                else:
+                    y = np.empty((len(x), self._length), dtype=np.float32) if y is None else y
+                    np.matmul(x, values.T, out=y[:, columns])
+            if bias is not None:
+                y += bias
+        return y
+
+    def blocks_of_values(self, w: Coded) -> Iterator[tuple[slice, Array | None]]:
+        """The weight's values as products use them: blocks of rows that a cache holds.
+
+        Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to
+        be clipped. All on this thread: on the other cores those of BLAS go on spinning, and a thread of the pool would
+        wait for a core longer than the loop takes.
+        """
+        loops, operands, inner = self._loops, self.operands(w), self._inner
+        codes, height = np.ascontiguousarray(w.codes).view(np.uint8), max(1, serve.MOST_CODES_AT_ONCE // inner)
+        scratch = np.empty((min(height, self._length), inner), dtype=np.float32)
+        for first in range(0, self._length, height):
+            last = min(first + height, self._length)
+            values = scratch[: last - first]
+            served = loops.dequantize(codes[first:last], inner, *operands, first, values)
+            yield slice(first, last), values if served else None
+
+    def by_decoding(self, x: Array, w: Coded, bias: Array | None) -> Any:
+        """The product by loops whose codes become numbers in registers: ``serve.decodes``."""
+        loops, operands, length = self._loops, self.operands(w), self._length
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        codes = np.ascontiguousarray(w.codes).view(np.uint8)
+        bias = _adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+        y = np.empty((len(x), length), dtype=np.float32)
+        arranged = _arranged(x, operands)
+        steps = steps_of_product(length * self._inner, len(x))
+        ends = ends_of_parts(length, loops.STRIP, steps)
+        small = in_parts(loops.multiply_in_parts, steps, ends, codes, arranged, self._inner, *operands, bias, y)
+        return y if small else NotImplemented
+
+    def operands(self, w: Coded) -> Operands:
+        """``operands_of`` a weight of these types and shapes: once, but for those that are arrays of the weight."""
+        kept, zero = w.scale.codes if isinstance(w.scale, Coded) else w.scale, w.zero_point
+        zero = _NO_ZEROS if zero is None else zero
+        in_order = kept.flags.c_contiguous and zero.flags.c_contiguous
+        if self._constants is not None and in_order:
+            halves, flip, table, of_scales, size = self._constants
+            scale, codes = (_NO_SCALES, kept) if len(of_scales) else (kept, _NO_CODES)
+            return Operands(halves, flip, table, scale, codes, of_scales, zero, size)
+        found = operands_of(w, self._spec, self._inner, self._packed, get_backend("numpy"))
+        halves, flip, table, scale, codes, of_scales, of_zero, size = found
+        no_more = not isinstance(w.scale, Coded) or all(part is None for part in w.scale[1:])
+        if no_more and (scale is kept or codes is kept) and of_zero is zero:
+            self._constants = halves, flip, table, of_scales, size
+        return found
+
+
+@functools.lru_cache(maxsize=16)
+def _adds_nothing(length: int) -> Array:
+    """A bias that leaves every sum as it is: 0.0 would turn -0.0 to 0.0."""
+    return np.full(length, -0.0, np.float32)
+
+
 @np.errstate(all="ignore")
 def matmul_stored(
     x: Array,
@@ -86,22 +195,22 @@ def matmul_stored(
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
-    if serve.is_worth_floats(rows, len(w.codes) * x.shape[1], serve.by_digits(rows, w, contract, packed)):
-        return matmul_of_floats(x, w, bias, spec, packed)
-    if not serve.decodes(x_name, w, spec, contract, packed):  # bytes have loops for any group elsewhere
-        return matmul_of_floats(x, w, bias, spec, packed) if packed else NotImplemented
-    loops, x_dtype = runtime.decoding_loops(), x.dtype
-    operands = operands_of(w, spec, x.shape[1], packed, get_backend("numpy"))
-    x = np.ascontiguousarray(x, dtype=np.float32)
-    codes = np.ascontiguousarray(w.codes).view(np.uint8)
-    bias = np.full(len(codes), -0.0, np.float32) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
-    y = np.empty((len(x), len(codes)), dtype=np.float32)
-    arranged = _arranged(x, operands)
+    y = ByLoops(w, spec, contract, packed_length)(x, w, bias)
+    return y if y is NotImplemented else y.astype(x.dtype, copy=False)
 
-    steps = steps_of_product(len(codes) * x.shape[1], rows)
-    ends = ends_of_parts(len(codes), loops.STRIP, steps)
-    small = in_parts(loops.multiply_in_parts, steps, ends, codes, arranged, x.shape[1], *operands, bias, y)
-    return y.astype(x_dtype, copy=False) if small else NotImplemented
+
+def stored_of_weight(
+    w: Coded, *, spec: Spec, contract: int, packed_length: int | None, swapped: bool = False
+) -> Callable[[Array, Coded, Array | None], Any]:
+    """``matmul_stored`` for a weight of these types and shapes."""
+    static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length, "swapped": swapped}
+    loops = None if swapped else ByLoops(w, spec, contract, packed_length)  # those swapped are turned at each call
+
+    def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        y = loops(x, w, bias) if loops is not None and loops.take(x, bias) else NotImplemented
+        return matmul_stored(x, w, bias, **static) if y is NotImplemented else y
+
+    return call
 
 
 def ends_of_parts(length: int, multiple: int, steps: int) -> Array:
@@ -123,47 +232,19 @@ def _ends(length: int, multiple: int, steps: int, worth: int, cores: int) -> Arr
     return np.array(ends)
 
 
-def matmul_of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
-    """The same by BLAS, for groups of any length: ``serve.becomes_floats``."""
-    x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
-    length: int = len(w.codes)
-    y: Any = None
-    for columns, values in blocks_of_values(w, spec, x.shape[1], packed):
-        if values is None:
-            return NotImplemented
-        if len(values) == length:
-            y = np.matmul(x, values.T)
-        else:
-            y = np.empty((len(x), length), dtype=np.float32) if y is None else y
-            np.matmul(x, values.T, out=y[:, columns])
-    if bias is not None:
-        y += bias
-    return y.astype(x_dtype, copy=False)
-
-
-def blocks_of_values(w: Coded, spec: Spec, inner: int, packed: bool) -> Iterator[tuple[slice, Array | None]]:
-    """The weight's values as products use them: blocks of rows that a cache holds.
-
-    Each lies in the memory of the one before. None where a scale is 0, NaN, or so large that values might have to be
-    clipped. All on this thread: on the other cores those of BLAS go on spinning, and a thread of the pool would wait
-    for a core longer than the loop takes.
-    """
-    loops, codes = runtime.decoding_loops(), np.ascontiguousarray(w.codes).view(np.uint8)
-    operands = operands_of(w, spec, inner, packed, get_backend("numpy"))
-    length, height = len(codes), max(1, serve.MOST_CODES_AT_ONCE // inner)
-    scratch = np.empty((min(height, length), inner), dtype=np.float32)
-    for first in range(0, length, height):
-        last = min(first + height, length)
-        values = scratch[: last - first]
-        served = loops.dequantize(codes[first:last], inner, *operands, first, values)
-        yield slice(first, last), values if served else None
+@functools.lru_cache(maxsize=64)
+def _shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
+    return runtime.decoding_loops().shape_of_arranged(rows, inner, halves)  # type: ignore[no-any-return]
 
 
 def _arranged(x: Array, of_weight: Operands) -> Array:
     """Rows of x as the loops read them."""
     loops, halves = runtime.decoding_loops(), of_weight.halves
-    arranged = aligned_empty(loops.shape_of_arranged(*x.shape, halves), np.float32)
+    arranged = aligned_empty(_shape_of_arranged(*x.shape, halves), np.float32)
     static = halves, of_weight.size, of_weight.table, of_weight.zero.shape[0] > 0
+    if x.size < runtime.LARGE:
+        loops.arrange(x, *static, arranged)
+        return arranged
 
     def some(start: int, stop: int) -> None:
         loops.arrange(x[start:stop], *static, arranged[start : len(arranged) if stop == len(x) else stop])

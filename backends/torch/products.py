@@ -190,35 +190,31 @@ def _by_decoding(
     """NumPy's form whose codes become numbers in registers, or in a cache, where it serves."""
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
-    is_packed = packed_length is not None
-    static = get_backend("torch").dtype_name(x), w, spec, contract, is_packed
-    if not serve.becomes_floats(*static):
+    loops = stored.ByLoops(w, spec, contract, packed_length)
+    if x.dtype is torch.float64 or not loops.becomes_floats:
         return NotImplemented
-    floats_pay = serve.is_worth_floats(x.shape[0], w.codes.shape[0] * x.shape[1])
-    if floats_pay or not serve.decodes(*static):
-        if not (floats_pay or is_packed):  # bytes have loops for any group elsewhere
+    if loops.are_worth_floats(x.shape[0]) or (packed_length is not None and not loops.decodes):
+        if not _have_numpy_memory(runtime.arrays_in(w)):
             return NotImplemented
-        return _of_floats(x, w, bias, spec, is_packed) if _have_numpy_memory(runtime.arrays_in(w)) else NotImplemented
+        with outside_transformations():
+            return _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
+    if not loops.decodes:  # bytes have loops for any group elsewhere
+        return NotImplemented
     form = functools.partial(stored.matmul_stored, packed_length=packed_length)
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
 
-def _of_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, packed: bool) -> Any:
-    """The product of torch itself with the weight's values, as many rows at a time as a cache holds.
-
-    The weight has memory that NumPy can read.
-    """
+def _of_floats(loops: stored.ByLoops, x: Array, w: Coded, bias: Array | None) -> Any:
+    """The product of torch itself with values of a weight in NumPy's memory, as many at a time as a cache holds."""
     x_dtype, parts = x.dtype, []
-    with outside_transformations():
-        x, bias = (t if t is None or t.dtype is torch.float32 else t.to(torch.float32) for t in (x, bias))
-        weight = Coded(*runtime.admitted(_as_numpy(w)))
-        for columns, values in stored.blocks_of_values(weight, spec, x.shape[1], packed):
-            if values is None:
-                return NotImplemented
-            some = None if bias is None else bias[columns]
-            parts.append(torch.nn.functional.linear(x, torch.from_numpy(values), some))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return y if y.dtype is x_dtype else y.to(x_dtype)
+    x, bias = (t if t is None or t.dtype is torch.float32 else t.to(torch.float32) for t in (x, bias))
+    for columns, values in loops.blocks_of_values(w):
+        if values is None:
+            return NotImplemented
+        some = None if bias is None else bias[columns]
+        parts.append(torch.nn.functional.linear(x, torch.from_numpy(values), some))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y if y.dtype is x_dtype else y.to(x_dtype)
 
 
 def _on_numpy_memory(
@@ -258,6 +254,11 @@ def _without_autocast(product: Callable[..., Array]) -> Callable[..., Array]:
             return product(x, *others, **static)
 
     return call
+
+
+def _without_autocast_of_weight(of_weight: Callable[..., Any]) -> Callable[..., Any]:
+    """The same of what a kernel gives for one weight."""
+    return lambda w, **static: _without_autocast(of_weight(w, **static))
 
 
 def _may_autocast_backward(dy: Array) -> bool:
@@ -327,16 +328,6 @@ def _derivatives(ctx: Any, dy: Array) -> Any:
 
 
 def _product(reproducible: bool, spec: Spec, contract: int, x: Array, w: Coded, bias: Array | None) -> Array:
-    # first of all, before anything else is asked: each question takes a good part of the time of a small product
-    if not reproducible and _have_numpy_memory((x, *w, bias)):
-        y, codes = NotImplemented, w.codes.numel()
-        if serve.is_worth_floats(x.shape[0], codes, serve.by_digits(x.shape[0], w, contract, packed=False)):
-            if serve.becomes_floats(get_backend("torch").dtype_name(x), w, spec, contract, packed=False):
-                y = _of_floats(x, w, bias, spec, packed=False)
-        elif w.zero_point is None and codes < runtime.LARGE:
-            y = _shared(floats.matmul_in_one_call, x, w, bias, contract=contract)
-        if y is not NotImplemented:
-            return y
     if not torch.compiler.is_compiling():
         _check_memory((x, *w, bias))
     if get_backend("torch").differentiates(x, w.scale, bias):
@@ -723,6 +714,49 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
     return kernel
 
 
+def _of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[..., Any]:
+    """``_kernel(reproducible=False)`` for a weight of these types and shapes."""
+    loops, short = stored.ByLoops(w, spec, contract, None), floats.shortly(w, spec=spec, contract=contract)
+    return _in_memory_of_numpy(
+        loops, short, functools.partial(_kernel(reproducible=False), spec=spec, contract=contract)
+    )
+
+
+def _stored_of_weight(w: Coded, *, spec: Spec, contract: int, packed_length: int | None, swapped: bool) -> Any:
+    """``_stored`` for a weight of these types and shapes."""
+    static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length, "swapped": swapped}
+    form = functools.partial(_stored, **static)
+    if swapped:  # scales are turned at each call
+        return form
+    loops = stored.ByLoops(w, spec, contract, packed_length)
+    return _in_memory_of_numpy(loops, loops, form)
+
+
+def _in_memory_of_numpy(
+    loops: stored.ByLoops, short: Callable[..., Any], form: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What does of a form whatever ``short`` does for float32, before anything is asked that takes as long as it does.
+
+    Each question to torch takes a good part of the time of a small product.
+    """
+
+    def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        y: Any = NotImplemented
+        tensors = runtime.arrays_in((x, *w, bias)) if isinstance(w.scale, tuple) else (x, *w, bias)
+        of_float32 = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
+        if of_float32 and _have_numpy_memory(tensors) and loops.are_there():
+            with outside_transformations():
+                if loops.are_worth_floats(x.shape[0]):
+                    y = _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
+                else:
+                    given, *weight, added = runtime.admitted(_as_numpy((x, *w, bias)))
+                    y = short(given, Coded(*weight), added)
+                    y = y if y is NotImplemented else torch.from_numpy(y)
+        return form(x, w, bias) if y is NotImplemented else y
+
+    return call
+
+
 def _of_values(x: Array, values: Array, bias: Array | None, *, contract: int) -> Any:
     """Where torch would do the product in a narrower type, forward or backward; else it is torch's own."""
     if not _autocasts(x):
@@ -744,8 +778,12 @@ KERNELS: Kernels = {
     **{operation: Kernel(_in_memory(operation), anything) for operation in quantize.FORMS},
     affine.dequantize: Kernel(with_codes_in_onnx(_in_memory(affine.dequantize, of_few_steps=True)), anything),
     unpack: Kernel(with_streams_in_onnx(_in_memory(unpack)), anything),
-    reference.matmul: Kernel(_without_autocast(_kernel(reproducible=False))),
-    reference.matmul_stored: Kernel(_without_autocast(_stored), anything),
+    reference.matmul: Kernel(
+        _without_autocast(_kernel(reproducible=False)), of_weight=_without_autocast_of_weight(_of_weight)
+    ),
+    reference.matmul_stored: Kernel(
+        _without_autocast(_stored), anything, _without_autocast_of_weight(_stored_of_weight)
+    ),
     reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),
     reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
     reference.matmul_of_values: Kernel(_of_values, anything),
