@@ -84,20 +84,21 @@ def shortly(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, A
 
     NotImplemented for what is left to ``matmul``: where more is asked, of numbers or of other forms.
     """
-    loops, large, most = ByLoops(w, spec, contract, None), w.codes.shape[0] * w.codes.shape[1] >= LARGE, 0
-    in_one_call = not large and w.zero_point is None
-    if large and loops.decodes:  # digits meet more rows where their sums have one scale
-        most = serve.MOST_ROWS_TO_DECODE if w.scale.shape[contract] == 1 else sys.maxsize
+    large, one_scale = w.codes.shape[0] * w.codes.shape[1] >= LARGE, w.scale.shape[contract] == 1
+    most = serve.MOST_ROWS_TO_DECODE if one_scale else sys.maxsize  # digits meet more rows where sums have one scale
+    by_loops: ByLoops | None = None
 
     def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        nonlocal by_loops
+        rows = len(x)
+        if not large and rows <= serve.MOST_ROWS_FOR_LOOPS:  # not worth the time that loading other loops takes
+            return matmul_in_one_call(x, w, bias, contract=contract)
+        by_loops = loops = by_loops or ByLoops(w, spec, contract, None)
         if not loops.take(x, bias):
             return NotImplemented
-        rows = len(x)
         if loops.are_worth_floats(rows):
             return loops.by_floats(x, w, bias)
-        if in_one_call:
-            return matmul_in_one_call(x, w, bias, contract=contract)
-        return loops.by_decoding(x, w, bias) if 0 < rows <= most else NotImplemented
+        return loops.by_decoding(x, w, bias) if large and loops.decodes and 0 < rows <= most else NotImplemented
 
     return call
 
