@@ -745,6 +745,16 @@ def test_qarrays_as_attributes_of_modules_are_told_of():
     kept.register_buffer("b", None)
     with pytest.raises(TypeError, match="buffer 'b' is a QArray"):
         kept.b = q
+    layer = torch.nn.Linear(8, 5, bias=False)
+    with pytest.raises(TypeError, match=r"Linear.weight is a parameter.*: del self.weight, and then self.weight = "):
+        layer.weight = q
+    del layer.weight
+    layer.weight = QuantizedWeight(q)
+    assert_same_bits(layer(X), y)
+    with pytest.warns(
+        UserWarning, match=r"ParameterList.0 is a QArray.*module: aqt_lite.torch.QuantizedWeight\(q\) keeps"
+    ):
+        torch.nn.ParameterList([q])
     with pytest.warns(UserWarning, match="Holding.later is a QArray"):
         holding.later = q.to_backend("numpy")
     assert isinstance(holding, torch.nn.Module)

@@ -42,19 +42,32 @@ def serve(cls: type) -> None:
 
 
 def _tell_of_attributes(q: Any, asking: FrameType) -> None:
-    """Warn of a container that becomes a plain attribute of a module, for which torch has no hook."""
-    if asking.f_code is not _SETS_ATTRIBUTES:
+    """Warn of a container that becomes a plain attribute of a module, for which torch has no hook.
+
+    Raises where it would be a parameter, which torch refuses, too, but without a word of what to do.
+    """
+    of_parameters = asking.f_code is _ASKS_FOR_PARAMETERS
+    setting = asking.f_back if of_parameters else asking
+    if setting is None or setting.f_code is not _SETS_ATTRIBUTES:
         return
-    module, name = asking.f_locals["self"], asking.f_locals["name"]
-    if not any(name in vars(module).get(kept, ()) for kept in ("_buffers", "_modules")):  # where it is refused
-        own = f"{type(module).__name__}.{name}"
+    module, name = setting.f_locals["self"], setting.f_locals["name"]
+    own, held = f"{type(module).__name__}.{name}", vars(module)
+    if name in held.get("_parameters", ()):
+        raise TypeError(
+            f"aqt_lite: {own} is a parameter, and a QArray is none: del self.{name}, and then self.{name} = "
+            f"aqt_lite.torch.QuantizedWeight(q); {_OF_MODELS} makes layers that have one"
+        )
+    refused = any(name in held.get(kept, ()) for kept in ("_buffers", "_modules"))
+    if not (of_parameters or refused):
+        place = f"self.{name} = " if name.isidentifier() else ""
         warn(
             f"aqt_lite: {own} is a QArray, which no state_dict holds, and which does not move with the module: "
-            f"self.{name} = aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
+            f"{place}aqt_lite.torch.QuantizedWeight(q) keeps it, and {_OF_MODELS} makes layers that do"
         )
 
 
 _SETS_ATTRIBUTES = torch.nn.Module.__setattr__.__code__
+_ASKS_FOR_PARAMETERS = type(torch.nn.Parameter).__instancecheck__.__code__
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
