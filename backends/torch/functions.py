@@ -66,8 +66,9 @@ def _tell_of_attributes(q: Any, asking: FrameType) -> None:
         )
 
 
-_SETS_ATTRIBUTES = torch.nn.Module.__setattr__.__code__
-_ASKS_FOR_PARAMETERS = type(torch.nn.Parameter).__instancecheck__.__code__
+# None where somebody has put something else in their place: then nobody is told
+_SETS_ATTRIBUTES = getattr(torch.nn.Module.__setattr__, "__code__", None)
+_ASKS_FOR_PARAMETERS = getattr(type(torch.nn.Parameter).__instancecheck__, "__code__", None)
 
 
 def _answer(cls: type, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
