@@ -31,7 +31,7 @@ from aqt_lite._rules import Axes, Leaf, Planned, Rules, check_activations, named
 from aqt_lite.backends.jax import flax_state, functions, layers
 from aqt_lite.ops import dense
 from aqt_lite.qarray import QArray
-from aqt_lite.trees import Progress, TreePlan, leaves_of, places_of, quantized_as_planned
+from aqt_lite.trees import Progress, TreePlan, leaves_of, places_of, quantized_already, quantized_as_planned
 
 __all__ = ["plan", "quantize", "with_quantized_layers"]
 
@@ -437,7 +437,7 @@ def _params_of(variables: Any) -> Any:
 
 
 def _plans(model: Any, variables: Any, params: Any, args: Any, kwargs: Any, rules: Rules | None) -> list[Planned]:
-    already = [path for path, leaf in leaves_of(params) if isinstance(leaf, QArray)]
+    already = quantized_already(leaves_of(params))
     if already:
         raise TypeError(f"variables has {already[0]} quantized already: give those that model.init made")
     _check_keywords(model, kwargs)
