@@ -149,6 +149,26 @@ def test_every_form_has_the_bits_of_the_reference(form, dots, dtype, scheme, gra
             assert_same_bits(np.asarray(FORMS[form](rows, q, bias)), by_the_reference(rows, q, bias))
 
 
+@needs_dots
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_an_outlier_get_their_second_pass_from_the_loops(form, monkeypatch):
+    """Of 530 rows 515 are in the second half of what is in memory at a time; five panels of 34 have such a row."""
+    rng = np.random.default_rng(11)
+    w = (rng.standard_normal((230, 300)) * np.exp2(rng.integers(-20, 20, (230, 1)))).astype(np.float32)
+    q = aqt_lite.quantize(w, "uint8", scheme="affine", granularity=PerChannel(0))
+    x = rng.standard_normal((530, 300)).astype(np.float32)
+    outlying, bias = [3, 20, 21, 40, 515, 529], np.zeros(230, np.float32)
+    x[outlying, np.arange(6)] = [1e5, -1e6, 3e7, 1e4, 1e5, 1e5]
+    x[[20, 21], 7] = np.nan, 1e-40
+    expected = by_the_reference(x, q, bias)
+    if form != "jax":  # which is traced with both
+        monkeypatch.setattr(reference, "_times_columns", None)
+    assert_same_bits(np.asarray(FORMS[form](x, q, bias)), expected)
+    if form != "jax":
+        for rows in (slice(3, 4), slice(20, 21), slice(38, 43)):
+            assert_same_bits(np.asarray(FORMS[form](x[rows], q, bias)), expected[rows])
+
+
 @pytest.mark.exhaustive_where(form="jax", mode="fast")  # each compiles for seconds
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])

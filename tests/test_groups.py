@@ -123,13 +123,16 @@ def test_one_row_and_runs_of_sixteen_groups(dtype, size, calls):
     q = quantize(weight(33, k), dtype, scheme=scheme, granularity=PerGroup(size))
     signs = np.where(rng.random(q.scale.shape) < 0.5, -1, 1) * np.exp2(rng.integers(-70, 9, q.scale.shape))
     q = replace(q, scale=q.scale * signs.astype(np.float32))
-    x = rng.standard_normal((3, k)).astype(np.float32)
+    x = rng.standard_normal((6, k)).astype(np.float32)
     x[1] *= np.exp2(rng.integers(-12, 0, k)).astype(np.float32)
     x[2] = np.where(rng.random(k) < 0.5, np.float32(-127 / 64), np.float32(1e-41))
+    x[3, 17 * size + 3] = 1e6  # a group that wants a second pass, in the second run of three
+    x[4, [5, 34 * size, 35 * size]] = -1e5  # and in the others
     expected = without_kernels(x, q, None)
-    for i in range(3):
+    for i in range(6):
         assert_same_bits(linear(x[i : i + 1], q, mode="reproducible"), expected[i : i + 1])
-    assert calls == [True] * 3
+    assert_same_bits(linear(x, q, mode="reproducible"), expected)
+    assert calls == [True] * 7
 
 
 @needs_loops

@@ -73,6 +73,7 @@ __all__ = [
     "pack_rows",
     "parts_of_rows",
     "prepare_rows",
+    "refine_rows",
     "shape_of_panels",
 ]
 
@@ -538,9 +539,10 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
                         out[n] += np.int64(w[first + n, k]) * np.int64(tail[m, k - whole])
 
 
-# ---- products of floats: aqt_lite.ops.reference.matmul_reproducible for a contracted axis in one piece and rows that
-# want no second pass. The same steps in the same order, hence the same bits, but a strip of the result at a time, so
-# that nothing between x and the result goes through memory but the packed rows. NumPy's kernel and XLA's call share it.
+# ---- products of floats: aqt_lite.ops.reference.matmul_reproducible for a contracted axis in one piece. The same steps
+# in the same order, hence the same bits, but a strip of the result at a time, so that nothing between x and the result
+# goes through memory but the packed rows. A second pass is of the panels that have a row that wants it, and reads a
+# strip of the weight while it is in a cache. NumPy's kernel and XLA's call share it.
 
 ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of every panel's height."""
@@ -558,6 +560,7 @@ MANY = 16
 FINEST = np.float32(2.0**-37)
 MOST_FRACTION = np.int32(0x7E0000)  # of 127/64: its bits below the exponent's
 BITS = 30
+FINER, ONE_FINER = np.float32(2.0**31), np.float32(2.0**-31)
 LOW_BITS, CARRY = 24, np.float32(2.0**24)
 
 
@@ -608,15 +611,47 @@ def _to_fixed_point(
 
 
 @njit(nogil=True, cache=True)
-def _from_fixed_point(
-    sums: Any, total: Any, zero: Any, fraction: Any, row_exponent: Any, exponent: Any, powers: Any, bias: Any, y: Any
+def _to_finer(
+    x: Any, powers: Any, exponent: Any, flags: Any, integers: Any, total: Any
 ) -> None:  # pragma: no cover - compiled
-    """The last steps: sums (int64, zero points not yet taken off) to float32, times the scales, plus the bias."""
+    """What ``_to_fixed_point`` rounded away of rows that want a second pass, times 2^31, and its sums; else zeros."""
+    for m in range(x.shape[0]):
+        row, out, added = x[m], integers[m], np.int64(0)
+        if flags[m] & SECOND_PASS:
+            half = (BITS - exponent[m]) >> 1
+            first, second = powers[half + 256], powers[BITS - exponent[m] - half + 256]
+            for k in range(row.shape[0]):
+                v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
+                scaled = v * first * second
+                value = np.int32(np.rint((scaled - np.rint(scaled)) * FINER))
+                out[k] = value
+                added += value
+        else:
+            out[:] = 0
+        total[m] = added
+
+
+@njit(nogil=True, cache=True)
+def _rounded(s: Any) -> Any:  # pragma: no cover - compiled
+    return np.float32(np.int32(s >> LOW_BITS)) * CARRY + np.float32(np.int32(s & 0xFFFFFF))
+
+
+@njit(nogil=True, cache=True)
+def _from_fixed_point(
+    sums: Any, total: Any, finer: Any, finer_total: Any, flags: Any, zero: Any, fraction: Any, row_exponent: Any,
+    exponent: Any, powers: Any, bias: Any, y: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """The last steps: sums (int64, zero points not yet taken off) to float32, times the scales, plus the bias.
+
+    ``finer`` are sums of a second pass, of rows whose ``flags`` ask for it; there are none where it is empty.
+    """
     for m in range(y.shape[0]):
         row, out = sums[m], y[m]
+        twice = finer.shape[0] > 0 and flags[m] & SECOND_PASS != 0
         for n in range(row.shape[0]):
-            s = row[n] - total[m] * zero[n]
-            t = np.float32(np.int32(s >> LOW_BITS)) * CARRY + np.float32(np.int32(s & 0xFFFFFF))
+            t = _rounded(row[n] - total[m] * zero[n])
+            if twice:
+                t += _rounded(finer[m, n] - finer_total[m] * zero[n]) * ONE_FINER
             e = row_exponent[m] + exponent[n] - BITS
             half = e >> 1
             v = t * fraction[n] * powers[half + 256] * powers[e - half + 256]
@@ -646,28 +681,51 @@ def prepare_rows(
 
 
 @njit(nogil=True, cache=True)
-def finish_columns(
-    w: Any,
-    unsigned: Any,
-    panels: Any,
-    tail: Any,
-    row_exponent: Any,
-    total: Any,
-    flags: Any,
-    fraction: Any,
-    exponent: Any,
-    zero: Any,
-    bias: Any,
-    powers: Any,
-    y: Any,
+def _want_a_second_pass(flags: Any) -> Any:  # pragma: no cover - compiled
+    found = np.int32(0)
+    for m in range(flags.shape[0]):
+        found |= flags[m] & SECOND_PASS
+    return found != 0
+
+
+@njit(nogil=True, cache=True)
+def refine_rows(
+    x: Any, powers: Any, exponent: Any, flags: Any, total: Any, panels: Any, tail: Any
 ) -> None:  # pragma: no cover - compiled
-    """Columns of the result for rows of the weight ``w``; ``unsigned`` says that its bytes are uint8, 128 too large."""
+    """What ``prepare_rows`` makes, for a second pass; panels that no row asks it for are left as they are."""
+    rows, inner = x.shape
+    whole = CODES * panels.shape[1]
+    height = max(1, panels.shape[2] // DIGITS)
+    integers = np.empty((min(height, rows), inner), dtype=np.int32)
+    for first in range(0, rows, height):
+        last = min(first + height, rows)
+        if _want_a_second_pass(flags[first:last]):
+            some = integers[: last - first]
+            _to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
+            if whole:
+                pack_rows(some, DIGITS, height, panels[first // height : first // height + 1])
+            tail[first:last] = some[:, whole:]
+
+
+@njit(nogil=True, cache=True)
+def finish_columns(
+    w: Any, unsigned: Any, panels: Any, tail: Any, row_exponent: Any, total: Any, flags: Any, finer: Any,
+    finer_tail: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """Columns of the result for rows of the weight ``w``; ``unsigned`` says that its bytes are uint8, 128 too large.
+
+    ``finer``, ``finer_tail`` and ``finer_total`` are as ``refine_rows`` leaves them; empty where there is no second
+    pass.
+    """
     rows, (columns, inner) = y.shape[0], w.shape
     height = max(1, panels.shape[2] // DIGITS)
     as_it_lies = w.strides[1] == 1 and not unsigned
     strip = np.empty((0 if as_it_lies else STRIP, inner), dtype=np.int8)
     sums = np.empty((min(rows, ROWS_AT_ONCE), STRIP), dtype=np.int64)
+    again = finer_total.shape[0] > 0 and _want_a_second_pass(flags)
+    finer_sums = np.empty((height if again else 0, STRIP), dtype=np.int64)
     planes = pack_one_row(tail[0]) if rows == 1 else np.empty((0, 0), dtype=_DIGIT)
+    finer_planes = pack_one_row(finer_tail[0]) if rows == 1 and again else planes
     for start in range(0, columns, STRIP):
         stop = min(start + STRIP, columns)
         if as_it_lies:
@@ -680,35 +738,41 @@ def finish_columns(
         these = slice(start, stop)
         for first in range(0, rows, ROWS_AT_ONCE):
             last = min(first + ROWS_AT_ONCE, rows)
-            found, out = sums[: last - first, : stop - start], y[first:last, these]
+            found = sums[: last - first, : stop - start]
             if rows == 1:
                 multiply_one_row(codes, tail[0], planes, found[0])
             else:
                 of_rows = panels[first // height : (last + height - 1) // height]
                 multiply_rows(codes, tail[first:last], of_rows, DIGITS, height, found)
-            exponents = row_exponent[first:last]
-            _from_fixed_point(
-                found,
-                total[first:last],
-                zero[these],
-                fraction[these],
-                exponents,
-                exponent[these],
-                powers,
-                bias[these],
-                out,
-            )
+            for top in range(first, last, height):
+                end = min(top + height, last)
+                of_panel, second = slice(top, end), finer_sums[:0, : stop - start]
+                if again and _want_a_second_pass(flags[of_panel]):
+                    second = finer_sums[: end - top, : stop - start]
+                    if rows == 1:
+                        multiply_one_row(codes, finer_tail[0], finer_planes, second[0])
+                    else:
+                        one = finer[top // height : top // height + 1]
+                        multiply_rows(codes, finer_tail[of_panel], one, DIGITS, height, second)
+                _from_fixed_point(
+                    found[top - first : end - first], total[of_panel], second, finer_total[of_panel], flags[of_panel],
+                    zero[these], fraction[these], row_exponent[of_panel], exponent[these], powers, bias[these],
+                    y[of_panel, these],
+                )  # fmt: skip
             for m in range(first, last):
                 if flags[m] & NOT_FINITE:
-                    out[m - first, :] = np.float32(np.nan)
+                    y[m, these] = np.float32(np.nan)
 
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    w, unsigned, panels, tail, row_exponent, total, flags, fraction, exponent, zero, bias, powers, y = given
+    (
+        w, unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total, fraction, exponent, zero,
+        bias, powers, y,
+    ) = given  # fmt: skip
     finish_columns(
-        w[start:stop], unsigned, panels, tail, row_exponent, total, flags, fraction[start:stop], exponent[start:stop],
-        zero[start:stop], bias[start:stop], powers, y[:, start:stop],
+        w[start:stop], unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total,
+        fraction[start:stop], exponent[start:stop], zero[start:stop], bias[start:stop], powers, y[:, start:stop],
     )  # fmt: skip
 
 
@@ -718,9 +782,13 @@ _task = task_of(_part)
 @njit(nogil=True, cache=True)
 def finish_in_parts(
     pool: Any, ends: Any, w: Any, unsigned: Any, panels: Any, tail: Any, row_exponent: Any, total: Any, flags: Any,
-    fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
+    finer: Any, finer_tail: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any,
+    y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``finish_columns`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
-    given = w, unsigned, panels, tail, row_exponent, total, flags, fraction, exponent, zero, bias, powers, y
+    given = (
+        w, unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total, fraction, exponent, zero,
+        bias, powers, y,
+    )  # fmt: skip
     in_parts(pool, ends, _task(given))
     return True

@@ -51,7 +51,7 @@ def powers_of_two() -> Array:
 
 @np.errstate(all="ignore")
 def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, fast: bool) -> Any:
-    """``reference.matmul_reproducible`` where the contracted axis is one piece and no row wants a second pass.
+    """``reference.matmul_reproducible`` where the contracted axis is one piece.
 
     What the reference does to whole arrays in some thirty steps happens here in two loops around the integer product.
     ``fast``: only rows of which fixed point loses nothing that a float32 product keeps.
@@ -68,20 +68,19 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
     parts = []
     for part in dots.parts_of_rows(rows, dots.DIGITS):
         prepared = _prepared(x[part], powers)
-        if (prepared[2] & (dots.ANY_FLAG if fast else dots.SECOND_PASS)).any():
+        if fast and (prepared.flags & dots.ANY_FLAG).any():
             return NotImplemented
-        parts.append((part, *prepared))
+        parts.append((part, prepared, _refined(x[part], prepared, powers)))
     # compiled loops check no bounds, and are compiled anew for another layout
     vectors = [np.ascontiguousarray(v) for v in reference.of_columns(w, bias, spec=spec, b=get_backend("numpy"))]
     codes, unsigned = w.codes.view(np.int8), w.codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
     height = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP
-    for part, row_exponent, total, flags, panels, tail in parts:
-        of_rows = panels, tail, row_exponent, total, flags
-        steps = steps_of_product(codes.size, len(flags))
+    for part, prepared, refined in parts:
+        steps = steps_of_product(codes.size, len(prepared.flags))
         ends = ends_of_parts(columns, height, steps)
-        in_parts(dots.finish_in_parts, steps, ends, codes, unsigned, *of_rows, *vectors, powers, y[part])
+        in_parts(dots.finish_in_parts, steps, ends, codes, unsigned, *prepared, *refined, *vectors, powers, y[part])
     return y.astype(x_dtype, copy=False)
 
 
@@ -233,8 +232,26 @@ def matmul_reproducible_stored(
 matmul_by_dots = functools.partial(_by_dots, fast=True)
 
 
-def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Exponents, sums and flags of the rows of x, their panels, and the integers that no panel holds."""
+class _Prepared(NamedTuple):
+    """What ``dots.prepare_rows`` makes of rows of x."""
+
+    panels: Array
+    tail: Array
+    """The integers that no panel holds."""
+    exponent: Array
+    total: Array
+    flags: Array
+
+
+class _Refined(NamedTuple):
+    """What ``dots.refine_rows`` makes of them for a second pass; empty where no row wants one."""
+
+    panels: Array
+    tail: Array
+    total: Array
+
+
+def _prepared(x: Array, powers: Array) -> _Prepared:
     dots, (rows, inner) = runtime.integer_dots(), x.shape
     exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
     panels = aligned_empty(dots.shape_of_panels(rows, inner, dots.DIGITS), np.uint32)
@@ -246,7 +263,23 @@ def _prepared(x: Array, powers: Array) -> tuple[Array, Array, Array, Array, Arra
         dots.prepare_rows(x[a:b], powers, exponent[a:b], total[a:b], flags[a:b], of_rows, tail[a:b])
 
     map_ranges(prepare, rows, height, x.size)
-    return exponent, total, flags, panels, tail
+    return _Prepared(panels, tail, exponent, total, flags)
+
+
+def _refined(x: Array, made: _Prepared, powers: Array) -> _Refined:
+    dots = runtime.integer_dots()
+    if not (made.flags & dots.SECOND_PASS).any():
+        return _Refined(made.panels[:0], made.tail[:0], made.total[:0])
+    panels = aligned_empty(made.panels.shape, np.uint32)
+    tail, total = np.empty_like(made.tail), np.empty_like(made.total)
+    height = max(1, panels.shape[2] // dots.DIGITS)
+
+    def refine(a: int, b: int) -> None:
+        of_rows = panels[a // height : -(-b // height)]
+        dots.refine_rows(x[a:b], powers, made.exponent[a:b], made.flags[a:b], total[a:b], of_rows, tail[a:b])
+
+    map_ranges(refine, len(x), height, x.size)
+    return _Refined(panels, tail, total)
 
 
 def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> tuple[Array, Array]:

@@ -1207,20 +1207,92 @@ _by_order = _add_in_order if ORDERED else _by_nothing
 
 
 @njit(nogil=True, cache=True)
+def _wanted(many: Any, first: Any, count: Any) -> Any:  # pragma: no cover - compiled
+    """Whether any of some groups of any row wants a second pass."""
+    found = np.uint8(0)
+    for m in range(many.shape[0]):
+        for g in range(first, first + count):
+            found |= many[m, g]
+    return found != 0
+
+
+@njit(nogil=True, cache=True)
+def _add_span(
+    w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
+    size: Any, part: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
+    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, first: Any, run: Any,
+    total: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """Groups from ``first`` on, of ``part`` codes at most a span: decoded, then all rows of x.
+
+    ``w`` and the other addresses are of that group; ``length`` are the bytes from there to the end of a row.
+    """
+    rows, groups = many.shape
+    chunk, step, ahead = CHUNK * 2 if halves else CHUNK, 8 if halves else 4, COLUMNS * stride
+    out = numbers
+    for at in range(0, (part + 1) // 2 if halves else part, CHUNK):
+        start, apart = w + at, stride
+        if at + CHUNK > length:
+            start, apart = rest, CHUNK
+        if tabled:
+            _unsigned_by_table(start, apart, here, unsigned, word, ahead, out)
+        elif halves:
+            _unsigned_of_halves(start, apart, here, unsigned, word, ahead, out)
+        else:
+            _unsigned_of_bytes(start, apart, here, unsigned, word, ahead, out)
+        out += chunk * COLUMNS
+    done = 0
+    while done < part:
+        i = done // size
+        count = max((part - done) // size, 1)  # of which sixteen end a run, as whole spans do
+        steps = (min(size, part - done) + step - 1) // step * step // 4
+        codes, e, f = numbers + done * COLUMNS, x + done * 4, finer + done * 4
+        s, z, o, second, p = (
+            scale + i * 4 * COLUMNS,
+            zero + i * z_step,
+            of_x + i * 8,
+            of_finer + i * 8,
+            row_power + i * 4,
+        )
+        if again and _wanted(many, first + i, count):
+            _add_to_rows_twice(
+                codes, steps, count, short, e, f, by, s, leading, z, z_step, lowest, o, second, p, run, many, first + i
+            )
+        else:
+            _add_to_rows(codes, steps, count, short, e, by, s, leading, z, z_step, lowest, o, p, groups, run, rows)
+        done += count * size
+        if (first + i + count) % RUN == 0 or first + i + count == groups:
+            _end_run(run, total, rows)
+
+
+@njit(nogil=True, cache=True)
 def _add_strip(
     w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
     size: Any, inner: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
     z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, run: Any, total: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing."""
-    rows, groups = many.shape
-    chunk, step, ahead = CHUNK * 2 if halves else CHUNK, 8 if halves else 4, COLUMNS * stride
-    span, whole = _span(size, chunk), 0
+    """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing.
+
+    One row of x takes a run of groups in one call, but one in which a group wants a second pass.
+    """
+    rows = many.shape[0]
+    chunk, ahead = CHUNK * 2 if halves else CHUNK, COLUMNS * stride
+    span, k = _span(size, chunk), 0
     several, pieces, steps = span // size, span // chunk, size // 4
-    ordered = in_order(size, halves)
-    while rows == 1 and short and not again and here == COLUMNS and inner - whole >= RUN * size:
-        g, start = whole // size, w + (whole // 2 if halves else whole)
-        e, s, z, o, p = x + whole * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
+    ordered, in_runs = in_order(size, halves), rows == 1 and short and here == COLUMNS
+    while k < inner:
+        g, start = k // size, w + (k // 2 if halves else k)
+        whole = in_runs and g % RUN == 0 and inner - k >= RUN * size
+        if not whole or (again and _wanted(many, g, RUN)):
+            _add_span(
+                start, stride, length - (start - w), here, rest, halves, tabled, unsigned, word, size,
+                min(span, inner - k), numbers, short, x + k * 4, finer + k * 4, by, scale + g * 4 * COLUMNS, leading,
+                zero + g * z_step, z_step, lowest, of_x + g * 8, of_finer + g * 8, row_power + g * 4, many, again, g,
+                run, total,
+            )  # fmt: skip
+            k += span
+            continue
+        e, s, z, o, p = x + k * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
         spans = RUN // several
         if ordered:
             _by_order(
@@ -1242,44 +1314,8 @@ def _add_strip(
                 start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
                 lowest, o, p, run,
             )  # fmt: skip
-        whole += RUN * size
+        k += RUN * size
         _end_run(run, total, rows)
-    for k in range(whole, inner, span):
-        part = min(span, inner - k)
-        out = numbers
-        for at in range(k // 2 if halves else k, (k + part + 1) // 2 if halves else k + part, CHUNK):
-            start, apart = w + at, stride
-            if at + CHUNK > length:
-                start, apart = rest, CHUNK
-            if tabled:
-                _unsigned_by_table(start, apart, here, unsigned, word, ahead, out)
-            elif halves:
-                _unsigned_of_halves(start, apart, here, unsigned, word, ahead, out)
-            else:
-                _unsigned_of_bytes(start, apart, here, unsigned, word, ahead, out)
-            out += chunk * COLUMNS
-        done = 0
-        while done < part:
-            g = (k + done) // size
-            count = max((part - done) // size, 1)  # of which sixteen end a run, as whole spans do
-            steps = (min(size, part - done) + step - 1) // step * step // 4
-            codes, e, f = numbers + done * COLUMNS, x + (k + done) * 4, finer + (k + done) * 4
-            s, z, o, second, p = (
-                scale + g * 4 * COLUMNS,
-                zero + g * z_step,
-                of_x + g * 8,
-                of_finer + g * 8,
-                row_power + g * 4,
-            )
-            if again:
-                _add_to_rows_twice(
-                    codes, steps, count, short, e, f, by, s, leading, z, z_step, lowest, o, second, p, run, many, g
-                )
-            else:
-                _add_to_rows(codes, steps, count, short, e, by, s, leading, z, z_step, lowest, o, p, groups, run, rows)
-            done += count * size
-            if (g + count) % RUN == 0 or g + count == groups:
-                _end_run(run, total, rows)
 
 
 @njit(nogil=True, cache=True)

@@ -26,11 +26,11 @@ from aqt_lite.backends.cpu.dots import (
     DIGITS,
     NOT_FINITE,
     OUT_OF_RANGE,
-    SECOND_PASS,
     STRIP,
     finish_columns,
     parts_of_rows,
     prepare_rows,
+    refine_rows,
     shape_of_panels,
 )
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
@@ -42,13 +42,15 @@ from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 
-__all__ = ["SECOND_PASS", "is_registered", "product"]
+__all__ = ["is_registered", "product"]
 
 TARGET = "aqt_lite_fixed_point_product"
 
 # ---- what XLA calls. Operands: x (M, K) float32, w (N, K) of bytes, then for each column of the result the significand
-# of its scale, the exponent, the zero point and the bias, and the table of powers of two. Results: y (M, N) float32 and
-# the flags of each row; then scratch outputs: the rows' exponents, their sums, their panels and what no panel holds.
+# of its scale, the exponent, the zero point and the bias, and the table of powers of two. Attributes, by name: twice
+# (whether rows that want a second pass get it) and unsigned. Results: y (M, N) float32 and the flags of each row; then
+# scratch outputs: the rows' exponents, their sums, their panels and what no panel holds, and the last three once more
+# for a second pass, empty where there is none.
 
 
 @njit(nogil=True)
@@ -65,27 +67,46 @@ def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True)
+def _of_finer(frame: Any) -> Any:  # pragma: no cover - compiled
+    """The same for a second pass: panels, tail and sums."""
+    total, panels, tail = result(frame, 6), result(frame, 7), result(frame, 8)
+    return (
+        array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
+        array(tail, (dim(tail, 0), dim(tail, 1)), np.int32),
+        array(total, (dim(total, 0),), np.int64),
+    )
+
+
+@njit(nogil=True)
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     panels, tail, exponent, total, flags = _of_rows(frame)
     x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
     height, powers = max(1, panels.shape[2] // DIGITS), array(operand(frame, 6), (512,), np.float32)
     these, of_these = slice(start, stop), panels[start // height : (stop + height - 1) // height]
     prepare_rows(x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these])
+    if attribute(frame, 0) != 0:
+        panels, tail, total = _of_finer(frame)
+        of_these = panels[start // height : (stop + height - 1) // height]
+        refine_rows(x[these], powers, exponent[these], flags[these], total[these], of_these, tail[these])
 
 
 @njit(nogil=True)
 def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     panels, tail, row_exponent, total, flags = _of_rows(frame)
+    finer, finer_tail, finer_total = _of_finer(frame)
     columns, inner = dim(operand(frame, 1), 0), dim(operand(frame, 1), 1)
     y = array(result(frame, 0), (tail.shape[0], columns), np.float32)
     finish_columns(
         array(operand(frame, 1), (columns, inner), np.int8)[start:stop],
-        attribute(frame, 0) != 0,
+        attribute(frame, 1) != 0,
         panels,
         tail,
         row_exponent,
         total,
         flags,
+        finer,
+        finer_tail,
+        finer_total,
         array(operand(frame, 2), (columns,), np.float32)[start:stop],
         array(operand(frame, 3), (columns,), np.int32)[start:stop],
         array(operand(frame, 4), (columns,), np.int32)[start:stop],
@@ -123,7 +144,16 @@ def is_registered() -> bool:
 
 
 def _plain(
-    x: Array, w: Array, fraction: Array, exponent: Array, zero: Array, bias: Array, _: Array, *, unsigned: int
+    x: Array,
+    w: Array,
+    fraction: Array,
+    exponent: Array,
+    zero: Array,
+    bias: Array,
+    _: Array,
+    *,
+    twice: int,
+    unsigned: int,
 ) -> list[Array]:
     """The same in XLA's own operations."""
     b = get_backend("jax")
@@ -135,11 +165,11 @@ def _plain(
     flags = jnp.where(
         reference.rows_fit_fixed_point(x, b)[:, 0], 0, NOT_FINITE | OUT_OF_RANGE
     )  # no second pass is left
-    scratch = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w, unsigned=unsigned)[2:]]
+    scratch = [jnp.zeros(a.shape, a.dtype) for a in _results(x, w, twice=twice, unsigned=unsigned)[2:]]
     return [y, flags.astype(jnp.int32), *scratch]
 
 
-def _results(x: Any, w: Any, *_: Any, unsigned: int) -> list[Any]:
+def _results(x: Any, w: Any, *_: Any, twice: int, unsigned: int) -> list[Any]:
     (rows, inner), columns = x.shape, w.shape[0]
     panels = shape_of_panels(rows, inner, DIGITS)
     shapes = [
@@ -150,22 +180,21 @@ def _results(x: Any, w: Any, *_: Any, unsigned: int) -> list[Any]:
         (panels, jnp.uint32),
         ((rows, inner - CODES * panels[1]), jnp.int32),
     ]
+    shapes += [((s[0] * twice, *s[1:]), dtype) for s, dtype in shapes[3:]]
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
 _bind = primitive(TARGET, _plain, _results, is_registered)
 
 
-def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> tuple[Array, Array]:
+def product(x: Array, w: Coded, bias: Array | None, spec: Spec, twice: bool) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in one piece, and the flags of each row of x.
 
-    Flags are those of ``cpu.dots``; where one is ``SECOND_PASS``, the reference takes it.
+    Flags are those of ``cpu.dots``; rows that want a second pass get it where ``twice`` is set.
     """
     vectors = reference.of_columns(w, bias, spec=spec, b=get_backend("jax"))
     arrays = (w.codes, *vectors, powers_of_two())
-    unsigned = int(w.codes.dtype == jnp.uint8)
-    parts = [
-        _bind(x[part].astype(jnp.float32), *arrays, unsigned=unsigned)[:2] for part in parts_of_rows(x.shape[0], DIGITS)
-    ]
+    static = {"twice": int(twice), "unsigned": int(w.codes.dtype == jnp.uint8)}
+    parts = [_bind(x[part].astype(jnp.float32), *arrays, **static)[:2] for part in parts_of_rows(x.shape[0], DIGITS)]
     y, flags = (jnp.concatenate(found) for found in zip(*parts, strict=True))
     return y.astype(x.dtype), flags

@@ -77,7 +77,7 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
         return _by_floats(x, w, bias, spec, contract)
     dots = _dots_for(x, w, spec, contract) if serve.dots_beat_floats() else None
     if dots is not None:
-        y, flags = dots.product(x, w, bias, spec)
+        y, flags = dots.product(x, w, bias, spec, twice=False)
         return _unless(jnp.any(flags != 0), y, lambda: _by_floats(x, w, bias, spec, contract))
     has_few_rows = _is_known(x.shape[0]) and x.shape[0] <= MOST_ROWS_AS_DIGITS
     if serve.one_scale_a_column(w, contract) and has_few_rows:
@@ -186,11 +186,10 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
         return _in_blocks(plain, x, w, bias, spec)
 
     dots = _dots_for(x, w, spec, contract)
-    if dots is None:
-        y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
-        return plain(x, w, bias) if y is NotImplemented else y
-    y, flags = dots.product(x, w, bias, spec)
-    return _unless(jnp.any((flags & dots.SECOND_PASS) != 0), y, in_blocks)
+    if dots is not None:
+        return dots.product(x, w, bias, spec, twice=True)[0]
+    y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
+    return plain(x, w, bias) if y is NotImplemented else y
 
 
 def _is_known(length: Any) -> bool:
