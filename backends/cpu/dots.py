@@ -547,6 +547,9 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
 ROWS_AT_ONCE = 512
 """Rows of x whose sums are in memory at a time: a multiple of every panel's height."""
 
+ROWS_READ_TWICE = 8 * HEIGHT_FOR_ONE_ROW
+"""Rows of the weight that meet both passes of one row of x, the second from the second cache."""
+
 NOT_FINITE, SECOND_PASS, OUT_OF_RANGE = 1, 2, 4
 """Flags of a row of x, as bits: has a value that is not finite (its integers are 0, its results NaN); wants a second
 pass for what was rounded away; has entries that are subnormal or more than 2^37 below its largest."""
@@ -726,8 +729,9 @@ def finish_columns(
     finer_sums = np.empty((height if again else 0, STRIP), dtype=np.int64)
     planes = pack_one_row(tail[0]) if rows == 1 else np.empty((0, 0), dtype=_DIGIT)
     finer_planes = pack_one_row(finer_tail[0]) if rows == 1 and again else planes
-    for start in range(0, columns, STRIP):
-        stop = min(start + STRIP, columns)
+    step = ROWS_READ_TWICE if rows == 1 and again else STRIP
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
         if as_it_lies:
             codes = w[start:stop]
         else:

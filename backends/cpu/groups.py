@@ -26,7 +26,7 @@ integers left become the contract's ``high`` and ``low``, vectors of 16 lanes.
 A scale relative to its column's largest and the power of a row's group are one factor: what the contract multiplies by
 the significand, and then by the power, is the same, for only the significand's product rounds. A call of an intrinsic
 with arrays costs more than the arithmetic of a group, so that what is called for each span takes addresses, and for one
-row of x a run of 16 groups is one call (``_spans_of``).
+row of x a run of 16 groups is one call (``_spans_of``), or each part of it beside a group that wants a second pass.
 
 **One row, codes in the order in which they lie** (``in_order``; vectors of 64 bytes). A vector of a row's codes meets
 the digits of as many entries of x, so that no word is transposed and none is stored. A group is a quarter of a vector,
@@ -1160,39 +1160,39 @@ def _add_to_rows_twice(
 
 @njit(nogil=True, cache=True)
 def _add_in_order(
-    w: Any, stride: Any, table: Any, flip: Any, ahead: Any, halves: Any, size: Any, sums: Any, ordered: Any, scale: Any,
-    leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any, run: Any,
+    w: Any, stride: Any, table: Any, flip: Any, ahead: Any, halves: Any, size: Any, count: Any, sums: Any, ordered: Any,
+    scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any, run: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """``RUN`` groups of one row; operands are ``_in_order``'s."""
+    """``count`` groups of one row, whole vectors of codes; operands are ``_in_order``'s."""
     length = size // 2 if halves else size
     if halves and length >= CHUNK:
         _halves_of_one_group(
-            w, stride, table, flip, ahead, RUN, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
+            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
             of_x, row_power, run,
         )  # fmt: skip
     elif halves and length == CHUNK // 2:
         _halves_of_two(
-            w, stride, table, flip, ahead, RUN // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
             row_power, run,
         )  # fmt: skip
     elif halves:
         _halves_of_four(
-            w, stride, table, flip, ahead, RUN // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
             row_power, run,
         )  # fmt: skip
     elif length >= CHUNK:
         _bytes_of_one_group(
-            w, stride, table, flip, ahead, RUN, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
+            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
             of_x, row_power, run,
         )  # fmt: skip
     elif length == CHUNK // 2:
         _bytes_of_two(
-            w, stride, table, flip, ahead, RUN // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
             row_power, run,
         )  # fmt: skip
     else:
         _bytes_of_four(
-            w, stride, table, flip, ahead, RUN // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
+            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
             row_power, run,
         )  # fmt: skip
 
@@ -1207,13 +1207,14 @@ _by_order = _add_in_order if ORDERED else _by_nothing
 
 
 @njit(nogil=True, cache=True)
-def _wanted(many: Any, first: Any, count: Any) -> Any:  # pragma: no cover - compiled
-    """Whether any of some groups of any row wants a second pass."""
-    found = np.uint8(0)
+def _next_wanted(many: Any, first: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+    """The first of some groups that wants a second pass of any row; ``stop`` where none does."""
     for m in range(many.shape[0]):
-        for g in range(first, first + count):
-            found |= many[m, g]
-    return found != 0
+        for g in range(first, stop):
+            if many[m, g] != 0:
+                stop = g
+                break
+    return stop
 
 
 @njit(nogil=True, cache=True)
@@ -1254,7 +1255,7 @@ def _add_span(
             of_finer + i * 8,
             row_power + i * 4,
         )
-        if again and _wanted(many, first + i, count):
+        if again and _next_wanted(many, first + i, first + i + count) < first + i + count:
             _add_to_rows_twice(
                 codes, steps, count, short, e, f, by, s, leading, z, z_step, lowest, o, second, p, run, many, first + i
             )
@@ -1273,17 +1274,20 @@ def _add_strip(
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing.
 
-    One row of x takes a run of groups in one call, but one in which a group wants a second pass.
+    One row of x takes a run of groups in one call, or what is before and after a group that wants a second pass.
     """
     rows = many.shape[0]
     chunk, ahead = CHUNK * 2 if halves else CHUNK, COLUMNS * stride
     span, k = _span(size, chunk), 0
     several, pieces, steps = span // size, span // chunk, size // 4
-    ordered, in_runs = in_order(size, halves), rows == 1 and short and here == COLUMNS
+    ordered, at_once = in_order(size, halves), rows == 1 and short and here == COLUMNS
     while k < inner:
         g, start = k // size, w + (k // 2 if halves else k)
-        whole = in_runs and g % RUN == 0 and inner - k >= RUN * size
-        if not whole or (again and _wanted(many, g, RUN)):
+        stop = min(g // RUN * RUN + RUN, inner // size) if at_once else g
+        if again:
+            stop = _next_wanted(many, g, stop)
+        spans = (stop - g) // several
+        if spans <= 0:
             _add_span(
                 start, stride, length - (start - w), here, rest, halves, tabled, unsigned, word, size,
                 min(span, inner - k), numbers, short, x + k * 4, finer + k * 4, by, scale + g * 4 * COLUMNS, leading,
@@ -1292,12 +1296,12 @@ def _add_strip(
             )  # fmt: skip
             k += span
             continue
+        count = spans * several
         e, s, z, o, p = x + k * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
-        spans = RUN // several
         if ordered:
             _by_order(
-                start, stride, unsigned, word, ahead, halves, size, numbers, e + by // 2, s, leading, z, z_step, lowest,
-                o, p, run,
+                start, stride, unsigned, word, ahead, halves, size, count, numbers, e + by // 2, s, leading, z, z_step,
+                lowest, o, p, run,
             )  # fmt: skip
         elif tabled:
             _spans_by_table(
@@ -1314,8 +1318,9 @@ def _add_strip(
                 start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
                 lowest, o, p, run,
             )  # fmt: skip
-        k += RUN * size
-        _end_run(run, total, rows)
+        k += count * size
+        if (g + count) % RUN == 0 or g + count == many.shape[1]:
+            _end_run(run, total, rows)
 
 
 @njit(nogil=True, cache=True)
