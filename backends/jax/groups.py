@@ -175,8 +175,6 @@ def _plain(
     if halves:
         positions = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(codes.shape[0], -1)
         codes = table[positions[:, : x.shape[1]].astype(jnp.int32)].astype(jnp.int8)
-    elif not flip:
-        codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
     spec = Spec(FORMATS[codes.dtype.name], FLOAT_TYPES["float32"], block=(None if scale.shape[0] == 1 else 1, size))
     w = Coded(codes, scale, zero if zero.size else None)
     y = reference.matmul_reproducible(x, w, bias, spec=spec, contract=1, b=get_backend("jax"))
@@ -213,9 +211,8 @@ def product(
 ) -> tuple[Array, Array]:
     """``reference.matmul_reproducible`` of a weight (N, K) in groups, and whether it has to be done otherwise."""
     halves, flip, table, scale, zero, size = groups_of(w, spec, packed, get_backend("jax"), swapped)
-    codes = w.codes if w.codes.dtype == jnp.uint8 else jax.lax.bitcast_convert_type(w.codes, jnp.uint8)
-    bias = jnp.zeros(len(codes), jnp.float32) if bias is None else reference.flushed(bias.astype(jnp.float32), jnp)
-    operands = (codes, table, scale, zero, bias, powers_of_two())
+    bias = jnp.zeros(len(w.codes), jnp.float32) if bias is None else reference.flushed(bias.astype(jnp.float32), jnp)
+    operands = (w.codes, table, scale, zero, bias, powers_of_two())
     static = {"flip": flip, "halves": halves, "size": size, "swapped": swapped}
     parts = [
         _bind(x[first : first + ROWS_AT_ONCE].astype(jnp.float32), *operands, **static)[:2]
