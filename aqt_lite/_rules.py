@@ -192,7 +192,7 @@ class _Rule:
                 "dict(dtype='int4'), or None to leave what matches as it is"
             )
         self._full = re.compile(fnmatch.translate(pattern)).match if isinstance(pattern, str) else pattern.fullmatch
-        self.pattern, self.spec = shown, spec
+        self.pattern, self.spec, self.is_glob = shown, spec, isinstance(pattern, str)
         for key in spec or ():
             if key not in keys:
                 raise TypeError(f"{self.title}: {_no_such_key(key, keys)}")
@@ -355,9 +355,21 @@ def _matches_nothing(rule: _Rule, passed: str | None, paths: list[str]) -> str:
             "weights of products unless it says layout=None; say that to quantize it all the same"
         )
     near = difflib.get_close_matches(rule.pattern, paths, 3, 0.3) or paths[:3]
-    return f"{rule.title} matches no leaf: there are {', '.join(near) if near else 'none'}" + (
-        f", and {len(paths) - len(near)} others" if len(paths) > len(near) else ""
+    return (
+        f"{rule.title} matches no leaf: there are {', '.join(near) if near else 'none'}"
+        + (f", and {len(paths) - len(near)} others" if len(paths) > len(near) else "")
+        + (_perhaps_meant(rule.pattern, paths) if rule.is_glob else "")
     )
+
+
+def _perhaps_meant(pattern: str, paths: list[str]) -> str:
+    """A glob is about the whole path: of a part of one, what would match."""
+    part = pattern.replace(".", "/").strip("/")
+    for whole in (part, f"{part}/*", f"*/{part}", f"*/{part}/*"):
+        for path in paths:
+            if part and fnmatch.fnmatchcase(path.replace(".", "/"), whole):
+                return f"; a pattern is about the whole path: {whole!r} matches {path}"
+    return ""
 
 
 def _plan(leaf: Leaf, spec: dict[str, Any] | None, layout: str | None, extra: tuple[str, ...]) -> Planned:

@@ -242,6 +242,9 @@ def test_more_dimensions_need_a_granularity_or_a_layout():
             ValueError,
             r"rule 1 \('encoder/\*/kernal'\) matches no leaf: .*encoder/layer0/kernel",
         ),
+        ([("kernel", {})], ValueError, r"a pattern is about the whole path: '\*/kernel' matches encoder/layer0/kernel"),
+        ([("encoder.layer0", {})], ValueError, r"'encoder/layer0/\*' matches encoder/layer0/"),
+        ([("layer1", {})], ValueError, r"'\*/layer1/\*' matches encoder/layer1/"),
         (
             [("*", {"granularty": 1})],
             TypeError,
