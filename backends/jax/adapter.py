@@ -16,6 +16,7 @@ from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend, Node, Ways
 from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu.runtime import aligned_empty
 from aqt_lite.backends.jax import refusals, trees
 from aqt_lite.backends.jax.sharding import keeping_shardings
 
@@ -48,7 +49,9 @@ class JaxBackend(Backend):
                 f"JAX would narrow {values.dtype.name} silently: convert it to {values.dtype.name[:-2]}32 first, or "
                 f"set jax.config.update('jax_enable_x64', True)"
             )
-        native = np.array(values, values.dtype.newbyteorder("="), order="C")  # a copy, since JAX would share its memory
+        # a copy, since JAX would share its memory; as it lies here JAX does so with the copy, and makes none of its own
+        native = aligned_empty(values.shape, values.dtype.newbyteorder("="))
+        native[...] = values
         device = None
         if isinstance(like, jax.Array) and not self.is_traced(like):  # a ShapeDtypeStruct has no device
             device = like.device if like.committed and len(like.devices()) == 1 else None
