@@ -539,7 +539,7 @@ LARGE_KINDS = {
 }
 
 
-@pytest.mark.exhaustive_unless(kind=["int8", "nf4"])
+@pytest.mark.exhaustive_unless(kind=["nf4"])
 @pytest.mark.parametrize("kind", LARGE_KINDS)
 def test_large_constants_inside_a_trace(kind):
     q = LARGE_KINDS[kind](LARGE)
