@@ -5,8 +5,11 @@ What they are told of an element type, every layout in which groups lie side by 
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from optional import jax, jnp, needs
@@ -306,6 +309,75 @@ def test_arrays_that_do_not_lie_in_order_and_out_have_the_same_bits(dtype):
     for values in (np.zeros_like(x), wide[:, ::2]):
         assert q.dequantize(out=values) is values
         assert_same_bits(values.copy(), q.dequantize())
+
+
+def in_other_orders(shape):
+    """The same values in other orders of memory and other types, and parts of larger arrays."""
+    x = hard(shape)
+    x = np.clip(x, np.float32(-1e4), np.float32(1e4))
+    cut = np.zeros((2 * shape[0], shape[1] + 9), np.float32)
+    cut[::2, 5:-4] = x
+    yield from (x.copy(order="F"), cut[::2, 5:-4], np.repeat(x, 2, axis=1)[:, ::2], x[::-1, ::-1], x)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        yield from (x.astype(dtype), x.astype(dtype).T)
+    deep = x[:336].reshape(12, 28, -1)
+    yield from (deep, deep.transpose(1, 2, 0), deep.astype(np.float16).transpose(2, 0, 1))
+    yield np.broadcast_to(x[:, None, :200], (shape[0], 3, 200))
+
+
+ANYWHERE = {
+    "groups along the first axis": PerGroup(40, axis=0),
+    "groups along the last axis": PerGroup(24),
+    "one scale": PerTensor(),
+    "a scale an index": PerChannel(1),
+    "blocks of rows": None,
+}
+
+
+@pytest.mark.exhaustive_unless(case=[("int4", "groups along the first axis"), ("uint8", "one scale")])
+@pytest.mark.parametrize(
+    "case",
+    [(name, how) for name in ("int4", "int3", "uint8", "int16", "nf4", "float8_e4m3fn") for how in ANYWHERE],
+    ids=str,
+)
+def test_arrays_in_any_order_of_memory_and_of_narrow_types_get_the_codes_of_the_contract(case):
+    name, how = case
+    symmetric = name != "uint8"
+    for x in in_other_orders((360, 400)):
+        granularity = ANYWHERE[how] or PerBlock((*(1,) * (x.ndim - 2), 4, x.shape[-1]))
+        q = aqt_lite.quantize(
+            x, name, scheme="symmetric" if symmetric else "affine", granularity=granularity, on_clip="saturate"
+        )
+        expected = expected_of(np.ascontiguousarray(x), q._spec, affine.Recipe(symmetric))
+        assert_same_bits(q, QArray._of(expected, q._spec))
+        assert q.storage.flags.c_contiguous
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "nvfp4"])
+def test_arrays_in_any_order_get_scales_of_few_bits_as_the_contract_has_them(dtype):
+    for x in itertools.islice(in_other_orders((360, 400)), 1, 8):
+        q = aqt_lite.quantize(x, dtype)
+        spec = replace(q._spec, format=FORMATS[dtype])  # with its rule for scales, which no QArray keeps
+        assert_same_bits(q, QArray._of(expected_of(np.ascontiguousarray(x), spec, affine.Recipe(True)), q._spec))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_found_in_any_order(value):
+    x = np.ones((512, 512), np.float16)
+    x[7, 37] = value
+    for granularity in (PerGroup(64), PerTensor()):
+        with pytest.raises(ValueError, match=r"1 non-finite values of 262144, the first at index \(37, 7\)"):
+            aqt_lite.quantize(x.T, granularity=granularity)
+
+
+def test_float16_is_widened_as_numpy_does_it():
+    loops = runtime.turning_loops()
+    if loops is None:
+        pytest.skip("there are no loops that turn")
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(halves.shape, np.uint32)
+    loops.widen(halves, wide)
+    assert_same_bits(wide.view(np.float32), halves.view(np.float16).astype(np.float32))
 
 
 def check_traced(name, scheme, shape, granularity, value=None):

@@ -669,6 +669,17 @@ def test_every_format_is_mapped_over_saved_and_taken_apart(how):
     assert_same_bits(pytree.tree_unflatten(leaves, again), q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_tensors_of_narrow_types_get_the_codes_of_their_values(dtype):
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((400, 512)).astype(np.float32)).to(dtype)
+    q = quantize(x, "int4", granularity=PerGroup(32))
+    for other in (x.to(torch.float32), x.T.contiguous().T):
+        found = quantize(other, "int4", granularity=PerGroup(32))
+        assert_same_bits(q.storage, found.storage)
+        assert_same_bits(q.scale, found.scale)
+    assert q.dequantize().dtype == dtype
+
+
 @of_each_format
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_leaves_that_were_converted_are_refused_by_name(how, dtype):

@@ -25,7 +25,7 @@ from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import encoders, runtime, serve
+from aqt_lite.backends.cpu import boxes, encoders, runtime, serve
 from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
 from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
@@ -70,6 +70,9 @@ def quantize(x: Array, key: Array | None = None, *, spec: Spec, recipe: Recipe) 
             result = _quantize_rows(x.reshape(rows), grid, spec, recipe)
     if result is not NotImplemented:
         return Coded(result[0].reshape(x.shape), *result[1:])
+    coded = boxes.quantize(x, spec, recipe, packed=False)
+    if coded is not NotImplemented:
+        return coded
     if not _worth_tiles(x, spec):
         return NotImplemented
     spec = with_twins(spec)
@@ -81,12 +84,13 @@ def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: R
     """``_into.quantize_stored``: packed as they are made, or part by part."""
     if 0 in x.shape or recipe.dialect.together is not None or not _worth_tiles(x, spec):
         return NotImplemented
-    coded = encoders.quantize(x, spec, recipe, packed=True)
-    if coded is not NotImplemented:
-        return coded
+    for form in (encoders.quantize, boxes.quantize):
+        coded = form(x, spec, recipe, packed=True)
+        if coded is not NotImplemented:
+            return coded
     spec = with_twins(spec)
     qparams = _of_extrema(x, spec, recipe, affine.choose_qparams)
-    codes = encoders.encode(x, qparams, spec, recipe, packed=True)
+    codes = _encoded_by_loops(x, qparams, spec, recipe, packed=True)
     if codes is NotImplemented:
         codes = pack(_encoded(x, qparams, key, spec, recipe), bits=spec.element.bits)
     return codes if codes is NotImplemented else qparams.beside(codes)
@@ -99,6 +103,9 @@ def choose_qparams(x: Array, *, spec: Spec, recipe: Recipe) -> Any:
     chosen = encoders.choose(x, spec, recipe)
     if chosen is not NotImplemented:
         return chosen
+    chosen = boxes.quantize(x, spec, recipe, packed=None)
+    if chosen is not NotImplemented:
+        return QParams(*chosen[1:])
     return _of_extrema(x, with_twins(spec), recipe, affine.choose_qparams)
 
 
@@ -254,7 +261,7 @@ def encode_into(
         return
     twins, bits = with_twins(spec), spec.element.bits
     packs = _into.is_packed(spec, x.ndim)
-    done = encoders.encode(x, QParams(*qparams), twins, recipe, packs, storage) is not NotImplemented
+    done = _encoded_by_loops(x, QParams(*qparams), twins, recipe, packs, storage) is not NotImplemented
     if done and look is None:
         return
 
@@ -485,8 +492,11 @@ def _of_extrema(x: Array, spec: Spec, recipe: Recipe, choose: Callable[..., QPar
 
 def _extrema_of(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array:
     """The smallest and the largest value of each block, or its largest magnitude alone."""
-    ends = encoders.extrema(x, spec, recipe, magnitudes)
-    return _extrema_of_tiles(x, spec, recipe, magnitudes) if ends is None else ends
+    for form in (encoders.extrema, boxes.extrema):
+        ends = form(x, spec, recipe, magnitudes)
+        if ends is not None:
+            return ends
+    return _extrema_of_tiles(x, spec, recipe, magnitudes)
 
 
 def _extrema_of_tiles(x: Array, spec: Spec, recipe: Recipe, magnitudes: bool) -> Array:
@@ -558,7 +568,7 @@ def _usable(x: Array, given: QParams, spec: Spec, recipe: Recipe) -> QParams:
 
 
 def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: Recipe) -> Array:
-    codes = encoders.encode(x, qparams, spec, recipe, packed=False)
+    codes = _encoded_by_loops(x, qparams, spec, recipe, packed=False)
     if codes is not NotImplemented:
         return codes
     codes = aligned_empty(x.shape, spec.element.storage)
@@ -569,6 +579,14 @@ def _encoded(x: Array, qparams: QParams, key: Array | None, spec: Spec, recipe: 
 
     for_tiles(work, x.shape, spec.block)
     return codes
+
+
+def _encoded_by_loops(
+    x: Array, qparams: QParams, spec: Spec, recipe: Recipe, packed: bool, out: Array | None = None
+) -> Any:
+    """Codes, into ``out`` if it is given; NotImplemented where no loop serves."""
+    codes = encoders.encode(x, qparams, spec, recipe, packed, out)
+    return boxes.encode(x, qparams, spec, recipe, packed, out) if codes is NotImplemented else codes
 
 
 def _cut(qparams: QParams, tile: Tile) -> QParams:

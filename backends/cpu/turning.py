@@ -1,12 +1,15 @@
-"""A loop that turns scales and zero points which lie in the other order than the codes they belong to.
+"""Loops that turn arrays which lie in the other order than is wanted, and that widen float16.
 
-Owns: that loop, and the numba intrinsic in it. Imports: ``decoding``, for how wide vectors are. It holds no lock and
-starts no thread.
+Owns: those loops, and the numba intrinsics in them. Imports: ``decoding``, for how wide vectors are. They hold no lock
+and start no thread.
 
-Codes of a weight (in, out) are stored as (out, in), so that a product reads them in order; its scales stay (groups,
-out), as the weight's shape has them. Loops that read a row of codes at a time want them (out, groups). Turned by the
-library, all of them are written to memory and read again at each call; here it is those of a strip of rows, which stay
-in cache until they are used.
+**Scales and zero points** may lie in the other order than the codes they belong to. Codes of a weight (in, out) are
+stored as (out, in), so that a product reads them in order; its scales stay (groups, out), as the weight's shape has
+them. Loops that read a row of codes at a time want them (out, groups). Turned by the library, all of them are written
+to memory and read again at each call; here it is those of a strip of rows, which stay in cache until they are used.
+
+**Values and codes**: ``boxes`` turns parts of arrays whose groups lie along another axis than memory does. Of float16
+they become float32 first, which takes NumPy as long as all that comes after.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.decoding import LANES
 
-__all__ = ["blocks_of", "turn"]
+__all__ = ["blocks_of", "pack_across", "turn", "turn_plane", "widen"]
 
 SQUARE = LANES
 """Rows and columns that are turned in registers at a time: a line of the cache, where vectors are as wide."""
@@ -71,7 +74,24 @@ def _square(bits: int) -> Any:
     return square
 
 
+def _one(bits: int) -> Any:
+    """An item of so many bits from one address to another."""
+    item: Any = ir.IntType(bits)  # type: ignore[no-untyped-call]
+
+    @intrinsic
+    def one(_: Any, source: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, out = (builder.inttoptr(address, item.as_pointer()) for address in arguments)
+            builder.store(builder.load(source, align=1), out, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), generate
+
+    return one
+
+
 _square_of_bytes, _square_of_words = _square(8), _square(32)
+_one_byte, _one_word = _one(8), _one(32)
 
 
 @njit(nogil=True, cache=True)
@@ -109,3 +129,76 @@ def blocks_of(blocks: Any, swapped: Any, start: Any, stop: Any) -> Any:  # pragm
         turn(blocks, start, stop, out)
         return out
     return blocks.reshape((blocks.shape[1], blocks.shape[0]))
+
+
+@njit(nogil=True, cache=True)
+def turn_plane(
+    source: Any, by: Any, height: Any, width: Any, out: Any, to: Any, item: Any
+) -> None:  # pragma: no cover - compiled
+    """``out[j, i] = source[i, j]`` for ``height`` rows of ``width`` items of 1 byte, or of 4, side by side.
+
+    By addresses, and distances of rows in bytes. Squares follow each other along the shorter side: whichever array has
+    the longer one as its rows' distance has each line of its memory read or written at once.
+    """
+    whole_height, whole_width = height - height % SQUARE, width - width % SQUARE
+    down, across = whole_height // SQUARE, whole_width // SQUARE
+    for square in range(down * across):
+        if down <= across:
+            i, j = square % down * SQUARE, square // down * SQUARE
+        else:
+            i, j = square // across * SQUARE, square % across * SQUARE
+        if item == 1:
+            _square_of_bytes(source + i * by + j, by, out + j * to + i, to)
+        else:
+            _square_of_words(source + i * by + 4 * j, by, out + j * to + 4 * i, to)
+    for i in range(height):
+        for j in range(whole_width if i < whole_height else 0, width):
+            if item == 1:
+                _one_byte(source + i * by + j, out + j * to + i)
+            else:
+                _one_word(source + i * by + 4 * j, out + j * to + 4 * i)
+
+
+@njit(nogil=True, cache=True)
+def pack_across(codes: Any, bits: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Streams along the middle axis of bytes, each a code of fewer bits: 8 codes are as many bytes as they have bits.
+
+    Whatever comes after lies side by side, so that a vector has codes of as many streams.
+    """
+    mask = np.uint8((1 << bits) - 1)
+    for a in range(out.shape[0]):
+        for byte in range(out.shape[1]):
+            stream, first = out[a, byte], 8 * byte // bits
+            stream[:] = 0
+            for i in range(first, min((8 * byte + 7) // bits + 1, codes.shape[1])):
+                code, up = codes[a, i], i * bits - 8 * byte
+                if up >= 0:
+                    for k in range(stream.shape[0]):
+                        stream[k] |= (code[k] & mask) << np.uint8(up)
+                else:
+                    for k in range(stream.shape[0]):
+                        stream[k] |= (code[k] & mask) >> np.uint8(-up)
+
+
+_SIGN, _MAGNITUDE, _INFINITE = np.uint32(0x8000), np.uint32(0x7FFF), np.uint32(0x7C00)
+_REBIASED = np.uint32((127 - 15) << 23)
+_OF_INFINITE = np.uint32((255 - 31 - (127 - 15)) << 23)
+
+
+@njit(nogil=True, cache=True)
+def widen(halves: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """float32 of float16, both by their patterns.
+
+    The exponent moves by the difference of the biases; from infinity on, by what is left to the largest. Below the
+    smallest normal number the significand counts units of 2^-24.
+    """
+    values = out.view(np.float32)
+    for i in range(halves.shape[0]):
+        half = np.uint32(halves[i])
+        magnitude = half & _MAGNITUDE
+        word = (magnitude << np.uint32(13)) + _REBIASED
+        word += _OF_INFINITE if magnitude >= _INFINITE else np.uint32(0)
+        values[i] = np.float32(np.int32(magnitude)) * np.float32(2.0**-24)
+        small = out[i]
+        word = small if magnitude < np.uint32(0x0400) else word
+        out[i] = word | ((half & _SIGN) << np.uint32(16))

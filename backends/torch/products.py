@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
@@ -641,6 +642,13 @@ def _as_numpy(tensors: Any) -> list[Any]:
     ]
 
 
+def _numpy_of(t: Array) -> Any:
+    """The same memory; of bfloat16, which torch turns into no NumPy type, by its bits."""
+    if t.dtype is torch.bfloat16:
+        return t.detach().resolve_neg().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
+    return t.numpy(force=True)
+
+
 def _from_numpy(a: Any) -> Array:
     a = np.asarray(a)
     if not a.flags.writeable:  # one number for many places, of which torch warns
@@ -672,10 +680,10 @@ def _in_memory(operation: Callable[..., Any], *, of_few_steps: bool = False) -> 
             return NotImplemented
         first = arrays[0].codes if isinstance(arrays[0], Coded) else arrays[0]
         small = first.numel() < runtime.LARGE
-        if (small and of_few_steps) or not _have_numpy_memory(runtime.arrays_in(arrays)):
+        if (small and of_few_steps) or not _have_numpy_memory(runtime.arrays_in(arrays), bfloat16=not small):
             return NotImplemented
         with outside_transformations():
-            given = runtime.on_each(lambda t: t.numpy(force=True), arrays)
+            given = runtime.on_each(_numpy_of, arrays)
             way = functools.partial(run, get_backend("numpy"), operation) if small else form
             result = way(*given, **static)
             return result if result is NotImplemented else runtime.on_each(_from_numpy, result)
@@ -683,10 +691,10 @@ def _in_memory(operation: Callable[..., Any], *, of_few_steps: bool = False) -> 
     return kernel
 
 
-def _have_numpy_memory(tensors: Any) -> bool:
+def _have_numpy_memory(tensors: Any, bfloat16: bool = False) -> bool:
     """Whether all have memory that NumPy can read, no derivative to carry, and nobody who listens to torch's steps.
 
-    ``make_fx`` does, who would hear of none, and take the result for a constant.
+    ``make_fx`` does, who would hear of none, and take the result for a constant. ``bfloat16``: whether it is read.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
@@ -697,7 +705,8 @@ def _have_numpy_memory(tensors: Any) -> bool:
         if t is None:
             continue
         plain = type(t) is torch.Tensor or not (has_no_values(t) or wraps_tensors(t))
-        if not plain or not t.is_cpu or t.dtype is torch.bfloat16 or (tracking and t.requires_grad) or is_functorch(t):
+        unread = t.dtype is torch.bfloat16 and not bfloat16
+        if not plain or not t.is_cpu or unread or (tracking and t.requires_grad) or is_functorch(t):
             return False
         if not has_its_memory(t):
             raise ValueError(f"a tensor {without_memory(t)}")
