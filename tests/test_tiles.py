@@ -18,6 +18,12 @@ OTHERS = [
     {"dtype": "mxint8"},
     {"dtype": "nvfp4"},
     {"dtype": "mxfp4"},
+    {"dtype": "int3"},
+    {"dtype": "int3", "scheme": "affine"},
+    {"dtype": "uint5", "scheme": "affine"},
+    {"dtype": "int2"},
+    {"dtype": "float6_e2m3fn"},
+    {"dtype": "mxfp6_e3m2"},
 ]
 GRANULARITIES = [PerGroup(32), PerGroup(1), PerGroup(17), PerGroup(384), PerChannel(0), PerTensor(), PerBlock((3, 64)),
                  PerBlock((-1, 32)), PerGroup(5, 0)]  # fmt: skip
@@ -43,11 +49,11 @@ def weight(rows, columns, seed=0):
 
 
 def quantized(w, how, granularity):
-    fixed = how["dtype"] in ("mxfp4", "mxint8", "nvfp4")
+    fixed = how["dtype"] in ("mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4")
     return quantize(w, **how, **({} if fixed else {"granularity": granularity}))
 
 
-USUAL = ["nf4", "uint4 affine", "int4 float16", "int8 affine", "mxfp4"]
+USUAL = ["nf4", "uint4 affine", "int4 float16", "int8 affine", "mxfp4", "int3 affine", "float6_e2m3fn"]
 of_each_kind = pytest.mark.parametrize(
     "how",
     [pytest.param(k, marks=() if name_of(k) in USUAL else pytest.mark.exhaustive) for k in (*KINDS, *OTHERS)],

@@ -225,12 +225,12 @@ def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bo
 
 
 def tiles(x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
-    """Whether NumPy's own steps turn tiles of codes to floats: of 8 bits, or of 4 and packed."""
+    """Whether NumPy's own steps turn tiles of codes to floats: of 8 bits, or of fewer and packed."""
     element, codes = spec.element, w.codes
     plain = w.scale is not None and w.offset is None and element.missing is None
     if not plain or "float64" in (x_dtype, spec.source.compute) or 0 in codes.shape:
         return False
-    known = element.bits == 4 if packed else codes.dtype.itemsize == 1
+    known = element.bits < 8 if packed else codes.dtype.itemsize == 1
     return known and max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
 
 

@@ -27,6 +27,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import serve
+from aqt_lite.backends.cpu.packed import unpacked_rows
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, map_ranges
 from aqt_lite.elements import ElementType
 
@@ -58,7 +59,7 @@ class _Weight(NamedTuple):
     """What tiles are made from."""
 
     codes: Array
-    """Rows of bytes, of pairs of bytes, or of the integers that numbers are."""
+    """Rows of bytes, of pairs of bytes, of streams, or of the integers that numbers are."""
     table: Array | None
     """The numbers of an item of ``codes``, as one item: of a code of 8 bits, or of 2 or 4 codes of 4 bits.
 
@@ -67,11 +68,13 @@ class _Weight(NamedTuple):
     halves: bool
     """Whether a byte is two codes."""
     signed: bool
-    """Whether those are integers with a sign, which become 16 times as large."""
+    """Whether codes of a stream, or of pairs, are integers with a sign; of pairs these become 16 times as large."""
     scale: Array
     """On the grid; or codes, of which ``of_scales`` has the numbers."""
     of_scales: Array | None
     zero: Array | None
+    stream: int
+    """Bits of a code, where rows of ``codes`` are streams of neither 4 nor 8."""
     columns: int
     block: tuple[int, int]
     """Rows and columns with one scale."""
@@ -103,7 +106,10 @@ def _weight_of(w: Coded, spec: Spec, columns: int, packed: bool) -> _Weight:
     b, element, codes = get_backend("numpy"), spec.element, np.ascontiguousarray(w.codes)
     scale, of_scales = _scales_of(w.scale, spec, b)
     rows, table, signed, zero = len(codes), None, False, w.zero_point
-    if not element.zero_points:
+    stream = element.bits if packed and element.bits != 4 else 0
+    if stream:
+        table = None if element.zero_points else _numbers_of_items(element, 1)
+    elif not element.zero_points:
         in_pairs = packed and codes.shape[1] % 2 == 0 and codes.ctypes.data % 2 == 0
         codes = codes.view(np.uint16 if in_pairs else np.uint8)
         table = _numbers_of_items(element, 2 * codes.itemsize if packed else 1)
@@ -116,7 +122,8 @@ def _weight_of(w: Coded, spec: Spec, columns: int, packed: bool) -> _Weight:
         codes, zero, signed = codes ^ np.uint8(0x88), zero + np.int32(8), False
     if signed:  # the numbers are 16 times as large
         scale, of_scales = (scale * np.float32(1 / 16), None) if of_scales is None else (scale, of_scales / 16)
-    return _Weight(codes, table, packed, signed, scale, of_scales, zero, columns, block)
+    halves, signed = packed and not stream, signed or (stream > 0 and not element.storage.startswith("u"))
+    return _Weight(codes, table, halves, signed, scale, of_scales, zero, stream, columns, block)
 
 
 def _scales_of(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array | None]:
@@ -201,6 +208,8 @@ def _are_usual(w: _Weight, first: int, last: int) -> bool:
 def _numbers(w: _Weight, first: int, last: int, out: Array, spare: Array) -> None:
     """Numbers of rows of codes, less their zero points, into ``out``, whose rows may be longer: zeros then."""
     codes, values = w.codes[first:last], out[:, : w.columns]
+    if w.stream:
+        codes = unpacked_rows(codes, w.stream, w.columns, w.signed)
     if w.table is None:
         integers = (_halves(codes, w.signed, spare) if w.halves else codes)[:, : w.columns]
         if w.zero is not None:  # 16 bits hold the difference, and are twice as fast as floats
