@@ -95,6 +95,9 @@ class TorchBackend(Backend):
             return number
         return _Size(number, shape)
 
+    def dtype_name(self, x: Array) -> str:
+        return _NAMES.get(x.dtype) or super().dtype_name(x)
+
     def device(self, x: Array) -> Any:
         return x.device
 
@@ -233,6 +236,9 @@ HAS_IS_EXPORTING = hasattr(torch.compiler, "is_exporting")  # of torch 2.7
 
 
 _SIGNED = {torch.uint16: torch.int16}
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+"""Of what products ask for: to make such a name takes a good part of the time of a small one."""
 
 
 @torch.library.custom_op("aqt_lite::unusable_as_nan", mutates_args=())
