@@ -290,6 +290,138 @@ def test_floats_of_groups_of_any_length_are_those_of_dequantize(how):
             np.testing.assert_array_equal(values, q.dequantize())
 
 
+def in_panels(x, q, bias=None, cuts=1):
+    """The product by panels, whose rows of x are cut so often for each panel, one part a cut."""
+    w, spec = as_stored(q, packed=True)
+    loops = stored.ByLoops(w, spec, 1, q.packed_length)
+    ends = np.arange(-(-len(w.codes) // runtime.panel_loops().WIDTH) * cuts + 1)
+    return loops._by_panels(x, w, bias, stored.steps_of_product(w.codes.size, len(x)), ends, cuts)
+
+
+@needs_loops
+@of_each_kind
+def test_a_row_with_a_single_one_gives_the_values_of_dequantize_in_panels(how):
+    """Whole panels and what is left of one; groups of any length; more rows of x than a tile has, and fewer."""
+    for size in (3, 16, 32, 500):
+        if how["dtype"] == "mxfp4" and size != 32:
+            continue
+        granularity = {} if how["dtype"] == "mxfp4" else {"granularity": PerGroup(size)}
+        for rows, columns in ((1, 1), (45, 37), (64, 96)):
+            q = quantize(weight(rows, columns), **how, **granularity)
+            np.testing.assert_array_equal(in_panels(np.eye(columns, dtype=np.float32), q), np.asarray(q.dequantize()).T)
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"dtype": "uint4", "scheme": "affine"}], ids=name_of)
+def test_panels_are_the_same_however_they_are_cut(how):
+    """By one thread and by several, which make floats anew; and nothing but the result is written to."""
+    loops = runtime.panel_loops()
+    for rows, outputs, columns in ((1, 1, 1), (9, 31, 33), (33, 45, 70), (70, 96, 384)):
+        q, bias = quantize(weight(outputs, columns), **how, granularity=PerGroup(16)), weight(1, outputs, 3)[0]
+        x = np.random.default_rng(rows).integers(-20, 21, (rows, columns)).astype(np.float32)
+        w, spec = as_stored(q, packed=True)
+        operands = stored.ByLoops(w, spec, 1, q.packed_length).operands(w)
+        expected = in_panels(x, q, bias)
+        assert_exact_to_float32(expected, x, q.dequantize(), bias)
+        for cuts in (1, 2, 3, 7):
+            np.testing.assert_array_equal(in_panels(x, q, bias, cuts), expected)
+            around = np.full(rows * outputs + 128, np.float32(7))
+            y, ends = around[64:-64].reshape(rows, outputs), np.array([0, -(-outputs // loops.WIDTH) * cuts])
+            assert loops.multiply_in_parts(0, ends, w.codes.view(np.uint8), x, columns, *operands, bias, cuts, y)
+            np.testing.assert_array_equal(y, expected)
+            assert (around[:64] == 7).all()
+            assert (around[-64:] == 7).all()
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [*KINDS, {"dtype": "mxfp4"}], ids=name_of)
+def test_panels_are_as_exact_as_a_float32_product(how):
+    """Each row of x by itself, long rows and short ones, of which BLAS adds up few terms in a chain."""
+    how = how if how["dtype"] == "mxfp4" else {**how, "granularity": PerGroup(32)}
+    for columns in (77, 800, 2051):
+        w = weight(97, columns)
+        for without in (False, True):
+            if without:
+                w[:, 41] = w[:, 9::32] = 0
+            q = quantize(w, **how)
+            values, rows = np.asarray(q.dequantize()), hard_rows(columns)
+            x = np.concatenate(list(rows.values()))
+            exact = x.astype(np.float64) @ values.astype(np.float64).T
+            ours, theirs = (np.sqrt(np.mean((y - exact) ** 2, axis=1)) for y in (in_panels(x, q), x @ values.T))
+            bound = 2 * np.maximum(np.maximum(theirs, 2.0**-25 * np.abs(exact).max(axis=1)), 2.0**-149)
+            assert (ours <= bound).all(), [name for name, bad in zip(rows, ours > bound, strict=True) if bad]
+
+
+@needs_loops
+def test_sums_in_panels_meet_the_bias_last():
+    """As after a float32 product: a bias far larger than sums would else take their last bits, one part at a time."""
+    q, x, bias = quantize(weight(40, 1000)), weight(24, 1000, 1), np.full(40, 1e6, np.float32)
+    np.testing.assert_array_equal(in_panels(x, q, bias), in_panels(x, q) + bias)
+    np.testing.assert_array_equal(in_panels(0 * x, q, np.full(40, -0.0, np.float32)), 0 * x[:, :40])
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"dtype": "int4"}], ids=name_of)
+def test_an_infinity_or_nan_stays_in_its_row_of_a_panel(how):
+    q, x = quantize(weight(45, 330), **how), weight(20, 330, seed=2)
+    x[1, 3], x[2, 7], x[19, 329] = np.inf, np.nan, -np.inf
+    y = in_panels(x, q)
+    assert not np.isfinite(y[[1, 2, 19]]).any()
+    others = np.delete(np.arange(20), [1, 2, 19])
+    assert_exact_to_float32(y[others], x[others], q.dequantize())
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=needs("torch"))])
+@pytest.mark.parametrize(
+    "how", [{"granularity": PerChannel(0)}, {"dtype": "int4", "granularity": PerGroup(16)}], ids=name_of
+)
+def test_small_weights_meet_many_rows_in_panels(backend, how, monkeypatch):
+    """However x lies; of other types than float32, too; and what scales of no use give is what others make of it."""
+    b, calls = get_backend(backend), []
+    own = stored.ByLoops._by_panels
+    monkeypatch.setattr(stored.ByLoops, "_by_panels", lambda *given: calls.append(1) or own(*given))
+    x, bias = weight(40, 384, 1), weight(1, 70)[0]
+    q = quantize(weight(70, 384), **how)
+    expected, moved = in_panels(x, q, bias), q.to_backend(backend)
+    for lies in (x, x.T.copy().T, np.repeat(x, 2, axis=1)[:, ::2], np.repeat(x, 2, axis=0)[::2]):
+        given = lies if backend == "numpy" else torch.from_numpy(lies)
+        calls.clear()
+        np.testing.assert_array_equal(b.to_numpy(linear(given, moved, b.asarray(bias))), expected)
+        assert calls
+    calls.clear()
+    rough = linear(b.asarray(x.astype(np.float16)), moved, b.asarray(bias))
+    assert calls
+    np.testing.assert_allclose(b.to_numpy(rough).astype(np.float32), expected, rtol=1e-2, atol=5e-2)
+    assert b.to_numpy(linear(b.asarray(x[:0]), moved)).shape == (0, 70)
+    scale = np.asarray(q.scale).copy()
+    scale[5] = 2.0**110
+    y = b.to_numpy(linear(b.asarray(x * np.float32(1e-30)), replace(moved, scale=b.asarray(scale))))
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y[:, :5], in_panels(x, q)[:, :5] * 1e-30, rtol=1e-3, atol=1e-33)
+
+
+@needs_loops
+def test_which_rows_and_weights_meet_in_panels():
+    def cut(rows, outputs, inner, dtype="int8"):
+        q = quantize(np.ones((outputs, inner), np.float32), dtype, granularity=PerChannel(0))
+        w, spec = as_stored(q, packed=True)
+        return stored.ByLoops(w, spec, 1, q.packed_length).cut_in_panels(rows)
+
+    width = runtime.panel_loops().WIDTH
+    assert cut(8, width, 384) is None  # loops of their own
+    assert cut(513, width, 384) is None  # BLAS
+    assert cut(128, width // 2 - 1, 384) is None  # most of a panel would be empty
+    assert cut(128, 1030, 1024) is None  # too large for a cache
+    assert cut(10, 384, 1536, "int4") is None  # decoded in registers
+    assert cut(24, 384, 1536, "int4") is not None
+    steps, ends, cuts = cut(128, width, 384)
+    assert steps == 129 * 384 * width
+    assert cuts == len(ends) - 1 == min(runtime.cores(), 16) or steps < runtime.worth_parts() // 2
+    assert cut(128, 1024, 1024)[2] == 1 or runtime.cores() > 16  # enough panels for all threads
+    assert cut(9, width, 40)[1].tolist() == [0, 1]  # not worth a second thread
+
+
 def written_in_place(q, other):
     """The arrays of ``q``, with what those of ``other`` hold."""
     for a, b in zip(q._arrays(), other._arrays(), strict=True):
@@ -648,6 +780,7 @@ def form(lanes, bits):
 def test_processors_without_avx_512():
     tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
     tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
+    tests += [test_panels_are_the_same_however_they_are_cut, test_panels_are_as_exact_as_a_float32_product]
     run_without_avx_512(__file__, [*tests, *IN_DOTS], form(8, 16))
 
 

@@ -65,6 +65,7 @@ __all__ = [
     "ROWS_AT_ONCE",
     "STRIP",
     "arrange",
+    "counted_loop",
     "dequantize",
     "look_up",
     "multiply",
@@ -190,7 +191,7 @@ def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
 
 
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
+def counted_loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
     """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least ``least``."""
     before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
     if least:
@@ -338,9 +339,9 @@ def _decoder(kind: _Kind) -> Any:
                         builder.store(value, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
                     return totals
 
-                return _loop(builder, steps, totals, step)
+                return counted_loop(builder, steps, totals, step)
 
-            _loop(builder, groups, [], group)
+            counted_loop(builder, groups, [], group)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 8), generate
@@ -406,10 +407,10 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
                                 totals[i_out] = builder.call(fma, [values[r][v], entries, totals[i_out]])
                     return totals
 
-                return _loop(builder, steps, totals, step)
+                return counted_loop(builder, steps, totals, step)
 
             totals = [_load(builder, place, _FLOATS) for place in places]
-            for place, total in zip(places, _loop(builder, groups, totals, group), strict=True):
+            for place, total in zip(places, counted_loop(builder, groups, totals, group), strict=True):
                 builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
             return context.get_dummy_value()
 
@@ -588,9 +589,9 @@ def _in_dots(kind: Any) -> Any:
             totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
             totals += [_load(builder, place, _INTS) for place in at_extremes]
             blocks, rest = (f(length, _ADDRESS(QUARTER * BLOCK)) for f in (builder.sdiv, builder.srem))
-            totals = _loop(builder, blocks, totals, lambda b, totals: block(b, totals, True), least=0)
+            totals = counted_loop(builder, blocks, totals, lambda b, totals: block(b, totals, True), least=0)
             left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
-            totals = _loop(builder, left, totals, lambda _, totals: block(blocks, totals, False), least=0)
+            totals = counted_loop(builder, left, totals, lambda _, totals: block(blocks, totals, False), least=0)
             half, other = (
                 _in_all_lanes(builder, _load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
             )
@@ -699,7 +700,7 @@ def _largest_magnitude(_: Any, x: Any, vectors: Any) -> Any:
             bits = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
             return [builder.select(builder.icmp_signed(">", bits, totals[0]), bits, totals[0])]
 
-        [most] = _loop(builder, vectors, [ir.Constant(_INTS, None)], step)
+        [most] = counted_loop(builder, vectors, [ir.Constant(_INTS, None)], step)
         reduce = _function(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _INT, [_INTS])
         return builder.sext(builder.call(reduce, [most]), _ADDRESS)
 

@@ -44,8 +44,8 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if y is not NotImplemented:
             return y
     x_name = get_backend("numpy").dtype_name(x)
-    if worth_floats and serve.becomes_floats(x_name, w, spec, contract, packed=False):
-        y = ByLoops(w, spec, contract, None).by_floats(x, w, bias)
+    if len(x) > serve.MOST_ROWS_FOR_LOOPS and serve.becomes_floats(x_name, w, spec, contract, packed=False):
+        y = ByLoops(w, spec, contract, None).of_small_weight(x, w, bias)
         if y is not NotImplemented:
             with np.errstate(all="ignore"):
                 return y.astype(x.dtype, copy=False)
@@ -96,9 +96,10 @@ def shortly(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, A
         by_loops = loops = by_loops or ByLoops(w, spec, contract, None)
         if not loops.take(x, bias):
             return NotImplemented
-        if loops.are_worth_floats(rows):
-            return loops.by_floats(x, w, bias)
-        return loops.by_decoding(x, w, bias) if large and loops.decodes and 0 < rows <= most else NotImplemented
+        y = loops.of_small_weight(x, w, bias)
+        if y is NotImplemented and large and loops.decodes and 0 < rows <= most:
+            return loops.by_decoding(x, w, bias)
+        return y
 
     return call
 

@@ -394,6 +394,18 @@ def turning_loops() -> Any:
     return None if decoding_loops() is None else _loaded_turning()
 
 
+def panel_loops() -> Any:
+    """The loops for many rows of x and a small weight, or None where there are none that decode."""
+    return None if decoding_loops() is None else _loaded_panels()
+
+
+@functools.cache
+def _loaded_panels() -> Any:
+    from aqt_lite.backends.cpu import panels
+
+    return panels
+
+
 @functools.cache
 def _loaded_turning() -> Any:
     from aqt_lite.backends.cpu import turning

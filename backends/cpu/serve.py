@@ -49,6 +49,15 @@ CODES_OF_MANY_ROWS = 3 * CODES_A_ROW
 MANY_ROWS = 24
 """How many those are, by measurement."""
 
+ROWS_FOR_PANELS = 24
+"""Rows of x from which on panels beat all other loops, whatever the weight's size up to the one above."""
+
+CODES_A_ROW_OF_PANELS = CODES_A_ROW, 8 * CODES_A_ROW
+"""Codes of such a weight that each of fewer rows pays for: where they are decoded else, and where digits multiply."""
+
+MOST_ROWS_FOR_PANELS = 512
+"""Rows of x from which on nothing is gained over BLAS, which reads and writes them in fewer turns."""
+
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
 
@@ -198,6 +207,17 @@ def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
     """
     a_row = CODES_A_ROW_OF_DIGITS if by_digits else CODES_A_ROW if rows < MANY_ROWS else CODES_OF_MANY_ROWS
     return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
+
+
+def is_worth_panels(rows: int, length: int, inner: int, width: int, by_digits: bool) -> bool:
+    """Whether so many rows of x meet a weight (``length``, ``inner``) so small that panels ``width`` high are best.
+
+    Panels are multiplied whole: a half at least of what they hold is to be there. ``by_digits`` as above; rows are
+    between ``MOST_ROWS_FOR_LOOPS`` and ``MOST_ROWS_FOR_PANELS``.
+    """
+    codes, a_row = length * inner, CODES_A_ROW_OF_PANELS[by_digits]
+    few = codes <= (MOST_CODES_AT_ONCE if rows >= ROWS_FOR_PANELS else min(rows * a_row, MOST_CODES_AT_ONCE))
+    return few and 2 * length >= -(-length // width) * width
 
 
 def by_digits(rows: int, w: Coded, contract: int, packed: bool) -> bool:

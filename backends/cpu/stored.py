@@ -39,6 +39,9 @@ __all__ = [
 FEWEST_TO_LOOK_UP = 1 << 12
 """Scales of 16 bits from which on looking them up takes less time than decoding them."""
 
+ROWS_OF_A_PANEL = 12
+"""Rows of x that take as long to multiply by a panel as its floats take to be made."""
+
 FEWEST_TO_TURN = 1 << 12
 """Scales that lie in the other order from which on a loop turns them in less time than a copy takes."""
 
@@ -87,6 +90,7 @@ class ByLoops:
         self._by_digits = serve.by_digits(serve.MOST_ROWS_FOR_LOOPS + 1, w, contract, self._packed)
         self._constants: tuple[bool, int, Array, Array, int] | None = None
         self._loops = runtime.decoding_loops()
+        self._cuts = dict[int, tuple[int, Array, int] | None]()
 
     def are_there(self) -> bool:
         """Whether what was decided still holds: tests and benchmarks do without loops that others had before."""
@@ -100,9 +104,48 @@ class ByLoops:
         """``x @ w.T + bias`` in float32; x and the bias are no float64."""
         if not (self.becomes_floats and len(x)):
             return NotImplemented
-        if self.are_worth_floats(len(x)) or (self._packed and not self.decodes):
-            return self.by_floats(x, w, bias)
-        return self.by_decoding(x, w, bias) if self.decodes else NotImplemented  # bytes have other loops for any group
+        y = self.of_small_weight(x, w, bias)
+        if y is not NotImplemented:
+            return y
+        if self.decodes:
+            return self.by_decoding(x, w, bias)
+        return self.by_floats(x, w, bias) if self._packed else NotImplemented  # bytes have other loops for any group
+
+    def of_small_weight(self, x: Array, w: Coded, bias: Array | None) -> Any:
+        """The product where many rows of x meet a weight whose floats stay in a cache; else NotImplemented."""
+        rows = len(x)
+        cut = self.cut_in_panels(rows)
+        if cut is not None:
+            return self._by_panels(x, w, bias, *cut)
+        return self.by_floats(x, w, bias) if self.are_worth_floats(rows) else NotImplemented
+
+    def cut_in_panels(self, rows: int) -> tuple[int, Array, int] | None:
+        """How so many rows of x are multiplied by panels of floats, which loops make and keep in a cache; None if not.
+
+        Steps, where parts of the product end, and how many stretches of rows there are for each panel.
+        """
+        if rows <= serve.MOST_ROWS_FOR_LOOPS or rows > serve.MOST_ROWS_FOR_PANELS:
+            return None
+        if rows not in self._cuts:
+            self._cuts[rows] = self._new_cut(rows) if self.becomes_floats else None
+        return self._cuts[rows]
+
+    def _new_cut(self, rows: int) -> tuple[int, Array, int] | None:
+        length, inner = self._length, self._inner
+        if not serve.is_worth_panels(rows, length, inner, runtime.panel_loops().WIDTH, self._by_digits):
+            return None
+        steps = steps_of_product(length * inner, rows)
+        return steps, *ends_of_panels(rows, length, steps)
+
+    def _by_panels(self, x: Array, w: Coded, bias: Array | None, steps: int, ends: Array, cuts: int) -> Any:
+        """The product by those, for groups of any length: ``serve.becomes_floats``."""
+        loops, operands, length = runtime.panel_loops(), self.operands(w), self._length
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        codes = np.ascontiguousarray(w.codes).view(np.uint8)
+        bias = _adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+        y = np.empty((len(x), length), dtype=np.float32)
+        small = in_parts(loops.multiply_in_parts, steps, ends, codes, x, self._inner, *operands, bias, cuts, y)
+        return y if small else NotImplemented
 
     def are_worth_floats(self, rows: int) -> bool:
         """Whether so many rows of x are multiplied by BLAS, for the weight's floats stay in a cache."""
@@ -230,6 +273,32 @@ def _ends(length: int, multiple: int, steps: int, worth: int, cores: int) -> Arr
         share = max((length - ends[-1]) // (2 * cores), least)
         ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
     return np.array(ends)
+
+
+def ends_of_panels(rows: int, length: int, steps: int) -> tuple[Array, int]:
+    """The same of the stretches of rows of x that panels meet, and how many of these there are for each panel.
+
+    More than one where there are too few panels for all threads; then each makes the floats of a panel anew, which
+    takes as long as multiplying ``ROWS_OF_A_PANEL`` rows. Half of other loops' steps are worth several threads here,
+    where nothing but the product is left to do.
+    """
+    return _ends_of_panels(rows, length, steps, runtime.worth_parts() // 2, runtime.cores())
+
+
+@functools.lru_cache(maxsize=64)
+def _ends_of_panels(rows: int, length: int, steps: int, worth: int, cores: int) -> tuple[Array, int]:
+    loops = runtime.panel_loops()
+    width: int = loops.WIDTH
+    height: int = loops.ROWS
+    panels, tiles = -(-length // width), -(-rows // height)
+
+    def longest(cuts: int) -> int:
+        """Rows of x that the thread with the most stretches multiplies."""
+        stretches, tiles_of_each = -(-panels * cuts // cores), -(-tiles // cuts)
+        return stretches * (tiles_of_each * height + ROWS_OF_A_PANEL)
+
+    cuts = min(range(1, min(cores, tiles) + 1), key=longest) if steps >= worth else 1
+    return _ends(panels * cuts, 1, steps, worth, cores), cuts
 
 
 @functools.lru_cache(maxsize=64)

@@ -194,14 +194,18 @@ def _by_decoding(
     loops = stored.ByLoops(w, spec, contract, packed_length)
     if x.dtype is torch.float64 or not loops.becomes_floats:
         return NotImplemented
-    if loops.are_worth_floats(x.shape[0]) or (packed_length is not None and not loops.decodes):
+    rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length)
+    if loops.cut_in_panels(rows) is not None:
+        y = _on_numpy_memory(form, x, w, bias, spec, contract)
+        if y is not NotImplemented:
+            return y
+    if loops.are_worth_floats(rows) or (packed_length is not None and not loops.decodes):
         if not _have_numpy_memory(runtime.arrays_in(w)):
             return NotImplemented
         with outside_transformations():
             return _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
     if not loops.decodes:  # bytes have loops for any group elsewhere
         return NotImplemented
-    form = functools.partial(stored.matmul_stored, packed_length=packed_length)
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
 
@@ -751,15 +755,17 @@ def _in_memory_of_numpy(
 
     def call(x: Array, w: Coded, bias: Array | None) -> Any:
         y: Any = NotImplemented
-        tensors = runtime.arrays_in((x, *w, bias)) if isinstance(w.scale, tuple) else (x, *w, bias)
+        codes, scale, zero, offset = w
+        plain = (x, codes, scale, zero, offset, bias)
+        tensors = runtime.arrays_in(plain) if isinstance(scale, tuple) else plain
         of_float32 = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
         if of_float32 and _have_numpy_memory(tensors) and loops.are_there():
             with outside_transformations():
-                if loops.are_worth_floats(x.shape[0]):
+                rows = x.shape[0]
+                if loops.cut_in_panels(rows) is None and loops.are_worth_floats(rows):
                     y = _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
                 else:
-                    given, *weight, added = runtime.admitted(_as_numpy((x, *w, bias)))
-                    y = short(given, Coded(*weight), added)
+                    y = short(*runtime.admitted(_as_numpy((x, w, bias))))
                     y = y if y is NotImplemented else torch.from_numpy(y)
         return form(x, w, bias) if y is NotImplemented else y
 
