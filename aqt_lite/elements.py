@@ -193,7 +193,7 @@ class Integer(ElementType):
     bits: int
     signed: bool
     step: float = 1.0
-    """A power of two: the number of code 1."""
+    """A power of two: the number of code 1. Other than 1 with a sign alone."""
     narrow: bool = False
     """Whether the smallest code of a signed type, which has no opposite, is left out."""
 
@@ -202,6 +202,11 @@ class Integer(ElementType):
             raise ValueError(f"Integer({self.name!r}): bits={self.bits}: give 2 to 16")
         if not (0 < self.step < math.inf and math.frexp(self.step)[0] == 0.5):
             raise ValueError(f"Integer({self.name!r}): step={self.step}: give a power of two; a scale does the rest")
+        if not self.signed and self.step != 1:  # 0 lies in the middle of its codes, and zero points are codes
+            raise ValueError(
+                f"Integer({self.name!r}): step={self.step} of codes without a sign: give signed=True, or leave "
+                "the step out; a scale does the rest"
+            )
 
     @property
     def storage(self) -> str:  # type: ignore[override]

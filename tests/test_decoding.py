@@ -581,7 +581,7 @@ def test_what_the_form_declines():
     x = weight(2, 200)
     for how in (
         {"dtype": "int8", "granularity": PerGroup(40)},  # no whole vectors
-        {"dtype": "int6", "granularity": PerGroup(32)},  # packed, but not in halves of bytes
+        {"dtype": "int6", "granularity": PerGroup(32), "offset": "data"},
         {"dtype": "int8", "offset": "data"},
     ):
         assert decoded_product(x, quantize(weight(50, 200), **how)) is NotImplemented

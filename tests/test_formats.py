@@ -527,6 +527,7 @@ def test_formats_are_hashable_and_their_records_compare():
         (lambda: aqt_lite.Integer("int1", 1, True), "bits=1"),
         (lambda: aqt_lite.Integer("int40", 40, True), "bits=40"),
         (lambda: aqt_lite.Integer("thirds", 4, True, step=0.3), "step=0.3"),
+        (lambda: aqt_lite.Integer("halves", 4, False, step=0.5), "step=0.5 of codes without a sign"),
         (lambda: aqt_lite.Float("fixed", 0, 3, bias=1, max=1.0), "exponent=0"),
         (lambda: aqt_lite.Float("wide", 5, 6, bias=15, max=1.0), "exponent=5, mantissa=6"),
         (lambda: aqt_lite.Float("beyond", 2, 2, bias=1, max=100.0), "max=100.0"),

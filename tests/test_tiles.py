@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from test_decoding import KINDS, assert_exact_to_float32, name_of
 
+import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
 from aqt_lite.backends.cpu import runtime, tiles
+from aqt_lite.formats import FORMATS
 from aqt_lite.ops.matmul import as_stored
 
 OTHERS = [
@@ -106,6 +108,17 @@ def test_sums_are_exact_to_float32(how, rows):
         values = q.dequantize()
         assert_as_exact_as_a_float32_product(of_tiles(x, q, bias) - bias, x, values.T)
         assert_as_exact_as_a_float32_product(of_tiles(x[:, :60], q, contract=0), x[:, :60], values)
+
+
+@pytest.mark.parametrize("bits", [3, 6, 8])
+def test_signed_codes_that_are_looked_up(bits):
+    """With numbers that are no integers, as whoever adds a format may have them."""
+    name = aqt_lite.register_format(aqt_lite.Integer(f"int{bits}_in_quarters", bits, True, step=0.25)).name
+    try:
+        q = quantize(weight(60, 150), name, granularity=PerGroup(50))
+        np.testing.assert_array_equal(of_tiles(np.eye(150, dtype=np.float32), q), q.dequantize().T)
+    finally:
+        del FORMATS[name]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 1e-40])

@@ -210,6 +210,7 @@ def _numbers(w: _Weight, first: int, last: int, out: Array, spare: Array) -> Non
     codes, values = w.codes[first:last], out[:, : w.columns]
     if w.stream:
         codes = unpacked_rows(codes, w.stream, w.columns, w.signed)
+        codes = codes if w.table is None else codes.view(np.uint8)  # its places are patterns
     if w.table is None:
         integers = (_halves(codes, w.signed, spare) if w.halves else codes)[:, : w.columns]
         if w.zero is not None:  # 16 bits hold the difference, and are twice as fast as floats
