@@ -6,6 +6,7 @@ its checks. It knows leaves by their paths; how they are found in a tree or a mo
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import inspect
@@ -301,7 +302,8 @@ def _also(paths: list[str]) -> str:
 def _chosen(
     leaves: Sequence[Leaf], rules: Any, extra: tuple[str, ...], already: Sequence[str]
 ) -> list[dict[str, Any] | None]:
-    read, used, passed = _read(rules, extra), set[_Rule](), dict[_Rule, str]()
+    read, passed = _read(rules, extra), dict[_Rule, str]()
+    used, deciding, matrices = set[_Rule](), set[_Rule](), dict[_Rule, set[str]]()
 
     def first(path: str, passes_by: bool) -> _Rule | None:
         found = None
@@ -312,6 +314,10 @@ def _chosen(
                     continue
                 used.add(rule)
                 found = found or rule
+                if not passes_by:
+                    matrices.setdefault(rule, set()).add(path)
+        if found is not None and not passes_by:
+            deciding.add(found)
         return found
 
     chosen = []
@@ -339,6 +345,15 @@ def _chosen(
                     "a model once, with all rules, or make it anew"
                 )
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
+        if rule in matrices and rule not in deciding:  # for all that is left: nothing is; for a part: it comes too late
+            its = matrices[rule]
+            wider = next((other for other in read[: read.index(rule)] if matrices.get(other, set()) > its), None)
+            if wider is not None:
+                warn(
+                    f"{rule.title} decides nothing: the first rule that matches does, and all that it matches, "
+                    f"{min(its)} for one, {wider.title} matches as well: put the narrower rule first",
+                    UserWarning,
+                )
     return chosen
 
 
@@ -363,12 +378,16 @@ def _matches_nothing(rule: _Rule, passed: str | None, paths: list[str]) -> str:
 
 
 def _perhaps_meant(pattern: str, paths: list[str]) -> str:
-    """A glob is about the whole path: of a part of one, what would match."""
+    """A glob is about the whole path: of a part of one, what would match. And of a regular expression how to say so."""
     part = pattern.replace(".", "/").strip("/")
     for whole in (part, f"{part}/*", f"*/{part}", f"*/{part}/*"):
         for path in paths:
             if part and fnmatch.fnmatchcase(path.replace(".", "/"), whole):
                 return f"; a pattern is about the whole path: {whole!r} matches {path}"
+    with contextlib.suppress(re.error):
+        found = next(filter(re.compile(pattern).fullmatch, paths), None)
+        if found is not None:
+            return f"; as a regular expression, re.compile({pattern!r}), it matches {found}"
     return ""
 
 

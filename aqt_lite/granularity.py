@@ -27,7 +27,9 @@ def _integer(value: Any, name: str, owner: str, least: int | None = None) -> int
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{owner}({name}={value!r}): {name} must be an integer") from None
+        several = isinstance(value, Sequence) and not isinstance(value, str) and name == "axis"
+        hint = ": for several axes PerBlock, 1 for each of them and -1 for the others" if several else ""
+        raise TypeError(f"{owner}({name}={value!r}): {name} must be an integer{hint}") from None
     if least is not None and number < least:
         raise ValueError(f"{owner}({name}={number}): {name} must be at least {least}")
     return number
@@ -94,7 +96,7 @@ class PerGroup:
 @naming_the_fields
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for every block of the given shape: one length for each axis, -1 for the whole axis.
+    """One scale for every block of the given shape: one length for each axis, -1 or None for the whole axis.
 
     Examples
     --------
@@ -103,12 +105,12 @@ class PerBlock:
     (2, 2)
     """
 
-    shape: tuple[int, ...] = field()
+    shape: tuple[int | None, ...] = field()
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, str) or not isinstance(self.shape, Sequence):
             raise TypeError(f"PerBlock(shape={self.shape!r}): shape must be a tuple with one length for each axis")
-        lengths = tuple(_integer(n, "shape", "PerBlock", least=-1) for n in self.shape)
+        lengths = tuple(-1 if n is None else _integer(n, "shape", "PerBlock", least=-1) for n in self.shape)
         if 0 in lengths:
             raise ValueError(f"PerBlock(shape={lengths}): every length must be at least 1, or -1 for the whole axis")
         object.__setattr__(self, "shape", lengths)

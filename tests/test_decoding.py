@@ -601,6 +601,23 @@ def test_values_beyond_float32_are_clipped_as_dequantize_does(backend, dtype):
     np.testing.assert_array_equal(np.asarray(backend.to_numpy(linear(backend.asarray(x), q)))[0], expected)
 
 
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize(
+    "how", [{"dtype": "int4", "granularity": PerGroup(7)}, {"granularity": PerChannel(0)}], ids=name_of
+)
+def test_a_scale_larger_than_any_of_data_leaves_products_finite(backend, how, rows):
+    """Its values are clipped, and beside entries of 0 or small ones nothing is NaN."""
+    q = quantize(weight(40, 70), **how)
+    scale = q.scale.copy()
+    scale[3, -1] = 3e38
+    q = replace(q, scale=scale)
+    x = np.zeros((rows, 70), np.float32)
+    x[:, 60] = 1e-3
+    y = backend.to_numpy(linear(backend.asarray(x), q.to_backend(backend.name)))
+    np.testing.assert_allclose(np.delete(y, 3, axis=1), np.delete(x @ q.dequantize().T, 3, axis=1), rtol=1e-5)
+    assert np.isfinite(y).all()
+
+
 @pytest.mark.parametrize("how", [{"dtype": NINE}, {"dtype": "int4"}], ids=name_of)
 @pytest.mark.parametrize("length", [333, 511])  # 511 codes fill whole vectors, but for the half that pads
 def test_what_pads_the_last_byte_meets_nothing(backend, length, how):

@@ -81,6 +81,13 @@ def test_group_axes_are_those_that_broadcasting_cannot_serve():
     assert group_axes((4, 10), (3, 11)) == (0,)
 
 
+def test_whole_axes_are_minus_one_or_none():
+    assert PerBlock((1, None, 3)) == PerBlock((1, -1, 3))
+    assert block_of(PerBlock((None, 2)), 2) == (None, 2)
+    with pytest.raises(TypeError, match=r"PerChannel\(axis=\(0, 1\)\): .*for several axes PerBlock"):
+        PerChannel((0, 1))
+
+
 def test_integers_of_numpy_are_integers():
     assert PerGroup(np.int64(4), np.int8(-1)) == PerGroup(4)
     assert PerBlock([2, np.int16(3)]) == PerBlock((2, 3))

@@ -110,6 +110,18 @@ def test_a_regular_expression_has_to_match_the_whole_path():
         quantize_tree(model(), [(re.compile("kernel"), {})])
 
 
+def test_a_rule_after_a_wider_one_is_told_of():
+    with pytest.warns(
+        UserWarning, match=r"rule 2 \('\*layer0\*'\) decides nothing: .*encoder/layer0/kernel.* rule 1"
+    ) as told:
+        quantize_tree(model(), [("encoder/*", {}), ("*layer0*", None)])
+    assert len(told) == 1
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="narrower rule first"):
+        aqt_lite.plan_tree(model(), [("encoder/*", {}), ("*layer0*", None)])
+    quantize_tree(model(), [("*/kernel", {}), ("encoder/*", {})])  # all that is left, and nothing is
+
+
 def test_the_first_rule_that_matches_wins_and_none_leaves_alone():
     rules = [("*layer0*", {"dtype": "int4"}), ("*layer1*", None), ("encoder/*", {"dtype": "nf4"}), ("more/1/0", None)]
     q = quantize_tree(model(), [*rules, ("*", {"dtype": "uint8", "scheme": "affine"})])
@@ -245,6 +257,11 @@ def test_more_dimensions_need_a_granularity_or_a_layout():
         ([("kernel", {})], ValueError, r"a pattern is about the whole path: '\*/kernel' matches encoder/layer0/kernel"),
         ([("encoder.layer0", {})], ValueError, r"'encoder/layer0/\*' matches encoder/layer0/"),
         ([("layer1", {})], ValueError, r"'\*/layer1/\*' matches encoder/layer1/"),
+        (
+            [(r"encoder/\w+/kernel", {})],
+            ValueError,
+            r"as a regular expression, re.compile\(.*\), it matches encoder/layer0/kernel",
+        ),
         (
             [("*", {"granularty": 1})],
             TypeError,

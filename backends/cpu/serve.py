@@ -309,8 +309,11 @@ def one_compiled_call(x: Array, w: Coded, bias: Array, outputs: int, contract: i
 
 
 def values_may_overflow(w: Coded) -> bool:
-    """Whether the outermost value may lie beyond float32, where the reference clips it: only with a zero point."""
-    return w.zero_point is not None and not bool(np.maximum.reduce(np.abs(w.scale), axis=None) < LARGEST_UNSCALED)
+    """Whether a value may lie beyond float32, where the reference clips it.
+
+    That is the outermost of a zero point, or any where the scale was not made of data.
+    """
+    return not bool(np.maximum.reduce(np.abs(w.scale), axis=None) < LARGEST_UNSCALED)
 
 
 def scale_may_come_last(x: Array, w: Coded) -> bool:

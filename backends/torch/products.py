@@ -134,7 +134,9 @@ def _may_write_in_place(x: Array, w: Coded, bias: Array | None) -> bool:
 
 def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """``x @ dequantize(w)``, a block of rows of the weight at a time, so that the float block stays in cache."""
-    xp = get_backend("torch").xp
+    b = get_backend("torch")
+    xp, largest = b.xp, torch.finfo(torch.float32).max
+    may_overflow = b.is_traced(w.scale) or not bool((w.scale.abs() < serve.LARGEST_UNSCALED).all())
     height = floats.in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
     length, width = w.codes.shape
     rows, x_dtype, x = x.shape[0], x.dtype, x.to(torch.float32)
@@ -154,6 +156,8 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
         if w.zero_point is not None:
             weight.sub_(of_rows(w.zero_point, start, stop))
         weight.mul_(of_rows(w.scale, start, stop))
+        if may_overflow:
+            weight.clamp_(-largest, largest)
         if contract == 0:
             y.addmm_(x[:, start:stop], weight)
         elif in_one:
