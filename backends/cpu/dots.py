@@ -663,6 +663,17 @@ def _from_fixed_point(
 
 
 @njit(nogil=True, cache=True)
+def _put_in_panel(
+    integers: Any, first: Any, height: Any, panels: Any, tail: Any
+) -> None:  # pragma: no cover - compiled
+    """Rows from ``first`` on, which begin a panel, into it, and into ``tail`` what it does not hold."""
+    whole = CODES * panels.shape[1]
+    if whole:
+        pack_rows(integers, DIGITS, height, panels[first // height : first // height + 1])
+    tail[first : first + integers.shape[0]] = integers[:, whole:]
+
+
+@njit(nogil=True, cache=True)
 def prepare_rows(
     x: Any, powers: Any, exponent: Any, total: Any, flags: Any, panels: Any, tail: Any
 ) -> None:  # pragma: no cover - compiled
@@ -671,16 +682,13 @@ def prepare_rows(
     ``tail`` gets the integers that no panel holds: those beyond a multiple of CODES, or all where there are no panels.
     """
     rows, inner = x.shape
-    whole = CODES * panels.shape[1]
     height = max(1, panels.shape[2] // DIGITS)
     integers = np.empty((min(height, rows), inner), dtype=np.int32)
     for first in range(0, rows, height):
         last = min(first + height, rows)
         some = integers[: last - first]
         _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
-        if whole:
-            pack_rows(some, DIGITS, height, panels[first // height : first // height + 1])
-        tail[first:last] = some[:, whole:]
+        _put_in_panel(some, first, height, panels, tail)
 
 
 @njit(nogil=True, cache=True)
@@ -697,7 +705,6 @@ def refine_rows(
 ) -> None:  # pragma: no cover - compiled
     """What ``prepare_rows`` makes, for a second pass; panels that no row asks it for are left as they are."""
     rows, inner = x.shape
-    whole = CODES * panels.shape[1]
     height = max(1, panels.shape[2] // DIGITS)
     integers = np.empty((min(height, rows), inner), dtype=np.int32)
     for first in range(0, rows, height):
@@ -705,9 +712,7 @@ def refine_rows(
         if _want_a_second_pass(flags[first:last]):
             some = integers[: last - first]
             _to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
-            if whole:
-                pack_rows(some, DIGITS, height, panels[first // height : first // height + 1])
-            tail[first:last] = some[:, whole:]
+            _put_in_panel(some, first, height, panels, tail)
 
 
 @njit(nogil=True, cache=True)

@@ -313,7 +313,7 @@ def values_may_overflow(w: Coded) -> bool:
 
     That is the outermost of a zero point, or any where the scale was not made of data.
     """
-    return not bool(np.maximum.reduce(np.abs(w.scale), axis=None) < LARGEST_UNSCALED)
+    return not is_not_huge(w.scale)
 
 
 def scale_may_come_last(x: Array, w: Coded) -> bool:
