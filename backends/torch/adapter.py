@@ -74,7 +74,7 @@ class TorchBackend(Backend):
         x = x.detach().cpu()
         own = getattr(ml_dtypes, self.dtype_name(x), None)
         if own is not None:
-            bits = x.resolve_neg().contiguous().view(torch.int16 if x.element_size() == 2 else torch.uint8)
+            bits = x.resolve_neg().view(torch.int16 if x.element_size() == 2 else torch.uint8)
             return np.asarray(bits).view(own)
         return np.asarray(x.resolve_neg())
 

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
@@ -651,10 +650,8 @@ def _as_numpy(tensors: Any) -> list[Any]:
 
 
 def _numpy_of(t: Array) -> Any:
-    """The same memory; of bfloat16, which torch turns into no NumPy type, by its bits."""
-    if t.dtype is torch.bfloat16:
-        return t.detach().resolve_neg().view(torch.int16).numpy(force=True).view(ml_dtypes.bfloat16)
-    return t.numpy(force=True)
+    """The same memory; of bfloat16, which torch turns into no NumPy type, as the adapter has it."""
+    return get_backend("torch").to_numpy(t) if t.dtype is torch.bfloat16 else t.numpy(force=True)
 
 
 def _from_numpy(a: Any) -> Array:
