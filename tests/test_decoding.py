@@ -275,6 +275,24 @@ def test_zero_points_that_are_no_codes(zero):
 
 
 @needs_loops
+@pytest.mark.parametrize("zero", [(1 << 22) - 1, -(1 << 22), (1 << 24) + 1])
+def test_zero_points_far_from_codes(zero):
+    """Codes become floats 2^23 more than they mean, which serves zero points up to 2^22: others are declined."""
+    q, x = quantize(weight(7, 96), dtype="uint8", scheme="affine", granularity=PerGroup(32)), weight(9, 96, 1)
+    q.zero_point[:] = zero
+    w, spec = as_stored(q, packed=True)
+    values = np.empty((7, 96), np.float32)
+    served = LOOPS.dequantize(w.codes, 96, *stored.operands_of(w, spec, 96, False, get_backend("numpy")), 0, values)
+    assert served == (abs(zero) < 1 << 22 or zero == -(1 << 22))
+    if served:
+        np.testing.assert_array_equal(values, q.dequantize())
+    for rows in (1, 9):
+        assert (decoded_product(x[:rows], q) is NotImplemented) == (not served)
+        float64 = x[:rows].astype(float) @ q.dequantize().astype(float).T
+        assert np.abs(linear(x[:rows], q) - float64).max() <= 1e-5 * np.abs(float64).max()
+
+
+@needs_loops
 @of_each_kind
 def test_floats_of_groups_of_any_length_are_those_of_dequantize(how):
     """Of whole vectors and none, even and odd, that begin in the middle of a byte; and rows that end anywhere."""

@@ -119,7 +119,7 @@ MANY_ROWS = 16 if _WIDE else 5
 DEPTH_OF_MANY = 512
 """Codes of a row in such a part, which the second cache holds: 192 KB."""
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 256
 """Rows of x whose sums are in memory at a time: a multiple of ``ROWS``."""
 
 VECTOR = 4 * LANES
@@ -159,6 +159,9 @@ MOST_IN_FLOATS = 8
 NEAR_ONE = np.uint32((127 - 60) << 23), np.uint32((127 + 60) << 23)
 """Bits of the scales between which their products with powers of two down to 2^-40 and with sums are normal numbers."""
 
+FARTHEST_ZERO = np.int32(1 << 22)
+"""Zero points beyond it are served by no loop: 2^23 more than codes, less the zero point, would be rounded."""
+
 LARGE = np.uint32((100 + 127) << 23)
 """2^100, as its bits: numbers are less than 2^12, so that their products with smaller scales are finite."""
 
@@ -183,6 +186,12 @@ def _put(builder: Any, value: Any, address: Any) -> None:
 
 def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
     return builder.add(base, builder.mul(index, _ADDRESS(size)))
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Into the second cache."""
+    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
+    builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
 
 
 def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
@@ -236,20 +245,24 @@ def _sum_of_lanes(_: Any, address: Any) -> Any:
 
 
 class _Bytes:
-    """8 bits: signed bytes, or unsigned ones whose highest bit ``flip`` turns over, which makes them 128 less."""
+    """8 bits: signed bytes, or unsigned ones whose highest bit ``flip`` turns over, which makes them 128 less.
+
+    As the last byte of 2^23 they are floats at once, 2^23 + 128 more than they mean.
+    """
 
     lanes, vectors = _BYTES, 1  # a vector of codes, and how many of values it makes
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
-        self.builder, self.flip = builder, _in_all_lanes(builder, builder.trunc(flip, _BYTE), _BYTES)
+        bits = builder.xor(builder.trunc(flip, _INT), _INT(0x4B000080))
+        self.builder, self.bits = builder, _in_all_lanes(builder, bits, _INTS)
 
     def of_group(self, scale: Any, zero: Any) -> Any:
-        return scale, zero
+        return scale, self.builder.fadd(zero, ir.Constant(_FLOATS, [2.0**23 + 128] * LANES))
 
     def values(self, codes: Any, group: Any) -> list[Any]:
         scale, zero = group
-        signed = self.builder.sext(self.builder.xor(codes, self.flip), _INTS)
-        return [self.builder.fmul(self.builder.fsub(self.builder.sitofp(signed, _FLOATS), zero), scale)]
+        more = self.builder.bitcast(self.builder.xor(self.builder.zext(codes, _INTS), self.bits), _FLOATS)
+        return [self.builder.fmul(self.builder.fsub(more, zero), scale)]
 
 
 class _Halves:
@@ -319,12 +332,17 @@ def _of_group(builder: Any, decoder: Any, scale: Any, zero: Any, g: Any) -> Any:
 
 
 def _decoder(kind: _Kind) -> Any:
-    """Values of ``groups`` of ``steps`` vectors of bytes each, of one row, in the order in which they are made."""
+    """Values of ``groups`` of ``steps`` vectors of bytes each, of one row, in the order in which they are made.
+
+    Beside them as many bytes from ``ahead`` on are read into the second cache.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def decode(_: Any, w: Any, scale: Any, zero: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any) -> Any:
+    def decode(
+        _: Any, w: Any, ahead: Any, scale: Any, zero: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, scale, zero, table, flip, groups, steps, out = arguments
+            w, ahead, scale, zero, table, flip, groups, steps, out = arguments
             decoder = kind(builder, table, flip)
 
             def group(g: Any, totals: list[Any]) -> list[Any]:
@@ -333,6 +351,7 @@ def _decoder(kind: _Kind) -> Any:
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k = builder.add(first, i)
                     codes = _load(builder, _at(builder, w, k, kind.lanes.count), kind.lanes)
+                    _prefetch(builder, _at(builder, ahead, k, kind.lanes.count))
                     values = decoder.values(codes, of_group)
                     for v, value in enumerate(values):
                         place = _at(builder, builder.add(out, _ADDRESS(4 * LANES * v)), k, 4 * LANES * kind.vectors)
@@ -344,7 +363,7 @@ def _decoder(kind: _Kind) -> Any:
             counted_loop(builder, groups, [], group)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 9), generate
 
     return decode
 
@@ -366,21 +385,17 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        _: Any, w: Any, w_stride: Any, there: Any, x: Any, x_stride: Any, scale: Any, s_stride: Any, zero: Any,
-        z_stride: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any,
+        _: Any, w: Any, w_stride: Any, there: Any, ahead: Any, x: Any, x_stride: Any, scale: Any, s_stride: Any,
+        zero: Any, z_stride: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, w_stride, there, x, x_stride, scale, s_stride, zero, z_stride, table, flip, groups, steps, out = (
-                arguments
-            )
+            w, w_stride, there, ahead, x, x_stride, scale, s_stride, zero, z_stride, table, flip, *others = arguments
+            groups, steps, out = others
             decoder, size_of_codes = kind(builder, table, flip), LANES * (4 if kind is _Floats else 1)
             fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
             of_codes, of_scales, of_zeros = _rows_of_tile(
                 builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
             )
-            ahead = builder.add(w, _ADDRESS(AHEAD))
-            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-            to_second_cache = [_INT(0), _INT(2), _INT(1)]
             of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
             places = [builder.add(out, _ADDRESS(4 * LANES * i)) for i in range(height * rows)]
 
@@ -390,10 +405,11 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
 
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k, totals = builder.add(first, i), list(totals)
-                    if rows == 1:  # with more, arithmetic takes longer than memory
-                        row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(height - 1)), w_stride))
-                        line = builder.add(row, builder.and_(builder.mul(k, _ADDRESS(LANES)), _ADDRESS(-64)))
-                        builder.call(fetch, [builder.inttoptr(line, _POINTER), *to_second_cache])
+                    if kind is not _Floats:  # which a cache holds
+                        row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(3)), w_stride))
+                        _prefetch(
+                            builder, builder.add(row, builder.and_(builder.mul(k, _ADDRESS(LANES)), _ADDRESS(-64)))
+                        )
                     values = [
                         decoder.values(_load(builder, _at(builder, start, k, size_of_codes), kind.lanes), of_group)
                         for start, of_group in zip(of_codes, parameters, strict=True)
@@ -414,7 +430,7 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
                 builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 14), generate
+        return types.void(*[types.intp] * 15), generate
 
     return tile
 
@@ -521,12 +537,8 @@ def _in_dots(kind: Any) -> Any:
             permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
             words = "llvm.x86.avx512.permvar.si.512" if _WIDE else "llvm.x86.avx2.permd"
             permute_words = _function(builder, words, _INTS, [_INTS, _INTS])
-            fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
             entry = VECTOR * (32 // BITS_OF_DIGIT * kind.parts + STARTS)
             byte, none = ir.Constant(_INTS, [8] * LANES), ir.Constant(_INTS, None)
-
-            def prefetch(address: Any) -> None:
-                builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
 
             def extreme(order: str, a: Any, b: Any) -> Any:
                 return builder.select(builder.icmp_unsigned(order, a, b), a, b)
@@ -539,7 +551,7 @@ def _in_dots(kind: Any) -> Any:
                 power, scales, shifts = _load(builder, builder.add(powers, at), _FLOATS), [], []
                 for start in of_scales:
                     place = _at(builder, start, first, 4)
-                    prefetch(builder.add(place, _ADDRESS(AHEAD // 4)))
+                    _prefetch(builder, builder.add(place, _ADDRESS(AHEAD // 4)))
                     numbers = _only(builder, place, there, ir.Constant(_FLOATS, [1.0] * LANES))
                     bits = builder.bitcast(numbers, _INTS)
                     magnitude = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
@@ -561,7 +573,7 @@ def _in_dots(kind: Any) -> Any:
                     for r, (start, beyond) in enumerate(zip(of_codes, of_rest, strict=True)):
                         here = builder.add(start, k)
                         if VECTOR * v % 64 == 0:  # a line of the cache
-                            prefetch(builder.add(here, _ADDRESS(AHEAD)))
+                            _prefetch(builder, builder.add(here, _ADDRESS(AHEAD)))
                         if not whole:  # after the row's end, where digits are 0, codes are anything
                             here = builder.select(inside, here, beyond)
                         numbers = decoder.numbers(_load(builder, here, _VECTOR))
@@ -936,12 +948,15 @@ def look_up(codes: Any, table: Any, out: Any) -> None:  # pragma: no cover - com
 
 
 @njit(nogil=True, cache=True)
-def _as_floats(integers: Any, less: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Zero points, of unsigned bytes as of the signed ones that they are taken for."""
+def _as_floats(integers: Any, less: Any, out: Any) -> Any:  # pragma: no cover - compiled
+    """Zero points, of unsigned bytes as of the signed ones that they are taken for; whether differences are exact."""
+    farthest = np.int32(0)
     for n in range(out.shape[0]):
         row, numbers = integers[n if integers.shape[0] > 1 else 0], out[n]
         for g in range(numbers.shape[0]):
+            farthest |= row[g] ^ (row[g] >> np.int32(31))
             numbers[g] = row[g] - less
+    return farthest < FARTHEST_ZERO
 
 
 @njit(nogil=True, cache=True)
@@ -1048,11 +1063,11 @@ def _add_unserved(
             entries, s, z = x.ctypes.data + 4 * k, scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
             if halves:
                 _halves_of_one_row(
-                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
+                    at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
             else:
                 _bytes_of_one_row(
-                    at, by, there, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
+                    at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
 
 
@@ -1088,6 +1103,7 @@ def _add_tiles(
         else:  # a part of a group: it is longer, or the row ends
             groups, length = 1, min(min(depth, size - (k - g * size)), whole - k)
         steps = length // groups // vector
+        to_next = length * bits // 8 if k + length < whole else here * by - k * bits // 8  # what is decoded next
         for n in range(here if many else 0):
             codes, s, z = (
                 start + n * by + k * bits // 8,
@@ -1096,32 +1112,40 @@ def _add_tiles(
             )
             o = values.ctypes.data + n * values.strides[0]
             if halves:
-                _decode_halves(codes, s, z, a, flip, groups, steps, o)
+                _decode_halves(codes, codes + to_next, s, z, a, flip, groups, steps, o)
             else:
-                _decode_bytes(codes, s, z, a, flip, groups, steps, o)
+                _decode_bytes(codes, codes + to_next, s, z, a, flip, groups, steps, o)
         for t in range((rows + tile - 1) // tile):
             entries = x.ctypes.data + t * tile * at + 4 * k
             for n in range(0, here, height):
                 codes = start + n * by + k * bits // 8
                 s, z = scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
                 o, there = out + t * sums.strides[0] + n * sums.strides[1], here - n
+                if one:
+                    ahead = codes + AHEAD
+                else:  # the tile below, or the first one of the codes that follow
+                    ahead = codes + height * by if there > height else start + (k + length) * bits // 8
                 if many:
                     codes = values.ctypes.data + n * values.strides[0]
                     _floats_of_rows(
-                        codes, values.strides[0], there, entries, at, s, 0, z, 0, a, flip, 1, length // LANES, o
+                        codes, values.strides[0], there, codes, entries, at, s, 0, z, 0, a, flip, 1, length // LANES, o
                     )
                 elif halves and one:
                     _halves_of_one_row(
-                        codes, by, there, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
                     )
                 elif halves:
-                    _halves_of_rows(codes, by, there, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o)
+                    _halves_of_rows(
+                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                    )
                 elif one:
                     _bytes_of_one_row(
-                        codes, by, there, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
                     )
                 else:
-                    _bytes_of_rows(codes, by, there, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o)
+                    _bytes_of_rows(
+                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                    )
         k += length
 
 
@@ -1172,8 +1196,8 @@ def multiply(
         else:
             of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
         most = max(most, of_strip)
-        if shifted and (unserved > 0 or not dots):
-            _as_floats(points, np.int32(flip), zeros[:here])
+        if shifted and (unserved > 0 or not dots) and not _as_floats(points, np.int32(flip), zeros[:here]):
+            return False
         if dots and unserved > 0:
             _add_unserved(
                 codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
@@ -1256,8 +1280,8 @@ def dequantize(
         else:
             numbers[0] = scale[row]
         most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
-        if shifted:
-            _as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros)
+        if shifted and not _as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros):
+            return False
         start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
         g = 0
         while g < groups:
@@ -1266,9 +1290,9 @@ def dequantize(
             steps = 0 if halves and k % 2 else (last - k) // together // LANES
             at, there, s_g, z_g = start + (k // 2 if halves else k), o + 4 * k, s + 4 * g, z + 4 * g
             if steps > 0 and halves:
-                _decode_halves_in_order(at, s_g, z_g, a, flip, together, steps, there)
+                _decode_halves_in_order(at, at, s_g, z_g, a, flip, together, steps, there)
             elif steps > 0:
-                _decode_bytes(at, s_g, z_g, a, flip, together, steps, there)
+                _decode_bytes(at, at, s_g, z_g, a, flip, together, steps, there)
             k += together * steps * LANES
             if k < last:
                 _one_by_one(w[n], k, last, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
