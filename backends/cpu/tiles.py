@@ -45,14 +45,24 @@ LONGEST_SUM = 128
 PIECE = 256
 """Codes of a row that are multiplied at a time where they are scaled already."""
 
-HIGHEST = 128
-"""Rows of a tile whose pieces are a batch of products, at most."""
+HIGHEST = 256, 128
+"""Rows of a tile whose pieces are a batch of products, at most: for one row of x, and for more."""
+
+APART = 16
+"""Floats between two rows of a tile whose sums are scaled afterwards: a cache keeps rows that lie a power of two apart in
+the same few places."""
+
+ROWS_OF_A_STRIP = 16
+"""Rows of x in one of the small products, at most."""
 
 SHORTEST_LOOP = 32
 """Codes with one scale from which on a ufunc takes what blocks have as it is; for shorter ones it is repeated first."""
 
-MOST_ON_A_THREAD = 1 << 18, 9216
-"""Products of a matrix, and of one row, up to which OpenBLAS does not start its own threads."""
+MOST_RESULTS = 1 << 10
+"""Results of a small product up to which OpenBLAS has a kernel that copies no operand."""
+
+MOST_OF_ONE_ROW = 1 << 13
+"""Products of one row of x and a matrix up to which OpenBLAS does not start its own threads."""
 
 
 class _Weight(NamedTuple):
@@ -179,12 +189,6 @@ def _scales_of_rows(w: _Weight, first: int, last: int) -> Array:
     return scale if w.of_scales is None else np.take(w.of_scales, scale, mode="clip")
 
 
-def _scales_of_columns(w: _Weight, first: int, last: int) -> Array:
-    """The same, transposed."""
-    scale = _rows_of(w.scale, w, first, last).T
-    return np.ascontiguousarray(scale) if w.of_scales is None else np.take(w.of_scales, scale, mode="clip")
-
-
 def _rows_of(blocks: Array, w: _Weight, first: int, last: int) -> Array:
     if len(blocks) == 1:
         return blocks
@@ -203,6 +207,28 @@ def _are_usual(w: _Weight, first: int, last: int) -> bool:
     elif not low > 0:
         low, high = np.min(np.abs(scale)), np.max(np.abs(scale))
     return bool(low > 1 / serve.LARGEST_UNSCALED) and bool(high < serve.LARGEST_UNSCALED)
+
+
+class _Tile:
+    """Memory for the numbers of so many rows of a weight, ``apart`` floats between two, and for the steps to them."""
+
+    def __init__(self, w: _Weight, height: int, width: int, apart: int = 0) -> None:
+        self._w, self._width = w, width
+        self._memory, self._spare = np.empty((height, width + apart), np.float32), _spare(w, height)
+        codes = 1 if w.table is None else w.table.itemsize // 4
+        looked_up = w.table is not None and not w.stream and width == w.columns and width % codes == 0
+        self._items = np.zeros((height, (width + apart) // codes), np.intp) if looked_up else None
+
+    def numbers(self, first: int, last: int) -> Array:
+        """The numbers of these rows, less their zero points; zeros beyond the weight's columns."""
+        w, memory = self._w, self._memory[: last - first]
+        if self._items is None or w.table is None:
+            _numbers(w, first, last, memory[:, : self._width], self._spare)
+        else:  # what lies between rows is looked up, too: so the memory is written from end to end
+            items = self._items[: last - first]
+            np.copyto(items[:, : w.codes.shape[1]], w.codes[first:last])
+            np.take(w.table, items, out=memory.view(w.table.dtype), mode="wrap")
+        return memory[:, : self._width]
 
 
 def _numbers(w: _Weight, first: int, last: int, out: Array, spare: Array) -> None:
@@ -268,49 +294,64 @@ def _apply(ufunc: Any, values: Array, blocks: Array, w: _Weight) -> None:
 
 def _of_pieces(x: Array, w: _Weight) -> Array | None:
     """``x @ w.T``; None where scales are not usual."""
-    groups, (rows, length) = w.scale.shape[1], (len(x), len(w.codes))
+    groups, rows, length = w.scale.shape[1], len(x), len(w.codes)
     size = w.block[1] if groups > 1 else -(-w.columns // LONGEST_SUM) * LONGEST_SUM
     piece = size if size <= LONGEST_SUM else math.gcd(size, LONGEST_SUM)
     sums_first = piece >= serve.shortest_sum(rows) and serve.is_not_huge(x)
     piece = piece if sums_first else PIECE
     width = groups * size if sums_first else -(-w.columns // PIECE) * PIECE
-    count = width // piece
-    if width != w.columns:
-        x = np.concatenate([x, np.zeros((rows, width - w.columns), np.float32)], axis=1)
-    x = np.ascontiguousarray(x.reshape(rows, count, piece).transpose(1, 0, 2))
-    most = MOST_ON_A_THREAD[rows == 1] // (piece * rows)
-    height = max(1, min(HIGHEST, TILE // width, length))
-    part = max(1, min(height, most))
-    y, memory = np.empty((rows, length), np.float32), threading.local()
+    x = _in_strips(x, width, piece)
+    strips, count, strip, _ = x.shape
+    height = max(1, min(HIGHEST[rows > 1], TILE // width, length))
+    part = min(height, MOST_OF_ONE_ROW // piece if rows == 1 else 1 << (MOST_RESULTS // strip).bit_length() - 1)
+    y, memory = np.empty((strips, strip, length), np.float32), threading.local()
+
+    def multiply(tile: Array, scale: Array, first: int) -> None:
+        """Some rows of the weight, whole parts or less than one, by all of x."""
+        high = min(part, len(tile))
+        some = tile.reshape(-1, 1, high, count, piece).transpose(0, 1, 3, 4, 2)
+        shape = len(some), strips, count, strip, high
+        sums = memory.sums[: math.prod(shape)].reshape(shape)
+        if sums_first:
+            scale = np.repeat(scale, count // groups, axis=1) if groups not in (1, count) else scale
+            scale = scale.reshape(-1, 1, min(high, len(scale)), scale.shape[1], 1)
+            scale = np.ascontiguousarray(scale.transpose(0, 1, 3, 4, 2))
+        np.matmul(x, some, out=sums)
+        if sums_first:
+            np.multiply(sums, scale, out=sums)
+        own = y[:, :, first : first + len(tile)].reshape(strips, strip, -1, high)
+        np.add.reduce(sums, axis=2, out=own.transpose(2, 0, 1, 3))
 
     def columns(start: int, stop: int) -> bool:
         if not _are_usual(w, start, stop):
             return False
         if not hasattr(memory, "tile"):
-            memory.tile, memory.spare = np.empty((height, width), np.float32), _spare(w, height)
-            memory.sums = np.empty(count * rows * part, np.float32)
-        scale = _scales_of_columns(w, start, stop) if sums_first else _scales_of_rows(w, start, stop)
-        if sums_first:
-            scale = np.repeat(scale, count // groups, axis=0) if groups not in (1, count) else scale
+            memory.tile = _Tile(w, height, width, APART if sums_first else 0)
+            memory.sums = np.empty(strips * strip * count * height, np.float32)
         for first in range(start, stop, height):
             last = min(first + height, stop)
-            tile = memory.tile[: last - first]
-            _numbers(w, first, last, tile, memory.spare)
+            tile, scale = memory.tile.numbers(first, last), _scales_of_rows(w, first, last)
             if not sums_first:
-                own = scale if len(scale) == 1 else scale[first - start : last - start]
-                _apply(np.multiply, tile[:, : w.columns], own, w)
-            for n in range(0, len(tile), part):
-                some = tile[n : n + part]
-                sums = memory.sums[: count * rows * len(some)].reshape(count, rows, len(some))
-                np.matmul(x, some.reshape(len(some), count, piece).transpose(1, 2, 0), out=sums)
-                if sums_first:
-                    at = first - start + n
-                    own = scale if scale.shape[1] == 1 else scale[:, at : at + len(some)]
-                    np.multiply(sums, own[:, None, :], out=sums)
-                np.add.reduce(sums, axis=0, out=y[:, first + n : first + n + len(some)])
+                _apply(np.multiply, tile[:, : w.columns], scale, w)
+            whole = len(tile) // part * part
+            for some in (slice(whole), slice(whole, len(tile))):
+                if len(tile[some]):
+                    multiply(tile[some], scale if len(scale) == 1 else scale[some], first + (some.start or 0))
         return True
 
-    return y if all(map_ranges(columns, length, height, length * width, CHUNKS_PER_CORE)) else None
+    served = all(map_ranges(columns, length, height, length * width, CHUNKS_PER_CORE))
+    return y.reshape(-1, length)[:rows] if served else None
+
+
+def _in_strips(x: Array, width: int, piece: int) -> Array:
+    """Rows of x cut in pieces: (strips, pieces, rows of a strip, ``piece``). With zeros, which make them whole."""
+    rows, columns = x.shape
+    strips = -(-rows // ROWS_OF_A_STRIP)
+    strip = -(-rows // strips)
+    if (strips * strip, width) != x.shape:
+        given, x = x, np.zeros((strips * strip, width), np.float32)
+        x[:rows, :columns] = given
+    return np.ascontiguousarray(x.reshape(strips, strip, -1, piece).transpose(0, 2, 1, 3))
 
 
 # ---- many rows of x
