@@ -185,6 +185,8 @@ class _Ready(NamedTuple):
     kernels: list[Callable[..., Any] | None]
     """``call(x, weight, bias)`` of ``reference.matmul``, or of ``matmul_stored`` where codes are packed, by the axis
     that is contracted."""
+    reproducible: list[Callable[..., Any] | None]
+    """The same of their reproducible forms; None where there is none, or none of this weight."""
 
 
 def _state(w: QArray) -> tuple[Any, ...]:
@@ -223,8 +225,17 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     numbers, own = (weight.scale.codes, kept.storage) if isinstance(kept, QArray) else (weight.scale, kept)
     if numbers is not own:  # other arrays would be kept
         return None
-    kernels = [kernel_of_weight(b, operation, weight, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
-    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, kernels)
+
+    def kernels(operation: Callable[..., Any]) -> list[Callable[..., Any] | None]:
+        return [kernel_of_weight(b, operation, weight, {"spec": spec, "contract": c, **static}) for c in (0, 1)]
+
+    of_same_bits = reference.matmul_reproducible_stored if static else reference.matmul_reproducible
+    axes = (1, 0) if w.transposed else (0, 1)  # of the weight as it looks, where codes lie along these
+    reproducible = [
+        kernel if 0 not in w.shape and _why_not_reproducible(w, axis) is None else None
+        for kernel, axis in zip(kernels(of_same_bits), axes, strict=True)
+    ]
+    w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, kernels(operation), reproducible)
     return known
 
 
@@ -298,9 +309,14 @@ def _packed(w: QArray) -> tuple[tuple[affine.Coded, affine.Spec], dict[str, Any]
 def _float_product(
     x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
 ) -> Array:
-    if mode == "reproducible":
-        _check_reproducible(x, w, bias, contract, b)
     stored = 1 - contract if w.transposed else contract
+    if mode == "reproducible":
+        kernel = None if ready is None else ready.reproducible[stored]
+        if kernel is not None and not _any_is_float64(x, bias, b) and x.shape[0]:
+            y = kernel(x, ready.weight, bias)  # type: ignore[union-attr]
+            if y is not NotImplemented:
+                return y
+        _check_reproducible(x, w, bias, contract, b)
     if ready is not None and mode == "fast":
         kernel = ready.kernels[stored]
         y = NotImplemented if kernel is None else kernel(x, ready.weight, bias)
@@ -379,7 +395,19 @@ def _unless_none(function: Callable[[Array], Array], array: Array | None) -> Arr
     return None if array is None else function(array)
 
 
+def _any_is_float64(x: Array, bias: Array | None, b: Backend) -> bool:
+    return b.dtype_name(x) == "float64" or (bias is not None and b.dtype_name(bias) == "float64")
+
+
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
+    why = "an argument is float64, which not every backend has" if _any_is_float64(x, bias, b) else None
+    why = _why_not_reproducible(w, contract) or why
+    if why is not None:
+        raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
+
+
+def _why_not_reproducible(w: QArray, contract: int) -> str | None:
+    """Why a weight, whatever it is multiplied with, has no products with the same bits everywhere; None if it has."""
     why = None
     element = element_type(w.dtype)
     if element.bits > 8:
@@ -390,12 +418,11 @@ def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, 
         why = f"w has {w.dtype} codes, whose numbers are no whole multiples, of 8 bits, of a power of two"
     elif w.offset is not None or w.scale is None:
         why = "w has a real offset, which is added to every product" if w.offset is not None else "w has no scales"
-    elif "float64" in (b.dtype_name(x), w.float_dtype, None if bias is None else b.dtype_name(bias)):
+    elif w.float_dtype == "float64":
         why = "an argument is float64, which not every backend has"
     elif not reference.has_integer_sums(w.scale, contract, w.block[contract]):
         why = f"w has {w.granularity}: every product has a scale of its own, so that no sum of integers is left"
-    if why is not None:
-        raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
+    return why
 
 
 def as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:

@@ -7,6 +7,7 @@ bits. Imports: the operations, the runtime, ``integers``, and ``serve``, which s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ __all__ = [
     "matmul_reproducible",
     "matmul_reproducible_stored",
     "powers_of_two",
+    "reproducible_of_weight",
+    "reproducible_stored_of_weight",
 ]
 
 
@@ -41,6 +44,9 @@ LONGEST_IN_FLOATS = 256
 
 FEWEST_FOR_BLAS_THREADS = 1 << 18
 """Products up to which BLAS starts no threads, which would be in the way of ours."""
+
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 @functools.cache
@@ -62,6 +68,11 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
         return NotImplemented
     if fast and serve.decoding_beats_dots(len(x), x.dtype.name, w, spec, contract):
         return NotImplemented
+    return _multiply_by_dots(x, w, bias, spec, fast)
+
+
+def _multiply_by_dots(x: Array, w: Coded, bias: Array | None, spec: Spec, fast: bool) -> Any:
+    """The same where it is known to serve."""
     (rows, _), columns, x_dtype = x.shape, len(w.codes), x.dtype
     dots, powers = runtime.integer_dots(), powers_of_two()
     x = np.ascontiguousarray(x, dtype=np.float32)
@@ -71,8 +82,7 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
         if fast and (prepared.flags & dots.ANY_FLAG).any():
             return NotImplemented
         parts.append((part, prepared, _refined(x[part], prepared, powers)))
-    # compiled loops check no bounds, and are compiled anew for another layout
-    vectors = [np.ascontiguousarray(v) for v in reference.of_columns(w, bias, spec=spec, b=get_backend("numpy"))]
+    vectors = _of_columns(w, bias, spec)
     codes, unsigned = w.codes.view(np.int8), w.codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
@@ -82,6 +92,26 @@ def _by_dots(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: in
         ends = ends_of_parts(columns, height, steps)
         in_parts(dots.finish_in_parts, steps, ends, codes, unsigned, *prepared, *refined, *vectors, powers, y[part])
     return y.astype(x_dtype, copy=False)
+
+
+def _of_columns(w: Coded, bias: Array | None, spec: Spec) -> list[Array]:
+    """``reference.of_columns``, in order: compiled loops check no bounds, and are compiled anew for another layout.
+
+    Where each row has a scale of its own, and no zero point, in the fewest steps.
+    """
+    scale = w.scale
+    if len(scale) != len(w.codes) or w.zero_point is not None or scale.dtype != _FLOAT32:
+        return [np.ascontiguousarray(v) for v in reference.of_columns(w, bias, spec=spec, b=get_backend("numpy"))]
+    scale = np.ascontiguousarray(scale).reshape(-1)
+    fraction, exponent = get_backend("numpy").fraction_and_exponent(np.abs(scale))
+    np.negative(fraction, out=fraction, where=scale < 0)
+    return [fraction, exponent, np.zeros(len(scale), np.int32), _bias_of(bias, len(scale))]
+
+
+def _bias_of(bias: Array | None, columns: int) -> Array:
+    if bias is None:
+        return np.zeros(columns, np.float32)
+    return np.ascontiguousarray(reference.flushed(bias.astype(np.float32, copy=False), np))
 
 
 class Groups(NamedTuple):
@@ -168,7 +198,7 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
     (rows, inner), columns, x_dtype = x.shape, len(w.codes), x.dtype
     codes = np.ascontiguousarray(w.codes).view(np.uint8)
     x = np.ascontiguousarray(x, dtype=np.float32)
-    bias = np.zeros(columns, np.float32) if bias is None else reference.flushed(bias.astype(np.float32, copy=False), np)
+    bias = _bias_of(bias, columns)
     y = np.empty((rows, columns), dtype=np.float32)
     steps = steps_of_product(columns * inner, min(rows, loops.ROWS_AT_ONCE))
     ends = ends_of_parts(columns, loops.COLUMNS, steps)
@@ -193,7 +223,7 @@ def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
         parts = (v[a:b] for v in (integers, sums, exponent, row_exponent, row_power, many, wants, bad))
         loops.prepare(x[a:b], size, w.halves, powers, *parts)
 
-    map_ranges(prepare, rows, 1, x.size)
+    _on_ranges(prepare, rows, 1, x.size)
     again = bool(wants.any())
     finer, finer_sums = (np.empty_like(a) if again else np.empty((0, 0), np.float64) for a in (integers, sums))
 
@@ -229,6 +259,41 @@ def matmul_reproducible_stored(
     return matmul_in_groups(x, w, bias, spec=spec, packed=True) if len(x) else NotImplemented
 
 
+def reproducible_of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, Array | None], Any]:
+    """``matmul_reproducible`` for a weight of these types and shapes."""
+    form: Callable[..., Any] | None = None
+    one = np.empty((1, w.codes.shape[contract]), np.float32)
+    if serve.sums_of_groups("float32", w, spec, contract, packed=False):
+        form = functools.partial(matmul_in_groups, spec=spec, packed=False)
+    elif serve.dots(one, "float32", w, spec, contract):
+        form = np.errstate(all="ignore")(functools.partial(_multiply_by_dots, spec=spec, fast=False))
+    otherwise = functools.partial(matmul_reproducible, spec=spec, contract=contract)
+    return _decided(form, otherwise)
+
+
+def reproducible_stored_of_weight(
+    w: Coded, *, spec: Spec, contract: int, packed_length: int | None, swapped: bool = False
+) -> Callable[[Array, Coded, Array | None], Any]:
+    """``matmul_reproducible_stored`` for a weight of these types and shapes."""
+    static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length, "swapped": swapped}
+    serves = packed_length is not None and not swapped and serve.sums_of_groups("float32", w, spec, contract, True)
+    form = functools.partial(matmul_in_groups, spec=spec, packed=True) if serves else None
+    return _decided(form, functools.partial(matmul_reproducible_stored, **static))
+
+
+def _decided(form: Callable[..., Any] | None, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """A form that is known to serve a weight, for float32; otherwise what asks again."""
+    loops = runtime.compiled_loops()
+
+    def call(x: Array, w: Coded, bias: Array | None) -> Any:
+        plain = x.dtype == _FLOAT32 and len(x) > 0 and (bias is None or bias.dtype == _FLOAT32)
+        if form is None or not plain or runtime.compiled_loops() is not loops:  # tests and benchmarks do without
+            return otherwise(x, w, bias)
+        return form(x, w, bias)
+
+    return call
+
+
 matmul_by_dots = functools.partial(_by_dots, fast=True)
 
 
@@ -251,6 +316,14 @@ class _Refined(NamedTuple):
     total: Array
 
 
+def _on_ranges(work: Callable[[int, int], None], rows: int, multiple: int, elements: int) -> None:
+    """``map_ranges``, which few elements need not go through."""
+    if elements < runtime.LARGE:
+        work(0, rows)
+    else:
+        map_ranges(work, rows, multiple, elements)
+
+
 def _prepared(x: Array, powers: Array) -> _Prepared:
     dots, (rows, inner) = runtime.integer_dots(), x.shape
     exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
@@ -262,7 +335,7 @@ def _prepared(x: Array, powers: Array) -> _Prepared:
         of_rows = panels[a // height : -(-b // height)]
         dots.prepare_rows(x[a:b], powers, exponent[a:b], total[a:b], flags[a:b], of_rows, tail[a:b])
 
-    map_ranges(prepare, rows, height, x.size)
+    _on_ranges(prepare, rows, height, x.size)
     return _Prepared(panels, tail, exponent, total, flags)
 
 

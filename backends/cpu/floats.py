@@ -79,14 +79,17 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         return y.astype(x_dtype, copy=False)
 
 
-def shortly(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, Array | None], Any]:
+def shortly(
+    w: Coded, *, spec: Spec, contract: int, loops: ByLoops | None = None
+) -> Callable[[Array, Coded, Array | None], Any]:
     """The forms that are known to be fastest for a weight of these types and shapes, as soon as rows of x are counted.
 
-    NotImplemented for what is left to ``matmul``: where more is asked, of numbers or of other forms.
+    NotImplemented for what is left to ``matmul``: where more is asked, of numbers or of other forms. ``loops``: where
+    they have been made; else they are when they are wanted.
     """
     large, one_scale = w.codes.shape[0] * w.codes.shape[1] >= LARGE, w.scale.shape[contract] == 1
     most = serve.MOST_ROWS_TO_DECODE if one_scale else sys.maxsize  # digits meet more rows where sums have one scale
-    by_loops: ByLoops | None = None
+    by_loops = loops
 
     def call(x: Array, w: Coded, bias: Array | None) -> Any:
         nonlocal by_loops

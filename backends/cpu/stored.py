@@ -230,15 +230,19 @@ def matmul_stored(
     contract: int,
     packed_length: int | None,
     swapped: bool = False,
+    loops: ByLoops | None = None,
 ) -> Any:
-    """``reference.matmul_stored``, at no more than twice the error of a float32 product."""
+    """``reference.matmul_stored``, at no more than twice the error of a float32 product.
+
+    ``loops``: those of such a weight, where they have been made already.
+    """
     b, packed = get_backend("numpy"), packed_length is not None
     w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
     if not (rows and serve.becomes_floats(x_name, w, spec, contract, packed)):
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
-    y = ByLoops(w, spec, contract, packed_length)(x, w, bias)
+    y = (loops or ByLoops(w, spec, contract, packed_length))(x, w, bias)
     return y if y is NotImplemented else y.astype(x.dtype, copy=False)
 
 

@@ -49,8 +49,8 @@ HIGHEST = 256, 128
 """Rows of a tile whose pieces are a batch of products, at most: for one row of x, and for more."""
 
 APART = 16
-"""Floats between two rows of a tile whose sums are scaled afterwards: a cache keeps rows that lie a power of two apart in
-the same few places."""
+"""Floats between two rows of a tile whose sums are scaled afterwards: where rows lie a power of two apart, a cache
+keeps them in the same few places."""
 
 ROWS_OF_A_STRIP = 16
 """Rows of x in one of the small products, at most."""

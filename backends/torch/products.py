@@ -197,7 +197,7 @@ def _by_decoding(
     loops = stored.ByLoops(w, spec, contract, packed_length)
     if x.dtype is torch.float64 or not loops.becomes_floats:
         return NotImplemented
-    rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length)
+    rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length, loops=loops)
     if loops.cut_in_panels(rows) is not None:
         y = _on_numpy_memory(form, x, w, bias, spec, contract)
         if y is not NotImplemented:
@@ -730,7 +730,8 @@ def _kernel(reproducible: bool) -> Callable[..., Array]:
 
 def _of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[..., Any]:
     """``_kernel(reproducible=False)`` for a weight of these types and shapes."""
-    loops, short = stored.ByLoops(w, spec, contract, None), floats.shortly(w, spec=spec, contract=contract)
+    loops = stored.ByLoops(w, spec, contract, None)
+    short = floats.shortly(w, spec=spec, contract=contract, loops=loops)
     return _in_memory_of_numpy(
         loops, short, functools.partial(_kernel(reproducible=False), spec=spec, contract=contract)
     )
@@ -746,12 +747,26 @@ def _stored_of_weight(w: Coded, *, spec: Spec, contract: int, packed_length: int
     return _in_memory_of_numpy(loops, loops, form)
 
 
+def _reproducible_of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[..., Any]:
+    """``_kernel(reproducible=True)`` for a weight of these types and shapes."""
+    short = fixed_point.reproducible_of_weight(w, spec=spec, contract=contract)
+    form = functools.partial(_kernel(reproducible=True), spec=spec, contract=contract)
+    return _in_memory_of_numpy(None, short, form)
+
+
+def _reproducible_stored_of_weight(w: Coded, **static: Any) -> Callable[..., Any]:
+    """``_reproducible_stored`` for a weight of these types and shapes."""
+    short = fixed_point.reproducible_stored_of_weight(w, **static)
+    return _in_memory_of_numpy(None, short, functools.partial(_reproducible_stored, **static))
+
+
 def _in_memory_of_numpy(
-    loops: stored.ByLoops, short: Callable[..., Any], form: Callable[..., Any]
+    loops: stored.ByLoops | None, short: Callable[..., Any], form: Callable[..., Any]
 ) -> Callable[..., Any]:
     """What does of a form whatever ``short`` does for float32, before anything is asked that takes as long as it does.
 
-    Each question to torch takes a good part of the time of a small product.
+    Each question to torch takes a good part of the time of a small product. ``loops``: those that say for which rows of
+    x torch's own product of the weight's floats is faster, where any may be.
     """
 
     def call(x: Array, w: Coded, bias: Array | None) -> Any:
@@ -760,10 +775,10 @@ def _in_memory_of_numpy(
         plain = (x, codes, scale, zero, offset, bias)
         tensors = runtime.arrays_in(plain) if isinstance(scale, tuple) else plain
         of_float32 = x.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
-        if of_float32 and _have_numpy_memory(tensors) and loops.are_there():
+        if of_float32 and _have_numpy_memory(tensors) and (loops is None or loops.are_there()):
             with outside_transformations():
                 rows = x.shape[0]
-                if loops.cut_in_panels(rows) is None and loops.are_worth_floats(rows):
+                if loops is not None and loops.cut_in_panels(rows) is None and loops.are_worth_floats(rows):
                     y = _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
                 else:
                     y = short(*runtime.admitted(_as_numpy((x, w, bias))))
@@ -800,8 +815,12 @@ KERNELS: Kernels = {
     reference.matmul_stored: Kernel(
         _without_autocast(_stored), anything, _without_autocast_of_weight(_stored_of_weight)
     ),
-    reference.matmul_reproducible_stored: Kernel(_without_autocast(_reproducible_stored), anything),
-    reference.matmul_reproducible: Kernel(_without_autocast(_kernel(reproducible=True))),
+    reference.matmul_reproducible_stored: Kernel(
+        _without_autocast(_reproducible_stored), anything, _without_autocast_of_weight(_reproducible_stored_of_weight)
+    ),
+    reference.matmul_reproducible: Kernel(
+        _without_autocast(_kernel(reproducible=True)), of_weight=_without_autocast_of_weight(_reproducible_of_weight)
+    ),
     reference.matmul_of_values: Kernel(_of_values, anything),
     reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),
     reference.integer_matmul: Kernel(integer_matmul, anything),
