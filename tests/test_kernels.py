@@ -503,3 +503,24 @@ def test_no_float_copy_of_the_weight_is_made(kind, rows, most):
     run = [sys.executable, "-c", MEMORY, kind, str(rows)]
     extra = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
     assert extra <= most, f"{extra / 2**20:.1f} MB"
+
+
+@pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=needs("torch"))])
+@pytest.mark.parametrize("how", [{"granularity": PerChannel(0)}, {"dtype": "int4", "granularity": PerGroup(32)}])
+def test_what_reproducible_products_of_a_weight_need_is_decided_once(kind, how, monkeypatch):
+    """From its second product on nothing is asked of a weight, whose arrays may be written to between two."""
+    from aqt_lite.ops import matmul
+
+    rng = np.random.default_rng(0)
+    q, x = aqt_lite.quantize(rng.standard_normal((32, 96)).astype(np.float32), **how), rng.standard_normal((2, 96))
+    b, x = get_backend("numpy"), x.astype(np.float32)
+    given, taken = (x, q) if kind == "numpy" else (torch.from_numpy(x), q.to_backend(kind))
+    aqt_lite.linear(given, taken, mode="reproducible")
+    taken.scale[3, 0] = -0.5
+    q.scale[3, 0] = -0.5
+    w, spec = matmul.in_integers(q)
+    exact = reference.matmul_reproducible(x, w, None, spec=spec, contract=1, b=b)
+    if runtime.compiled_loops() is not None and runtime.integer_dots() is not None:
+        for name in ("in_integers", "as_stored"):
+            monkeypatch.setattr(matmul, name, None)
+    assert_same_bits(np.asarray(aqt_lite.linear(given, taken, mode="reproducible")), exact)
