@@ -15,10 +15,11 @@ import pytest
 from optional import jax, jnp, needs, torch
 from processors import run_without, run_without_avx_512
 
-from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine, dense, linear, quantize
+from aqt_lite import Codebook, Float, PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine, dense, linear, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded
 from aqt_lite.backends.cpu import floats, runtime, serve, stored
+from aqt_lite.backends.cpu.kinds import kind_of
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import as_stored
@@ -192,7 +193,7 @@ def test_fixed_point_serves_what_it_is_for():
         with np.errstate(all="ignore"):
             operands = stored.operands_of(w, spec, x.shape[1], q.packed_length is not None, get_backend("numpy"))
         words = stored._arranged(x, operands).view(np.int32)[0]
-        head = LOOPS.parts_of(x.shape[1], operands.halves)[0] // 4
+        head = LOOPS.parts_of(x.shape[1], operands.kind == LOOPS.HALVES)[0] // 4
         return words[head + 1] if words[head] else -1
 
     rows, int4 = hard_rows(2048), {"dtype": "int4", "granularity": PerGroup(32)}
@@ -598,7 +599,6 @@ def test_the_operation_itself_is_what_the_form_is_held_against():
 def test_what_the_form_declines():
     x = weight(2, 200)
     for how in (
-        {"dtype": "int8", "granularity": PerGroup(40)},  # no whole vectors
         {"dtype": "int6", "granularity": PerGroup(32), "offset": "data"},
         {"dtype": "int8", "offset": "data"},
     ):
@@ -790,6 +790,120 @@ def test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours(dty
     assert ours <= 2 * of_floats
 
 
+MANY = Codebook("two hundred levels", tuple(np.sinh(np.linspace(-3, 3, 200)).tolist()))
+WIDE = Float("float7_e6m0", 6, 0, bias=47, max=2.0**16)
+IN_ORDER = {
+    "IN_ORDER": [{"dtype": "nvfp4"}, {"dtype": "nf4", "granularity": PerGroup(24)}],
+    "INTEGERS": [
+        {"dtype": "int2"},
+        {"dtype": "int3", "granularity": PerGroup(16)},
+        {"dtype": "uint5", "scheme": "affine", "granularity": PerGroup(32)},
+        {"dtype": "uint7", "scheme": "affine", "granularity": PerGroup(17)},
+        {"dtype": "int8", "granularity": PerGroup(5)},
+        {"dtype": "ternary"},
+        {"dtype": "mxint8"},
+    ],
+    "MOVED": [
+        {"dtype": "float8_e4m3fn"},
+        {"dtype": "float8_e5m2", "granularity": PerGroup(48)},
+        {"dtype": "float8_e4m3fnuz", "granularity": PerBlock((3, 64))},
+        {"dtype": "mxfp6_e2m3"},
+        {"dtype": "float6_e3m2fn", "granularity": PerGroup(1)},
+    ],
+    "MOVED_WIDE": [{"dtype": "float8_e5m2fnuz"}, {"dtype": WIDE, "granularity": PerGroup(32)}],
+    "LOOKED_UP": [{"dtype": MANY}, {"dtype": MANY, "granularity": PerGroup(40)}],
+}
+of_each_in_order = pytest.mark.parametrize("how", [how for some in IN_ORDER.values() for how in some], ids=name_of)
+
+
+@needs_loops
+def test_which_codes_meet_x_in_order():
+    """By the numbers that they stand for; of the library's own formats none has to be looked up."""
+    for kind, some in IN_ORDER.items():
+        for how in some:
+            q = quantize(weight(3, 96), **how)
+            w, spec = as_stored(q, packed=True)
+            assert stored.ByLoops(w, spec, 1, q.packed_length).operands(w).kind == getattr(LOOPS, kind), how
+    for form in FORMATS.values():
+        if form.element.bits <= 8 and not isinstance(form.element, Codebook):
+            assert kind_of(form.element, form.element.bits != 8, form.group).kind != LOOPS.LOOKED_UP
+
+
+@needs_loops
+@of_each_in_order
+def test_codes_that_meet_x_in_order_are_what_dequantizing_gives(how):
+    """One row and several; rows that end within a vector and a byte, within the first bytes, and beyond a part of x."""
+    for outputs, columns in ((7, 203), (3, 9), (101, 128), (5, 1301)):
+        q = quantize(weight(outputs, columns), **how)
+        values, x, bias = np.asarray(q.dequantize()), weight(17, columns, 1), weight(1, outputs, 2)[0]
+        for unpacked in (q, q.unpacked()) if q.packed_length is not None else (q,):
+            w, spec = as_stored(unpacked, packed=True)
+            loops = stored.ByLoops(w, spec, 1, unpacked.packed_length)
+            for at in {0, columns // 2, columns - 1}:
+                for rows in (1, 2):
+                    ones = np.zeros((rows, columns), np.float32)
+                    ones[:, at] = 1
+                    y = loops.by_decoding(ones, w, None)
+                    np.testing.assert_array_equal(y, values[:, at] * np.ones((rows, 1)))
+            for rows in (1, 2, 8, 9, 17):
+                y = loops.by_decoding(x[:rows], w, bias)
+                assert_exact_to_float32(y, x[:rows], values, bias)
+            [(_, found)] = loops.blocks_of_values(w)
+            np.testing.assert_array_equal(found, values)
+
+
+@needs_loops
+def test_one_row_by_bytes_in_odd_groups_is_left_to_loops_of_rows():
+    for how, left in (
+        ({"dtype": "int8", "granularity": PerGroup(24)}, True),
+        ({"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(24)}, False),
+        ({"dtype": "int8", "granularity": PerGroup(32)}, False),
+    ):
+        q, x = quantize(weight(40, 96), **how), weight(2, 96, 1)
+        assert [decoded_product(x[:rows], q) is NotImplemented for rows in (1, 2)] == [left, False]
+        assert_exact_to_float32(linear(x[:1], q), x[:1], q.dequantize())
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float8_e4m3fn", 0xFF), ("float8_e4m3fnuz", 0x80), ("float8_e5m2", 0x7C)])
+def test_codes_of_nan_and_infinity_stay_in_their_row(backend, dtype, code):
+    q = quantize(weight(300, 260), dtype, granularity=PerChannel(0))
+    codes = q.storage.copy()
+    codes[7, 3] = codes[11, 259] = code
+    q, x = replace(q, storage=codes).to_backend(backend.name), np.abs(weight(9, 260)) + np.float32(0.1)
+    others = np.delete(np.arange(300), [7, 11])
+    for rows in (1, 9):
+        y = np.asarray(backend.to_numpy(linear(backend.asarray(x[:rows]), q)))
+        assert np.isnan(y[:, [7, 11]]).all() or code == 0x7C  # infinities are clipped
+        values = np.asarray(backend.to_numpy(q.dequantize()))
+        assert_exact_to_float32(y[:, others], x[:rows], values[others])
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [IN_ORDER["INTEGERS"][1], IN_ORDER["MOVED"][0], IN_ORDER["LOOKED_UP"][0]], ids=name_of)
+def test_scales_of_no_use_are_left_to_the_operations(how):
+    for bad in (2.0**110, np.nan):
+        q, x = quantize(weight(40, 96), **{"granularity": PerChannel(0), **how}), weight(3, 96) * np.float32(1e-30)
+        q.scale[5] = bad
+        assert decoded_product(x, q) is NotImplemented
+        if bad > 1:  # NaN stays
+            y = linear(x, q)
+            assert np.isfinite(y).all()
+
+
+@needs_loops
+@pytest.mark.parametrize("how", [IN_ORDER["MOVED"][0], IN_ORDER["INTEGERS"][1], {"dtype": "nvfp4"}], ids=name_of)
+def test_codes_that_meet_x_in_order_do_so_on_every_backend(backend, how, monkeypatch):
+    """Through the same loops, which give the same bits."""
+    monkeypatch.setattr(runtime, "LARGE", 1 << 10)
+    q, x, bias = quantize(weight(600, 330), **how), weight(3, 330, 1), weight(1, 600)[0]
+    expected, moved = decoded_product(x, q, bias), q.to_backend(backend.name)
+    given = backend.asarray(x), backend.asarray(bias)
+    y = jax.jit(linear)(given[0], moved, given[1]) if backend.name == "jax" else linear(given[0], moved, given[1])
+    if backend.name in ("numpy", "torch", "jax"):
+        np.testing.assert_array_equal(backend.to_numpy(y), expected)
+    assert_exact_to_float32(backend.to_numpy(y), x, q.dequantize(), bias)
+
+
 IN_DOTS = [
     test_sums_of_integers_are_exact,
     test_one_row_is_as_exact_as_a_float32_product,
@@ -815,6 +929,10 @@ def form(lanes, bits):
 def test_processors_without_avx_512():
     tests = [test_a_row_with_a_single_one_gives_the_values_of_dequantize]
     tests += [test_floats_of_groups_of_any_length_are_those_of_dequantize]
+    tests += [
+        test_codes_that_meet_x_in_order_are_what_dequantizing_gives,
+        test_scales_of_no_use_are_left_to_the_operations,
+    ]
     tests += [test_panels_are_the_same_however_they_are_cut, test_panels_are_as_exact_as_a_float32_product]
     run_without_avx_512(__file__, [*tests, *IN_DOTS], form(8, 16))
 

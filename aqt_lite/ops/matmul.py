@@ -282,10 +282,15 @@ def in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:
 
 
 def may_go_as_stored(w: QArray, mode: str, contract: int) -> bool:
-    """Whether a product may read packed codes and kept scales as they are: where codes are packed, or in groups."""
+    """Whether a product may read packed codes and kept scales as they are.
+
+    So it is where codes are packed, in groups, or look up numbers that are no multiples of one.
+    """
     if w.scale is None or (isinstance(w.scale, QArray) and w.scale._has_groups):  # groups' scales must not become 0
         return False
-    return w.packed_length is not None or bool(mode == "fast" and w.scale.ndim and w.scale.shape[contract] > 1)
+    if w.packed_length is not None or mode != "fast" or not w.scale.ndim:
+        return w.packed_length is not None
+    return bool(w.scale.shape[contract] > 1) or element_type(w.dtype).unit is None
 
 
 def _stored_product(

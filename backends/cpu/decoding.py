@@ -59,8 +59,16 @@ from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
     "AVAILABLE",
+    "BYTES",
+    "HALVES",
     "HEIGHT",
+    "INTEGERS",
+    "IN_ORDER",
     "LANES",
+    "LOOKED_UP",
+    "MOVED",
+    "MOVED_WIDE",
+    "NUMBERS",
     "ROWS",
     "ROWS_AT_ONCE",
     "STRIP",
@@ -82,10 +90,20 @@ def _features() -> set[str]:
 
 _WIDE = _features() >= {"+avx512f", "+avx512bw", "+avx512vl"}
 
-AVAILABLE = _WIDE or _features() >= {"+avx2", "+fma"}
+AVAILABLE = _WIDE or _features() >= {"+avx2", "+fma", "+f16c"}
 """Whether the processor permutes vectors of floats by other vectors: of 16 lanes, or of 8."""
 
 LANES = 16 if _WIDE else 8
+
+BYTES, HALVES, IN_ORDER, INTEGERS, MOVED, MOVED_WIDE, LOOKED_UP = range(7)
+"""Kinds of codes: ``_Bytes``, ``_Halves``, and those that meet x in the order in which they lie, groups of any length:
+``_HalvesInOrder``, ``_MovedIntegers``, ``_Moved``, ``_MovedWide``, ``_LookedUp``.
+
+Tables of the latter have two axes, of which the first has length 1: numba compiles loops for the one or for the others.
+"""
+
+NUMBERS = 256
+"""Of the last four kinds a table lists so many numbers, by the bits of their codes, and then what moves codes."""
 
 _OF_BYTES = _features() >= {"+avx512vl", "+avx512vnni"} or "+avxvnni" in _features()
 
@@ -147,6 +165,18 @@ FINEST = np.float32(2.0**16)
 COARSE, COARSE_ENTRIES = np.float32(2.0**22), 8
 """Fixed point serves no quarter with an entry below the first, or with more than one in so many below the second."""
 
+OF_POWERS, OF_CONSTANTS, MOVES = 32, 64, 128
+"""Where in what moves codes parts begin, after an order of bytes, and where it ends, in bytes."""
+
+ONE_AND_NONE = OF_CONSTANTS + 32
+"""Where it has 1 and 0, as floats: the scale and the zero point of numbers themselves."""
+
+BYTES_OF_REST = 64
+"""Of a row, those and more that are left where 16 are read at a time, and 16 after them."""
+
+NAN = 0x7FE0
+"""Bits of a float of 16 bits, and of a bfloat16."""
+
 NOTHING, UNSERVED = -127, -128
 """In place of a quarter's exponent: where all entries are 0, and where fixed point does not serve them."""
 
@@ -165,9 +195,10 @@ FARTHEST_ZERO = np.int32(1 << 22)
 LARGE = np.uint32((100 + 127) << 23)
 """2^100, as its bits: numbers are less than 2^12, so that their products with smaller scales are finite."""
 
-_BYTE, _INT, _ADDRESS, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_BYTE, _WORD, _INT, _ADDRESS = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 _POINTER: Any = ir.PointerType(_BYTE)  # type: ignore[no-untyped-call]
-_FLOATS, _INTS, _BYTES = (ir.VectorType(item, LANES) for item in (_FLOAT, _INT, _BYTE))
+_FLOATS, _INTS, _BYTES, _WORDS = (ir.VectorType(item, LANES) for item in (_FLOAT, _INT, _BYTE, _WORD))
 _PERMUTE = "llvm.x86.avx512.permvar.sf.512" if _WIDE else "llvm.x86.avx2.permps"
 
 
@@ -251,6 +282,7 @@ class _Bytes:
     """
 
     lanes, vectors = _BYTES, 1  # a vector of codes, and how many of values it makes
+    step = _ADDRESS(LANES)  # from one vector of codes to the next, in bytes
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         bits = builder.xor(builder.trunc(flip, _INT), _INT(0x4B000080))
@@ -268,7 +300,7 @@ class _Bytes:
 class _Halves:
     """4 bits, two codes a byte: positions in a table of 16 numbers."""
 
-    lanes, vectors = _BYTES, 2
+    lanes, vectors, step = _BYTES, 2, _ADDRESS(LANES)
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         self.builder = builder
@@ -297,7 +329,7 @@ class _Halves:
 class _HalvesInOrder(_Halves):
     """The same, of half as many bytes: values come in the order of the codes."""
 
-    lanes, vectors = ir.VectorType(_BYTE, LANES // 2), 1
+    lanes, vectors, step = ir.VectorType(_BYTE, LANES // 2), 1, _ADDRESS(LANES // 2)
 
     def values(self, codes: Any, group: Any) -> list[Any]:
         half = LANES // 2
@@ -311,7 +343,7 @@ class _HalvesInOrder(_Halves):
 class _Floats:
     """Values that have been decoded before."""
 
-    lanes, vectors = _FLOATS, 1
+    lanes, vectors, step = _FLOATS, 1, _ADDRESS(4 * LANES)
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         pass
@@ -323,7 +355,133 @@ class _Floats:
         return [codes]
 
 
-_Kind = type[_Bytes] | type[_Halves] | type[_Floats]  # _HalvesInOrder is one of _Halves
+class _Stream:
+    """Codes of 2 to 8 bits that follow each other, ``width`` bits from one to the next: patterns of bits.
+
+    Two bytes hold a code wherever it begins. A permutation brings those of each code into a word of 16 bits, of which
+    a multiplication, by a power of two for each lane, makes the code the highest bits. ``moves`` is the address of what
+    these take (``_moves_of``).
+    """
+
+    lanes, vectors = ir.VectorType(_BYTE, 16), 1  # of which as many are used as codes lie in
+
+    def __init__(self, builder: Any, table: Any, moves: Any) -> None:
+        self.builder, self.moves = builder, moves
+        self.order = _load(builder, moves, ir.VectorType(_BYTE, 2 * LANES))
+        self.powers = _load(builder, builder.add(moves, _ADDRESS(OF_POWERS)), _WORDS)
+        self.step = builder.sext(self._constant(0, _INT), _ADDRESS)
+        self.shift, self.mask = self._words(1), self._words(2)
+        name = "llvm.x86.avx2.pshuf.b" if LANES == 16 else "llvm.x86.ssse3.pshuf.b.128"
+        self.permute = _function(builder, name, self.order.type, [self.order.type] * 2)
+
+    def _constant(self, nth: int, kind: Any) -> Any:
+        return _load(self.builder, self.builder.add(self.moves, _ADDRESS(OF_CONSTANTS + 4 * nth)), kind)
+
+    def _words(self, nth: int) -> Any:
+        return _in_all_lanes(self.builder, self.builder.trunc(self._constant(nth, _INT), _WORD), _WORDS)
+
+    def patterns(self, codes: Any) -> Any:
+        """The bits of codes in the lower ends of words, where those of a kind are to be; nothing above them."""
+        builder, places = self.builder, [i % 16 for i in range(2 * LANES)]
+        codes = builder.shuffle_vector(codes, codes, ir.Constant(ir.VectorType(_INT, 2 * LANES), places))
+        words = builder.bitcast(builder.call(self.permute, [codes, self.order]), _WORDS)
+        return builder.and_(builder.ashr(builder.mul(words, self.powers), self.shift), self.mask)
+
+
+class _MovedIntegers(_Stream):
+    """Integers, times a power of two: subnormal floats of 16 bits count so, once the lowest number is added."""
+
+    def __init__(self, builder: Any, table: Any, moves: Any) -> None:
+        super().__init__(builder, table, moves)
+        self.flip, self.of_nan, self.nan = (self._words(i) for i in (3, 4, 5))
+        self.factor, self.low = (_in_all_lanes(builder, self._constant(i, _FLOAT), _FLOATS) for i in (6, 7))
+
+    def of_group(self, scale: Any, zero: Any) -> Any:
+        builder = self.builder
+        return builder.fmul(scale, self.factor), builder.fdiv(builder.fsub(self.low, zero), self.factor)
+
+    def values(self, codes: Any, group: Any) -> list[Any]:
+        scale, low = group
+        numbers = self._halves(self.builder.xor(self.patterns(codes), self.flip))
+        return [self.builder.fmul(self.builder.fadd(numbers, low), scale)]
+
+    def _halves(self, words: Any) -> Any:
+        return self.builder.fpext(self.builder.bitcast(words, ir.VectorType(_HALF, LANES)), _FLOATS)
+
+
+class _Moved(_MovedIntegers):
+    """Floats, times a power of two, with up to 5 bits of exponent: the bits of codes are moved to where 16 have them.
+
+    One pattern, or it and the other of its sign, may stand for NaN.
+    """
+
+    def of_group(self, scale: Any, zero: Any) -> Any:
+        return self.builder.fmul(scale, self.factor)
+
+    def values(self, codes: Any, group: Any) -> list[Any]:
+        return [self.builder.fmul(self._halves(self._with_nan(codes)), group)]
+
+    def _with_nan(self, codes: Any) -> Any:
+        words = self.patterns(codes)
+        is_nan = self.builder.icmp_signed("==", self.builder.and_(words, self.of_nan), self.nan)
+        return self.builder.select(is_nan, ir.Constant(_WORDS, [NAN] * LANES), words)
+
+
+class _MovedWide(_Moved):
+    """The same of numbers that bfloat16 has, the upper halves of float32, with whatever power of two.
+
+    Some processors take long to multiply its subnormal numbers, which are few where there are many exponents.
+    """
+
+    def of_group(self, scale: Any, zero: Any) -> Any:
+        return scale
+
+    def values(self, codes: Any, group: Any) -> list[Any]:
+        builder, sixteen = self.builder, ir.Constant(_INTS, [16] * LANES)
+        upper = builder.shl(builder.zext(self._with_nan(codes), _INTS), sixteen)
+        return [builder.fmul(builder.fmul(builder.bitcast(upper, _FLOATS), self.factor), group)]
+
+
+class _LookedUp(_Stream):
+    """Any numbers: positions in a table of 256, which registers hold where they are long enough."""
+
+    def __init__(self, builder: Any, table: Any, moves: Any) -> None:
+        super().__init__(builder, table, moves)
+        self.table = table
+        parts = NUMBERS // LANES if LANES == 16 else 0
+        self.parts = [_load(builder, _at(builder, table, _ADDRESS(LANES * i), 4), _FLOATS) for i in range(parts)]
+
+    def of_group(self, scale: Any, zero: Any) -> Any:
+        return scale
+
+    def values(self, codes: Any, group: Any) -> list[Any]:
+        positions = self.builder.zext(self.patterns(codes), _INTS)
+        numbers = self._permuted(positions) if self.parts else self._gathered(positions)
+        return [self.builder.fmul(numbers, group)]
+
+    def _permuted(self, positions: Any) -> Any:
+        """The instruction looks at 5 bits of a position; each of the others chooses between two tables."""
+        builder, name = self.builder, "llvm.x86.avx512.vpermi2var.ps.512"
+        permute = _function(builder, name, _FLOATS, [_FLOATS, _INTS, _FLOATS])
+        found = [
+            builder.call(permute, [a, positions, b]) for a, b in zip(self.parts[::2], self.parts[1::2], strict=True)
+        ]
+        for bit in (32, 64, 128):
+            place = builder.and_(positions, ir.Constant(_INTS, [bit] * LANES))
+            upper = builder.icmp_signed("!=", place, ir.Constant(_INTS, None))
+            found = [builder.select(upper, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+        return found[0]
+
+    def _gathered(self, positions: Any) -> Any:
+        builder, every = self.builder, self.builder.bitcast(ir.Constant(_INTS, [-1] * LANES), _FLOATS)
+        gather = _function(
+            builder, "llvm.x86.avx2.gather.d.ps.256", _FLOATS, [_FLOATS, _POINTER, _INTS, _FLOATS, _BYTE]
+        )
+        table = builder.inttoptr(self.table, _POINTER)
+        return builder.call(gather, [ir.Constant(_FLOATS, None), table, positions, every, _BYTE(4)])
+
+
+_Kind = type[_Bytes] | type[_Halves] | type[_Floats] | type[_Stream]  # others are made of these
 
 
 def _of_group(builder: Any, decoder: Any, scale: Any, zero: Any, g: Any) -> Any:
@@ -350,8 +508,9 @@ def _decoder(kind: _Kind) -> Any:
 
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k = builder.add(first, i)
-                    codes = _load(builder, _at(builder, w, k, kind.lanes.count), kind.lanes)
-                    _prefetch(builder, _at(builder, ahead, k, kind.lanes.count))
+                    at = builder.mul(k, decoder.step)
+                    codes = _load(builder, builder.add(w, at), kind.lanes)
+                    _prefetch(builder, builder.add(ahead, at))
                     values = decoder.values(codes, of_group)
                     for v, value in enumerate(values):
                         place = _at(builder, builder.add(out, _ADDRESS(4 * LANES * v)), k, 4 * LANES * kind.vectors)
@@ -391,7 +550,7 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, w_stride, there, ahead, x, x_stride, scale, s_stride, zero, z_stride, table, flip, *others = arguments
             groups, steps, out = others
-            decoder, size_of_codes = kind(builder, table, flip), LANES * (4 if kind is _Floats else 1)
+            decoder = kind(builder, table, flip)
             fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
             of_codes, of_scales, of_zeros = _rows_of_tile(
                 builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
@@ -405,19 +564,18 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
 
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k, totals = builder.add(first, i), list(totals)
+                    at = builder.mul(k, decoder.step)
                     if kind is not _Floats:  # which a cache holds
                         row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(3)), w_stride))
-                        _prefetch(
-                            builder, builder.add(row, builder.and_(builder.mul(k, _ADDRESS(LANES)), _ADDRESS(-64)))
-                        )
+                        _prefetch(builder, builder.add(row, builder.and_(at, _ADDRESS(-64))))
                     values = [
-                        decoder.values(_load(builder, _at(builder, start, k, size_of_codes), kind.lanes), of_group)
+                        decoder.values(_load(builder, builder.add(start, at), kind.lanes), of_group)
                         for start, of_group in zip(of_codes, parameters, strict=True)
                     ]
                     for m in range(rows):
-                        at = _at(builder, of_x[m], k, 4 * LANES * kind.vectors)
+                        of_row = _at(builder, of_x[m], k, 4 * LANES * kind.vectors)
                         for v in range(kind.vectors):
-                            entries = _load(builder, builder.add(at, _ADDRESS(4 * LANES * v)), _FLOATS)
+                            entries = _load(builder, builder.add(of_row, _ADDRESS(4 * LANES * v)), _FLOATS)
                             for r in range(height):
                                 i_out = r * rows + m
                                 totals[i_out] = builder.call(fma, [values[r][v], entries, totals[i_out]])
@@ -625,15 +783,19 @@ def _in_two(items: list[Any]) -> tuple[list[Any], list[Any]]:
     return items[: len(items) // 2], items[len(items) // 2 :]
 
 
+def _first_lanes(builder: Any, count: Any) -> Any:
+    """Which lanes are the first ``count``."""
+    few = builder.select(builder.icmp_signed("<", count, _ADDRESS(LANES)), count, _ADDRESS(LANES))
+    few = _in_all_lanes(builder, builder.trunc(few, _INT), _INTS)
+    return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), few)
+
+
 def _only(builder: Any, address: Any, count: Any, others: Any) -> Any:
     """The first ``count`` words of a vector in memory, and ``others`` after them, where nothing is read."""
     vector = others.type
-    pointer, mask = vector.as_pointer(), ir.VectorType(ir.IntType(1), LANES)
-    few = builder.select(builder.icmp_signed("<", count, _ADDRESS(LANES)), count, _ADDRESS(LANES))
-    few = _in_all_lanes(builder, builder.trunc(few, _INT), _INTS)
-    there = builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), few)
+    pointer, there = vector.as_pointer(), _first_lanes(builder, count)
     name = f"llvm.masked.load.v{LANES}{'f32' if vector == _FLOATS else 'i32'}.p0"
-    load = _function(builder, name, vector, [pointer, _INT, mask, vector])
+    load = _function(builder, name, vector, [pointer, _INT, there.type, vector])
     return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), there, others])
 
 
@@ -643,7 +805,14 @@ _bytes_in_dots, _halves_in_dots, _shifted_in_dots = map(_in_dots, (_BytesForDots
 _bytes_of_one_row, _bytes_of_rows = _tile(_Bytes, HEIGHT_OF_ONE, 1), _tile(_Bytes, HEIGHT, ROWS)
 _halves_of_one_row, _halves_of_rows = _tile(_Halves, HEIGHT_OF_ONE, 1), _tile(_Halves, HEIGHT, ROWS)
 _decode_bytes, _decode_halves, _floats_of_rows = _decoder(_Bytes), _decoder(_Halves), _tile(_Floats, HEIGHT, ROWS)
-_decode_halves_in_order = _decoder(_HalvesInOrder)
+_IN_ORDER = _HalvesInOrder, _MovedIntegers, _Moved, _MovedWide, _LookedUp
+_decode_halves_in_order, _decode_integers, _decode_moved, _decode_moved_wide, _decode_looked_up = map(
+    _decoder, _IN_ORDER
+)
+(
+    _halves_in_order_of_one_row, _integers_of_one_row, _moved_of_one_row, _moved_wide_of_one_row,
+    _looked_up_of_one_row, _floats_of_one_row,
+) = (_tile(kind, HEIGHT_OF_ONE, 1) for kind in (*_IN_ORDER, _Floats))  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -666,10 +835,12 @@ def parts_of(inner: int, halves: bool) -> tuple[int, int, int, int, int, int, in
     return head, unserved, firsts, places, powers, digits, digits + entry * (BLOCK * QUARTER // VECTOR) * blocks
 
 
-def shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
+def shape_of_arranged(rows: int, inner: int, kind: int) -> tuple[int, int]:
     """Shape of what ``arrange`` fills."""
-    head, *_, end = parts_of.py_func(inner, halves)
-    return (1, end // 4) if rows == 1 else (-(-rows // ROWS) * ROWS, head // 4)
+    head, *_, end = parts_of.py_func(inner, kind == HALVES)
+    if rows == 1:
+        return 1, (end if kind <= HALVES else head) // 4
+    return -(-rows // ROWS) * ROWS, head // 4
 
 
 @njit(nogil=True, cache=True)
@@ -878,14 +1049,14 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
 
 
 @njit(nogil=True, cache=True)
-def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Rows of x as the loops read them, the entries beside lower halves of bytes before those beside upper halves.
+def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """Rows of x as loops read them: of ``HALVES`` those beside lower halves of bytes before those beside upper ones.
 
     ``out`` has whole tiles and whole quarters: what x does not fill is 0. Where it has room for more, as for a product
     of one row, that row in fixed point follows, for codes in groups of ``size``, with numbers in ``table`` where they
-    are ``halves``, and with zero points where they are ``shifted``.
+    are ``HALVES``, and with zero points where they are ``shifted``.
     """
-    rows, inner = x.shape
+    (rows, inner), halves = x.shape, kind == HALVES
     vector = 2 * LANES if halves else LANES
     whole, width = inner - inner % vector, parts_of(inner, halves)[0] // 4
     for m in range(rows):
@@ -902,8 +1073,9 @@ def arrange(x: Any, halves: Any, size: Any, table: Any, shifted: Any, out: Any) 
         for k in range(whole, inner):
             arranged[whole + (k % 2) * LANES + (k - whole) // 2] = row[k]
     out[rows:] = 0
-    if out.shape[1] > width:
-        _to_fixed_point(halves, inner, size, table, shifted, out[0])
+    if table.ndim == 1:  # noqa: SIM102
+        if out.shape[1] > width:
+            _to_fixed_point(halves, inner, size, table, shifted, out[0])
 
 
 @njit(nogil=True, cache=True)
@@ -1149,20 +1321,362 @@ def _add_tiles(
         k += length
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _fill(_: Any, one: Any, count: Any, out: Any) -> Any:
+    """So many copies of a float, and more up to a whole vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one, count, out = arguments
+        copies = _in_all_lanes(builder, _load(builder, one, _FLOAT), _FLOATS)
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            _put(builder, copies, _at(builder, out, i, 4 * LANES))
+            return totals
+
+        counted_loop(builder, builder.udiv(builder.add(count, _ADDRESS(LANES - 1)), _ADDRESS(LANES)), [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _scale_each(_: Any, numbers: Any, count: Any, scale: Any, zero: Any) -> Any:
+    """``(number - zero) * scale`` in place, of so many and more up to a whole vector, each with its own."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers, count, scale, zero = arguments
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            places = [_at(builder, a, i, 4 * LANES) for a in (numbers, zero, scale)]
+            own, point, factor = (_load(builder, place, _FLOATS) for place in places)
+            _put(builder, builder.fmul(builder.fsub(own, point), factor), places[0])
+            return totals
+
+        counted_loop(builder, builder.udiv(builder.add(count, _ADDRESS(LANES - 1)), _ADDRESS(LANES)), [], step)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@njit(nogil=True, cache=True)
+def _spread(blocks: Any, size: Any, first: Any, last: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """For each of codes ``first`` to ``last`` - 1 what its group has; a vector of room is written to after them.
+
+    By vectors, each of which may begin within the one before: what lies so is read by none until all are written, for
+    processors wait where a vector is read of which a part has just been written.
+    """
+    k, g = first, first // size
+    while k < last:
+        end = min((g + 1) * size, last)
+        _fill(blocks + 4 * g, end - k, out + 4 * (k - first))
+        k, g = end, g + 1
+
+
+@njit(nogil=True, cache=True)
+def _moves_of(kind: Any, table: Any) -> Any:  # pragma: no cover - compiled
+    """What ``_Stream`` reads, of what a table says after its numbers; of ``_HalvesInOrder`` the step alone."""
+    moves = np.zeros(MOVES, dtype=np.uint8)
+    words, constants = moves.view(np.uint16), moves.view(np.int32)
+    floats = moves.view(np.float32)
+    floats[ONE_AND_NONE // 4] = 1
+    constants[OF_CONSTANTS // 4] = LANES // 2
+    if kind <= IN_ORDER:
+        return moves
+    width, bits = np.int64(table[NUMBERS]), np.int64(table[NUMBERS + 1])
+    for i in range(LANES):
+        first = i * width
+        moves[2 * i], moves[2 * i + 1] = first // 8, first // 8 + 1
+        words[OF_POWERS // 2 + i] = 1 << (16 - bits - first % 8)
+    constants[OF_CONSTANTS // 4] = LANES * width // 8
+    for i in range(1, 6):
+        constants[OF_CONSTANTS // 4 + i] = np.int32(table[NUMBERS + 1 + i])
+    for i in range(6, 8):
+        floats[OF_CONSTANTS // 4 + i] = table[NUMBERS + 1 + i]
+    return moves
+
+
+@njit(nogil=True, cache=True)
+def _rest_of(w: Any, inner: Any, kind: Any, table: Any, moves: Any, rest: Any) -> Any:  # pragma: no cover - compiled
+    """How many codes of rows may be read by vectors from where they lie, and copies of what follows.
+
+    After those, and in place of what pads a row's last byte, copies have zeros.
+    """
+    step, width = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), 4
+    vectors = inner // LANES
+    if kind > IN_ORDER:
+        width = np.int64(table[NUMBERS])
+        vectors = min(vectors, (w.shape[1] - 16) // step + 1) if w.shape[1] >= 16 else 0
+    first, stop, left = vectors * step, (inner * width + 7) // 8, inner * width % 8
+    rest[:] = 0
+    for n in range(w.shape[0]):
+        for i in range(first, stop):
+            rest[n, i - first] = w[n, i]
+        if left and stop > first:
+            rest[n, stop - 1 - first] &= (1 << left) - 1
+    return vectors * LANES
+
+
+@njit(nogil=True, cache=True)
+def _in_order(
+    row: Any, rest: Any, whole: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, first: Any,
+    last: Any, out: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """Values of codes ``first``, which begins a vector, to ``last`` - 1, and more where those end within a vector.
+
+    ``row`` and ``rest`` are addresses, the latter of codes from ``whole`` on.
+    """
+    step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
+    fits, k = size % LANES == 0, first
+    while k < last:
+        codes, end = row + k // LANES * step, min(last, whole)
+        if k >= whole:
+            codes, end = rest + (k - whole) // LANES * step, last
+        g, groups = k // size, 1
+        s, z = of_moves + ONE_AND_NONE, of_moves + ONE_AND_NONE + 4
+        if fits:
+            if k == g * size:
+                groups = max((end - k) // size, 1)
+            end = min((g + groups) * size, end)
+            s, z = scale.ctypes.data + 4 * g, zero.ctypes.data + 4 * g
+        steps, there = (end - k + LANES - 1) // LANES // groups, out.ctypes.data + 4 * (k - first)
+        if kind == IN_ORDER:
+            _decode_halves_in_order(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+        elif kind == INTEGERS:
+            _decode_integers(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+        elif kind == MOVED:
+            _decode_moved(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+        elif kind == MOVED_WIDE:
+            _decode_moved_wide(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+        else:
+            _decode_looked_up(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+        k = end
+    if fits or first == last:
+        return
+    count = last - first
+    each_scale, each_zero = np.empty(count + LANES, dtype=np.float32), np.empty(count + LANES, dtype=np.float32)
+    _spread(scale.ctypes.data, size, first, last, each_scale.ctypes.data)
+    _spread(zero.ctypes.data, size, first, last, each_zero.ctypes.data)
+    _scale_each(out.ctypes.data, count, each_scale.ctypes.data, each_zero.ctypes.data)
+
+
+@njit(nogil=True, cache=True)
+def _all_in_order(
+    w: Any, inner: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    """The values of one row, and nothing beside them."""
+    rest, last = np.empty((1, BYTES_OF_REST), dtype=np.uint8), np.empty(LANES, dtype=np.float32)
+    whole = _rest_of(w.reshape(1, w.shape[0]), inner, kind, table, moves, rest)
+    at, of_rest, full = w.ctypes.data, rest.ctypes.data, inner - inner % LANES
+    _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, 0, full, out)
+    if full < inner:
+        _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, full, inner, last)
+        out[full:inner] = last[: inner - full]
+
+
+@njit(nogil=True, cache=True)
+def _add_in_order(
+    w: Any, x: Any, inner: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, sums: Any,
+    rows: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``_add_tiles`` of kinds whose codes meet x in order; scales and zero points are arrays, of one row or of all.
+
+    One row of x meets values in registers, where groups are whole vectors. More rows meet them in the first cache,
+    where a tile's are decoded for all rows of x, or in the second, which holds those of a strip.
+    """
+    here, one = w.shape[0], sums.shape[2] == 1
+    tile, height = (1, HEIGHT_OF_ONE) if one else (ROWS, HEIGHT)
+    rest = np.empty((here, BYTES_OF_REST), dtype=np.uint8)
+    whole = _rest_of(w, inner, kind, table, moves, rest)
+    step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
+    start, by, at, out = w.ctypes.data, w.strides[0], x.strides[0], sums.ctypes.data
+    s_stride = scale.strides[0] if scale.shape[0] > 1 else 0
+    z_stride = zero.strides[0] if zero.shape[0] > 1 else 0
+    sums[:] = 0
+    k = 0
+    while k < whole and one and size % LANES == 0:
+        g = k // size
+        groups, end = min(DEPTH_OF_ONE, whole - k) // size, 0
+        if k == g * size and groups > 0:
+            end = k + groups * size
+        else:
+            groups, end = 1, min(min(k + DEPTH_OF_ONE, (g + 1) * size), whole)
+        steps, entries = (end - k) // LANES // groups, x.ctypes.data + 4 * k
+        for n in range(0, here, height):
+            codes, o = start + n * by + k // LANES * step, out + n * sums.strides[1]
+            s, z = scale.ctypes.data + n * s_stride + 4 * g, zero.ctypes.data + n * z_stride + 4 * g
+            if kind == IN_ORDER:
+                _halves_in_order_of_one_row(
+                    codes,
+                    by,
+                    here - n,
+                    codes + AHEAD,
+                    entries,
+                    0,
+                    s,
+                    s_stride,
+                    z,
+                    z_stride,
+                    a,
+                    of_moves,
+                    groups,
+                    steps,
+                    o,
+                )
+            elif kind == INTEGERS:
+                _integers_of_one_row(
+                    codes,
+                    by,
+                    here - n,
+                    codes + AHEAD,
+                    entries,
+                    0,
+                    s,
+                    s_stride,
+                    z,
+                    z_stride,
+                    a,
+                    of_moves,
+                    groups,
+                    steps,
+                    o,
+                )
+            elif kind == MOVED:
+                _moved_of_one_row(
+                    codes,
+                    by,
+                    here - n,
+                    codes + AHEAD,
+                    entries,
+                    0,
+                    s,
+                    s_stride,
+                    z,
+                    z_stride,
+                    a,
+                    of_moves,
+                    groups,
+                    steps,
+                    o,
+                )
+            elif kind == MOVED_WIDE:
+                _moved_wide_of_one_row(
+                    codes,
+                    by,
+                    here - n,
+                    codes + AHEAD,
+                    entries,
+                    0,
+                    s,
+                    s_stride,
+                    z,
+                    z_stride,
+                    a,
+                    of_moves,
+                    groups,
+                    steps,
+                    o,
+                )
+            else:
+                _looked_up_of_one_row(
+                    codes,
+                    by,
+                    here - n,
+                    codes + AHEAD,
+                    entries,
+                    0,
+                    s,
+                    s_stride,
+                    z,
+                    z_stride,
+                    a,
+                    of_moves,
+                    groups,
+                    steps,
+                    o,
+                )
+        k = end
+    at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (height, DEPTH)
+    values = np.empty((at_once if k < inner else 0, depth), dtype=np.float32)
+    while k < inner:
+        last = min(k + depth, inner)
+        steps, entries = (last - k + LANES - 1) // LANES, x.ctypes.data + 4 * k
+        for first in range(0, here, at_once):
+            there = min(at_once, here - first)
+            for r in range(there):
+                n = first + r
+                own_scale, own_zero = scale[n if s_stride else 0], zero[n if z_stride else 0]
+                _in_order(
+                    start + n * by, rest.ctypes.data + n * BYTES_OF_REST, whole, kind, table, moves, own_scale,
+                    own_zero, size, k, last, values[r],
+                )  # fmt: skip
+                values[r, last - k : steps * LANES] = 0  # whatever codes of zeros stand for
+            for t in range((rows + tile - 1) // tile):
+                for r in range(0, there, height):
+                    codes, by_values = values.ctypes.data + r * values.strides[0], values.strides[0]
+                    o, x_of_tile = out + t * sums.strides[0] + (first + r) * sums.strides[1], entries + t * tile * at
+                    if one:
+                        _floats_of_one_row(
+                            codes,
+                            by_values,
+                            there - r,
+                            codes,
+                            x_of_tile,
+                            at,
+                            of_moves,
+                            0,
+                            of_moves,
+                            0,
+                            a,
+                            0,
+                            1,
+                            steps,
+                            o,
+                        )
+                    else:
+                        _floats_of_rows(
+                            codes,
+                            by_values,
+                            there - r,
+                            codes,
+                            x_of_tile,
+                            at,
+                            of_moves,
+                            0,
+                            of_moves,
+                            0,
+                            a,
+                            0,
+                            1,
+                            steps,
+                            o,
+                        )
+        k = last
+
+
+@njit(nogil=True, cache=True)
+def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
+    """Whether rows of floats have an infinity: dequantizing clips those that codes stand for."""
+    for n in range(numbers.shape[0]):  # noqa: SIM110
+        if np.isinf(numbers[n]).any():
+            return True
+    return False
+
+
 @njit(nogil=True, cache=True)
 def multiply(
-    w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
+    w: Any, x: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
     zero: Any, size: Any, bias: Any, first_row: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``y[m, n] = sum_k (number[n, k] - zero[n, g]) * scale[n, g] x[m, k] + bias[n]``; whether that holds.
 
-    ``x`` is arranged; ``inner`` is K. ``table`` has the numbers of codes of 4 bits. Scales are numbers, or codes of
-    numbers that ``of_scales`` lists; zero points, where there are any, are integers. ``size`` is the length of a group,
-    a whole number of vectors, and may be longer than K. ``y`` is (M, N of w); ``first_row`` is the row of scales, zero
-    points and bias that w begins with. The answer is False where a value might be beyond float32, which dequantizing
-    would clip, and where a scale is NaN or, not being kept as a code, 0.
+    ``x`` is arranged; ``inner`` is K. ``table`` has the numbers of codes, but for those of 8 bits. Scales are numbers,
+    or codes of numbers that ``of_scales`` lists; zero points, where there are any, are integers. ``size`` is the length
+    of a group, of ``BYTES`` and ``HALVES`` a whole number of vectors, and may be longer than K. ``y`` is (M, N of w);
+    ``first_row`` is the row of scales, zero points and bias that w begins with. The answer is False where a value might
+    be beyond float32, which dequantizing would clip, and where a scale is NaN or, not being kept as a code, 0; or where
+    codes may stand for infinities, and the result has some.
     """
-    rows, columns = y.shape[0], w.shape[0]
+    rows, columns, halves = y.shape[0], w.shape[0], kind == HALVES
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
     tile = 1 if one else ROWS
     groups_of_row = (inner + size - 1) // size
@@ -1172,7 +1686,10 @@ def multiply(
     z_stride = zeros.strides[0] if shifted else 0
     s_stride = scales.strides[0] if coded else (scale.strides[0] if scale.shape[0] > 1 else 0)
     head = parts_of(inner, halves)[0] // 4
-    fixed = one and x.view(np.int32)[0, head] != 0
+    fixed = one and kind <= HALVES and x.view(np.int32)[0, head] != 0
+    moves = np.empty(0, dtype=np.uint8)
+    if table.ndim == 2:
+        moves = _moves_of(kind, table[0])
     unserved = np.int64(x.view(np.int32)[0, head + 1]) if fixed else 0
     lowest = np.int64(table.min()) if fixed and halves else 0
     less, doubling = np.uint32(0 if coded else 1), _doubling(of_scales)
@@ -1185,42 +1702,50 @@ def multiply(
             _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, doubling, scales[:here])
         numbers = scales[:here] if coded else scale[start : start + here] if scale.shape[0] > 1 else scale
         points = zero[start : start + here] if zero.shape[0] > 1 else zero
-        s_start, dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
-        if dots:
-            of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
-            of_strip, least = _add_in_dots(
-                codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest, less, size,
-                sums,
-            )  # fmt: skip
-            dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
-        else:
+        s_start, in_dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
+        of_strip, dots = np.uint32(0), in_dots
+        if table.ndim == 1:  # by itself, as numba asks for: what does not hold is not compiled  # noqa: SIM102
+            if in_dots:
+                of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
+                of_strip, least = _add_in_dots(
+                    codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest, less, size,
+                    sums,
+                )  # fmt: skip
+                dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
+        if not in_dots:
             of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
         most = max(most, of_strip)
         if shifted and (unserved > 0 or not dots) and not _as_floats(points, np.int32(flip), zeros[:here]):
             return False
-        if dots and unserved > 0:
-            _add_unserved(
-                codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
-            )
+        if table.ndim == 1:  # noqa: SIM102
+            if dots and unserved > 0:
+                _add_unserved(
+                    codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
+                )
         for m in range(0, rows, ROWS_AT_ONCE):
             last = min(m + ROWS_AT_ONCE, rows)
-            if not dots:
-                _add_tiles(
-                    codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size,
-                    sums, last - m,
-                )  # fmt: skip
+            if table.ndim == 2:
+                _add_in_order(codes, x[m:], inner, kind, table[0], moves, numbers, zeros, size, sums, last - m)
+            if table.ndim == 1:  # noqa: SIM102
+                if not dots:
+                    _add_tiles(
+                        codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride,
+                        size, sums, last - m,
+                    )  # fmt: skip
             for i in range(m, last):
                 of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
                 for n in range(here):
                     y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
+    if table.ndim == 2:
+        return most < LARGE and not (_have_infinity(table) and _have_infinity(y))
     return most < LARGE
 
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y = given
+    w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y = given
     if not multiply(
-        w[start:stop], x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, start,
+        w[start:stop], x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, start,
         y[:, start:stop],
     ):  # fmt: skip
         served[0] = False
@@ -1231,13 +1756,13 @@ _task = task_of(_part)
 
 @njit(nogil=True, cache=True)
 def multiply_in_parts(
-    pool: Any, ends: Any, w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any,
+    pool: Any, ends: Any, w: Any, x: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any,
     codes_of_scales: Any, of_scales: Any, zero: Any, size: Any, bias: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``multiply`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
     served = np.ones(1, dtype=np.bool_)
     given = (
-        w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y
+        w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y
     )  # fmt: skip
     in_parts(pool, ends, _task(given))
     return served[0]
@@ -1259,20 +1784,22 @@ def _one_by_one(
 
 @njit(nogil=True, cache=True)
 def dequantize(
-    w: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
+    w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
     zero: Any, size: Any, first_row: Any, out: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``out[n, k] = (number[n, k] - zero[n, g]) * scale[n, g]``, operands and answer as for ``multiply``.
 
     Groups may have any size here.
     """
-    coded, shifted, several = of_scales.shape[0] > 0, zero.shape[0] > 0, zero.shape[0] > 1
+    coded, shifted, several, halves = of_scales.shape[0] > 0, zero.shape[0] > 0, zero.shape[0] > 1, kind == HALVES
     kept = codes_of_scales if coded else scale.view(np.uint8)
     groups = (inner + size - 1) // size
     numbers, zeros = np.empty((1, groups), dtype=np.float32), np.zeros((1, groups), dtype=np.float32)
     a = table.ctypes.data
     whole, most = inner // size if size % LANES == 0 else 0, np.uint32(0)
-    doubling = _doubling(of_scales)
+    doubling, moves = _doubling(of_scales), np.empty(0, dtype=np.uint8)
+    if table.ndim == 2:
+        moves = _moves_of(kind, table[0])
     for n in range(w.shape[0]):
         row = first_row + n if kept.shape[0] > 1 else 0
         if coded:
@@ -1283,18 +1810,23 @@ def dequantize(
         if shifted and not _as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros):
             return False
         start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
-        g = 0
-        while g < groups:
-            k, together = g * size, max(whole - g, 1)  # all groups that are whole vectors at once, others one by one
-            last = min(k + together * size, inner)
-            steps = 0 if halves and k % 2 else (last - k) // together // LANES
-            at, there, s_g, z_g = start + (k // 2 if halves else k), o + 4 * k, s + 4 * g, z + 4 * g
-            if steps > 0 and halves:
-                _decode_halves_in_order(at, at, s_g, z_g, a, flip, together, steps, there)
-            elif steps > 0:
-                _decode_bytes(at, at, s_g, z_g, a, flip, together, steps, there)
-            k += together * steps * LANES
-            if k < last:
-                _one_by_one(w[n], k, last, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
-            g += together
+        if table.ndim == 2:
+            _all_in_order(w[n], inner, kind, table[0], moves, numbers[0], zeros[0], size, out[n])
+        if table.ndim == 1:
+            g = 0
+            while g < groups:
+                k, together = g * size, max(whole - g, 1)  # all groups that are whole vectors at once, others alone
+                last = min(k + together * size, inner)
+                steps = 0 if halves and k % 2 else (last - k) // together // LANES
+                at, there, s_g, z_g = start + (k // 2 if halves else k), o + 4 * k, s + 4 * g, z + 4 * g
+                if steps > 0 and halves:
+                    _decode_halves_in_order(at, at, s_g, z_g, a, flip, together, steps, there)
+                elif steps > 0:
+                    _decode_bytes(at, at, s_g, z_g, a, flip, together, steps, there)
+                k += together * steps * LANES
+                if k < last:
+                    _one_by_one(w[n], k, last, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
+                g += together
+    if table.ndim == 2:
+        return most < LARGE and not (_have_infinity(table) and _have_infinity(out))
     return most < LARGE

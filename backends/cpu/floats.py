@@ -44,7 +44,7 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if y is not NotImplemented:
             return y
     x_name = get_backend("numpy").dtype_name(x)
-    if len(x) > serve.MOST_ROWS_FOR_LOOPS and serve.becomes_floats(x_name, w, spec, contract, packed=False):
+    if len(x) > serve.MOST_ROWS_FOR_LOOPS and serve.decodes(x_name, w, spec, contract, packed=False):
         y = ByLoops(w, spec, contract, None).of_small_weight(x, w, bias)
         if y is not NotImplemented:
             with np.errstate(all="ignore"):

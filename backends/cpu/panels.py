@@ -146,7 +146,7 @@ def _multiply_rows(panel: Any, x: Any, first: Any, last: Any, bias: Any, y: Any)
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     """Of every panel ``cuts`` stretches of rows of x, one after the other: those from ``start`` to ``stop`` - 1."""
-    w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y = given
+    w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y = given
     length, rows, made = w.shape[0], x.shape[0], -1
     values, panel = np.empty((WIDTH, inner), dtype=np.float32), np.empty((inner, WIDTH), dtype=np.float32)
     tiles = (rows + ROWS - 1) // ROWS
@@ -157,7 +157,7 @@ def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
         if nth != made:
             made = nth
             if not dequantize(
-                w[first:last], inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
+                w[first:last], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
                 values[: last - first],
             ):  # fmt: skip
                 served[0] = False
@@ -172,7 +172,7 @@ _task = task_of(_part)
 
 @njit(nogil=True, cache=True)
 def multiply_in_parts(
-    pool: Any, ends: Any, w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any,
+    pool: Any, ends: Any, w: Any, x: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any,
     codes_of_scales: Any, of_scales: Any, zero: Any, size: Any, bias: Any, cuts: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``y[m, n] = sum_k (number[n, k] - zero[n, g]) * scale[n, g] x[m, k] + bias[n]``; whether that holds.
@@ -182,7 +182,7 @@ def multiply_in_parts(
     """
     served = np.ones(1, dtype=np.bool_)
     given = (
-        w, x, inner, halves, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y
+        w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y
     )  # fmt: skip
     in_parts(pool, ends, _task(given))
     return served[0]

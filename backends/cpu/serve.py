@@ -76,6 +76,9 @@ LARGEST_UNSCALED = 2.0**100
 LARGEST_NUMBER = 2.0**12
 """Magnitude of numbers of codes below which their products with scales below 2^100 are finite."""
 
+LARGEST_DECODED = 2.0**20
+"""The same where nothing is added up before it meets its scale."""
+
 _FLOAT32, _INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
 
@@ -179,25 +182,18 @@ def _in_scaled_codes(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
 
 
 def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """Whether the loops serve in which codes become numbers in registers: of 8 bits, or of 4 and packed.
+    """Whether the loops serve in which codes become numbers: of up to 8 bits, one a byte or packed.
 
-    Groups, where the contracted axis has some, are to be whole vectors; that axis lies last.
+    The axis that is contracted lies last.
     """
-    loops = runtime.decoding_loops()
-    return loops is not None and decodes_in_vectors(loops.LANES, x_dtype, w, spec, contract, packed)
+    return runtime.decoding_loops() is not None and decodes_by_loops(x_dtype, w, spec, contract, packed)
 
 
-def decodes_in_vectors(lanes: int, x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """The same where loops are known to be there, of so many codes at once: compilers trace no search for them.
-
-    ``lanes`` of 1 asks for no whole vectors.
-    """
+def decodes_by_loops(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """The same where loops are known to be there: compilers trace no search for them."""
     element = spec.element
-    if not _in_scaled_codes(x_dtype, w, spec, contract):
-        return False
-    known = element.bits == 4 if packed else element.zero_points and element.bits <= 8
-    small = max(abs(element.min), abs(element.max)) < LARGEST_NUMBER
-    return known and small and (lanes == 1 or (spec.block[1] or 0) % (lanes * (2 if packed else 1)) == 0)
+    small = element.bits <= 8 and max(abs(element.min), abs(element.max)) < LARGEST_DECODED
+    return small and _in_scaled_codes(x_dtype, w, spec, contract)
 
 
 def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
@@ -237,11 +233,6 @@ def is_worth_decoding(rows: int, w: Coded, contract: int) -> bool:
     steps = w.zero_point is not None or w.scale.shape[contract] > 1 or rows > MOST_ROWS_FOR_LOOPS
     work = w.codes.shape[0] * w.codes.shape[1] * (rows if w.zero_point is None else MOST_ROWS_FOR_LOOPS)
     return steps and contract == 1 and work >= runtime.LARGE and runtime.decoding_loops() is not None
-
-
-def becomes_floats(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """Whether the loop serves that turns codes to floats, a block of rows at a time, for groups of any length."""
-    return runtime.decoding_loops() is not None and decodes_in_vectors(1, x_dtype, w, spec, contract, packed)
 
 
 def tiles(x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:

@@ -21,8 +21,9 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.kinds import kind_of
 from aqt_lite.backends.cpu.runtime import aligned_empty, in_parts, map_ranges, steps_of_product
-from aqt_lite.backends.cpu.tiles import matmul_of_tiles, numbers_of_codes
+from aqt_lite.backends.cpu.tiles import matmul_of_tiles
 from aqt_lite.ops import reference
 
 __all__ = [
@@ -54,12 +55,10 @@ _NO_SCALES, _NO_CODES, _NO_ZEROS = (np.empty((0, 0), dtype=kind) for kind in (np
 class Operands(NamedTuple):
     """What the loops read of a weight, beside its codes."""
 
-    halves: bool
-    """Whether two codes lie in a byte."""
+    kind: int
     flip: int
-    """What bytes differ by, bit by bit, from signed numbers."""
     table: Array
-    """Numbers of codes of 4 bits."""
+    """What codes are, these three: ``kinds.Kind``."""
     scale: Array
     """For each row of the weight, or for all, and each group."""
     codes_of_scales: Array
@@ -69,7 +68,7 @@ class Operands(NamedTuple):
     zero: Array
     """Zero points likewise, int32; empty where all are 0."""
     size: int
-    """Codes in a group: whole vectors."""
+    """Codes in a group."""
 
 
 class ByLoops:
@@ -83,13 +82,14 @@ class ByLoops:
         self._spec, self._packed = spec, packed_length is not None
         told = "float32", w, spec, contract, self._packed
         self._length, self._inner = w.codes.shape[0], w.codes.shape[1] if packed_length is None else packed_length
-        self.becomes_floats = serve.becomes_floats(*told)
-        """Whether a loop serves that makes floats of codes."""
-        self.decodes = self.becomes_floats and serve.decodes(*told)
-        """Whether loops serve whose codes become numbers in registers."""
-        self._by_digits = serve.by_digits(serve.MOST_ROWS_FOR_LOOPS + 1, w, contract, self._packed)
-        self._constants: tuple[bool, int, Array, Array, int] | None = None
+        self.decodes = serve.decodes(*told)
+        """Whether loops serve whose codes become numbers."""
         self._loops = runtime.decoding_loops()
+        plain_bytes = self.decodes and not self._packed and spec.element.zero_points and w.zero_point is None
+        self.leaves_one_row = plain_bytes and (spec.block[1] or 0) % self._loops.LANES != 0
+        """Whether ``floats`` has a faster loop for one row: bytes without zero points in groups that are no vectors."""
+        self._by_digits = serve.by_digits(serve.MOST_ROWS_FOR_LOOPS + 1, w, contract, self._packed)
+        self._constants: tuple[int, int, Array, Array, int] | None = None
         self._cuts = dict[int, tuple[int, Array, int] | None]()
 
     def are_there(self) -> bool:
@@ -102,14 +102,10 @@ class ByLoops:
 
     def __call__(self, x: Array, w: Coded, bias: Array | None) -> Any:
         """``x @ w.T + bias`` in float32; x and the bias are no float64."""
-        if not (self.becomes_floats and len(x)):
+        if not (self.decodes and len(x)) or (len(x) == 1 and self.leaves_one_row):
             return NotImplemented
         y = self.of_small_weight(x, w, bias)
-        if y is not NotImplemented:
-            return y
-        if self.decodes:
-            return self.by_decoding(x, w, bias)
-        return self.by_floats(x, w, bias) if self._packed else NotImplemented  # bytes have other loops for any group
+        return self.by_decoding(x, w, bias) if y is NotImplemented else y
 
     def of_small_weight(self, x: Array, w: Coded, bias: Array | None) -> Any:
         """The product where many rows of x meet a weight whose floats stay in a cache; else NotImplemented."""
@@ -127,7 +123,7 @@ class ByLoops:
         if rows <= serve.MOST_ROWS_FOR_LOOPS or rows > serve.MOST_ROWS_FOR_PANELS:
             return None
         if rows not in self._cuts:
-            self._cuts[rows] = self._new_cut(rows) if self.becomes_floats else None
+            self._cuts[rows] = self._new_cut(rows) if self.decodes else None
         return self._cuts[rows]
 
     def _new_cut(self, rows: int) -> tuple[int, Array, int] | None:
@@ -138,7 +134,7 @@ class ByLoops:
         return steps, *ends_of_panels(rows, length, steps)
 
     def _by_panels(self, x: Array, w: Coded, bias: Array | None, steps: int, ends: Array, cuts: int) -> Any:
-        """The product by those, for groups of any length: ``serve.becomes_floats``."""
+        """The product by those, for groups of any length: ``serve.decodes``."""
         loops, operands, length = runtime.panel_loops(), self.operands(w), self._length
         x = np.ascontiguousarray(x, dtype=np.float32)
         codes = np.ascontiguousarray(w.codes).view(np.uint8)
@@ -149,10 +145,10 @@ class ByLoops:
 
     def are_worth_floats(self, rows: int) -> bool:
         """Whether so many rows of x are multiplied by BLAS, for the weight's floats stay in a cache."""
-        return self.becomes_floats and serve.is_worth_floats(rows, self._length * self._inner, self._by_digits)
+        return self.decodes and serve.is_worth_floats(rows, self._length * self._inner, self._by_digits)
 
     def by_floats(self, x: Array, w: Coded, bias: Array | None) -> Any:
-        """The product by BLAS, for groups of any length: ``serve.becomes_floats``."""
+        """The product by BLAS, for groups of any length: ``serve.decodes``."""
         y: Any = None
         with np.errstate(all="ignore"):
             x = np.ascontiguousarray(x, dtype=np.float32)
@@ -185,7 +181,7 @@ class ByLoops:
             yield slice(first, last), values if served else None
 
     def by_decoding(self, x: Array, w: Coded, bias: Array | None) -> Any:
-        """The product by loops whose codes become numbers in registers: ``serve.decodes``."""
+        """The product by loops whose codes become numbers in registers, or in a cache: ``serve.decodes``."""
         loops, operands, length = self._loops, self.operands(w), self._length
         x = np.ascontiguousarray(x, dtype=np.float32)
         codes = np.ascontiguousarray(w.codes).view(np.uint8)
@@ -203,14 +199,14 @@ class ByLoops:
         zero = _NO_ZEROS if zero is None else zero
         in_order = kept.flags.c_contiguous and zero.flags.c_contiguous
         if self._constants is not None and in_order:
-            halves, flip, table, of_scales, size = self._constants
+            kind, flip, table, of_scales, size = self._constants
             scale, codes = (_NO_SCALES, kept) if len(of_scales) else (kept, _NO_CODES)
-            return Operands(halves, flip, table, scale, codes, of_scales, zero, size)
+            return Operands(kind, flip, table, scale, codes, of_scales, zero, size)
         found = operands_of(w, self._spec, self._inner, self._packed, get_backend("numpy"))
-        halves, flip, table, scale, codes, of_scales, of_zero, size = found
+        kind, flip, table, scale, codes, of_scales, of_zero, size = found
         no_more = not isinstance(w.scale, Coded) or all(part is None for part in w.scale[1:])
         if no_more and (scale is kept or codes is kept) and of_zero is zero:
-            self._constants = halves, flip, table, of_scales, size
+            self._constants = kind, flip, table, of_scales, size
         return found
 
 
@@ -238,7 +234,7 @@ def matmul_stored(
     """
     b, packed = get_backend("numpy"), packed_length is not None
     w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
-    if not (rows and serve.becomes_floats(x_name, w, spec, contract, packed)):
+    if not (rows and serve.decodes(x_name, w, spec, contract, packed)):
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
@@ -306,15 +302,15 @@ def _ends_of_panels(rows: int, length: int, steps: int, worth: int, cores: int) 
 
 
 @functools.lru_cache(maxsize=64)
-def _shape_of_arranged(rows: int, inner: int, halves: bool) -> tuple[int, int]:
-    return runtime.decoding_loops().shape_of_arranged(rows, inner, halves)  # type: ignore[no-any-return]
+def _shape_of_arranged(rows: int, inner: int, kind: int) -> tuple[int, int]:
+    return runtime.decoding_loops().shape_of_arranged(rows, inner, kind)  # type: ignore[no-any-return]
 
 
 def _arranged(x: Array, of_weight: Operands) -> Array:
     """Rows of x as the loops read them."""
-    loops, halves = runtime.decoding_loops(), of_weight.halves
-    arranged = aligned_empty(_shape_of_arranged(*x.shape, halves), np.float32)
-    static = halves, of_weight.size, of_weight.table, of_weight.zero.shape[0] > 0
+    loops, kind = runtime.decoding_loops(), of_weight.kind
+    arranged = aligned_empty(_shape_of_arranged(*x.shape, kind), np.float32)
+    static = kind, of_weight.size, of_weight.table, of_weight.zero.shape[0] > 0
     if x.size < runtime.LARGE:
         loops.arrange(x, *static, arranged)
         return arranged
@@ -326,15 +322,14 @@ def _arranged(x: Array, of_weight: Operands) -> Array:
     return arranged
 
 
-def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swapped: bool = False) -> Operands:
-    """The loops' operands of a weight (N, ``inner``), whose codes are packed two a byte or lie one a byte.
+def operands_of(w: Coded, spec: Spec, inner: int, packed: bool, b: Backend, swapped: bool = False) -> Operands:
+    """The loops' operands of a weight (N, ``inner``), whose codes are packed or lie one a byte.
 
     ``swapped``: scales and zero points have their axes in the other order, and so have the operands.
     """
     loops, rows = runtime.decoding_loops(), w.codes.shape[0]
-    vector = loops.LANES * (2 if halves else 1)
+    vector, kind = loops.LANES * (2 if packed else 1), kind_of(spec.element, packed, spec.block[1])
     size = spec.block[1] or max(-(-inner // vector), 1) * vector
-    flip = 128 if not halves and b.dtype_name(w.codes) == "uint8" else 0
     scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
     zero = _as_array(_NO_ZEROS, b) if w.zero_point is None else w.zero_point
 
@@ -342,8 +337,7 @@ def operands_of(w: Coded, spec: Spec, inner: int, halves: bool, b: Backend, swap
         # those of nothing are as they should be: to find that out anew takes time that small products feel
         return blocks if blocks is _NO_CODES or blocks is _NO_ZEROS else blocks_of_rows(blocks, rows, spec, b, swapped)
 
-    table = numbers_of_codes(spec.element) if halves else _NO_NUMBERS
-    return Operands(halves, flip, table, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+    return Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
 
 
 def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bool = False) -> Array:

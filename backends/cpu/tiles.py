@@ -27,11 +27,12 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import serve
+from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.backends.cpu.packed import unpacked_rows
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, map_ranges
 from aqt_lite.elements import ElementType
 
-__all__ = ["matmul_of_tiles", "numbers_of_codes"]
+__all__ = ["matmul_of_tiles"]
 
 TILE = 1 << 20
 """Codes that a thread turns to floats at a time: 4 MB of those."""
@@ -154,17 +155,6 @@ def _every_code(element: ElementType, dtype: Any) -> Array:
     """Codes of 8 bits by their patterns; 0, which is a code of them all, in place of those that are none."""
     bits, (least, most) = np.arange(256, dtype=np.uint8).view(dtype), element.codes
     return np.where((bits >= least) & (bits <= most), bits, bits[:1])
-
-
-@functools.lru_cache(maxsize=64)
-def numbers_of_codes(element: ElementType) -> Array:
-    """The 16 numbers of codes of 4 bits, by their bits; NaN for those that stand for none."""
-    bits = np.arange(16, dtype=np.uint8)
-    codes = bits if element.storage.startswith("u") else ((bits ^ 8).astype(np.int8) - np.int8(8))
-    least, most = element.codes
-    known = (codes >= least) & (codes <= most)
-    numbers = np.asarray(element.decode(np.where(known, codes, codes[:1]), get_backend("numpy")), dtype=np.float32)
-    return np.where(known, numbers, np.float32(np.nan))
 
 
 @functools.lru_cache(maxsize=16)

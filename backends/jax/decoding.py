@@ -22,12 +22,13 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import decoding, native, pool, stored, turning
-from aqt_lite.backends.cpu.decoding import STRIP, arrange, dequantize, multiply, shape_of_arranged
+from aqt_lite.backends.cpu.decoding import HALVES, STRIP, arrange, dequantize, multiply, shape_of_arranged
 from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, array, attribute, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import primitive, version_of
+from aqt_lite.packing import unpack
 
 __all__ = ["product", "values"]
 
@@ -41,8 +42,9 @@ CODES_AT_ONCE = 1 << 16
 
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
 # scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
-# halves, size, swapped (scales, their codes and zero points then have groups first). Results: y (M, N) float32, for
-# each strip of columns 1 where a scale is too large; scratch: x arranged.
+# kind, size, swapped (scales, their codes and zero points then have groups first), width (bits from one code to the
+# next, for XLA's own operations). Results: y (M, N) float32, for each strip of columns 1 where a scale is too large;
+# scratch: x arranged.
 
 
 @njit(nogil=True)
@@ -59,25 +61,27 @@ def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
     x, arranged = _of_x(frame)
     last = arranged.shape[0] if stop == x.shape[0] else stop
     table, shifted = operand(frame, 2), dim(operand(frame, 6), 0) > 0
-    numbers = array(table, (dim(table, 0),), np.float32)
-    arrange(x[start:stop], attribute(frame, 1) != 0, attribute(frame, 2), numbers, shifted, arranged[start:last])
+    told = x[start:stop], attribute(frame, 1), attribute(frame, 2)
+    numbers = array(table, (dim(table, 0),), np.float32)  # no more than the first of those that have two axes: unread
+    arrange(*told, numbers, shifted, arranged[start:last])
 
 
 @njit(nogil=True)
 def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
     x, arranged = _of_x(frame)
     swapped = attribute(frame, 3) != 0
-    codes, table, scale, kept = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
+    codes, scale, kept = operand(frame, 1), operand(frame, 3), operand(frame, 4)
     numbers, zero, bias = operand(frame, 5), operand(frame, 6), operand(frame, 7)
     columns = dim(codes, 0)
     y = array(result(frame, 0), (x.shape[0], columns), np.float32)
-    return multiply(
+    told = (
         array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
         arranged,
         x.shape[1],
-        attribute(frame, 1) != 0,
+        attribute(frame, 1),
         attribute(frame, 0),
-        array(table, (dim(table, 0),), np.float32),
+    )
+    others = (
         blocks_of(array(scale, (dim(scale, 0), dim(scale, 1)), np.float32), swapped, start, stop),
         blocks_of(array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8), swapped, start, stop),
         array(numbers, (dim(numbers, 0),), np.float32),
@@ -87,6 +91,10 @@ def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cove
         0,
         y[:, start:stop],
     )
+    table = operand(frame, 2)
+    if attribute(frame, 1) > HALVES:
+        return multiply(*told, array(table, (1, dim(table, 1)), np.float32), *others)
+    return multiply(*told, array(table, (dim(table, 0),), np.float32), *others)
 
 
 @njit(nogil=True)
@@ -120,21 +128,17 @@ def _handler(version: int) -> Any:
 
 
 # ---- the values. Operands: the codes, the table, scales, codes of scales, the numbers of those and zero points, as
-# above. Attributes, by name: flip, halves, inner, size. Results: values (N, K) float32, for each row 1 where a scale is
-# too large.
+# above. Attributes, by name: flip, inner, kind, size, width. Results: values (N, K) float32, for each row 1 where
+# a scale is too large.
 
 
 @njit(nogil=True)
 def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    codes, table, scale, kept = operand(frame, 0), operand(frame, 1), operand(frame, 2), operand(frame, 3)
+    codes, scale, kept = operand(frame, 0), operand(frame, 2), operand(frame, 3)
     numbers, zero = operand(frame, 4), operand(frame, 5)
-    rows, inner = dim(codes, 0), attribute(frame, 2)
-    small = dequantize(
-        array(codes, (rows, dim(codes, 1)), np.uint8)[start:stop],
-        inner,
-        attribute(frame, 1) != 0,
-        attribute(frame, 0),
-        array(table, (dim(table, 0),), np.float32),
+    rows, inner = dim(codes, 0), attribute(frame, 1)
+    told = array(codes, (rows, dim(codes, 1)), np.uint8)[start:stop], inner, attribute(frame, 2), attribute(frame, 0)
+    others = (
         array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
         array(kept, (dim(kept, 0), dim(kept, 1)), np.uint8),
         array(numbers, (dim(numbers, 0),), np.float32),
@@ -143,6 +147,11 @@ def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
         start,
         array(result(frame, 0), (rows, inner), np.float32)[start:stop],
     )
+    table = operand(frame, 1)
+    if attribute(frame, 2) > HALVES:
+        small = dequantize(*told, array(table, (1, dim(table, 1)), np.float32), *others)
+    else:
+        small = dequantize(*told, array(table, (dim(table, 0),), np.float32), *others)
     array(result(frame, 1), (rows,), np.int32)[start:stop] = 0 if small else 1
 
 
@@ -153,7 +162,7 @@ def _handler_of_values(version: int) -> Any:
     def handler(frame: Any) -> Any:  # pragma: no cover - compiled
         if describe(frame) or version < 0:
             return OK
-        height = max(CODES_AT_ONCE // attribute(frame, 2), 1)
+        height = max(CODES_AT_ONCE // attribute(frame, 1), 1)
         return parallel_for(frame, _decode_address(), dim(operand(frame, 0), 0), height)
 
     return handler
@@ -182,32 +191,32 @@ def are_values_registered() -> bool:
 
 def _plain(
     x: Array, codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array, bias: Array,
-    *, flip: int, halves: bool, size: int, swapped: bool,
+    *, flip: int, kind: int, size: int, swapped: bool, width: int,
 ) -> list[Array]:  # fmt: skip
     """The same in XLA's own operations."""
     if swapped:
         scale, kept, zero = scale.T, kept.T, zero.T
     of_weight = codes, table, scale, kept, numbers, zero
-    values, unserved = _plain_values(*of_weight, flip=flip, halves=halves, inner=x.shape[1], size=size)
-    flags, *scratch = _results(x, codes, flip=flip, halves=halves, size=size, swapped=swapped)[1:]
+    values, unserved = _plain_values(*of_weight, flip=flip, inner=x.shape[1], kind=kind, size=size, width=width)
+    flags, *scratch = _results(x, codes, kind=kind)[1:]
     flag = jnp.full(flags.shape, jnp.any(unserved != 0), jnp.int32)
     return [x @ values.T + bias, flag, *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
 
 def _plain_values(
     codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array,
-    *, flip: int, halves: bool, inner: int, size: int,
+    *, flip: int, inner: int, kind: int, size: int, width: int,
 ) -> list[Array]:  # fmt: skip
     rows = codes.shape[0]
 
     def spread(groups: Array) -> Array:
         return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
 
-    if halves:
-        positions = jnp.stack([codes & 15, codes >> 4], axis=2).reshape(rows, -1)
-        values = table[positions[:, :inner].astype(jnp.int32)]
-    else:
+    if kind == decoding.BYTES:
         values = codes.astype(jnp.float32) - flip
+    else:
+        patterns = codes if width == 8 else unpack(codes, bits=width, length=inner, signed=False, b=get_backend("jax"))
+        values = table.reshape(-1)[patterns.view(jnp.uint8).astype(jnp.int32)]
     if zero.size:
         values = values - spread(zero - flip).astype(jnp.float32)
     scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
@@ -215,17 +224,17 @@ def _plain_values(
     return [values * spread(scale), jnp.full(rows, ~small, jnp.int32)]
 
 
-def _results(x: Any, codes: Any, *_: Any, flip: int, halves: bool, size: int, swapped: bool) -> list[Any]:
+def _results(x: Any, codes: Any, *_: Any, kind: int, **others: int) -> list[Any]:
     (rows, inner), columns = x.shape, codes.shape[0]
     shapes = [
         ((rows, columns), jnp.float32),
         ((-(-columns // STRIP),), jnp.int32),
-        (shape_of_arranged(rows, inner, halves), jnp.float32),
+        (shape_of_arranged(rows, inner, kind), jnp.float32),
     ]
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
 
-def _results_of_values(codes: Any, *_: Any, flip: int, halves: bool, inner: int, size: int) -> list[Any]:
+def _results_of_values(codes: Any, *_: Any, inner: int, **others: int) -> list[Any]:
     rows = codes.shape[0]
     return [jax.core.ShapedArray((rows, inner), jnp.float32), jax.core.ShapedArray((rows,), jnp.int32)]
 
@@ -241,15 +250,17 @@ def product(
 
     So it is where a scale is 0, or so large that values might have to be clipped.
     """
-    halves, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"), swapped)
+    kind, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"), swapped)
     bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
-    y, flags, _ = _bind(*operands, flip=flip, halves=halves, size=size, swapped=swapped)
+    width = spec.element.bits if packed else 8
+    y, flags, _ = _bind(*operands, flip=flip, kind=kind, size=size, swapped=swapped, width=width)
     return y.astype(x.dtype), jnp.any(flags != 0)
 
 
 def values(w: Coded, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
     """The values (N, ``inner``) of such a weight, groups of any length, and whether they have to be made otherwise."""
-    halves, flip, table, *others, size = stored.operands_of(w, spec, inner, packed, get_backend("jax"))
-    made, flags = _bind_values(w.codes, table, *others, flip=flip, halves=halves, inner=inner, size=size)
+    kind, flip, table, *others, size = stored.operands_of(w, spec, inner, packed, get_backend("jax"))
+    static = {"flip": flip, "inner": inner, "kind": kind, "size": size, "width": spec.element.bits if packed else 8}
+    made, flags = _bind_values(w.codes, table, *others, **static)
     return made, jnp.any(flags != 0)

@@ -303,7 +303,7 @@ def _is_worth_values(x: Array, w: Coded, spec: Spec, contract: int, packed: bool
     them in many steps.
     """
     rows = x.shape[0]
-    if not _is_known(rows) or not rows or not serve.becomes_floats(x.dtype.name, w, spec, contract, packed):
+    if not _is_known(rows) or not rows or not serve.decodes(x.dtype.name, w, spec, contract, packed):
         return False
     codes = w.codes.shape[0] * x.shape[1]
     if codes < (SMALLEST_TO_UNPACK if packed else SMALLEST_FOR_LOOPS):

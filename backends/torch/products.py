@@ -195,20 +195,18 @@ def _by_decoding(
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
     loops = stored.ByLoops(w, spec, contract, packed_length)
-    if x.dtype is torch.float64 or not loops.becomes_floats:
+    if x.dtype is torch.float64 or not loops.decodes:
         return NotImplemented
     rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length, loops=loops)
     if loops.cut_in_panels(rows) is not None:
         y = _on_numpy_memory(form, x, w, bias, spec, contract)
         if y is not NotImplemented:
             return y
-    if loops.are_worth_floats(rows) or (packed_length is not None and not loops.decodes):
+    if loops.are_worth_floats(rows):
         if not _have_numpy_memory(runtime.arrays_in(w)):
             return NotImplemented
         with outside_transformations():
             return _of_floats(loops, x, Coded(*runtime.admitted(_as_numpy(w))), bias)
-    if not loops.decodes:  # bytes have loops for any group elsewhere
-        return NotImplemented
     return _on_numpy_memory(form, x, w, bias, spec, contract)
 
 
@@ -481,7 +479,7 @@ def _stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **
     tensors = runtime.arrays_in((x, *w, bias))
     if _have_numpy_memory(tensors):
         return _by_decoding(x, w, bias, **static)
-    if not _may_be_read(tensors) or not _serves(serve.becomes_floats, x, w, static):
+    if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
         return _by_decoding(x, w, bias, **static)
@@ -545,7 +543,7 @@ def _stored_in_one_call(
     others = (kept.zero_point, kept.offset) if isinstance(kept, Coded) else ()
     if not DECODES or not plain or any(a is not None for a in others):
         return None
-    if not serve.decodes_in_vectors(1, x_dtype, w, spec, contract, packed_length is not None):
+    if not serve.decodes_by_loops(x_dtype, w, spec, contract, packed_length is not None):
         return None
     names = (spec.format.name, "" if spec.format.scale is None else spec.format.scale.name, spec.source.name)
     lengths = tuple(-1 if n is None else n for n in (*spec.block, packed_length))
