@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,12 +114,15 @@ def installed(python: Path) -> str:
     return f"Python {version}, " + ", ".join(f"{n} {found[n]}" for n in names if n in found)
 
 
-def prepared(environment: Environment, base: str, wheel: Path) -> Path:
-    """The environment's Python, with the wheel installed."""
+def prepared(environment: Environment, wheel: Path) -> Path | None:
+    """The environment's Python, with the wheel installed; None where no such Python is."""
+    base = interpreter(environment.python)
+    if base is None:
+        return None
     folder = HOME / environment.name.replace(" ", "-")
     python, ready = folder / "bin" / "python", folder / "ready.json"
     wanted = json.dumps([base, environment.requirements])
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     if not ready.exists() or ready.read_text() != wanted:
         subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([*pip, *environment.requirements], check=True)
@@ -128,12 +132,10 @@ def prepared(environment: Environment, base: str, wheel: Path) -> Path:
     return python
 
 
-def run(environment: Environment, wheel: Path) -> tuple[bool, str]:
+def run(environment: Environment, python: Path | None) -> tuple[bool, str]:
     """Whether the tests passed, and the line that says which, where and how."""
-    base = interpreter(environment.python)
-    if base is None:
+    if python is None:
         return True, f"{environment.name}: NOT RUN, there is no Python {environment.python} here"
-    python = prepared(environment, base, wheel)
     names = environment.tests
     tests = [f"tests/test_{name}" + ("" if ".py" in name else ".py") for name in names]
     variables = {
@@ -168,9 +170,10 @@ def main() -> int:
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     (wheel,) = built.glob("*.whl")
     results = []
-    for environment in ENVIRONMENTS:
-        if all(part in environment.name for part in sys.argv[1:]):
-            results.append(run(environment, wheel))
+    chosen = [e for e in ENVIRONMENTS if all(part in e.name for part in sys.argv[1:])]
+    with ThreadPoolExecutor(1) as installer:  # the next ones are installed while tests run
+        for environment, python in zip(chosen, installer.map(lambda e: prepared(e, wheel), chosen), strict=True):
+            results.append(run(environment, python))
             print(results[-1][1], flush=True)
     print(f"{sum(ok for ok, _ in results)} of {len(results)} environments are in order")
     return 0 if results and all(ok for ok, _ in results) else 1

@@ -2,6 +2,7 @@
 
     python benchmarks/stored.py            printed, and written to benchmarks/stored.json
     python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
+    python benchmarks/stored.py --formats  the other formats: floats of 8 bits, odd widths, odd groups
     python benchmarks/stored.py --only "numpy alone" --sizes 4096 --rows 1 8    these rows anew, the others as they are
 
 Each result is checked against float64 first, row by row, with an outlier and without. Peers take part where they are
@@ -39,6 +40,23 @@ WEIGHTS = {
 }
 REPRODUCIBLE = ["int4, groups of 32", "uint8 with zero points, groups of 128"]
 """Of these, products with the same bits everywhere, too."""
+
+OTHERS = {
+    "int2, groups of 32": {"dtype": "int2", "granularity": PerGroup(32)},
+    "int3, groups of 32": {"dtype": "int3", "granularity": PerGroup(32)},
+    "int6, one scale an output": {"dtype": "int6", "granularity": PerChannel(0)},
+    "float8_e4m3fn, one scale an output": {"dtype": "float8_e4m3fn", "granularity": PerChannel(0)},
+    "float8_e4m3fn, groups of 32": {"dtype": "float8_e4m3fn", "granularity": PerGroup(32)},
+    "float8_e5m2fnuz, groups of 32": {"dtype": "float8_e5m2fnuz", "granularity": PerGroup(32)},
+    "mxfp8_e4m3": {"dtype": "mxfp8_e4m3"},
+    "mxfp6_e2m3": {"dtype": "mxfp6_e2m3"},
+    "mxint8": {"dtype": "mxint8"},
+    "nvfp4": {"dtype": "nvfp4"},
+    "int4, groups of 16": {"dtype": "int4", "granularity": PerGroup(16)},
+    "int8, groups of 24": {"granularity": PerGroup(24)},
+    "uint8 with zero points, groups of 24": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(24)},
+}
+"""One of each kind that loops tell apart, and groups that are no whole vectors."""
 
 
 def on(kind: str):
@@ -111,7 +129,7 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
     for name in measured:
         assert run.error(candidates[name](0), exact[name.removesuffix(", reproducible")]) <= 2 * own, (kind, name, m)
     check_without_outlier(kind, w, weights, x)
-    others = peers.of(kind, w, x) if kind == library else {}
+    others = peers.of(kind, w, x) if kind == library and weights.keys() <= WEIGHTS.keys() else {}
     for name, peer in others.items():
         off = run.error(peer.call(0), x.astype(np.float64) @ peer.weight.T)
         print(f"  {kind:6} {size} M={m:<4} {name:40} error {off:.1e}, float32's {own:.1e}")
@@ -196,6 +214,7 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--shapes", action="store_true", help="those of real networks alone")
+    parser.add_argument("--formats", action="store_true", help="the other formats alone, one row and 8, 4096²")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
     options = parser.parse_args()
     quick = options.quick
@@ -211,12 +230,17 @@ def main() -> None:
     if options.shapes:
         path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes()}, indent=1) + "\n")
         return
+    if options.formats:
+        of_formats = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
+        path.write_text(json.dumps({**json.loads(path.read_text()), "formats": of_formats}, indent=1) + "\n")
+        return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
     if not quick:
         if options.only:
             results = spliced(json.loads(path.read_text()), results["rows"])
         else:
             results["shapes"] = shapes()
+            results["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 

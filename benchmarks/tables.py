@@ -45,18 +45,23 @@ def tables(results: dict) -> dict[str, str]:
     stored = json.loads((ROOT / "benchmarks" / "stored.json").read_text())
     of_shapes = {"shapes": shapes(stored)} if "shapes" in stored else {}  # recorded from the next full run on
     layers = json.loads((ROOT / "benchmarks" / "frameworks.json").read_text())
-    return of_shapes | {
-        "frameworks": frameworks(layers["rows"]),
-        "machine of frameworks": machine(layers, copying=False),
-        "stored": products_stored(stored, None),
-        "some stored": products_stored(stored, SHOWN),
-        "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
-        "machine": machine(results),
-        "products": products(results, ("linear", "linear, reproducible")),
-        "all products": products(results, None),
-        "quantization": quantization(results),
-        "small": small(results),
-    }
+    of_formats = {"formats stored": formats_stored(stored)} if "formats" in stored else {}
+    return (
+        of_shapes
+        | of_formats
+        | {
+            "frameworks": frameworks(layers["rows"]),
+            "machine of frameworks": machine(layers, copying=False),
+            "stored": products_stored(stored, None),
+            "some stored": products_stored(stored, SHOWN),
+            "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
+            "machine": machine(results),
+            "products": products(results, ("linear", "linear, reproducible")),
+            "all products": products(results, None),
+            "quantization": quantization(results),
+            "small": small(results),
+        }
+    )
 
 
 def machine(results: dict, copying: bool = True) -> str:
@@ -86,6 +91,17 @@ def _ratio_and_share(c: dict | None) -> str:
     if c is None:
         return ""
     return f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 and c.get("read_share") else "")
+
+
+def formats_stored(results: dict) -> str:
+    """Of formats, times as fast as the float32 product, and milliseconds."""
+    found = {(r["who"], r["backend"], r["m"]): r for r in results["formats"]}
+    columns = list(dict.fromkeys((backend, m) for _, backend, m in found))
+    lines = ["| | " + " | ".join(f"{backend}, M={m}" for backend, m in columns) + " |", "|---|" + "---|" * len(columns)]
+    for name in dict.fromkeys(name for name, *_ in found):
+        cells = (found[name, *column] for column in columns)
+        lines.append(f"| {name} | " + " | ".join(f"{c['times_as_fast']:.2f}x ({c['ms']:.2f})" for c in cells) + " |")
+    return "\n".join(lines)
 
 
 def shapes(results: dict) -> str:
