@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +333,28 @@ assert len(told) == 1 and "set NUMBA_CACHE_DIR" in told[0], told
 def test_results_begin_on_a_line_of_cache_and_large_ones_on_a_huge_page(size, place):
     kept = [runtime.aligned_empty((size >> 10, 1 << 10), np.uint8) for _ in range(3)]
     assert all(a.ctypes.data % place == 0 and a.flags.c_contiguous and a.flags.writeable for a in kept)
+
+
+def used_by_address_alone(function):
+    """Arrays that a compiled function makes and whose address is the last that it asks of them, outside of loops."""
+    names = [n for n in ast.walk(function) if isinstance(n, ast.Name)]
+    made = {n.id: n.lineno for n in reversed(names) if isinstance(n.ctx, ast.Store)}
+    last = {n.id: max(m.lineno for m in names if m.id == n.id) for n in names if n.id in made}
+    loops = [n for n in ast.walk(function) if isinstance(n, ast.For | ast.While)]
+    addresses = [n for n in ast.walk(function) if isinstance(n, ast.Attribute) and n.attr == "ctypes"]
+    for name in made:
+        in_loop = any(made[name] < loop.lineno <= last[name] <= loop.end_lineno for loop in loops)
+        asked = [n.lineno for n in addresses if ast.unparse(n.value).partition("[")[0] == name]
+        if last[name] in asked and not in_loop:
+            yield name
+
+
+def test_no_array_of_a_loop_is_freed_while_its_address_is_used():
+    """numba frees an array after its last use, and an address is none."""
+    found = ast.parse("@njit()\ndef f():\n    a = np.empty(3)\n    p = a.ctypes.data\n    g(p)").body[0]
+    assert list(used_by_address_alone(found)) == ["a"]
+    files = (Path(aqt_lite.backends.cpu.__file__).parent.parent).glob("*/*.py")
+    functions = [n for file in files for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
+    compiled = [f for f in functions if any("njit" in ast.unparse(d) for d in f.decorator_list)]
+    assert len(compiled) > 100
+    assert [(f.name, *used_by_address_alone(f)) for f in compiled if any(used_by_address_alone(f))] == []

@@ -878,6 +878,36 @@ def test_codes_of_nan_and_infinity_stay_in_their_row(backend, dtype, code):
         assert_exact_to_float32(y[:, others], x[:rows], values[others])
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_codes_of_infinity_are_clipped_though_they_meet_0_and_each_other(backend, rows):
+    q = quantize(weight(40, 64), "float8_e5m2", granularity=PerChannel(0))
+    codes = q.storage.copy()
+    codes[7, [5, 9]] = 0x7C, 0xFC  # both infinities
+    q = replace(q, storage=codes)
+    for x in (np.full((rows, 64), 0.25, np.float32), weight(rows, 64) * np.float32(0.01)):
+        x[:, [5, 9]] *= x[0, 0] == 0.25
+        y = linear(backend.asarray(x), q.to_backend(backend.name))
+        assert_exact_to_float32(backend.to_numpy(y), x, q.dequantize())
+
+
+@needs_loops
+@pytest.mark.parametrize(
+    "how", [{"dtype": "int4"}, {"dtype": "int3"}, {"dtype": "uint8", "scheme": "affine"}], ids=name_of
+)
+def test_odd_groups_give_the_same_bits_at_every_call(how):
+    """Memory of the loops stays theirs until they are done, whoever else asks for some."""
+    q, x = quantize(weight(384, 1536), granularity=PerGroup(100), **how), weight(8, 1536, 1)
+    expected = linear(x, q)
+    assert_exact_to_float32(expected, x, q.dequantize())
+
+    def work(seed):
+        others = [np.full(seed % 7 * 300 + 200, np.nan, np.float32) for _ in range(4)]
+        return others and all(np.array_equal(linear(x, q), expected) for _ in range(25))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(6)))
+
+
 @needs_loops
 @pytest.mark.parametrize("how", [IN_ORDER["INTEGERS"][1], IN_ORDER["MOVED"][0], IN_ORDER["LOOKED_UP"][0]], ids=name_of)
 def test_scales_of_no_use_are_left_to_the_operations(how):

@@ -1419,11 +1419,13 @@ def _rest_of(w: Any, inner: Any, kind: Any, table: Any, moves: Any, rest: Any) -
 @njit(nogil=True, cache=True)
 def _in_order(
     row: Any, rest: Any, whole: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, first: Any,
-    last: Any, out: Any,
+    last: Any, each: Any, out: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """Values of codes ``first``, which begins a vector, to ``last`` - 1, and more where those end within a vector.
 
-    ``row`` and ``rest`` are addresses, the latter of codes from ``whole`` on.
+    ``row`` and ``rest`` are addresses, the latter of codes from ``whole`` on. ``each`` is two rows of memory, with room
+    for so many floats and a vector more. It is the caller's, as all is of which only the address is used: numba frees
+    an array after its last use, and knows of none by address.
     """
     step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
     fits, k = size % LANES == 0, first
@@ -1453,23 +1455,24 @@ def _in_order(
     if fits or first == last:
         return
     count = last - first
-    each_scale, each_zero = np.empty(count + LANES, dtype=np.float32), np.empty(count + LANES, dtype=np.float32)
-    _spread(scale.ctypes.data, size, first, last, each_scale.ctypes.data)
-    _spread(zero.ctypes.data, size, first, last, each_zero.ctypes.data)
-    _scale_each(out.ctypes.data, count, each_scale.ctypes.data, each_zero.ctypes.data)
+    scales, zeros = each.ctypes.data, each.ctypes.data + each.strides[0]
+    _spread(scale.ctypes.data, size, first, last, scales)
+    _spread(zero.ctypes.data, size, first, last, zeros)
+    _scale_each(out.ctypes.data, count, scales, zeros)
 
 
 @njit(nogil=True, cache=True)
 def _all_in_order(
-    w: Any, inner: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, out: Any
-) -> None:  # pragma: no cover - compiled
-    """The values of one row, and nothing beside them."""
-    rest, last = np.empty((1, BYTES_OF_REST), dtype=np.uint8), np.empty(LANES, dtype=np.float32)
+    w: Any, inner: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, rest: Any, each: Any,
+    out: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """The values of one row, and nothing beside them; ``rest`` and ``each`` are memory of the caller's."""
+    last = np.empty(LANES, dtype=np.float32)
     whole = _rest_of(w.reshape(1, w.shape[0]), inner, kind, table, moves, rest)
     at, of_rest, full = w.ctypes.data, rest.ctypes.data, inner - inner % LANES
-    _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, 0, full, out)
+    _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, 0, full, each, out)
     if full < inner:
-        _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, full, inner, last)
+        _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, full, inner, each, last)
         out[full:inner] = last[: inner - full]
 
 
@@ -1597,6 +1600,7 @@ def _add_in_order(
         k = end
     at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (height, DEPTH)
     values = np.empty((at_once if k < inner else 0, depth), dtype=np.float32)
+    each = np.empty((2, 0 if size % LANES == 0 else depth + LANES), dtype=np.float32)
     while k < inner:
         last = min(k + depth, inner)
         steps, entries = (last - k + LANES - 1) // LANES, x.ctypes.data + 4 * k
@@ -1607,7 +1611,7 @@ def _add_in_order(
                 own_scale, own_zero = scale[n if s_stride else 0], zero[n if z_stride else 0]
                 _in_order(
                     start + n * by, rest.ctypes.data + n * BYTES_OF_REST, whole, kind, table, moves, own_scale,
-                    own_zero, size, k, last, values[r],
+                    own_zero, size, k, last, each, values[r],
                 )  # fmt: skip
                 values[r, last - k : steps * LANES] = 0  # whatever codes of zeros stand for
             for t in range((rows + tile - 1) // tile):
@@ -1663,6 +1667,15 @@ def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
+def _are_finite(numbers: Any) -> Any:  # pragma: no cover - compiled
+    """Whether all of some rows are: an infinity may have met 0, or another one, and be NaN."""
+    for n in range(numbers.shape[0]):  # noqa: SIM110
+        if not np.isfinite(numbers[n]).all():
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
 def multiply(
     w: Any, x: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
     zero: Any, size: Any, bias: Any, first_row: Any, y: Any,
@@ -1674,7 +1687,7 @@ def multiply(
     of a group, of ``BYTES`` and ``HALVES`` a whole number of vectors, and may be longer than K. ``y`` is (M, N of w);
     ``first_row`` is the row of scales, zero points and bias that w begins with. The answer is False where a value might
     be beyond float32, which dequantizing would clip, and where a scale is NaN or, not being kept as a code, 0; or where
-    codes may stand for infinities, and the result has some.
+    codes may stand for infinities, and the result is not finite.
     """
     rows, columns, halves = y.shape[0], w.shape[0], kind == HALVES
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
@@ -1737,7 +1750,7 @@ def multiply(
                 for n in range(here):
                     y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
     if table.ndim == 2:
-        return most < LARGE and not (_have_infinity(table) and _have_infinity(y))
+        return most < LARGE and not (_have_infinity(table) and not _are_finite(y))
     return most < LARGE
 
 
@@ -1798,6 +1811,8 @@ def dequantize(
     a = table.ctypes.data
     whole, most = inner // size if size % LANES == 0 else 0, np.uint32(0)
     doubling, moves = _doubling(of_scales), np.empty(0, dtype=np.uint8)
+    rest = np.empty((1, BYTES_OF_REST if table.ndim == 2 else 0), dtype=np.uint8)
+    each = np.empty((2, inner + LANES if table.ndim == 2 and size % LANES != 0 else 0), dtype=np.float32)
     if table.ndim == 2:
         moves = _moves_of(kind, table[0])
     for n in range(w.shape[0]):
@@ -1811,7 +1826,7 @@ def dequantize(
             return False
         start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
         if table.ndim == 2:
-            _all_in_order(w[n], inner, kind, table[0], moves, numbers[0], zeros[0], size, out[n])
+            _all_in_order(w[n], inner, kind, table[0], moves, numbers[0], zeros[0], size, rest, each, out[n])
         if table.ndim == 1:
             g = 0
             while g < groups:

@@ -207,7 +207,6 @@ def _plain_values(
     codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array,
     *, flip: int, inner: int, kind: int, size: int, width: int,
 ) -> list[Array]:  # fmt: skip
-    rows = codes.shape[0]
 
     def spread(groups: Array) -> Array:
         return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
@@ -221,7 +220,8 @@ def _plain_values(
         values = values - spread(zero - flip).astype(jnp.float32)
     scale = numbers[kept.astype(jnp.int32)] if numbers.size else scale
     small = jnp.all((jnp.abs(scale) < 2.0**100) & ((scale != 0) | (numbers.size > 0)))
-    return [values * spread(scale), jnp.full(rows, ~small, jnp.int32)]
+    values = values * spread(scale)
+    return [values, (~small | jnp.isinf(values).any(axis=1)).astype(jnp.int32)]
 
 
 def _results(x: Any, codes: Any, *_: Any, kind: int, **others: int) -> list[Any]:
