@@ -192,7 +192,7 @@ def test_every_number_of_sixteen_bits_is_exact_on_every_form(dtype):
 # ---- many numbers, one form against another
 
 
-@pytest.mark.exhaustive_where(compiled_by_torch=True)  # a quarter of a minute
+@pytest.mark.exhaustive  # a quarter of a minute each
 @pytest.mark.parametrize("compiled_by_torch", [False, True])
 def test_large_arrays_agree_on_every_form(compiled_by_torch):
     """Large enough for kernels that small arrays never reach: 131,072 numbers and more."""

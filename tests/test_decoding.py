@@ -735,7 +735,11 @@ def test_scales_of_zero_give_nan_under_jit():
 @needs_loops
 @pytest.mark.parametrize(
     "how",
-    [{"dtype": "int4", "granularity": PerGroup(16)}, {"granularity": PerChannel(0)}, {"scheme": "affine"}],
+    [
+        pytest.param({"dtype": "int4", "granularity": PerGroup(16)}, marks=pytest.mark.exhaustive),
+        {"granularity": PerChannel(0)},
+        {"scheme": "affine"},
+    ],
     ids=name_of,
 )
 def test_many_rows_meet_values_inside_programs(how):
@@ -921,7 +925,15 @@ def test_scales_of_no_use_are_left_to_the_operations(how):
 
 
 @needs_loops
-@pytest.mark.parametrize("how", [IN_ORDER["MOVED"][0], IN_ORDER["INTEGERS"][1], {"dtype": "nvfp4"}], ids=name_of)
+@pytest.mark.parametrize(
+    "how",
+    [
+        IN_ORDER["MOVED"][0],
+        pytest.param(IN_ORDER["INTEGERS"][1], marks=pytest.mark.exhaustive),
+        pytest.param({"dtype": "nvfp4"}, marks=pytest.mark.exhaustive),
+    ],
+    ids=name_of,
+)
 def test_codes_that_meet_x_in_order_do_so_on_every_backend(backend, how, monkeypatch):
     """Through the same loops, which give the same bits."""
     monkeypatch.setattr(runtime, "LARGE", 1 << 10)

@@ -245,9 +245,7 @@ def test_a_jitted_product_calls_the_compiled_loops_and_an_exported_one_does_not(
 
 
 @pytest.mark.exhaustive  # a quarter of a minute; test_jax and test_decoding have some of either mode
-@pytest.mark.exhaustive_where(dots="without")
-@pytest.mark.exhaustive_where(mode="fast")
-@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+@pytest.mark.parametrize(("dots", "mode"), [("with", "reproducible"), ("without", "fast")], indirect=["dots"])
 def test_transformations_of_jax(weight, dots, mode):
     x = activations(4, 3, 320)
 

@@ -607,6 +607,7 @@ def test_numbers_of_records_are_symbols_where_lengths_are(dtype):
         torch.testing.assert_close(y, product, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive  # eight seconds
 def test_stochastic_rounding_compiles():
     """Inlined into one another, the rounds of its noise took the compiler hours."""
     x = data(6, 40)
