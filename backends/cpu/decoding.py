@@ -1507,96 +1507,33 @@ def _add_in_order(
         for n in range(0, here, height):
             codes, o = start + n * by + k // LANES * step, out + n * sums.strides[1]
             s, z = scale.ctypes.data + n * s_stride + 4 * g, zero.ctypes.data + n * z_stride + 4 * g
+            told = (
+                codes,
+                by,
+                here - n,
+                codes + AHEAD,
+                entries,
+                0,
+                s,
+                s_stride,
+                z,
+                z_stride,
+                a,
+                of_moves,
+                groups,
+                steps,
+                o,
+            )
             if kind == IN_ORDER:
-                _halves_in_order_of_one_row(
-                    codes,
-                    by,
-                    here - n,
-                    codes + AHEAD,
-                    entries,
-                    0,
-                    s,
-                    s_stride,
-                    z,
-                    z_stride,
-                    a,
-                    of_moves,
-                    groups,
-                    steps,
-                    o,
-                )
+                _halves_in_order_of_one_row(*told)
             elif kind == INTEGERS:
-                _integers_of_one_row(
-                    codes,
-                    by,
-                    here - n,
-                    codes + AHEAD,
-                    entries,
-                    0,
-                    s,
-                    s_stride,
-                    z,
-                    z_stride,
-                    a,
-                    of_moves,
-                    groups,
-                    steps,
-                    o,
-                )
+                _integers_of_one_row(*told)
             elif kind == MOVED:
-                _moved_of_one_row(
-                    codes,
-                    by,
-                    here - n,
-                    codes + AHEAD,
-                    entries,
-                    0,
-                    s,
-                    s_stride,
-                    z,
-                    z_stride,
-                    a,
-                    of_moves,
-                    groups,
-                    steps,
-                    o,
-                )
+                _moved_of_one_row(*told)
             elif kind == MOVED_WIDE:
-                _moved_wide_of_one_row(
-                    codes,
-                    by,
-                    here - n,
-                    codes + AHEAD,
-                    entries,
-                    0,
-                    s,
-                    s_stride,
-                    z,
-                    z_stride,
-                    a,
-                    of_moves,
-                    groups,
-                    steps,
-                    o,
-                )
+                _moved_wide_of_one_row(*told)
             else:
-                _looked_up_of_one_row(
-                    codes,
-                    by,
-                    here - n,
-                    codes + AHEAD,
-                    entries,
-                    0,
-                    s,
-                    s_stride,
-                    z,
-                    z_stride,
-                    a,
-                    of_moves,
-                    groups,
-                    steps,
-                    o,
-                )
+                _looked_up_of_one_row(*told)
         k = end
     at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (height, DEPTH)
     values = np.empty((at_once if k < inner else 0, depth), dtype=np.float32)
@@ -1618,42 +1555,27 @@ def _add_in_order(
                 for r in range(0, there, height):
                     codes, by_values = values.ctypes.data + r * values.strides[0], values.strides[0]
                     o, x_of_tile = out + t * sums.strides[0] + (first + r) * sums.strides[1], entries + t * tile * at
+                    given = (
+                        codes,
+                        by_values,
+                        there - r,
+                        codes,
+                        x_of_tile,
+                        at,
+                        of_moves,
+                        0,
+                        of_moves,
+                        0,
+                        a,
+                        0,
+                        1,
+                        steps,
+                        o,
+                    )
                     if one:
-                        _floats_of_one_row(
-                            codes,
-                            by_values,
-                            there - r,
-                            codes,
-                            x_of_tile,
-                            at,
-                            of_moves,
-                            0,
-                            of_moves,
-                            0,
-                            a,
-                            0,
-                            1,
-                            steps,
-                            o,
-                        )
+                        _floats_of_one_row(*given)
                     else:
-                        _floats_of_rows(
-                            codes,
-                            by_values,
-                            there - r,
-                            codes,
-                            x_of_tile,
-                            at,
-                            of_moves,
-                            0,
-                            of_moves,
-                            0,
-                            a,
-                            0,
-                            1,
-                            steps,
-                            o,
-                        )
+                        _floats_of_rows(*given)
         k = last
 
 
