@@ -110,7 +110,7 @@ FOUR_BITS = (
 )  # fmt: skip
 
 REPRODUCIBLE = ("int4, groups of 32", "uint8 with zero points, groups of 128")
-SHARE = "share of the time of reading alone"
+SHARE = "share of a product's time that reading its weight takes"
 OF_FAST = 'in groups, `mode="reproducible"`, of the speed of `fast`'
 
 GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[int, float]]] = {
