@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Number
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._near import check_integer
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.packing import bytes_of
@@ -359,8 +360,10 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     """
     qs = [q._checked() for q in _quantized(arrays)]
     first = qs[0]
+    check_integer("axis", axis)
     if not -first.ndim <= axis < first.ndim:
-        raise ValueError(f"axis={axis} is out of range for {first.ndim} dimensions")
+        n = first.ndim
+        raise ValueError(f"axis={axis} is out of range for {n} dimensions: use {-n} to {n - 1}")
     axis %= first.ndim
     for q in qs[1:]:
         if kind_in_words(q) != kind_in_words(first):
@@ -408,6 +411,7 @@ def stack(arrays: Any, axis: int = 0) -> QArray:
     """
     qs = [q._checked() for q in _quantized(arrays)]
     first = qs[0]
+    check_integer("axis", axis)
     if not 0 <= axis <= max(first.ndim - 2, 0):
         raise ValueError(f"axis={axis}: a new axis may stand before the last two, at 0 to {max(first.ndim - 2, 0)}")
     for q in qs[1:]:
@@ -437,7 +441,7 @@ def _joined_scales(parts: list[Any], axis: int) -> Any:
 
 
 def _quantized(arrays: Any) -> list[Any]:
-    found = list(arrays)
+    found = list(arrays) if isinstance(arrays, Iterable) else []
     if not found or not all(map(_is_quantized, found)):
         raise TypeError("give a sequence of one QArray or more; arrays of floats have their own library's functions")
     if len({q.backend for q in found}) > 1:

@@ -17,6 +17,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite._shapes import lengths_swapped
 from aqt_lite._sides import Side, differences, read_side, values_that_differ
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, Format, format_of
@@ -87,7 +88,7 @@ def convert(
     first
     """
     if not isinstance(q, QArray):
-        raise TypeError(f"q is a {type(q).__name__}, not a QArray: QArray.from_codes makes one of codes and scales")
+        raise TypeError(f"{not_a_qarray('q', q)}, or use QArray.from_codes, which makes one of codes and scales")
     b = q._backend
     if any(b.is_traced(a) for a in q._arrays()):
         raise TypeError("convert needs values, but q is being traced: call it outside the compiled function")

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
+from aqt_lite._near import not_known, one_of
 from aqt_lite.elements import Codebook, ElementType, Rounding
 from aqt_lite.formats import Format
 
@@ -172,10 +173,7 @@ class Dialect:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.reach not in ("top", "half range", "each side", "lowest"):
-            raise ValueError(
-                f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range', 'each side' or 'lowest'"
-            )
+        one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
         for field, value in (
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),
@@ -540,5 +538,5 @@ def dialect_of(dialect: Any) -> Dialect:
         raise TypeError(f"dialect is a {type(dialect).__name__}: give a name, or an aqt_lite.Dialect")
     found = DIALECTS.get(dialect)
     if found is None:
-        raise ValueError(f"dialect={dialect!r} is not known: use one of {', '.join(map(repr, DIALECTS))}, or a Dialect")
+        raise ValueError(not_known("dialect", dialect, DIALECTS, "a Dialect"))
     return found

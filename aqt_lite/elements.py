@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._near import of_these, shown
 from aqt_lite._protocol import Backend
 
 __all__ = [
@@ -826,7 +827,10 @@ def float_type(dtype: object, argument: str = "dtype") -> FloatType:
     """The record of a floating-point type, from its name or from any library's dtype object of that name."""
     found = FLOAT_TYPES.get(dtype_name(dtype))
     if found is None:
-        raise ValueError(f"{argument}={dtype!r} is not a floating-point type: use one of {', '.join(FLOAT_TYPES)}")
+        near = of_these(dtype_name(dtype), FLOAT_TYPES)
+        raise ValueError(
+            f"{argument}={shown(dtype)} is not a floating-point type{near}: use one of {', '.join(FLOAT_TYPES)}"
+        )
     return found
 
 
@@ -834,7 +838,8 @@ def integer_type(dtype: object) -> str:
     """The name of an integer type of any width, from its name or from any library's dtype object of that name."""
     name = dtype_name(dtype)
     if name not in INTEGER_TYPES:
-        raise ValueError(f"dtype={dtype!r} is not an integer type: use one of {', '.join(INTEGER_TYPES)}")
+        near = of_these(name, INTEGER_TYPES)
+        raise ValueError(f"dtype={shown(dtype)} is not an integer type{near}: use one of {', '.join(INTEGER_TYPES)}")
     return name
 
 

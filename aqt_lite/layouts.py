@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._dispatch import run
-from aqt_lite._near import did_you_mean
+from aqt_lite._near import of_these
 from aqt_lite._registry import get_backend
 from aqt_lite.packing import pack, unpack
 
@@ -487,7 +487,7 @@ def layout_of(layout: Any, dtype: str, bits: int) -> Layout:
         return found.holding(dtype, bits)
     if not isinstance(found, Layout):
         what = repr(layout) if isinstance(layout, str) else f"a {type(layout).__name__}"
-        near = did_you_mean(layout, LAYOUTS)
+        near = of_these(layout, LAYOUTS) if isinstance(layout, str) else ""
         raise ValueError(f"layout={what} is not known{near}: give a Layout, or one of {', '.join(LAYOUTS)}")
     if not found.holds(dtype, bits):
         wanted = f"{found.bits} bits" if found.dtype is None else f"format {found.dtype}"

@@ -211,6 +211,8 @@ def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> Tr
 
     Raises
     ------
+    TypeError
+        QArrays are in ``params``, and none in ``quantized``.
     ValueError
         The trees differ in structure or shapes; naming the path.
 
@@ -229,6 +231,8 @@ def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> Tr
             raise ValueError(
                 f"params and quantized are trees of different structures: one has {path}, the other {other}"
             )
+    if not any(isinstance(q, QArray) for _, q in after) and any(isinstance(x, QArray) for _, x in before):
+        raise TypeError("params has QArrays and quantized has none: give what was quantized first, and then the result")
     work: dict[int, tuple[str, Any, QArray]] = {}
     for (path, x), (_, q) in zip(before, after, strict=True):
         if isinstance(q, QArray):

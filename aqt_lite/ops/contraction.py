@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from aqt_lite import affine
-from aqt_lite._arguments import one_of
 from aqt_lite._dispatch import run
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
+from aqt_lite._near import one_of
 from aqt_lite._protocol import Backend
 from aqt_lite._shapes import axes_of_layout, swapped_forth
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.elements import float_type
+from aqt_lite.formats import format_of
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import Mode, as_operand, product
@@ -88,6 +89,8 @@ def dot_general(
     (3, 4, 16)
     """
     one_of("mode", mode, ("fast", "reproducible"))
+    if activations is not None:
+        format_of(activations, "activations")
     if not isinstance(w, QArray):
         raise TypeError(not_a_qarray("w", w))
     w = w._checked()
