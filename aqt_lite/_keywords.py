@@ -127,16 +127,17 @@ def _check_number(function: Callable[..., Any], args: Sequence[Any], kwargs: Map
         for i, (name, p) in enumerate(parameters.items())
         if p.default is p.empty and name not in kwargs and (i >= len(args) or name in by_name)
     ]
-    if missing:
-        raise TypeError(f"{called}() needs {_listed(missing)}{_example(called, function.__doc__)}")
     too_many = args[len(by_position) :]
     if too_many:
         takes = _listed([name for name in by_position if name not in ("self", "cls")])
-        meant = meant_by(function, too_many[0]) or (by_name[0] if len(by_name) == 1 else None)
+        likely = missing if len(missing) == 1 else by_name
+        meant = meant_by(function, too_many[0]) or (likely[0] if len(likely) == 1 else None)
         value = shown(too_many[0])
         way = f"; by name go {_listed(by_name)}" if by_name else ""
         way = f": give {meant}={value}" if meant else way
         raise TypeError(f"{called}() takes {takes or 'nothing'} by position, and {value} is one too many{way}")
+    if missing:
+        raise TypeError(f"{called}() needs {_listed(missing)}{_example(called, function.__doc__)}")
 
 
 def meant_by(function: Callable[..., Any], value: Any) -> str | None:

@@ -6,12 +6,14 @@ Owns: the search, and the errors of arguments that take a name of a closed list.
 from __future__ import annotations
 
 import difflib
+import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["did_you_mean", "nearest", "check_integer", "not_known", "of_these", "one_of", "shown"]
+__all__ = ["did_you_mean", "nearest", "check_integer", "index_of", "not_known", "of_these", "one_of", "shown"]
 
 _ELSEWHERE = {
     here: names.split()
@@ -82,6 +84,14 @@ def check_integer(argument: str, value: Any) -> None:
         raise TypeError(f"{argument} is a {type(value).__name__}: give an integer")
 
 
+def index_of(argument: str, value: Any) -> int:
+    """A length or an axis as Python's integer; TypeError where ``value`` does not become one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument}={shown(value)}: give an integer") from None
+
+
 def shown(value: Any) -> str:
     """A value in an error's words: of an array its shape alone."""
     shape = getattr(value, "shape", None)
@@ -92,6 +102,11 @@ def shown(value: Any) -> str:
 
 
 def of_these(name: str, known: Iterable[str]) -> str:
-    """``did_you_mean`` with what other libraries call the names that are ``known``."""
+    """``did_you_mean`` with what other libraries call the names that are ``known``.
+
+    A number of bits is no misspelling of another.
+    """
     names = list(known)
+    if re.fullmatch(r"(u?int|b?float)\d+|u?int|bool", name):
+        return ""
     return did_you_mean(name, names, {other: here for here in names for other in _ELSEWHERE.get(here, ())})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import numpy as np
 
 from aqt_lite._namespace import Array
-from aqt_lite._near import check_integer
+from aqt_lite._near import check_integer, index_of
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.packing import bytes_of
@@ -187,9 +187,9 @@ class ArrayShapes:
         """Axes in another order; reversed by default, as in NumPy."""
         q = self._checked()
         given = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
-        order = tuple(reversed(range(q.ndim))) if not given else tuple(operator.index(a) for a in given)
-        if sorted(a % max(q.ndim, 1) for a in order) != list(range(q.ndim)):
-            raise ValueError(f"axes {order} are no order of the {q.ndim} axes")
+        order = tuple(reversed(range(q.ndim))) if not given else tuple(index_of("axis", a) for a in given)
+        if sorted(a + q.ndim if a < 0 else a for a in order) != list(range(q.ndim)):
+            raise ValueError(f"axes {order} are no order of the {q.ndim} axes: give each once, 0 to {q.ndim - 1}")
         order = tuple(a % q.ndim for a in order)
         if order == tuple(range(q.ndim)):
             return q
@@ -230,7 +230,7 @@ class ArrayShapes:
             )
         q = self._checked()
         given = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        wanted = _resolved(tuple(operator.index(n) for n in given), q.size)
+        wanted = _resolved(tuple(index_of("length", n) for n in given), q.size)
         if wanted == q.shape:
             return q
         tail = 0  # axes at the end that stay

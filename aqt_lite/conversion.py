@@ -309,7 +309,8 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
     try:
         made = QArray.from_codes(codes, scale, **zeros, **how, scale_dtype=scale_dtype, float_dtype=q.float_dtype)
     except ValueError as error:
-        raise ValueError(str(error) if scale_dtype is None else f"scale_dtype={scale_dtype!r}: {error}") from None
+        said = scale_dtype is None or str(error).startswith("scale_dtype=")
+        raise ValueError(str(error) if said else f"scale_dtype={scale_dtype!r}: {error}") from None
     made = made.with_trainable_scales(q.trainable)
     made = made.for_dense(*lengths_swapped(q.transposed)) if q.transposed else made
     return made if q.packed_length is not None or not q._element.packs else made.unpacked()

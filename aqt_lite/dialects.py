@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
+from aqt_lite._keywords import naming_the_fields
 from aqt_lite._near import not_known, one_of
 from aqt_lite.elements import Codebook, ElementType, Rounding
 from aqt_lite.formats import Format
@@ -23,10 +24,12 @@ from aqt_lite.formats import Format
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
 Reach = Literal["top", "half range", "each side", "lowest"]
+_ROUNDINGS = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up")
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Dialect:
     """Rules by which a library chooses scales, zero points and codes. The defaults are this library's own.
@@ -174,6 +177,8 @@ class Dialect:
 
     def __post_init__(self) -> None:
         one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
+        if not (isinstance(self.rounding, float) and 0 < self.rounding < 1):
+            one_of(f"Dialect({self.name!r}): rounding", self.rounding, _ROUNDINGS, "a part between 0.0 and 1.0")
         for field, value in (
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from aqt_lite._near import did_you_mean, shown
+from aqt_lite._keywords import naming_the_fields
+from aqt_lite._near import did_you_mean, one_of, shown
 from aqt_lite.elements import (
     FLOAT_TYPES,
     INTEGER_TYPES,
@@ -57,6 +58,7 @@ _LEAST = 2.0**-100
 _LOPSIDED = 8
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Format:
     """An element type, and how the scales of its blocks are kept.
@@ -85,6 +87,9 @@ class Format:
     >>> f = FORMATS["nvfp4"]
     >>> f.element.name, f.group, f.scale.name, f.scale.scaled
     ('float4_e2m1fn', 16, 'float8_e4m3fn', True)
+    >>> import aqt_lite
+    >>> aqt_lite.Format("int9_groups", aqt_lite.Integer("int9", 9, signed=True), group=32).granularity
+    PerGroup(size=32, axis=-1)
     """
 
     name: str
@@ -111,6 +116,9 @@ class Format:
                 f"Format({self.name!r}): scaled=False with an element type without a code of NaN, which marks blocks "
                 "that cannot be used: give it one, or scaled=True"
             )
+        one_of(f"Format({self.name!r}): top", self.top, ("largest", "power of two"))
+        if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int)):
+            raise TypeError(f"Format({self.name!r}): group={self.group!r}: give an integer, or None for all elements")
         if self.group is not None and self.group < 1:
             raise ValueError(f"Format({self.name!r}): group={self.group}: give 1 or more, or None for all elements")
 

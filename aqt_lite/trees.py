@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from aqt_lite import _registry
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import naming_the_argument
+from aqt_lite._near import shown
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
 from aqt_lite._rules import (
@@ -483,8 +484,10 @@ def with_progress(items: Sequence[_T], progress: Progress, name: Callable[[_T], 
     """The items, while a line on stderr says how many are done, or whatever ``progress`` makes of them."""
     if callable(progress):
         return progress(items)
-    shown = sys.stderr.isatty() if progress is None else progress
-    return _told(items, name, 0.0 if progress else _SILENT_SECONDS) if shown else items
+    if not (progress is None or isinstance(progress, bool)):
+        raise TypeError(f"progress={shown(progress)}: give True, False, None or a function such as tqdm.tqdm")
+    wanted = sys.stderr.isatty() if progress is None else progress
+    return _told(items, name, 0.0 if progress else _SILENT_SECONDS) if wanted else items
 
 
 def _told(items: Sequence[_T], name: Callable[[_T], str], after: float) -> Iterator[_T]:

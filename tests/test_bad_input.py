@@ -207,9 +207,17 @@ def test_lists_beyond_float32():
         (ValueError, "dtype=None is not a quantized type", {"dtype": None}),
         (ValueError, "dtype='float32' is not", {"dtype": "float32"}),
         (ValueError, "int64.*is not a quantized type", {"dtype": np.int64}),
-        (ValueError, "scheme='asymmetric' is not known: use 'symmetric' or 'affine'", {"scheme": "asymmetric"}),
+        (
+            ValueError,
+            r"scheme='asymmetric' is not known \(did you mean 'affine'\?\): use 'symmetric' or 'affine'",
+            {"scheme": "asymmetric"},
+        ),
         (ValueError, r"scheme=\['affine'\] is not known", {"scheme": ["affine"]}),
-        (ValueError, "dialect='qwik' is not known: use one of 'aqt_lite', ", {"dialect": "qwik"}),
+        (
+            ValueError,
+            r"dialect='qwik' is not known \(did you mean 'qwix'\?\): use one of 'aqt_lite', ",
+            {"dialect": "qwik"},
+        ),
         (ValueError, "nonfinite='skip' is not known: use 'raise' or 'ignore'", {"nonfinite": "skip"}),
         (ValueError, "backend='mxnet' is not known", {"backend": "mxnet"}),
         (TypeError, "backend=1: give the backend's name", {"backend": 1}),
@@ -398,8 +406,11 @@ def test_dequantize_of_other_things(backend):
         ):
             dequantize(other)
     q = quantize(backend.asarray(X))
-    for dtype in ("int8", "float", "f4", 3, np.int32):
+    for dtype in ("int8", 3, np.int32):
         with pytest.raises(ValueError, match="is not a floating-point type: use one of float16"):
+            dequantize(q, dtype)
+    for dtype in ("float", "f4", "fp32", "Float32"):
+        with pytest.raises(ValueError, match=r"is not a floating-point type \(did you mean 'float32'\?\): use one of"):
             dequantize(q, dtype)
 
 
@@ -437,7 +448,7 @@ def test_products_refuse_what_does_not_fit(backend, product):
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             product(*arguments)
-    with pytest.raises(ValueError, match="mode='exact' is not known: use 'fast' or 'reproducible'"):
+    with pytest.raises(ValueError, match="mode='exact' is not known: use 'fast', 'reproducible' or 'integer'"):
         product(array(2, 4), w, mode="exact")
     wide = quantize(array(4, 3) if product is dense else array(3, 4), "int16")
     with pytest.raises(ValueError, match=r"mode='reproducible' is not possible: w has int16 codes.*Use mode='fast'"):

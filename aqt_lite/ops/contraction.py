@@ -96,7 +96,7 @@ def dot_general(
     w = w._checked()
     left: Array = as_operand(x, "x", w, w._backend)
     (x_in, w_in), (x_batch, w_batch) = (
-        (_axes(of_x, len(left.shape), "x"), _axes(of_w, w.ndim, "w")) for of_x, of_w in dimension_numbers
+        (_axes(of_x, len(left.shape), "x"), _axes(of_w, w.ndim, "w")) for of_x, of_w in _pairs(dimension_numbers)
     )
     for of_x, of_w, side in ((x_in, w_in, "contracting"), (x_batch, w_batch, "batch")):
         if [left.shape[a] for a in of_x] != [w.shape[a] for a in of_w]:
@@ -211,6 +211,18 @@ def _letters(operands: list[str], result: str | None, of_x: int, of_w: int, show
         if c not in x + w:
             raise ValueError(f"einsum({shown!r}): {c!r} is in the result and in no operand")
     return x, w, out
+
+
+def _pairs(given: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Axes of both that are contracting, and that are batch; TypeError where they are no such pairs."""
+    try:
+        (x_in, w_in), (x_batch, w_batch) = given
+        return (tuple(x_in), tuple(w_in)), (tuple(x_batch), tuple(w_batch))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"dimension_numbers={given!r}: give ((x contracting, w contracting), (x batch, w batch)), each a tuple of "
+            "axes, such as (((1,), (0,)), ((), ()))"
+        ) from None
 
 
 def _axes(given: Any, ndim: int, argument: str) -> tuple[int, ...]:
