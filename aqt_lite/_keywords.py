@@ -86,11 +86,10 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     parameters = inspect.signature(function).parameters
     known = tuple(name for name in parameters if name not in ("self", "cls"))
     called = _called(function)
-    named_only = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    most = len(parameters) - len(named_only)
-    least = sum(p.default is p.empty for p in parameters.values() if p not in named_only)
-    if any(p.default is p.empty for p in named_only):
-        least = most + 1  # look whether it is there
+    by_name = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    most = len(parameters) - len(by_name)
+    needed = tuple(name for name, p in parameters.items() if p.default is p.empty and name not in by_name)
+    needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -98,8 +97,11 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
-        if not least <= len(args) <= most:
+        if len(args) > most:
             _check_number(function, args, kwargs)
+        for name in needed[len(args) :] + needed_by_name:
+            if name not in kwargs:
+                _check_number(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call
