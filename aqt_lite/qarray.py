@@ -243,7 +243,7 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
             raise TypeError(f"qvalue {problem}")
         source = float_type(float_dtype, "float_dtype")
         if dtype is None and b.dtype_name(qvalue) in ("float32", "float64"):
-            raise TypeError(
+            raise ValueError(
                 f"qvalue has dtype {b.dtype_name(qvalue)}: give an array of integer codes; of floats aqt_lite.quantize "
                 "makes them"
             )

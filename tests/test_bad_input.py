@@ -665,7 +665,6 @@ def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(
         (r"progress='yes': give True, False, None or a function", lambda: quantize_tree({"kernel": X}, progress="yes")),
         (r"axis is a str: give an integer", lambda: aqt_lite.concatenate([W], axis="0")),
         (r"length='a': give an integer", lambda: W.reshape("a")),
-        (r"qvalue has dtype float32: give an array of integer codes", lambda: QArray.from_codes(X, 1.0)),
         (r"packed_length='4': give an integer", lambda: QArray.from_codes(W.qvalue, 1.0, packed_length="4")),
         (r"dimension_numbers=\(1, 1\): give \(\(x contracting", lambda: aqt_lite.ops.dot_general(X, W, (1, 1))),
     ],
