@@ -90,6 +90,7 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     most = len(parameters) - len(by_name)
     needed = tuple(name for name, p in parameters.items() if p.default is p.empty and name not in by_name)
     needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
+    least = most + 1 if needed_by_name else len(needed)  # fewer by position: look whether the others go by name
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -97,10 +98,9 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
-        if len(args) > most:
-            _check_number(function, args, kwargs)
-        for name in needed[len(args) :] + needed_by_name:
-            if name not in kwargs:
+        if not least <= len(args) <= most:
+            missing = [name for name in needed[len(args) :] + needed_by_name if name not in kwargs]
+            if missing or len(args) > most:
                 _check_number(function, args, kwargs)
         return function(*args, **kwargs)
 
