@@ -51,7 +51,11 @@ def measured(form: Format, x: np.ndarray[Any, Any], group: int | None = GROUP) -
         options |= {"granularity": PerGroup(group) if group else PerChannel(0), "scale_dtype": SCALE}
     if not form.element.signed:
         options |= {"scheme": "affine"}
-    q = aqt_lite.quantize(x, form, **options)
+    return cost(aqt_lite.quantize(x, form, **options), x)
+
+
+def cost(q: aqt_lite.QArray, x: np.ndarray[Any, Any]) -> Measured:
+    """Of ``x``, quantized as ``q``."""
     values = x.astype(np.float64)
     noise = values - q.dequantize("float64")
     return Measured(q.nbytes / q.size, float(10 * np.log10(np.sum(values**2) / np.sum(noise**2))))

@@ -105,6 +105,14 @@ def error(y, exact) -> float:
 # ---- the machine
 
 
+def path_of(results: str) -> Path:
+    """Where results of this processor's instruction set are kept, those of AVX-512 VNNI without its name."""
+    sets = machine()["processor"].partition(", ")[2].split()
+    named = [f for f in ("avx512_vnni", "avx_vnni", "avx512f", "avx2") if f in sets] or [platform.machine()]
+    suffix = "" if named[0] == "avx512_vnni" else f"-{named[0]}"
+    return ROOT / "benchmarks" / f"{results}{suffix}.json"
+
+
 def copy_speed() -> float:
     """Bytes a second, read and written, of copying an array larger than the cache on all cores."""
     x = np.ones(1 << 26, np.float32)
@@ -167,6 +175,17 @@ def kernel_of_blas() -> str:
         if lib["user_api"] == "blas"
     ]
     return ", ".join(dict.fromkeys(named)) or "unknown"
+
+
+def earlier(path: Path, machine: dict) -> dict:
+    """Results of earlier runs of parts on this machine; none, where there are none."""
+    if not path.exists():
+        return {"machine": machine}
+    found: dict = json.loads(path.read_text())
+    theirs, ours = found["machine"]["processor"], machine["processor"]
+    if theirs != ours:
+        raise SystemExit(f"{path.name} is of {theirs}, and this is {ours}: run everything, or move that file away")
+    return found
 
 
 # ---- quantize and dequantize
@@ -576,7 +595,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small arrays, and nothing is written")
     parser.add_argument("--only", choices=["quantization", "products", "small", "accelerator"])
     parser.add_argument("--splice", action="store_true", help="with --only: write that part into the results there are")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results.json")
+    parser.add_argument("--out", type=Path, default=path_of("results"))
     options = parser.parse_args()
     torch.set_num_threads(cores())
     parts = [options.only] if options.only else ["quantization", "products", "small", "accelerator"]
@@ -600,7 +619,7 @@ def main() -> None:
         sizes, rows = ([512], [1, 8]) if on_cpu or options.quick else ([8192, 16384], [1, 8, 32, 512, 4096])
         results["accelerator"] = accelerator(sizes, rows)
     if options.only and options.splice:
-        before = json.loads(options.out.read_text())
+        before = {"copy_gb_s": results["copy_gb_s"]} | earlier(options.out, results["machine"])
         options.out.write_text(json.dumps({**before, options.only: results[options.only]}, indent=1) + "\n")
     elif not (options.quick or options.only):
         options.out.write_text(json.dumps(results, indent=1) + "\n")

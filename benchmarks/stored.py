@@ -1,6 +1,6 @@
 """Products with weights in groups, of 8 bits and of 4 bits packed, against the backend's own float32 product.
 
-    python benchmarks/stored.py            printed, and written to benchmarks/stored.json
+    python benchmarks/stored.py            printed, and written to benchmarks/stored.json (stored-avx2.json, ...)
     python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
     python benchmarks/stored.py --formats  the other formats: floats of 8 bits, odd widths, odd groups
     python benchmarks/stored.py --only "numpy alone" --sizes 4096 --rows 1 8    these rows anew, the others as they are
@@ -226,18 +226,20 @@ def main() -> None:
     chosen = {name: WEIGHTS[name] for name in list(WEIGHTS)[: 3 if quick else None]}
     sizes, rows_of_x = ([4096], [1, 8]) if quick else (options.sizes, options.rows)
     kinds = [options.only] if options.only else KINDS
-    path = run.ROOT / "benchmarks" / "stored.json"
-    if options.shapes:
-        path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes()}, indent=1) + "\n")
-        return
-    if options.formats:
-        of_formats = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
-        path.write_text(json.dumps({**json.loads(path.read_text()), "formats": of_formats}, indent=1) + "\n")
+    path = run.path_of("stored")
+    if options.shapes or options.formats:
+        before = {"read_gb_s": results["read_gb_s"], "rows": []} | run.earlier(path, results["machine"])
+        if options.shapes:
+            before["shapes"] = shapes()
+        else:
+            before["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
+        path.write_text(json.dumps(before, indent=1) + "\n")
         return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
     if not quick:
         if options.only:
-            results = spliced(json.loads(path.read_text()), results["rows"])
+            before = {"read_gb_s": results["read_gb_s"], "rows": []} | run.earlier(path, results["machine"])
+            results = spliced(before, results["rows"])
         else:
             results["shapes"] = shapes()
             results["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])

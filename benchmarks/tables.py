@@ -1,21 +1,141 @@
-"""Writes the tables of the last full benchmark run into README.md, docs/performance.md and docs/models.md.
+"""Writes the tables of the last full benchmark run into README.md and pages of docs/.
 
     python benchmarks/tables.py            print them
     python benchmarks/tables.py --write    replace what stands between the markers of each file
 
-A test holds the files against benchmarks/results.json, so that no figure is older than the results.
+A test holds the files against the recorded runs in benchmarks/*.json, so that no figure is older than the results.
+Bits and errors of the table of formats are measured here, on the numbers of ``formats_table.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import formats_table
+
+import aqt_lite
+from aqt_lite import PerChannel, PerGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("int8, groups of 32", "int4, groups of 32", "int4, groups of 32, reproducible", "mxfp4")
 """Of the products with groups, those in README."""
-FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "models.md")
+FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("performance", "models", "formats")))
+
+
+class Job(NamedTuple):
+    """A row of "which format for which job"."""
+
+    how: dict[str, Any]
+    """Arguments of ``quantize`` for a weight (out, in)."""
+    timed: str | None
+    """As what the recorded runs know it: a name in ``stored.py``, or ``linear`` in ``run.py``."""
+    when: str
+
+
+JOBS = {
+    "int8, one scale an output": Job(
+        {"granularity": PerChannel(0)}, "linear", "start here: four times smaller than float32, and every mode"
+    ),
+    "int8, groups of 32": Job(
+        {"granularity": PerGroup(32)}, "int8, groups of 32", "weights with outliers: a group pays for its own alone"
+    ),
+    "uint8 with zero points, groups of 128": Job(
+        {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(128)},
+        "uint8 with zero points, groups of 128",
+        "groups that lie to one side of 0; codes that were made so elsewhere",
+    ),
+    "int6, one scale an output": Job(
+        {"dtype": "int6", "granularity": PerChannel(0)}, "int6, one scale an output", "less memory than 8 bits"
+    ),
+    "int4, groups of 32": Job(
+        {"dtype": "int4", "granularity": PerGroup(32)}, "int4, groups of 32", "start here for 4 bits"
+    ),
+    "int4, groups of 16": Job(
+        {"dtype": "int4", "granularity": PerGroup(16)}, "int4, groups of 16", "groups of 32 lose too much"
+    ),
+    "uint4 with zero points, groups of 128": Job(
+        {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(128)},
+        "uint4 with zero points, groups of 128",
+        "what GPTQ and AWQ made",
+    ),
+    "nf4, groups of 32": Job(
+        {"dtype": "nf4", "granularity": PerGroup(32)},
+        "nf4, groups of 32",
+        "normal weights, and no need of the same bits everywhere",
+    ),
+    "float4_e2m1fn, groups of 128": Job(
+        {"dtype": "float4_e2m1fn", "granularity": PerGroup(128)},
+        "float4_e2m1fn, groups of 128",
+        "4 bits in long groups: few bytes, and fast",
+    ),
+    "mxfp4": Job({"dtype": "mxfp4"}, "mxfp4", "checkpoints of the OCP standard"),
+    "nvfp4": Job({"dtype": "nvfp4"}, "nvfp4", "checkpoints made for NVIDIA's format"),
+    "int3, groups of 32": Job(
+        {"dtype": "int3", "granularity": PerGroup(32)},
+        "int3, groups of 32",
+        "less memory than 4 bits; look at the error first",
+    ),
+    "int2, groups of 32": Job(
+        {"dtype": "int2", "granularity": PerGroup(32)},
+        "int2, groups of 32",
+        "least memory: for weights that are trained so",
+    ),
+    "float8_e4m3fn, one scale an output": Job(
+        {"dtype": "float8_e4m3fn", "granularity": PerChannel(0)},
+        "float8_e4m3fn, one scale an output",
+        "checkpoints in fp8; many magnitudes under one scale",
+    ),
+    "float8_e4m3fn, groups of 32": Job(
+        {"dtype": "float8_e4m3fn", "granularity": PerGroup(32)},
+        "float8_e4m3fn, groups of 32",
+        "the same, in groups",
+    ),
+    "mxfp8_e4m3": Job({"dtype": "mxfp8_e4m3"}, "mxfp8_e4m3", "checkpoints of the OCP standard"),
+    "mxfp6_e2m3": Job({"dtype": "mxfp6_e2m3"}, "mxfp6_e2m3", "about the error of mxfp8 in 6 bits, and reproducible"),
+    "mxint8": Job({"dtype": "mxint8"}, "mxint8", "8 bits whose scales are powers of two"),
+    "int16, one scale an output": Job(
+        {"dtype": "int16", "granularity": PerChannel(0)}, None, "fields and measurements, more than products"
+    ),
+}
+
+FRAMEWORKS = ("numpy", "torch", "jax")
+EIGHT_BITS = ("int8, groups of 32", "uint8 with zero points, groups of 128")
+FOUR_BITS = (
+    "int4, groups of 32", "uint4 with zero points, groups of 128", "nf4, groups of 32", "float4_e2m1fn, groups of 128",
+    "mxfp4",
+)  # fmt: skip
+
+REPRODUCIBLE = ("int4, groups of 32", "uint8 with zero points, groups of 128")
+SHARE = "share of a product's time that reading its weight takes"
+OF_FAST = 'in groups, `mode="reproducible"`, of the speed of `fast`'
+
+GOALS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[int, float]]] = {
+    "one scale an output": (FRAMEWORKS, ("linear",), {1: 2.7, 8: 1.5, 64: 0.9, 512: 0.9}),
+    "8 bits in groups": (FRAMEWORKS, EIGHT_BITS, {1: 2.5, 8: 2.0, 64: 0.9, 512: 0.9}),
+    "4 bits in groups": (FRAMEWORKS, FOUR_BITS, {1: 4.0, 8: 2.5, 64: 0.9, 512: 0.9}),
+    "NumPy alone, one scale an output": (("numpy alone",), ("linear",), {1: 0.6, 8: 0.8, 64: 0.9, 512: 0.9}),
+    "NumPy alone, in groups": (("numpy alone",), EIGHT_BITS + FOUR_BITS, {1: 0.5, 8: 0.7, 64: 0.8, 512: 0.9}),
+    SHARE: (FRAMEWORKS, ("linear", *EIGHT_BITS, *FOUR_BITS), {1: 0.75}),
+    OF_FAST: (FRAMEWORKS, REPRODUCIBLE, {1: 0.7}),
+}
+"""Whose products, by the backends and names of the recorded runs, and how many times as fast as float32 they are to be
+by the number of rows; of the last two, what their names say, by the number of rows as well."""
+
+GOALS_OF_QUANTIZING = {
+    "quantize per channel (axis 0)": 0.8,
+    "quantize per channel (axis 1)": 0.7,
+    "quantize per tensor": 0.7,
+    "quantize per group of 128": 0.7,
+    "quantize per group of 32": 0.7,
+    "quantize, int4, groups of 32, packed": 0.5,
+    "quantize, mxfp4, packed": 0.4,
+    "dequantize per channel": 0.6,
+}
+"""Of the speed that copying allows, on NumPy."""
 
 
 def main() -> None:
@@ -35,6 +155,7 @@ def filled(text: str, results: dict) -> str:
     for name, table in tables(results).items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         if begin in text:
+            assert end in text, f"{begin} without {end}"
             before, _, rest = text.partition(begin)
             text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
     return text
@@ -52,6 +173,8 @@ def tables(results: dict) -> dict[str, str]:
         | {
             "frameworks": frameworks(layers["rows"]),
             "machine of frameworks": machine(layers, copying=False),
+            "jobs": jobs(results, stored),
+            "goals": goals(results["products"] + stored["rows"]),
             "stored": products_stored(stored, None),
             "some stored": products_stored(stored, SHOWN),
             "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
@@ -91,6 +214,67 @@ def _ratio_and_share(c: dict | None) -> str:
     if c is None:
         return ""
     return f"{c['times_as_fast']:.2f}x" + (f" ({c['read_share']:.2f})" if c["m"] == 1 and c.get("read_share") else "")
+
+
+def jobs(results: dict, stored: dict) -> str:
+    """What a weight of each format takes, loses and gains, and which modes serve it."""
+    rows = [*results["products"], *stored["rows"], *stored.get("formats", ())]
+    found = {(r["backend"], r["who"], r["m"]): r["times_as_fast"] for r in rows if r["size"] == 4096}
+    lines = ["| | bits | SQNR, dB | M=1 | M=8 | modes | take it for |", "|---|---:|---:|---|---|---|---|"]
+    for name, job in JOBS.items():
+        speeds = [[found.get((b, job.timed, m)) for b in FRAMEWORKS] for m in (1, 8)]
+        shown = (", ".join("" if s is None else f"{s:.1f}" for s in of_m) if any(of_m) else "" for of_m in speeds)
+        cost = cost_of(name)
+        cells = [f"{8 * cost.bytes:.2f}", f"{cost.sqnr_db:.1f}", *shown, ", ".join(modes(job)), job.when]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def modes(job: Job) -> list[str]:
+    """Of ``linear`` and ``dense``, those that take such a weight."""
+    element = aqt_lite.formats.format_of(job.how.get("dtype", "int8")).element
+    whole = element.unit is not None and element.bits <= 8
+    alone = isinstance(job.how.get("granularity"), PerChannel)
+    return ["fast", *(["reproducible"] if whole else []), *(["integer"] if whole and alone else [])]
+
+
+@functools.cache
+def cost_of(name: str) -> formats_table.Measured:
+    x = formats_table.normal_numbers()
+    return formats_table.cost(aqt_lite.quantize(x, **JOBS[name].how), x)
+
+
+def goals(rows: list[dict]) -> str:
+    """For every goal, whether all sizes and formats reach it on every backend, and which is the farthest from it."""
+    ms = (1, 8, 64, 512)
+    found = {(r["backend"], r["size"], r["m"], r["who"]): r for r in rows}
+    speeds = {at: r["times_as_fast"] for at, r in found.items()}
+    others = {
+        SHARE: {at: r["read_share"] for at, r in found.items() if r.get("read_share")},
+        OF_FAST: {
+            at: speeds[again] / speed
+            for at, speed in speeds.items()
+            if (again := (*at[:3], f"{at[3]}, reproducible")) in speeds
+        },
+    }
+    lines = ["| | " + " | ".join(f"M={m}" for m in ms) + " |", "|---|" + "---|" * len(ms)]
+    for name, (backends, who, aims) in GOALS.items():
+        cells = []
+        for m in ms:
+            values = others.get(name, speeds).items()
+            of_m = [(value, at) for at, value in values if at[0] in backends and at[2] == m and at[3] in who]
+            cells.append(_reached(of_m, aims[m], "" if name in others else "x") if m in aims else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _reached(found: list[tuple[float, tuple]], aim: float, unit: str) -> str:
+    missed = [one for one in found if one[0] < aim]
+    if not missed:
+        return f"{aim:g}{unit}: " + (f"reached by all {len(found)}" if found else "not measured")
+    least, (backend, size, _, who) = min(missed)
+    what = f"{backend}, {size}²" if who == "linear" else f"{who}, {backend}, {size}²"
+    return f"{aim:g}{unit}: missed by {len(missed)} of {len(found)}, the farthest {least:.2f}{unit} ({what})"
 
 
 def formats_stored(results: dict) -> str:
@@ -151,11 +335,15 @@ def frameworks(rows: list[dict]) -> str:
 def quantization(results: dict) -> str:
     rows = results["quantization"]
     names = list(dict.fromkeys(r["who"] for r in rows))
-    lines = ["| 8192 x 8192 | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines = ["| 8192 x 8192 | " + " | ".join(names) + " | goal on NumPy |", "|---|" + "---|" * len(names) + "---|"]
     for what in dict.fromkeys(r["what"] for r in rows):
         found = {r["who"]: r for r in rows if r["what"] == what}
         cells = [f"{found[n]['gelt_s']:.2f} ({found[n]['of_limit']:.2f})" if n in found else "" for n in names]
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {what} | "
+            + " | ".join([*cells, f"({GOALS_OF_QUANTIZING[what]:g})" if what in GOALS_OF_QUANTIZING else ""])
+            + " |"
+        )
     return "\n".join(lines)
 
 

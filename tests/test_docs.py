@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 from optional import needs
 from oracles import formats as written
 
+import aqt_lite
 from aqt_lite.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,17 +27,50 @@ def script(name):
     """A script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):  # scripts import each other
+        spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/models.md"])
+TABLES = ["README.md", "docs/performance.md", "docs/models.md", "docs/formats.md"]
+"""The pages that benchmarks/tables.py writes to."""
+
+
+@pytest.mark.parametrize("page", TABLES)
 def test_tables_are_those_of_the_recorded_run(page):
     tables = script("tables")
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
     text = (ROOT / page).read_text()
-    assert re.search(r"<!-- end .*(products|stored|frameworks) -->", text), "no table in the page"
+    assert re.search(r"<!-- end .*(products|stored|frameworks|jobs) -->", text), "no table in the page"
     assert tables.filled(text, results) == text, "run python benchmarks/tables.py --write"
+
+
+def test_every_table_of_the_recorded_runs_stands_on_a_page():
+    tables = script("tables")
+    assert [str(path.relative_to(ROOT)) for path in tables.FILES] == TABLES
+    text = "".join(path.read_text() for path in tables.FILES)
+    made = tables.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
+    assert [name for name in made if f"<!-- {name} -->" not in text] == []
+
+
+def test_the_other_scripts_find_their_places_on_the_page():
+    """benchmarks/processors.py and memory.py write to it themselves, after minutes of measuring."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for name in ("processors", "memory", "large files"):
+        assert text.count(f"<!-- {name} -->\n|") == text.count(f"|\n<!-- end {name} -->") == 1, name
+
+
+@pytest.mark.parametrize("name", ["int8, one scale an output", "int4, groups of 32", "nf4, groups of 32", "nvfp4"])
+def test_the_table_of_formats_for_jobs_says_which_modes_serve(name):
+    job = (tables := script("tables")).JOBS[name]
+    w, x = (np.random.default_rng(0).standard_normal(shape, dtype=np.float32) for shape in ((8, 64), (2, 64)))
+    q, of_x = aqt_lite.quantize(w, **job.how), aqt_lite.quantize(x, granularity=aqt_lite.PerChannel(0))
+    served = []
+    for mode in ("fast", "reproducible", "integer"):
+        with contextlib.suppress(ValueError):
+            aqt_lite.linear(of_x if mode == "integer" else x, q, mode=mode)
+            served.append(mode)
+    assert served == tables.modes(job)
 
 
 def test_tables_of_formats_are_what_the_records_say():
@@ -227,6 +264,14 @@ def test_the_code_of_the_page_of_comparisons_runs_and_prints_what_it_says(tmp_pa
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+    for target, place in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            found = page.parent / target if target else page
+            assert found.exists(), target
+            assert not place or place in places(found), f"{target}#{place}"
+
+
+def places(page):
+    """What stands behind # in links to a page's headings, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}

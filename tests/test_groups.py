@@ -193,12 +193,10 @@ def test_what_the_loops_do_not_serve_goes_to_the_reference(calls):
     x, q = weight(3, 64, seed=3), quantize(weight(20, 64), granularity=PerGroup(32))
     small = replace(q, scale=np.where(np.arange(20)[:, None] == 4, np.float32(1e-40), q.scale))
     assert_same_bits(linear(x, small, mode="reproducible"), without_kernels(x, small, None))
-    asked = len(calls)
-    assert asked
-    assert not any(calls)
+    assert calls == [False]
     long = quantize(weight(20, 1100), granularity=PerGroup(513))
     assert_same_bits(linear(weight(3, 1100), long, mode="reproducible"), without_kernels(weight(3, 1100), long, None))
-    assert len(calls) == asked
+    assert len(calls) == 1
 
 
 @needs_loops

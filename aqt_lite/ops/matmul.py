@@ -322,12 +322,14 @@ def _float_product(
     x: Array, w: QArray, bias: Array | None, mode: str, contract: int, b: Backend, ready: _Ready | None = None
 ) -> Array:
     stored = 1 - contract if w.transposed else contract
+    declined = False  # by the kernel that would be asked below
     if mode == "reproducible":
         kernel = None if ready is None else ready.reproducible[stored]
         if kernel is not None and not _any_is_float64(x, bias, b) and x.shape[0]:
             y = kernel(x, ready.weight, bias)  # type: ignore[union-attr]
             if y is not NotImplemented:
                 return y
+            declined = w.packed_length is None
         _check_reproducible(x, w, bias, contract, b)
     if ready is not None and mode == "fast":
         kernel = ready.kernels[stored]
@@ -348,6 +350,8 @@ def _float_product(
     if mode == "reproducible" and 0 not in (*x.shape, *w.shape):
         operation = reference.matmul_reproducible
     weight, spec = found
+    if declined:
+        return b.compiled(operation)(x, weight, bias, spec=spec, contract=stored, b=b)
     return run(b, operation, x, weight, bias, spec=spec, contract=stored)
 
 

@@ -131,8 +131,11 @@ DEPTH_OF_ONE = 8192
 AHEAD = 1 << 15
 """Bytes ahead of those it decodes that a tile of one row of x reads into the second cache."""
 
-MANY_ROWS = 16 if _WIDE else 5
-"""Rows of x from which on a part of a strip is decoded to memory, once for all of them, and not once for each tile."""
+MANY_ROWS = 16 if _WIDE else 2
+"""Rows of x from which on a part of a strip is decoded to memory, once for all of them, and not once for each tile.
+
+Of 16 registers none are left for what decodes beside a tile's sums.
+"""
 
 DEPTH_OF_MANY = 512
 """Codes of a row in such a part, which the second cache holds: 192 KB."""

@@ -412,6 +412,96 @@ def in_order(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
     return ORDERED and (length % CHUNK == 0 or length == CHUNK // 2 or length == CHUNK // 4)
 
 
+def _reduced(builder: Any, vector: Any, how: str) -> Any:
+    return builder.call(_function(builder, f"llvm.vector.reduce.{how}.v16i32", _INT, [_INTS]), [vector])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _most_of_blocks(_: Any, bits: Any, blocks: Any) -> Any:
+    """The largest magnitude of 16 float32 numbers a block: its bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, blocks = arguments
+
+        def block(i: Any, totals: list[Any]) -> list[Any]:
+            found = builder.and_(_load(builder, _at(builder, bits, i, 4 * COLUMNS), _INTS), _same(_INTS, 0x7FFFFFFF))
+            return [builder.select(builder.icmp_signed(">", found, totals[0]), found, totals[0])]
+
+        return _reduced(builder, _loop(builder, blocks, [_same(_INTS, 0)], block)[0], "smax")
+
+    return types.int32(types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _round_blocks(_: Any, row: Any, blocks: Any, first: Any, second: Any, out: Any) -> Any:
+    """``_round_group`` of 16 entries a block: how many are there in the lower 32 bits, how many are small above."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, blocks, *factors, out = arguments
+        first, second = (_in_all_lanes(builder, factor, _FLOATS) for factor in factors)
+        magnitude_of = _function(builder, "llvm.fabs.v16f32", _FLOATS, [_FLOATS])
+        rounded = _function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS])
+        zero = _same(_FLOATS, 0)
+
+        def block(i: Any, totals: list[Any]) -> list[Any]:
+            v = _load(builder, _at(builder, row, i, 4 * COLUMNS), _FLOATS)
+            there = builder.fcmp_ordered(">=", builder.call(magnitude_of, [v]), _same(_FLOATS, float(SMALLEST)))
+            scaled = builder.fmul(builder.fmul(builder.select(there, v, zero), first), second)
+            value = builder.fptosi(builder.call(rounded, [scaled]), _INTS)
+            _store(builder, value, _at(builder, out, i, 4 * COLUMNS))
+            below = builder.fcmp_ordered("<", builder.call(magnitude_of, [scaled]), _same(_FLOATS, float(SMALL)))
+            counted = [builder.sext(lanes, _INTS) for lanes in (there, builder.and_(there, below))]
+            return [builder.sub(total, one) for total, one in zip(totals, counted, strict=True)]
+
+        totals = _loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
+        present, small = (builder.zext(_reduced(builder, total, "add"), _ADDRESS) for total in totals)
+        return builder.or_(present, builder.shl(small, _ADDRESS(32)))
+
+    return types.int64(types.intp, types.intp, types.float32, types.float32, types.intp), generate
+
+
+@njit(nogil=True, cache=True)
+def _most_of(bits: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+    """The largest magnitude of float32 numbers, as bits."""
+    blocks, most = (stop - start) // COLUMNS, np.int32(0)
+    if blocks > 0:
+        most = _most_of_blocks(bits.ctypes.data + 4 * start, blocks)
+    for k in range(start + blocks * COLUMNS, stop):
+        most = max(most, bits[k] & np.int32(0x7FFFFFFF))
+    return np.int32(most)
+
+
+@njit(nogil=True, cache=True)
+def _round_group(
+    row: Any, start: Any, stop: Any, first: Any, second: Any, out: Any
+) -> Any:  # pragma: no cover - compiled
+    """Entries of a group as integers, ``first * second`` times what they are; how many are not 0, and are small.
+
+    Subnormal numbers count as zeros.
+    """
+    present, small, blocks = 0, 0, (stop - start) // COLUMNS
+    if out.itemsize == 4 and blocks > 0:
+        counts = _round_blocks(row.ctypes.data + 4 * start, blocks, first, second, out.ctypes.data + 4 * start)
+        present, small = counts & 0xFFFFFFFF, counts >> 32
+        start += blocks * COLUMNS
+    for k in range(start, stop):
+        v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
+        scaled = v * first * second
+        out[k] = np.rint(scaled)
+        there = np.int32(v != 0)
+        present += there
+        small += there & np.int32(abs(scaled) < SMALL)
+    return present, small
+
+
+@njit(nogil=True, cache=True)
+def _sum_of(out: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+    total = np.float64(0)
+    for k in range(start, stop):
+        total += out[k]
+    return total
+
+
 @njit(nogil=True, cache=True)
 def prepare(
     x: Any, size: Any, halves: Any, powers: Any, integers: Any, sums: Any, exponent: Any, row_exponent: Any,
@@ -429,39 +519,40 @@ def prepare(
     bits = x.view(np.int32)
     for m in range(rows):
         pattern, row, out = bits[m], x[m], integers[m]
+        words = out.view(np.int32)  # for digits, that many bytes from the row's beginning
         most = np.int32(0)
-        for k in range(inner):
-            most = max(most, pattern[k] & np.int32(0x7FFFFFFF))
+        for g in range(groups):
+            exponent[m, g] = _most_of(pattern, g * size, min(g * size + size, inner))
+            most = max(most, exponent[m, g])
         bad[m] = most >= np.int32(0x7F800000)
         wants[m] = 0
-        out[inner:] = 0
+        if dots:
+            words[inner : out.shape[0]] = 0
+        else:
+            out[inner:] = 0
         leading = np.int32(-127)
         for g in range(groups):
             start, stop = g * size, min(g * size + size, inner)
-            most = np.int32(0)
-            for k in range(start, stop):
-                most = max(most, pattern[k] & np.int32(0x7FFFFFFF))
+            most = exponent[m, g]
             many[m, g] = 0
             if bad[m] or most < np.int32(0x00800000):  # subnormal numbers count as zeros
                 exponent[m, g], sums[m, g] = -127, 0
-                out[start:stop] = 0
+                if dots:
+                    words[start:stop] = 0
+                else:
+                    out[start:stop] = 0
                 continue
             e = (most >> 23) - 127
             if (most & np.int32(0x7FFFFF)) > MOST_FRACTION:  # a larger one would carry into a fifth digit
                 e += 1
             half = (BITS - e) >> 1
             first, second = powers[half + 256], powers[BITS - e - half + 256]
-            present, small, total = np.int32(0), np.int32(0), np.float64(0)
-            for k in range(start, stop):
-                v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
-                scaled = v * first * second
-                value = np.float64(np.rint(scaled))
-                out[k] = value
-                total += value
-                there = np.int32(v != 0)
-                present += there
-                small += there & np.int32(abs(scaled) < SMALL)
-            exponent[m, g], sums[m, g] = e, total
+            if dots:
+                present, small = _round_group(row, start, stop, first, second, words)
+            else:
+                present, small = _round_group(row, start, stop, first, second, out)
+                sums[m, g] = _sum_of(out, start, stop)
+            exponent[m, g] = e
             leading = max(leading, np.int32(e))
             if small * MANY > present:
                 many[m, g] = wants[m] = 1
@@ -469,37 +560,44 @@ def prepare(
         for g in range(groups):
             row_power[m, g] = powers[exponent[m, g] - leading + 256]
         if dots:
-            _split(out, halves, size, sums[m].view(np.int32))
+            _split(words, inner, halves, size, sums[m].view(np.int32))
             if in_order(size, halves):
-                _put_in_order(out, halves)
+                _put_in_order(words, halves)
 
 
 @njit(nogil=True, cache=True)
 def refine(
     x: Any, size: Any, halves: Any, powers: Any, exponent: Any, many: Any, finer: Any, sums: Any
 ) -> None:  # pragma: no cover - compiled
-    """``finer``: what ``prepare`` rounded away, times 2^31, where ``many`` asks for it; and its sums."""
+    """``finer``: what ``prepare`` rounded away, times 2^31, where ``many`` asks for it; and its sums.
+
+    Of rows of which no group asks, nothing is written.
+    """
     dots = in_dots(size, halves)
     for m in range(x.shape[0]):
+        if not many[m].any():
+            continue
         row, out = x[m], finer[m]
+        words = out.view(np.int32)
+        out[:] = 0
         for g in range(sums.shape[1]):
             start, stop = g * size, min(g * size + size, x.shape[1])
-            total = np.float64(0)
+            sums[m, g] = 0
             if many[m, g]:
                 half = (BITS - exponent[m, g]) >> 1
                 first, second = powers[half + 256], powers[BITS - exponent[m, g] - half + 256]
                 for k in range(start, stop):
                     v = row[k] if abs(row[k]) >= SMALLEST else np.float32(0)
                     scaled = v * first * second
-                    value = np.float64(np.rint((scaled - np.rint(scaled)) * np.float32(FINER)))
-                    out[k] = value
-                    total += value
-            else:
-                out[start:stop] = 0
-            sums[m, g] = total
-        out[x.shape[1] :] = 0
+                    value = np.rint((scaled - np.rint(scaled)) * np.float32(FINER))
+                    if dots:
+                        words[k] = np.int32(value)
+                    else:
+                        out[k] = value
+                if not dots:
+                    sums[m, g] = _sum_of(out, start, stop)
         if dots:
-            _split(out, halves, size, sums[m].view(np.int32))
+            _split(words, x.shape[1], halves, size, sums[m].view(np.int32))
 
 
 # ---- what both forms of the product do
@@ -1028,56 +1126,142 @@ _halves_of_one_group, _halves_of_two, _halves_of_four = (_in_order(True, groups)
 _long_twice, _short_twice = _groups_of(1, short=False, twice=True), _groups_of(1, short=True, twice=True)
 
 
-@njit(nogil=True, cache=True)
-def _split(row: Any, halves: Any, size: Any, sums: Any) -> None:  # pragma: no cover - compiled
-    """Integers of 31 bits, float64, as signed digits, in the first half of the row: 16 bytes for those of four codes.
+def _digits_of(halves: bool) -> Any:
+    """Words of 31 bits and a sign, 16 a block, as their signed digits, where they lie: 16 bytes for those of four codes.
 
-    Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth. ``sums`` become
-    those of lower and of upper digits, two for each group of ``size``.
+    Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth. Of ``halves`` the
+    four at even positions of eight come before those at odd ones. ``value + 0x808080`` has in its bytes the digits, 128
+    more than they are but for the uppermost, since what is above 127 carries; so do shorts with ``0x8000``.
+    """
+    bias = 0x808080 if BITS_OF_DIGIT == 8 else 0x8000
+    place_of = [4 * four + i for four in range(4) for i in range(4)]
+    if halves:
+        place_of = [8 * eight + 2 * i + odd for eight in range(2) for odd in range(2) for i in range(4)]
+    order: list[int] = []
+    for four in range(0, 16, 4):
+        codes = place_of[four : four + 4]
+        if BITS_OF_DIGIT == 8:
+            order += [4 * code + digit for digit in range(4) for code in codes]
+        else:
+            order += [4 * codes[i] + 2 * digit + byte for digit in range(2) for i in (0, 2, 1, 3) for byte in range(2)]
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def digits_of(_: Any, words: Any, blocks: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            words, blocks = arguments
+            several = ir.VectorType(ir.IntType(8), 4 * COLUMNS)
+
+            def block(i: Any, none: list[Any]) -> list[Any]:
+                place = _at(builder, words, i, 4 * COLUMNS)
+                value = builder.add(_load(builder, place, _INTS), _same(_INTS, bias))
+                digits = builder.bitcast(builder.xor(value, _same(_INTS, bias)), several)
+                _store(builder, _shuffled(builder, digits, digits, order), place)
+                return none
+
+            _loop(builder, blocks, [], block)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), generate
+
+    return digits_of
+
+
+def _apart(count: int) -> Any:
+    """Of ``count`` words that lie side by side again and again, each in a vector of its own, 16 times."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def apart(_: Any, words: Any, out: Any, blocks: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            words, out, blocks = arguments
+
+            def block(i: Any, none: list[Any]) -> list[Any]:
+                here, there = (_at(builder, start, i, 4 * COLUMNS * count) for start in (words, out))
+                found = [_load(builder, builder.add(here, _ADDRESS(4 * COLUMNS * v)), _INTS) for v in range(count)]
+                vectors = [found]
+                while len(vectors) < count:  # those at even places, and those at odd ones, of twice as many
+                    vectors = [
+                        [
+                            _shuffled(builder, a, b, list(range(odd, 2 * COLUMNS, 2)))
+                            for a, b in zip(some[::2], some[1::2], strict=True)
+                        ]
+                        for odd in range(2)
+                        for some in vectors
+                    ]
+                for v, [vector] in enumerate(vectors):
+                    _store(builder, vector, builder.add(there, _ADDRESS(4 * COLUMNS * v)))
+                return none
+
+            _loop(builder, blocks, [], block)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 3), generate
+
+    return apart
+
+
+_digits_of_bytes, _digits_of_halves = _digits_of(False), _digits_of(True)
+_apart_by_four, _apart_by_eight = _apart(4), _apart(8)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _sums_of_blocks(_: Any, words: Any, blocks: Any) -> Any:
+    """The sum of lower digits of 16 integers a block, and above 32 bits that of upper ones."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words, blocks = arguments
+        half = _same(_INTS, HALF)
+
+        def block(i: Any, totals: list[Any]) -> list[Any]:
+            value = _load(builder, _at(builder, words, i, 4 * COLUMNS), _INTS)
+            low = builder.sub(builder.and_(builder.add(value, half), _same(_INTS, 0xFFFF)), half)
+            upper = builder.ashr(builder.sub(value, low), _same(_INTS, 16))
+            return [builder.add(total, one) for total, one in zip(totals, (low, upper), strict=True)]
+
+        totals = _loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
+        lower, upper = (_reduced(builder, total, "add") for total in totals)
+        return builder.or_(builder.zext(lower, _ADDRESS), builder.shl(builder.zext(upper, _ADDRESS), _ADDRESS(32)))
+
+    return types.int64(types.intp, types.intp), generate
+
+
+@njit(nogil=True, cache=True)
+def _split(words: Any, inner: Any, halves: Any, size: Any, sums: Any) -> None:  # pragma: no cover - compiled
+    """Integers of 31 bits, in the first half of ``words``, as signed digits, as ``_digits_of`` leaves them.
+
+    ``sums`` become those of lower and of upper digits, two for each group of ``size``.
     """
     for g in range(sums.shape[0] // 2):
-        lower, upper = np.int64(0), np.int64(0)
-        for k in range(g * size, min(g * size + size, row.shape[0])):
-            value = np.int64(row[k])
-            low = ((value + HALF) & 0xFFFF) - HALF
+        start, stop = g * size, min(g * size + size, inner)
+        lower, upper, blocks = np.int32(0), np.int32(0), (stop - start) // COLUMNS
+        if blocks > 0:
+            both = _sums_of_blocks(words.ctypes.data + 4 * start, blocks)
+            lower, upper = np.int32(both), np.int32(both >> 32)
+        for k in range(start + blocks * COLUMNS, stop):
+            value = words[k]
+            low = ((value + np.int32(HALF)) & np.int32(0xFFFF)) - np.int32(HALF)
             lower += low
-            upper += (value - low) >> 16
+            upper += (value - low) >> np.int32(16)
         sums[2 * g], sums[2 * g + 1] = lower, upper
-    out, shorts = row.view(np.int8), row.view(np.int16)
-    found = np.empty(8, dtype=np.int64)
-    for start in range(0, row.shape[0], 8):
-        for i in range(8):
-            found[i] = np.int64(row[start + i])
-        for i in range(8):
-            value = found[i]
-            place = (i & 1) * 4 + (i >> 1) if halves else i
-            four, code = 4 * start + (place >> 2) * 16, place & 3
-            if BITS_OF_DIGIT == 8:
-                for d in range(4):
-                    digit = ((value + 128) & 255) - 128
-                    out[four + 4 * d + code] = digit
-                    value = (value - digit) >> 8
-            else:
-                lower = ((value + 32768) & 65535) - 32768
-                at = (four >> 1) + (code & 1) * 2 + (code >> 1)
-                shorts[at] = lower
-                shorts[at + 4] = (value - lower) >> 16
+    blocks = words.shape[0] // (2 * COLUMNS)
+    if halves:
+        _digits_of_halves(words.ctypes.data, blocks)
+    else:
+        _digits_of_bytes(words.ctypes.data, blocks)
 
 
 @njit(nogil=True, cache=True)
-def _put_in_order(row: Any, halves: Any) -> None:  # pragma: no cover - compiled
+def _put_in_order(words: Any, halves: Any) -> None:  # pragma: no cover - compiled
     """Digits that ``_split`` has left in the first half of a row, in the other half, a vector of each digit.
 
     Those of as many codes as ``CHUNK`` bytes have; those at even positions before those at odd ones, where bytes have
     two.
     """
-    words, parts = row.view(np.int32), 2 if halves else 1
-    out = words[row.shape[0] :]
-    for start in range(0, row.shape[0], 64 * parts):
-        for part in range(parts):
-            for d in range(4):
-                for i in range(16):
-                    out[start + (part * 4 + d) * 16 + i] = words[start + (i * parts + part) * 4 + d]
+    length = words.shape[0] // 2
+    start = words.ctypes.data
+    if halves:
+        _apart_by_eight(start, start + 4 * length, length // (8 * COLUMNS))
+    else:
+        _apart_by_four(start, start + 4 * length, length // (4 * COLUMNS))
 
 
 @njit(nogil=True, cache=True)

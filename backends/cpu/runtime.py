@@ -1,8 +1,8 @@
 """What every form of the CPU library stands on: threads, memory and caches, and the loading of compiled loops.
 
 Owns: the thread pool, and whether there are compiled loops here. Imports: nothing of this package but those loops.
-ufuncs, BLAS and the loops release the interpreter's lock, so plain threads serve. docs/performance.md says what was
-tried and what each gave.
+ufuncs, BLAS and the loops release the interpreter's lock, so plain threads serve. docs/performance-tried.md says what
+was tried and what each gave.
 """
 
 from __future__ import annotations

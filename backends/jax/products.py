@@ -1,7 +1,7 @@
 """Products for XLA, with derivatives.
 
 Owns: which form of the product XLA runs fast, how JAX is told of its derivative, and the table of JAX's kernels.
-Imports: the CPU library, the operations. docs/performance.md says what was tried and what each gave.
+Imports: the CPU library, the operations. docs/performance-tried.md says what was tried and what each gave.
 """
 
 from __future__ import annotations

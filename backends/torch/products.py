@@ -1,7 +1,8 @@
 """Products for torch, with derivatives.
 
 Owns: which form of the product torch runs fast on a CPU, how autograd is told of its derivative, and the table of
-torch's kernels. Imports: the CPU library, the operations. docs/performance.md says what was tried and what each gave.
+torch's kernels. Imports: the CPU library, the operations. docs/performance-tried.md says what was tried and what each
+gave.
 """
 
 from __future__ import annotations
