@@ -16,7 +16,7 @@ from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
 from aqt_lite.qarray import QArray
 
-__all__ = ["as_float_array", "check_floats", "one_of"]
+__all__ = ["as_float_array", "check_floats"]
 
 
 def as_float_array(
@@ -75,8 +75,3 @@ def _from_list(x: Any, argument: str) -> np.ndarray[Any, Any]:
     if not np.array_equal(np.isfinite(narrow), np.isfinite(wide)):
         raise ValueError(f"{argument} is a list with numbers beyond float32: make it a float64 array")
     return narrow
-
-
-def one_of(argument: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument}={value!r} is not known: use {' or '.join(map(repr, known))}")

@@ -30,6 +30,7 @@ __all__ = ["ArrayBytes"]
 class ArrayBytes:
     """The part of ``QArray`` that is about other libraries' bytes."""
 
+    @naming_the_argument
     def to_bytes(self: QArray, layout: str | Layout | Family) -> np.ndarray[Any, Any]:  # type: ignore[misc]
         """The codes as another library stores them; block types of ggml with their scales and offsets.
 

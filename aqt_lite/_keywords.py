@@ -1,14 +1,19 @@
 """What other libraries call arguments, and what says the same here.
 
-Owns: that table, and the errors of functions and specs that are given such a name. Imports: nothing of this package.
+Owns: that table, and the errors of functions and specs that are given such a name, too few arguments, or too many by
+position. Imports: how values are shown.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
-from typing import ParamSpec, TypeVar
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from aqt_lite._near import shown
 
 __all__ = ["in_a_spec", "naming_the_argument", "naming_the_fields", "said_here"]
 
@@ -74,10 +79,18 @@ def in_a_spec(name: str) -> str:
 
 
 def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``function``, whose TypeError for an argument that other libraries have says what it is called here."""
-    known = tuple(name for name in inspect.signature(function).parameters if name not in ("self", "cls"))
+    """``function``, whose TypeErrors say what an argument that other libraries have is called here.
 
-    called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    They also say what is missing, and by which name goes what is too much by position.
+    """
+    parameters = inspect.signature(function).parameters
+    known = tuple(name for name in parameters if name not in ("self", "cls"))
+    called = _called(function)
+    by_name = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    most = len(parameters) - len(by_name)
+    needed = tuple(name for name, p in parameters.items() if p.default is p.empty and name not in by_name)
+    needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
+    least = most + 1 if needed_by_name else len(needed)  # fewer by position: look whether the others go by name
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -85,6 +98,10 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
+        if not least <= len(args) <= most:
+            missing = [name for name in needed[len(args) :] + needed_by_name if name not in kwargs]
+            if missing or len(args) > most:
+                _check_number(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -92,8 +109,75 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def naming_the_fields(cls: _C) -> _C:
     """A class whose constructor does so."""
-    cls.__init__ = naming_the_argument(cls.__init__)  # type: ignore[misc]
+    made = cls.__init__  # type: ignore[misc]
+    made.__doc__ = cls.__doc__  # which has an example
+    cls.__init__ = naming_the_argument(made)  # type: ignore[misc]
     return cls
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+
+def _check_number(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """TypeError where arguments are missing, or more than those that go by position."""
+    called, parameters = _called(function), inspect.signature(function).parameters
+    by_name = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    by_position = [name for name in parameters if name not in by_name]
+    missing = [
+        name
+        for i, (name, p) in enumerate(parameters.items())
+        if p.default is p.empty and name not in kwargs and (i >= len(args) or name in by_name)
+    ]
+    too_many = args[len(by_position) :]
+    if too_many:
+        takes = _listed([name for name in by_position if name not in ("self", "cls")])
+        likely = missing if len(missing) == 1 else by_name
+        meant = meant_by(function, too_many[0]) or (likely[0] if len(likely) == 1 else None)
+        value = shown(too_many[0])
+        way = f"; by name go {_listed(by_name)}" if by_name else ""
+        way = f": give {meant}={value}" if meant else way
+        raise TypeError(f"{called}() takes {takes or 'nothing'} by position, and {value} is one too many{way}")
+    if missing:
+        raise TypeError(f"{called}() needs {_listed(missing)}{_example(called, function.__doc__)}")
+
+
+def meant_by(function: Callable[..., Any], value: Any) -> str | None:
+    """Which keyword of ``function`` takes ``value``, by their annotations; None where none or several do."""
+    try:
+        hints = get_type_hints(function)
+    except NameError:  # of names that type checkers alone import
+        return None
+    named = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    found = [name for name in named if _takes(hints.get(name, Any), value)]
+    return found[0] if len(found) == 1 else None
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether an annotation has that class, or that text."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if isinstance(hint, type) and hint is not Any:
+        told_apart = hint not in (str, int, float, object) and not getattr(hint, "_is_protocol", False)
+        return told_apart and isinstance(value, hint)
+    return any(_takes(part, value) for part in get_args(hint) if get_origin(hint) in (Union, UnionType))
+
+
+def _example(called: str, doc: str | None) -> str:
+    """``", as in PerGroup(32)"``, from the examples of the documentation; nothing where Python has thrown them away."""
+    for line in (doc or "").splitlines():
+        at = re.search(rf"\b{called}\(", line) if line.lstrip().startswith((">>>", "...")) else None
+        depth = 0
+        for end in range(at.end() - 1 if at else len(line), len(line)):
+            depth += {"(": 1, ")": -1}.get(line[end], 0)
+            if not depth:
+                assert at is not None
+                return f", as in {line[at.start() : end + 1]}"
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _no_such_argument(function: str, name: str, known: tuple[str, ...]) -> str:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._arguments import as_float_array
 from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
+from aqt_lite._near import one_of
 from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend
 from aqt_lite._qparams import number_of_type

@@ -25,6 +25,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
+from aqt_lite._near import not_known
 from aqt_lite._protocol import Backend, Node, Ways
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _load(name: str) -> Backend:
     else:
         plugin = next((e for e in _plugins() if e.name == name), None)
         if plugin is None:
-            raise ValueError(f"backend={name!r} is not known: use one of {', '.join(_names())}")
+            raise ValueError(not_known("backend", name, _names()))
         cls = plugin.load()
         _check(cls, f"the entry point for backend={name!r}")
         if cls.name != name:

@@ -22,14 +22,14 @@ from aqt_lite._arguments import check_floats
 from aqt_lite._callers import warn
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import said_here
-from aqt_lite._near import nearest
+from aqt_lite._near import nearest, not_known
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import Swapped, swapped_forth
 from aqt_lite.api import quantize
 from aqt_lite.bounds import AUTO
 from aqt_lite.dialects import AQT_LITE, dialect_of
 from aqt_lite.elements import FLOAT_TYPES
-from aqt_lite.formats import format_of
+from aqt_lite.formats import FORMATS, format_of
 from aqt_lite.granularity import Block, Granularity, PerGroup, block_of, granularity_of, grid_of
 from aqt_lite.packing import bytes_of
 from aqt_lite.qarray import MOST_SWAPPED, QArray
@@ -221,10 +221,9 @@ class _Rule:
 
 def check_layout(argument: str, layout: Any) -> None:
     """ValueError where it is none."""
-    if layout not in LAYOUTS:
-        raise ValueError(
-            f"{argument}={layout!r} is not known: use 'dense' for weights (in, out), 'linear' for (out, in), or None"
-        )
+    if not (isinstance(layout, str) and layout in LAYOUTS):
+        words = not_known(argument, layout, LAYOUTS, "None")
+        raise ValueError(f"{words}; weights are (out, in) in 'linear', and (in, out) in 'dense'")
 
 
 def _no_such_key(key: Any, keys: tuple[str, ...]) -> str:
@@ -240,7 +239,10 @@ def _read(rules: Any, extra: tuple[str, ...]) -> list[_Rule]:
             "rules is a dict: give a list of (pattern, spec) pairs, list(rules.items()); their order counts"
         )
     if isinstance(rules, str) or not isinstance(rules, Iterable):
-        raise TypeError(f"rules is a {type(rules).__name__}: give a list of (pattern, spec) pairs")
+        example = {"dtype": rules if rules in FORMATS else "int4"}
+        raise TypeError(
+            f"rules is a {type(rules).__name__}: give a list of (pattern, spec) pairs, rules=[('*', {example})]"
+        )
     found = []
     for number, rule in enumerate(rules, 1):
         if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
@@ -532,6 +534,7 @@ def check_activations(found: Planned, others: list[str]) -> None:
             raise ValueError(f"activations={activations!r} is for Linear layers, and this is the weight of {others[0]}")
         if not isinstance(activations, str):
             raise TypeError(f"activations={activations!r}: give the name of a format, such as 'int8'")
+        format_of(activations, "activations")
         quantize([[0.0]], activations, granularity=PerGroup(1))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Number
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._near import check_integer, index_of
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite.packing import bytes_of
@@ -186,9 +187,9 @@ class ArrayShapes:
         """Axes in another order; reversed by default, as in NumPy."""
         q = self._checked()
         given = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple | list) else axes
-        order = tuple(reversed(range(q.ndim))) if not given else tuple(operator.index(a) for a in given)
-        if sorted(a % max(q.ndim, 1) for a in order) != list(range(q.ndim)):
-            raise ValueError(f"axes {order} are no order of the {q.ndim} axes")
+        order = tuple(reversed(range(q.ndim))) if not given else tuple(index_of("axis", a) for a in given)
+        if sorted(a + q.ndim if a < 0 else a for a in order) != list(range(q.ndim)):
+            raise ValueError(f"axes {order} are no order of the {q.ndim} axes: give each once, 0 to {q.ndim - 1}")
         order = tuple(a % q.ndim for a in order)
         if order == tuple(range(q.ndim)):
             return q
@@ -229,7 +230,7 @@ class ArrayShapes:
             )
         q = self._checked()
         given = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        wanted = _resolved(tuple(operator.index(n) for n in given), q.size)
+        wanted = _resolved(tuple(index_of("length", n) for n in given), q.size)
         if wanted == q.shape:
             return q
         tail = 0  # axes at the end that stay
@@ -359,8 +360,10 @@ def concatenate(arrays: Any, axis: int = 0) -> QArray:
     """
     qs = [q._checked() for q in _quantized(arrays)]
     first = qs[0]
+    check_integer("axis", axis)
     if not -first.ndim <= axis < first.ndim:
-        raise ValueError(f"axis={axis} is out of range for {first.ndim} dimensions")
+        n = first.ndim
+        raise ValueError(f"axis={axis} is out of range for {n} dimensions: use {-n} to {n - 1}")
     axis %= first.ndim
     for q in qs[1:]:
         if kind_in_words(q) != kind_in_words(first):
@@ -408,6 +411,7 @@ def stack(arrays: Any, axis: int = 0) -> QArray:
     """
     qs = [q._checked() for q in _quantized(arrays)]
     first = qs[0]
+    check_integer("axis", axis)
     if not 0 <= axis <= max(first.ndim - 2, 0):
         raise ValueError(f"axis={axis}: a new axis may stand before the last two, at 0 to {max(first.ndim - 2, 0)}")
     for q in qs[1:]:
@@ -437,7 +441,7 @@ def _joined_scales(parts: list[Any], axis: int) -> Any:
 
 
 def _quantized(arrays: Any) -> list[Any]:
-    found = list(arrays)
+    found = list(arrays) if isinstance(arrays, Iterable) else []
     if not found or not all(map(_is_quantized, found)):
         raise TypeError("give a sequence of one QArray or more; arrays of floats have their own library's functions")
     if len({q.backend for q in found}) > 1:

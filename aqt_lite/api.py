@@ -17,7 +17,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import numpy as np
 
 from aqt_lite import _clipping, _given, _statistics, affine, ggml, hqq, mlx  # noqa: F401 - they add their dialects
-from aqt_lite._arguments import as_float_array, one_of
+from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import offered, run
 from aqt_lite._into import (
@@ -35,6 +35,7 @@ from aqt_lite._into import (
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._missing import Marked, marked, warn_of_fill_values
 from aqt_lite._namespace import AnyArray, Array, Numbers
+from aqt_lite._near import check_integer, one_of, shown
 from aqt_lite._noise import MOST_ELEMENTS, key_words
 from aqt_lite._parts import boxes
 from aqt_lite._protocol import Backend, IntLimits
@@ -310,8 +311,7 @@ def _with_keepbits(dtype: Any, keepbits: Any) -> str:
             f"keepbits={keepbits!r} is given with dtype={dtype!r}, which has the bits that it has: it goes with "
             f"dtype={next(iter(FAMILIES))!r}"
         )
-    if isinstance(keepbits, bool | np.bool) or not isinstance(keepbits, int | np.integer):
-        raise TypeError(f"keepbits is a {type(keepbits).__name__}: give an integer")
+    check_integer("keepbits", keepbits)
     if not 0 <= keepbits < len(family):
         raise ValueError(f"keepbits={keepbits}: float32 has {len(family) - 1}, give 0 to {len(family) - 1}")
     return family[int(keepbits)].name
@@ -468,8 +468,8 @@ def choose_qparams(
     >>> print(scale, zero_point)
     [0.01568628] [64]
     """
-    if offset not in (None, "data"):
-        raise ValueError(f"offset={offset!r}: it is chosen here; give 'data', or None for a zero point")
+    if not (offset is None or (isinstance(offset, str) and offset == "data")):
+        raise ValueError(f"offset={shown(offset)}: it is chosen here; give 'data', or None for a zero point")
     call = _prepare(
         x, dtype, scheme, granularity, dialect, nonfinite, backend,
         offset=offset, scale_dtype=scale_dtype, scale_mode=scale_mode,

@@ -24,6 +24,7 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import naming_the_argument
+from aqt_lite._near import not_known
 from aqt_lite._parts import boxes, memory_order
 from aqt_lite._progress import over, over_tasks
 from aqt_lite.qarray import QArray
@@ -589,6 +590,6 @@ def _type_of_codes(dtype: Any) -> np.dtype[Any]:
     except TypeError:
         name = None
     if name not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: codes are {', '.join(DTYPES)}, or 'auto'")
+        raise ValueError(not_known("dtype", dtype, ("auto", *DTYPES)))
     found: np.dtype[Any] = np.dtype(name)
     return found

@@ -17,6 +17,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite._shapes import lengths_swapped
 from aqt_lite._sides import Side, differences, read_side, values_that_differ
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.dialects import Dialect, dialect_of
 from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, Format, format_of
@@ -87,7 +88,7 @@ def convert(
     first
     """
     if not isinstance(q, QArray):
-        raise TypeError(f"q is a {type(q).__name__}, not a QArray: QArray.from_codes makes one of codes and scales")
+        raise TypeError(f"{not_a_qarray('q', q)}, or use QArray.from_codes, which makes one of codes and scales")
     b = q._backend
     if any(b.is_traced(a) for a in q._arrays()):
         raise TypeError("convert needs values, but q is being traced: call it outside the compiled function")
@@ -308,7 +309,8 @@ def _assembled(q: QArray, codes: Array, side: Side, scale_dtype: Any, b: Backend
     try:
         made = QArray.from_codes(codes, scale, **zeros, **how, scale_dtype=scale_dtype, float_dtype=q.float_dtype)
     except ValueError as error:
-        raise ValueError(str(error) if scale_dtype is None else f"scale_dtype={scale_dtype!r}: {error}") from None
+        said = scale_dtype is None or str(error).startswith("scale_dtype=")
+        raise ValueError(str(error) if said else f"scale_dtype={scale_dtype!r}: {error}") from None
     made = made.with_trainable_scales(q.trainable)
     made = made.for_dense(*lengths_swapped(q.transposed)) if q.transposed else made
     return made if q.packed_length is not None or not q._element.packs else made.unpacked()

@@ -16,16 +16,20 @@ from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
+from aqt_lite._keywords import naming_the_fields
+from aqt_lite._near import not_known, one_of
 from aqt_lite.elements import Codebook, ElementType, Rounding
 from aqt_lite.formats import Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
 Reach = Literal["top", "half range", "each side", "lowest"]
+_ROUNDINGS = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up")
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Dialect:
     """Rules by which a library chooses scales, zero points and codes. The defaults are this library's own.
@@ -172,10 +176,9 @@ class Dialect:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.reach not in ("top", "half range", "each side", "lowest"):
-            raise ValueError(
-                f"Dialect({self.name!r}): reach={self.reach!r}: use 'top', 'half range', 'each side' or 'lowest'"
-            )
+        one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
+        if not (isinstance(self.rounding, float) and 0 < self.rounding < 1):
+            one_of(f"Dialect({self.name!r}): rounding", self.rounding, _ROUNDINGS, "a part between 0.0 and 1.0")
         for field, value in (
             ("least_range", self.least_range),
             ("least_scale", self.least_scale),
@@ -540,5 +543,5 @@ def dialect_of(dialect: Any) -> Dialect:
         raise TypeError(f"dialect is a {type(dialect).__name__}: give a name, or an aqt_lite.Dialect")
     found = DIALECTS.get(dialect)
     if found is None:
-        raise ValueError(f"dialect={dialect!r} is not known: use one of {', '.join(map(repr, DIALECTS))}, or a Dialect")
+        raise ValueError(not_known("dialect", dialect, DIALECTS, "a Dialect"))
     return found

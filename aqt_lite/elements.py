@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 
+from aqt_lite._keywords import naming_the_fields
 from aqt_lite._namespace import Array
+from aqt_lite._near import of_these, shown
 from aqt_lite._protocol import Backend
 
 __all__ = [
@@ -45,6 +48,16 @@ Rounding = Literal["half_even", "half_away", "half_toward_zero", "toward_zero", 
 
 NOISE_BITS = 16
 """Bits of the noise that stochastic rounding compares with."""
+
+
+def _check_kinds(record: Any, **kinds: type) -> None:
+    """TypeError where a field of a record is of another type; where floats go, integers do, too."""
+    for name, kind in kinds.items():
+        value = getattr(record, name)
+        number = Integral if kind is int else Real
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, bool | number):
+            wanted = {bool: "True or False", int: "an integer", float: "a number"}[kind]
+            raise TypeError(f"{type(record).__name__}({record.name!r}): {name}={shown(value)}: give {wanted}")
 
 
 class ElementType(ABC):
@@ -185,9 +198,17 @@ def without_last_bits(size: Array, drop: int, rounding: Rounding, xp: Any, noise
     return (size & ~kept) + (xp.astype(rounded(part, rounding, xp, noise), size.dtype) << drop)
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Integer(ElementType):
-    """All integers of some bits, times a step: two's complement where they are signed."""
+    """All integers of some bits, times a step: two's complement where they are signed.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> aqt_lite.Integer("int9", 9, signed=True).codes
+    (-256, 255)
+    """
 
     name: str
     bits: int
@@ -198,6 +219,7 @@ class Integer(ElementType):
     """Whether the smallest code of a signed type, which has no opposite, is left out."""
 
     def __post_init__(self) -> None:
+        _check_kinds(self, bits=int, signed=bool, step=float, narrow=bool)
         if not 2 <= self.bits <= 16:
             raise ValueError(f"Integer({self.name!r}): bits={self.bits}: give 2 to 16")
         if not (0 < self.step < math.inf and math.frexp(self.step)[0] == 0.5):
@@ -276,9 +298,17 @@ class Integer(ElementType):
         return codes if self.step == 1.0 else b.xp.astype(codes, b.dtype(compute)) * self.step
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Float(ElementType):
-    """Sign, exponent, mantissa, from the highest bit down. Larger magnitudes saturate; infinities are never made."""
+    """Sign, exponent, mantissa, from the highest bit down. Larger magnitudes saturate; infinities are never made.
+
+    Examples
+    --------
+    >>> import aqt_lite
+    >>> aqt_lite.Float("float5_e2m2", 2, 2, bias=1, max=7.0).bits
+    5
+    """
 
     name: str
     exponent: int
@@ -296,6 +326,7 @@ class Float(ElementType):
     """A code of NaN. It is made where these numbers are scales, of blocks that cannot be used."""
 
     def __post_init__(self) -> None:
+        _check_kinds(self, exponent=int, mantissa=int, bias=int, max=float, signed=bool, subnormal=bool)
         if self.exponent < 1 or self.mantissa < 0 or not (2 <= self.bits <= 8 or self.bits == 16):
             raise ValueError(
                 f"Float({self.name!r}): exponent={self.exponent}, mantissa={self.mantissa}: give one bit of exponent "
@@ -415,6 +446,7 @@ class Float(ElementType):
         return value
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Codebook(ElementType):
     """Any numbers, listed by code.
@@ -826,7 +858,10 @@ def float_type(dtype: object, argument: str = "dtype") -> FloatType:
     """The record of a floating-point type, from its name or from any library's dtype object of that name."""
     found = FLOAT_TYPES.get(dtype_name(dtype))
     if found is None:
-        raise ValueError(f"{argument}={dtype!r} is not a floating-point type: use one of {', '.join(FLOAT_TYPES)}")
+        near = of_these(dtype_name(dtype), FLOAT_TYPES)
+        raise ValueError(
+            f"{argument}={shown(dtype)} is not a floating-point type{near}: use one of {', '.join(FLOAT_TYPES)}"
+        )
     return found
 
 
@@ -834,7 +869,8 @@ def integer_type(dtype: object) -> str:
     """The name of an integer type of any width, from its name or from any library's dtype object of that name."""
     name = dtype_name(dtype)
     if name not in INTEGER_TYPES:
-        raise ValueError(f"dtype={dtype!r} is not an integer type: use one of {', '.join(INTEGER_TYPES)}")
+        near = of_these(name, INTEGER_TYPES)
+        raise ValueError(f"dtype={shown(dtype)} is not an integer type{near}: use one of {', '.join(INTEGER_TYPES)}")
     return name
 
 

@@ -38,6 +38,11 @@ class _Layout:
     read: Callable[[Memory], Contents]
 
 
+def _check_path(path: Any, way: str) -> None:
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}: {way}")
+
+
 _SHARDED = _shards.SUFFIX
 _LAYOUTS = {
     _SHARDED: _Layout(lambda dtype: dtype, _safetensors.write, _safetensors.read),
@@ -84,8 +89,7 @@ def save(
     >>> tree["dense"]["w"].granularity, tree["dense"]["bias"].dtype, tree["step"]
     (PerGroup(size=32, axis=-1), dtype('float64'), 7)
     """
-    if not isinstance(path, str | bytes | os.PathLike):
-        raise TypeError(f"path is a {type(path).__name__}: the first argument is the file's name, the second the tree")
+    _check_path(path, "the first argument is the file's name, the second the tree")
     name = os.fsdecode(path)
     layout = _layout_of(name)
     if max_shard_bytes is not None:
@@ -149,6 +153,7 @@ def load(
     >>> list(found)
     ['layers.0.w', 'layers.1.w']
     """
+    _check_path(path, "give the file's name")
     name = os.fsdecode(path)
     if like is not None and (only is not None or backend is not None):
         raise ValueError("like= says which leaves and which library: leave only= and backend= out")

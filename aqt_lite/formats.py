@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from aqt_lite._near import did_you_mean
+from aqt_lite._keywords import naming_the_fields
+from aqt_lite._near import did_you_mean, one_of, shown
 from aqt_lite.elements import (
     FLOAT_TYPES,
     INTEGER_TYPES,
@@ -57,6 +58,7 @@ _LEAST = 2.0**-100
 _LOPSIDED = 8
 
 
+@naming_the_fields
 @dataclass(frozen=True)
 class Format:
     """An element type, and how the scales of its blocks are kept.
@@ -85,6 +87,9 @@ class Format:
     >>> f = FORMATS["nvfp4"]
     >>> f.element.name, f.group, f.scale.name, f.scale.scaled
     ('float4_e2m1fn', 16, 'float8_e4m3fn', True)
+    >>> import aqt_lite
+    >>> aqt_lite.Format("int9_groups", aqt_lite.Integer("int9", 9, signed=True), group=32).granularity
+    PerGroup(size=32, axis=-1)
     """
 
     name: str
@@ -111,6 +116,9 @@ class Format:
                 f"Format({self.name!r}): scaled=False with an element type without a code of NaN, which marks blocks "
                 "that cannot be used: give it one, or scaled=True"
             )
+        one_of(f"Format({self.name!r}): top", self.top, ("largest", "power of two"))
+        if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int)):
+            raise TypeError(f"Format({self.name!r}): group={self.group!r}: give an integer, or None for all elements")
         if self.group is not None and self.group < 1:
             raise ValueError(f"Format({self.name!r}): group={self.group}: give 1 or more, or None for all elements")
 
@@ -308,6 +316,8 @@ def register_format(form: Format | BitRound | Codebook | Float | Integer) -> For
 
     Raises
     ------
+    TypeError
+        It is neither.
     ValueError
         Another format, or a library's dtype, has that name; or its scales' format cannot be registered.
 
@@ -318,6 +328,11 @@ def register_format(form: Format | BitRound | Codebook | Float | Integer) -> For
     >>> aqt_lite.quantize([1.0, -7.0, 0.3], "float5_e2m2").dequantize().tolist()
     [1.0, -7.0, 0.25]
     """
+    if not isinstance(form, Format | ElementType):
+        raise TypeError(
+            f"form={shown(form)}: give a Format, or an element type: an Integer, a Float or a Codebook, such as "
+            "aqt_lite.Codebook('three', (-1.0, 0.0, 1.0))"
+        )
     made = form if isinstance(form, Format) else Format(form.name, form, scaled=not form.own_range)
     for_values = made.scaled or made.element.own_range
     table = FORMATS if for_values else SCALE_FORMATS
@@ -359,22 +374,24 @@ def _check_name(made: Format) -> None:
         raise ValueError(f"{made.name!r} is the name of a dtype, or of a family of formats: choose another name")
 
 
-def format_of(dtype: Any) -> Format:
+def format_of(dtype: Any, argument: str = "dtype") -> Format:
     """The format that users mean: by name, by any library's dtype object of that name, or the record itself."""
     if isinstance(dtype, Format | ElementType):
         return register_format(dtype)  # type: ignore[arg-type]
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     found = FORMATS.get(_ALIASES.get(name, name)) or DERIVED.get(name)
     if found is None:
+        if isinstance(dtype, Granularity):
+            raise TypeError(f"{argument}={dtype!r} is a granularity: give it by name, granularity={dtype!r}")
         family = FAMILIES.get(name)
         if family is not None:
             raise ValueError(
-                f"dtype={name!r} is a family of formats: name one, {family[0].name} to {family[-1].name}, or give "
+                f"{argument}={name!r} is a family of formats: name one, {family[0].name} to {family[-1].name}, or give "
                 "quantize keepbits, max_rel_err or max_abs_err"
             )
         known = ", ".join([*FORMATS, *BLOCK_TYPES, *(f"{f[0].name} to {f[-1].name}" for f in FAMILIES.values())])
         near = "" if name in _DTYPES else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
-        raise ValueError(f"dtype={dtype!r} is not a quantized type{near}: use one of {known}")
+        raise ValueError(f"{argument}={shown(dtype)} is not a quantized type{near}: use one of {known}")
     return found
 
 
@@ -405,7 +422,7 @@ def scale_format_of(dtype: Any, argument: str = "scale_dtype") -> Format:
     if found is None:
         known = ", ".join(dict.fromkeys(["float32", *SCALE_FORMATS, *FORMATS]))
         near = did_you_mean(name, [*SCALE_FORMATS, *FORMATS], _SCALES_ELSEWHERE | _ELSEWHERE)
-        raise ValueError(f"{argument}={dtype!r} is not a format of scales{near}: use one of {known}")
+        raise ValueError(f"{argument}={shown(dtype)} is not a format of scales{near}: use one of {known}")
     return found
 
 

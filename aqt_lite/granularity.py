@@ -10,11 +10,13 @@ axis. The *grid* has ``ceil(length / block)`` entries along each axis (one, wher
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aqt_lite._keywords import naming_the_fields
+from aqt_lite._near import nearest, shown
 
 __all__ = ["Block", "Granularity", "PerBlock", "PerChannel", "PerGroup", "PerTensor"]
 
@@ -143,8 +145,20 @@ def block_of(granularity: Granularity, ndim: int) -> Block:
             )
         return tuple(None if n == -1 else n for n in granularity.shape)
     raise TypeError(
-        f"granularity={granularity!r}: use PerTensor(), PerChannel(axis), PerGroup(size, axis) or PerBlock(shape)"
+        f"granularity={shown(granularity)}: use PerTensor(), PerChannel(axis), PerGroup(size, axis) or PerBlock(shape)"
+        f"{_meant(granularity)}"
     )
+
+
+def _meant(given: Any) -> str:
+    """Which granularity something else may have been meant as."""
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return f", here PerGroup({given})"
+    name = given.__name__ if isinstance(given, type) else given if isinstance(given, str) else ""
+    bare = re.sub("[^a-z]|wise", "", name.lower()).removeprefix("per")
+    examples = {"tensor": PerTensor(), "channel": PerChannel(0), "group": PerGroup(32), "block": PerBlock((1, 32))}
+    near = nearest(bare, examples, {"axis": "channel", "row": "channel", "token": "channel", "column": "channel"})
+    return f", here {examples[near]}" if bare and near else ""
 
 
 def granularity_of(block: Block) -> Granularity:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._dispatch import run
-from aqt_lite._near import did_you_mean
+from aqt_lite._near import of_these, one_of, shown
 from aqt_lite._registry import get_backend
 from aqt_lite.packing import pack, unpack
 
@@ -196,8 +196,7 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.leaves or self.leaves[0].name != "codes" or self.axis not in (-1, 0):
             raise ValueError(f"Layout({self.name!r}): leaves begin with 'codes', and axis is -1 or 0")
-        if self.word not in ("uint8", "int32"):
-            raise ValueError(f"Layout({self.name!r}): word={self.word!r}: give 'uint8' or 'int32'")
+        one_of(f"Layout({self.name!r}): word", self.word, ("uint8", "int32"))
         if len(self.leaves) > 1:
             complete = self.axis == -1 and not (self.pads or self.flat) and self.dtype is not None
             if not complete or any(leaf.dtype is None or leaf.length is None for leaf in self.leaves[1:]):
@@ -486,9 +485,8 @@ def layout_of(layout: Any, dtype: str, bits: int) -> Layout:
     if isinstance(found, Family):
         return found.holding(dtype, bits)
     if not isinstance(found, Layout):
-        what = repr(layout) if isinstance(layout, str) else f"a {type(layout).__name__}"
-        near = did_you_mean(layout, LAYOUTS)
-        raise ValueError(f"layout={what} is not known{near}: give a Layout, or one of {', '.join(LAYOUTS)}")
+        near = of_these(layout, LAYOUTS) if isinstance(layout, str) else ""
+        raise ValueError(f"layout={shown(layout)} is not known{near}: give a Layout, or one of {', '.join(LAYOUTS)}")
     if not found.holds(dtype, bits):
         wanted = f"{found.bits} bits" if found.dtype is None else f"format {found.dtype}"
         raise ValueError(f"layout {found.name!r} is for codes of {wanted}, and this array has {dtype} ({bits} bits)")

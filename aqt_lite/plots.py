@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aqt_lite._foreign import refusal
+from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
 from aqt_lite._parts import Box, boxes, dequantized, memory_order, part_of_array, touched
 from aqt_lite._registry import backend_of, get_backend
@@ -51,6 +52,7 @@ _VALUES, _ERRORS = "viridis", "RdBu_r"
 _MIDDLE, _END = "tab:blue", "tab:red"
 
 
+@naming_the_argument
 def plot_matrix(x: Any, title: str | None = None, *, ax: Axes | None = None, fmt: str | None = ".4g") -> Figure:
     """Draw a matrix as a heat map, with its values written in the cells where there is room.
 
@@ -96,6 +98,7 @@ def plot_matrix(x: Any, title: str | None = None, *, ax: Axes | None = None, fmt
     return figure
 
 
+@naming_the_argument
 def plot_quantization(x: Any, q: QArray) -> Figure:
     """Draw original, codes, dequantized values and error side by side.
 
@@ -149,6 +152,7 @@ def plot_quantization(x: Any, q: QArray) -> Figure:
     return figure
 
 
+@naming_the_argument
 def plot_error(x: Any, q: QArray) -> Figure:
     """Draw ``x`` minus its dequantized values, on a colour scale centred on zero.
 
@@ -169,6 +173,7 @@ def plot_error(x: Any, q: QArray) -> Figure:
     return figure
 
 
+@naming_the_argument
 def plot_codes(q: QArray) -> Figure:
     """Draw how often each code occurs, over the type's whole range, with the two ends of the range marked.
 
@@ -240,6 +245,7 @@ def plot_codes(q: QArray) -> Figure:
     return figure
 
 
+@naming_the_argument
 def plot_report(report: TreeReport) -> Figure:
     """Draw the SQNR of each quantized leaf of a model, and its bytes before and after; the worst leaf is at the top.
 

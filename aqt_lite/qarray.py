@@ -38,6 +38,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite._into import can_write, check_out, decode_into, is_packed
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import AnyArray, Array, Numbers
+from aqt_lite._near import index_of
 from aqt_lite._protocol import DOUBT, Backend, Doubt
 from aqt_lite._qparams import (
     check_codes,
@@ -241,8 +242,14 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         if problem:
             raise TypeError(f"qvalue {problem}")
         source = float_type(float_dtype, "float_dtype")
+        if dtype is None and b.dtype_name(qvalue) in ("float32", "float64"):
+            raise ValueError(
+                f"qvalue has dtype {b.dtype_name(qvalue)}: give an array of integer codes; of floats aqt_lite.quantize "
+                "makes them"
+            )
         form = _stored_format(b.dtype_name(qvalue) if dtype is None else dtype)
         if packed_length is not None:
+            packed_length = index_of("packed_length", packed_length)
             qvalue = _unpacked(qvalue, form, packed_length, b)
         qvalue = _as_codes(qvalue, form, b, said=dtype is not None)
         granularity = form.granularity if granularity is None else granularity
@@ -420,6 +427,7 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
 
     # ---- what can be done with it
 
+    @naming_the_argument
     def to_backend(self, name: str) -> QArray:
         """The same bits as arrays of another backend.
 

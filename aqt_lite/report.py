@@ -17,9 +17,11 @@ from aqt_lite._arguments import as_float_array
 from aqt_lite._blocks import spread
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Numbers
+from aqt_lite._near import check_integer
 from aqt_lite._parts import Box, boxes, memory_order, part_of, part_of_array, touched
 from aqt_lite._progress import over, untold
 from aqt_lite._range import representable_range, scales_of_blocks, with_margin
+from aqt_lite._ways import not_a_qarray
 from aqt_lite.elements import float_type
 from aqt_lite.granularity import Block, Granularity, grid_of
 from aqt_lite.qarray import QArray
@@ -143,7 +145,10 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
     worst block 1       (0, 0): mse 3.0991, max 2.27875, scale 5.73701
     """
     if not isinstance(q, QArray):
-        raise TypeError(f"q is a {type(q).__name__}, not a QArray")
+        raise TypeError(not_a_qarray("q", q))
+    check_integer("worst", worst)
+    if worst < 0:
+        raise ValueError(f"worst={worst}: give how many blocks to name, from 0 on")
     array, b = as_float_array(x.data if isinstance(x, np.ma.MaskedArray) else x, "x")
     if b.is_traced(array) or q._backend.is_traced(q.storage):
         raise TypeError("error_report needs values, but x or q is being traced: call it outside the compiled function")
@@ -155,7 +160,7 @@ def error_report(x: Numbers, q: QArray, *, worst: int = 3) -> ErrorReport:
         walked = walked[...]  # the codes in the order of their axes once, not for every part
     block, order = q._checked().block, memory_order(array)
     scratch = _Scratch(), _Scratch()
-    total, worst_blocks = _Totals(), _Worst(max(worst, 0), grid_of(q.shape, block))
+    total, worst_blocks = _Totals(), _Worst(worst, grid_of(q.shape, block))
     with np.errstate(all="ignore"):
         for region in boxes(worst_blocks.grid, _MOST_BLOCKS, order) if q.size else ():
             box = tuple(

@@ -22,6 +22,7 @@ from aqt_lite._arguments import as_float_array
 from aqt_lite._dispatch import run
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
+from aqt_lite._near import check_integer
 from aqt_lite._parts import boxes, memory_order, part_of_array
 from aqt_lite._progress import over
 from aqt_lite._protocol import Backend
@@ -80,8 +81,7 @@ def bitround(x: Numbers, keepbits: int, *, backend: str | None = None) -> Array:
     array, b = as_float_array(x, "x", backend)
     name = b.dtype_name(array)
     most = significand_bits(name)
-    if isinstance(keepbits, bool | np.bool) or not isinstance(keepbits, int | np.integer):
-        raise TypeError(f"keepbits is a {type(keepbits).__name__}: give an integer")
+    check_integer("keepbits", keepbits)
     if not 0 <= keepbits <= most:
         raise ValueError(f"keepbits={keepbits}: {name} has {most}, give 0 to {most}")
     return run(b, bitrounded, b.stop_gradient(array), keepbits=int(keepbits))
@@ -246,8 +246,7 @@ def bit_information(x: Numbers, axis: int = -1, *, backend: str | None = None) -
     array, b = as_float_array(x, "x", backend)
     if b.is_traced(array):
         raise TypeError("information is that of values, and x is being traced: ask outside the compiled function")
-    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-        raise TypeError(f"axis is a {type(axis).__name__}: give an integer")
+    check_integer("axis", axis)
     if not -array.ndim <= axis < array.ndim:
         raise ValueError(f"axis={axis}: x has {array.ndim} dimensions")
     return _information(array, b, int(axis) % array.ndim)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from aqt_lite import _registry
 from aqt_lite._foreign import refusal
 from aqt_lite._keywords import naming_the_argument
+from aqt_lite._near import shown
 from aqt_lite._protocol import Node
 from aqt_lite._registry import backend_of
 from aqt_lite._rules import (
@@ -211,6 +212,8 @@ def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> Tr
 
     Raises
     ------
+    TypeError
+        QArrays are in ``params``, and none in ``quantized``.
     ValueError
         The trees differ in structure or shapes; naming the path.
 
@@ -229,6 +232,8 @@ def tree_report(params: Any, quantized: Any, *, progress: Progress = None) -> Tr
             raise ValueError(
                 f"params and quantized are trees of different structures: one has {path}, the other {other}"
             )
+    if not any(isinstance(q, QArray) for _, q in after) and any(isinstance(x, QArray) for _, x in before):
+        raise TypeError("params has QArrays and quantized has none: give what was quantized first, and then the result")
     work: dict[int, tuple[str, Any, QArray]] = {}
     for (path, x), (_, q) in zip(before, after, strict=True):
         if isinstance(q, QArray):
@@ -479,8 +484,10 @@ def with_progress(items: Sequence[_T], progress: Progress, name: Callable[[_T], 
     """The items, while a line on stderr says how many are done, or whatever ``progress`` makes of them."""
     if callable(progress):
         return progress(items)
-    shown = sys.stderr.isatty() if progress is None else progress
-    return _told(items, name, 0.0 if progress else _SILENT_SECONDS) if shown else items
+    if not (progress is None or isinstance(progress, bool)):
+        raise TypeError(f"progress={shown(progress)}: give True, False, None or a function such as tqdm.tqdm")
+    wanted = sys.stderr.isatty() if progress is None else progress
+    return _told(items, name, 0.0 if progress else _SILENT_SECONDS) if wanted else items
 
 
 def _told(items: Sequence[_T], name: Callable[[_T], str], after: float) -> Iterator[_T]:

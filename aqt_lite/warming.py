@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aqt_lite._arguments import one_of
 from aqt_lite._keywords import naming_the_argument
+from aqt_lite._near import one_of
 from aqt_lite._registry import get_backend
 from aqt_lite.api import Scheme, quantize
 from aqt_lite.elements import float_type
@@ -25,7 +25,8 @@ from aqt_lite.qarray import QArray
 
 __all__ = ["warm_up"]
 
-_MODES: tuple[Literal["fast", "reproducible"], ...] = ("fast", "reproducible")
+_Mode = Literal["fast", "reproducible"]
+_MODES: tuple[_Mode, ...] = ("fast", "reproducible")
 
 
 @naming_the_argument
@@ -38,7 +39,7 @@ def warm_up(
     scheme: Scheme = "symmetric",
     scale_dtype: Any = None,
     float_dtype: Any = "float32",
-    modes: Sequence[Literal["fast", "reproducible"]] | None = None,
+    modes: Sequence[_Mode] | _Mode | None = None,
     backend: str = "numpy",
 ) -> dict[str, float]:
     """Quantize, dequantize and multiply an array of ``shape``, so that what is compiled on first use is compiled now.
@@ -58,7 +59,7 @@ def warm_up(
         Numbers of rows of the activations: few and many of them have forms of their own.
     float_dtype : str
         Type of weight and activations.
-    modes : sequence of {"fast", "reproducible"}, optional
+    modes : {"fast", "reproducible"} or sequence of them, optional
         Of products. By default "fast", and "reproducible" where the array has such products.
     backend : str
 
@@ -84,7 +85,12 @@ def warm_up(
         raise ValueError(f"shape={shape!r}: give two lengths (out, in), shape=(512, 512)")
     rows = _lengths("rows", rows, "a sequence of numbers from 1 on, rows=(1, 4, 64)")
     if isinstance(modes, str):
-        raise TypeError(f"modes={modes!r} is text: give a sequence, modes=({modes!r},)")
+        modes = (modes,)
+    elif modes is not None:
+        try:
+            modes = tuple(modes)
+        except TypeError:
+            raise TypeError(f"modes={modes!r}: give a mode or a sequence of modes, modes={_MODES!r}") from None
     for mode in modes or ():
         one_of("modes", mode, _MODES)
     b, compute, values = get_backend(backend), float_type(float_dtype, "float_dtype").name, np.random.default_rng(0)

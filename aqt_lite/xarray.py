@@ -99,6 +99,7 @@ class RepackedWarning(UserWarning):
     """
 
 
+@naming_the_argument
 def cf_encoding(
     obj: xr.DataArray | xr.Dataset,
     *,

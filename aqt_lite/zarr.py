@@ -35,6 +35,7 @@ from aqt_lite import api, cf
 from aqt_lite._bits import bytes_of_stream, stream_of, words_of
 from aqt_lite._extras import installed_by
 from aqt_lite._keywords import naming_the_argument, naming_the_fields
+from aqt_lite._near import one_of
 from aqt_lite.formats import FORMATS
 from aqt_lite.granularity import PerBlock
 from aqt_lite.qarray import QArray
@@ -340,8 +341,7 @@ class PackBitsCodec(_Codec):
     last_bit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.padding_encoding not in ("none", "first_byte", "last_byte"):
-            raise ValueError(f"padding_encoding={self.padding_encoding!r}: use 'none', 'first_byte' or 'last_byte'")
+        one_of("padding_encoding", self.padding_encoding, ("none", "first_byte", "last_byte"))
         for name in ("first_bit", "last_bit"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):

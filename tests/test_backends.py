@@ -199,7 +199,7 @@ def test_available_backends():
 
 def test_unknown_backends():
     with pytest.raises(
-        ValueError, match=r"backend='tensorflow' is not known: use one of array_api_strict, jax, numpy, torch"
+        ValueError, match=r"backend='tensorflow' is not known: use .*'array_api_strict', 'jax', 'numpy'"
     ):
         quantize([1.0], backend="tensorflow")
     with pytest.raises(TypeError, match="backend=3: give the backend's name"):

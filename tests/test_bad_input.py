@@ -38,6 +38,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.testing import assert_same_bits
 
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+W, EIGHT = quantize(X, granularity=PerChannel(0)), aqt_lite.Integer("int8", 8, signed=True)
 
 # The twenty abnormal inputs that were given to other libraries (int8 round trip), by what must become of them.
 RIGHT = {
@@ -207,9 +208,17 @@ def test_lists_beyond_float32():
         (ValueError, "dtype=None is not a quantized type", {"dtype": None}),
         (ValueError, "dtype='float32' is not", {"dtype": "float32"}),
         (ValueError, "int64.*is not a quantized type", {"dtype": np.int64}),
-        (ValueError, "scheme='asymmetric' is not known: use 'symmetric' or 'affine'", {"scheme": "asymmetric"}),
+        (
+            ValueError,
+            r"scheme='asymmetric' is not known \(did you mean 'affine'\?\): use 'symmetric' or 'affine'",
+            {"scheme": "asymmetric"},
+        ),
         (ValueError, r"scheme=\['affine'\] is not known", {"scheme": ["affine"]}),
-        (ValueError, "dialect='qwik' is not known: use one of 'aqt_lite', ", {"dialect": "qwik"}),
+        (
+            ValueError,
+            r"dialect='qwik' is not known \(did you mean 'qwix'\?\): use one of 'aqt_lite', ",
+            {"dialect": "qwik"},
+        ),
         (ValueError, "nonfinite='skip' is not known: use 'raise' or 'ignore'", {"nonfinite": "skip"}),
         (ValueError, "backend='mxnet' is not known", {"backend": "mxnet"}),
         (TypeError, "backend=1: give the backend's name", {"backend": 1}),
@@ -398,8 +407,11 @@ def test_dequantize_of_other_things(backend):
         ):
             dequantize(other)
     q = quantize(backend.asarray(X))
-    for dtype in ("int8", "float", "f4", 3, np.int32):
+    for dtype in ("int8", 3, np.int32):
         with pytest.raises(ValueError, match="is not a floating-point type: use one of float16"):
+            dequantize(q, dtype)
+    for dtype in ("float", "f4", "fp32", "Float32"):
+        with pytest.raises(ValueError, match=r"is not a floating-point type \(did you mean 'float32'\?\): use one of"):
             dequantize(q, dtype)
 
 
@@ -415,6 +427,7 @@ def test_products_refuse_what_does_not_fit(backend, product):
     def array(*shape, dtype="float32"):
         return backend.asarray(np.ones(shape, dtype))
 
+    name = product.__name__
     w = quantize(array(4, 3) if product is dense else array(3, 4))
     assert tuple(product(array(2, 5, 4), w, array(3)).shape) == (2, 5, 3)
     cases = [
@@ -429,7 +442,11 @@ def test_products_refuse_what_does_not_fit(backend, product):
         (ValueError, r"bias has shape \(3, 1\)", (array(2, 4), w, array(3, 1))),
         (ValueError, r"bias has shape \(\)", (array(2, 4), w, 1.0)),
         (TypeError, "bias is a QArray already", (array(2, 4), w, quantize(array(3)))),
-        (TypeError, "bias is a str", (array(2, 4), w, "bias")),
+        (
+            TypeError,
+            rf"bias='Fast' is text: the third.* of {name} is the bias.*{name}\(x, w, mode='fast'\)",
+            (None, w, "Fast"),
+        ),
         (TypeError, "bias has dtype int32", (array(2, 4), w, array(3, dtype="int32"))),
         (ValueError, "takes a 2-dimensional weight", (array(2, 4), quantize(array(2, 4, 3)))),
         (ValueError, "takes a 2-dimensional weight", (array(2, 4), quantize(array(4)))),
@@ -437,7 +454,7 @@ def test_products_refuse_what_does_not_fit(backend, product):
     for error, message, arguments in cases:
         with pytest.raises(error, match=message):
             product(*arguments)
-    with pytest.raises(ValueError, match="mode='exact' is not known: use 'fast' or 'reproducible'"):
+    with pytest.raises(ValueError, match="mode='exact' is not known: use 'fast', 'reproducible' or 'integer'"):
         product(array(2, 4), w, mode="exact")
     wide = quantize(array(4, 3) if product is dense else array(3, 4), "int16")
     with pytest.raises(ValueError, match=r"mode='reproducible' is not possible: w has int16 codes.*Use mode='fast'"):
@@ -576,3 +593,112 @@ def test_a_format_that_is_not_known_is_told_the_nearest(given, meant):
     told = "" if meant is None else rf" \(did you mean '{meant}'\?\)"
     with pytest.raises(ValueError, match=rf"^dtype={given!r} is not a quantized type{told}: use one of int2"):
         quantize(np.ones((4, 64), np.float32), given)
+
+
+# ---- what is missing, in another place, or nearly right
+
+
+@pytest.mark.parametrize(
+    ("argument", "call", "given", "meant", "among"),
+    [
+        ("mode", lambda v: linear(X, W, mode=v), "repro", "reproducible", "'fast', 'reproducible' or 'integer'"),
+        ("mode", lambda v: aqt_lite.einsum("ij,kj->ik", X, W, mode=v), "Fast", "fast", "'fast' or 'reproducible'"),
+        ("modes", lambda v: aqt_lite.warm_up(modes=v), "repro", "reproducible", "'fast' or 'reproducible'"),
+        ("scheme", lambda v: quantize(X, scheme=v), "asym", "affine", "'symmetric' or 'affine'"),
+        ("rounding", lambda v: quantize(X, rounding=v), "nearest", "half_even", "'half_even', .* or 'stochastic'"),
+        ("nonfinite", lambda v: quantize(X, nonfinite=v), "ignored", "ignore", "'raise' or 'ignore'"),
+        ("on_clip", lambda v: quantize(X, on_clip=v), "error", "raise", "'saturate', 'warn' or 'raise'"),
+        ("missing", lambda v: quantize(X, missing=v), "NaN", "nan", "'nan'"),
+        ("scale_mode", lambda v: quantize(X, "mxfp4", scale_mode=v), "flor", "floor", "'floor', .* or 'rceil'"),
+        ("dialect", lambda v: quantize(X, dialect=v), "torch-ao", "torchao", "one of 'aqt_lite', .* or a Dialect"),
+        ("backend", lambda v: quantize(X, backend=v), "np", "numpy", "'array_api_strict', 'jax', 'numpy' or 'torch'"),
+        ("layout", lambda v: plan_tree({"w": X}, layout=v), "Dense", "dense", "'linear', 'dense' or None"),
+        ("offset", lambda v: quantize(X, offset=v), "dat", "data", "'data'"),
+        ("Dialect.*reach", lambda v: aqt_lite.Dialect("d", reach=v), "tops", "top", "'top', .* or 'lowest'"),
+        ("Dialect.*rounding", lambda v: aqt_lite.Dialect("d", rounding=v), "rne", "half_even", "one of 'half_even', "),
+        (
+            "Format.*top",
+            lambda v: aqt_lite.Format("f", EIGHT, top=v),
+            "largst",
+            "largest",
+            "'largest' or 'power of two'",
+        ),
+    ],
+)
+def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(argument, call, given, meant, among):
+    for value, near in ((given, rf" \(did you mean '{meant}'\?\)"), ("xyz", ""), (7, "")):
+        if isinstance(value, str) or argument not in ("modes", "dialect", "backend", "offset", "Dialect.*rounding"):
+            with pytest.raises(ValueError, match=rf"^{argument}={value!r} is not known{near}: use {among}"):
+                call(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (r"PerGroup\(\) needs size, as in PerGroup\(32\)", lambda: PerGroup()),
+        (r"PerChannel\(\) needs axis, as in PerChannel\(0\)", lambda: PerChannel()),
+        (r"PerBlock\(\) needs shape, as in PerBlock\(\(2, 64\)\)", lambda: PerBlock()),
+        (r"PerBlock\(\) takes shape by position, and 64 is one too many$", lambda: PerBlock(2, 64)),
+        (r"PerTensor\(\) takes nothing by position, and 0 is one too many$", lambda: PerTensor(0)),
+        (r"linear\(\) needs x and w, as in linear\(\[1, 2, 3\], w\)", lambda: linear()),
+        (r"linear\(\) takes x, w and bias by position, .*: give mode='fast'", lambda: linear(X, W, None, "fast")),
+        (r"takes x and dtype by .* 'affine' is one .*: give scheme='affine'", lambda: quantize(X, "int8", "affine")),
+        (r"give granularity=PerGroup\(size=2, axis=-1\)", lambda: quantize(X, "int4", PerGroup(2))),
+        (r"dtype=PerGroup.* is a granularity: give it by name, granularity=", lambda: quantize(X, PerGroup(2))),
+        (r"<ndarray of shape \(3, 4\)> is one too many; by name go x and", lambda: aqt_lite.compare(W, W, X)),
+        (r"choose_packing\(\) takes x .*: give max_abs_err=0.1", lambda: aqt_lite.cf.choose_packing(X, 0.1)),
+        (r"choose_packing\(\) needs max_abs_err, as in", lambda: aqt_lite.cf.choose_packing(X)),
+        (r"to_backend\(\) needs name, as in to_backend\(\"", lambda: W.to_backend()),
+        (r"Integer\(\) needs bits and signed, as in Integer\(\"int9\", 9, ", lambda: aqt_lite.Integer("i")),
+        (r"granularity='channel': use .*, here PerChannel\(", lambda: quantize(X, granularity="channel")),
+        (r"granularity=<class .*: use .*, here PerGroup\(size=32", lambda: quantize(X, granularity=PerGroup)),
+        (r"granularity=32: use .*, here PerGroup\(32\)", lambda: quantize(X, granularity=32)),
+        (r"Integer\('i'\): signed='x': give True or False", lambda: aqt_lite.Integer("i", 4, "x")),
+        (r"Float\('f'\): exponent='2': give an integer", lambda: aqt_lite.Float("f", "2", 2, 1, 7.0)),
+        (r"Format\('f'\): group='32': give an integer", lambda: aqt_lite.Format("f", EIGHT, group="32")),
+        (r"form='int9': give a Format, or an element type", lambda: aqt_lite.register_format("int9")),
+        (r"worst is a str: give an integer", lambda: error_report(X, W, worst="3")),
+        (r"q is a ndarray, not a QArray: quantize it first", lambda: error_report(W, X)),
+        (r"params has QArrays and quantized has none", lambda: aqt_lite.tree_report({"w": W}, {"w": X})),
+        (r"path is a int: give the file's name", lambda: aqt_lite.load(3)),
+        (r"rules=\[\('\*', {'dtype': 'int4'}\)\]", lambda: quantize_tree({"w": X}, "int4")),
+        (r"progress='yes': give True, False, None or a function", lambda: quantize_tree({"kernel": X}, progress="yes")),
+        (r"axis is a str: give an integer", lambda: aqt_lite.concatenate([W], axis="0")),
+        (r"length='a': give an integer", lambda: W.reshape("a")),
+        (r"packed_length='4': give an integer", lambda: QArray.from_codes(W.qvalue, 1.0, packed_length="4")),
+        (r"dimension_numbers=\(1, 1\): give \(\(x contracting", lambda: aqt_lite.ops.dot_general(X, W, (1, 1))),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (r"mode=<ndarray of shape \(3, 4\)> is not known", lambda: linear(X, W, mode=X)),
+        (r"dtype=<ndarray of shape \(3, 4\)> is not a quantized type", lambda: quantize("int8", X)),
+        (r"offset=<ndarray of shape \(3, 4\)>: it is chosen here", lambda: choose_qparams(X, offset=X)),
+        (r"activations='int9' is not a quantized type", lambda: aqt_lite.einsum("ij,kj", X, W, activations="int9")),
+        (r"worst=-1: give how many", lambda: error_report(X, W, worst=-1)),
+        (r"axes \(5, 6\) are no order of the 2 axes: give each once, 0 to 1", lambda: W.transpose(5, 6)),
+    ],
+)
+def test_values_that_cannot_be_are_told_so(words, call):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_mode_reproducible_names_what_is_float64():
+    wide, bias = X.astype("float64"), np.zeros(3)
+    convert_it = "which not every backend has. Use mode='fast', or convert"
+    for words, x, w, b in [
+        (rf"x has dtype float64, {convert_it} x to float32 first", wide, W, None),
+        (rf"bias has dtype float64, {convert_it} bias to float32", X, W, bias),
+        (rf"x and bias have dtype float64, {convert_it} x and bias to float32", wide, W, bias),
+        (r"w was quantized from float64, .* or quantize w from float32", X, quantize(wide), None),
+        (rf"x has dtype float64, {convert_it} x", quantize(wide), W, None),
+    ]:
+        with pytest.raises(ValueError, match=rf"mode='reproducible' is not possible: {words}"):
+            linear(x, w, b, mode="reproducible")

@@ -204,7 +204,7 @@ def test_what_is_refused():
             choose_packing(X, max_abs_err=bad)
     with pytest.raises(TypeError, match=r"max_abs_err='0\.1 K': give a number"):
         choose_packing(X, max_abs_err="0.1 K")
-    with pytest.raises(ValueError, match="dtype='int4': codes are int8, uint8, int16"):
+    with pytest.raises(ValueError, match="dtype='int4' is not known: use one of 'auto', 'int8', 'uint8', 'int16'"):
         choose_packing(X, max_abs_err=1, dtype="int4")
     for x in (X.astype("float16"), np.arange(3), [1.0, 2.0], X.astype("complex64"), quantize(X), "x"):
         with pytest.raises(TypeError, match="arrays of NumPy of float32 or float64 are packed"):

@@ -251,6 +251,7 @@ def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
     small = {"shape": (8, 64), "rows": [2]}
     assert "linear, 2 rows, reproducible" in aqt_lite.warm_up("int4", granularity=aqt_lite.PerGroup(32), **small)
     assert list(aqt_lite.warm_up("nf4", **small)) == ["quantize", "dequantize", "linear, 2 rows, fast"]
+    assert list(aqt_lite.warm_up(modes="fast", **small)) == ["quantize", "dequantize", "linear, 2 rows, fast"]
     for kind, words, how in [
         (ValueError, "mode='reproducible' is not possible", {"dtype": "nf4", "modes": ["reproducible"], **small}),
         (ValueError, r"shape=\(3,\): give two lengths \(out, in\)", {"shape": (3,)}),
@@ -258,7 +259,12 @@ def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
         (TypeError, "shape=8: give two lengths", {"shape": 8}),
         (TypeError, "rows=3: give a sequence", {"rows": 3}),
         (ValueError, r"rows=\[0\]: give a sequence of numbers from 1 on", {"rows": [0]}),
-        (TypeError, r"modes='fast' is text: give a sequence, modes=\('fast',\)", {"modes": "fast"}),
+        (
+            ValueError,
+            r"modes='repro' is not known \(did you mean 'reproducible'\?\): use 'fast' or",
+            {"modes": "repro"},
+        ),
+        (TypeError, r"modes=1: give a mode or a sequence of modes, modes=\('fast', 'reproducible'\)", {"modes": 1}),
     ]:
         with pytest.raises(kind, match=words):
             aqt_lite.warm_up(**how)

@@ -544,7 +544,7 @@ def with_bytes(name, at, *values):
             lambda: QArray.from_bytes(bytes(18), "q4_9", (1, 32)),
             "layout='q4_9' is not known \\(did you mean 'q4_.'\\?\\): give a Layout, or one of",
         ),
-        (lambda: QArray.from_bytes(bytes(18), 4, (1, 32)), "layout=a int is not known"),
+        (lambda: QArray.from_bytes(bytes(18), 4, (1, 32)), "layout=4 is not known"),
         (
             lambda: QArray.from_bytes(bytes(18), "gguf", (1, 32)),
             "'gguf' does not say what its codes stand for: give dtype",

@@ -204,7 +204,7 @@ def test_values_that_nobody_calls_missing(backend):
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
-        ({"missing": "NaN"}, ValueError, "missing='NaN' is not known: use 'nan'"),
+        ({"missing": "NaN"}, ValueError, r"missing='NaN' is not known \(did you mean 'nan'\?\): use 'nan'"),
         (
             {"mask": LAND[:3]},
             ValueError,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+import threading
+import time
 
+import numpy as np
 import pytest
 from optional import needs
-
-from aqt_lite import _log
 
 
 def python(code):
@@ -83,15 +85,37 @@ def test_type_checkers_see_the_modules_of_first_use(tmp_path):
     assert last.startswith("Found 2 errors"), done.stdout
 
 
-def test_a_compilation_is_announced_once(monkeypatch, caplog):
-    monkeypatch.setattr(_log, "_announced", set())
+@needs("numba")
+def test_each_long_compilation_is_told_in_one_line_while_it_lasts(monkeypatch, caplog):
+    import numba
+
+    from aqt_lite.backends.cpu import telling
+
+    def jitted(function):
+        function.__module__ = "aqt_lite.of_a_test"
+        return numba.njit(function)
+
+    inner = jitted(lambda x: x[0] + 1)
+
+    @jitted
+    def outer(x):
+        return inner(x) * 2
+
+    telling.begin(), telling.begin()
     with caplog.at_level(logging.INFO, logger="aqt_lite"):
-        for what in ("loops", "loops", "a handler", "loops"):
-            _log.announce_compilation(what)
-    assert [(r.name, r.levelname, r.getMessage().partition(":")[0]) for r in caplog.records] == [
-        ("aqt_lite", "INFO", "loops"),
-        ("aqt_lite", "INFO", "a handler"),
-    ]
+        monkeypatch.setattr(telling, "PATIENCE", 60.0)
+        outer(np.ones(1, "int8"))
+        assert not any(isinstance(t, threading.Timer) and not t.finished.is_set() for t in threading.enumerate())
+        monkeypatch.setattr(telling, "PATIENCE", 0.0)
+        for _ in range(3):
+            outer(np.ones(1, "float32"))
+        until = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("aqt_lite", "INFO")
+    words = r"compiling aqt_lite\.of_a_test\..*outer for arrays of float32: this is its first use with such arguments"
+    assert re.fullmatch(words, record.getMessage())
 
 
 LOGGED = """
@@ -111,14 +135,9 @@ for _ in range(2):
 
 
 def test_nothing_is_logged_on_import_and_where_nothing_is_compiled():
-    lines = python(LOGGED).splitlines()
+    lines = python(LOGGED).splitlines()  # compiles where nothing is cached yet, which may be told
     assert lines[: lines.index("small") + 1] == ["imported", "small"]
-
-
-@needs("numba")
-def test_the_first_large_call_logs_one_line():
-    lines = python(LOGGED).splitlines()
-    assert lines[lines.index("small") + 1 :] == ["aqt_lite INFO"]
+    assert python(LOGGED).splitlines() == ["imported", "small"]  # from the cache
 
 
 def test_a_module_whose_package_is_missing_says_what_installs_it():

@@ -315,7 +315,7 @@ def test_from_codes_checks_every_invariant(backend):
     cases = [
         (TypeError, "qvalue is a list: give an array of integer codes", ([[1]], scale)),
         (TypeError, "qvalue is a NoneType", (None, scale)),
-        (ValueError, "dtype='float32' is not a quantized type", (scale, scale)),
+        (ValueError, "qvalue has dtype float32: give an array of integer codes", (scale, scale)),
         (ValueError, "dtype='int32' is not a quantized type", (zero, scale)),
         (TypeError, "scale is None: codes of int8 need one; give 1.0", (codes, None)),
         (TypeError, "scale is a str: give a number or an array", (codes, "0.5")),

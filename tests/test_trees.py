@@ -185,7 +185,7 @@ def test_the_layout_is_said_by_the_spec_the_call_the_library_or_the_name():
     assert quantize_tree({"w": w}, [("*", {"layout": None})])["w"].granularity == PerTensor()
     assert quantize_tree({"w": torch.asarray(w)})["w"].granularity == PerChannel(0)
     for wrong in ({"rules": [("*", {"layout": "rows"})]}, {"layout": "rows"}):
-        with pytest.raises(ValueError, match="layout='rows' is not known: use 'dense'"):
+        with pytest.raises(ValueError, match="layout='rows' is not known: use 'linear', 'dense' or None"):
             quantize_tree({"w": w}, **wrong)
 
 

@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from aqt_lite import affine
-from aqt_lite._arguments import one_of
 from aqt_lite._dispatch import run
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
+from aqt_lite._near import one_of
 from aqt_lite._protocol import Backend
 from aqt_lite._shapes import axes_of_layout, swapped_forth
 from aqt_lite._ways import not_a_qarray
 from aqt_lite.api import fake_quantize, quantize
 from aqt_lite.elements import float_type
+from aqt_lite.formats import format_of
 from aqt_lite.granularity import PerGroup
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import Mode, as_operand, product
@@ -88,12 +89,14 @@ def dot_general(
     (3, 4, 16)
     """
     one_of("mode", mode, ("fast", "reproducible"))
+    if activations is not None:
+        format_of(activations, "activations")
     if not isinstance(w, QArray):
         raise TypeError(not_a_qarray("w", w))
     w = w._checked()
     left: Array = as_operand(x, "x", w, w._backend)
     (x_in, w_in), (x_batch, w_batch) = (
-        (_axes(of_x, len(left.shape), "x"), _axes(of_w, w.ndim, "w")) for of_x, of_w in dimension_numbers
+        (_axes(of_x, len(left.shape), "x"), _axes(of_w, w.ndim, "w")) for of_x, of_w in _pairs(dimension_numbers)
     )
     for of_x, of_w, side in ((x_in, w_in, "contracting"), (x_batch, w_batch, "batch")):
         if [left.shape[a] for a in of_x] != [w.shape[a] for a in of_w]:
@@ -208,6 +211,18 @@ def _letters(operands: list[str], result: str | None, of_x: int, of_w: int, show
         if c not in x + w:
             raise ValueError(f"einsum({shown!r}): {c!r} is in the result and in no operand")
     return x, w, out
+
+
+def _pairs(given: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Axes of both that are contracting, and that are batch; TypeError where they are no such pairs."""
+    try:
+        (x_in, w_in), (x_batch, w_batch) = given
+        return (tuple(x_in), tuple(w_in)), (tuple(x_batch), tuple(w_batch))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"dimension_numbers={given!r}: give ((x contracting, w contracting), (x batch, w batch)), each a tuple of "
+            "axes, such as (((1,), (0,)), ((), ()))"
+        ) from None
 
 
 def _axes(given: Any, ndim: int, argument: str) -> tuple[int, ...]:

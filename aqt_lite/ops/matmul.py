@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from aqt_lite import affine
-from aqt_lite._arguments import as_float_array, check_floats, one_of
+from aqt_lite._arguments import as_float_array, check_floats
 from aqt_lite._blocks import spread
 from aqt_lite._dispatch import kernel_for, kernel_of_weight, run
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array, Numbers
+from aqt_lite._near import nearest, one_of
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of
 from aqt_lite._shapes import register_products
@@ -28,6 +29,7 @@ from aqt_lite.qarray import QArray
 __all__ = ["Mode", "as_operand", "as_stored", "dense", "in_integers", "linear", "may_go_as_stored", "product"]
 
 Mode = Literal["fast", "reproducible", "integer"]
+_MODES: tuple[Mode, ...] = ("fast", "reproducible", "integer")
 
 
 @naming_the_argument
@@ -87,7 +89,12 @@ def linear(x: Numbers | QArray, w: QArray, bias: Numbers | None = None, *, mode:
 
 def product(name: str, x: Any, w: Any, bias: Any, mode: str, contract: int) -> Array:
     """``dense`` or ``linear``, by the axis of ``w`` that is summed over; ``name`` is who asks."""
-    one_of("mode", mode, ("fast", "reproducible", "integer"))
+    one_of("mode", mode, _MODES)
+    if isinstance(bias, str):
+        raise TypeError(
+            f"bias={bias!r} is text: the third argument of {name} is the bias, an array of shape (out,), or None; mode "
+            f"goes by name, {name}(x, w, mode={nearest(bias, _MODES) or 'fast'!r})"
+        )
     if not isinstance(w, QArray):
         raise TypeError(not_a_qarray("w", w))
     b = w._backend
@@ -409,10 +416,15 @@ def _any_is_float64(x: Array, bias: Array | None, b: Backend) -> bool:
 
 
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
-    why = "an argument is float64, which not every backend has" if _any_is_float64(x, bias, b) else None
-    why = _why_not_reproducible(w, contract) or why
-    if why is not None:
-        raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or quantize w otherwise")
+    why = _why_not_reproducible(w, contract)
+    way = f"quantize w {'from float32' if w.float_dtype == 'float64' else 'otherwise'}"
+    if why is None:
+        wide = [name for name, a in (("x", x), ("bias", bias)) if a is not None and b.dtype_name(a) == "float64"]
+        if not wide:
+            return
+        why = f"{' and '.join(wide)} {'has' if len(wide) == 1 else 'have'} dtype float64, which not every backend has"
+        way = f"convert {' and '.join(wide)} to float32 first"
+    raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or {way}")
 
 
 def _why_not_reproducible(w: QArray, contract: int) -> str | None:
@@ -428,7 +440,7 @@ def _why_not_reproducible(w: QArray, contract: int) -> str | None:
     elif w.offset is not None or w.scale is None:
         why = "w has a real offset, which is added to every product" if w.offset is not None else "w has no scales"
     elif w.float_dtype == "float64":
-        why = "an argument is float64, which not every backend has"
+        why = "w was quantized from float64, so that its scales have dtype float64, which not every backend has"
     elif not reference.has_integer_sums(w.scale, contract, w.block[contract]):
         why = f"w has {w.granularity}: every product has a scale of its own, so that no sum of integers is left"
     return why

@@ -1127,7 +1127,7 @@ _long_twice, _short_twice = _groups_of(1, short=False, twice=True), _groups_of(1
 
 
 def _digits_of(halves: bool) -> Any:
-    """Words of 31 bits and a sign, 16 a block, as their signed digits, where they lie: 16 bytes for those of four codes.
+    """Words of 31 bits and a sign, 16 a block, as their signed digits, where they lie: 16 bytes for four codes.
 
     Of bytes, four of a digit lie together, of shorts the first and third, then the second and fourth. Of ``halves`` the
     four at even positions of eight come before those at odd ones. ``value + 0x808080`` has in its bytes the digits, 128

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._progress import told
 
@@ -365,7 +364,9 @@ def compiled_loops() -> Any:
             stacklevel=2,
         )
         return None
-    announce_compilation("the loops of numba")
+    from aqt_lite.backends.cpu import telling
+
+    telling.begin()
     return loops
 
 

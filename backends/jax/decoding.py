@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from numba import njit
 
-from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
@@ -170,7 +169,6 @@ def _handler_of_values(version: int) -> Any:
 
 def _register(target: str, handler: Callable[[int], Any]) -> bool:
     version = version_of(sys.modules[__name__], decoding, turning, ffi, native, pool)
-    announce_compilation("the handler that XLA calls")
     return ffi.register(target, handler(version))
 
 

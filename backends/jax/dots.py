@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from numba import njit
 
-from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
@@ -136,7 +135,6 @@ def _handler(version: int) -> Any:
 def is_registered() -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
     version = version_of(sys.modules[__name__], dots, ffi, native, pool)
-    announce_compilation("the handler that XLA calls")
     return ffi.register(TARGET, _handler(version))
 
 

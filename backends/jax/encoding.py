@@ -23,7 +23,6 @@ from numba import njit
 
 from aqt_lite import affine, packing
 from aqt_lite._blocks import reduced
-from aqt_lite._log import announce_compilation
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
@@ -191,7 +190,6 @@ _HANDLERS = {
 @functools.cache
 def _is_registered(target: str) -> bool:
     version = version_of(sys.modules[__name__], encoding, ffi, native, pool)
-    announce_compilation("the handler that XLA calls")
     handler, address = _HANDLERS[target]
     return ffi.register(target, handler(address, version))
 
