@@ -794,6 +794,30 @@ def test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours(dty
     assert ours <= 2 * of_floats
 
 
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        ("int8", {"granularity": PerGroup(32)}),
+        ("uint8", {"scheme": "affine", "granularity": PerGroup(128)}),
+        ("int8", {"granularity": PerChannel(0)}),
+        ("int4", {"granularity": PerGroup(32)}),
+        ("nf4", {"granularity": PerGroup(32)}),
+        ("float8_e4m3fn", {"granularity": PerChannel(0)}),
+    ],
+)
+def test_errors_do_not_grow_with_the_length_of_sums(dtype, how):
+    """BLAS adds up blocks of a row, whose sums it adds: a sum of all terms in one errs several times as much."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((48, 100_000), dtype=np.float32), rng.standard_normal((8, 100_000), dtype=np.float32)
+    x[5, 3] = 1e5
+    q = quantize(w, dtype, **how)
+    values = q.dequantize()
+    exact, of_floats = x.astype(np.float64) @ values.astype(np.float64).T, x @ values.T
+    for rows in (slice(0, 1), slice(5, 6), slice(4, 7), slice(0, 8)):
+        ours, theirs = (np.sqrt(np.mean((y - exact[rows]) ** 2, axis=1)) for y in (linear(x[rows], q), of_floats[rows]))
+        assert (ours <= 2 * theirs).all()
+
+
 MANY = Codebook("two hundred levels", tuple(np.sinh(np.linspace(-3, 3, 200)).tolist()))
 WIDE = Float("float7_e6m0", 6, 0, bias=47, max=2.0**16)
 IN_ORDER = {

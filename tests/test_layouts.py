@@ -271,6 +271,8 @@ def test_arrays_without_elements_everywhere(backend):
 # ---- block types are arrays like all others
 
 
+@pytest.mark.exhaustive_where(backend="jax", name="q5_0")  # each kind of codes compiles for seconds
+@pytest.mark.exhaustive_where(backend="jax", name="q5_1")
 @pytest.mark.parametrize("name", TYPES)
 def test_products_slices_and_files(backend, name, tmp_path):
     values = stored(name)[1]
@@ -292,6 +294,7 @@ def test_products_slices_and_files(backend, name, tmp_path):
     assert_same_bits(pickle.loads(pickle.dumps(q)).to_backend("numpy"), q.to_backend("numpy"))
 
 
+@pytest.mark.exhaustive_where(backend="jax", name="q5_0")
 @pytest.mark.parametrize("name", [name for name in TYPES if name not in WITH_OFFSETS])
 def test_reproducible_products_with_negative_scales(backend, name):
     x = np.random.default_rng(9).standard_normal((3, 256)).astype("float32")

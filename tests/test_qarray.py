@@ -721,6 +721,8 @@ def test_square_weights_with_groups_along_their_outputs_are_questioned(backend, 
         dense(x, w.for_dense())  # which says for whom it is
 
 
+@pytest.mark.exhaustive_where(backend="jax", made={"dtype": "uint8"})  # each compiles
+@pytest.mark.exhaustive_where(backend="jax", made={"dtype": "mxfp4"})
 @pytest.mark.parametrize("made", [{}, {"dtype": "int4"}, {"dtype": "uint8"}, {"dtype": "mxfp4"}], ids=str)
 @pytest.mark.parametrize(("name", "axis"), [("dense", 0), ("linear", 1)])
 def test_square_weights_with_a_scale_for_each_input_are_questioned(backend, name, axis, made):
@@ -791,6 +793,7 @@ def test_scales_that_training_has_moved_are_not_used(backend):
             assert np.isnan(np.asarray(values)).all(axis=1).tolist() == [False, True, False, False, False, False]
 
 
+@pytest.mark.exhaustive_where(mode="reproducible", dtype="int4")
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
 def test_products_of_programs_say_nan_where_a_scale_is_of_no_use(dtype, mode):
@@ -806,6 +809,7 @@ def test_products_of_programs_say_nan_where_a_scale_is_of_no_use(dtype, mode):
         assert np.isfinite(np.delete(y, 7, axis=1)).all()
 
 
+@pytest.mark.exhaustive_where(backend="jax", dtypes=("uint8", "int4"))
 @pytest.mark.parametrize(
     "dtypes", [("int8", "int8"), ("uint8", "int4"), ("int4", "uint4"), ("float4_e2m1fn", "int8")], ids=str
 )

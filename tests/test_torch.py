@@ -620,7 +620,7 @@ def test_stochastic_rounding_compiles():
 @pytest.mark.parametrize(
     "how",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.exhaustive),
         {"dtype": "uint8", "scheme": "affine"},
         pytest.param({"dtype": "int4", "granularity": PerGroup(32)}, marks=pytest.mark.exhaustive),
         pytest.param({"dtype": "nf4", "granularity": PerChannel(0)}, marks=pytest.mark.exhaustive),

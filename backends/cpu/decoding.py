@@ -152,6 +152,9 @@ QUARTER = 16
 BLOCK = LANES
 """Quarters whose scales are one vector."""
 
+BLOCKS_A_SUM = 32
+"""Blocks whose products are added up before they join the sum: 4096 bytes of a row, with vectors of 16 lanes 8192."""
+
 BITS = 30
 """Of an entry of x in fixed point, the leading one of a quarter, without its sign."""
 
@@ -540,6 +543,8 @@ def _rows_of_tile(builder: Any, height: int, there: Any, *arrays: tuple[Any, Any
 def _tile(kind: _Kind, height: int, rows: int) -> Any:
     """``out[r, m, lane] += sum of value[r, k] x[m, k]`` over ``groups`` of ``steps`` vectors of bytes each.
 
+    Sums begin at 0 and join those before at their end: of all K in one the error would grow with its root, as that of
+    BLAS, which adds up blocks, does not.
     Arguments: addresses and strides in bytes of the codes, of x, of scales and of zero points (both float32, a row of
     them for each row of the weight); how many rows of the weight there are: after the last of these that one again,
     sums that go unread.
@@ -586,9 +591,9 @@ def _tile(kind: _Kind, height: int, rows: int) -> Any:
 
                 return counted_loop(builder, steps, totals, step)
 
-            totals = [_load(builder, place, _FLOATS) for place in places]
-            for place, total in zip(places, counted_loop(builder, groups, totals, group), strict=True):
-                builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+            none = [ir.Constant(_FLOATS, [0.0] * LANES)] * len(places)
+            for place, total in zip(places, counted_loop(builder, groups, none, group), strict=True):
+                _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 15), generate
@@ -762,7 +767,18 @@ def _in_dots(kind: Any) -> Any:
             totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
             totals += [_load(builder, place, _INTS) for place in at_extremes]
             blocks, rest = (f(length, _ADDRESS(QUARTER * BLOCK)) for f in (builder.sdiv, builder.srem))
-            totals = counted_loop(builder, blocks, totals, lambda b, totals: block(b, totals, True), least=0)
+
+            def whole_blocks(part: Any, totals: list[Any]) -> list[Any]:
+                """``BLOCKS_A_SUM`` of them, or the last, whose sums begin at 0 and join those before at their end."""
+                first, several = builder.mul(part, _ADDRESS(BLOCKS_A_SUM)), _ADDRESS(BLOCKS_A_SUM)
+                left = builder.sub(blocks, first)
+                count = builder.select(builder.icmp_signed("<", left, several), left, several)
+                new = [*[ir.Constant(_FLOATS, [0.0] * LANES)] * height, *totals[height:]]
+                new = counted_loop(builder, count, new, lambda b, new: block(builder.add(first, b), new, True))
+                return [*map(builder.fadd, totals[:height], new[:height]), *new[height:]]
+
+            parts = builder.sdiv(builder.add(blocks, _ADDRESS(BLOCKS_A_SUM - 1)), _ADDRESS(BLOCKS_A_SUM))
+            totals = counted_loop(builder, parts, totals, whole_blocks, least=0)
             left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
             totals = counted_loop(builder, left, totals, lambda _, totals: block(blocks, totals, False), least=0)
             half, other = (
