@@ -69,7 +69,8 @@ EVERYTHING = pinned([*REQUIRED, "jax", "jaxlib", "numba", "matplotlib", *TEST_TO
 FILES = pinned(["xarray", "netCDF4", "h5netcdf", "h5py", "dask", "distributed"])
 FILES += ["zarr==3.4.2", "cast-value-rs==0.5.1", "pyarrow==26.0.1"]  # for Python 3.12 on; too large for every day
 ALL_OF_CORE = (*CORE, *LIBRARIES)
-BETWEEN = tuple(name for name in ALL_OF_CORE if name not in ("laws", "qarray"))  # an older and a newer Python run those
+BETWEEN = ("golden", "backends.py::test_conformance", *LIBRARIES)  # an older and a newer Python run the others
+OF_NUMPY = ("granularity", "report", "files", "broken_files")  # in which the other libraries play no part
 ENVIRONMENTS = [
     Environment("3.12", "3.12", EVERYTHING, ["torch"], BETWEEN),
     Environment("3.13", "3.13", EVERYTHING, ["torch"], ALL_OF_CORE),
@@ -78,7 +79,7 @@ ENVIRONMENTS = [
         "3.12",
         [*pinned([*REQUIRED, *TEST_TOOLS]), *FILES],
         ["jax", "torch", "numba", "matplotlib"],
-        tuple(OF_FILES),
+        (*OF_FILES, *OF_NUMPY),
     ),
     Environment(
         "lowest versions", "3.11", [*lowest("jax", "fast", "plot", "test"), OF_ITS_TIME], ["torch"], ALL_OF_CORE
