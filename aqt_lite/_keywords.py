@@ -43,6 +43,9 @@ _WAYS = {  # each begins with the argument that it names; of several, the first 
     "rounding=": "round_mode rounding_mode stochastic",
     "key= with rounding='stochastic'": "seed rng generator",
     "w= as for_dense() stores it, or linear": "transpose",
+    "max_abs_err=": "max_error max_abs_error atol abs_tol abs_err abs_error tolerance tol error_bound bound eps",
+    "max_rel_err=": "max_rel_error rtol rel_tol rel_err rel_error",
+    "modes=": "mode",
 }
 _OF_QUANTIZE = frozenset({"dtype", "granularity", "scheme", "scale", "zero_point", "rounding", "key"})
 _OF_SPECS = _OF_QUANTIZE | frozenset(

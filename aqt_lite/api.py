@@ -668,7 +668,10 @@ def _prepare(
     if scale is None:
         for name, value in (("zero_point", zero_point), ("offset", None if from_data else offset)):
             if value is not None:
-                raise ValueError(f"{name} is given without scale: give both, or neither to have them chosen")
+                chosen = (
+                    "offset='data' has it chosen with the scale" if name == "offset" else "scheme='affine' chooses both"
+                )
+                raise ValueError(f"{name} is given without scale: give both, or neither; {chosen}")
         return _Call(x, b, spec, recipe, None, made_of)
     if zero_point is not None and has_offset:
         raise ValueError("zero_point and offset are both given: a block has one of them")

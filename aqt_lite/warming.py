@@ -54,7 +54,7 @@ def warm_up(
     dtype, granularity, scheme, scale_dtype
         As in :func:`aqt_lite.quantize`; by default a scale for each output, or the groups of a block format.
     shape : tuple of int
-        Of a weight (out, in). Arrays of fewer than 2^17 elements are not worth compiled loops, and reach none.
+        Of a weight (out, in). Small ones reach fewer loops than large ones: give the least that you have, too.
     rows : sequence of int
         Numbers of rows of the activations: few and many of them have forms of their own.
     float_dtype : str
@@ -113,11 +113,18 @@ def warm_up(
     how: dict[str, Any] = {"granularity": granularity, "scheme": scheme, "scale_dtype": scale_dtype}
     q = timed("quantize", lambda: quantize(w, dtype, **how))
     timed("dequantize", q.dequantize)
+
+    def product(x: Any, mode: _Mode) -> Any:
+        y = linear(x, q, mode=mode)
+        if b.name != "jax":
+            return y
+        return b.compiled(linear)(x, q, mode=mode)  # programs call loops of their own, also where arrays are small
+
     for count in rows:
         x = made(count, shape[1])
         for mode in _MODES if modes is None else modes:
             try:
-                timed(f"linear, {count} rows, {mode}", partial(linear, x, q, mode=mode))
+                timed(f"linear, {count} rows, {mode}", partial(product, x, mode))
             except ValueError:
                 if modes is not None or mode == "fast":  # reproducible was only a default, and not every format has it
                     raise

@@ -215,7 +215,12 @@ def of_other_processors() -> dict[str, str]:
     for path in sorted((ROOT / "benchmarks").glob("stored-*.json")):
         named = path.stem.removeprefix("stored-")
         stored = json.loads(path.read_text())
-        results = json.loads((path.parent / f"results-{named}.json").read_text())
+        beside = path.parent / f"results-{named}.json"
+        if not beside.exists():
+            raise SystemExit(
+                f"{path.name} has no {beside.name} beside it: run benchmarks/run.py --only products --splice"
+            )
+        results = json.loads(beside.read_text())
         found |= of_stored(stored, f" {named}") | of_results(results, f" {named}")
         found[f"goals {named}"] = goals(results["products"] + stored["rows"], GOALS_OF_AVX2)
     return found
