@@ -25,7 +25,7 @@ from aqt_lite._foreign import refusal
 from aqt_lite._generic import GenericBackend
 from aqt_lite._kernels import Kernels
 from aqt_lite._namespace import Array, is_array
-from aqt_lite._near import not_known
+from aqt_lite._near import not_known, shown
 from aqt_lite._protocol import Backend, Node, Ways
 
 if TYPE_CHECKING:
@@ -148,13 +148,13 @@ _lock = threading.RLock()  # of _instances and _containers; never held while imp
 
 def get_backend(name: str) -> Backend:
     """The adapter of that name; ValueError for an unknown name, ImportError where its library is missing."""
-    found = _instances.get(name)
+    found = _instances.get(name) if isinstance(name, str) else None
     return found if found is not None else _load(name)
 
 
 def _load(name: str) -> Backend:
     if not isinstance(name, str):
-        raise TypeError(f"backend={name!r}: give the backend's name, one of {', '.join(_names())}")
+        raise TypeError(f"backend={shown(name)}: give the backend's name, one of {', '.join(_names())}")
     builtin = _BUILTIN.get(name)
     if builtin is not None:
         if importlib.util.find_spec(builtin.needs) is None:

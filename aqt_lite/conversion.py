@@ -13,6 +13,7 @@ import numpy as np
 
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import Array
+from aqt_lite._near import shown
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite._shapes import lengths_swapped
@@ -94,6 +95,10 @@ def convert(
         raise TypeError("convert needs values, but q is being traced: call it outside the compiled function")
     if q.scale is None:
         raise ValueError(f"q is an array of {q.dtype}, whose numbers have no scale: there is nothing to convert")
+    if not (offset is None or isinstance(offset, bool | np.bool)):
+        raise TypeError(
+            f"offset={shown(offset)}: give True, False or None; the offsets are those of the same real numbers"
+        )
     given = read_side(q, "q")
     rules = None if dialect is None else dialect_of(dialect)
     if rules is not None and (scale_dtype is not None or offset):

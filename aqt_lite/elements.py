@@ -51,7 +51,9 @@ NOISE_BITS = 16
 
 
 def _check_kinds(record: Any, **kinds: type) -> None:
-    """TypeError where a field of a record is of another type; where floats go, integers do, too."""
+    """TypeError where the name is none, or a field of another type; where floats go, integers do, too."""
+    if not isinstance(record.name, str) or not record.name:
+        raise TypeError(f"{type(record).__name__}(name={shown(record.name)}): give a name, which dtype= takes")
     for name, kind in kinds.items():
         value = getattr(record, name)
         number = Integral if kind is int else Real

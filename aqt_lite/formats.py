@@ -10,6 +10,7 @@ in the library asks for a format's name.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -101,6 +102,8 @@ class Format:
     scale_rounding: Rounding = "up"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"Format(name={shown(self.name)}): give a name, which dtype= takes")
         if not isinstance(self.element, ElementType):
             raise TypeError(
                 f"Format({self.name!r}): element={self.element!r}: give an Integer, a Float, a Codebook or a BitRound"
@@ -390,7 +393,9 @@ def format_of(dtype: Any, argument: str = "dtype") -> Format:
                 "quantize keepbits, max_rel_err or max_abs_err"
             )
         known = ", ".join([*FORMATS, *BLOCK_TYPES, *(f"{f[0].name} to {f[-1].name}" for f in FAMILIES.values())])
-        near = "" if name in _DTYPES else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
+        low = str(name).lower()
+        of_another_width = name in _DTYPES or (low not in FORMATS and re.fullmatch(r"u?int\d+", low))
+        near = "" if of_another_width else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
         raise ValueError(f"{argument}={shown(dtype)} is not a quantized type{near}: use one of {known}")
     return found
 

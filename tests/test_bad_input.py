@@ -683,10 +683,29 @@ def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
         (r"activations='int9' is not a quantized type", lambda: aqt_lite.einsum("ij,kj", X, W, activations="int9")),
         (r"worst=-1: give how many", lambda: error_report(X, W, worst=-1)),
         (r"axes \(5, 6\) are no order of the 2 axes: give each once, 0 to 1", lambda: W.transpose(5, 6)),
+        (r"dtype='int9' is not a quantized type: use one of", lambda: quantize(X, "int9")),
+        (r"dtype='INT4' is not a quantized type \(did you mean 'int4'\?\)", lambda: quantize(X, "INT4")),
+        (r"offset is given without scale: .* offset='data' has it chosen", lambda: quantize(X, offset=0.5)),
     ],
 )
 def test_values_that_cannot_be_are_told_so(words, call):
     with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        (r"Integer\(name=None\): give a name", lambda: aqt_lite.Integer(None, 8, signed=True)),
+        (r"Float\(name=3\): give a name", lambda: aqt_lite.Float(3, 2, 2, bias=1, max=7.0)),
+        (r"Format\(name=''\): give a name", lambda: aqt_lite.Format("", aqt_lite.Integer("seven", 7, signed=True))),
+        (r"offset='bogus': give True, False or None", lambda: aqt_lite.convert(W, "int16", offset="bogus")),
+        (r"backend=\['numpy'\]: give the backend's name", lambda: quantize(X, backend=["numpy"])),
+        (r"quantize\(\) has no argument 'max_error': use max_abs_err=", lambda: quantize(X, "auto", max_error=0.1)),
+    ],
+)
+def test_values_of_another_type_are_told_so(words, call):
+    with pytest.raises(TypeError, match=words):
         call()
 
 

@@ -125,8 +125,8 @@ STRIP = 96
 DEPTH = 1024
 """Codes of a row that meet a part of x before the next: such a part of ``ROWS`` rows takes 16 KB."""
 
-DEPTH_OF_ONE = 8192
-"""The same where x has one row."""
+DEPTH_OF_ONE = 512 * LANES
+"""The same where x has one row: 512 terms a lane, as many as BLAS adds up before it begins another block."""
 
 AHEAD = 1 << 15
 """Bytes ahead of those it decodes that a tile of one row of x reads into the second cache."""

@@ -571,14 +571,16 @@ def refine(
 ) -> None:  # pragma: no cover - compiled
     """``finer``: what ``prepare`` rounded away, times 2^31, where ``many`` asks for it; and its sums.
 
-    Of rows of which no group asks, nothing is written.
+    Of rows of which no group asks, nothing is written that is read.
     """
     dots = in_dots(size, halves)
     for m in range(x.shape[0]):
-        if not many[m].any():
-            continue
         row, out = x[m], finer[m]
         words = out.view(np.int32)
+        if not many[m].any():
+            if not dots:  # multiplied with the others, and unread
+                out[:] = 0
+            continue
         out[:] = 0
         for g in range(sums.shape[1]):
             start, stop = g * size, min(g * size + size, x.shape[1])
