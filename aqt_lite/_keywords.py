@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import UnionType
@@ -17,6 +18,7 @@ from aqt_lite._near import shown
 
 __all__ = ["in_a_spec", "naming_the_argument", "naming_the_fields", "said_here"]
 
+_VARIED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _C = TypeVar("_C", bound=type)
@@ -90,8 +92,12 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     known = tuple(name for name in parameters if name not in ("self", "cls"))
     called = _called(function)
     by_name = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    most = len(parameters) - len(by_name)
-    needed = tuple(name for name, p in parameters.items() if p.default is p.empty and name not in by_name)
+    most: float = len(parameters) - len(by_name)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        most = math.inf
+    needed = tuple(
+        name for name, p in parameters.items() if p.default is p.empty and name not in by_name and p.kind not in _VARIED
+    )
     needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
     least = most + 1 if needed_by_name else len(needed)  # fewer by position: look whether the others go by name
 
@@ -130,7 +136,7 @@ def _check_number(function: Callable[..., Any], args: Sequence[Any], kwargs: Map
     missing = [
         name
         for i, (name, p) in enumerate(parameters.items())
-        if p.default is p.empty and name not in kwargs and (i >= len(args) or name in by_name)
+        if p.default is p.empty and p.kind not in _VARIED and name not in kwargs and (i >= len(args) or name in by_name)
     ]
     too_many = args[len(by_position) :]
     if too_many:

@@ -10,7 +10,6 @@ in the library asks for a format's name.
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -393,9 +392,7 @@ def format_of(dtype: Any, argument: str = "dtype") -> Format:
                 "quantize keepbits, max_rel_err or max_abs_err"
             )
         known = ", ".join([*FORMATS, *BLOCK_TYPES, *(f"{f[0].name} to {f[-1].name}" for f in FAMILIES.values())])
-        low = str(name).lower()
-        of_another_width = name in _DTYPES or (low not in FORMATS and re.fullmatch(r"u?int\d+", low))
-        near = "" if of_another_width else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
+        near = "" if name in _DTYPES else did_you_mean(name, [*FORMATS, *DERIVED], _ELSEWHERE)
         raise ValueError(f"{argument}={shown(dtype)} is not a quantized type{near}: use one of {known}")
     return found
 

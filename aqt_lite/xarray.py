@@ -19,8 +19,6 @@ import math
 import os
 import secrets
 import shutil
-import sys
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from aqt_lite import __version__, api, cf, significant
+from aqt_lite._callers import warn
 from aqt_lite._document import unique
 from aqt_lite._extras import installed_by
 from aqt_lite._keywords import naming_the_argument
@@ -199,18 +198,20 @@ def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
         numbers = np.zeros(0)
     earlier = numbers.item() if numbers.size == 1 else math.nan
     if not 0 <= earlier < math.inf:
-        _warn(
+        warn(
             f"{_called(da)} has the attribute {BOUND}={_plain(da.attrs[BOUND])}, which is no bound: "
-            f"{bound!r} replaces it"
+            f"{bound!r} replaces it",
+            RepackedWarning,
         )
         return bound
     total = earlier + bound
     if Fraction(total) < Fraction(earlier) + Fraction(bound):
         total = math.nextafter(total, math.inf)
-    _warn(
+    warn(
         f"{_called(da)} has the attribute {BOUND}={earlier!r}: it was packed before, and is packed again with "
         f"max_abs_err={bound!r}. Errors add up, to {total!r} at most: pack from the original; or remove the attribute, "
-        "if these are other values"
+        "if these are other values",
+        RepackedWarning,
     )
     return total
 
@@ -218,14 +219,6 @@ def _sum_of_bounds(da: xr.DataArray, bound: float) -> float:
 def _plain(value: Any) -> str:
     """The repr of an attribute, numbers of NumPy, which files give, as numbers."""
     return repr(value.item() if isinstance(value, np.generic) else value)
-
-
-def _warn(message: str) -> None:
-    """A RepackedWarning at the line that called this module."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RepackedWarning, stacklevel=level)
 
 
 def related(da: xr.DataArray) -> dict[str, Any]:
@@ -405,9 +398,10 @@ def _bitrounded(
         raise type(error)(f"{_called(da)}: {error}") from None
     rounded = without_packing(da).copy(data=values)
     if BOUND in rounded.attrs:
-        _warn(
+        warn(
             f"{_called(da)} has the attribute {BOUND}={_plain(rounded.attrs.pop(BOUND))}: it was packed before, and "
-            "rounding adds to that error, so that the attribute is left out: round the original, or remove it"
+            "rounding adds to that error, so that the attribute is left out: round the original, or remove it",
+            RepackedWarning,
         )
     rounded.attrs.pop("quantization", None)  # it names a variable that a DataArray does not have
     rounded.attrs[KEPT] = np.int32(keepbits)
@@ -977,11 +971,9 @@ def check_within(
         progress(done, x.size)
     (least, most), (low, high) = ranges
     if low == high and least < most:
-        warnings.warn(
+        warn(
             f"{_called(x)}: its values, from {least:g} to {most:g}, all became {low:g}: {bound:g} is too wide a bound "
-            "for it; give it one of its own, as name=bound, or leave it out",
-            UserWarning,
-            stacklevel=2,
+            "for it; give it one of its own, as name=bound, or leave it out"
         )
 
 

@@ -683,7 +683,6 @@ def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
         (r"activations='int9' is not a quantized type", lambda: aqt_lite.einsum("ij,kj", X, W, activations="int9")),
         (r"worst=-1: give how many", lambda: error_report(X, W, worst=-1)),
         (r"axes \(5, 6\) are no order of the 2 axes: give each once, 0 to 1", lambda: W.transpose(5, 6)),
-        (r"dtype='int9' is not a quantized type: use one of", lambda: quantize(X, "int9")),
         (r"dtype='INT4' is not a quantized type \(did you mean 'int4'\?\)", lambda: quantize(X, "INT4")),
         (r"offset is given without scale: .* offset='data' has it chosen", lambda: quantize(X, offset=0.5)),
     ],

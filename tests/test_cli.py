@@ -365,7 +365,10 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(source, tmp_path
             r"variable 't': int32 cannot keep .* the smallest is",
         ),
         (["pack", source, out, "--max-abs-err", "-1", "--overwrite"], "max_abs_err=-1.0: give a positive"),
-        (["pack", source, out, "--max-abs-err", "1", "--dtype", "int4", "--overwrite"], "dtype='int4': codes are"),
+        (
+            ["pack", source, out, "--max-abs-err", "1", "--dtype", "int4", "--overwrite"],
+            "dtype='int4' is not known: use one of 'auto', 'int8'",
+        ),
         (["info", out], "out.nc is no file of netCDF or store of zarr that can be read: .+"),
     ]
     for arguments, message in cases:

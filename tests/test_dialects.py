@@ -466,7 +466,7 @@ def test_what_a_dialect_has_not():
     with pytest.raises(TypeError, match=r"dialect is a int: give a name, or an aqt_lite\.Dialect"):
         quantize(x, dialect=3)
     for words, how in [
-        ("reach='max': use 'top', 'half range', 'each side' or 'lowest'", {"reach": "max"}),
+        ("reach='max' is not known: use 'top', 'half range', 'each side' or 'lowest'", {"reach": "max"}),
         ("least_scale=-1.0: give a normal float32", {"least_scale": -1.0}),
         ("instead=1.0 without least_scale", {"instead": 1.0}),
         (r"range_of_zeros=\(1.0, 2.0\): give a range that holds 0", {"range_of_zeros": (1.0, 2.0)}),

@@ -425,7 +425,7 @@ def test_shapes_under_jit(kind):
     if kind != "for_dense":  # whose groups run along the first axis
         ways += [lambda q: q[ids], lambda q: q.take(ids), lambda q: q[8:24], lambda q: q[5]]
     if not isinstance(q.scale, QArray) or q.scale.scale is None:
-        ways += [lambda q: aqt_lite.stack([q, q]), lambda q: aqt_lite.concatenate([q, q], axis=kind == "float8")]
+        ways += [lambda q: aqt_lite.stack([q, q]), lambda q: aqt_lite.concatenate([q, q], axis=int(kind == "float8"))]
     for way in ways:
         eager = way(q)
         assert_same_bits(jax.jit(way)(q), eager)

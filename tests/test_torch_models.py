@@ -298,7 +298,7 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         (Model, [("*bias", {"layout": None})], ValueError, r"^conv.bias cannot be quantized \(and 3 more: up.bias"),
         (Model, [("embed.*", {})], ValueError, "embed.weight and head.weight are one array"),
         (Model, [("*", {"activations": "int8"})], ValueError, "^embed.weight: activations='int8' is for Linear layers"),
-        (Model, [("up.*", {"activations": "int88"})], ValueError, "^up.weight: dtype='int88'"),
+        (Model, [("up.*", {"activations": "int88"})], ValueError, "^up.weight: activations='int88'"),
         (Model, [("up.*", {"activations": True})], TypeError, "^up.weight: activations=True"),
         (Model, [("up.*", {"backend": "numpy"})], ValueError, "^up.weight: backend='numpy': a torch model"),
         (Model, [("up.*", {"layout": "dense"})], ValueError, r"^up.weight: .* are \(out, in\)"),
