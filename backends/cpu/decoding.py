@@ -54,7 +54,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
@@ -73,10 +73,13 @@ __all__ = [
     "ROWS_AT_ONCE",
     "STRIP",
     "arrange",
+    "arrange_apart",
     "counted_loop",
     "dequantize",
+    "dequantize_apart",
     "look_up",
     "multiply",
+    "multiply_apart",
     "multiply_in_parts",
     "parts_of",
     "shape_of_arranged",
@@ -1081,7 +1084,8 @@ def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) ->
     for m in range(rows):
         row, arranged = x[m], out[m, :width]
         if not halves:
-            arranged[:inner] = row
+            for k in range(inner):  # not as one: numba would compile what it says of shapes that differ, for seconds
+                arranged[k] = row[k]
             arranged[inner:] = 0
             continue
         for k in range(0, whole, vector):
@@ -1095,6 +1099,9 @@ def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) ->
     if table.ndim == 1:  # noqa: SIM102
         if out.shape[1] > width:
             _to_fixed_point(halves, inner, size, table, shifted, out[0])
+
+
+arrange_apart = apart(arrange, "void(float32[:,::1], int64, int64, float32[::1], boolean, float32[:,::1])")
 
 
 @njit(nogil=True, cache=True)
@@ -1187,6 +1194,11 @@ def _are_codes(zero: Any, lowest: Any) -> Any:  # pragma: no cover - compiled
     return lowest <= least and most < lowest + MOST_SHIFT
 
 
+_STRIP, _SUMS = "uint8[:,::1], float32[:,::1]", "float32[:,:,:,::1]"
+_ADDRESSES = "int64, int64, int64, int64"
+"""Arguments of what adds to the sums of a strip: its codes and x; sums; scales, zero points, and strides of both."""
+
+
 @njit(nogil=True, cache=True)
 def _add_in_dots(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
@@ -1231,6 +1243,12 @@ def _add_in_dots(
     return extremes[0].max(), extremes[1].min()
 
 
+_add_in_dots_apart = apart(
+    _add_in_dots,
+    f"UniTuple(uint32, 2)({_STRIP}, int64, boolean, int64, float32[::1], {_ADDRESSES}, int64, uint32, int64, {_SUMS})",
+)
+
+
 @njit(nogil=True, cache=True)
 def _add_unserved(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
@@ -1260,6 +1278,11 @@ def _add_unserved(
                 _bytes_of_one_row(
                     at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
+
+
+_add_unserved_apart = apart(
+    _add_unserved, f"void({_STRIP}, int64, boolean, int64, float32[::1], {_ADDRESSES}, int64, {_SUMS})"
+)
 
 
 @njit(nogil=True, cache=True)
@@ -1338,6 +1361,11 @@ def _add_tiles(
                         codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
                     )
         k += length
+
+
+_add_tiles_apart = apart(
+    _add_tiles, f"void({_STRIP}, int64, boolean, int64, float32[::1], {_ADDRESSES}, int64, {_SUMS}, int64)"
+)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1492,7 +1520,8 @@ def _all_in_order(
     _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, 0, full, each, out)
     if full < inner:
         _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, full, inner, each, last)
-        out[full:inner] = last[: inner - full]
+        for k in range(full, inner):
+            out[k] = last[k - full]
 
 
 @njit(nogil=True, cache=True)
@@ -1598,6 +1627,12 @@ def _add_in_order(
         k = last
 
 
+_add_in_order_apart = apart(
+    _add_in_order,
+    f"void({_STRIP}, int64, int64, float32[::1], uint8[::1], float32[:,::1], float32[:,::1], int64, {_SUMS}, int64)",
+)
+
+
 @njit(nogil=True, cache=True)
 def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
     """Whether rows of floats have an infinity: dequantizing clips those that codes stand for."""
@@ -1660,11 +1695,12 @@ def multiply(
         of_strip, dots = np.uint32(0), in_dots
         if table.ndim == 1:  # by itself, as numba asks for: what does not hold is not compiled  # noqa: SIM102
             if in_dots:
-                of_points = points.ctypes.data if shifted else 0, points.strides[0] if points.shape[0] > 1 else 0
-                of_strip, least = _add_in_dots(
-                    codes, x, inner, halves, flip, table, s_start, s_stride, *of_points, lowest, less, size,
+                of_points = np.int64(points.ctypes.data) if shifted else np.int64(0)
+                by_points = points.strides[0] if points.shape[0] > 1 else 0
+                of_strip, least = _add_in_dots_apart((
+                    codes, x, inner, halves, flip, table, s_start, s_stride, of_points, by_points, lowest, less, size,
                     sums,
-                )  # fmt: skip
+                ))  # fmt: skip
                 dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
         if not in_dots:
             of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
@@ -1673,19 +1709,19 @@ def multiply(
             return False
         if table.ndim == 1:  # noqa: SIM102
             if dots and unserved > 0:
-                _add_unserved(
+                _add_unserved_apart((
                     codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
-                )
+                ))  # fmt: skip
         for m in range(0, rows, ROWS_AT_ONCE):
             last = min(m + ROWS_AT_ONCE, rows)
             if table.ndim == 2:
-                _add_in_order(codes, x[m:], inner, kind, table[0], moves, numbers, zeros, size, sums, last - m)
+                _add_in_order_apart((codes, x[m:], inner, kind, table[0], moves, numbers, zeros, size, sums, last - m))
             if table.ndim == 1:  # noqa: SIM102
                 if not dots:
-                    _add_tiles(
+                    _add_tiles_apart((
                         codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride,
                         size, sums, last - m,
-                    )  # fmt: skip
+                    ))  # fmt: skip
             for i in range(m, last):
                 of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
                 for n in range(here):
@@ -1695,13 +1731,23 @@ def multiply(
     return most < LARGE
 
 
+multiply_apart = apart(
+    multiply,
+    *(
+        f"boolean({_STRIP}, int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
+        "int32[:,::1], int64, float32[::1], int64, float32[:,:])"
+        for table in ("::1", ":,::1")
+    ),
+)
+
+
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, served, y = given
-    if not multiply(
+    if not multiply_apart((
         w[start:stop], x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, start,
         y[:, start:stop],
-    ):  # fmt: skip
+    )):  # fmt: skip
         served[0] = False
 
 
@@ -1786,3 +1832,13 @@ def dequantize(
     if table.ndim == 2:
         return most < LARGE and not (_have_infinity(table) and _have_infinity(out))
     return most < LARGE
+
+
+dequantize_apart = apart(
+    dequantize,
+    *(
+        f"boolean(uint8[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
+        "int32[:,::1], int64, int64, float32[:,::1])"
+        for table in ("::1", ":,::1")
+    ),
+)

@@ -42,7 +42,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
@@ -66,11 +66,14 @@ __all__ = [
     "dots_across_planes",
     "dots_along_k",
     "finish_columns",
+    "finish_columns_apart",
     "finish_in_parts",
     "multiply_one_row",
     "multiply_rows",
     "pack_one_row",
     "pack_rows",
+    "prepare_rows_apart",
+    "refine_rows_apart",
     "parts_of_rows",
     "prepare_rows",
     "refine_rows",
@@ -408,6 +411,11 @@ def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no
                 out[r] += np.int64(w[first + r, k]) * np.int64(x[k])
 
 
+_multiply_one_row_apart = apart(
+    multiply_one_row, f"void(int8[:,::1], int32[::1], {np.dtype(_DIGIT).name}[:,::1], int64[:])"
+)
+
+
 # ---- several rows of x
 
 
@@ -537,6 +545,11 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
                 for k in range(whole, inner):
                     for n in range(stop - first):
                         out[n] += np.int64(w[first + n, k]) * np.int64(tail[m, k - whole])
+
+
+_multiply_rows_apart = apart(
+    multiply_rows, "void(int8[:,::1], int32[:,::1], uint32[:,:,::1], int64, int64, int64[:,:])"
+)
 
 
 # ---- products of floats: aqt_lite.ops.reference.matmul_reproducible for a contracted axis in one piece. The same steps
@@ -670,7 +683,9 @@ def _put_in_panel(
     whole = CODES * panels.shape[1]
     if whole:
         pack_rows(integers, DIGITS, height, panels[first // height : first // height + 1])
-    tail[first : first + integers.shape[0]] = integers[:, whole:]
+    for m in range(integers.shape[0]):
+        for k in range(whole, integers.shape[1]):
+            tail[first + m, k - whole] = integers[m, k]
 
 
 @njit(nogil=True, cache=True)
@@ -689,6 +704,12 @@ def prepare_rows(
         some = integers[: last - first]
         _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
         _put_in_panel(some, first, height, panels, tail)
+
+
+prepare_rows_apart = apart(
+    prepare_rows,
+    "void(float32[:,::1], float32[::1], int32[::1], int64[::1], int32[::1], uint32[:,:,::1], int32[:,::1])",
+)
 
 
 @njit(nogil=True, cache=True)
@@ -713,6 +734,12 @@ def refine_rows(
             some = integers[: last - first]
             _to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
             _put_in_panel(some, first, height, panels, tail)
+
+
+refine_rows_apart = apart(
+    refine_rows,
+    "void(float32[:,::1], float32[::1], int32[::1], int32[::1], int64[::1], uint32[:,:,::1], int32[:,::1])",
+)
 
 
 @njit(nogil=True, cache=True)
@@ -749,20 +776,20 @@ def finish_columns(
             last = min(first + ROWS_AT_ONCE, rows)
             found = sums[: last - first, : stop - start]
             if rows == 1:
-                multiply_one_row(codes, tail[0], planes, found[0])
+                _multiply_one_row_apart((codes, tail[0], planes, found[0]))
             else:
                 of_rows = panels[first // height : (last + height - 1) // height]
-                multiply_rows(codes, tail[first:last], of_rows, DIGITS, height, found)
+                _multiply_rows_apart((codes, tail[first:last], of_rows, DIGITS, height, found))
             for top in range(first, last, height):
                 end = min(top + height, last)
                 of_panel, second = slice(top, end), finer_sums[:0, : stop - start]
                 if again and _want_a_second_pass(flags[of_panel]):
                     second = finer_sums[: end - top, : stop - start]
                     if rows == 1:
-                        multiply_one_row(codes, finer_tail[0], finer_planes, second[0])
+                        _multiply_one_row_apart((codes, finer_tail[0], finer_planes, second[0]))
                     else:
                         one = finer[top // height : top // height + 1]
-                        multiply_rows(codes, finer_tail[of_panel], one, DIGITS, height, second)
+                        _multiply_rows_apart((codes, finer_tail[of_panel], one, DIGITS, height, second))
                 _from_fixed_point(
                     found[top - first : end - first], total[of_panel], second, finer_total[of_panel], flags[of_panel],
                     zero[these], fraction[these], row_exponent[of_panel], exponent[these], powers, bias[these],
@@ -773,16 +800,24 @@ def finish_columns(
                     y[m, these] = np.float32(np.nan)
 
 
+_OF_ROWS = "uint32[:,:,::1], int32[:,::1]"
+finish_columns_apart = apart(
+    finish_columns,
+    f"void(int8[:,::1], boolean, {_OF_ROWS}, int32[::1], int64[::1], int32[::1], {_OF_ROWS}, int64[::1], "
+    "float32[::1], int32[::1], int32[::1], float32[::1], float32[::1], float32[:,:])",
+)
+
+
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     (
         w, unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total, fraction, exponent, zero,
         bias, powers, y,
     ) = given  # fmt: skip
-    finish_columns(
+    finish_columns_apart((
         w[start:stop], unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total,
         fraction[start:stop], exponent[start:stop], zero[start:stop], bias[start:stop], powers, y[:, start:stop],
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 _task = task_of(_part)

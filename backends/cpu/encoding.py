@@ -27,12 +27,13 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
-__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "WHOLE_NUMBERS", "encode", "encode_columns",
-           "encode_kept", "magnitudes", "magnitudes_of_columns", "quantize", "quantize_in_parts", "ranges",
-           "ranges_of_columns"]  # fmt: skip
+__all__ = ["BITS", "CODEBOOK", "FLOAT", "INTEGER", "LANES", "MOST_CUTS", "WHOLE_NUMBERS", "encode", "encode_apart",
+           "encode_columns", "encode_columns_apart", "encode_kept", "magnitudes", "magnitudes_apart",
+           "magnitudes_of_columns", "magnitudes_of_columns_apart", "quantize", "quantize_apart", "quantize_in_parts",
+           "ranges", "ranges_apart", "ranges_of_columns", "ranges_of_columns_apart"]  # fmt: skip
 
 LANES = 16
 
@@ -219,6 +220,9 @@ def magnitudes(x: Any, size: Any, most: Any) -> None:  # pragma: no cover - comp
         _largest_magnitude(x[r].ctypes.data, size, x.shape[1], most[r].ctypes.data)
 
 
+magnitudes_apart = apart(magnitudes, "void(float32[:,::1], int64, int32[:,::1])")
+
+
 @njit(nogil=True, cache=True)
 def ranges(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma: no cover - compiled
     """The patterns of the smallest and the largest value of each group; NaN is one of them where it is among them."""
@@ -228,6 +232,9 @@ def ranges(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma: no cover 
         for ends in (low[r], high[r]):
             for g in range(ends.shape[0]):
                 ends[g] ^= (ends[g] >> np.int32(31)) & np.int32(0x7FFFFFFF)
+
+
+ranges_apart = apart(ranges, "void(float32[:,::1], int64, int32[:,::1], int32[:,::1])")
 
 
 # ---- numbers: ``v`` as lanes of codes; what they are told comes in ``types_of_parameters``, in all lanes
@@ -412,6 +419,9 @@ def _encode(
     _groups(kind, bits, x, size, length, inverse, factor, zero, by, by_factor, by_zero, told, out, ahead)
 
 
+_encode_apart = apart(_encode, f"void({', '.join(['int64'] * 14)})")
+
+
 @njit(nogil=True, cache=True)
 def encode(
     x: Any, size: Any, kind: Any, bits: Any, parameters: Any, inverse: Any, factor: Any, zero: Any, out: Any
@@ -430,11 +440,18 @@ def encode(
     start, at, told = x.ctypes.data, out.ctypes.data, parameters.ctypes.data
     for r in range(rows):
         g = r * groups
-        _encode(
+        _encode_apart((
             kind, bits, start + 4 * r * length, size, length, inverse.ctypes.data + g * by,
             factor.ctypes.data + g * by_factor, zero.ctypes.data + g * by_zero, by, by_factor, by_zero, told,
             at + r * out.strides[0], 0,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+
+encode_apart = apart(
+    encode,
+    "void(float32[:,::1], int64, int64, int64, int32[::1], float32[:,::1], float32[:,::1], "
+    "float32[:,::1], uint8[:,::1])",
+)
 
 
 # ---- columns
@@ -457,6 +474,9 @@ def magnitudes_of_columns(x: Any, size: Any, most: Any) -> None:  # pragma: no c
                     own[i] = max(own[i], row[i] & np.int32(0x7FFFFFFF))
 
 
+magnitudes_of_columns_apart = apart(magnitudes_of_columns, "void(float32[:,::1], int64, int32[:,::1])")
+
+
 @njit(nogil=True, cache=True)
 def ranges_of_columns(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma: no cover - compiled
     """As ``ranges``, of the columns of each ``size`` rows."""
@@ -475,6 +495,9 @@ def ranges_of_columns(x: Any, size: Any, low: Any, high: Any) -> None:  # pragma
                     ends[i] ^= (ends[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)
 
 
+ranges_of_columns_apart = apart(ranges_of_columns, "void(float32[:,::1], int64, int32[:,::1], int32[:,::1])")
+
+
 @njit(nogil=True, cache=True)
 def encode_columns(
     x: Any, kind: Any, bits: Any, parameters: Any, inverse: Any, factor: Any, zero: Any, out: Any
@@ -490,6 +513,12 @@ def encode_columns(
                 factor.ctypes.data + 4 * c, zero.ctypes.data + 4 * c, 64, 64, 64, parameters.ctypes.data,
                 at + r * step + ((c * bits) >> 3), 4 * length,
             )  # fmt: skip
+
+
+encode_columns_apart = apart(
+    encode_columns,
+    "void(float32[:,::1], int64, int64, int32[::1], float32[:,::1], float32[:,::1], float32[:,::1], uint8[:,::1])",
+)
 
 
 # ---- scales and codes at once
@@ -611,19 +640,25 @@ def quantize(
             if bits == 0:
                 continue
             _invert(chosen, count, headroom, step, of_zeros, inverse, factor)
-            _encode(
+            _encode_apart((
                 kind, bits, here, size, some, at_inverse, at_factor, zero, 4, 4, 0, told,
                 at + ((g * size * bits) >> 3), 4 * some,
-            )  # fmt: skip
+            ))  # fmt: skip
     return usable
+
+
+quantize_apart = apart(
+    quantize,
+    "boolean(float32[:,::1], int64, int64, int64, int32[::1], float32[::1], int32[::1], uint8[:,::1], uint8[:,::1])",
+)
 
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     x, size, kind, bits, parameters, rule, kept, scale, out, usable = given
-    if not quantize(
+    if not quantize_apart((
         x[start:stop], size, kind, bits, parameters, rule, kept, scale[start:stop], out[start:stop]
-    ):  # fmt: skip
+    )):  # fmt: skip
         usable[0] = False
 
 
@@ -679,8 +714,8 @@ def encode_kept(
                 _look_up(own.view(np.uint16), steps, inverse, factor)
             else:
                 _invert(own.view(np.float32), count, beside[0], beside[1], beside[2], inverse, factor)
-            _encode(
+            _encode_apart((
                 kind, bits, start + 4 * g * size, size, some, inverse.ctypes.data, factor.ctypes.data,
                 zero.ctypes.data + (r * groups + g) * by_zero, 4, 4, by_zero, told, at + ((g * size * bits) >> 3),
                 4 * some,
-            )  # fmt: skip
+            ))  # fmt: skip

@@ -51,10 +51,21 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
-__all__ = ["COLUMNS", "ROWS_AT_ONCE", "TABLES", "multiply", "multiply_in_parts", "prepare", "width_of_rows"]
+__all__ = [
+    "COLUMNS",
+    "ROWS_AT_ONCE",
+    "TABLES",
+    "multiply",
+    "multiply_apart",
+    "multiply_in_parts",
+    "prepare",
+    "prepare_apart",
+    "refine_apart",
+    "width_of_rows",
+]
 
 
 def _features() -> set[str]:
@@ -209,14 +220,14 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     Or 8 of 8, in three.
     """
     count = len(rows)
-    for apart in (8, 4, 2, 1)[-count.bit_length() + 1 :]:
-        first = [i if i // apart % 2 == 0 else count + i - apart for i in range(count)]
-        second = [i + apart if i // apart % 2 == 0 else count + i for i in range(count)]
+    for distance in (8, 4, 2, 1)[-count.bit_length() + 1 :]:
+        first = [i if i // distance % 2 == 0 else count + i - distance for i in range(count)]
+        second = [i + distance if i // distance % 2 == 0 else count + i for i in range(count)]
         new = list(rows)
         for i in range(count):
-            if i // apart % 2 == 0:
-                new[i] = _shuffled(builder, rows[i], rows[i + apart], first)
-                new[i + apart] = _shuffled(builder, rows[i], rows[i + apart], second)
+            if i // distance % 2 == 0:
+                new[i] = _shuffled(builder, rows[i], rows[i + distance], first)
+                new[i + distance] = _shuffled(builder, rows[i], rows[i + distance], second)
         rows = new
     return rows
 
@@ -565,6 +576,13 @@ def prepare(
                 _put_in_order(words, halves)
 
 
+prepare_apart = apart(
+    prepare,
+    "void(float32[:,::1], int64, boolean, float32[::1], float64[:,::1], float64[:,::1], int32[:,::1], int32[::1], "
+    "float32[:,::1], uint8[:,::1], uint8[::1], uint8[::1])",
+)
+
+
 @njit(nogil=True, cache=True)
 def refine(
     x: Any, size: Any, halves: Any, powers: Any, exponent: Any, many: Any, finer: Any, sums: Any
@@ -602,6 +620,12 @@ def refine(
             _split(words, x.shape[1], halves, size, sums[m].view(np.int32))
 
 
+refine_apart = apart(
+    refine,
+    "void(float32[:,::1], int64, boolean, float32[::1], int32[:,::1], uint8[:,::1], float64[:,::1], float64[:,::1])",
+)
+
+
 # ---- what both forms of the product do
 
 
@@ -611,7 +635,8 @@ def _chunk_of_rows(w: Any, first: Any, here: Any, at: Any, rest: Any) -> Any:  #
     if at + CHUNK <= w.shape[1]:
         return w.ctypes.data + first * w.strides[0] + at, w.strides[0]
     for n in range(here):
-        rest[n, : w.shape[1] - at] = w[first + n, at:]
+        for i in range(at, w.shape[1]):
+            rest[n, i - at] = w[first + n, i]
     return rest.ctypes.data, CHUNK
 
 
@@ -1275,8 +1300,8 @@ def _in_columns(of_rows: Any, first: Any, here: Any, mask: Any, padded: Any, out
     if groups % COLUMNS != 0:
         for n in range(here):
             row = of_rows[0 if one else first + n]
-            padded[n, :groups] = row
-            padded[n, groups:] = row[groups - 1]
+            for g in range(padded.shape[1]):
+                padded[n, g] = row[min(g, groups - 1)]
         start, by = padded.ctypes.data, padded.strides[0]
     blocks = (groups + COLUMNS - 1) // COLUMNS
     _columns_of(start, by, here, blocks, mask, out.ctypes.data, most.ctypes.data, least.ctypes.data)
@@ -1509,6 +1534,13 @@ def _add_strip(
             _end_run(run, total, rows)
 
 
+_add_strip_apart = apart(
+    _add_strip,
+    f"void({'int64, ' * 5}boolean, boolean, {'int64, ' * 5}boolean, {'int64, ' * 11}uint8[:,::1], boolean, "
+    "int64, int64)",
+)
+
+
 @njit(nogil=True, cache=True)
 def _multiply_by_dots(
     w: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, size: Any, inner: Any, x: Any, finer: Any,
@@ -1520,7 +1552,7 @@ def _multiply_by_dots(
     word = (flip ^ 128) * 0x01010101
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
     numbers = np.empty(_span(size, CHUNK * 2 if halves else CHUNK) * COLUMNS + 64, dtype=np.uint8)
-    unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), False, 255
+    unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), np.bool_(False), 255
     lowest = -128
     if halves:
         low = np.float32(0)
@@ -1545,30 +1577,32 @@ def _multiply_by_dots(
     rest = np.zeros((COLUMNS, CHUNK), dtype=np.uint8)  # of the last chunk: no loop reads beyond the weight
     whole = w.shape[1] // CHUNK * CHUNK
     of_scale = scale.view(np.int32)
+    of_exponent, every_bit = np.int64(0x7F800000), np.int64(-1)  # no literals, for each of which numba compiles
     for first in range(0, columns, COLUMNS):
         here = min(COLUMNS, columns - first)
-        _in_columns(of_scale, first_row + first, here, 0x7F800000, padded, bits, most, least)
+        _in_columns(of_scale, first_row + first, here, of_exponent, padded, bits, most, least)
         for lane in range(COLUMNS):
             if least[lane] == 0 or most[lane] == 0x7F800000:
                 return False
         if shifted:
-            _in_columns(zero, first_row + first, here, -1, padded, zeros, highest, deepest)
+            _in_columns(zero, first_row + first, here, every_bit, padded, zeros, highest, deepest)
         number = np.int64(0)  # the largest there can be, zero points taken off
         for lane in range(COLUMNS):
             if shifted and (highest[lane] - flip > LARGEST_ZERO or deepest[lane] - flip < -LARGEST_ZERO):
                 return False
             number = max(number, largest - (deepest[lane] - less), highest[lane] - less)
         for n in range(here if whole < w.shape[1] else 0):
-            rest[n, : w.shape[1] - whole] = w[first + n, whole:]
+            for i in range(whole, w.shape[1]):
+                rest[n, i - whole] = w[first + n, i]
         total[:] = 0
         numbers_at = (numbers.ctypes.data + 63) & -64  # here, as numba frees an array after its last use
-        _add_strip(
+        _add_strip_apart((
             w.ctypes.data + first * w.strides[0], w.strides[0], w.shape[1], here, rest.ctypes.data, halves, tabled,
             unsigned.ctypes.data, word, size, inner, numbers_at, number * size <= LARGEST_SUM, x.ctypes.data,
             finer.ctypes.data, x.strides[0], bits.ctypes.data, most.ctypes.data, zeros.ctypes.data,
             4 * COLUMNS if shifted else 0, less, of_x.ctypes.data, of_finer.ctypes.data, row_power.ctypes.data, many,
             again, run.ctypes.data, total.ctypes.data,
-        )  # fmt: skip
+        ))  # fmt: skip
         for lane in range(COLUMNS):
             most[lane] = (most[lane] >> 23) - 127
         last = first + here
@@ -1576,7 +1610,14 @@ def _multiply_by_dots(
     return True
 
 
-_by_dots = _multiply_by_dots if DOTS else _by_nothing
+_MULTIPLY = (
+    "boolean(uint8[:,::1], boolean, int64, float32[::1], float32[:,::1], int32[:,::1], int64, int64, float64[:,::1], "
+    "float64[:,::1], float64[:,::1], float64[:,::1], int32[::1], float32[:,::1], uint8[:,::1], boolean, uint8[::1], "
+    "float32[::1], float32[::1], int64, float32[:,:])"
+)
+"""The types of ``multiply``, and of both of its forms."""
+
+_by_dots = apart(_multiply_by_dots, _MULTIPLY) if DOTS else _by_nothing
 
 
 # ---- the product
@@ -1638,23 +1679,12 @@ def _add_group(numbers: Any, x: Any, k: Any, steps: Any, sums: Any) -> None:  # 
 
 
 @njit(nogil=True, cache=True)
-def multiply(
+def _multiply_by_floats(
     w: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, size: Any, inner: Any, x: Any, finer: Any,
     of_x: Any, of_finer: Any, row_exponent: Any, row_power: Any, many: Any, again: Any, bad: Any, powers: Any,
     bias: Any, first_row: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
-    """Columns of the result for the bytes ``w`` of as many rows of the weight; whether they are served.
-
-    ``x`` to ``bad`` are what ``prepare`` and ``refine`` made of rows of x. Codes are bytes that differ from signed ones
-    by ``flip``, or of 4 bits, ``halves``, with numbers in ``table``. Scales are (N or 1, groups), zero points likewise
-    or empty; ``first_row`` is the row of them, and of the bias, that ``w`` begins with. ``again``: whether there are
-    rows of ``finer``. Not served are scales that are not normal numbers, and zero points that no code is.
-    """
-    if in_dots(size, halves):
-        return _by_dots(
-            w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-            again, bad, powers, bias, first_row, y,
-        )  # fmt: skip
+    """``multiply`` where ``in_dots`` does not say so."""
     (rows, columns), groups = y.shape, of_x.shape[1]
     chunk = CHUNK * 2 if halves else CHUNK
     word, less = flip * 0x01010101, flip
@@ -1724,16 +1754,46 @@ def multiply(
     return True
 
 
+_by_floats = apart(_multiply_by_floats, _MULTIPLY)
+
+
+@njit(nogil=True, cache=True)
+def multiply(
+    w: Any, halves: Any, flip: Any, table: Any, scale: Any, zero: Any, size: Any, inner: Any, x: Any, finer: Any,
+    of_x: Any, of_finer: Any, row_exponent: Any, row_power: Any, many: Any, again: Any, bad: Any, powers: Any,
+    bias: Any, first_row: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """Columns of the result for the bytes ``w`` of as many rows of the weight; whether they are served.
+
+    ``x`` to ``bad`` are what ``prepare`` and ``refine`` made of rows of x. Codes are bytes that differ from signed ones
+    by ``flip``, or of 4 bits, ``halves``, with numbers in ``table``. Scales are (N or 1, groups), zero points likewise
+    or empty; ``first_row`` is the row of them, and of the bias, that ``w`` begins with. ``again``: whether there are
+    rows of ``finer``. Not served are scales that are not normal numbers, and zero points that no code is.
+    """
+    if in_dots(size, halves):
+        return _by_dots((
+            w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
+            again, bad, powers, bias, first_row, y,
+        ))  # fmt: skip
+    return _by_floats((
+        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
+        again, bad, powers, bias, first_row, y,
+    ))  # fmt: skip
+
+
+multiply_apart = apart(multiply, _MULTIPLY)
+
+
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     (
         w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
         again, bad, powers, bias, served, y,
     ) = given  # fmt: skip
-    if not multiply(
+    if not multiply_apart((
         w[start:stop], halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power,
         many, again, bad, powers, bias, start, y[:, start:stop],
-    ):  # fmt: skip
+    )):  # fmt: skip
         served[0] = False
 
 

@@ -1,7 +1,7 @@
 """What compiled loops say to the machine: memory by its address, atomic words, functions of the C library and of numba.
 
-Owns: intrinsics of one instruction or call each, and the C address of a jitted function. Imports: numba. ``pool`` and
-JAX's ``ffi`` are written with them.
+Owns: intrinsics of one instruction or call each, the C address of a jitted function, and calls of jitted functions that
+are compiled apart from their callers. Imports: numba, the runtime. ``pool`` and JAX's ``ffi`` are written with them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import llvmlite.binding
 import llvmlite.ir as ir
 import numba
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, sigutils
 from numba.extending import intrinsic
+
+from aqt_lite.backends.cpu.runtime import not_compiled
 
 INT64 = ir.IntType(64)
 
@@ -443,3 +445,109 @@ def task_of(function: Any) -> Any:
         return types.UniTuple(types.int64, 2)(given), codegen
 
     return task
+
+
+_words: list[Any] = []
+"""What compiled code reads and calls, for as long as the process lives."""
+
+
+def _where(function: Any, arguments: tuple[Any, ...], returned: Any, symbol: str) -> None:
+    """Define a symbol: the address of a jitted function, or 0, and that of a C function that finds it out."""
+    words = (ctypes.c_int64 * 2)()
+
+    def find() -> None:
+        try:
+            function.compile(arguments)  # or loaded: the cache knows it by these, as Python's calls look it up
+            compiled = function.overloads[arguments]
+            if compiled.signature.return_type != returned:
+                raise TypeError(f"{symbol} returns {compiled.signature.return_type}, not {returned}, as apart() says")
+            words[0] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+        except BaseException as error:
+            not_compiled.append(error)
+            raise  # which ctypes prints
+
+    finder = ctypes.CFUNCTYPE(None)(find)
+    words[1] = ctypes.cast(finder, ctypes.c_void_p).value
+    _words.extend((words, finder))
+    llvmlite.binding.add_symbol(symbol, ctypes.addressof(words))
+
+
+def _is_taken_as(wanted: Any, given: Any) -> bool:
+    if isinstance(given, types.Array) and isinstance(wanted, types.Array):
+        return bool(given.copy(readonly=False) == wanted)
+    given = types.unliteral(given)
+    return bool(given == wanted) or (wanted == types.int64 and isinstance(given, types.Integer))
+
+
+def _inside(function: Any, given: Any) -> Any:
+    """What an intrinsic answers that calls a jitted function with a tuple, and has it compiled into the caller."""
+    function.compile(tuple(map(types.unliteral, given.types)))
+    compiled = function.overloads[tuple(map(types.unliteral, given.types))]
+
+    def codegen(context, builder, _, args):
+        context.add_linking_libs([compiled.library])
+        values = cgutils.unpack_tuple(builder, args[0])
+        return context.call_internal(builder, compiled.fndesc, compiled.signature, values)
+
+    return compiled.signature.return_type(given), codegen
+
+
+def apart(function: Any, *signatures: str) -> Any:
+    """Make an intrinsic of a jitted function, to be called with a tuple: it is not compiled into its callers.
+
+    numba puts all that a function calls into its library, and optimizes it there once more: three callers of each
+    other, on NumPy and for XLA, would compile the same loops six times. What is called so is compiled once, for these
+    signatures, at the first call, and cached with its own file. (Other types, as arrays in another order, are compiled
+    into the caller as usual.) ``apart(f, "void(int64)")((x,))`` reads where ``f`` is at a symbol that each process
+    defines: what numba caches holds no address.
+
+    What goes wrong in compiling, or Control-C, is raised by ``runtime.in_parts``, and printed.
+    """
+    known = []
+    for nth, text in enumerate(signatures):
+        arguments, returned = sigutils.normalize_signature(text)
+        symbol = f"{function.py_func.__module__}.{function.py_func.__qualname__}.{nth}"
+        _where(function, arguments, returned, symbol)
+        known.append((arguments, returned, symbol))
+
+    @intrinsic
+    def call(typingctx, given):
+        fitting = [
+            one for one in known if len(one[0]) == len(given.types) and all(map(_is_taken_as, one[0], given.types))
+        ]
+        if not fitting:
+            return _inside(function, given)
+        arguments, returned, symbol = fitting[0]
+
+        def codegen(context, builder, _, args):
+            values = [
+                context.cast(builder, value, its_own, wanted) if wanted == types.int64 else value
+                for its_own, wanted, value in zip(
+                    given.types, arguments, cgutils.unpack_tuple(builder, args[0]), strict=True
+                )
+            ]
+            module, convention = builder.module, context.call_conv
+            words = module.globals.get(symbol) or ir.GlobalVariable(module, ir.ArrayType(INT64, 2), symbol)
+            where, finder = (cgutils.gep_inbounds(builder, words, 0, i) for i in (0, 1))
+            with builder.if_then(cgutils.is_null(builder, builder.load(where)), likely=False):
+                find = ir.FunctionType(ir.VoidType(), []).as_pointer()
+                builder.call(builder.inttoptr(builder.load(finder), find), [])
+                with builder.if_then(cgutils.is_null(builder, builder.load(where)), likely=False):
+                    text = f"{symbol.rpartition('.')[0]} was not compiled, for the reason that is printed above"
+                    convention.return_user_exc(builder, RuntimeError, (text,))
+            its_type = convention.get_function_type(returned, arguments)
+            there = module.globals.get(f"{symbol}.call")
+            if there is None:
+                there = ir.Function(module, its_type, f"{symbol}.call")
+                there.linkage = "internal"
+                body = ir.IRBuilder(there.append_basic_block())
+                target = body.load(cgutils.gep_inbounds(body, words, 0, 0))
+                body.ret(body.call(body.inttoptr(target, its_type.as_pointer()), there.args))
+            status, result = convention.call_function(builder, there, returned, arguments, values)
+            with cgutils.if_unlikely(builder, status.is_error):
+                convention.return_status_propagate(builder, status)
+            return result
+
+        return returned(given), codegen
+
+    return call

@@ -28,10 +28,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize
+from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize_apart
 from aqt_lite.backends.cpu.native import task_of
 from aqt_lite.backends.cpu.pool import in_parts
-from aqt_lite.backends.cpu.turning import turn
+from aqt_lite.backends.cpu.turning import turn_apart
 
 __all__ = ["ROWS", "WIDTH", "multiply_in_parts"]
 
@@ -156,13 +156,13 @@ def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
         last = min(first + WIDTH, length)
         if nth != made:
             made = nth
-            if not dequantize(
+            if not dequantize_apart((
                 w[first:last], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
                 values[: last - first],
-            ):  # fmt: skip
+            )):  # fmt: skip
                 served[0] = False
             values[last - first :] = 0
-            turn(values, 0, inner, panel)
+            turn_apart((values, 0, inner, panel))
         begin, end = tiles * cut // cuts * ROWS, min(tiles * (cut + 1) // cuts * ROWS, rows)
         _multiply_rows(panel, x, begin, end, bias[first:last], y[:, first:last])
 

@@ -172,6 +172,10 @@ if hasattr(os, "register_at_fork"):  # threads do not survive a fork: let the ch
     os.register_at_fork(after_in_child=_forget_pool)
 
 
+not_compiled: list[BaseException] = []
+"""Why functions that are compiled at their first call, inside that of another, were not: Control-C, or an error."""
+
+
 def compiled_pool() -> int:
     """What loops are given that run on the threads which wait in compiled code; 0 where these wait in Python."""
     return int(_pool().address)
@@ -192,7 +196,13 @@ def in_parts(loop: Callable[..., bool], steps: int, ends: Array, *given: Any) ->
     if told() is None and steps < LONG:
         pool = compiled_pool() if len(ends) > 2 and cores() > 1 else 0
         if pool or len(ends) == 2:
-            return loop(pool, ends, *given)
+            before = len(not_compiled)
+            try:
+                return loop(pool, ends, *given)
+            except (MemoryError, RuntimeError):  # which is all that threads in compiled code say
+                if len(not_compiled) > before:
+                    raise not_compiled[-1] from None
+                raise
     return all(map_ranges(lambda a, b: loop(0, ends[a : b + 1], *given), len(ends) - 1, chunks_per_core=len(ends)))
 
 

@@ -1,7 +1,7 @@
 """Loops that turn arrays which lie in the other order than is wanted, and that widen float16.
 
-Owns: those loops, and the numba intrinsics in them. Imports: ``decoding``, for how wide vectors are. They hold no lock
-and start no thread.
+Owns: those loops, and the numba intrinsics in them. Imports: ``native``, and ``decoding`` for how wide vectors are.
+They hold no lock and start no thread.
 
 **Scales and zero points** may lie in the other order than the codes they belong to. Codes of a weight (in, out) are
 stored as (out, in), so that a product reads them in order; its scales stay (groups, out), as the weight's shape has
@@ -22,8 +22,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.decoding import LANES
+from aqt_lite.backends.cpu.native import apart
 
-__all__ = ["blocks_of", "pack_across", "turn", "turn_plane", "widen"]
+__all__ = ["blocks_of", "pack_across", "turn", "turn_apart", "turn_plane", "widen"]
 
 SQUARE = LANES
 """Rows and columns that are turned in registers at a time: a line of the cache, where vectors are as wide."""
@@ -116,6 +117,11 @@ def turn(blocks: Any, start: Any, stop: Any, out: Any) -> None:  # pragma: no co
             out[n, g] = blocks[g, start + n]
 
 
+turn_apart = apart(
+    turn, *(f"void({kind}[:,::1], int64, int64, {kind}[:,::1])" for kind in ("float32", "uint8", "int32"))
+)
+
+
 @njit(nogil=True, cache=True)
 def blocks_of(blocks: Any, swapped: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
     """Scales or zero points (rows, groups) of the weight's rows ``start`` to ``stop`` - 1.
@@ -126,7 +132,7 @@ def blocks_of(blocks: Any, swapped: Any, start: Any, stop: Any) -> Any:  # pragm
         return blocks[start:stop] if blocks.shape[0] > 1 else blocks
     if blocks.shape[1] > 1:
         out = np.empty((stop - start, blocks.shape[0]), dtype=blocks.dtype)
-        turn(blocks, start, stop, out)
+        turn_apart((blocks, start, stop, out))
         return out
     return blocks.reshape((blocks.shape[1], blocks.shape[0]))
 

@@ -21,7 +21,14 @@ from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import decoding, native, pool, stored, turning
-from aqt_lite.backends.cpu.decoding import HALVES, STRIP, arrange, dequantize, multiply, shape_of_arranged
+from aqt_lite.backends.cpu.decoding import (
+    HALVES,
+    STRIP,
+    arrange_apart,
+    dequantize_apart,
+    multiply_apart,
+    shape_of_arranged,
+)
 from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
@@ -62,7 +69,7 @@ def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
     table, shifted = operand(frame, 2), dim(operand(frame, 6), 0) > 0
     told = x[start:stop], attribute(frame, 1), attribute(frame, 2)
     numbers = array(table, (dim(table, 0),), np.float32)  # no more than the first of those that have two axes: unread
-    arrange(*told, numbers, shifted, arranged[start:last])
+    arrange_apart((*told, numbers, shifted, arranged[start:last]))
 
 
 @njit(nogil=True)
@@ -92,8 +99,8 @@ def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cove
     )
     table = operand(frame, 2)
     if attribute(frame, 1) > HALVES:
-        return multiply(*told, array(table, (1, dim(table, 1)), np.float32), *others)
-    return multiply(*told, array(table, (dim(table, 0),), np.float32), *others)
+        return multiply_apart((*told, array(table, (1, dim(table, 1)), np.float32), *others))
+    return multiply_apart((*told, array(table, (dim(table, 0),), np.float32), *others))
 
 
 @njit(nogil=True)
@@ -148,9 +155,9 @@ def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
     )
     table = operand(frame, 1)
     if attribute(frame, 2) > HALVES:
-        small = dequantize(*told, array(table, (1, dim(table, 1)), np.float32), *others)
+        small = dequantize_apart((*told, array(table, (1, dim(table, 1)), np.float32), *others))
     else:
-        small = dequantize(*told, array(table, (dim(table, 0),), np.float32), *others)
+        small = dequantize_apart((*told, array(table, (dim(table, 0),), np.float32), *others))
     array(result(frame, 1), (rows,), np.int32)[start:stop] = 0 if small else 1
 
 

@@ -26,10 +26,10 @@ from aqt_lite.backends.cpu.dots import (
     NOT_FINITE,
     OUT_OF_RANGE,
     STRIP,
-    finish_columns,
+    finish_columns_apart,
     parts_of_rows,
-    prepare_rows,
-    refine_rows,
+    prepare_rows_apart,
+    refine_rows_apart,
     shape_of_panels,
 )
 from aqt_lite.backends.cpu.fixed_point import powers_of_two
@@ -82,11 +82,11 @@ def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
     x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
     height, powers = max(1, panels.shape[2] // DIGITS), array(operand(frame, 6), (512,), np.float32)
     these, of_these = slice(start, stop), panels[start // height : (stop + height - 1) // height]
-    prepare_rows(x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these])
+    prepare_rows_apart((x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these]))
     if attribute(frame, 0) != 0:
         panels, tail, total = _of_finer(frame)
         of_these = panels[start // height : (stop + height - 1) // height]
-        refine_rows(x[these], powers, exponent[these], flags[these], total[these], of_these, tail[these])
+        refine_rows_apart((x[these], powers, exponent[these], flags[these], total[these], of_these, tail[these]))
 
 
 @njit(nogil=True)
@@ -95,7 +95,7 @@ def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
     finer, finer_tail, finer_total = _of_finer(frame)
     columns, inner = dim(operand(frame, 1), 0), dim(operand(frame, 1), 1)
     y = array(result(frame, 0), (tail.shape[0], columns), np.float32)
-    finish_columns(
+    finish_columns_apart((
         array(operand(frame, 1), (columns, inner), np.int8)[start:stop],
         attribute(frame, 1) != 0,
         panels,
@@ -112,7 +112,7 @@ def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
         array(operand(frame, 5), (columns,), np.float32)[start:stop],
         array(operand(frame, 6), (512,), np.float32),
         y[:, start:stop],
-    )
+    ))  # fmt: skip
 
 
 _prepare_address, _finish_address = address_of(_prepare, 3), address_of(_finish, 3)

@@ -80,9 +80,9 @@ def _find(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
     x, size = _rows_of(operand(frame, 0), start, stop, np.float32), attribute(frame, 1)
     high = _rows_of(result(frame, 1), start, stop, np.int32)
     if attribute(frame, 0) != 0:
-        encoding.magnitudes(x, size, high)
+        encoding.magnitudes_apart((x, size, high))
     else:
-        encoding.ranges(x, size, _rows_of(result(frame, 0), start, stop, np.int32), high)
+        encoding.ranges_apart((x, size, _rows_of(result(frame, 0), start, stop, np.int32), high))
 
 
 @njit(nogil=True)
@@ -92,16 +92,16 @@ def _find_of_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no c
     rows = _rows_of(x, start * size, min(stop * size, dim(x, 0)), np.float32)
     high = _rows_of(result(frame, 1), start, stop, np.int32)
     if attribute(frame, 0) != 0:
-        encoding.magnitudes_of_columns(rows, size, high)
+        encoding.magnitudes_of_columns_apart((rows, size, high))
     else:
-        encoding.ranges_of_columns(rows, size, _rows_of(result(frame, 0), start, stop, np.int32), high)
+        encoding.ranges_of_columns_apart((rows, size, _rows_of(result(frame, 0), start, stop, np.int32), high))
 
 
 @njit(nogil=True)
 def _encode_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     # As of groups, but numbers of columns, filled up to whole vectors.
     told = operand(frame, 1)
-    encoding.encode_columns(
+    encoding.encode_columns_apart((
         _rows_of(operand(frame, 0), start, stop, np.float32),
         attribute(frame, 1),
         attribute(frame, 0),
@@ -110,14 +110,14 @@ def _encode_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no co
         _rows_of(operand(frame, 3), 0, 1, np.float32),
         _rows_of(operand(frame, 4), 0, 1, np.float32),
         _streams(frame, attribute(frame, 0), start, stop),
-    )
+    ))  # fmt: skip
 
 
 @njit(nogil=True)
 def _encode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     # Operands: x, parameters, reciprocals, powers of two, zero points. Attributes: bits, kind, size. Result: codes.
     told = operand(frame, 1)
-    encoding.encode(
+    encoding.encode_apart((
         _rows_of(operand(frame, 0), start, stop, np.float32),
         attribute(frame, 2),
         attribute(frame, 1),
@@ -127,7 +127,7 @@ def _encode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
         _of_all_or(operand(frame, 3), start, stop),
         _of_all_or(operand(frame, 4), start, stop),
         _streams(frame, attribute(frame, 0), start, stop),
-    )
+    ))  # fmt: skip
 
 
 @njit(nogil=True)
@@ -135,7 +135,7 @@ def _quantize(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
     # Operands: x, parameters, the rule, how scales are kept. Attributes: bits, kind, size. Results: codes, scales.
     told, kept, scale = operand(frame, 1), operand(frame, 3), result(frame, 1)
     how = array(kept, (dim(kept, 0),), np.int32)
-    encoding.quantize(
+    encoding.quantize_apart((
         _rows_of(operand(frame, 0), start, stop, np.float32),
         attribute(frame, 2),
         attribute(frame, 1),
@@ -145,7 +145,7 @@ def _quantize(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
         how,
         array(scale, (dim(scale, 0), dim(scale, 1) * how[0]), np.uint8)[start:stop],
         _streams(frame, attribute(frame, 0), start, stop),
-    )
+    ))  # fmt: skip
 
 
 _find_address, _encode_address, _quantize_address = (address_of(loop, 3) for loop in (_find, _encode, _quantize))

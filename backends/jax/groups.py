@@ -21,7 +21,14 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import groups, native, pool, turning
 from aqt_lite.backends.cpu.fixed_point import groups_of, powers_of_two
-from aqt_lite.backends.cpu.groups import ROWS_AT_ONCE, STRIP, multiply, prepare, refine, width_of_rows
+from aqt_lite.backends.cpu.groups import (
+    ROWS_AT_ONCE,
+    STRIP,
+    multiply_apart,
+    prepare_apart,
+    refine_apart,
+    width_of_rows,
+)
 from aqt_lite.backends.cpu.native import address_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
@@ -79,10 +86,10 @@ def _want_a_second_pass(wants: Any) -> Any:  # pragma: no cover - compiled
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     x, integers, _, sums, _, exponent, row_exponent, row_power, many, wants, bad = _rows(frame)
     rows = slice(start, stop)
-    prepare(
+    prepare_apart((
         x[rows], attribute(frame, 2), attribute(frame, 1) != 0, _powers(frame), integers[rows], sums[rows],
         exponent[rows], row_exponent[rows], row_power[rows], many[rows], wants[rows], bad[rows],
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @njit(nogil=True)
@@ -90,10 +97,10 @@ def _refine(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
     x, _, finer, _, finer_sums, exponent, _, _, many, wants, _ = _rows(frame)
     rows = slice(start, stop)
     if _want_a_second_pass(wants):
-        refine(
+        refine_apart((
             x[rows], attribute(frame, 2), attribute(frame, 1) != 0, _powers(frame), exponent[rows], many[rows],
             finer[rows], finer_sums[rows],
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 @njit(nogil=True)
@@ -102,7 +109,7 @@ def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cov
     codes, table, scale, zero = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
     columns, swapped = dim(codes, 0), attribute(frame, 3) != 0
     y = array(result(frame, 0), (x.shape[0], columns), np.float32)
-    return multiply(
+    return multiply_apart((
         array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
         attribute(frame, 1) != 0,
         attribute(frame, 0),
@@ -124,7 +131,7 @@ def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cov
         array(operand(frame, 5), (columns,), np.float32)[start:stop],
         0,
         y[:, start:stop],
-    )
+    ))  # fmt: skip
 
 
 @njit(nogil=True)
