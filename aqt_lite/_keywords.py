@@ -1,7 +1,7 @@
 """What other libraries call arguments, and what says the same here.
 
-Owns: that table, and the errors of functions and specs that are given such a name, too few arguments, or too many by
-position. Imports: how values are shown.
+Owns: that table, and the errors of functions and specs that are given such a name, too few arguments, too many by
+position, or something else for True or False. Imports: how values are shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from aqt_lite._near import shown
 
@@ -100,6 +102,8 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     )
     needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
     least = most + 1 if needed_by_name else len(needed)  # fewer by position: look whether the others go by name
+    flags = {name: i for i, (name, p) in enumerate(parameters.items()) if p.annotation in ("bool", bool)}
+    first_flag: float = min((i for name, i in flags.items() if name not in by_name), default=math.inf)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -107,6 +111,12 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
+                if name in flags:
+                    _check_flag(called, name, kwargs[name])
+        if len(args) > first_flag:
+            for name, i in flags.items():
+                if i < len(args):
+                    _check_flag(called, name, args[i])
         if not least <= len(args) <= most:
             missing = [name for name in needed[len(args) :] + needed_by_name if name not in kwargs]
             if missing or len(args) > most:
@@ -122,6 +132,12 @@ def naming_the_fields(cls: _C) -> _C:
     made.__doc__ = cls.__doc__  # which has an example
     cls.__init__ = naming_the_argument(made)  # type: ignore[misc]
     return cls
+
+
+def _check_flag(called: str, name: str, value: Any) -> None:
+    """TypeError where a value that Python would take by its truth, as it takes "no", is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{called}(): {name}={shown(value)} is neither: give True or False")
 
 
 def _called(function: Callable[..., Any]) -> str:

@@ -11,15 +11,15 @@ is made from the table. All compute in float32 (in float64 for float64 values), 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
 from aqt_lite import _together
 from aqt_lite._keywords import naming_the_fields
-from aqt_lite._near import not_known, one_of
+from aqt_lite._near import not_known, one_of, shown
 from aqt_lite.elements import Codebook, ElementType, Rounding
-from aqt_lite.formats import Format
+from aqt_lite.formats import SCALE_MODES, Format
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
@@ -27,6 +27,42 @@ Reach = Literal["top", "half range", "each side", "lowest"]
 _ROUNDINGS = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up")
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_pairs(value: Any, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) and kind(p[1]) for p in value
+    )
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a text", lambda v: isinstance(v, str)),
+    "int": ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "float": ("a number", _is_number),
+    "tuple[str, ...]": (
+        "a tuple of names of formats",
+        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
+    ),
+    "tuple[tuple[str, float], ...]": (
+        "a tuple of pairs, the name of a format and a number",
+        lambda v: _are_pairs(v, _is_number),
+    ),
+    "tuple[tuple[str, Dialect], ...]": (
+        "a tuple of pairs, the name of a format and a Dialect",
+        lambda v: _are_pairs(v, lambda rules: isinstance(rules, Dialect)),
+    ),
+    "tuple[float, float]": (
+        "a pair of numbers",
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+    ),
+    "Dialect": ("a Dialect", lambda v: isinstance(v, Dialect)),
+    "Callable[..., Any]": ("a function", callable),
+}
+"""What fields take, by their annotations: words, and a test."""
 
 
 @naming_the_fields
@@ -176,6 +212,17 @@ class Dialect:
     source: str = ""
 
     def __post_init__(self) -> None:
+        for of in fields(self):
+            kind = str(of.type).removesuffix(" | None")
+            words, takes = _FIELDS.get(kind, ("", None))
+            value, may_lack = getattr(self, of.name), kind != of.type
+            if takes is not None and not takes(value) and not (value is None and may_lack):
+                words += ", or None" if may_lack else ""
+                raise TypeError(f"Dialect({self.name!r}): {of.name}={shown(value)}: give {words}")
+        if self.scale_mode is not None:
+            one_of(f"Dialect({self.name!r}): scale_mode", self.scale_mode, tuple(SCALE_MODES))
+        if self.power_rounding is not None and not 0 < self.power_rounding <= 1:
+            raise ValueError(f"Dialect({self.name!r}): power_rounding={self.power_rounding}: give a part of 1, above 0")
         one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
         if not (isinstance(self.rounding, float) and 0 < self.rounding < 1):
             one_of(f"Dialect({self.name!r}): rounding", self.rounding, _ROUNDINGS, "a part between 0.0 and 1.0")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -275,7 +275,7 @@ def _with_leaves(node: Branch | Leaf, made: Callable[[Leaf], Any]) -> Any:
 
 def _chosen(tree: Branch | Leaf, only: Any) -> dict[str, Leaf]:
     """The leaves that one of the patterns names."""
-    patterns = [only] if isinstance(only, str) else list(only)
+    patterns = list(only) if isinstance(only, Iterable) and not isinstance(only, str) else [only]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"only={only!r}: give a name or a pattern, or a list of them")
     leaves = [tree] if isinstance(tree, Leaf) else list(tree.leaves())

@@ -58,6 +58,16 @@ _LEAST = 2.0**-100
 _LOPSIDED = 8
 
 
+_ROUNDINGS, _PART = ("half_even", "half_away", "toward_zero", "up"), "a part between 0.0 and 1.0"
+"""How scales that are kept are rounded."""
+
+
+def _is_rounding(said: Any) -> bool:
+    if isinstance(said, str):
+        return said in _ROUNDINGS
+    return isinstance(said, float) and 0 < said < 1
+
+
 @naming_the_fields
 @dataclass(frozen=True)
 class Format:
@@ -119,6 +129,8 @@ class Format:
                 "that cannot be used: give it one, or scaled=True"
             )
         one_of(f"Format({self.name!r}): top", self.top, ("largest", "power of two"))
+        if not _is_rounding(self.scale_rounding):
+            one_of(f"Format({self.name!r}): scale_rounding", self.scale_rounding, _ROUNDINGS, _PART)
         if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int)):
             raise TypeError(f"Format({self.name!r}): group={self.group!r}: give an integer, or None for all elements")
         if self.group is not None and self.group < 1:
@@ -494,7 +506,3 @@ def _fields_of(cls: type[Any], said: Any) -> dict[str, Any]:
         if type(value) not in types[name]:
             raise TypeError(f"a record of {cls.__name__} has {name}={value!r:.60}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-
-
-def _is_rounding(said: Any) -> bool:
-    return said in ("half_even", "half_away", "toward_zero", "up") or (isinstance(said, float) and 0 < said < 1)
