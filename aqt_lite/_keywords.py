@@ -1,7 +1,7 @@
 """What other libraries call arguments, and what says the same here.
 
 Owns: that table, and the errors of functions and specs that are given such a name, too few arguments, too many by
-position, or something else for True or False. Imports: how values are shown.
+position, or something else for True or False. Imports: how values are shown, near names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 
-from aqt_lite._near import shown
+from aqt_lite._near import nearest, shown
 
 __all__ = ["in_a_spec", "naming_the_argument", "naming_the_fields", "said_here"]
 
@@ -85,10 +85,11 @@ def in_a_spec(name: str) -> str:
     return f"use rules=[(pattern, spec)], where a spec is a dict of quantize's keywords, with {way}" if way else ""
 
 
-def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def naming_the_argument(function: Callable[_P, _R], flag: Any = (bool, np.bool_)) -> Callable[_P, _R]:
     """``function``, whose TypeErrors say what an argument that other libraries have is called here.
 
-    They also say what is missing, and by which name goes what is too much by position.
+    They also say what is missing, and by which name goes what is too much by position; and refuse what is no ``flag``
+    where True or False is wanted.
     """
     parameters = inspect.signature(function).parameters
     known = tuple(name for name in parameters if name not in ("self", "cls"))
@@ -111,12 +112,12 @@ def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
-                if name in flags:
-                    _check_flag(called, name, kwargs[name])
+                if name in flags and not isinstance(kwargs[name], flag):
+                    raise TypeError(_no_flag(called, name, kwargs[name]))
         if len(args) > first_flag:
             for name, i in flags.items():
-                if i < len(args):
-                    _check_flag(called, name, args[i])
+                if i < len(args) and not isinstance(args[i], flag):
+                    raise TypeError(_no_flag(called, name, args[i]))
         if not least <= len(args) <= most:
             missing = [name for name in needed[len(args) :] + needed_by_name if name not in kwargs]
             if missing or len(args) > most:
@@ -130,14 +131,13 @@ def naming_the_fields(cls: _C) -> _C:
     """A class whose constructor does so."""
     made = cls.__init__  # type: ignore[misc]
     made.__doc__ = cls.__doc__  # which has an example
-    cls.__init__ = naming_the_argument(made)  # type: ignore[misc]
+    cls.__init__ = naming_the_argument(made, bool)  # type: ignore[misc] # which is kept, and written to files
     return cls
 
 
-def _check_flag(called: str, name: str, value: Any) -> None:
-    """TypeError where a value that Python would take by its truth, as it takes "no", is neither True nor False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{called}(): {name}={shown(value)} is neither: give True or False")
+def _no_flag(called: str, name: str, value: Any) -> str:
+    """What to say of a value that Python would take by its truth, as it takes "no"."""
+    return f"{called}(): {name}={shown(value)} is neither True nor False: give one of them"
 
 
 def _called(function: Callable[..., Any]) -> str:
@@ -210,6 +210,8 @@ def _no_such_argument(function: str, name: str, known: tuple[str, ...]) -> str:
     if way := said_here(name, known):
         return words + f"use {way}"
     has = f"it has {', '.join(known)}" if known else "it has none"
+    if near := nearest(name, known):
+        has = f"did you mean {near!r}? {has[0].upper()}{has[1:]}"
     if "rules" in known and (way := in_a_spec(name)):
         return words + way
     way = said_here(name, _OF_QUANTIZE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from aqt_lite import _together
@@ -30,7 +31,7 @@ _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _are_pairs(value: Any, kind: Callable[[Any], bool]) -> bool:
@@ -41,7 +42,8 @@ def _are_pairs(value: Any, kind: Callable[[Any], bool]) -> bool:
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a text", lambda v: isinstance(v, str)),
-    "int": ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "bool": ("True or False", lambda v: isinstance(v, bool)),
+    "int": ("an integer", lambda v: isinstance(v, Integral) and not isinstance(v, bool)),
     "float": ("a number", _is_number),
     "tuple[str, ...]": (
         "a tuple of names of formats",
@@ -228,12 +230,15 @@ class Dialect:
             one_of(f"Dialect({self.name!r}): rounding", self.rounding, _ROUNDINGS, "a part between 0.0 and 1.0")
         for field, value in (
             ("least_range", self.least_range),
+            ("range_instead", self.range_instead),
             ("least_scale", self.least_scale),
             ("instead", self.instead),
             ("added", self.added),
         ):
             if value is not None and not (value == 0 or 2.0**-126 <= value <= 2.0**126):
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
+        if self.fused and (self.divides or not self.zero_first):
+            raise ValueError(f"Dialect({self.name!r}): fused=True is for zero_first=True, without divides=True")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
         if self.inverse and not (self.added or self.least_range):

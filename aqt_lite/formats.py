@@ -58,7 +58,7 @@ _LEAST = 2.0**-100
 _LOPSIDED = 8
 
 
-_ROUNDINGS, _PART = ("half_even", "half_away", "toward_zero", "up"), "a part between 0.0 and 1.0"
+_ROUNDINGS, _PART = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up"), "a part between 0.0 and 1.0"
 """How scales that are kept are rounded."""
 
 

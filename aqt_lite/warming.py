@@ -122,6 +122,7 @@ def warm_up(
 
     for count in rows:
         x = made(count, shape[1])
+        x = b.xp.concat([x[:, :-1], x[:, -1:] * 2.0**14], axis=1)  # an outlier, so that rows have their second pass
         for mode in _MODES if modes is None else modes:
             try:
                 timed(f"linear, {count} rows, {mode}", partial(product, x, mode))

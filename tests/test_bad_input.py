@@ -343,7 +343,7 @@ def test_no_public_function_leaves_an_argument_of_other_libraries_to_python():
     assert len(functions) > 20
     for function in (*functions, QArray.from_codes, QArray.from_bytes, QArray.dequantize):
         for name in ("num_bits", "qtype", "groupsize", "per_channel", "sym", "no_such_name"):
-            with pytest.raises(TypeError, match=rf"\w+\(\) has no argument '{name}': (use|it has) "):
+            with pytest.raises(TypeError, match=rf"\w+\(\) has no argument '{name}': (use|it has|did you mean) "):
                 function(**{name: 4})
 
 
@@ -653,7 +653,7 @@ def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(
         (r"granularity='channel': use .*, here PerChannel\(", lambda: quantize(X, granularity="channel")),
         (r"granularity=<class .*: use .*, here PerGroup\(size=32", lambda: quantize(X, granularity=PerGroup)),
         (r"granularity=32: use .*, here PerGroup\(32\)", lambda: quantize(X, granularity=32)),
-        (r"Integer\(\): signed='x' is neither: give True or False", lambda: aqt_lite.Integer("i", 4, "x")),
+        (r"Integer\(\): signed='x' is neither True nor False: give one", lambda: aqt_lite.Integer("i", 4, "x")),
         (r"Float\('f'\): exponent='2': give an integer", lambda: aqt_lite.Float("f", "2", 2, 1, 7.0)),
         (r"Format\('f'\): group='32': give an integer", lambda: aqt_lite.Format("f", EIGHT, group="32")),
         (r"form='int9': give a Format, or an element type", lambda: aqt_lite.register_format("int9")),
@@ -663,11 +663,13 @@ def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(
         (r"path is a int: give the file's name", lambda: aqt_lite.load(3)),
         (r"rules=\[\('\*', {'dtype': 'int4'}\)\]", lambda: quantize_tree({"w": X}, "int4")),
         (r"progress='yes': give True, False, None or a function", lambda: quantize_tree({"kernel": X}, progress="yes")),
-        (r"save\(\): check_values='no' is neither: give", lambda: aqt_lite.save("a", {}, check_values="no")),
+        (r"save\(\): check_values='no' is neither True nor", lambda: aqt_lite.save("a", {}, check_values="no")),
         (r"powers_of_two='no' is neither", lambda: aqt_lite.cf.choose_packing(X, max_abs_err=1, powers_of_two="no")),
         (r"Dialect\(\): divides=1 is neither", lambda: aqt_lite.Dialect("d", divides=1)),
         (r"symmetric='int8': give a tuple of names .*, or None", lambda: aqt_lite.Dialect("d", symmetric="int8")),
         (r"narrow_from=2.5: give an integer, or None", lambda: aqt_lite.Dialect("d", narrow_from=2.5)),
+        (r"divides_zero='no': give True or False, or None", lambda: aqt_lite.Dialect("d", divides_zero="no")),
+        (r"no argument 'divide_range': did you mean 'divides_range'\?", lambda: aqt_lite.Dialect("", divide_range=1)),
         (r"of_floats=3: give a Dialect, or None", lambda: aqt_lite.Dialect("d", of_floats=3)),
         (r"reaches=.*: give a tuple of pairs", lambda: aqt_lite.Dialect("d", reaches=(("int8", "most"),))),
         (r"whole='torch': give a function, or None", lambda: aqt_lite.Dialect("d", whole="torch")),
@@ -690,6 +692,8 @@ def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
         (r"offset=<ndarray of shape \(3, 4\)>: it is chosen here", lambda: choose_qparams(X, offset=X)),
         (r"activations='int9' is not a quantized type", lambda: aqt_lite.einsum("ij,kj", X, W, activations="int9")),
         (r"scale_mode='up' is not known: use 'floor',", lambda: aqt_lite.Dialect("d", scale_mode="up")),
+        (r"range_instead=nan: give a normal float32", lambda: aqt_lite.Dialect("d", range_instead=float("nan"))),
+        (r"fused=True is for zero_first=True", lambda: aqt_lite.Dialect("d", fused=True)),
         (r"power_rounding=1.5: give a part of 1", lambda: aqt_lite.Dialect("d", power_rounding=1.5)),
         (r"scale_rounding='half' is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding="half")),
         (r"scale_rounding=3 is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding=3)),

@@ -162,3 +162,23 @@ def test_a_version_that_xla_refuses_leaves_products_to_xla_s_own_operations():
     done = subprocess.run([sys.executable, "-c", UNKNOWN], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("aqt_lite: products under jax.jit are slower here"), done.stdout
+
+
+def test_a_process_ends_while_its_first_product_is_computed():
+    """No thread of XLA asks for the interpreter, which ends threads that do so while it finalizes."""
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+import aqt_lite
+from aqt_lite.backends.cpu.native import _known
+
+w = np.ones((256, 512), np.float32)
+q = aqt_lite.quantize(w, "int8", granularity=aqt_lite.PerChannel(0)).to_backend("jax")
+x = jnp.ones((4, 512))
+program = jax.jit(lambda x, q: aqt_lite.linear(x, q, mode="reproducible")).lower(x, q).compile()
+found = {symbol.rpartition("cpu.")[2] for symbol, (words, _) in _known.items() if words[0]}
+assert found >= {f"dots.{name}.0" for name in ("prepare_rows", "refine_rows", "finish_columns", "multiply_rows")}, found
+program(x, q)
+raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 7, done.stderr

@@ -450,10 +450,10 @@ def as_operand(value: Any, argument: str, w: QArray, b: Backend) -> Array:
     """``value`` as a floating-point array of the weight's backend, on its device."""
     other = backend_of(value)
     if other is not None and other is not b:
-        raise TypeError(
-            f"{argument} is a {other.name} array but w is a {b.name} QArray: "
-            f"move one of them, for instance with w.to_backend({other.name!r})"
-        )
+        way = f"move one of them, for instance with w.to_backend({other.name!r})"
+        if argument == "bias":  # x lies where w does
+            way = f"give bias as an array of {b.name}"
+        raise TypeError(f"{argument} is a {other.name} array but w is a {b.name} QArray: {way}")
     if other is None:  # a list belongs where the weight is
         return b.asarray(as_float_array(value, argument)[0], like=w.storage)
     check_floats(value, argument, b)

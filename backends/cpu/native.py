@@ -448,7 +448,10 @@ def task_of(function: Any) -> Any:
 
 
 _words: list[Any] = []
-"""What compiled code reads and calls, for as long as the process lives."""
+"""What compiled code calls, for as long as the process lives."""
+
+_known: dict[str, tuple[Any, Any]] = {}
+"""By symbol: what compiled code reads there, and what finds it out."""
 
 
 def _where(function: Any, arguments: tuple[Any, ...], returned: Any, symbol: str) -> None:
@@ -461,15 +464,30 @@ def _where(function: Any, arguments: tuple[Any, ...], returned: Any, symbol: str
             compiled = function.overloads[arguments]
             if compiled.signature.return_type != returned:
                 raise TypeError(f"{symbol} returns {compiled.signature.return_type}, not {returned}, as apart() says")
-            words[0] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            find_reached(compiled.library)
+            words[0] = address  # last: who sees it sees all that is called from there
         except BaseException as error:
             not_compiled.append(error)
             raise  # which ctypes prints
 
     finder = ctypes.CFUNCTYPE(None)(find)
     words[1] = ctypes.cast(finder, ctypes.c_void_p).value
-    _words.extend((words, finder))
+    _words.append(finder)
+    _known[symbol] = words, find
     llvmlite.binding.add_symbol(symbol, ctypes.addressof(words))
+
+
+def find_reached(library: Any) -> None:
+    """Find all functions that compiled code calls apart, and what these call, so that no thread has to call Python.
+
+    Threads of XLA must not: they are ended where they ask for the interpreter while it finalizes, and XLA waits for
+    them.
+    """
+    for variable in library._get_module_for_linking().global_variables:
+        words, find = _known.get(variable.name, (None, None))
+        if words is not None and words[0] == 0:
+            find()
 
 
 def _is_taken_as(wanted: Any, given: Any) -> bool:
@@ -493,15 +511,28 @@ def _inside(function: Any, given: Any) -> Any:
 
 
 def apart(function: Any, *signatures: str) -> Any:
-    """Make an intrinsic of a jitted function, to be called with a tuple: it is not compiled into its callers.
+    """Make an intrinsic of a jitted function, for others to call with a tuple: it is not compiled into its callers.
 
-    numba puts all that a function calls into its library, and optimizes it there once more: three callers of each
-    other, on NumPy and for XLA, would compile the same loops six times. What is called so is compiled once, for these
-    signatures, at the first call, and cached with its own file. (Other types, as arrays in another order, are compiled
-    into the caller as usual.) ``apart(f, "void(int64)")((x,))`` reads where ``f`` is at a symbol that each process
-    defines: what numba caches holds no address.
+    numba puts all that a function calls into the function's own library, and optimizes it there once more. A loop below
+    two others, in a form for NumPy and in one for XLA, would be compiled six times. What is called through here is
+    compiled once, at its first call, for NumPy, torch and JAX::
 
-    What goes wrong in compiling, or Control-C, is raised by ``runtime.in_parts``, and printed.
+        @njit(nogil=True, cache=True)
+        def total(x, first): ...
+
+        total_apart = apart(total, "float32(float32[:,::1], int64)")  # "::1": contiguous, as numba writes types
+
+        @njit(nogil=True)
+        def caller(x):
+            return total_apart((x, 0))
+
+    Integers are passed as int64, and arrays that may not be written as those that may. The type that is returned has to
+    be the one that the function returns. With arguments of other types, as arrays in another order of memory, the
+    function is compiled into the caller, as usual.
+
+    The address is read where a symbol lies that each process defines: what numba caches holds none. The first call
+    finds it by calling Python, from whatever thread it is on. What goes wrong then, or Control-C, is printed, and
+    raised: by ``runtime.in_parts`` as it is, otherwise as RuntimeError. For XLA, ``ffi.register`` finds all there are.
     """
     known = []
     for nth, text in enumerate(signatures):

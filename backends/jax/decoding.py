@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +37,9 @@ from aqt_lite.packing import unpack
 
 __all__ = ["product", "values"]
 
-TARGET, TARGET_OF_VALUES = "aqt_lite_decoding_product", "aqt_lite_decoded_values"
+TARGETS = "aqt_lite_decoding_product", "aqt_lite_decoding_product_in_order"
+TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order"
+"""Of kinds up to ``HALVES``, and of the others, whose loops are compiled where such a kind is used."""
 
 AT_ONCE = 2 * STRIP
 """Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
@@ -73,7 +74,18 @@ def _arrange(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - c
 
 
 @njit(nogil=True)
-def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+def _numbers(table: Any) -> Any:  # pragma: no cover - compiled
+    return array(table, (dim(table, 0),), np.float32)
+
+
+@njit(nogil=True)
+def _numbers_in_order(table: Any) -> Any:  # pragma: no cover - compiled
+    return array(table, (1, dim(table, 1)), np.float32)
+
+
+@njit(nogil=True)
+def _weight_of(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+    """What ``multiply`` is told before the table of numbers, and after it."""
     x, arranged = _of_x(frame)
     swapped = attribute(frame, 3) != 0
     codes, scale, kept = operand(frame, 1), operand(frame, 3), operand(frame, 4)
@@ -97,27 +109,29 @@ def _multiply_some(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cove
         0,
         y[:, start:stop],
     )
-    table = operand(frame, 2)
-    if attribute(frame, 1) > HALVES:
-        return multiply_apart((*told, array(table, (1, dim(table, 1)), np.float32), *others))
-    return multiply_apart((*told, array(table, (dim(table, 0),), np.float32), *others))
+    return told, others
 
 
-@njit(nogil=True)
-def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    """A chunk of columns, or all where there is one thread: so many at a time that turned scales stay in cache."""
-    flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
-    for first in range(start, stop, AT_ONCE):
-        last = min(first + AT_ONCE, stop)
-        small = _multiply_some(frame, first, last)
-        for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
-            flags[strip] = 0 if small else 1
+def _multiply(numbers: Any) -> Any:
+    @njit(nogil=True)
+    def multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+        """A chunk of columns, or all where there is one thread: so many at a time that turned scales stay in cache."""
+        flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
+        for first in range(start, stop, AT_ONCE):
+            last = min(first + AT_ONCE, stop)
+            told, others = _weight_of(frame, first, last)
+            small = multiply_apart((*told, numbers(operand(frame, 2)), *others))
+            for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
+                flags[strip] = 0 if small else 1
+
+    return address_of(multiply, 3)
 
 
-_arrange_address, _multiply_address = address_of(_arrange, 3), address_of(_multiply, 3)
+_arrange_address = address_of(_arrange, 3)
+_multiply_address, _multiply_in_order_address = _multiply(_numbers), _multiply(_numbers_in_order)
 
 
-def _handler(version: int) -> Any:
+def _handler(version: int, in_order: bool) -> Any:
     """What XLA calls. What numba caches of it is of this ``version`` of the sources."""
 
     def handler(frame: Any) -> Any:  # pragma: no cover - compiled
@@ -128,7 +142,10 @@ def _handler(version: int) -> Any:
             return error
         at_once = AT_ONCE if attribute(frame, 3) != 0 else STRIP
         columns = dim(operand(frame, 1), 0)  # a thread's columns lie together, as memory is read ahead in order
-        return parallel_for(frame, _multiply_address(), columns, max(columns // 16 // at_once, 1) * at_once)
+        part = max(columns // 16 // at_once, 1) * at_once
+        if in_order:
+            return parallel_for(frame, _multiply_in_order_address(), columns, part)
+        return parallel_for(frame, _multiply_address(), columns, part)
 
     return handler
 
@@ -139,7 +156,8 @@ def _handler(version: int) -> Any:
 
 
 @njit(nogil=True)
-def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+def _codes_of(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+    """What ``dequantize`` is told before the table of numbers, and after it."""
     codes, scale, kept = operand(frame, 0), operand(frame, 2), operand(frame, 3)
     numbers, zero = operand(frame, 4), operand(frame, 5)
     rows, inner = dim(codes, 0), attribute(frame, 1)
@@ -153,42 +171,41 @@ def _decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
         start,
         array(result(frame, 0), (rows, inner), np.float32)[start:stop],
     )
-    table = operand(frame, 1)
-    if attribute(frame, 2) > HALVES:
-        small = dequantize_apart((*told, array(table, (1, dim(table, 1)), np.float32), *others))
-    else:
-        small = dequantize_apart((*told, array(table, (dim(table, 0),), np.float32), *others))
-    array(result(frame, 1), (rows,), np.int32)[start:stop] = 0 if small else 1
+    return told, others
 
 
-_decode_address = address_of(_decode, 3)
+def _decode(numbers: Any) -> Any:
+    @njit(nogil=True)
+    def decode(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+        told, others = _codes_of(frame, start, stop)
+        small = dequantize_apart((*told, numbers(operand(frame, 1)), *others))
+        array(result(frame, 1), (dim(operand(frame, 0), 0),), np.int32)[start:stop] = 0 if small else 1
+
+    return address_of(decode, 3)
 
 
-def _handler_of_values(version: int) -> Any:
+_decode_address, _decode_in_order_address = _decode(_numbers), _decode(_numbers_in_order)
+
+
+def _handler_of_values(version: int, in_order: bool) -> Any:
     def handler(frame: Any) -> Any:  # pragma: no cover - compiled
         if describe(frame) or version < 0:
             return OK
         height = max(CODES_AT_ONCE // attribute(frame, 1), 1)
+        if in_order:
+            return parallel_for(frame, _decode_in_order_address(), dim(operand(frame, 0), 0), height)
         return parallel_for(frame, _decode_address(), dim(operand(frame, 0), 0), height)
 
     return handler
 
 
-def _register(target: str, handler: Callable[[int], Any]) -> bool:
-    version = version_of(sys.modules[__name__], decoding, turning, ffi, native, pool)
-    return ffi.register(target, handler(version))
-
-
 @functools.cache
-def is_registered() -> bool:
+def _is_registered(target: str) -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    return _register(TARGET, _handler)
-
-
-@functools.cache
-def are_values_registered() -> bool:
-    """The same of those that make values."""
-    return _register(TARGET_OF_VALUES, _handler_of_values)
+    version = version_of(sys.modules[__name__], decoding, turning, ffi, native, pool)
+    if target in TARGETS:
+        return ffi.register(target, _handler(version, target == TARGETS[1]))
+    return ffi.register(target, _handler_of_values(version, target == TARGETS_OF_VALUES[1]))
 
 
 # ---- what JAX sees
@@ -244,8 +261,10 @@ def _results_of_values(codes: Any, *_: Any, inner: int, **others: int) -> list[A
     return [jax.core.ShapedArray((rows, inner), jnp.float32), jax.core.ShapedArray((rows,), jnp.int32)]
 
 
-_bind = primitive(TARGET, _plain, _results, is_registered)
-_bind_values = primitive(TARGET_OF_VALUES, _plain_values, _results_of_values, are_values_registered)
+_bind = tuple(primitive(t, _plain, _results, functools.partial(_is_registered, t)) for t in TARGETS)
+_bind_values = tuple(
+    primitive(t, _plain_values, _results_of_values, functools.partial(_is_registered, t)) for t in TARGETS_OF_VALUES
+)
 
 
 def product(
@@ -259,7 +278,7 @@ def product(
     bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
     width = spec.element.bits if packed else 8
-    y, flags, _ = _bind(*operands, flip=flip, kind=kind, size=size, swapped=swapped, width=width)
+    y, flags, _ = _bind[kind > HALVES](*operands, flip=flip, kind=kind, size=size, swapped=swapped, width=width)
     return y.astype(x.dtype), jnp.any(flags != 0)
 
 
@@ -267,5 +286,5 @@ def values(w: Coded, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array
     """The values (N, ``inner``) of such a weight, groups of any length, and whether they have to be made otherwise."""
     kind, flip, table, *others, size = stored.operands_of(w, spec, inner, packed, get_backend("jax"))
     static = {"flip": flip, "inner": inner, "kind": kind, "size": size, "width": spec.element.bits if packed else 8}
-    made, flags = _bind_values(w.codes, table, *others, **static)
+    made, flags = _bind_values[kind > HALVES](w.codes, table, *others, **static)
     return made, jnp.any(flags != 0)

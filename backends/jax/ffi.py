@@ -38,6 +38,7 @@ from aqt_lite.backends.cpu.native import (
     call1,
     call3,
     call5,
+    find_reached,
     free,
     load32,
     load64,
@@ -236,6 +237,7 @@ def register(name: str, function: Any) -> bool:
                 jax.devices("cpu")
                 compiled_pool()
                 handler = numba.cfunc(HANDLER, cache=True)(function)
+                find_reached(handler._library)
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.address), platform="cpu")
             except Exception as error:
                 warnings.warn(
