@@ -69,7 +69,7 @@ EVERYTHING = pinned([*REQUIRED, "jax", "jaxlib", "numba", "matplotlib", *TEST_TO
 FILES = pinned(["xarray", "netCDF4", "h5netcdf", "h5py", "dask", "distributed"])
 FILES += ["zarr==3.4.2", "cast-value-rs==0.5.1", "pyarrow==26.0.1"]  # for Python 3.12 on; too large for every day
 ALL_OF_CORE = (*CORE, *LIBRARIES)
-BETWEEN = ("golden", "backends.py::test_conformance", *LIBRARIES)  # an older and a newer Python run the others
+BETWEEN = ("backends.py::test_conformance", "pool")  # an older and a newer Python run the others
 OF_NUMPY = ("granularity", "report", "files", "broken_files")  # in which the other libraries play no part
 ENVIRONMENTS = [
     Environment("3.12", "3.12", EVERYTHING, ["torch"], BETWEEN),

@@ -67,8 +67,8 @@ def test_codes_scales_and_zero_points_are_the_originals(name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_forms_give_the_originals_numbers(name):
-    assert held(name, (STRICT, JAX, JIT)) == {}
-    assert held(name, (CONSTANT, COMPILED), every=max(4, len(golden.cases(name)) // 5)) == {}
+    assert held(name, (STRICT, JAX, JIT), every=2) == {}
+    assert held(name, (CONSTANT, COMPILED), every=max(4, len(golden.cases(name)) // 3)) == {}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("all", *NAMES)])
@@ -82,7 +82,9 @@ def test_what_is_hardly_a_number_has_the_same_bits_everywhere(name):
     ]
     x = np.tile(np.asarray(rows, np.float32), 16)
     chosen = [(n, case) for n in (NAMES if name == "all" else [name]) for case in golden.cases(n)]
-    if name == "all":
+    if name != "all":
+        chosen = chosen[::2]
+    else:
         chosen = [(n, c) for n, c in chosen if c == golden.cases(n)[-1] or c[0][0] in "mn"]
         chosen = [(n, c) for n, c in chosen if n != "qwix" or c[0][0] != "f"]  # by the same fields as integers
     problems = [golden.problem(n, *case, x) for n, case in chosen]

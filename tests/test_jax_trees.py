@@ -192,15 +192,16 @@ PRESENT = {  # what lies beside the codes of one and not of the other
         lambda: replace(quantize(SQUARE, "float8_e4m3fn"), scale=None),
     ),
 }
+PAIRS = [*CONFUSIONS, *(f"with and without {name}" for name in PRESENT)]
 SAVERS = {f.__name__[1:]: f for f in (_equinox, _orbax, _msgpack, _own_file, _exported)}
 
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves reads behind that failed
 @pytest.mark.parametrize("saver", SAVERS)
-@pytest.mark.parametrize("pair", [*CONFUSIONS, *(f"with and without {name}" for name in PRESENT)])
-@pytest.mark.parametrize("turned", [False, True], ids=["as they are", "exchanged"])
-def test_every_saver_gives_what_was_saved_or_an_error(saver, pair, turned, tmp_path):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_saver_gives_what_was_saved_or_an_error(saver, pair, tmp_path):
+    turned = (list(SAVERS).index(saver) + PAIRS.index(pair)) % 2  # every pair with some, and every saver with some
     saved, template = (make() for make in (CONFUSIONS.get(pair) or PRESENT[pair.removeprefix("with and without ")])[:2])
     if turned:
         saved, template = template, saved
