@@ -237,8 +237,6 @@ class Dialect:
         ):
             if value is not None and not (value == 0 or 2.0**-126 <= value <= 2.0**126):
                 raise ValueError(f"Dialect({self.name!r}): {field}={value}: give a normal float32, up to 2^126")
-        if self.fused and (self.divides or not self.zero_first):
-            raise ValueError(f"Dialect({self.name!r}): fused=True is for zero_first=True, without divides=True")
         if self.instead is not None and self.least_scale is None:
             raise ValueError(f"Dialect({self.name!r}): instead={self.instead} without least_scale, which says of what")
         if self.inverse and not (self.added or self.least_range):

@@ -693,7 +693,6 @@ def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
         (r"activations='int9' is not a quantized type", lambda: aqt_lite.einsum("ij,kj", X, W, activations="int9")),
         (r"scale_mode='up' is not known: use 'floor',", lambda: aqt_lite.Dialect("d", scale_mode="up")),
         (r"range_instead=nan: give a normal float32", lambda: aqt_lite.Dialect("d", range_instead=float("nan"))),
-        (r"fused=True is for zero_first=True", lambda: aqt_lite.Dialect("d", fused=True)),
         (r"power_rounding=1.5: give a part of 1", lambda: aqt_lite.Dialect("d", power_rounding=1.5)),
         (r"scale_rounding='half' is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding="half")),
         (r"scale_rounding=3 is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding=3)),
