@@ -128,6 +128,7 @@ def test_an_unusable_framework_stops_nobody_else(name, first, tmp_path):
     assert error.partition(".")[0] == name
 
 
+@pytest.mark.exhaustive_where(name="torch")  # five seconds
 @pytest.mark.parametrize("name", ["numpy", "torch", "array_api_strict"])
 def test_threads_share_one_adapter(name):
     program = f"""

@@ -61,7 +61,7 @@ def test_every_dialect_is_held_against_its_original():
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_scales_and_zero_points_are_the_originals(name):
     assert held(name, (NUMPY, TORCH)) == {}
-    assert held(name, (STRICT, JIT), every=max(4, len(golden.cases(name)) // 2)) == {}  # the others: exhaustive
+    assert held(name, (JIT,), every=max(4, len(golden.cases(name)) // 2)) == {}  # the others: exhaustive
 
 
 @pytest.mark.exhaustive

@@ -125,7 +125,7 @@ def oracle(problem):
 
 @pytest.mark.exhaustive_where(step=1)
 @pytest.mark.parametrize(
-    ("dtype", "step"), [("float16", 5), ("bfloat16", 5), ("float32", 2), ("float64", 5), ("float32", 1), ("float64", 1)]
+    ("dtype", "step"), [("float16", 5), ("bfloat16", 5), ("float32", 4), ("float64", 5), ("float32", 1), ("float64", 1)]
 )
 def test_every_format_has_the_bits_of_exact_arithmetic(dtype, step):
     compared_numbers = 0
@@ -146,6 +146,7 @@ def on_numpy(problems):
 
 
 @pytest.mark.exhaustive_where(dtype="float16")  # of the kind of bfloat16
+@pytest.mark.exhaustive_where(dtype="float64", form=STRICT)  # seconds
 @pytest.mark.parametrize("form", [STRICT, TORCH])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_every_format_has_the_same_bits_eagerly(form, dtype):
@@ -167,7 +168,7 @@ def some_of(step, dtype, first=0):
 @pytest.mark.exhaustive_where(form=CONSTANT_QPARAMS)
 @pytest.mark.parametrize(
     ("form", "step", "dtype"),
-    [(JIT, 64, "float32"), (JIT, 40, "float64"), (CONSTANT, 40, "float32"), (CONSTANT_QPARAMS, 40, "bfloat16")],
+    [(JIT, 110, "float32"), (JIT, 40, "float64"), (CONSTANT, 40, "float32"), (CONSTANT_QPARAMS, 40, "bfloat16")],
 )
 def test_every_format_has_the_same_bits_jitted(form, step, dtype):
     problems = some_of(step, dtype)[:: 1 if step == 64 else 3]

@@ -322,6 +322,7 @@ def test_donation(kind):
 
 
 @few_kinds
+@pytest.mark.exhaustive_where(kind="nvfp4")
 @every_kind
 def test_jit_scan_vmap_cond_and_remat(kind):
     layers = [KINDS[kind](data(64, 64, seed=s)) for s in range(3)]
@@ -355,6 +356,7 @@ def test_jit_scan_vmap_cond_and_remat(kind):
     np.testing.assert_allclose(plain, by_values, rtol=1e-3, atol=1e-5 * np.abs(by_values).max())
 
 
+@pytest.mark.exhaustive_unless(kind=["int8", "uint4 affine", "nvfp4", "int8 with offsets"])  # a second each
 @every_kind
 def test_gradient_of_scales_where_they_are_trained(kind):
     q = KINDS[kind](SQUARE)
@@ -418,6 +420,7 @@ def test_a_mark_that_is_not_mapped_over(kind):
 
 
 @few_kinds
+@pytest.mark.exhaustive_where(kind="uint4 affine")
 @every_kind
 def test_shapes_under_jit(kind):
     q = KINDS[kind](SQUARE)

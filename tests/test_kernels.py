@@ -118,6 +118,8 @@ def error_of_a_row(y, exact):
 @pytest.mark.exhaustive_where(mode="reproducible", granularity=PerGroup(100))
 @pytest.mark.exhaustive_where(mode="fast", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerChannel(1))
+@pytest.mark.exhaustive_where(with_loops="jax", mode="fast")
+@pytest.mark.exhaustive_where(with_loops="torch", granularity=PerChannel(1))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerGroup(100))
 @pytest.mark.exhaustive_where(with_loops="jax", granularity=PerBlock((30, 64)))
 @pytest.mark.parametrize("mode", ["fast", "reproducible"])
@@ -494,6 +496,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.exhaustive_where(kind="jax")  # a process each
+@pytest.mark.exhaustive_where(kind="torch")
 @pytest.mark.exhaustive_where(rows=64)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to measure peak memory")
 @pytest.mark.parametrize("kind", ["numpy", "numpy alone", "torch", "jax"])

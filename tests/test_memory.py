@@ -280,8 +280,7 @@ def test_memory_beside_the_result_of_numpy(call):
     assert peak("numpy", call) < 0.5
 
 
-@pytest.mark.exhaustive_where(library="jax")  # whose memory is torch's, NumPy's in both
-@pytest.mark.exhaustive_where(call="aqt_lite.quantize(x, 'nvfp4')")
+@pytest.mark.exhaustive  # seven seconds each; both have NumPy's memory
 @linux
 @pytest.mark.parametrize("library", ["torch", "jax"])
 @pytest.mark.parametrize("call", ["aqt_lite.quantize(x, 'nvfp4')", "aqt_lite.fake_quantize(x, nonfinite='ignore')"])

@@ -240,6 +240,7 @@ def ndonnx():
 @pytest.mark.exhaustive_where(check="non-finite values")
 @pytest.mark.exhaustive_where(check="integer_matmul")
 @pytest.mark.exhaustive_where(check="formats")
+@pytest.mark.exhaustive_where(check="quantize and dequantize")
 @pytest.mark.parametrize("check", conformance._CHECKS)
 def test_ndonnx_conforms(ndonnx, check):
     """The first comparisons of each check, in float32: every operation starts a runtime, and all take minutes."""

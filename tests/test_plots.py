@@ -189,6 +189,8 @@ def test_large_matrices_show_means_of_blocks():
 @pytest.mark.exhaustive_where(most=50, shape=(600, 300))  # one part a cell: seconds
 @pytest.mark.exhaustive_where(order="F", shape=(600, 300))
 @pytest.mark.exhaustive_where(most=50, order="F")
+@pytest.mark.exhaustive_where(most=50, shape=(1, 100_001))
+@pytest.mark.exhaustive_where(order="F", shape=(1, 100_001))
 @pytest.mark.parametrize("most", [50, 3000])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("shape", "cell"), [((5, 700), (1, 3)), ((600, 300), (3, 2)), ((1, 100_001), (1, 391))])

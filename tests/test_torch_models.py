@@ -620,6 +620,7 @@ def whole(f):
     return torch.compile(f, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.exhaustive_where(kind="activations")
 @some
 def test_compiled_in_one_graph(kind):
     rules = RULES[kind]
@@ -677,7 +678,7 @@ def test_one_graph_serves_any_number_of_rows(how):
 
 
 @pytest.mark.skipif(not (products.HAS_DOTS and products.DECODES), reason="needs numba, and the operators of torch 2.7")
-@pytest.mark.exhaustive_unless(kind=["int8", "packed"])  # seconds each
+@pytest.mark.exhaustive_unless(kind=["packed"])  # seconds each
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
 def test_a_compiler_sees_one_operator_of_a_large_layer(kind, monkeypatch):

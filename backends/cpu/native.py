@@ -447,7 +447,7 @@ def task_of(function: Any) -> Any:
     return task
 
 
-_words: list[Any] = []
+_finders: list[Any] = []
 """What compiled code calls, for as long as the process lives."""
 
 _known: dict[str, tuple[Any, Any]] = {}
@@ -473,7 +473,7 @@ def _where(function: Any, arguments: tuple[Any, ...], returned: Any, symbol: str
 
     finder = ctypes.CFUNCTYPE(None)(find)
     words[1] = ctypes.cast(finder, ctypes.c_void_p).value
-    _words.append(finder)
+    _finders.append(finder)
     _known[symbol] = words, find
     llvmlite.binding.add_symbol(symbol, ctypes.addressof(words))
 
