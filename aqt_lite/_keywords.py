@@ -16,7 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 
-from aqt_lite._near import nearest, shown
+from aqt_lite._near import did_you_mean, shown
 
 __all__ = ["in_a_spec", "naming_the_argument", "naming_the_fields", "said_here"]
 
@@ -85,11 +85,11 @@ def in_a_spec(name: str) -> str:
     return f"use rules=[(pattern, spec)], where a spec is a dict of quantize's keywords, with {way}" if way else ""
 
 
-def naming_the_argument(function: Callable[_P, _R], flag: Any = (bool, np.bool_)) -> Callable[_P, _R]:
+def naming_the_argument(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """``function``, whose TypeErrors say what an argument that other libraries have is called here.
 
-    They also say what is missing, and by which name goes what is too much by position; and refuse what is no ``flag``
-    where True or False is wanted.
+    They also say what is missing, and by which name goes what is too much by position; and refuse what is neither True
+    nor False where one of them is wanted. (Classes check their fields, and say of what.)
     """
     parameters = inspect.signature(function).parameters
     known = tuple(name for name in parameters if name not in ("self", "cls"))
@@ -103,7 +103,8 @@ def naming_the_argument(function: Callable[_P, _R], flag: Any = (bool, np.bool_)
     )
     needed_by_name = tuple(name for name, p in by_name.items() if p.default is p.empty)
     least = most + 1 if needed_by_name else len(needed)  # fewer by position: look whether the others go by name
-    flags = {name: i for i, (name, p) in enumerate(parameters.items()) if p.annotation in ("bool", bool)}
+    is_class = function.__name__ == "__init__"
+    flags = {n: i for i, (n, p) in enumerate(parameters.items()) if p.annotation in ("bool", bool) and not is_class}
     first_flag: float = min((i for name, i in flags.items() if name not in by_name), default=math.inf)
 
     @functools.wraps(function)
@@ -112,11 +113,11 @@ def naming_the_argument(function: Callable[_P, _R], flag: Any = (bool, np.bool_)
             for name in kwargs:
                 if name not in known:
                     raise TypeError(_no_such_argument(called, name, known))
-                if name in flags and not isinstance(kwargs[name], flag):
+                if name in flags and not isinstance(kwargs[name], (bool, np.bool_)):
                     raise TypeError(_no_flag(called, name, kwargs[name]))
         if len(args) > first_flag:
             for name, i in flags.items():
-                if i < len(args) and not isinstance(args[i], flag):
+                if i < len(args) and not isinstance(args[i], (bool, np.bool_)):
                     raise TypeError(_no_flag(called, name, args[i]))
         if not least <= len(args) <= most:
             missing = [name for name in needed[len(args) :] + needed_by_name if name not in kwargs]
@@ -131,7 +132,7 @@ def naming_the_fields(cls: _C) -> _C:
     """A class whose constructor does so."""
     made = cls.__init__  # type: ignore[misc]
     made.__doc__ = cls.__doc__  # which has an example
-    cls.__init__ = naming_the_argument(made, bool)  # type: ignore[misc] # which is kept, and written to files
+    cls.__init__ = naming_the_argument(made)  # type: ignore[misc]
     return cls
 
 
@@ -209,9 +210,7 @@ def _no_such_argument(function: str, name: str, known: tuple[str, ...]) -> str:
     words = f"{function}() has no argument {name!r}: "
     if way := said_here(name, known):
         return words + f"use {way}"
-    has = f"it has {', '.join(known)}" if known else "it has none"
-    if near := nearest(name, known):
-        has = f"did you mean {near!r}? {has[0].upper()}{has[1:]}"
+    has = f"it has {', '.join(known)}{did_you_mean(name, known)}" if known else "it has none"
     if "rules" in known and (way := in_a_spec(name)):
         return words + way
     way = said_here(name, _OF_QUANTIZE)

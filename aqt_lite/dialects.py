@@ -20,12 +20,11 @@ from aqt_lite import _together
 from aqt_lite._keywords import naming_the_fields
 from aqt_lite._near import not_known, one_of, shown
 from aqt_lite.elements import Codebook, ElementType, Rounding
-from aqt_lite.formats import SCALE_MODES, Format
+from aqt_lite.formats import SCALE_MODES, Format, check_rounding
 
 __all__ = ["AQT_LITE", "DIALECTS", "Dialect", "dialect_of"]
 
 Reach = Literal["top", "half range", "each side", "lowest"]
-_ROUNDINGS = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up")
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
@@ -226,8 +225,7 @@ class Dialect:
         if self.power_rounding is not None and not 0 < self.power_rounding <= 1:
             raise ValueError(f"Dialect({self.name!r}): power_rounding={self.power_rounding}: give a part of 1, above 0")
         one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
-        if not (isinstance(self.rounding, float) and 0 < self.rounding < 1):
-            one_of(f"Dialect({self.name!r}): rounding", self.rounding, _ROUNDINGS, "a part between 0.0 and 1.0")
+        check_rounding(f"Dialect({self.name!r}): rounding", self.rounding)
         for field, value in (
             ("least_range", self.least_range),
             ("range_instead", self.range_instead),

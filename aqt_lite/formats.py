@@ -58,8 +58,14 @@ _LEAST = 2.0**-100
 _LOPSIDED = 8
 
 
-_ROUNDINGS, _PART = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up"), "a part between 0.0 and 1.0"
-"""How scales that are kept are rounded."""
+_ROUNDINGS = ("half_even", "half_away", "half_toward_zero", "toward_zero", "up")
+"""How values, and scales that are kept, are rounded."""
+
+
+def check_rounding(argument: str, value: Any) -> None:
+    """ValueError where it is none."""
+    if not _is_rounding(value):
+        one_of(argument, value, _ROUNDINGS, "a part between 0.0 and 1.0")
 
 
 def _is_rounding(said: Any) -> bool:
@@ -129,8 +135,9 @@ class Format:
                 "that cannot be used: give it one, or scaled=True"
             )
         one_of(f"Format({self.name!r}): top", self.top, ("largest", "power of two"))
-        if not _is_rounding(self.scale_rounding):
-            one_of(f"Format({self.name!r}): scale_rounding", self.scale_rounding, _ROUNDINGS, _PART)
+        check_rounding(f"Format({self.name!r}): scale_rounding", self.scale_rounding)
+        if not isinstance(self.scaled, bool):
+            raise TypeError(f"Format({self.name!r}): scaled={shown(self.scaled)}: give True or False")
         if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int)):
             raise TypeError(f"Format({self.name!r}): group={self.group!r}: give an integer, or None for all elements")
         if self.group is not None and self.group < 1:

@@ -343,7 +343,7 @@ def test_no_public_function_leaves_an_argument_of_other_libraries_to_python():
     assert len(functions) > 20
     for function in (*functions, QArray.from_codes, QArray.from_bytes, QArray.dequantize):
         for name in ("num_bits", "qtype", "groupsize", "per_channel", "sym", "no_such_name"):
-            with pytest.raises(TypeError, match=rf"\w+\(\) has no argument '{name}': (use|it has|did you mean) "):
+            with pytest.raises(TypeError, match=rf"\w+\(\) has no argument '{name}': (use|it has) "):
                 function(**{name: 4})
 
 
@@ -653,7 +653,7 @@ def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(
         (r"granularity='channel': use .*, here PerChannel\(", lambda: quantize(X, granularity="channel")),
         (r"granularity=<class .*: use .*, here PerGroup\(size=32", lambda: quantize(X, granularity=PerGroup)),
         (r"granularity=32: use .*, here PerGroup\(32\)", lambda: quantize(X, granularity=32)),
-        (r"Integer\(\): signed='x' is neither True nor False: give one", lambda: aqt_lite.Integer("i", 4, "x")),
+        (r"Integer\('i'\): signed='x': give True or False", lambda: aqt_lite.Integer("i", 4, "x")),
         (r"Float\('f'\): exponent='2': give an integer", lambda: aqt_lite.Float("f", "2", 2, 1, 7.0)),
         (r"Format\('f'\): group='32': give an integer", lambda: aqt_lite.Format("f", EIGHT, group="32")),
         (r"form='int9': give a Format, or an element type", lambda: aqt_lite.register_format("int9")),
@@ -665,11 +665,12 @@ def test_a_name_of_a_closed_list_is_told_all_of_them_and_the_one_that_was_meant(
         (r"progress='yes': give True, False, None or a function", lambda: quantize_tree({"kernel": X}, progress="yes")),
         (r"save\(\): check_values='no' is neither True nor", lambda: aqt_lite.save("a", {}, check_values="no")),
         (r"powers_of_two='no' is neither", lambda: aqt_lite.cf.choose_packing(X, max_abs_err=1, powers_of_two="no")),
-        (r"Dialect\(\): divides=1 is neither", lambda: aqt_lite.Dialect("d", divides=1)),
+        (r"Format\('f'\): scaled=1: give True or False", lambda: aqt_lite.Format("f", EIGHT, scaled=1)),
+        (r"Dialect\('d'\): divides=1: give True or False", lambda: aqt_lite.Dialect("d", divides=1)),
         (r"symmetric='int8': give a tuple of names .*, or None", lambda: aqt_lite.Dialect("d", symmetric="int8")),
         (r"narrow_from=2.5: give an integer, or None", lambda: aqt_lite.Dialect("d", narrow_from=2.5)),
         (r"divides_zero='no': give True or False, or None", lambda: aqt_lite.Dialect("d", divides_zero="no")),
-        (r"no argument 'divide_range': did you mean 'divides_range'\?", lambda: aqt_lite.Dialect("", divide_range=1)),
+        (r"no argument 'divide_range': .* mean 'divides_range'\?", lambda: aqt_lite.Dialect("", divide_range=1)),
         (r"of_floats=3: give a Dialect, or None", lambda: aqt_lite.Dialect("d", of_floats=3)),
         (r"reaches=.*: give a tuple of pairs", lambda: aqt_lite.Dialect("d", reaches=(("int8", "most"),))),
         (r"whole='torch': give a function, or None", lambda: aqt_lite.Dialect("d", whole="torch")),
