@@ -1770,15 +1770,11 @@ def multiply(
     or empty; ``first_row`` is the row of them, and of the bias, that ``w`` begins with. ``again``: whether there are
     rows of ``finer``. Not served are scales that are not normal numbers, and zero points that no code is.
     """
-    if in_dots(size, halves):
-        return _by_dots((
-            w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-            again, bad, powers, bias, first_row, y,
-        ))  # fmt: skip
-    return _by_floats((
+    given = (
         w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
         again, bad, powers, bias, first_row, y,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return _by_dots(given) if in_dots(size, halves) else _by_floats(given)
 
 
 multiply_apart = apart(multiply, _MULTIPLY)
