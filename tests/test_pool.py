@@ -22,7 +22,7 @@ if runtime.compiled_loops() is not None:
     from numba import njit
 
     from aqt_lite.backends.cpu.native import MASK, float_mode, leave_core, set_float_mode, task_of
-    from aqt_lite.backends.cpu.pool import Pool, in_parts
+    from aqt_lite.backends.cpu.pool import Pool, _serve, in_parts
 
     @njit(nogil=True)
     def _count(given, start, stop):  # pragma: no cover - compiled
@@ -176,6 +176,34 @@ def test_a_thread_leaves_a_core_and_comes_back_for_another():
     thread = threading.Thread(target=moves)
     thread.start(), thread.join()
     assert seen == [allowed - {one}, allowed - {other}, {other}, allowed]
+
+
+def test_a_thread_that_waited_for_its_callers_core_leaves_it():
+    """It may be kept off the other one since an earlier caller was there, and would come late to every job."""
+    if not hasattr(os, "sched_getaffinity") or len(allowed := os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core, or the system does not tell")
+    pool, own, (one, other) = Pool(0), np.zeros(2 * MASK, np.int64), sorted(allowed)[:2]
+
+    def served():
+        os.sched_setaffinity(0, {one, other})
+        leave(one, 2, own.ctypes.data)
+        _serve(pool.address, own.ctypes.data)
+
+    thread = threading.Thread(target=served)
+    x, ends = np.ones(2, np.float32), np.arange(3)
+    try:
+        thread.start()
+        os.sched_setaffinity(0, {other})
+        for _ in range(2000):
+            double(pool.address, ends, x, np.empty_like(x))
+            time.sleep(0.001)
+            if os.sched_getaffinity(thread.native_id) == {one}:
+                break
+        assert os.sched_getaffinity(thread.native_id) == {one}
+    finally:
+        os.sched_setaffinity(0, allowed)
+        pool.stop()
+        thread.join()
 
 
 def test_parts_round_floats_as_their_caller_does(pool):

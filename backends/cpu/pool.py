@@ -119,7 +119,7 @@ def _run(pool: Any, task: Any, given: Any, ends: Any, parts: Any) -> Any:  # pra
     store64(pool + GIVEN, given)
     store64(pool + ENDS, ends)
     store64(pool + PARTS, parts)
-    store64(pool + CORE, this_core())
+    atomic_store(pool + CORE, this_core())
     store64(pool + MODE, float_mode())
     atomic_store(pool + NEXT, 0)
     atomic_store(pool + FAILED, 0)
@@ -164,9 +164,10 @@ def _serve(pool: Any, own: Any) -> None:  # pragma: no cover - compiled
             _stay_apart(pool, atomic_load(pool + SUMMONER), own)
             set_float_mode(atomic_load(pool + MODE_OF_SUMMONER))
             return
+        # Also where the job is done: this thread may have waited for its caller's core, and would again at the next one.
+        _stay_apart(pool, atomic_load(pool + CORE), own)
         atomic_add(pool + INSIDE, 1)
         if atomic_load(pool + OPEN) != 0:
-            _stay_apart(pool, load64(pool + CORE), own)
             set_float_mode(load64(pool + MODE))
             atomic_add(pool + FAILED, _work(pool))
         atomic_add(pool + INSIDE, -1)
@@ -182,6 +183,7 @@ def prepared() -> Any:
 def _prepare(pool: Any, run: Any, least: Any) -> None:  # pragma: no cover - compiled
     store64(pool + RUN, run)
     store64(pool + LEAST, least)
+    store64(pool + CORE, -1)
     mutex_init(pool + MUTEX, 0)
     condition_init(pool + CONDITION, 0)
 
