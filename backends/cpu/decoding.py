@@ -1443,85 +1443,71 @@ def _moves_of(kind: Any, table: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _rest_of(w: Any, inner: Any, kind: Any, table: Any, moves: Any, rest: Any) -> Any:  # pragma: no cover - compiled
-    """How many codes of rows may be read by vectors from where they lie, and copies of what follows.
-
-    After those, and in place of what pads a row's last byte, copies have zeros.
-    """
-    step, width = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), 4
+def _in_whole_vectors(width: Any, inner: Any, kind: Any, table: Any, step: Any) -> Any:  # pragma: no cover - compiled
+    """How many codes of rows of so many bytes may be read by vectors from where they lie."""
     vectors = inner // LANES
     if kind > IN_ORDER:
-        width = np.int64(table[NUMBERS])
-        vectors = min(vectors, (w.shape[1] - 16) // step + 1) if w.shape[1] >= 16 else 0
-    first, stop, left = vectors * step, (inner * width + 7) // 8, inner * width % 8
+        vectors = min(vectors, (width - 16) // step + 1) if width >= 16 else 0
+    return vectors * LANES
+
+
+@njit(nogil=True, cache=True)
+def _rest_of(
+    w: Any, inner: Any, kind: Any, table: Any, step: Any, whole: Any, rest: Any
+) -> None:  # pragma: no cover - compiled
+    """Copies of what rows have from code ``whole`` on; after that, and in place of what pads its last byte, zeros."""
+    width = 4 if kind <= IN_ORDER else np.int64(table[NUMBERS])
+    first, stop, left = whole // LANES * step, (inner * width + 7) // 8, inner * width % 8
     rest[:] = 0
     for n in range(w.shape[0]):
         for i in range(first, stop):
             rest[n, i - first] = w[n, i]
         if left and stop > first:
             rest[n, stop - 1 - first] &= (1 << left) - 1
-    return vectors * LANES
 
 
 @njit(nogil=True, cache=True)
 def _in_order(
-    row: Any, rest: Any, whole: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, first: Any,
-    last: Any, each: Any, out: Any,
+    row: Any, rest: Any, whole: Any, kind: Any, table: Any, moves: Any, step: Any, scale: Any, zero: Any, size: Any,
+    first: Any, last: Any, each: Any, out: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """Values of codes ``first``, which begins a vector, to ``last`` - 1, and more where those end within a vector.
 
-    ``row`` and ``rest`` are addresses, the latter of codes from ``whole`` on. ``each`` is two rows of memory, with room
-    for so many floats and a vector more. It is the caller's, as all is of which only the address is used: numba frees
-    an array after its last use, and knows of none by address.
+    All are numbers and addresses, for arrays cost what counts who uses them, in both of the callers' loops: numba frees
+    an array after its last use, and knows of none by address. ``rest`` has the codes from ``whole`` on, and ``each``
+    room for twice so many floats and a vector more.
     """
-    step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
     fits, k = size % LANES == 0, first
     while k < last:
         codes, end = row + k // LANES * step, min(last, whole)
         if k >= whole:
             codes, end = rest + (k - whole) // LANES * step, last
         g, groups = k // size, 1
-        s, z = of_moves + ONE_AND_NONE, of_moves + ONE_AND_NONE + 4
+        s, z = moves + ONE_AND_NONE, moves + ONE_AND_NONE + 4
         if fits:
             if k == g * size:
                 groups = max((end - k) // size, 1)
             end = min((g + groups) * size, end)
-            s, z = scale.ctypes.data + 4 * g, zero.ctypes.data + 4 * g
-        steps, there = (end - k + LANES - 1) // LANES // groups, out.ctypes.data + 4 * (k - first)
+            s, z = scale + 4 * g, zero + 4 * g
+        steps, there = (end - k + LANES - 1) // LANES // groups, out + 4 * (k - first)
         if kind == IN_ORDER:
-            _decode_halves_in_order(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+            _decode_halves_in_order(codes, codes + AHEAD, s, z, table, moves, groups, steps, there)
         elif kind == INTEGERS:
-            _decode_integers(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+            _decode_integers(codes, codes + AHEAD, s, z, table, moves, groups, steps, there)
         elif kind == MOVED:
-            _decode_moved(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+            _decode_moved(codes, codes + AHEAD, s, z, table, moves, groups, steps, there)
         elif kind == MOVED_WIDE:
-            _decode_moved_wide(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+            _decode_moved_wide(codes, codes + AHEAD, s, z, table, moves, groups, steps, there)
         else:
-            _decode_looked_up(codes, codes + AHEAD, s, z, a, of_moves, groups, steps, there)
+            _decode_looked_up(codes, codes + AHEAD, s, z, table, moves, groups, steps, there)
         k = end
     if fits or first == last:
         return
     count = last - first
-    scales, zeros = each.ctypes.data, each.ctypes.data + each.strides[0]
-    _spread(scale.ctypes.data, size, first, last, scales)
-    _spread(zero.ctypes.data, size, first, last, zeros)
-    _scale_each(out.ctypes.data, count, scales, zeros)
-
-
-@njit(nogil=True, cache=True)
-def _all_in_order(
-    w: Any, inner: Any, kind: Any, table: Any, moves: Any, scale: Any, zero: Any, size: Any, rest: Any, each: Any,
-    out: Any,
-) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """The values of one row, and nothing beside them; ``rest`` and ``each`` are memory of the caller's."""
-    last = np.empty(LANES, dtype=np.float32)
-    whole = _rest_of(w.reshape(1, w.shape[0]), inner, kind, table, moves, rest)
-    at, of_rest, full = w.ctypes.data, rest.ctypes.data, inner - inner % LANES
-    _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, 0, full, each, out)
-    if full < inner:
-        _in_order(at, of_rest, whole, kind, table, moves, scale, zero, size, full, inner, each, last)
-        for k in range(full, inner):
-            out[k] = last[k - full]
+    zeros = each + 4 * (count + LANES)
+    _spread(scale, size, first, last, each)
+    _spread(zero, size, first, last, zeros)
+    _scale_each(out, count, each, zeros)
 
 
 @njit(nogil=True, cache=True)
@@ -1537,8 +1523,10 @@ def _add_in_order(
     here, one = w.shape[0], sums.shape[2] == 1
     tile, height = (1, HEIGHT_OF_ONE) if one else (ROWS, HEIGHT)
     rest = np.empty((here, BYTES_OF_REST), dtype=np.uint8)
-    whole = _rest_of(w, inner, kind, table, moves, rest)
     step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
+    whole = _in_whole_vectors(w.shape[1], inner, kind, table, step)
+    if whole < inner:
+        _rest_of(w, inner, kind, table, step, whole, rest)
     start, by, at, out = w.ctypes.data, w.strides[0], x.strides[0], sums.ctypes.data
     s_stride = scale.strides[0] if scale.shape[0] > 1 else 0
     z_stride = zero.strides[0] if zero.shape[0] > 1 else 0
@@ -1593,10 +1581,10 @@ def _add_in_order(
             there = min(at_once, here - first)
             for r in range(there):
                 n = first + r
-                own_scale, own_zero = scale[n if s_stride else 0], zero[n if z_stride else 0]
                 _in_order(
-                    start + n * by, rest.ctypes.data + n * BYTES_OF_REST, whole, kind, table, moves, own_scale,
-                    own_zero, size, k, last, each, values[r],
+                    start + n * by, rest.ctypes.data + n * BYTES_OF_REST, whole, kind, a, of_moves, step,
+                    scale.ctypes.data + n * s_stride, zero.ctypes.data + n * z_stride, size, k, last,
+                    each.ctypes.data, values.ctypes.data + r * values.strides[0],
                 )  # fmt: skip
                 values[r, last - k : steps * LANES] = 0  # whatever codes of zeros stand for
             for t in range((rows + tile - 1) // tile):
@@ -1800,8 +1788,12 @@ def dequantize(
     doubling, moves = _doubling(of_scales), np.empty(0, dtype=np.uint8)
     rest = np.empty((1, BYTES_OF_REST if table.ndim == 2 else 0), dtype=np.uint8)
     each = np.empty((2, inner + LANES if table.ndim == 2 and size % LANES != 0 else 0), dtype=np.float32)
+    last = np.empty(LANES, dtype=np.float32)
+    step, from_here, full = 0, 0, inner - inner % LANES
     if table.ndim == 2:
         moves = _moves_of(kind, table[0])
+        step = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4])
+        from_here = _in_whole_vectors(w.shape[1], inner, kind, table[0], step)
     for n in range(w.shape[0]):
         row = first_row + n if kept.shape[0] > 1 else 0
         if coded:
@@ -1813,21 +1805,28 @@ def dequantize(
             return False
         start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
         if table.ndim == 2:
-            _all_in_order(w[n], inner, kind, table[0], moves, numbers[0], zeros[0], size, rest, each, out[n])
+            told = start, rest.ctypes.data, from_here, kind, a, moves.ctypes.data, step, s, z, size
+            if from_here < inner:
+                _rest_of(w[n : n + 1], inner, kind, table[0], step, from_here, rest)
+            _in_order(*told, 0, full, each.ctypes.data, o)
+            if full < inner:
+                _in_order(*told, full, inner, each.ctypes.data, last.ctypes.data)
+                for k in range(full, inner):
+                    out[n, k] = last[k - full]
         if table.ndim == 1:
             g = 0
             while g < groups:
                 k, together = g * size, max(whole - g, 1)  # all groups that are whole vectors at once, others alone
-                last = min(k + together * size, inner)
-                steps = 0 if halves and k % 2 else (last - k) // together // LANES
+                end = min(k + together * size, inner)
+                steps = 0 if halves and k % 2 else (end - k) // together // LANES
                 at, there, s_g, z_g = start + (k // 2 if halves else k), o + 4 * k, s + 4 * g, z + 4 * g
                 if steps > 0 and halves:
                     _decode_halves_in_order(at, at, s_g, z_g, a, flip, together, steps, there)
                 elif steps > 0:
                     _decode_bytes(at, at, s_g, z_g, a, flip, together, steps, there)
                 k += together * steps * LANES
-                if k < last:
-                    _one_by_one(w[n], k, last, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
+                if k < end:
+                    _one_by_one(w[n], k, end, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
                 g += together
     if table.ndim == 2:
         return most < LARGE and not (_have_infinity(table) and _have_infinity(out))
