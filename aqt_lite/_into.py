@@ -14,11 +14,12 @@ import numpy as np
 from aqt_lite._dispatch import kernel_for
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
-from aqt_lite.affine import QParams, Recipe, Spec
+from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
-__all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "encode_into", "extrema", "extrema_are_of",
-           "is_packed", "look_at_codes", "look_at_values", "quantize_stored", "storage_of"]  # fmt: skip
+__all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "dequantize_stored", "encode_into", "extrema",
+           "extrema_are_of", "is_packed", "look_at_codes", "look_at_values", "quantize_stored",
+           "storage_of"]  # fmt: skip
 
 
 def extrema(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array | None:
@@ -63,6 +64,14 @@ def quantize_stored(x: Array, key: Array | None = None, *, spec: Spec, recipe: R
     """``affine.quantize`` with codes as they are kept, packed: for libraries that need not have them unpacked before.
 
     Others answer NotImplemented.
+    """
+    return NotImplemented
+
+
+def dequantize_stored(w: Coded, *, spec: Spec, length: int, out: str, b: Backend) -> Any:
+    """``affine.dequantize`` of codes as they are kept, packed, ``length`` along the last axis.
+
+    Where codes need not be unpacked before; others answer NotImplemented.
     """
     return NotImplemented
 

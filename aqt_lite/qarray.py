@@ -33,9 +33,9 @@ import numpy as np
 from aqt_lite import _mark, affine
 from aqt_lite._asked import Asked
 from aqt_lite._bytes import ArrayBytes
-from aqt_lite._dispatch import run
+from aqt_lite._dispatch import offered, run
 from aqt_lite._foreign import refusal
-from aqt_lite._into import can_write, check_out, decode_into, is_packed
+from aqt_lite._into import can_write, check_out, decode_into, dequantize_stored, is_packed
 from aqt_lite._keywords import naming_the_argument
 from aqt_lite._namespace import AnyArray, Array, Numbers
 from aqt_lite._near import index_of
@@ -418,7 +418,12 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
             codes = q.storage if packed else q.qvalue
             run(b, decode_into, codes, q._qparams(), values, spec=q._spec, fill=fill, packed=packed)
         else:
-            values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=wanted.name)
+            values = NotImplemented
+            if q.packed_length is not None and not q.transposed:
+                kept, length = q._qparams().beside(q.storage), q.packed_length
+                values = offered(b, dequantize_stored, kept, spec=q._spec, length=length, out=wanted.name)
+            if values is NotImplemented:
+                values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=wanted.name)
             if fill is not None and (mask := q.mask) is not None:
                 values = b.xp.where(mask, b.constant(fill, wanted.name, like=values), values)
         if wanted.max < source.max and not b.is_traced(values):

@@ -261,19 +261,26 @@ def quantization(size: int) -> list[dict]:
     add("quantize, int4, groups of 32, packed", ours("int4", PerGroup(32)), 4.5 + 4 / 32)
     # a block's largest may lie up to two steps beyond the largest number, as OCP has it
     add("quantize, mxfp4, packed", ours("mxfp4", None, steps=2.01), 4.5 + 1 / 32)
-    q = aqt_lite.quantize(x, granularity=PerChannel(0))
-    qj, qt, values = q.to_backend("jax"), q.to_backend("torch"), np.zeros_like(x)
-    add(
-        "dequantize per channel",
-        {
-            "naive NumPy": lambda i: q.storage.astype(np.float32) * q.scale,
+    values = np.zeros_like(x)
+
+    def back(dtype: str, granularity) -> dict[str, Candidate]:
+        q = aqt_lite.quantize(x, dtype, granularity=granularity)
+        qj, qt = q.to_backend("jax"), q.to_backend("torch")
+        jitted = jax.jit(lambda q: q.dequantize())
+        return {
             "aqt_lite NumPy": lambda i: q.dequantize(),
             "aqt_lite NumPy, out=": lambda i: q.dequantize(out=values),
             "aqt_lite JAX": lambda i: wait(qj.dequantize()),
+            "aqt_lite jax.jit": lambda i: wait(jitted(qj)),
             "aqt_lite torch": lambda i: qt.dequantize(),
-        },
-        5,
-    )
+        }
+
+    q = aqt_lite.quantize(x, granularity=PerChannel(0))
+    naive = {"naive NumPy": lambda i: q.storage.astype(np.float32) * q.scale}
+    add("dequantize per channel", {**naive, **back("int8", PerChannel(0))}, 5)
+    add("dequantize, int4, groups of 32, packed", back("int4", PerGroup(32)), 4.5 + 4 / 32)
+    add("dequantize, mxfp4, packed", back("mxfp4", None), 4.5 + 1 / 32)
+    add("dequantize, float8_e4m3fn, groups of 32", back("float8_e4m3fn", PerGroup(32)), 5 + 4 / 32)
     return rows
 
 

@@ -141,6 +141,9 @@ GOALS_OF_QUANTIZING = {
     "quantize, int4, groups of 32, packed": 0.5,
     "quantize, mxfp4, packed": 0.4,
     "dequantize per channel": 0.6,
+    "dequantize, int4, groups of 32, packed": 0.6,
+    "dequantize, mxfp4, packed": 0.6,
+    "dequantize, float8_e4m3fn, groups of 32": 0.6,
 }
 """Of the speed that copying allows, on NumPy."""
 

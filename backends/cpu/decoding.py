@@ -77,6 +77,7 @@ __all__ = [
     "counted_loop",
     "dequantize",
     "dequantize_apart",
+    "dequantize_in_parts",
     "look_up",
     "multiply",
     "multiply_apart",
@@ -1841,3 +1842,27 @@ dequantize_apart = apart(
         for table in ("::1", ":,::1")
     ),
 )
+
+
+@njit(nogil=True)
+def _part_of_values(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, served, out = given
+    if not dequantize_apart((
+        w[start:stop], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, start, out[start:stop]
+    )):  # fmt: skip
+        served[0] = False
+
+
+_task_of_values = task_of(_part_of_values)
+
+
+@njit(nogil=True, cache=True)
+def dequantize_in_parts(
+    pool: Any, ends: Any, w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any,
+    of_scales: Any, zero: Any, size: Any, out: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``dequantize`` for rows from each of ``ends`` to the next, on the threads of a pool."""
+    served = np.ones(1, dtype=np.bool_)
+    given = w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, served, out
+    in_parts(pool, ends, _task_of_values(given))
+    return served[0]

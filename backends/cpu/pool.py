@@ -164,7 +164,7 @@ def _serve(pool: Any, own: Any) -> None:  # pragma: no cover - compiled
             _stay_apart(pool, atomic_load(pool + SUMMONER), own)
             set_float_mode(atomic_load(pool + MODE_OF_SUMMONER))
             return
-        # Also where the job is done: this thread may have waited for its caller's core, and would again at the next one.
+        # Also where the job is done: this thread may have waited for its caller's core, and would so at the next one.
         _stay_apart(pool, atomic_load(pool + CORE), own)
         atomic_add(pool + INSIDE, 1)
         if atomic_load(pool + OPEN) != 0:

@@ -25,7 +25,7 @@ from aqt_lite._kernels import plain_integers
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
-from aqt_lite.backends.cpu import boxes, encoders, runtime, serve
+from aqt_lite.backends.cpu import boxes, decoders, encoders, runtime, serve
 from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
 from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
@@ -199,10 +199,13 @@ def reaches_an_end(codes: Array, *, spec: Spec, recipe: Recipe) -> Any:
 
 def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
     """``affine.dequantize``: a compiled loop where blocks of plain integers are contiguous, else tiles."""
+    values = NotImplemented
     if plain_integers({"spec": spec}) and w.offset is None:
         values = _dequantize_rows(w, spec, out or spec.source.name)
-        if values is not NotImplemented:
-            return values
+    if values is NotImplemented:
+        values = decoders.dequantize(w, spec, None, out or spec.source.name)
+    if values is not NotImplemented:
+        return values
     if w.codes.size < LARGE or not scales_can_be_cut(spec):
         return NotImplemented
     spec = with_twins(spec)
@@ -214,6 +217,11 @@ def dequantize(w: Coded, *, spec: Spec, out: str | None = None) -> Any:
 
     for_tiles(work, w.codes.shape, spec.block)
     return values
+
+
+def dequantize_stored(w: Coded, *, spec: Spec, length: int, out: str | None = None) -> Any:
+    """``_into.dequantize_stored`` by a compiled loop, where it serves."""
+    return decoders.dequantize(w, spec, length, out or spec.source.name)
 
 
 def any_unusable(kept: Coded, *, spec: Spec) -> Any:
@@ -341,10 +349,12 @@ def decode_into(codes: Array, qparams: QParams, values: Array, *, spec: Spec, fi
     twins, element = with_twins(spec), spec.element
     name = values.dtype.name
     w = QParams(*qparams).beside(codes)
-    plain = plain_integers({"spec": spec}) and w.offset is None and not packed
-    if plain and encoders.lies_in_order(values):
-        admitted = Coded(*runtime.admitted(tuple(w)))
-        if _dequantize_rows(admitted, spec, name, values) is not NotImplemented:
+    if encoders.lies_in_order(values):
+        admitted, plain = Coded(*runtime.admitted(tuple(w))), plain_integers({"spec": spec}) and w.offset is None
+        if plain and not packed and _dequantize_rows(admitted, spec, name, values) is not NotImplemented:
+            return
+        length = values.shape[-1] if packed else None
+        if decoders.dequantize(admitted, spec, length, name, values) is not NotImplemented:
             return
 
     def work(tile: Tile) -> None:
@@ -741,6 +751,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     affine.any_unusable: any_unusable,
     affine.scales_of: scales_of,
     _into.quantize_stored: quantize_stored,
+    _into.dequantize_stored: dequantize_stored,
     **OF_STREAMS,
 }
 """The forms, each under its operation: they know every format."""

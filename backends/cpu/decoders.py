@@ -1,0 +1,122 @@
+"""Values by compiled loops, of codes of up to 8 bits, packed or not, and of every layout in which groups follow rows.
+
+Owns: the view of codes as rows with scales of their own, and the form that is made of the loop. Imports: the runtime,
+``serve``, and ``stored``, for the loop is that of products, ``decoding.dequantize``. ``quantize`` calls it, and has
+other forms for what is not served here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aqt_lite import affine
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.encoders import lies_in_order
+from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, in_parts, steps_of_elements
+from aqt_lite.backends.cpu.stored import Operands, blocks_of_rows, ends_of_parts, plain_scales
+
+__all__ = ["dequantize"]
+
+SHORTEST_ROW = 64
+"""Codes of a row from which on the loop pays: what it does for each takes as long as some dozens of codes."""
+
+SHORTEST_GROUP = 8
+"""The same of a group within a row."""
+
+MOST_ROWS_OF_ONE = 1 << 12
+"""Rows that one long row is cut into, for several threads."""
+
+
+class _Rows(NamedTuple):
+    """A view of codes as rows: how many, of how many codes, in groups of how many, and the shape of their scales."""
+
+    rows: int
+    inner: int
+    size: int | None
+    grid: tuple[int, int]
+
+
+def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array | None = None) -> Any:
+    """``affine.dequantize``, into memory that exists if it is given; ``length``: of the last axis, if codes are packed.
+
+    NotImplemented where other forms serve.
+    """
+    codes, packed = w.codes, length is not None
+    shape = (*codes.shape[:-1], codes.shape[-1] if length is None else length) if codes.ndim else ()
+    if not (spec.source.name == out == "float32" and math.prod(shape) >= LARGE and codes.flags.c_contiguous):
+        return NotImplemented
+    if not serve.decodes("float32", w, spec, 1, packed):
+        return NotImplemented
+    found = _as_rows(w, spec, shape, packed)
+    if found is None or found.inner < SHORTEST_ROW or (found.size or SHORTEST_GROUP) < SHORTEST_GROUP:
+        return NotImplemented
+    if into is None:
+        values = aligned_empty((found.rows, found.inner), np.float32)
+    elif lies_in_order(into):
+        values = np.asarray(into).reshape(found.rows, found.inner)
+    else:
+        return NotImplemented
+    streams, operands = codes.view(np.uint8).reshape(found.rows, -1), _operands_of(w, spec, found, packed)
+    steps = steps_of_elements(values.size)
+    loop, ends = runtime.decoding_loops().dequantize_in_parts, ends_of_parts(found.rows, 1, steps)
+    served = in_parts(loop, steps, ends, streams, found.inner, *operands, values)
+    return values.reshape(shape) if served else NotImplemented
+
+
+def _as_rows(w: Coded, spec: Spec, shape: tuple[int, ...], packed: bool) -> _Rows | None:
+    """None where scales do not follow rows."""
+    grid, block = _kept(w).shape, spec.block
+    inner, lead = shape[-1], math.prod(shape[:-1])
+    if grid[-1] == 1 and not packed:
+        view = serve.rows_of_blocks(shape, grid, block)
+        if view is not None:
+            return _cut(_Rows(*view, None, (view[0], 1)), spec, packed)
+    if len(shape) != 2 and any(n not in (1, of) for n, of in zip(grid[:-1], shape[:-1], strict=True)):
+        return None
+    shared = all(n == 1 for n in grid[:-1])
+    return _cut(_Rows(lead, inner, block[-1], (1 if shared else lead, grid[-1])), spec, packed)
+
+
+def _cut(found: _Rows, spec: Spec, packed: bool) -> _Rows:
+    """One row as several, where groups and bytes end with them."""
+    rows, inner, size, grid = found
+    parts = MOST_ROWS_OF_ONE if rows == 1 else 1
+    whole = math.lcm(size or 1, 8 if packed else 1)
+    while parts > 1 and (inner % parts or inner // parts % whole or inner // parts < SHORTEST_ROW):
+        parts //= 2
+    if parts == 1:
+        return found
+    return _Rows(parts, inner // parts, size, (1, 1) if size is None else (parts, grid[1] // parts))
+
+
+def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
+    """What the loop reads beside codes."""
+    b, grid = get_backend("numpy"), _kept(w).shape
+    scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
+    if isinstance(w.scale, tuple):
+        scale, of_scales = (affine.without_too_small(numbers, spec, b) for numbers in (scale, of_scales))
+    as_rows = found.rows == w.codes.shape[0] and w.codes.ndim == 2 and grid[-1] == found.grid[1]
+
+    def of_rows(blocks: Array) -> Array:
+        if not blocks.size:
+            return blocks
+        if as_rows:
+            return blocks_of_rows(blocks, found.rows, spec, b)
+        lead = w.codes.shape[:-1] if found.grid[0] == math.prod(w.codes.shape[:-1]) else grid[:-1]
+        return np.ascontiguousarray(np.broadcast_to(blocks, (*lead, grid[-1])).reshape(found.grid))
+
+    zero = np.empty((0, 0), np.int32) if w.zero_point is None else w.zero_point
+    kind = kind_of(spec.element, packed, found.size)
+    size = found.size or found.inner + -found.inner % (2 * runtime.decoding_loops().LANES)
+    return Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+
+
+def _kept(w: Coded) -> Array:
+    return Coded(*w.scale).codes if isinstance(w.scale, tuple) else w.scale

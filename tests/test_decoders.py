@@ -1,0 +1,133 @@
+"""Values of codes by compiled loops: the same bits as the operations of the contract, in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optional import WITHOUT, jax
+
+import aqt_lite
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
+from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu import decoders, runtime
+
+pytestmark = pytest.mark.skipif(runtime.decoding_loops() is None, reason="there are no loops without numba or AVX2")
+
+FORMATS = ["int2", "int3", "int4", "uint4", "int5", "int6", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
+           "float6_e2m3fn", "float4_e2m1fn", "nf4", "mxfp4", "mxfp6_e3m2", "mxfp8_e5m2", "mxint8",
+           "nvfp4"]  # fmt: skip
+LAYOUTS = {
+    "one scale": ((300, 517), PerTensor()),
+    "one for each row": ((300, 517), PerChannel(0)),
+    "groups of 32": ((260, 544), PerGroup(32)),
+    "groups of 16, the last of each row cut": ((259, 600), PerGroup(16)),
+    "groups of 24": ((300, 480), PerGroup(24)),
+    "blocks": ((256, 640), PerBlock((64, 128))),
+    "more axes": ((4, 5, 31, 256), PerGroup(64)),
+    "one for each index of the second axis": ((6, 40, 9, 96), PerChannel(1)),
+    "a convolution's kernels": ((512, 32, 3, 3), PerChannel(0)),
+    "one axis": ((3 << 17,), PerGroup(32)),
+    "one axis, one scale": ((1 << 18,), PerTensor()),
+    "one row": ((1, 3 << 17), PerGroup(64)),
+}
+
+
+def by_operations(q):
+    """As the contract says it, with nothing of this machine's own."""
+    q = q.to_backend("numpy").unpacked()
+    with np.errstate(all="ignore"):
+        return affine.dequantize(q._coded(), spec=q._spec, b=get_backend("numpy"))
+
+
+def same_bits(a, b):
+    a, b = (np.asarray(each).view(np.uint32) for each in (a, b))
+    nan = [np.isnan(each.view(np.float32)) for each in (a, b)]
+    return bool(((a == b) | (nan[0] & nan[1])).all())
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Whether the loop served each call."""
+    answers, form = [], decoders.dequantize
+
+    def told(*arguments):
+        answers.append((found := form(*arguments)) is not NotImplemented)
+        return found
+
+    monkeypatch.setattr(decoders, "dequantize", told)
+    return answers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_values_are_those_of_the_operations(dtype, layout, served):
+    shape, granularity = LAYOUTS[layout]
+    if block_format := dtype.startswith(("mx", "nv")):
+        granularity = None
+    if block_format and (shape[-1] % 32 or (len(shape) == 4 and shape[-1] < 32)):
+        pytest.skip("blocks of 32 do not fit the last axis")
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal(shape, dtype=np.float32) * np.exp(rng.standard_normal((*shape[:-1], 1), dtype=np.float32))
+    scheme = "affine" if dtype.startswith(("uint", "int4")) else "symmetric"
+    q = aqt_lite.quantize(x, dtype, granularity=granularity, scheme=scheme)
+    expected, out = by_operations(q), np.empty(shape, np.float32)
+    for each in (q, q.unpacked()):
+        assert same_bits(each.dequantize(), expected)
+        each.dequantize(out=out)
+        assert same_bits(out, expected)
+    integers = q._spec.element.zero_points  # whose values another loop makes where every row has one scale
+    short = layout == "a convolution's kernels" or dtype == "int8"
+    assert any(served) or (integers and short)
+
+
+@pytest.mark.parametrize("dtype", ["mxfp4", "mxfp8_e4m3", "nvfp4", "float8_e5m2", "float8_e4m3fn"])
+def test_every_code_and_every_scale(dtype, served):
+    """Infinities, NaN, scales that are 0, subnormal or too large: the loop has the bits, or leaves them to others."""
+    q = aqt_lite.quantize(np.ones((1 << 9, 1 << 10), np.float32), dtype, granularity=None)
+    rng = np.random.default_rng(3)
+    storage = rng.integers(0, 256, q.storage.shape, dtype=np.uint8).view(q.storage.dtype)
+    scales = [np.full_like(q.scale, s) for s in (1.2e-38, 1.0, -2.0, 3e34)] if dtype.startswith("float8") else []
+    if not scales:  # in a format of their own, without NaN
+        kept = q.scale.storage
+        every = np.arange(kept.size, dtype=np.uint8).reshape(kept.shape)
+        every[np.isnan(replace(q.scale, storage=every.view(kept.dtype)).dequantize())] = 1
+        scales = [replace(q.scale, storage=each.view(kept.dtype)) for each in (every, np.clip(every, 90, 120))]
+    for scale in scales:
+        given = replace(q, storage=storage, scale=scale)
+        assert same_bits(given.dequantize(), by_operations(given))
+    assert any(served) == (dtype != "float8_e5m2")  # whose infinities are clipped
+
+
+@pytest.mark.parametrize("library", ["jax", "torch"])
+def test_other_libraries(library, served):
+    if library in WITHOUT:
+        pytest.skip(f"{library} is not installed")
+    x = np.random.default_rng(5).standard_normal((512, 512), dtype=np.float32)
+    for dtype in ("int4", "mxfp4", "nf4"):
+        q = aqt_lite.quantize(x, dtype, granularity=None if dtype == "mxfp4" else PerGroup(32))
+        there = q.to_backend(library)
+        assert same_bits(there.dequantize(), by_operations(q)), dtype
+        if library == "jax":  # what XLA makes of the operations
+            assert same_bits(jax.jit(lambda q: q.dequantize())(there), by_operations(q)), dtype
+        elif dtype != "mxfp4":
+            there = there.with_trainable_scales()
+            there.scale.requires_grad_(dtype == "int4")
+            values = there.dequantize()
+            assert same_bits(values.detach(), by_operations(q))
+            assert values.requires_grad == (dtype == "int4")
+    assert served[0]
+
+
+def test_memory_that_is_no_whole_is_left_to_others(served):
+    q = aqt_lite.quantize(np.random.default_rng(2).standard_normal((512, 600), dtype=np.float32), "int4",
+                          granularity=PerGroup(8))  # fmt: skip
+    room = np.full((512, 1200), 7, np.float32)
+    q.dequantize(out=room[:, ::2])
+    assert same_bits(np.ascontiguousarray(room[:, ::2]), by_operations(q)) and (room[:, 1::2] == 7).all()
+    assert not any(served)
+    for cut in (q[100:300], q[:, 8:520], q[::3], q.T):
+        assert same_bits(np.ascontiguousarray(cut.dequantize()), by_operations(cut))
+    for dtype in ("float16", "bfloat16", "float64"):
+        assert q.dequantize(dtype).dtype.name == dtype
