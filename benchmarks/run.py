@@ -602,6 +602,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small arrays, and nothing is written")
     parser.add_argument("--only", choices=["quantization", "products", "small", "accelerator"])
     parser.add_argument("--splice", action="store_true", help="with --only: write that part into the results there are")
+    parser.add_argument("--backends", choices=KINDS, nargs="+", default=KINDS, help="of products")
     parser.add_argument("--out", type=Path, default=path_of("results"))
     options = parser.parse_args()
     torch.set_num_threads(cores())
@@ -616,7 +617,7 @@ def main() -> None:
         results["quantization"] = quantization(size)
     if "products" in parts:
         print("\nproducts: x (M, K) float32, int8 weights; times as fast as the backend's own float32 product")
-        results["products"] = products([512] if options.quick else [4096, 8192], [1, 8, 64, 512], KINDS)
+        results["products"] = products([512] if options.quick else [4096, 8192], [1, 8, 64, 512], options.backends)
     if "small" in parts:
         print("\nsmall arrays")
         results["small"] = small()
@@ -627,6 +628,9 @@ def main() -> None:
         results["accelerator"] = accelerator(sizes, rows)
     if options.only and options.splice:
         before = {"copy_gb_s": results["copy_gb_s"]} | earlier(options.out, results["machine"])
+        if "products" in parts:  # of the others as they are
+            others = [row for row in before.get("products", []) if row["backend"] not in options.backends]
+            results["products"] = others + results["products"]
         options.out.write_text(json.dumps({**before, options.only: results[options.only]}, indent=1) + "\n")
     elif not (options.quick or options.only):
         options.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -68,12 +68,13 @@ OPEN = 192  # whether there is a job to take part in
 NEXT = 256  # the first part that nobody has claimed
 INSIDE = 320  # threads that may be at work on a part
 ASLEEP = 384  # threads that have to be woken
-TASK, GIVEN, ENDS, PARTS, CORE = 448, 456, 464, 472, 480  # the job, and the core that its caller began on
+TASK, GIVEN, ENDS, PARTS = 448, 456, 464, 472  # the job
+CORE = 480  # where the last caller was, of a job or for Python
 MODE = 488  # how its caller rounds floats
 STOPPED = 496  # whether threads are to end
 FAILED = 512  # parts that raised an exception
 SUMMONS = 576  # calls of Python that nobody has begun
-SUMMONER, MODE_OF_SUMMONER = 584, 592  # the core of who last asked for Python, and how that one rounds floats
+MODE_OF_SUMMONER = 584  # how who last asked for Python rounds floats
 MUTEX, CONDITION = 640, 704  # the largest of any system have 64 bytes
 LEAST = 768  # cores that a thread is allowed where it may leave one of them
 SIZE = 832
@@ -160,12 +161,11 @@ def _serve(pool: Any, own: Any) -> None:  # pragma: no cover - compiled
         seen = atomic_load(pool + GENERATION)
         if atomic_load(pool + STOPPED) != 0:
             return
+        # Also where what was asked for is done: this thread may have waited for its caller's core, and would so again.
+        _stay_apart(pool, atomic_load(pool + CORE), own)
         if atomic_load(pool + SUMMONS) > 0:
-            _stay_apart(pool, atomic_load(pool + SUMMONER), own)
             set_float_mode(atomic_load(pool + MODE_OF_SUMMONER))
             return
-        # Also where the job is done: this thread may have waited for its caller's core, and would so at the next one.
-        _stay_apart(pool, atomic_load(pool + CORE), own)
         atomic_add(pool + INSIDE, 1)
         if atomic_load(pool + OPEN) != 0:
             set_float_mode(load64(pool + MODE))
@@ -192,7 +192,7 @@ def _prepare(pool: Any, run: Any, least: Any) -> None:  # pragma: no cover - com
 def _summon(pool: Any, summons: Any) -> None:  # pragma: no cover - compiled
     """Ask for Python so many times more, or less."""
     if summons > 0:
-        atomic_store(pool + SUMMONER, this_core())
+        atomic_store(pool + CORE, this_core())
         atomic_store(pool + MODE_OF_SUMMONER, float_mode())
     atomic_add(pool + SUMMONS, summons)
     if summons > 0:

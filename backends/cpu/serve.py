@@ -67,6 +67,9 @@ MOST_ROWS_ON_THE_RIGHT = 64
 MOST_ROWS_FOR_PIECES = 64
 """Rows of x for which, without compiled loops, small products on each thread beat large ones on all."""
 
+LEAST_CODES_FOR_PIECES = 1 << 22
+"""The same of codes that have a scale for each output: for smaller weights those large ones are as fast."""
+
 LONGEST_GROUP = 512
 """Length of groups up to which their sums are below 2^48: what rounds them to float32 then rounds once."""
 
@@ -248,11 +251,15 @@ def tiles(x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
 def is_worth_tiles(rows: int, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
     """Whether they are better than what there is else.
 
-    That is better for integers of a code an item that have a scale for each output, or a compiled loop.
+    That is better for integers of a code an item that have a compiled loop; or a scale for each output, unless the
+    weight is so large that no cache holds a block of its floats until BLAS's own threads have met it.
     """
     if packed or not spec.element.zero_points or w.scale is None or isinstance(w.scale, tuple):
         return True
-    return bool(w.scale.shape[contract] > 1) and not row_loops(rows, w, contract)
+    if row_loops(rows, w, contract):
+        return False
+    codes = w.codes.shape[0] * w.codes.shape[1]
+    return bool(w.scale.shape[contract] > 1) or (codes >= LEAST_CODES_FOR_PIECES and rows <= MOST_ROWS_FOR_PIECES)
 
 
 def shortest_sum(rows: int) -> float:
