@@ -224,6 +224,8 @@ class Dialect:
             one_of(f"Dialect({self.name!r}): scale_mode", self.scale_mode, tuple(SCALE_MODES))
         if self.power_rounding is not None and not 0 < self.power_rounding <= 1:
             raise ValueError(f"Dialect({self.name!r}): power_rounding={self.power_rounding}: give a part of 1, above 0")
+        if self.narrow_from is not None and self.narrow_from < 1:
+            raise ValueError(f"Dialect({self.name!r}): narrow_from={self.narrow_from}: give bits, 1 and more, or None")
         one_of(f"Dialect({self.name!r}): reach", self.reach, ("top", "half range", "each side", "lowest"))
         check_rounding(f"Dialect({self.name!r}): rounding", self.rounding)
         for field, value in (

@@ -695,6 +695,7 @@ def test_what_is_missing_or_misplaced_is_told_the_way(words, call):
         (r"scale_mode='up' is not known: use 'floor',", lambda: aqt_lite.Dialect("d", scale_mode="up")),
         (r"range_instead=nan: give a normal float32", lambda: aqt_lite.Dialect("d", range_instead=float("nan"))),
         (r"power_rounding=1.5: give a part of 1", lambda: aqt_lite.Dialect("d", power_rounding=1.5)),
+        (r"narrow_from=-3: give bits, 1 and more", lambda: aqt_lite.Dialect("d", narrow_from=-3)),
         (r"scale_rounding='half' is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding="half")),
         (r"scale_rounding=3 is not known", lambda: aqt_lite.Format("f", EIGHT, scale_rounding=3)),
         (r"worst=-1: give how many", lambda: error_report(X, W, worst=-1)),
