@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from optional import WITHOUT, jax
+from processors import run_without_avx_512
 
 import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
@@ -132,3 +133,12 @@ def test_memory_that_is_no_whole_is_left_to_others(served):
         assert same_bits(np.ascontiguousarray(cut.dequantize()), by_operations(cut))
     for dtype in ("float16", "bfloat16", "float64"):
         assert q.dequantize(dtype).dtype.name == dtype
+
+
+@pytest.mark.exhaustive
+def test_processors_without_avx_512():
+    of_values = test_values_are_those_of_the_operations.__name__
+    layouts = "groups of 24", "groups of 16, the last of each row cut", "more axes"
+    tests = [f"{of_values}[{dtype}-{layout}]" for dtype in ("int3", "int4", "nf4") for layout in layouts]
+    tests.append(test_every_code_and_every_scale)
+    run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")
