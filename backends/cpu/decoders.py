@@ -30,17 +30,25 @@ SHORTEST_ROW = 64
 SHORTEST_GROUP = 8
 """The same of a group within a row."""
 
+LONG_ROW = 1 << 10
+"""Codes of a row up to which several are taken for one."""
+
 MOST_ROWS_OF_ONE = 1 << 12
 """Rows that one long row is cut into, for several threads."""
 
 
 class _Rows(NamedTuple):
-    """A view of codes as rows: how many, of how many codes, in groups of how many, and the shape of their scales."""
+    """A view of codes as rows."""
 
     rows: int
     inner: int
+    """Codes of each."""
     size: int | None
+    """Codes of a group; None: one for each row."""
     grid: tuple[int, int]
+    """The shape of scales: of all rows or for all, by groups."""
+    spread: tuple[int, ...]
+    """The shape that scales are spread to first."""
 
 
 def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array | None = None) -> Any:
@@ -73,44 +81,50 @@ def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array |
 def _as_rows(w: Coded, spec: Spec, shape: tuple[int, ...], packed: bool) -> _Rows | None:
     """None where scales do not follow rows."""
     grid, block = _kept(w).shape, spec.block
-    inner, lead = shape[-1], math.prod(shape[:-1])
-    if grid[-1] == 1 and not packed:
-        view = serve.rows_of_blocks(shape, grid, block)
-        if view is not None:
-            return _cut(_Rows(*view, None, (view[0], 1)), spec, packed)
+    view = serve.rows_of_blocks(shape, grid, block) if grid[-1] == 1 and not packed else None
+    if view is not None:
+        return _cut(_Rows(*view, None, (view[0], 1), grid), spec, packed)
     if len(shape) != 2 and any(n not in (1, of) for n, of in zip(grid[:-1], shape[:-1], strict=True)):
         return None
-    shared = all(n == 1 for n in grid[:-1])
-    return _cut(_Rows(lead, inner, block[-1], (1 if shared else lead, grid[-1])), spec, packed)
+    rows = math.prod(shape[:-1])
+    if all(n == 1 for n in grid[:-1]):
+        return _cut(_Rows(rows, shape[-1], block[-1], (1, grid[-1]), grid), spec, packed)
+    return _cut(_Rows(rows, shape[-1], block[-1], (rows, grid[-1]), (*shape[:-1], grid[-1])), spec, packed)
 
 
 def _cut(found: _Rows, spec: Spec, packed: bool) -> _Rows:
-    """One row as several, where groups and bytes end with them."""
-    rows, inner, size, grid = found
-    parts = MOST_ROWS_OF_ONE if rows == 1 else 1
-    whole = math.lcm(size or 1, 8 if packed else 1)
-    while parts > 1 and (inner % parts or inner // parts % whole or inner // parts < SHORTEST_ROW):
-        parts //= 2
-    if parts == 1:
+    """One long row as several, and several short ones as one, where groups and bytes end with them."""
+    rows, inner, size, grid, spread = found
+    if rows == 1:
+        parts, whole = MOST_ROWS_OF_ONE, math.lcm(size or 1, 8)
+        while parts > 1 and (inner % (parts * whole) or inner // parts < SHORTEST_ROW):
+            parts //= 2
+        return _Rows(parts, inner // parts, size, (1, 1) if size is None else (parts, grid[1] // parts), spread)
+    shared, bits = grid[0] == 1, spec.element.bits if packed else 8
+    if inner % (size or 1) or inner * bits % 8 or (shared and grid[1] > 1):
         return found
-    return _Rows(parts, inner // parts, size, (1, 1) if size is None else (parts, grid[1] // parts))
+    together = max(LONG_ROW // inner, 1)
+    while rows % together:
+        together -= 1
+    of_rows = (1, 1) if shared else (rows // together, grid[1] * together)
+    return _Rows(rows // together, inner * together, None if shared else size or inner, of_rows, spread)
 
 
 def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
     """What the loop reads beside codes."""
-    b, grid = get_backend("numpy"), _kept(w).shape
+    b, shape = get_backend("numpy"), w.codes.shape
     scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
     if isinstance(w.scale, tuple):
         scale, of_scales = (affine.without_too_small(numbers, spec, b) for numbers in (scale, of_scales))
-    as_rows = found.rows == w.codes.shape[0] and w.codes.ndim == 2 and grid[-1] == found.grid[1]
 
     def of_rows(blocks: Array) -> Array:
         if not blocks.size:
             return blocks
-        if as_rows:
-            return blocks_of_rows(blocks, found.rows, spec, b)
-        lead = w.codes.shape[:-1] if found.grid[0] == math.prod(w.codes.shape[:-1]) else grid[:-1]
-        return np.ascontiguousarray(np.broadcast_to(blocks, (*lead, grid[-1])).reshape(found.grid))
+        if len(blocks) in (1, shape[0]) or len(shape) != 2:
+            blocks = np.broadcast_to(blocks, found.spread)
+        else:
+            blocks = blocks_of_rows(blocks, shape[0], spec, b)
+        return np.ascontiguousarray(blocks).reshape(found.grid)
 
     zero = np.empty((0, 0), np.int32) if w.zero_point is None else w.zero_point
     kind = kind_of(spec.element, packed, found.size)
