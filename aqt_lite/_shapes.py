@@ -600,7 +600,7 @@ def _check_inside(ids: np.ndarray[Any, Any], axis: int, length: int, first: int)
 def _is_index_array(index: Any) -> bool:
     if isinstance(index, list):
         return bool(index) and all(_is_integer(i) for i in index)
-    if isinstance(index, tuple | int) or not hasattr(index, "ndim"):
+    if isinstance(index, tuple | int | slice) or not hasattr(index, "ndim"):
         return False
     b = backend_of(index)
     if b is None or (not index.ndim and b.has_values(index)):  # one index that is known is an integer

@@ -600,13 +600,20 @@ def roofline(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small arrays, and nothing is written")
-    parser.add_argument("--only", choices=["quantization", "products", "small", "accelerator"])
+    named = ["quantization", "products", "small", "accelerator"]
+    parser.add_argument("--only", choices=named, help="one part, printed; nothing is written without --splice")
     parser.add_argument("--splice", action="store_true", help="with --only: write that part into the results there are")
-    parser.add_argument("--backends", choices=KINDS, nargs="+", default=KINDS, help="of products")
-    parser.add_argument("--out", type=Path, default=path_of("results"))
+    parser.add_argument("--backends", choices=KINDS, nargs="+", default=KINDS, help="with --only products: of these")
+    parser.add_argument(
+        "--out", type=Path, default=path_of("results"), help="the file of results, by default %(default)s"
+    )
     options = parser.parse_args()
+    if options.splice and (options.quick or not options.only):
+        parser.error("--splice goes with --only, which says what is spliced, and not with --quick")
+    if options.backends != KINDS and options.only != "products":
+        parser.error("--backends goes with --only products: the whole run is of all")
     torch.set_num_threads(cores())
-    parts = [options.only] if options.only else ["quantization", "products", "small", "accelerator"]
+    parts = [options.only] if options.only else named
     results: dict = {"machine": machine()}
     print(json.dumps(results["machine"], indent=2))
     results["copy_gb_s"] = copy_speed() / 1e9
@@ -635,7 +642,7 @@ def main() -> None:
     elif not (options.quick or options.only):
         options.out.write_text(json.dumps(results, indent=1) + "\n")
         roofline(results, ROOT / "docs" / "roofline.png")
-        print(f"\nwritten: {options.out.relative_to(ROOT)}, docs/roofline.png")
+        print(f"\nwritten: {options.out}, docs/roofline.png")
 
 
 if __name__ == "__main__":

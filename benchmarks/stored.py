@@ -90,6 +90,7 @@ def awaited(function):
 
 
 KINDS = ["numpy", "numpy alone", "torch", "jax"]
+SIZES, ROWS_OF_X = [4096, 8192], [1, 8, 64, 512]
 
 
 def rows(size: int, rows_of_x: list[int], chosen: dict, read: float, kinds: list[str]) -> list[dict]:
@@ -210,14 +211,17 @@ def spliced(before: dict, found: list[dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=KINDS)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--quick", action="store_true", help="one size and few formats, printed alone")
+    parser.add_argument("--only", choices=KINDS, help="one backend's rows anew; the other results stay")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of square weights; other results stay")
     parser.add_argument("--shapes", action="store_true", help="those of real networks alone")
     parser.add_argument("--formats", action="store_true", help="the other formats alone, one row and 8, 4096²")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS_OF_X, help="of x; other results stay")
     options = parser.parse_args()
     quick = options.quick
+    parts = bool(options.only) or options.sizes != SIZES or options.rows != ROWS_OF_X
+    if ((quick or options.shapes or options.formats) and parts) or (quick and (options.shapes or options.formats)):
+        parser.error("--quick, --shapes and --formats go without --only, --sizes and --rows, and --quick alone")
     torch.set_num_threads(cores())
     results: dict = {"machine": run.machine()}
     read = run.read_speed()
@@ -231,13 +235,13 @@ def main() -> None:
         before = {"read_gb_s": results["read_gb_s"], "rows": []} | run.earlier(path, results["machine"])
         if options.shapes:
             before["shapes"] = shapes()
-        else:
+        if options.formats:
             before["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
         path.write_text(json.dumps(before, indent=1) + "\n")
         return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
     if not quick:
-        if options.only:
+        if parts:
             before = {"read_gb_s": results["read_gb_s"], "rows": []} | run.earlier(path, results["machine"])
             results = spliced(before, results["rows"])
         else:

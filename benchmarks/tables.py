@@ -316,7 +316,8 @@ def _reached(found: list[tuple[float, tuple]], aim: float, unit: str) -> str:
         return f"{aim:g}{unit}: " + (f"reached by all {len(found)}" if found else "not measured")
     least, (backend, size, _, who) = min(missed)
     what = f"{backend}, {size}²" if who == "linear" else f"{who}, {backend}, {size}²"
-    return f"{aim:g}{unit}: missed by {len(missed)} of {len(found)}, the farthest {least:.2f}{unit} ({what})"
+    digits = 3 if round(least, 2) == aim else 2
+    return f"{aim:g}{unit}: missed by {len(missed)} of {len(found)}, the farthest {least:.{digits}f}{unit} ({what})"
 
 
 def formats_stored(results: dict) -> str:

@@ -1142,3 +1142,11 @@ def test_torch_func_of_quantized_activations_inside_what_is_compiled():
     expected = torch.func.grad(loss)(x)
     assert expected.any()
     torch.testing.assert_close(whole(torch.func.grad(loss), "eager")(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [slice(3, 9), (slice(3, 9), slice(0, 32)), 3], ids=str)
+def test_programs_take_parts_of_arrays(index):
+    """A slice alone has no ``ndim`` that a compiler may ask for."""
+    q = quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), "int4", granularity=PerGroup(32))
+    compiled = torch.compile(lambda q: q[index].dequantize(), fullgraph=True, backend="eager")
+    assert_same_bits(compiled(q), q[index].dequantize())
