@@ -13,6 +13,7 @@ import aqt_lite
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, affine
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import decoders, runtime
+from aqt_lite.packing import pack
 
 pytestmark = pytest.mark.skipif(runtime.decoding_loops() is None, reason="there are no loops without numba or AVX2")
 
@@ -110,6 +111,39 @@ def test_every_code_and_every_scale(dtype, served):
         given = replace(q, storage=storage, scale=scale)
         assert same_bits(given.dequantize(), by_operations(given))
     assert any(served) == (dtype != "float8_e5m2")  # whose infinities are clipped
+
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+CODEBOOKS = {
+    "halves": (-1.0, -0.5, -0.0, 0.5),
+    "integers": (*range(-8, 0), -0.0, *range(1, 8)),
+    "fp4 without -0": (*FP4, 0.0, *(-n for n in FP4[1:])),
+    "as many bits as bytes": (*range(-128, 0), -0.0, *range(1, 128)),
+}
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_zeros_keep_their_sign(name, served):
+    """Moving bits makes 0.0 of integers, and -0.0 of the floats' other zero, whatever a codebook has there."""
+    book = aqt_lite.Codebook(name, CODEBOOKS[name])
+    codes = np.random.default_rng(1).integers(0, len(CODEBOOKS[name]), (512, 512)).astype(np.uint8)
+    q = aqt_lite.QArray.from_codes(codes, np.ones((512, 16), np.float32), dtype=book, granularity=PerGroup(32))
+    for each in (q, q.unpacked()):
+        assert same_bits(each.dequantize(), by_operations(q))
+    assert all(served)
+
+
+def test_packed_infinities_are_clipped(served):
+    element = aqt_lite.Float("fp4_inf", 2, 1, 1, 3.0, infinity=6)
+    codes = np.random.default_rng(1).integers(0, 16, (512, 512), dtype=np.uint8)
+    q = aqt_lite.quantize(np.ones((512, 512), np.float32), element, granularity=PerGroup(32))
+    stored = pack(codes, bits=4, b=get_backend("numpy"))
+    q = replace(q, storage=stored, scale=np.ones_like(q.scale))
+    assert same_bits(q.dequantize(), by_operations(q))
+    assert served == [False, False]  # nor as codes one a byte
+    x = np.zeros((3, 512), np.float32)
+    x[:, 0] = 1
+    assert np.isfinite(aqt_lite.linear(x, q)).all()
 
 
 @pytest.mark.parametrize("library", ["jax", "torch"])

@@ -8,6 +8,8 @@ import dataclasses
 import io
 import operator
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -1150,3 +1152,17 @@ def test_programs_take_parts_of_arrays(index):
     q = quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), "int4", granularity=PerGroup(32))
     compiled = torch.compile(lambda q: q[index].dequantize(), fullgraph=True, backend="eager")
     assert_same_bits(compiled(q), q[index].dequantize())
+
+
+@pytest.mark.exhaustive
+def test_the_first_use_may_be_inside_a_transformation():
+    """What torch's kernels find out of the processor, they find out when they are loaded."""
+    code = """
+import numpy, torch
+from aqt_lite import PerGroup, linear, quantize
+q = quantize(numpy.ones((64, 64), "float32"), "int4", granularity=PerGroup(32)).to_backend("torch")
+print(torch.func.grad(lambda x: linear(x, q).sum())(torch.ones(3, 64)).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 3 * 64 * 64

@@ -1632,6 +1632,14 @@ def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
+def _has_infinity(table: Any) -> Any:  # pragma: no cover - compiled
+    """The same of a table, of one axis or of two."""
+    if table.ndim == 2:
+        return _have_infinity(table)
+    return np.isinf(table).any()
+
+
+@njit(nogil=True, cache=True)
 def _are_finite(numbers: Any) -> Any:  # pragma: no cover - compiled
     """Whether all of some rows are: an infinity may have met 0, or another one, and be NaN."""
     for n in range(numbers.shape[0]):  # noqa: SIM110
@@ -1715,9 +1723,7 @@ def multiply(
                 of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
                 for n in range(here):
                     y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
-    if table.ndim == 2:
-        return most < LARGE and not (_have_infinity(table) and not _are_finite(y))
-    return most < LARGE
+    return most < LARGE and not (_has_infinity(table) and not _are_finite(y))
 
 
 multiply_apart = apart(
@@ -1829,9 +1835,7 @@ def dequantize(
                 if k < end:
                     _one_by_one(w[n], k, end, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
                 g += together
-    if table.ndim == 2:
-        return most < LARGE and not (_have_infinity(table) and _have_infinity(out))
-    return most < LARGE
+    return most < LARGE and not (_has_infinity(table) and _have_infinity(out))
 
 
 dequantize_apart = apart(

@@ -113,7 +113,7 @@ def _moves_to_floats(numbers: Array, bits: int, known: Array) -> Iterator[tuple[
         step = (last - first) / float(places[b] - places[a])
         low = first - step * float(places[a])
         factor = np.float32(step / _LEAST_HALF)
-        exact = (places * step + low == numbers[known]).all() and np.float32(low) == low
+        exact = _same(places * step + low, numbers[known]).all() and np.float32(low) == low
         if exact and _is_near_one(np.float32(step)):
             integers = _Moves(16 - bits, (1 << bits) - 1, flip, nan=_EVERY_BIT, factor=float(factor), low=low)
             yield loops.INTEGERS, integers
@@ -135,6 +135,11 @@ def _is_near_one(factor: Array) -> bool:
     return bool(np.frexp(factor)[0] == 0.5 and 2.0**-14 <= factor <= 1)
 
 
+def _same(a: Array, b: Array) -> Array:
+    """Whether numbers are the same, and zeros of one sign."""
+    return (a == b) & (np.signbit(a) == np.signbit(b))
+
+
 def _of_upper_halves(words: Array) -> Array:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
@@ -149,7 +154,7 @@ def _moves_of_floats(numbers: Array, words: Array, floats: Array, known: Array, 
     if not (np.isfinite(factor) and np.frexp(factor)[0] == 0.5):
         return None
     found = floats * factor
-    wrong = known & (found != numbers) & ~(np.isnan(found) & np.isnan(numbers))
+    wrong = known & ~_same(found, numbers) & ~(np.isnan(found) & np.isnan(numbers))
     if not np.isnan(numbers[wrong]).all():
         return None
     of_nan, nan = _EVERY_BIT, next(word for word in range(1 << 16) if word not in set(words.tolist()))

@@ -57,7 +57,8 @@ def _sums_pairs_in_16_bits() -> bool:
     """Whether this processor adds pairs of int8 products in 16 bits, which saturate where both are extreme."""
     ends = np.asarray([-128, 127], np.int8)
     w, x = np.broadcast_to(ends.repeat(16)[:, None], (32, 64)).copy(), np.tile(ends, (64, 16))
-    with _disable_current_modes(), torch.device("cpu"):  # computed now, even where a trace surrounds this call
+    # computed now, even where a trace or a transformation surrounds this call
+    with _disable_current_modes(), outside_transformations(), torch.device("cpu"):
         product = torch._int_mm(torch.from_numpy(w), torch.from_numpy(x)).numpy()
     return not np.array_equal(product, w.astype(np.int32) @ x.astype(np.int32))
 
