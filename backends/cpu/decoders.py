@@ -7,6 +7,7 @@ other forms for what is not served here.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ SHORTEST_GROUP = 8
 """The same of a group within a row."""
 
 LONG_ROW = 1 << 10
-"""Codes of a row up to which several are taken for one."""
+"""Codes of a row up to which several are taken for one, and that one row is cut into at least."""
 
 MOST_ROWS_OF_ONE = 1 << 12
 """Rows that one long row is cut into, for several threads."""
@@ -96,9 +97,8 @@ def _cut(found: _Rows, spec: Spec, packed: bool) -> _Rows:
     """One long row as several, and several short ones as one, where groups and bytes end with them."""
     rows, inner, size, grid, spread = found
     if rows == 1:
-        parts, whole = MOST_ROWS_OF_ONE, math.lcm(size or 1, 8)
-        while parts > 1 and (inner % (parts * whole) or inner // parts < SHORTEST_ROW):
-            parts //= 2
+        whole = math.lcm(size or 1, 8)  # streams of eight codes end with a byte
+        parts = 1 if inner % whole else _largest_part(inner // whole, min(MOST_ROWS_OF_ONE, inner // LONG_ROW))
         return _Rows(parts, inner // parts, size, (1, 1) if size is None else (parts, grid[1] // parts), spread)
     shared, bits = grid[0] == 1, spec.element.bits if packed else 8
     if inner % (size or 1) or inner * bits % 8 or (shared and grid[1] > 1):
@@ -108,6 +108,12 @@ def _cut(found: _Rows, spec: Spec, packed: bool) -> _Rows:
         together -= 1
     of_rows = (1, 1) if shared else (rows // together, grid[1] * together)
     return _Rows(rows // together, inner * together, None if shared else size or inner, of_rows, spread)
+
+
+@functools.lru_cache(maxsize=64)
+def _largest_part(count: int, most: int) -> int:
+    """The largest number up to ``most`` that ``count`` is a multiple of."""
+    return next(n for n in range(max(most, 1), 0, -1) if count % n == 0)
 
 
 def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
