@@ -78,6 +78,9 @@ _OF_NAMES = frozenset({"array_api_strict", "dask", "jax", "jaxlib", "mlx", "ndon
 _ANSWER_FALSE_TO_ERRORS = frozenset({"array_equal", "array_equiv"})
 """Functions of NumPy's that take an error of their arguments for an answer, and so are given the values."""
 
+_WORTH_LOOPS = 1 << 17
+"""Elements from which on libraries are asked for values of codes that are packed: none has a form for fewer."""
+
 _TOGETHER = 1 << 27
 """Elements up to which a byte for each, beside the result, does no harm."""
 
@@ -418,12 +421,14 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
             codes = q.storage if packed else q.qvalue
             run(b, decode_into, codes, q._qparams(), values, spec=q._spec, fill=fill, packed=packed)
         else:
-            values = NotImplemented
-            if q.packed_length is not None and not q.transposed:
-                kept, length = q._qparams().beside(q.storage), q.packed_length
-                values = offered(b, dequantize_stored, kept, spec=q._spec, length=length, out=wanted.name)
+            values, qparams = NotImplemented, q._qparams()
+            length = q.packed_length
+            if length is not None and not q.transposed and b.has_values(q.storage) and q.size >= _WORTH_LOOPS:
+                q._check_usable("storage", q.storage)
+                stored = qparams.beside(q.storage)
+                values = offered(b, dequantize_stored, stored, spec=q._spec, length=length, out=wanted.name)
             if values is NotImplemented:
-                values = run(b, affine.dequantize, q._coded(), spec=q._spec, out=wanted.name)
+                values = run(b, affine.dequantize, qparams.beside(q.qvalue), spec=q._spec, out=wanted.name)
             if fill is not None and (mask := q.mask) is not None:
                 values = b.xp.where(mask, b.constant(fill, wanted.name, like=values), values)
         if wanted.max < source.max and not b.is_traced(values):
