@@ -136,6 +136,35 @@ def test_one_row_and_runs_of_sixteen_groups(dtype, size, calls):
 
 
 @needs_loops
+@pytest.mark.parametrize("rows_of_scales", [40, 1])
+@pytest.mark.parametrize("dtype", ["int4", "iq4_nl", "int8"])
+def test_groups_that_just_count_and_groups_that_do_not(dtype, rows_of_scales, calls):
+    """A group counts down to 2^-60 of the largest scale and power: loops ask of each group, or of none.
+
+    40 columns are two tiles and a half; of 33 groups, the first has the largest scale and entries, whose sum is 0.
+    """
+    rng, size, k = np.random.default_rng(7), 32, 33 * 32
+    q = quantize(rng.standard_normal((40, k)).astype(np.float32), dtype, granularity=PerGroup(size))
+    x = np.where(rng.random((9, k)) < 0.1, 0, rng.uniform(1, 1.9, (9, k))).astype(np.float32)
+    x[:, :size], x[:, 0], x[:, 1] = 0, 1.9, -1.9
+    codes = np.array(q.qvalue)
+    codes[:, 1] = codes[:, 0]
+    x[:, 5 * size : 6 * size] = 0  # a group of zeros, which has no power
+    x[3, 7 * size :] = 0
+    for fall, drop in [(0, 0), (39, 20), (40, 20), (40, 21), (41, 20), (60, 0), (61, 0), (30, 30), (30, 31), (100, 9)]:
+        scale = rng.uniform(1, 1.9, (rows_of_scales, 33)) * np.where(rng.random((rows_of_scales, 33)) < 0.5, -1, 1)
+        scale[:, 1:] *= np.exp2(-rng.integers(max(fall - 2, 0), fall + 1, (rows_of_scales, 32)))
+        blocks = PerGroup(size) if rows_of_scales == 40 else PerBlock((-1, size))
+        spread = aqt_lite.QArray.from_codes(codes, scale.astype(np.float32), dtype=dtype, granularity=blocks)
+        rows = x.copy()
+        rows[:, size:] *= np.exp2(-rng.integers(max(drop - 2, 0), drop + 1, (9, 32)).repeat(size, axis=1))
+        expected = without_kernels(rows, spread, None)
+        for these in (slice(0, 9), slice(0, 1), slice(3, 4), slice(4, 6)):
+            assert_same_bits(linear(rows[these], spread, mode="reproducible"), expected[these])
+    assert calls == [True] * 40
+
+
+@needs_loops
 @pytest.mark.parametrize("size", [255, 256, 257, 512])
 def test_strips_of_rows_whose_sums_are_wide_by_their_zero_points_alone(size, calls):
     """Beside others: whether two int32 are rounded at once is said strip by strip."""

@@ -224,7 +224,7 @@ def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
         loops.prepare(x[a:b], size, w.halves, powers, *parts)
 
     _on_ranges(prepare, rows, 1, x.size)
-    again = bool(wants.any())
+    again = 1 in wants.tobytes()  # a tenth of the time of any(), which one row notices
     finer, finer_sums = (np.empty_like(a) if again else np.empty((0, 0), np.float64) for a in (integers, sums))
 
     def refine(a: int, b: int) -> None:

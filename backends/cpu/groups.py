@@ -51,7 +51,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.native import apart, task_of
+from aqt_lite.backends.cpu.native import apart, load64, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
@@ -105,6 +105,9 @@ MOST_IN_DOTS = 4 if LANES == 16 else 2
 LONGEST_SPAN = 4096
 """Codes of 16 columns that are decoded before rows of x come by, at most: 64 KB."""
 
+LONGEST_OF_ROWS = 512
+"""Codes of 16 columns that several rows of x meet in one call, where a span is not longer: 8 KB."""
+
 COLUMNS = 16
 """Columns of the result, which are rows of the weight, in a tile."""
 
@@ -139,6 +142,11 @@ FINER = 2.0**31
 LEAST_FACTOR = int(LEAST_DROP.view(np.int32))
 """The bits of the least product of a scale, relative to its column's largest, and a row's power that counts: its power
 is at least that, since its significand is at least 1."""
+
+LARGEST_FALL = np.int32(40 << 23)
+LEAST_POWER = np.float32(2.0**-20)
+"""Where a column's scales fall no further below its largest, in bits of exponents, and no power of a row is smaller,
+every product of the two counts: it is at least ``LEAST_DROP``."""
 
 _LOOKED_UP_IN = 16 if _WIDE else 8 if "+avx2" in _features() else 0
 
@@ -569,7 +577,8 @@ def prepare(
                 many[m, g] = wants[m] = 1
         row_exponent[m] = leading
         for g in range(groups):
-            row_power[m, g] = powers[exponent[m, g] - leading + 256]
+            e = exponent[m, g]
+            row_power[m, g] = powers[e - leading + 256] if e > -127 else np.float32(1)  # of zeros, anything
         if dots:
             _split(words, inner, halves, size, sums[m].view(np.int32))
             if in_order(size, halves):
@@ -727,10 +736,11 @@ def _numbers_for_dots(builder: Any, halves: bool, looked_up: bool, table: Any, f
     flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
 
     def numbers_of(words: Any) -> list[Any]:
-        found = [words if looked_up else builder.xor(words, flipped)]
+        found = [words, builder.lshr(words, _same(_WORDS, 4))] if halves else [words]
+        if not looked_up:
+            found = [builder.xor(part, flipped) for part in found]  # and the next step: one instruction
         if halves:
-            upper = builder.lshr(found[0], _same(_WORDS, 4))
-            found = [builder.and_(found[0], low), builder.and_(upper, low)]
+            found = [builder.and_(part, low) for part in found]
         if looked_up:
             places = [builder.bitcast(c, _BYTES) for c in found]
             found = [builder.bitcast(builder.call(look_up, [numbers, p]), _WORDS) for p in places]
@@ -816,6 +826,8 @@ class _OfGroups(NamedTuple):
     """Of the bits of scales, 16 a group."""
     leading: Any
     """Of those of the exponents that they are relative to."""
+    near: Any
+    """Whether no scale, times a power of a row, is so far below them that it counts as 0."""
     zero: Any
     """Of zero points, 16 a group, ``z_step`` bytes from one to the next."""
     z_step: Any
@@ -841,21 +853,43 @@ class _OfGroups(NamedTuple):
         )
 
 
-def _relative_scales(builder: Any, scale: Any, leading: Any, g: Any) -> Any:
-    """Scales of a group of 16 columns, divided by the powers of two of the columns' largest; 0 far below."""
-    bits, largest = _load(builder, _at(builder, scale, g, 4 * COLUMNS), _INTS), _load(builder, leading, _INTS)
+def _factors(builder: Any, of_groups: _OfGroups, g: Any, of_rows: list[Any]) -> list[Any]:
+    """What rounded sums of a group are multiplied with: scales of 16 columns, times the powers of two of rows.
+
+    Scales are divided by the powers of two of their columns' largest. What is far below counts as 0, of which nothing
+    is where ``near``.
+    """
+    bits = _load(builder, _at(builder, of_groups.scale, g, 4 * COLUMNS), _INTS)
+    largest = _load(builder, of_groups.leading, _INTS)
+    powers = [_in_all_lanes(builder, of_row, _FLOATS) for of_row in of_rows]
+    relative = builder.sub(bits, builder.sub(largest, _same(_INTS, 0x3F800000)))
+    far, near, after = (builder.append_basic_block() for _ in range(3))
+    builder.cbranch(builder.icmp_signed("!=", of_groups.near, _ADDRESS(0)), near, far)
+
+    builder.position_at_end(near)
+    scales = builder.bitcast(relative, _FLOATS)
+    all_near = [builder.fmul(scales, power) for power in powers]
+    builder.branch(after)
+
+    builder.position_at_end(far)
     below = builder.sub(largest, builder.and_(bits, _same(_INTS, 0x7F800000)))
-    near = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
-    relative = builder.add(builder.sub(bits, largest), _same(_INTS, 0x3F800000))
-    return builder.bitcast(builder.select(near, relative, _same(_INTS, 0)), _FLOATS)
+    seen = builder.icmp_signed("<=", below, _same(_INTS, 100 << 23))
+    scales = builder.bitcast(builder.select(seen, relative, _same(_INTS, 0)), _FLOATS)
+    some_near = []
+    for power in powers:
+        factor = builder.fmul(scales, power)
+        magnitude = builder.and_(builder.bitcast(factor, _INTS), _same(_INTS, 0x7FFFFFFF))
+        seen = builder.icmp_signed(">=", magnitude, _same(_INTS, LEAST_FACTOR))
+        some_near.append(builder.select(seen, factor, _same(_FLOATS, 0)))
+    builder.branch(after)
 
-
-def _with_group(builder: Any, run: Any, t: Any, of_columns: Any, of_row: Any) -> Any:
-    """The sum of groups and one more group's rounded sums, times its scales and its power of two of a row."""
-    factor = builder.fmul(of_columns, _in_all_lanes(builder, of_row, _FLOATS))
-    magnitude = builder.and_(builder.bitcast(factor, _INTS), _same(_INTS, 0x7FFFFFFF))
-    seen = builder.icmp_signed(">=", magnitude, _same(_INTS, LEAST_FACTOR))
-    return builder.fadd(run, builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0))))
+    builder.position_at_end(after)
+    found = []
+    for one, other in zip(all_near, some_near, strict=True):
+        found.append(builder.phi(_FLOATS))
+        found[-1].add_incoming(one, near)
+        found[-1].add_incoming(other, far)
+    return found
 
 
 def _add_groups(
@@ -866,7 +900,7 @@ def _add_groups(
     A sum of integers may pass the ends of int32 on its way, and is right where it ends within. So zero points times
     entries are what it begins with.
     """
-    x, finer, x_stride, scale, leading, zero, z_step, lowest, of_x, of_finer, row_power, groups, run = of_groups
+    x, finer, x_stride, _, _, _, zero, z_step, lowest, of_x, of_finer, row_power, groups, run = of_groups
     of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
     in_sums = [_at(builder, of_x, builder.mul(groups, _ADDRESS(m)), 8) for m in range(rows)]
     powers = [_at(builder, row_power, builder.mul(groups, _ADDRESS(m)), 4) for m in range(rows)]
@@ -875,8 +909,9 @@ def _add_groups(
         in_sums.append(of_finer)
     lowest = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
     nothing = _same(_INTS, 0)
+    runs = [builder.add(run, _ADDRESS(4 * COLUMNS * m)) for m in range(rows)]
 
-    def group(g: Any, none: list[Any]) -> list[Any]:
+    def group(g: Any, added: list[Any]) -> list[Any]:
         before = builder.mul(g, steps)
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
@@ -906,21 +941,23 @@ def _add_groups(
                 starts += _in_parts(builder, start if short and first == 0 else nothing)
         sums = _loop(builder, steps, starts, step)
         found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
-        of_columns = _relative_scales(builder, scale, leading, g)
+        factors = _factors(builder, of_groups, g, [_load(builder, _at(builder, at, g, 4), _FLOAT) for at in powers])
 
         def rounded(m: int) -> Any:
             return _rounded(builder, found[m * DIGITS : m * DIGITS + DIGITS], short, less, entries[m])
 
+        new = []
         for m in range(rows):
             t = rounded(m)
             if twice:
                 t = builder.fadd(t, builder.fmul(rounded(rows), _same(_FLOATS, 1 / FINER)))
-            of_row = _load(builder, _at(builder, powers[m], g, 4), _FLOAT)
-            place = builder.add(run, _ADDRESS(4 * COLUMNS * m))
-            _store(builder, _with_group(builder, _load(builder, place, _FLOATS), t, of_columns, of_row), place)
-        return none
+            new.append(builder.fadd(added[m], builder.fmul(t, factors[m])))
+        return new
 
-    _loop(builder, count, [], group)
+    for place, vector in zip(
+        runs, _loop(builder, count, [_load(builder, place, _FLOATS) for place in runs], group), strict=True
+    ):
+        _store(builder, vector, place)
 
 
 def _groups_of(rows: int, short: bool, twice: bool = False) -> Any:
@@ -929,14 +966,14 @@ def _groups_of(rows: int, short: bool, twice: bool = False) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def groups_of(
         _: Any, numbers: Any, steps: Any, count: Any, x: Any, finer: Any, x_stride: Any, scale: Any, leading: Any,
-        zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, groups: Any, run: Any,
+        near: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, groups: Any, run: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             numbers, steps, count, *others = arguments
             _add_groups(builder, rows, short, twice, numbers, steps, count, _OfGroups(*others))
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 16), generate
+        return types.void(*[types.intp] * 17), generate
 
     return groups_of
 
@@ -951,8 +988,8 @@ def _spans_of(halves: bool, looked_up: bool = False) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def spans_of(
         _: Any, w: Any, stride: Any, table: Any, flip: Any, ahead: Any, spans: Any, pieces: Any, numbers: Any,
-        steps: Any, count: Any, x: Any, scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any,
-        row_power: Any, run: Any,
+        steps: Any, count: Any, x: Any, scale: Any, leading: Any, near: Any, zero: Any, z_step: Any, lowest: Any,
+        of_x: Any, row_power: Any, run: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, table, flip, ahead, spans, pieces, numbers, steps, count, x, *others = arguments
@@ -980,7 +1017,7 @@ def _spans_of(halves: bool, looked_up: bool = False) -> Any:
             _loop(builder, spans, [], span)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 19), generate
+        return types.void(*[types.intp] * 20), generate
 
     return spans_of
 
@@ -1007,7 +1044,7 @@ def _fours_transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return found
 
 
-def _in_order(halves: bool, groups: int) -> Any:
+def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
     """Add groups of one row of x and 16 rows of the weight to their run, codes met in the order in which they lie.
 
     ``units`` of ``vectors`` vectors of a row's codes, which are one group; or of one vector, which is 2 or 4
@@ -1018,13 +1055,15 @@ def _in_order(halves: bool, groups: int) -> Any:
     @intrinsic  # type: ignore[untyped-decorator]
     def in_order(
         _: Any, w: Any, stride: Any, table: Any, flip: Any, ahead: Any, units: Any, vectors: Any, sums: Any,
-        ordered: Any, scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any,
-        run: Any,
+        ordered: Any, scale: Any, leading: Any, near: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any,
+        row_power: Any, run: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, table, flip, ahead, units, vectors, sums, ordered, *others = arguments
-            scale, leading, zero, z_step, lowest, of_x, row_power, run = others
-            numbers_of = _numbers_for_dots(builder, halves, halves, table, flip)
+            scale, leading, near, zero, z_step, lowest, of_x, row_power, run = others
+            no = _ADDRESS(0)
+            of_groups = _OfGroups(no, no, no, scale, leading, near, zero, z_step, lowest, of_x, no, row_power, no, run)
+            numbers_of = _numbers_for_dots(builder, halves, looked_up, table, flip)
             lowest, nothing = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS), _same(_INTS, 0)
             parts = 2 if halves else 1
 
@@ -1050,8 +1089,8 @@ def _in_order(halves: bool, groups: int) -> Any:
                     found = []
                     for d in (0, 2):
                         for row in numbers:
-                            upper = dots(nothing, row, digits[d + 1 :: 4])
-                            found.append(dots(builder.shl(upper, _same(_INTS, 8)), row, digits[d::4]))
+                            upper, lower = (dots(nothing, row, digits[d + i :: 4]) for i in (1, 0))
+                            found.append(builder.add(builder.shl(upper, _same(_INTS, 8)), lower))
                     return found
 
                 def vector(v: Any, totals: list[Any]) -> list[Any]:
@@ -1097,13 +1136,14 @@ def _in_order(halves: bool, groups: int) -> Any:
                         digits.append(digit)
                     t = _rounded(builder, digits, True, less, entries)
                     of_row = _load(builder, _at(builder, row_power, g, 4), _FLOAT)
-                    total = _with_group(builder, total, t, _relative_scales(builder, scale, leading, g), of_row)
+                    [factor] = _factors(builder, of_groups, g, [of_row])
+                    total = builder.fadd(total, builder.fmul(t, factor))
                 return [total]
 
             _store(builder, _loop(builder, units, [_load(builder, run, _FLOATS)], unit)[0], run)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 17), generate
+        return types.void(*[types.intp] * 18), generate
 
     return in_order
 
@@ -1112,12 +1152,14 @@ def _in_order(halves: bool, groups: int) -> Any:
 def _columns_of(
     _: Any, of_rows: Any, stride: Any, there: Any, blocks: Any, mask: Any, out: Any, most: Any, least: Any
 ) -> Any:
-    """Words of up to 16 rows as (words, 16), ``blocks`` of 16 of them, and each column's largest and least ``mask``."""
+    """Words of up to 16 rows as (words, 16), ``blocks`` of 16 of them; ``most`` and ``least`` rise and fall to those.
+
+    That is: to each column's largest and least of ``mask``.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         of_rows, stride, there, blocks, mask, out, most, least = arguments
         starts = _rows_of_tile(builder, of_rows, stride, there)
-        ahead = builder.mul(stride, _ADDRESS(COLUMNS))
         masks = _in_all_lanes(builder, builder.trunc(mask, _INT), _INTS)
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
@@ -1125,8 +1167,6 @@ def _columns_of(
             at = builder.mul(i, _ADDRESS(4 * COLUMNS))
             place = builder.add(out, builder.mul(i, _ADDRESS(4 * COLUMNS * COLUMNS)))
             here = [builder.add(start, at) for start in starts]
-            for address in here:
-                _read_ahead(builder, builder.add(address, ahead))
             for words in _transposed(builder, [_load(builder, address, _INTS) for address in here]):
                 _store(builder, words, place)
                 place = builder.add(place, _ADDRESS(4 * COLUMNS))
@@ -1135,7 +1175,7 @@ def _columns_of(
                 low = builder.select(builder.icmp_signed("<", part, low), part, low)
             return [high, low]
 
-        firsts = [_same(_INTS, -(1 << 31)), _same(_INTS, (1 << 31) - 1)]
+        firsts = [_load(builder, place, _INTS) for place in (most, least)]
         for place, total in zip((most, least), _loop(builder, blocks, firsts, block), strict=True):
             _store(builder, total, place)
         return context.get_dummy_value()
@@ -1143,13 +1183,27 @@ def _columns_of(
     return types.void(*[types.intp] * 8), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _read_rows_ahead(_: Any, start: Any, stride: Any) -> Any:
+    """What ``_columns_of`` is to read of 16 rows, a block."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, stride = arguments
+        for i in range(COLUMNS):
+            _read_ahead(builder, builder.add(start, builder.mul(stride, _ADDRESS(i))))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
 _unsigned_of_bytes, _unsigned_of_halves = _unsigned_of(False), _unsigned_of(True)
 _unsigned_by_table = _unsigned_of(True, True)
 _long_of_one, _long_of_two, _long_of_four = (_groups_of(rows, short=False) for rows in (1, 2, 4))
 _short_of_one, _short_of_two, _short_of_four = (_groups_of(rows, short=True) for rows in (1, 2, 4))
 _spans_of_bytes, _spans_of_halves, _spans_by_table = _spans_of(False), _spans_of(True), _spans_of(True, True)
-_bytes_of_one_group, _bytes_of_two, _bytes_of_four = (_in_order(False, groups) for groups in (1, 2, 4))
-_halves_of_one_group, _halves_of_two, _halves_of_four = (_in_order(True, groups) for groups in (1, 2, 4))
+_bytes_of_one_group, _bytes_of_two, _bytes_of_four = (_in_order(groups, False) for groups in (1, 2, 4))
+_halves_of_one_group, _halves_of_two, _halves_of_four = (_in_order(groups, True) for groups in (1, 2, 4))
+_one_group_by_table, _two_by_table, _four_by_table = (_in_order(groups, True, True) for groups in (1, 2, 4))
 _long_twice, _short_twice = _groups_of(1, short=False, twice=True), _groups_of(1, short=True, twice=True)
 
 
@@ -1292,52 +1346,153 @@ def _put_in_order(words: Any, halves: Any) -> None:  # pragma: no cover - compil
 
 
 @njit(nogil=True, cache=True)
-def _in_columns(of_rows: Any, first: Any, here: Any, mask: Any, padded: Any, out: Any, most: Any, least: Any) -> None:
-    """``_columns_of`` of rows from ``first`` on, or of the only one there is, of any length."""
-    groups = of_rows.shape[1]  # pragma: no cover - compiled
-    one = of_rows.shape[0] == 1
-    start, by = of_rows.ctypes.data + (0 if one else first * of_rows.strides[0]), 0 if one else of_rows.strides[0]
-    if groups % COLUMNS != 0:
-        for n in range(here):
-            row = of_rows[0 if one else first + n]
-            for g in range(padded.shape[1]):
-                padded[n, g] = row[min(g, groups - 1)]
-        start, by = padded.ctypes.data, padded.strides[0]
-    blocks = (groups + COLUMNS - 1) // COLUMNS
-    _columns_of(start, by, here, blocks, mask, out.ctypes.data, most.ctypes.data, least.ctypes.data)
+def _in_columns(
+    of_rows: Any, by: Any, here: Any, groups: Any, last: Any, mask: Any, out: Any, most: Any, least: Any
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``_columns_of`` of rows of any length, all by addresses; ``last`` is of what ``_put_last`` makes of them."""
+    whole = groups // COLUMNS
+    if whole > 0:
+        _columns_of(of_rows, by, here, whole, mask, out, most, least)
+    if groups % COLUMNS > 0:
+        _columns_of(last, 4 * COLUMNS, here, 1, mask, out + whole * 4 * COLUMNS * COLUMNS, most, least)
+
+
+@njit(nogil=True, cache=True)
+def _put_last(of_rows: Any, first: Any, here: Any, last: Any) -> None:  # pragma: no cover - compiled
+    """What no block of 16 words holds of 16 rows, or of the only one there is; then the last word again."""
+    groups = of_rows.shape[1]
+    for n in range(here):
+        for i in range(COLUMNS):
+            last[n, i] = of_rows[min(first + n, of_rows.shape[0] - 1), min(groups // COLUMNS * COLUMNS + i, groups - 1)]
 
 
 @njit(nogil=True, cache=True)
 def _add_to_rows(
-    codes: Any, steps: Any, count: Any, short: Any, x: Any, by: Any, scale: Any, leading: Any, zero: Any, z_step: Any,
-    lowest: Any, of_x: Any, row_power: Any, groups: Any, run: Any, rows: Any,
+    codes: Any, steps: Any, count: Any, short: Any, x: Any, by: Any, scale: Any, leading: Any, near: Any, zero: Any,
+    z_step: Any, lowest: Any, of_x: Any, row_power: Any, groups: Any, run: Any, rows: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """``count`` groups of ``rows`` rows of x, of which none wants a second pass; operands are ``_groups_of``'s."""
     while rows > 0:
         several = 4 if rows >= 4 and MOST_IN_DOTS == 4 else 2 if rows >= 2 else 1
         if short and several == 4:
             _short_of_four(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         elif short and several == 2:
             _short_of_two(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         elif short:
             _short_of_one(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         elif several == 4:
             _long_of_four(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         elif several == 2:
             _long_of_two(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         else:
             _long_of_one(
-                codes, steps, count, x, 0, by, scale, leading, zero, z_step, lowest, of_x, 0, row_power, groups, run
+                codes,
+                steps,
+                count,
+                x,
+                0,
+                by,
+                scale,
+                leading,
+                near,
+                zero,
+                z_step,
+                lowest,
+                of_x,
+                0,
+                row_power,
+                groups,
+                run,
             )
         x, of_x, row_power = x + several * by, of_x + several * groups * 8, row_power + several * groups * 4
         run, rows = run + several * 4 * COLUMNS, rows - several
@@ -1345,8 +1500,8 @@ def _add_to_rows(
 
 @njit(nogil=True, cache=True)
 def _add_to_rows_twice(
-    codes: Any, steps: Any, count: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
-    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, run: Any, many: Any, first: Any,
+    codes: Any, steps: Any, count: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, near: Any,
+    zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, run: Any, many: Any, first: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """The same where groups, from ``first`` on, may want a second pass: one row and one group at a time."""
     rows, groups = many.shape
@@ -1362,49 +1517,65 @@ def _add_to_rows_twice(
             o, p = of_x + at * 8, row_power + at * 4
             f, second = finer + m * by + i * steps * 16, of_finer + at * 8
             if many[m, first + i] == 0:
-                _add_to_rows(c, steps, 1, short, e, by, s, leading, z, z_step, lowest, o, p, groups, r, 1)
+                _add_to_rows(c, steps, 1, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, r, 1)
             elif short:
-                _short_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
+                _short_twice(c, steps, 1, e, f, by, s, leading, near, z, z_step, lowest, o, second, p, groups, r)
             else:
-                _long_twice(c, steps, 1, e, f, by, s, leading, z, z_step, lowest, o, second, p, groups, r)
+                _long_twice(c, steps, 1, e, f, by, s, leading, near, z, z_step, lowest, o, second, p, groups, r)
 
 
 @njit(nogil=True, cache=True)
 def _add_in_order(
-    w: Any, stride: Any, table: Any, flip: Any, ahead: Any, halves: Any, size: Any, count: Any, sums: Any, ordered: Any,
-    scale: Any, leading: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any, run: Any,
+    w: Any, stride: Any, table: Any, flip: Any, ahead: Any, halves: Any, tabled: Any, size: Any, count: Any, sums: Any,
+    ordered: Any, scale: Any, leading: Any, near: Any, zero: Any, z_step: Any, lowest: Any, of_x: Any, row_power: Any,
+    run: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """``count`` groups of one row, whole vectors of codes; operands are ``_in_order``'s."""
     length = size // 2 if halves else size
-    if halves and length >= CHUNK:
+    if tabled and length >= CHUNK:
+        _one_group_by_table(
+            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
+        )  # fmt: skip
+    elif tabled and length == CHUNK // 2:
+        _two_by_table(
+            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
+        )  # fmt: skip
+    elif tabled:
+        _four_by_table(
+            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
+        )  # fmt: skip
+    elif halves and length >= CHUNK:
         _halves_of_one_group(
-            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
-            of_x, row_power, run,
+            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
     elif halves and length == CHUNK // 2:
         _halves_of_two(
-            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
-            row_power, run,
+            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
     elif halves:
         _halves_of_four(
-            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
-            row_power, run,
+            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
     elif length >= CHUNK:
         _bytes_of_one_group(
-            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, zero, z_step, lowest,
-            of_x, row_power, run,
+            w, stride, table, flip, ahead, count, length // CHUNK, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
     elif length == CHUNK // 2:
         _bytes_of_two(
-            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
-            row_power, run,
+            w, stride, table, flip, ahead, count // 2, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
     else:
         _bytes_of_four(
-            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, zero, z_step, lowest, of_x,
-            row_power, run,
+            w, stride, table, flip, ahead, count // 4, 1, sums, ordered, scale, leading, near, zero, z_step,
+            lowest, of_x, row_power, run,
         )  # fmt: skip
 
 
@@ -1418,24 +1589,26 @@ _by_order = _add_in_order if ORDERED else _by_nothing
 
 
 @njit(nogil=True, cache=True)
-def _next_wanted(many: Any, first: Any, stop: Any) -> Any:  # pragma: no cover - compiled
-    """The first of some groups that wants a second pass of any row; ``stop`` where none does."""
+def _put_next_wanted(many: Any, following: Any) -> None:  # pragma: no cover - compiled
+    """For each group, and after the last: which one, from it on, wants a second pass of any row; how many there are."""
+    groups = many.shape[1]
+    following[:] = groups
     for m in range(many.shape[0]):
-        for g in range(first, stop):
+        for g in range(groups):
             if many[m, g] != 0:
-                stop = g
-                break
-    return stop
+                following[g] = g
+    for g in range(groups - 1, -1, -1):
+        following[g] = min(following[g], following[g + 1])
 
 
 @njit(nogil=True, cache=True)
 def _add_span(
     w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
-    size: Any, part: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
-    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, first: Any, run: Any,
-    total: Any,
+    size: Any, part: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, near: Any,
+    zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, twice: Any, first: Any,
+    run: Any, total: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Groups from ``first`` on, of ``part`` codes at most a span: decoded, then all rows of x.
+    """Groups from ``first`` on, of ``part`` codes: decoded, then all rows of x; ``twice`` if any wants a second pass.
 
     ``w`` and the other addresses are of that group; ``length`` are the bytes from there to the end of a row.
     """
@@ -1466,12 +1639,32 @@ def _add_span(
             of_finer + i * 8,
             row_power + i * 4,
         )
-        if again and _next_wanted(many, first + i, first + i + count) < first + i + count:
+        if twice:
             _add_to_rows_twice(
-                codes, steps, count, short, e, f, by, s, leading, z, z_step, lowest, o, second, p, run, many, first + i
+                codes,
+                steps,
+                count,
+                short,
+                e,
+                f,
+                by,
+                s,
+                leading,
+                near,
+                z,
+                z_step,
+                lowest,
+                o,
+                second,
+                p,
+                run,
+                many,
+                first + i,
             )
         else:
-            _add_to_rows(codes, steps, count, short, e, by, s, leading, z, z_step, lowest, o, p, groups, run, rows)
+            _add_to_rows(
+                codes, steps, count, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, run, rows
+            )
         done += count * size
         if (first + i + count) % RUN == 0 or first + i + count == groups:
             _end_run(run, total, rows)
@@ -1480,54 +1673,64 @@ def _add_span(
 @njit(nogil=True, cache=True)
 def _add_strip(
     w: Any, stride: Any, length: Any, here: Any, rest: Any, halves: Any, tabled: Any, unsigned: Any, word: Any,
-    size: Any, inner: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, zero: Any,
-    z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, again: Any, run: Any, total: Any,
+    size: Any, inner: Any, numbers: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, near: Any,
+    zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, many: Any, following: Any,
+    coming: Any, run: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing.
 
-    One row of x takes a run of groups in one call, or what is before and after a group that wants a second pass.
+    A call takes a run of groups, or what is before and after a group that wants a second pass; of several rows of x as
+    many as fit the first cache. ``following`` is what ``_put_next_wanted`` makes of ``many``; ``coming`` where scales
+    and zero points of the next 16 columns are, and how far apart those of a column are: read ahead a run at a time,
+    while there is much to do, they need not be waited for.
     """
     rows = many.shape[0]
+    total = run + rows * 4 * COLUMNS
     chunk, ahead = CHUNK * 2 if halves else CHUNK, COLUMNS * stride
     span, k = _span(size, chunk), 0
     several, pieces, steps = span // size, span // chunk, size // 4
     ordered, at_once = in_order(size, halves), rows == 1 and short and here == COLUMNS
+    most = RUN if at_once else max(LONGEST_OF_ROWS // size, 1)
     while k < inner:
         g, start = k // size, w + (k // 2 if halves else k)
-        stop = min(g // RUN * RUN + RUN, inner // size) if at_once else g
-        if again:
-            stop = _next_wanted(many, g, stop)
+        wanted = load64(following + 8 * g)
+        stop = min(g // RUN * RUN + RUN, inner // size, g + most, wanted)
         spans = (stop - g) // several
-        if spans <= 0:
+        if g % RUN == 0:
+            _read_rows_ahead(load64(coming) + 4 * g, load64(coming + 8))
+            if z_step != 0:
+                _read_rows_ahead(load64(coming + 16) + 4 * g, load64(coming + 24))
+        if spans <= 0 or not at_once:
+            part = min(max(spans, 1) * span, inner - k)
             _add_span(
-                start, stride, length - (start - w), here, rest, halves, tabled, unsigned, word, size,
-                min(span, inner - k), numbers, short, x + k * 4, finer + k * 4, by, scale + g * 4 * COLUMNS, leading,
-                zero + g * z_step, z_step, lowest, of_x + g * 8, of_finer + g * 8, row_power + g * 4, many, again, g,
+                start, stride, length - (start - w), here, rest, halves, tabled, unsigned, word, size, part, numbers,
+                short, x + k * 4, finer + k * 4, by, scale + g * 4 * COLUMNS, leading, near, zero + g * z_step, z_step,
+                lowest, of_x + g * 8, of_finer + g * 8, row_power + g * 4, many, spans <= 0 and wanted < g + several, g,
                 run, total,
             )  # fmt: skip
-            k += span
+            k += part
             continue
         count = spans * several
         e, s, z, o, p = x + k * 4, scale + g * 4 * COLUMNS, zero + g * z_step, of_x + g * 8, row_power + g * 4
         if ordered:
             _by_order(
-                start, stride, unsigned, word, ahead, halves, size, count, numbers, e + by // 2, s, leading, z, z_step,
-                lowest, o, p, run,
+                start, stride, unsigned, word, ahead, halves, tabled, size, count, numbers, e + by // 2, s, leading,
+                near, z, z_step, lowest, o, p, run,
             )  # fmt: skip
         elif tabled:
             _spans_by_table(
-                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
-                lowest, o, p, run,
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, near, z,
+                z_step, lowest, o, p, run,
             )  # fmt: skip
         elif halves:
             _spans_of_halves(
-                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
-                lowest, o, p, run,
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, near, z,
+                z_step, lowest, o, p, run,
             )  # fmt: skip
         else:
             _spans_of_bytes(
-                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, z, z_step,
-                lowest, o, p, run,
+                start, stride, unsigned, word, ahead, spans, pieces, numbers, steps, several, e, s, leading, near, z,
+                z_step, lowest, o, p, run,
             )  # fmt: skip
         k += count * size
         if (g + count) % RUN == 0 or g + count == many.shape[1]:
@@ -1536,8 +1739,7 @@ def _add_strip(
 
 _add_strip_apart = apart(
     _add_strip,
-    f"void({'int64, ' * 5}boolean, boolean, {'int64, ' * 5}boolean, {'int64, ' * 11}uint8[:,::1], boolean, "
-    "int64, int64)",
+    f"void({'int64, ' * 5}boolean, boolean, {'int64, ' * 5}boolean, {'int64, ' * 12}uint8[:,::1], int64, int64, int64)",
 )
 
 
@@ -1551,7 +1753,10 @@ def _multiply_by_dots(
     (rows, columns), groups = y.shape, of_x.shape[1]
     word = (flip ^ 128) * 0x01010101
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
-    numbers = np.empty(_span(size, CHUNK * 2 if halves else CHUNK) * COLUMNS + 64, dtype=np.uint8)
+    span = _span(size, CHUNK * 2 if halves else CHUNK)
+    numbers = np.empty(max(span, LONGEST_OF_ROWS) * COLUMNS + 64, dtype=np.uint8)
+    following = np.empty(groups + 1, dtype=np.int64)
+    _put_next_wanted(many, following)
     unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), np.bool_(False), 255
     lowest = -128
     if halves:
@@ -1567,46 +1772,70 @@ def _multiply_by_dots(
         word = np.int64(unsigned[0]) * 0x11111111
     shifted = zero.shape[0] > 0
     less = lowest + flip
-    run = np.zeros((rows, COLUMNS), dtype=np.float32)
-    total = np.empty((rows, COLUMNS), dtype=np.float32)
+    lowest_power = np.float32(1)
+    for m in range(rows):
+        for g in range(groups):
+            lowest_power = min(lowest_power, row_power[m, g])
+    sums = np.zeros((2, rows, COLUMNS), dtype=np.float32)  # of a run of groups, and of all
     bits = np.empty((wide, COLUMNS), dtype=np.int32)
     zeros = np.zeros((wide if shifted else 1, COLUMNS), dtype=np.int32)
-    padded = np.empty((COLUMNS, wide), dtype=np.int32)
+    last = np.empty((COLUMNS, COLUMNS), dtype=np.int32)
     most, least = np.empty(COLUMNS, dtype=np.int32), np.empty(COLUMNS, dtype=np.int32)
     highest, deepest = np.zeros(COLUMNS, dtype=np.int32), np.zeros(COLUMNS, dtype=np.int32)
     rest = np.zeros((COLUMNS, CHUNK), dtype=np.uint8)  # of the last chunk: no loop reads beyond the weight
     whole = w.shape[1] // CHUNK * CHUNK
     of_scale = scale.view(np.int32)
+    coming = np.zeros(4, dtype=np.int64)
     of_exponent, every_bit = np.int64(0x7F800000), np.int64(-1)  # no literals, for each of which numba compiles
     for first in range(0, columns, COLUMNS):
         here = min(COLUMNS, columns - first)
-        _in_columns(of_scale, first_row + first, here, of_exponent, padded, bits, most, least)
+        if groups % COLUMNS > 0:
+            _put_last(of_scale, first_row + first, here, last)
+        most[:], least[:] = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
+        _in_columns(
+            scale.ctypes.data + min(first_row + first, scale.shape[0] - 1) * scale.strides[0],
+            scale.strides[0] if scale.shape[0] > 1 else 0, here, groups, last.ctypes.data, of_exponent,
+            bits.ctypes.data, most.ctypes.data, least.ctypes.data,
+        )  # fmt: skip
         for lane in range(COLUMNS):
             if least[lane] == 0 or most[lane] == 0x7F800000:
                 return False
         if shifted:
-            _in_columns(zero, first_row + first, here, every_bit, padded, zeros, highest, deepest)
+            if groups % COLUMNS > 0:
+                _put_last(zero, first_row + first, here, last)
+            highest[:], deepest[:] = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
+            _in_columns(
+                zero.ctypes.data + min(first_row + first, zero.shape[0] - 1) * zero.strides[0],
+                zero.strides[0] if zero.shape[0] > 1 else 0, here, groups, last.ctypes.data, every_bit,
+                zeros.ctypes.data, highest.ctypes.data, deepest.ctypes.data,
+            )  # fmt: skip
+        near = np.int64(lowest_power >= LEAST_POWER)
         number = np.int64(0)  # the largest there can be, zero points taken off
         for lane in range(COLUMNS):
+            if most[lane] - least[lane] > LARGEST_FALL:
+                near = np.int64(0)
             if shifted and (highest[lane] - flip > LARGEST_ZERO or deepest[lane] - flip < -LARGEST_ZERO):
                 return False
             number = max(number, largest - (deepest[lane] - less), highest[lane] - less)
         for n in range(here if whole < w.shape[1] else 0):
             for i in range(whole, w.shape[1]):
                 rest[n, i - whole] = w[first + n, i]
-        total[:] = 0
+        sums[1] = 0
+        after = first_row + first + COLUMNS
+        coming[0], coming[1] = scale.ctypes.data + after * scale.strides[0], scale.strides[0]
+        coming[2], coming[3] = zero.ctypes.data + after * zero.strides[0], zero.strides[0]
         numbers_at = (numbers.ctypes.data + 63) & -64  # here, as numba frees an array after its last use
         _add_strip_apart((
             w.ctypes.data + first * w.strides[0], w.strides[0], w.shape[1], here, rest.ctypes.data, halves, tabled,
             unsigned.ctypes.data, word, size, inner, numbers_at, number * size <= LARGEST_SUM, x.ctypes.data,
-            finer.ctypes.data, x.strides[0], bits.ctypes.data, most.ctypes.data, zeros.ctypes.data,
-            4 * COLUMNS if shifted else 0, less, of_x.ctypes.data, of_finer.ctypes.data, row_power.ctypes.data, many,
-            again, run.ctypes.data, total.ctypes.data,
+            finer.ctypes.data, x.strides[0], bits.ctypes.data, most.ctypes.data, near,
+            zeros.ctypes.data, 4 * COLUMNS if shifted else 0, less, of_x.ctypes.data, of_finer.ctypes.data,
+            row_power.ctypes.data, many, following.ctypes.data, coming.ctypes.data, sums.ctypes.data,
         ))  # fmt: skip
         for lane in range(COLUMNS):
             most[lane] = (most[lane] >> 23) - 127
-        last = first + here
-        _finish(total, row_exponent, most, powers, bias[first_row + first : first_row + last], bad, y[:, first:last])
+        stop = first + here
+        _finish(sums[1], row_exponent, most, powers, bias[first_row + first : first_row + stop], bad, y[:, first:stop])
     return True
 
 

@@ -416,11 +416,24 @@ def address_of(function: Any, arity: int) -> Any:
     return address
 
 
+def _borrowed(context: Any, builder: Any, its_type: Any, values: Any) -> Any:
+    """A tuple whose arrays nobody owns."""
+    for i, part in enumerate(its_type.types):
+        if isinstance(part, types.Array):
+            array = context.make_array(part)(context, builder, builder.extract_value(values, i))
+            array.meminfo, array.parent = (cgutils.get_null_value(v.type) for v in (array.meminfo, array.parent))
+            values = builder.insert_value(values, array._getvalue(), i)
+    return values
+
+
 def task_of(function: Any) -> Any:
     """Make an intrinsic of a jitted ``function(given, start, stop)`` with a tuple ``given``: what C needs to call it.
 
     In a jitted function ``task_of(f)(given)`` is two integers, the address of a C function and of where ``given`` lies
     until the caller returns. The C function takes the latter, start and stop, and returns whether ``f`` raised.
+
+    Its arrays are borrowed: numba counts nothing of them, as every function that they are passed to would. Counts that
+    threads share travel from core to core. The caller keeps the arrays.
     """
 
     @intrinsic
@@ -435,7 +448,7 @@ def task_of(function: Any) -> Any:
             wrapper.linkage = "internal"
             body = ir.IRBuilder(wrapper.append_basic_block())
             context.add_linking_libs([compiled.library])
-            place = cgutils.alloca_once_value(builder, args[0])
+            place = cgutils.alloca_once_value(builder, _borrowed(context, builder, given, args[0]))
             at, start, stop = wrapper.args
             values = [body.load(body.inttoptr(at, place.type)), start, stop]
             status, _ = context.call_internal_no_propagate(body, compiled.fndesc, signature, values)
