@@ -205,6 +205,10 @@ class Backend(ExactArithmetic, ABC):
         """Whether values of ``x`` may be looked at without more ado."""
         return not (self.is_traced(x) or self.is_deferred(x))
 
+    def decodes(self, storage: Array) -> bool:
+        """Whether values of codes may be asked for as they are stored, packed: ``_into.dequantize_stored``."""
+        return self.has_values(storage)
+
     def why_unusable(self, x: Array) -> str | None:
         """Why an array of this library cannot be quantized or multiplied (sparse, masked), or None."""
         return None

@@ -423,7 +423,7 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         else:
             values, qparams = NotImplemented, q._qparams()
             length = q.packed_length
-            if length is not None and not q.transposed and b.has_values(q.storage) and q.size >= _WORTH_LOOPS:
+            if length is not None and not q.transposed and b.decodes(q.storage) and q.size >= _WORTH_LOOPS:
                 q._check_usable("storage", q.storage)
                 stored = qparams.beside(q.storage)
                 values = offered(b, dequantize_stored, stored, spec=q._spec, length=length, out=wanted.name)

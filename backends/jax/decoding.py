@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numba import njit
 
+from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, native, pool, stored, turning
+from aqt_lite.backends.cpu import decoding, native, pool, serve, stored, turning
+from aqt_lite.backends.cpu.decoders import SHORTEST_GROUP, SHORTEST_ROW
 from aqt_lite.backends.cpu.decoding import (
     HALVES,
     STRIP,
@@ -28,14 +32,15 @@ from aqt_lite.backends.cpu.decoding import (
     multiply_apart,
     shape_of_arranged,
 )
-from aqt_lite.backends.cpu.native import address_of
+from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.native import address_of, in_huge_pages
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
-from aqt_lite.backends.jax.ffi import OK, array, attribute, describe, dim, operand, parallel_for, result
-from aqt_lite.backends.jax.primitives import primitive, version_of
+from aqt_lite.backends.jax.ffi import OK, array, attribute, data, describe, dim, operand, parallel_for, result
+from aqt_lite.backends.jax.primitives import instead_on_cpu, primitive, version_of
 from aqt_lite.packing import unpack
 
-__all__ = ["product", "values"]
+__all__ = ["dequantize", "dequantized", "product", "serves_values", "values"]
 
 TARGETS = "aqt_lite_decoding_product", "aqt_lite_decoding_product_in_order"
 TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order"
@@ -43,6 +48,10 @@ TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order
 
 AT_ONCE = 2 * STRIP
 """Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
+
+FEWEST_BYTES = 1 << 23
+"""Codes of a byte whose values loops make: XLA turns fewer to floats on the way to what is done with them, and for
+these, too, most of the time goes into memory that nobody has touched."""
 
 CODES_AT_ONCE = 1 << 16
 """Codes that a thread turns to floats at a time: some microseconds of work, as threads may begin late."""
@@ -191,10 +200,12 @@ def _handler_of_values(version: int, in_order: bool) -> Any:
     def handler(frame: Any) -> Any:  # pragma: no cover - compiled
         if describe(frame) or version < 0:
             return OK
-        height = max(CODES_AT_ONCE // attribute(frame, 1), 1)
+        rows, inner, made = dim(operand(frame, 0), 0), attribute(frame, 1), result(frame, 0)
+        in_huge_pages(data(made), 4 * rows * inner)
+        height = max(CODES_AT_ONCE // inner, 1)
         if in_order:
-            return parallel_for(frame, _decode_in_order_address(), dim(operand(frame, 0), 0), height)
-        return parallel_for(frame, _decode_address(), dim(operand(frame, 0), 0), height)
+            return parallel_for(frame, _decode_in_order_address(), rows, height)
+        return parallel_for(frame, _decode_address(), rows, height)
 
     return handler
 
@@ -284,7 +295,75 @@ def product(
 
 def values(w: Coded, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
     """The values (N, ``inner``) of such a weight, groups of any length, and whether they have to be made otherwise."""
-    kind, flip, table, *others, size = stored.operands_of(w, spec, inner, packed, get_backend("jax"))
+    return _values(w.codes, stored.operands_of(w, spec, inner, packed, get_backend("jax")), spec, inner, packed)
+
+
+def _values(codes: Array, of_weight: stored.Operands, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
+    kind, flip, table, *others, size = of_weight
     static = {"flip": flip, "inner": inner, "kind": kind, "size": size, "width": spec.element.bits if packed else 8}
-    made, flags = _bind_values[kind > HALVES](w.codes, table, *others, **static)
+    made, flags = _bind_values[kind > HALVES](codes, table, *others, **static)
     return made, jnp.any(flags != 0)
+
+
+# ---- all values of an array of any number of axes
+
+
+def _dequantized(*leaves: Array, spec: Spec, length: int | None, tree: Any) -> Array:
+    """``affine.dequantize`` in XLA's own operations, of codes that are packed where there is a ``length``."""
+    b, w, element = get_backend("jax"), jax.tree.unflatten(tree, leaves), spec.element
+    if length is not None:
+        signed = not element.storage.startswith("u")
+        w = w._replace(codes=unpack(w.codes, bits=element.bits, length=length, signed=signed, b=b))
+    return affine.dequantize(w, spec=spec, out="float32", b=b)
+
+
+def _dequantized_by_loops(*leaves: Array, spec: Spec, length: int | None, tree: Any) -> Array:
+    made, unserved = dequantized(jax.tree.unflatten(tree, leaves), spec=spec, length=length)
+    return lax.cond(unserved, lambda: _dequantized(*leaves, spec=spec, length=length, tree=tree), lambda: made)
+
+
+_bind_dequantized = instead_on_cpu("aqt_lite_dequantized", _dequantized, _dequantized_by_loops)
+
+
+def serves_values(w: Coded, spec: Spec, length: int | None, out: str) -> bool:
+    """Whether the loops serve: rows of codes along the last axis, whose scales are of each row, or of all."""
+    if not (spec.source.name == out == "float32" and w.codes.ndim > 1):
+        return False
+    size = spec.block[-1]
+    if (size or SHORTEST_GROUP) < SHORTEST_GROUP or (length or w.codes.shape[-1]) < SHORTEST_ROW:
+        return False
+    packed = length is not None
+    if not serve.decodes("float32", w, spec, 1, packed):
+        return False
+    if kind_of(spec.element, packed, size).kind == decoding.BYTES and w.codes.size < FEWEST_BYTES:
+        return False
+    blocks = jax.tree.leaves((w.scale, w.zero_point))
+    if w.codes.ndim == 2:
+        return all(a.ndim in (0, 2) for a in blocks)
+    leading = w.codes.shape[:-1]
+    return all(a.ndim == w.codes.ndim for a in blocks) and (
+        all(a.shape[:-1] == leading for a in blocks) or all(set(a.shape[:-1]) == {1} for a in blocks)
+    )
+
+
+def dequantize(w: Coded, spec: Spec, length: int | None) -> Array:
+    """``affine.dequantize``, in programs; of codes that are packed, ``length`` along the last axis, or one an item."""
+    leaves, tree = jax.tree.flatten(w)
+    return _bind_dequantized(*leaves, spec=spec, length=length, tree=tree)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "length"))
+def dequantized(w: Coded, *, spec: Spec, length: int | None) -> tuple[Array, Array]:
+    """The same by loops, and whether it has to be done otherwise."""
+    shape, b = w.codes.shape, get_backend("jax")
+    inner = shape[-1] if length is None else length
+    if len(shape) > 2:
+        w = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w)
+        each = len(jax.tree.leaves(w.scale)[0]) > 1
+        spec = replace(spec, block=(1 if each else None, spec.block[-1]))
+    of_weight = stored.operands_of(w, spec, inner, length is not None, b)
+    if isinstance(w.scale, tuple):
+        scale, of_scales = (affine.without_too_small(a, spec, b) for a in (of_weight.scale, of_weight.of_scales))
+        of_weight = of_weight._replace(scale=scale, of_scales=of_scales)
+    made, unserved = _values(w.codes, of_weight, spec, inner, length is not None)
+    return made.reshape(*shape[:-1], inner), unserved

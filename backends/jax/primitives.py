@@ -1,7 +1,7 @@
 """What primitives around compiled loops share: all but their operands, and what they become.
 
-Owns: how one is made, lowered and mapped over (vmap), and the version of what numba caches of it. Imports: nothing of
-this package.
+Owns: how one is made, lowered, mapped over (vmap) and, where another function stands in for it, differentiated; and the
+version of what numba caches of it. Imports: nothing of this package.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
-__all__ = ["primitive", "version_of"]
+__all__ = ["instead_on_cpu", "primitive", "version_of"]
 
 
 def primitive(
@@ -46,6 +46,41 @@ def primitive(
     made.def_abstract_eval(results)  # type: ignore[no-untyped-call]
     made.def_impl(plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
     batching.primitive_batchers[made] = batch
+    mlir.register_lowering(made, lower_plain)
+    mlir.register_lowering(made, on_cpu, platform="cpu")
+    bind: Callable[..., Any] = made.bind
+    return bind
+
+
+def instead_on_cpu(name: str, plain: Callable[..., Any], by_loops: Callable[..., Any]) -> Callable[..., Any]:
+    """``plain``, an array of arrays and of static keywords; in programs that run on this CPU, ``by_loops``.
+
+    Transformations and exports see ``plain`` alone.
+    """
+    made = core.Primitive(name)
+    lower_plain = mlir.lower_fun(plain, multiple_results=False)
+    lower_loops = mlir.lower_fun(by_loops, multiple_results=False)
+
+    def on_cpu(context: Any, *operands: Any, **static: Any) -> Any:
+        exporting = context.module_context.lowering_parameters.for_export
+        return (lower_plain if exporting else lower_loops)(context, *operands, **static)
+
+    def result(*operands: Any, **static: Any) -> Any:
+        found = jax.eval_shape(functools.partial(plain, **static), *operands)
+        return jax.core.ShapedArray(found.shape, found.dtype)
+
+    def batch(arrays: Any, axes: Any, **static: Any) -> Any:
+        return jax.vmap(functools.partial(plain, **static), in_axes=axes)(*arrays), 0
+
+    def jvp(primals: Any, tangents: Any, **static: Any) -> Any:
+        known = [ad.instantiate_zeros(t) for t in tangents]  # type: ignore[no-untyped-call]
+        slope = jax.jvp(functools.partial(plain, **static), primals, known)[1]
+        return made.bind(*primals, **static), slope  # type: ignore[no-untyped-call]
+
+    made.def_abstract_eval(result)  # type: ignore[no-untyped-call]
+    made.def_impl(plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
+    batching.primitive_batchers[made] = batch
+    ad.primitive_jvps[made] = jvp
     mlir.register_lowering(made, lower_plain)
     mlir.register_lowering(made, on_cpu, platform="cpu")
     bind: Callable[..., Any] = made.bind

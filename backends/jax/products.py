@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import _clipping, affine, packing, significant
 from aqt_lite._dispatch import offered
-from aqt_lite._into import quantize_stored
+from aqt_lite._into import dequantize_stored, quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
@@ -38,6 +38,9 @@ SMALLEST_FOR_LOOPS = 1 << 16
 
 SMALLEST_TO_UNPACK = 1 << 13
 """Packed codes below which XLA unpacks them in no longer than a call of a loop takes."""
+
+SMALLEST_FOR_XLA = 1 << 23
+"""Bytes of codes whose values XLA makes sooner, for all that it compiles a program, than it copies those of NumPy."""
 
 ROWS_TO_ONE_OF_NUMPY = 2
 """Rows of x for each that NumPy needs for floats to pay: threads share what other forms do, too."""
@@ -520,6 +523,31 @@ def _quantized(operation: Callable[..., Any], form: Callable[..., Any], packed: 
     return kernel
 
 
+def _dequantized(operation: Callable[..., Any], form: Callable[..., Any]) -> Callable[..., Any]:
+    """The values of large arrays by loops that XLA calls, which then copies nothing; of others in memory as NumPy's."""
+    eager = in_memory(operation, form)
+
+    def kernel(w: Coded, *, spec: Spec, length: int | None = None, out: str | None = None) -> Any:
+        static = {"spec": spec, "out": out} | ({} if length is None else {"length": length})
+        if not all(map(_is_known, w.codes.shape)) or w.codes.size < runtime.LARGE:
+            return eager(w, **static)
+        loops = decoding_loops()
+        if (
+            loops is None
+            or jax.sharding.get_abstract_mesh().manual_axes
+            or not loops.serves_values(w, spec, length, out or spec.source.name)
+        ):
+            return eager(w, **static)
+        if is_tracing() or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w)):
+            return loops.dequantize(w, spec, length)
+        if w.codes.size < SMALLEST_FOR_XLA:
+            return eager(w, **static)
+        values, unserved = loops.dequantized(w, spec=spec, length=length)
+        return eager(w, **static) if unserved else values
+
+    return kernel
+
+
 @functools.cache
 def encoding_loops() -> Any:
     """The primitives around the loops that make codes, or None without numba."""
@@ -547,6 +575,8 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
 KERNELS: Kernels = {
     **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     affine.quantize: Kernel(keeping_shardings(_quantized(affine.quantize, quantize.quantize, False)), anything),
+    affine.dequantize: Kernel(keeping_shardings(_dequantized(affine.dequantize, quantize.dequantize)), anything),
+    dequantize_stored: Kernel(keeping_shardings(_dequantized(dequantize_stored, quantize.dequantize_stored)), anything),
     quantize_stored: Kernel(keeping_shardings(_quantized(quantize_stored, quantize.quantize_stored, True)), anything),
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),
     reference.matmul_stored: Kernel(_stored(reproducible=False), anything),
