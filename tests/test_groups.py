@@ -337,6 +337,7 @@ EXACT = [
     test_every_size_of_groups_and_of_rows,
     test_one_row_and_runs_of_sixteen_groups,
     test_the_largest_sums_of_digits_are_exact,
+    test_groups_that_just_count_and_groups_that_do_not,
 ]
 
 
