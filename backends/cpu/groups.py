@@ -1376,124 +1376,34 @@ def _add_to_rows(
         several = 4 if rows >= 4 and MOST_IN_DOTS == 4 else 2 if rows >= 2 else 1
         if short and several == 4:
             _short_of_four(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         elif short and several == 2:
             _short_of_two(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         elif short:
             _short_of_one(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         elif several == 4:
             _long_of_four(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         elif several == 2:
             _long_of_two(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         else:
             _long_of_one(
-                codes,
-                steps,
-                count,
-                x,
-                0,
-                by,
-                scale,
-                leading,
-                near,
-                zero,
-                z_step,
-                lowest,
-                of_x,
-                0,
-                row_power,
-                groups,
+                codes, steps, count, x, 0, by, scale, leading, near, zero, z_step, lowest, of_x, 0, row_power, groups,
                 run,
-            )
+            )  # fmt: skip
         x, of_x, row_power = x + several * by, of_x + several * groups * 8, row_power + several * groups * 4
         run, rows = run + several * 4 * COLUMNS, rows - several
 
@@ -1641,26 +1551,9 @@ def _add_span(
         )
         if twice:
             _add_to_rows_twice(
-                codes,
-                steps,
-                count,
-                short,
-                e,
-                f,
-                by,
-                s,
-                leading,
-                near,
-                z,
-                z_step,
-                lowest,
-                o,
-                second,
-                p,
-                run,
-                many,
+                codes, steps, count, short, e, f, by, s, leading, near, z, z_step, lowest, o, second, p, run, many,
                 first + i,
-            )
+            )  # fmt: skip
         else:
             _add_to_rows(
                 codes, steps, count, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, run, rows
