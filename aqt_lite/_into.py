@@ -17,9 +17,9 @@ from aqt_lite._protocol import Backend
 from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.packing import bytes_of
 
-__all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "dequantize_stored", "encode_into", "extrema",
-           "extrema_are_of", "is_packed", "look_at_codes", "look_at_values", "quantize_stored",
-           "storage_of"]  # fmt: skip
+__all__ = ["can_write", "check_out", "choose_of_extrema", "decode_into", "dequantize_at_once", "dequantize_stored",
+           "encode_into", "extrema", "extrema_are_of", "is_packed", "look_at_codes", "look_at_values",
+           "quantize_stored", "storage_of"]  # fmt: skip
 
 
 def extrema(x: Array, *, spec: Spec, recipe: Recipe, b: Backend) -> Array | None:
@@ -72,6 +72,14 @@ def dequantize_stored(w: Coded, *, spec: Spec, length: int, out: str, b: Backend
     """``affine.dequantize`` of codes as they are kept, packed, ``length`` along the last axis.
 
     Where codes need not be unpacked before; others answer NotImplemented.
+    """
+    return NotImplemented
+
+
+def dequantize_at_once(w: Coded, *, spec: Spec, length: int | None, out: str, b: Backend) -> Any:
+    """The same of codes packed or, without a ``length``, one an item, where a program wants all of their values.
+
+    What makes them then need not fuse with what follows; others answer NotImplemented.
     """
     return NotImplemented
 

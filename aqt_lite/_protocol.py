@@ -90,6 +90,9 @@ class Backend(ExactArithmetic, ABC):
     weights_are: ClassVar[str | None] = None
     """"linear" where the library's weights are (out, in), "dense" where (in, out); None where it has no say."""
 
+    permutes_views: ClassVar[bool] = False
+    """Whether an array whose axes are permuted is a view of the same memory, which takes no time."""
+
     # ---- an adapter must define these
 
     @property
@@ -204,10 +207,6 @@ class Backend(ExactArithmetic, ABC):
     def has_values(self, x: Array) -> bool:
         """Whether values of ``x`` may be looked at without more ado."""
         return not (self.is_traced(x) or self.is_deferred(x))
-
-    def decodes(self, storage: Array) -> bool:
-        """Whether values of codes may be asked for as they are stored, packed: ``_into.dequantize_stored``."""
-        return self.has_values(storage)
 
     def why_unusable(self, x: Array) -> str | None:
         """Why an array of this library cannot be quantized or multiplied (sparse, masked), or None."""

@@ -13,6 +13,15 @@ from aqt_lite._extras import installed_by
 
 with installed_by("pip install 'aqt_lite[jax]'", __name__):
     from aqt_lite.backends.jax import combine, partition, register_loops
-    from aqt_lite.backends.jax.functions import conv_general_dilated, dot_general, einsum, take
+    from aqt_lite.backends.jax.functions import conv_general_dilated, dequantize, dot_general, einsum, take
 
-__all__ = ["combine", "conv_general_dilated", "dot_general", "einsum", "partition", "register_loops", "take"]
+__all__ = [
+    "combine",
+    "conv_general_dilated",
+    "dequantize",
+    "dot_general",
+    "einsum",
+    "partition",
+    "register_loops",
+    "take",
+]

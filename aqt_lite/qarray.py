@@ -401,6 +401,8 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
     def dequantize(self, dtype: Any = None, *, fill_value: float | None = None, out: AnyArray | None = None) -> Array:
         """The values, as :func:`aqt_lite.dequantize`: where a narrower type overflows, ``out`` has been written to.
 
+        Those of ``q.T`` and of ``for_dense()`` lie as the codes do: on NumPy and torch a view whose axes are permuted.
+
         Examples
         --------
         >>> import aqt_lite
@@ -413,6 +415,9 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         fill = None if fill_value is None else number_of_type("fill_value", fill_value, wanted.name)
         if out is not None:
             check_out(out, q.shape, wanted.name, "the values", b, *q._arrays())
+        elif q.transposed and b.permutes_views:  # codes read as they lie take a tenth of the time
+            values = q._as_stored().dequantize(dtype, fill_value=fill_value)
+            return b.xp.permute_dims(values, swapped_back(range(q.ndim), q.transposed))
         most_at_once = _TOGETHER if fill is None else _TOGETHER >> 7  # a mask and what is chosen by it are large
         large = (fill is not None or q.packed_length is not None) and b.has_values(q.storage) and q.size > most_at_once
         if out is not None or (large and can_write(b)):
@@ -423,7 +428,7 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         else:
             values, qparams = NotImplemented, q._qparams()
             length = q.packed_length
-            if length is not None and not q.transposed and b.decodes(q.storage) and q.size >= _WORTH_LOOPS:
+            if length is not None and not q.transposed and b.has_values(q.storage) and q.size >= _WORTH_LOOPS:
                 q._check_usable("storage", q.storage)
                 stored = qparams.beside(q.storage)
                 values = offered(b, dequantize_stored, stored, spec=q._spec, length=length, out=wanted.name)

@@ -46,6 +46,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     array_modules = ("numpy", "ml_dtypes")
+    permutes_views = True
     xp = wrapped_namespace("numpy", clip=np.clip)  # bounds are numbers of the array's type here: nothing is promoted
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import aqt_lite
+import aqt_lite.jax
 from aqt_lite import PerChannel, PerGroup, PerTensor
 from aqt_lite.backends.cpu import runtime
 from aqt_lite.backends.cpu.runtime import cores, map_ranges
@@ -266,7 +267,7 @@ def quantization(size: int) -> list[dict]:
     def back(dtype: str, granularity) -> dict[str, Candidate]:
         q = aqt_lite.quantize(x, dtype, granularity=granularity)
         qj, qt = q.to_backend("jax"), q.to_backend("torch")
-        jitted = jax.jit(lambda q: q.dequantize())
+        jitted = jax.jit(aqt_lite.jax.dequantize)
         return {
             "aqt_lite NumPy": lambda i: q.dequantize(),
             "aqt_lite NumPy, out=": lambda i: q.dequantize(out=values),

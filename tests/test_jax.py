@@ -640,21 +640,29 @@ def test_an_exported_format_that_is_unknown_elsewhere(tmp_path):
 def test_an_executable_of_another_process(tmp_path):
     common = """
         import pathlib, pickle, sys
-        import jax, jax.numpy as jnp, numpy as np, aqt_lite
+        import jax, jax.numpy as jnp, numpy as np, aqt_lite.jax
         from aqt_lite.backends.jax import register_loops
         from jax.experimental import serialize_executable
         file, x = pathlib.Path(sys.argv[1]), jnp.linspace(-1, 1, 2048).reshape(4, 512)
-        w = aqt_lite.quantize(jnp.linspace(-3, 2, 131072).reshape(256, 512), granularity=aqt_lite.PerChannel(0))
+        w = jnp.linspace(-3, 2, 262144).reshape(512, 512)
+        q = aqt_lite.quantize(w, granularity=aqt_lite.PerChannel(0))
+        grouped = aqt_lite.quantize(w, "int4", granularity=aqt_lite.PerGroup(32))
+        def all_kinds(x):
+            products = [aqt_lite.linear(x, q, mode="reproducible")]
+            products += [aqt_lite.linear(x, grouped, mode=mode) for mode in ("fast", "reproducible")]
+            return *products, aqt_lite.jax.dequantize(grouped)
     """
-    write = """
-        compiled = jax.jit(lambda x: aqt_lite.linear(x, w, mode="reproducible")).lower(x).compile()
+    targets = ["fixed_point_product", "decoding_product", "group_product", "decoded_values"]
+    write = f"""
+        compiled = jax.jit(all_kinds).lower(x).compile()
         file.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
-        print("aqt_lite_fixed_point_product" in compiled.as_text())
+        print(all("aqt_lite_" + target in compiled.as_text() for target in {targets}))
     """
     read = """
         has_loops = register_loops()
         compiled = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
-        assert np.array_equal(compiled(x), aqt_lite.linear(x, w, mode="reproducible"))
+        for made, expected in zip(compiled(x), jax.jit(all_kinds)(x)):
+            assert np.array_equal(made, expected)
         print(has_loops)
     """
     assert in_another_process(common + write, tmp_path / "f") == in_another_process(common + read, tmp_path / "f")

@@ -578,7 +578,7 @@ def prepare(
         row_exponent[m] = leading
         for g in range(groups):
             e = exponent[m, g]
-            row_power[m, g] = powers[e - leading + 256] if e > -127 else np.float32(1)  # of zeros, anything
+            row_power[m, g] = powers[e - leading + 256] if e > -127 else np.float32(1)  # zeros: none is small
         if dots:
             _split(words, inner, halves, size, sums[m].view(np.int32))
             if in_order(size, halves):
@@ -1152,9 +1152,9 @@ def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
 def _columns_of(
     _: Any, of_rows: Any, stride: Any, there: Any, blocks: Any, mask: Any, out: Any, most: Any, least: Any
 ) -> Any:
-    """Words of up to 16 rows as (words, 16), ``blocks`` of 16 of them; ``most`` and ``least`` rise and fall to those.
+    """Words of up to 16 rows as (words, 16), ``blocks`` of 16 of them.
 
-    That is: to each column's largest and least of ``mask``.
+    ``most`` and ``least`` become each column's largest and least of what ``mask`` leaves, and of what they are before.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -1185,7 +1185,7 @@ def _columns_of(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _read_rows_ahead(_: Any, start: Any, stride: Any) -> Any:
-    """What ``_columns_of`` is to read of 16 rows, a block."""
+    """What ``_columns_of`` is to read of 16 rows, a block; beyond an array that does no harm."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start, stride = arguments
@@ -1500,7 +1500,7 @@ _by_order = _add_in_order if ORDERED else _by_nothing
 
 @njit(nogil=True, cache=True)
 def _put_next_wanted(many: Any, following: Any) -> None:  # pragma: no cover - compiled
-    """For each group, and after the last: which one, from it on, wants a second pass of any row; how many there are."""
+    """For each group, and after the last: the first from it on that wants a second pass of any row, or ``groups``."""
     groups = many.shape[1]
     following[:] = groups
     for m in range(many.shape[0]):

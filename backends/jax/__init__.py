@@ -13,16 +13,17 @@ get_backend("jax")  # whoever imports this first has trees of JAX from here on, 
 
 
 def register_loops() -> bool:
-    """Offer XLA the compiled loops that it calls on a CPU, and say whether it has those of products.
+    """Offer XLA the compiled loops that it calls on a CPU, all of them, and say whether it has taken them.
 
-    They are offered when the first product or quantization is compiled. Only a process that loads an executable which
-    another one has compiled (``jax.experimental.serialize_executable``) calls this before, or XLA finds "No FFI handler
-    registered". It starts JAX's CPU backend, and takes a second or so where numba's cache is warm.
+    They are offered when the first product, quantization or the like is compiled. Only a process that loads an
+    executable which another one has compiled (``jax.experimental.serialize_executable``) calls this before, or XLA
+    finds "No FFI handler registered". It starts JAX's CPU backend, and takes some seconds where numba's cache is warm,
+    a minute where it is not.
 
     Returns
     -------
     bool
-        False where products do without: no numba, another processor or platform, several devices.
+        False where programs do without some of them: no numba, another processor or platform, several devices.
 
     Examples
     --------
@@ -33,6 +34,12 @@ def register_loops() -> bool:
     from aqt_lite.backends.jax import products
 
     encoding, dots = products.encoding_loops(), products.integer_dots()
-    if encoding is not None:
-        encoding.register()
-    return dots is not None and dots.is_registered()
+    decoding, groups = products.decoding_loops(), products.group_loops()
+    return all(
+        [
+            encoding is not None and encoding.register(),
+            dots is not None and dots.is_registered(),
+            decoding is not None and decoding.register(),
+            groups is not None and groups.is_registered(),
+        ]
+    )

@@ -88,9 +88,6 @@ class JaxBackend(Backend):
             return True  # uncommitted arrays move to the other operand's device
         return bool(x.devices() == y.devices())
 
-    def decodes(self, storage: Array) -> bool:
-        return all(isinstance(n, int) for n in storage.shape)  # in programs, too, but for those of any number of rows
-
     def is_traced(self, x: Array) -> bool:
         return isinstance(x, jax.core.Tracer)
 

@@ -32,7 +32,6 @@ from aqt_lite.backends.cpu.decoding import (
     multiply_apart,
     shape_of_arranged,
 )
-from aqt_lite.backends.cpu.kinds import kind_of
 from aqt_lite.backends.cpu.native import address_of, in_huge_pages
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
@@ -40,7 +39,7 @@ from aqt_lite.backends.jax.ffi import OK, array, attribute, data, describe, dim,
 from aqt_lite.backends.jax.primitives import instead_on_cpu, primitive, version_of
 from aqt_lite.packing import unpack
 
-__all__ = ["dequantize", "dequantized", "product", "serves_values", "values"]
+__all__ = ["dequantize", "dequantized", "product", "register", "serves_values", "values"]
 
 TARGETS = "aqt_lite_decoding_product", "aqt_lite_decoding_product_in_order"
 TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order"
@@ -48,10 +47,6 @@ TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order
 
 AT_ONCE = 2 * STRIP
 """Columns whose scales are turned at a time, where their axes are swapped: the more, the longer are the runs read."""
-
-FEWEST_BYTES = 1 << 23
-"""Codes of a byte whose values loops make: XLA turns fewer to floats on the way to what is done with them, and for
-these, too, most of the time goes into memory that nobody has touched."""
 
 CODES_AT_ONCE = 1 << 16
 """Codes that a thread turns to floats at a time: some microseconds of work, as threads may begin late."""
@@ -219,6 +214,12 @@ def _is_registered(target: str) -> bool:
     return ffi.register(target, _handler_of_values(version, target == TARGETS_OF_VALUES[1]))
 
 
+def register() -> bool:
+    """Offer XLA all of these loops, before it asks; whether it has taken them."""
+    taken = [_is_registered(target) for target in (*TARGETS, *TARGETS_OF_VALUES)]
+    return all(taken)
+
+
 # ---- what JAX sees
 
 
@@ -335,8 +336,6 @@ def serves_values(w: Coded, spec: Spec, length: int | None, out: str) -> bool:
     packed = length is not None
     if not serve.decodes("float32", w, spec, 1, packed):
         return False
-    if kind_of(spec.element, packed, size).kind == decoding.BYTES and w.codes.size < FEWEST_BYTES:
-        return False
     blocks = jax.tree.leaves((w.scale, w.zero_point))
     if w.codes.ndim == 2:
         return all(a.ndim in (0, 2) for a in blocks)
@@ -361,9 +360,11 @@ def dequantized(w: Coded, *, spec: Spec, length: int | None) -> tuple[Array, Arr
         w = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w)
         each = len(jax.tree.leaves(w.scale)[0]) > 1
         spec = replace(spec, block=(1 if each else None, spec.block[-1]))
-    of_weight = stored.operands_of(w, spec, inner, length is not None, b)
-    if isinstance(w.scale, tuple):
+    of_weight, few_bits = stored.operands_of(w, spec, inner, length is not None, b), isinstance(w.scale, tuple)
+    if few_bits:
         scale, of_scales = (affine.without_too_small(a, spec, b) for a in (of_weight.scale, of_weight.of_scales))
         of_weight = of_weight._replace(scale=scale, of_scales=of_scales)
     made, unserved = _values(w.codes, of_weight, spec, inner, length is not None)
+    if not few_bits:  # on XLA's threads loops, too, take subnormal numbers for 0
+        unserved |= jnp.any(jnp.abs(w.scale) < spec.least_to_keep(False))
     return made.reshape(*shape[:-1], inner), unserved

@@ -58,6 +58,15 @@ def instead_on_cpu(name: str, plain: Callable[..., Any], by_loops: Callable[...,
     Transformations and exports see ``plain`` alone.
     """
     made = core.Primitive(name)
+
+    @functools.cache
+    def compiled(function: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        return jax.jit(functools.partial(function, **dict(static)))
+
+    def at_once(function: Callable[..., Any], static: dict[str, Any]) -> Callable[..., Any]:
+        """As one program where no other is being made: each step would be one, with results in memory of its own."""
+        return compiled(function, tuple(sorted(static.items(), key=lambda item: item[0])))
+
     lower_plain = mlir.lower_fun(plain, multiple_results=False)
     lower_loops = mlir.lower_fun(by_loops, multiple_results=False)
 
@@ -69,16 +78,20 @@ def instead_on_cpu(name: str, plain: Callable[..., Any], by_loops: Callable[...,
         found = jax.eval_shape(functools.partial(plain, **static), *operands)
         return jax.core.ShapedArray(found.shape, found.dtype)
 
+    def evaluate(*operands: Any, **static: Any) -> Any:
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return plain(*operands, **static)
+        return at_once(made.bind, static)(*operands)
+
     def batch(arrays: Any, axes: Any, **static: Any) -> Any:
-        return jax.vmap(functools.partial(plain, **static), in_axes=axes)(*arrays), 0
+        return jax.vmap(at_once(plain, static), in_axes=axes)(*arrays), 0
 
     def jvp(primals: Any, tangents: Any, **static: Any) -> Any:
-        known = [ad.instantiate_zeros(t) for t in tangents]  # type: ignore[no-untyped-call]
-        slope = jax.jvp(functools.partial(plain, **static), primals, known)[1]
-        return made.bind(*primals, **static), slope  # type: ignore[no-untyped-call]
+        known = tuple(ad.instantiate_zeros(t) for t in tangents)  # type: ignore[no-untyped-call]
+        return jax.jvp(at_once(plain, static), tuple(primals), known)
 
     made.def_abstract_eval(result)  # type: ignore[no-untyped-call]
-    made.def_impl(plain)  # type: ignore[no-untyped-call] # which jax.disable_jit alone evaluates
+    made.def_impl(evaluate)  # type: ignore[no-untyped-call]
     batching.primitive_batchers[made] = batch
     ad.primitive_jvps[made] = jvp
     mlir.register_lowering(made, lower_plain)

@@ -7,6 +7,7 @@ Imports: the CPU library, the operations. docs/performance-tried.md says what wa
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from aqt_lite import _clipping, affine, packing, significant
 from aqt_lite._dispatch import offered
-from aqt_lite._into import dequantize_stored, quantize_stored
+from aqt_lite._into import dequantize_at_once, dequantize_stored, quantize_stored
 from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
@@ -523,27 +524,36 @@ def _quantized(operation: Callable[..., Any], form: Callable[..., Any], packed: 
     return kernel
 
 
+def _loops_of_values(w: Coded, spec: Spec, length: int | None, out: str | None) -> Any:
+    """The loops that make all values, where they serve and these are worth it; else None."""
+    shape = w.codes.shape if length is None else (*w.codes.shape[:-1], length)
+    if not all(map(_is_known, shape)) or math.prod(shape) < runtime.LARGE:
+        return None
+    loops = decoding_loops()
+    if loops is None or jax.sharding.get_abstract_mesh().manual_axes:
+        return None
+    return loops if loops.serves_values(w, spec, length, out or spec.source.name) else None
+
+
+def _at_once(w: Coded, *, spec: Spec, length: int | None, out: str) -> Any:
+    loops = _loops_of_values(w, spec, length, out)
+    return NotImplemented if loops is None else loops.dequantize(w, spec, length)
+
+
 def _dequantized(operation: Callable[..., Any], form: Callable[..., Any]) -> Callable[..., Any]:
-    """The values of large arrays by loops that XLA calls, which then copies nothing; of others in memory as NumPy's."""
+    """Values of arrays in memory: of large ones by loops that XLA calls, which then copies nothing."""
     eager = in_memory(operation, form)
 
-    def kernel(w: Coded, *, spec: Spec, length: int | None = None, out: str | None = None) -> Any:
-        static = {"spec": spec, "out": out} | ({} if length is None else {"length": length})
-        if not all(map(_is_known, w.codes.shape)) or w.codes.size < runtime.LARGE:
-            return eager(w, **static)
-        loops = decoding_loops()
-        if (
-            loops is None
-            or jax.sharding.get_abstract_mesh().manual_axes
-            or not loops.serves_values(w, spec, length, out or spec.source.name)
-        ):
-            return eager(w, **static)
-        if is_tracing() or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w)):
-            return loops.dequantize(w, spec, length)
-        if w.codes.size < SMALLEST_FOR_XLA:
-            return eager(w, **static)
-        values, unserved = loops.dequantized(w, spec=spec, length=length)
-        return eager(w, **static) if unserved else values
+    def kernel(w: Coded, **static: Any) -> Any:
+        traced = is_tracing() or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w))
+        if not traced and w.codes.size >= SMALLEST_FOR_XLA:
+            spec, length, out = (static.get(name) for name in ("spec", "length", "out"))
+            assert spec is not None
+            if (loops := _loops_of_values(w, spec, length, out)) is not None:
+                values, unserved = loops.dequantized(w, spec=spec, length=length)
+                if not unserved:
+                    return values
+        return eager(w, **static)
 
     return kernel
 
@@ -576,6 +586,7 @@ KERNELS: Kernels = {
     **{op: Kernel(keeping_shardings(in_memory(op, form)), anything) for op, form in _IN_MEMORY.items()},
     affine.quantize: Kernel(keeping_shardings(_quantized(affine.quantize, quantize.quantize, False)), anything),
     affine.dequantize: Kernel(keeping_shardings(_dequantized(affine.dequantize, quantize.dequantize)), anything),
+    dequantize_at_once: Kernel(keeping_shardings(_at_once), anything),
     dequantize_stored: Kernel(keeping_shardings(_dequantized(dequantize_stored, quantize.dequantize_stored)), anything),
     quantize_stored: Kernel(keeping_shardings(_quantized(quantize_stored, quantize.quantize_stored, True)), anything),
     reference.matmul: Kernel(keeping_shardings(_kernel(reproducible=False))),

@@ -38,6 +38,7 @@ class TorchBackend(Backend):
     name = "torch"
     array_modules = ("torch",)
     weights_are = "linear"
+    permutes_views = True
     xp = namespace()
 
     def asarray(self, values: np.ndarray[Any, Any], like: Array | None = None) -> Array:
