@@ -42,6 +42,10 @@ __all__ = ["product"]
 
 TARGET = "aqt_lite_group_product"
 
+AT_ONCE = 4 * STRIP
+"""Columns whose scales are turned at a time, where their axes are swapped: what goes before the loops takes as long as
+some dozens of columns."""
+
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), then the table of their numbers, scales and zero
 # points as cpu.fixed_point.Groups has them, the bias, and powers of two. Attributes, by name: flip, halves, size,
 # swapped (scales and zero points then have groups first).
@@ -137,8 +141,11 @@ def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cov
 @njit(nogil=True)
 def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
-    for first in range(start, stop, STRIP):  # all of them, where there is one thread
-        flags[first // STRIP] = 0 if _multiply_strip(frame, first, min(first + STRIP, stop)) else 1
+    at_once = AT_ONCE if attribute(frame, 3) != 0 else stop - start
+    for first in range(start, stop, at_once):
+        last = min(first + at_once, stop)
+        unserved = 0 if _multiply_strip(frame, first, last) else 1
+        flags[first // STRIP : (last + STRIP - 1) // STRIP] = unserved
 
 
 _prepare_address, _refine_address = address_of(_prepare, 3), address_of(_refine, 3)
@@ -155,7 +162,11 @@ def _handler(version: int) -> Any:
         error = parallel_for(frame, _prepare_address(), rows, 16)
         if error == 0:
             error = parallel_for(frame, _refine_address(), rows, 16)
-        return error if error != 0 else parallel_for(frame, _multiply_address(), dim(operand(frame, 1), 0), STRIP)
+        if error != 0:
+            return error
+        columns = dim(operand(frame, 1), 0)  # a thread's columns lie together, as memory is read ahead in order
+        part = max(columns // 16 // AT_ONCE, 1) * AT_ONCE if columns > 16 * STRIP else STRIP
+        return parallel_for(frame, _multiply_address(), columns, part)
 
     return handler
 
