@@ -187,3 +187,19 @@ def test_processors_without_avx_512():
     tests = [f"{of_values}[{dtype}-{layout}]" for dtype in ("int3", "int4", "nf4") for layout in layouts]
     tests.append(test_every_code_and_every_scale)
     run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "mxfp4"])
+def test_arrays_whose_axes_are_swapped_are_read_as_they_lie(dtype, served):
+    granularity = None if dtype == "mxfp4" else PerGroup(32)
+    q = aqt_lite.quantize(np.random.default_rng(1).random((512, 640), np.float32), dtype, granularity=granularity)
+    values = q.T.dequantize()
+    assert any(served) or dtype == "int8"
+    assert values.flags.f_contiguous  # a view of what the loop has made
+    assert same_bits(values, q.dequantize().T)
+    heads = q.reshape(4, 128, 640).for_dense(1, 2) if dtype == "int8" else q.T.for_dense()
+    assert same_bits(heads.dequantize(), by_operations(heads))
+    assert same_bits(q.T.dequantize("float16").astype(np.float32), q.dequantize("float16").T.astype(np.float32))
+    out = np.empty((640, 512), np.float32)
+    q.T.dequantize(out=out)
+    assert same_bits(out, values)

@@ -116,9 +116,10 @@ def dequantize(q: QArray, dtype: Any = None) -> Array:
 
     ``q.dequantize()`` in a program is XLA's own code, and fuses with what follows: with a look-up, a part, a cast, XLA
     makes no more than is asked for. Where all values are read, as by a product, most of its time goes into memory that
-    nobody has touched. Compiled loops take a quarter of it: on one CPU, for float32, codes of up to 8 bits, from 2^17
-    bytes of them on, in groups of 8 and more along the last axis or with a scale for each row or for all. Elsewhere,
-    and where this is differentiated, mapped over or exported, it is ``q.dequantize(dtype)``.
+    nobody has touched. Compiled loops take a quarter of it: on one CPU, for float32, 2^17 codes of up to
+    8 bits and more, in groups of 8 and more along the last axis or with a scale for each row or for all, in the order
+    in which they were quantized. Elsewhere, and where this is differentiated, mapped over or exported, it is
+    ``q.dequantize(dtype)``.
 
     Parameters
     ----------

@@ -540,13 +540,16 @@ def _at_once(w: Coded, *, spec: Spec, length: int | None, out: str) -> Any:
     return NotImplemented if loops is None else loops.dequantize(w, spec, length)
 
 
+def _is_traced(w: Coded) -> bool:
+    return is_tracing() or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w))
+
+
 def _dequantized(operation: Callable[..., Any], form: Callable[..., Any]) -> Callable[..., Any]:
     """Values of arrays in memory: of large ones by loops that XLA calls, which then copies nothing."""
     eager = in_memory(operation, form)
 
     def kernel(w: Coded, **static: Any) -> Any:
-        traced = is_tracing() or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(w))
-        if not traced and w.codes.size >= SMALLEST_FOR_XLA:
+        if not isinstance(w.codes, jax.core.Tracer) and w.codes.size >= SMALLEST_FOR_XLA and not _is_traced(w):
             spec, length, out = (static.get(name) for name in ("spec", "length", "out"))
             assert spec is not None
             if (loops := _loops_of_values(w, spec, length, out)) is not None:
