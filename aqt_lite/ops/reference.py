@@ -42,6 +42,7 @@ __all__ = [
     "pieces",
     "stored_as_integers",
     "sums_of_codes",
+    "unpacked",
     "values_stored",
 ]
 
@@ -143,11 +144,12 @@ def usable_values(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend
 
 def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
     """The values of such a weight, as products use them."""
-    w = _unpacked(w, spec, packed_length, b)
+    w = unpacked(w, spec, packed_length, b)
     return run(b, affine.dequantize, w, spec=unrounded(spec), out=spec.source.compute)
 
 
-def _unpacked(w: Coded, spec: Spec, packed_length: int | None, b: Backend) -> Coded:
+def unpacked(w: Coded, spec: Spec, packed_length: int | None, b: Backend) -> Coded:
+    """Such a weight with its codes one an item."""
     if packed_length is None:
         return w
     element = spec.element
@@ -171,7 +173,7 @@ def as_integers(w: Coded, *, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
 
 def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> tuple[Coded, Spec]:
     """The same of a weight as it is stored. NaN takes the place of plain scales of no use, such as 0."""
-    return as_integers(_unpacked(_with_usable_scales(w, b), spec, packed_length, b), spec=spec, b=b)
+    return as_integers(unpacked(_with_usable_scales(w, b), spec, packed_length, b), spec=spec, b=b)
 
 
 def _with_usable_scales(w: Coded, b: Backend) -> Coded:

@@ -581,7 +581,7 @@ def prepare(
             row_power[m, g] = powers[e - leading + 256] if e > -127 else np.float32(1)  # zeros: none is small
         if dots:
             _split(words, inner, halves, size, sums[m].view(np.int32))
-            if in_order(size, halves):
+            if rows == 1 and in_order(size, halves):
                 _put_in_order(words, halves)
 
 

@@ -37,6 +37,7 @@ from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, array, attribute, data, describe, dim, operand, parallel_for, result
 from aqt_lite.backends.jax.primitives import instead_on_cpu, primitive, version_of
+from aqt_lite.ops import reference
 from aqt_lite.packing import unpack
 
 __all__ = ["dequantize", "dequantized", "product", "register", "serves_values", "values"]
@@ -311,10 +312,8 @@ def _values(codes: Array, of_weight: stored.Operands, spec: Spec, inner: int, pa
 
 def _dequantized(*leaves: Array, spec: Spec, length: int | None, tree: Any) -> Array:
     """``affine.dequantize`` in XLA's own operations, of codes that are packed where there is a ``length``."""
-    b, w, element = get_backend("jax"), jax.tree.unflatten(tree, leaves), spec.element
-    if length is not None:
-        signed = not element.storage.startswith("u")
-        w = w._replace(codes=unpack(w.codes, bits=element.bits, length=length, signed=signed, b=b))
+    b = get_backend("jax")
+    w = reference.unpacked(jax.tree.unflatten(tree, leaves), spec, length, b)
     return affine.dequantize(w, spec=spec, out="float32", b=b)
 
 
