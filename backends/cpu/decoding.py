@@ -14,8 +14,8 @@ keep what happens to a code short, and a third is for one row of x:
 - **8 bits**: bytes are widened to floats, less the zero point, times the scale.
 
 Either way a value is what dequantizing gives, to the bit. It stays in a register and meets several rows of x, so that
-its price is shared. A tile of the result (``HEIGHT`` rows of the weight, ``ROWS`` of x) has one vector of sums for each
-of its entries; ``DEPTH`` codes of a row meet a part of x that the first cache holds before the next part comes.
+its price is shared. A tile of the result (``HEIGHTS``: rows of the weight, and of x) has one vector of sums for each of
+its entries; ``DEPTH`` codes of a row meet a part of x that the first cache holds before the next part comes.
 
 **One row of x, by integer dot products** (``_in_dots``). For one row the price of a value is not shared, so no value
 is made. Every ``QUARTER`` bytes of codes, four lanes of a vector of them, their entries of x are integers relative to a
@@ -61,7 +61,7 @@ __all__ = [
     "AVAILABLE",
     "BYTES",
     "HALVES",
-    "HEIGHT",
+    "HEIGHTS",
     "INTEGERS",
     "IN_ORDER",
     "LANES",
@@ -69,7 +69,6 @@ __all__ = [
     "MOVED",
     "MOVED_WIDE",
     "NUMBERS",
-    "ROWS",
     "ROWS_AT_ONCE",
     "STRIP",
     "arrange",
@@ -114,17 +113,16 @@ _OF_BYTES = _features() >= {"+avx512vl", "+avx512vnni"} or "+avxvnni" in _featur
 BITS_OF_DIGIT = 8 if _OF_BYTES else 16
 """Of an entry of x in fixed point: what integer dot products multiply unsigned bytes, or else signed shorts, with."""
 
-HEIGHT = 4 if _WIDE else 3
-"""Rows of the weight in a tile."""
+HEIGHTS = (0, 4, 4, 4, 4) if _WIDE else (0, 4, 4, 3, 3)
+"""Rows of the weight in a tile, by its rows of x: sums, and what is multiplied, fit the registers."""
 
-HEIGHT_OF_ONE = 4
-"""The same where x has one row."""
+HEIGHT_OF_ONE = HEIGHTS[1]
 
 ROWS = 4
-"""Rows of x in a tile: with more, sums no longer fit the registers."""
+"""Rows of x in a tile, at most: with more, sums no longer fit the registers."""
 
 STRIP = 96
-"""Rows of the weight whose sums are kept until K is done."""
+"""Rows of the weight whose sums are kept until K is done: a multiple of all ``HEIGHTS``."""
 
 DEPTH = 1024
 """Codes of a row that meet a part of x before the next: such a part of ``ROWS`` rows takes 16 KB."""
@@ -544,65 +542,75 @@ def _rows_of_tile(builder: Any, height: int, there: Any, *arrays: tuple[Any, Any
     return [[builder.add(start, builder.mul(r, by)) for r in rows] for start, by in arrays]
 
 
-def _tile(kind: _Kind, height: int, rows: int) -> Any:
+def _tile(kind: _Kind, *shapes: int) -> Any:
     """``out[r, m, lane] += sum of value[r, k] x[m, k]`` over ``groups`` of ``steps`` vectors of bytes each.
 
     Sums begin at 0 and join those before at their end: of all K in one the error would grow with its root, as that of
     BLAS, which adds up blocks, does not.
-    Arguments: addresses and strides in bytes of the codes, of x, of scales and of zero points (both float32, a row of
-    them for each row of the weight); how many rows of the weight there are: after the last of these that one again,
-    sums that go unread.
+    Arguments: rows of x, one of ``shapes``; addresses and strides in bytes of the codes, of x, of scales and of zero
+    points (both float32, a row of them for each row of the weight); how many rows of the weight there are: after the
+    last of these that one again, sums that go unread.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
-        _: Any, w: Any, w_stride: Any, there: Any, ahead: Any, x: Any, x_stride: Any, scale: Any, s_stride: Any,
-        zero: Any, z_stride: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any,
+        _: Any, rows: Any, w: Any, w_stride: Any, there: Any, ahead: Any, x: Any, x_stride: Any, scale: Any,
+        s_stride: Any, zero: Any, z_stride: Any, table: Any, flip: Any, groups: Any, steps: Any, out: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            w, w_stride, there, ahead, x, x_stride, scale, s_stride, zero, z_stride, table, flip, *others = arguments
-            groups, steps, out = others
-            decoder = kind(builder, table, flip)
-            fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
-            of_codes, of_scales, of_zeros = _rows_of_tile(
-                builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
-            )
-            of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
-            places = [builder.add(out, _ADDRESS(4 * LANES * i)) for i in range(height * rows)]
-
-            def group(g: Any, totals: list[Any]) -> list[Any]:
-                parameters = [_of_group(builder, decoder, s, z, g) for s, z in zip(of_scales, of_zeros, strict=True)]
-                first = builder.mul(g, steps)
-
-                def step(i: Any, totals: list[Any]) -> list[Any]:
-                    k, totals = builder.add(first, i), list(totals)
-                    at = builder.mul(k, decoder.step)
-                    if kind is not _Floats:  # which a cache holds
-                        row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(3)), w_stride))
-                        _prefetch(builder, builder.add(row, builder.and_(at, _ADDRESS(-64))))
-                    values = [
-                        decoder.values(_load(builder, builder.add(start, at), kind.lanes), of_group)
-                        for start, of_group in zip(of_codes, parameters, strict=True)
-                    ]
-                    for m in range(rows):
-                        of_row = _at(builder, of_x[m], k, 4 * LANES * kind.vectors)
-                        for v in range(kind.vectors):
-                            entries = _load(builder, builder.add(of_row, _ADDRESS(4 * LANES * v)), _FLOATS)
-                            for r in range(height):
-                                i_out = r * rows + m
-                                totals[i_out] = builder.call(fma, [values[r][v], entries, totals[i_out]])
-                    return totals
-
-                return counted_loop(builder, steps, totals, step)
-
-            none = [ir.Constant(_FLOATS, [0.0] * LANES)] * len(places)
-            for place, total in zip(places, counted_loop(builder, groups, none, group), strict=True):
-                _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
+            of_x, *others = arguments
+            for rows in shapes:
+                with builder.if_then(builder.icmp_signed("==", of_x, _ADDRESS(rows))):
+                    _tile_of(kind, HEIGHTS[rows], rows, builder, *others)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 15), generate
+        return types.void(*[types.intp] * 16), generate
 
     return tile
+
+
+def _tile_of(
+    kind: _Kind, height: int, rows: int, builder: Any, w: Any, w_stride: Any, there: Any, ahead: Any, x: Any,
+    x_stride: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any, table: Any, flip: Any, groups: Any, steps: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """``_tile`` of one shape."""
+    decoder = kind(builder, table, flip)
+    fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+    of_codes, of_scales, of_zeros = _rows_of_tile(
+        builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
+    )
+    of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
+    places = [builder.add(out, _ADDRESS(4 * LANES * i)) for i in range(height * rows)]
+
+    def group(g: Any, totals: list[Any]) -> list[Any]:
+        parameters = [_of_group(builder, decoder, s, z, g) for s, z in zip(of_scales, of_zeros, strict=True)]
+        first = builder.mul(g, steps)
+
+        def step(i: Any, totals: list[Any]) -> list[Any]:
+            k, totals = builder.add(first, i), list(totals)
+            at = builder.mul(k, decoder.step)
+            if kind is not _Floats:  # which a cache holds
+                row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(3)), w_stride))
+                _prefetch(builder, builder.add(row, builder.and_(at, _ADDRESS(-64))))
+            values = [
+                decoder.values(_load(builder, builder.add(start, at), kind.lanes), of_group)
+                for start, of_group in zip(of_codes, parameters, strict=True)
+            ]
+            for m in range(rows):
+                of_row = _at(builder, of_x[m], k, 4 * LANES * kind.vectors)
+                for v in range(kind.vectors):
+                    entries = _load(builder, builder.add(of_row, _ADDRESS(4 * LANES * v)), _FLOATS)
+                    for r in range(height):
+                        i_out = r * rows + m
+                        totals[i_out] = builder.call(fma, [values[r][v], entries, totals[i_out]])
+            return totals
+
+        return counted_loop(builder, steps, totals, step)
+
+    none = [ir.Constant(_FLOATS, [0.0] * LANES)] * len(places)
+    for place, total in zip(places, counted_loop(builder, groups, none, group), strict=True):
+        _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
 
 
 # ---- one row of x in fixed point, by integer dot products
@@ -663,8 +671,24 @@ class _HalvesForDots:
         return [self.builder.shl(pairs, ir.Constant(_SHORTS, [8] * _SHORTS.count)), self.builder.and_(pairs, upper)]
 
 
-class _ShiftedForDots(_HalvesForDots):
-    """The same, of which zero points are taken, less the lowest number as the table's are."""
+class _PlainForDots(_HalvesForDots):
+    """The same without a table: codes are the numbers, less the lowest, where a bit is turned over in each or in none.
+
+    Which one, is in the first of the table's entries: the lowest number's code, 0, or 8 of integers with a sign.
+    """
+
+    def __init__(self, builder: Any, table: Any, flip: Any) -> None:
+        bit = builder.and_(_load(builder, table, _INT), _INT(8))
+        self.builder, self.turned = builder, _in_all_lanes(builder, builder.mul(bit, _INT(0x01010101)), _INTS)
+
+    def numbers(self, codes: Any) -> list[Any]:
+        words, low = self.builder.bitcast(codes, _INTS), ir.Constant(_INTS, [0x0F0F0F0F] * LANES)
+        upper = self.builder.lshr(words, ir.Constant(_INTS, [4] * LANES))
+        return [self.builder.and_(self.builder.xor(w, self.turned), low) for w in (words, upper)]
+
+
+class _ShiftedForDots(_PlainForDots if _OF_BYTES else _HalvesForDots):  # type: ignore[misc]
+    """Integers of which zero points are taken, less the lowest number as the table's are."""
 
     shifted = True
 
@@ -684,25 +708,24 @@ def _in_dots(kind: Any) -> Any:
 
     Arguments: addresses and strides as ``_tile`` has them; the bytes of a row, and the address of copies of those that
     fill no vector, a vector for each row; where the parts of x begin; how many scales a row has; what is taken off zero
-    points; and where the extremes of the bits of scales are kept, a vector of the largest, ``less`` taken off, and one
-    of the least, 1 taken off.
+    points; and where a vector is kept of the largest that bits of scales are above the first of ``NEAR_ONE``.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def tile(
         _: Any, w: Any, w_stride: Any, there: Any, length: Any, rest: Any, head: Any, firsts: Any, places: Any,
         powers: Any, digits: Any, scale: Any, s_stride: Any, groups: Any, zero: Any, z_stride: Any, lowest: Any,
-        flip: Any, less: Any, extremes: Any, out: Any,
+        flip: Any, farthest: Any, out: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, w_stride, there, length, rest, head, firsts, places, powers, digits, *others = arguments
-            scale, s_stride, groups, zero, z_stride, lowest, flip, less, extremes, out = others
+            scale, s_stride, groups, zero, z_stride, lowest, flip, farthest, out = others
             height = HEIGHT_OF_ONE
             of_codes, of_rest, of_scales, of_zeros = _rows_of_tile(
                 builder, height, there, (w, w_stride), (rest, _ADDRESS(VECTOR)), (scale, s_stride), (zero, z_stride)
             )
             decoder = kind(builder, builder.add(head, _ADDRESS(64)), flip)
-            low_point, off = (_in_all_lanes(builder, builder.trunc(v, _INT), _INTS) for v in (lowest, less))
+            low_point = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
             fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
             permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
             words = "llvm.x86.avx512.permvar.si.512" if _WIDE else "llvm.x86.avx2.permd"
@@ -710,11 +733,8 @@ def _in_dots(kind: Any) -> Any:
             entry = VECTOR * (32 // BITS_OF_DIGIT * kind.parts + STARTS)
             byte, none = ir.Constant(_INTS, [8] * LANES), ir.Constant(_INTS, None)
 
-            def extreme(order: str, a: Any, b: Any) -> Any:
-                return builder.select(builder.icmp_unsigned(order, a, b), a, b)
-
             def block(b: Any, totals: list[Any], whole: bool) -> list[Any]:
-                *totals, most, least = totals
+                *totals, most = totals
                 at = builder.mul(b, _ADDRESS(4 * BLOCK))
                 first = builder.sext(_load(builder, _at(builder, firsts, b, 4), _INT), _ADDRESS)
                 there, order = builder.sub(groups, first), _load(builder, builder.add(places, at), _INTS)
@@ -725,12 +745,13 @@ def _in_dots(kind: Any) -> Any:
                     numbers = _only(builder, place, there, ir.Constant(_FLOATS, [1.0] * LANES))
                     bits = builder.bitcast(numbers, _INTS)
                     magnitude = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
-                    most = extreme(">", most, builder.sub(magnitude, off))
-                    least = extreme("<", least, builder.sub(magnitude, ir.Constant(_INTS, [1] * LANES)))
+                    above = builder.sub(magnitude, ir.Constant(_INTS, [int(NEAR_ONE[0])] * LANES))
+                    most = builder.select(builder.icmp_unsigned(">", above, most), above, most)
                     scales.append(builder.fmul(builder.call(permute, [numbers, order]), power))
                 for start in of_zeros if kind.shifted else ():
                     points = _only(builder, _at(builder, start, first, 4), there, none)
                     points = builder.sub(builder.call(permute_words, [points, order]), low_point)
+                    points = builder.and_(points, ir.Constant(_INTS, [255] * LANES))
                     shifts.append(builder.mul(points, ir.Constant(_INTS, [0x01010101] * LANES)))
                 for v in range(BLOCK * QUARTER // VECTOR):
                     k = builder.add(builder.mul(b, _ADDRESS(QUARTER * BLOCK)), _ADDRESS(VECTOR * v))
@@ -765,11 +786,9 @@ def _in_dots(kind: Any) -> Any:
                             sums.append(builder.sitofp(total, _FLOATS))
                         both = builder.call(fma, [sums[0], ir.Constant(_FLOATS, [65536.0] * LANES), sums[1]])
                         totals[r] = builder.call(fma, [both, builder.call(permute, [scales[r], lanes]), totals[r]])
-                return [*totals, most, least]
+                return [*totals, most]
 
-            at_extremes = [builder.add(extremes, _ADDRESS(4 * LANES * i)) for i in range(2)]
-            totals = [ir.Constant(_FLOATS, [0.0] * LANES)] * height
-            totals += [_load(builder, place, _INTS) for place in at_extremes]
+            totals = [*[ir.Constant(_FLOATS, [0.0] * LANES)] * height, _load(builder, farthest, _INTS)]
             blocks, rest = (f(length, _ADDRESS(QUARTER * BLOCK)) for f in (builder.sdiv, builder.srem))
 
             def whole_blocks(part: Any, totals: list[Any]) -> list[Any]:
@@ -793,11 +812,10 @@ def _in_dots(kind: Any) -> Any:
                 total = builder.fmul(builder.fmul(total, half), other)
                 total = builder.fadd(total, _load(builder, place, _FLOATS))
                 builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
-            for place, vector in zip(at_extremes, totals[height:], strict=True):
-                builder.store(vector, builder.inttoptr(place, _INTS.as_pointer()), align=4)
+            builder.store(totals[height], builder.inttoptr(farthest, _INTS.as_pointer()), align=4)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 20), generate
+        return types.void(*[types.intp] * 19), generate
 
     return tile
 
@@ -822,20 +840,22 @@ def _only(builder: Any, address: Any, count: Any, others: Any) -> Any:
     return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), there, others])
 
 
-_bytes_in_dots, _halves_in_dots, _shifted_in_dots = map(_in_dots, (_BytesForDots, _HalvesForDots, _ShiftedForDots))
+_bytes_in_dots, _halves_in_dots, _plain_in_dots, _shifted_in_dots = map(
+    _in_dots, (_BytesForDots, _HalvesForDots, _PlainForDots, _ShiftedForDots)
+)
 
 
-_bytes_of_one_row, _bytes_of_rows = _tile(_Bytes, HEIGHT_OF_ONE, 1), _tile(_Bytes, HEIGHT, ROWS)
-_halves_of_one_row, _halves_of_rows = _tile(_Halves, HEIGHT_OF_ONE, 1), _tile(_Halves, HEIGHT, ROWS)
-_decode_bytes, _decode_halves, _floats_of_rows = _decoder(_Bytes), _decoder(_Halves), _tile(_Floats, HEIGHT, ROWS)
+_bytes_of_rows, _halves_of_rows = (_tile(kind, *range(1, min(ROWS + 1, MANY_ROWS))) for kind in (_Bytes, _Halves))
+_floats_of_rows = _tile(_Floats, *range(1, ROWS + 1))
+_decode_bytes, _decode_halves = _decoder(_Bytes), _decoder(_Halves)
 _IN_ORDER = _HalvesInOrder, _MovedIntegers, _Moved, _MovedWide, _LookedUp
 _decode_halves_in_order, _decode_integers, _decode_moved, _decode_moved_wide, _decode_looked_up = map(
     _decoder, _IN_ORDER
 )
 (
     _halves_in_order_of_one_row, _integers_of_one_row, _moved_of_one_row, _moved_wide_of_one_row,
-    _looked_up_of_one_row, _floats_of_one_row,
-) = (_tile(kind, HEIGHT_OF_ONE, 1) for kind in (*_IN_ORDER, _Floats))  # fmt: skip
+    _looked_up_of_one_row,
+) = (_tile(kind, 1) for kind in _IN_ORDER)  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -859,11 +879,11 @@ def parts_of(inner: int, halves: bool) -> tuple[int, int, int, int, int, int, in
 
 
 def shape_of_arranged(rows: int, inner: int, kind: int) -> tuple[int, int]:
-    """Shape of what ``arrange`` fills."""
+    """Shape of what ``arrange`` fills: rows an odd number of lines apart, so that a cache holds the same part of all."""
     head, *_, end = parts_of.py_func(inner, kind == HALVES)
     if rows == 1:
         return 1, (end if kind <= HALVES else head) // 4
-    return -(-rows // ROWS) * ROWS, head // 4
+    return rows, (-(-head // 64) | 1) * 16
 
 
 @njit(nogil=True, cache=True)
@@ -887,11 +907,14 @@ def _numbers_as_bytes(table: Any, shifted: Any, numbers: Any) -> Any:  # pragma:
         lowest = np.int64(0)
         if _OF_BYTES:
             lowest = np.int64(-MOST_SHIFT if shifted else low)
-        taken_off = np.int64(low if shifted else 0) + lowest
+        taken_off = np.int64(low) if _OF_BYTES or shifted else np.int64(0)
         for i in range(64):
             numbers[i] = (np.int64(table[i % 16] / step) - taken_off) & 255
-        return step, lowest
-    return np.float32(0), np.int64(0)
+        plain = numbers[0] in (0, 8)
+        for i in range(16):
+            plain &= numbers[i] == i ^ numbers[0]
+        return step, lowest, plain and _OF_BYTES
+    return np.float32(0), np.int64(0), False
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -1015,9 +1038,9 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
     head, of_unserved, firsts, places, powers, digits, end = parts_of(inner, halves)  # pragma: no cover - compiled
     words, numbers = out.view(np.int32), out.view(np.uint8)
     words[head // 4] = 0
-    step, lowest = np.float32(1), -128
+    step, lowest, plain = np.float32(1), -128, False
     if halves:
-        step, lowest = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
+        step, lowest, plain = _numbers_as_bytes(table, shifted, numbers[head + 64 : head + 128])
     if step == 0 or (shifted and not halves):
         return
     codes, entry = (2 * QUARTER, ENTRY_OF_HALVES) if halves else (QUARTER, ENTRY_OF_BYTES)
@@ -1068,7 +1091,7 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
     e = leading - BITS
     half = e >> 1
     out[head // 4 + 2], out[head // 4 + 3] = np.float32(2.0) ** half * step, np.float32(2.0) ** (e - half)
-    words[head // 4], words[head // 4 + 1] = 1, unserved
+    words[head // 4], words[head // 4 + 1], words[head // 4 + 4] = 1, unserved, plain
 
 
 @njit(nogil=True, cache=True)
@@ -1098,7 +1121,7 @@ def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) ->
             arranged[whole + (k % 2) * LANES + (k - whole) // 2] = row[k]
     out[rows:] = 0
     if table.ndim == 1:  # noqa: SIM102
-        if out.shape[1] > width:
+        if rows == 1 and out.shape[1] > width:
             _to_fixed_point(halves, inner, size, table, shifted, out[0])
 
 
@@ -1173,6 +1196,18 @@ def _largest(patterns: Any, ignored: Any, less: Any) -> Any:  # pragma: no cover
 
 
 @njit(nogil=True, cache=True)
+def _are_near_one(patterns: Any, less: Any) -> Any:  # pragma: no cover - compiled
+    """Whether bits of some floats are in ``NEAR_ONE``; where ``less`` is 0, those of 0 serve, too."""
+    far = False
+    for n in range(patterns.shape[0]):
+        row = patterns[n]
+        for g in range(row.shape[0]):
+            bits = row[g] & np.uint32(0x7FFFFFFF)
+            far |= bits - NEAR_ONE[0] >= NEAR_ONE[1] - NEAR_ONE[0] and (bits != 0 or less != 0)
+    return not far
+
+
+@njit(nogil=True, cache=True)
 def _copy_rest(w: Any, inner: Any, whole: Any, halves: Any, rest: Any) -> None:  # pragma: no cover - compiled
     """Codes from ``whole`` on, which fill no vector: no loop reads beyond the weight."""
     first = whole // 2 if halves else whole
@@ -1195,7 +1230,7 @@ def _are_codes(zero: Any, lowest: Any) -> Any:  # pragma: no cover - compiled
     return lowest <= least and most < lowest + MOST_SHIFT
 
 
-_STRIP, _SUMS = "uint8[:,::1], float32[:,::1]", "float32[:,:,:,::1]"
+_STRIP, _SUMS = "uint8[:,::1], float32[:,::1]", "float32[:,:,::1]"
 _ADDRESSES = "int64, int64, int64, int64"
 """Arguments of what adds to the sums of a strip: its codes and x; sums; scales, zero points, and strides of both."""
 
@@ -1203,11 +1238,11 @@ _ADDRESSES = "int64, int64, int64, int64"
 @njit(nogil=True, cache=True)
 def _add_in_dots(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any, z_stride: Any,
-    lowest: Any, less: Any, size: Any, sums: Any,
+    lowest: Any, size: Any, sums: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``_add_tiles`` of one row that is in fixed point; ``zero`` is the address of integers, 0 where there are none.
 
-    The answer is the largest and the least of the bits of scales, as ``_in_dots`` has them.
+    The answer is whether all scales are near 1.
     """
     here, of_row = w.shape[0], x.ctypes.data
     head, _, firsts, places, powers, digits, _ = parts_of(inner, halves)
@@ -1220,8 +1255,8 @@ def _add_in_dots(
     rest = np.zeros((here if ends_within else 0, VECTOR), dtype=np.uint8)
     if ends_within:
         _copy_rest(w, inner, inner - inner % (2 * VECTOR if halves else VECTOR), halves, rest)
-    extremes = np.empty((2, LANES), dtype=np.uint32)
-    extremes[0], extremes[1] = 0, 0xFFFFFFFF
+    farthest, plain = np.zeros(LANES, dtype=np.uint32), x.view(np.int32)[0, (head - of_row) // 4 + 4] != 0
+    off = lowest + MOST_SHIFT if _OF_BYTES else lowest  # unsigned bytes are so much more than they mean
     sums[:] = 0
     for n in range(0, here, HEIGHT_OF_ONE):
         codes, s, z = start + n * by, scale + n * s_stride, zero + n * z_stride
@@ -1229,24 +1264,29 @@ def _add_in_dots(
         if not halves:
             _bytes_in_dots(
                 codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
-                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                z_stride, off, flip, farthest.ctypes.data, out,
             )  # fmt: skip
         elif zero != 0:
             _shifted_in_dots(
                 codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
-                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                z_stride, off, flip, farthest.ctypes.data, out,
+            )  # fmt: skip
+        elif plain:
+            _plain_in_dots(
+                codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
+                z_stride, off, flip, farthest.ctypes.data, out,
             )  # fmt: skip
         else:
             _halves_in_dots(
                 codes, by, there, length, beyond, head, firsts, places, powers, digits, s, s_stride, groups, z,
-                z_stride, lowest, flip, less, extremes.ctypes.data, out,
+                z_stride, off, flip, farthest.ctypes.data, out,
             )  # fmt: skip
-    return extremes[0].max(), extremes[1].min()
+    return farthest.max() < NEAR_ONE[1] - NEAR_ONE[0]
 
 
 _add_in_dots_apart = apart(
     _add_in_dots,
-    f"UniTuple(uint32, 2)({_STRIP}, int64, boolean, int64, float32[::1], {_ADDRESSES}, int64, uint32, int64, {_SUMS})",
+    f"boolean({_STRIP}, int64, boolean, int64, float32[::1], {_ADDRESSES}, int64, int64, {_SUMS})",
 )
 
 
@@ -1272,12 +1312,12 @@ def _add_unserved(
                 at, by = rest.ctypes.data + n * QUARTER, QUARTER
             entries, s, z = x.ctypes.data + 4 * k, scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
             if halves:
-                _halves_of_one_row(
-                    at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
+                _halves_of_rows(
+                    1, at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
             else:
-                _bytes_of_one_row(
-                    at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
+                _bytes_of_rows(
+                    1, at, by, there, at, entries, 0, s, s_stride, z, z_stride, table.ctypes.data, flip, 1, steps, out
                 )
 
 
@@ -1291,12 +1331,12 @@ def _add_tiles(
     w: Any, x: Any, inner: Any, halves: Any, flip: Any, table: Any, scale: Any, s_stride: Any, zero: Any,
     z_stride: Any, size: Any, sums: Any, rows: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """``sums[tile, n, m, lane]`` of a strip of the weight and ``rows`` rows of x.
+    """Sums of a strip of the weight and ``rows`` rows of x: of each tile in the order ``[n, m, lane]``.
 
     ``scale`` and ``zero`` are addresses.
     """
-    here, one = w.shape[0], sums.shape[2] == 1
-    tile, height, depth = (1, HEIGHT_OF_ONE, DEPTH_OF_ONE) if one else (ROWS, HEIGHT, DEPTH)
+    here, one = w.shape[0], rows == 1
+    depth = DEPTH_OF_ONE if one else DEPTH
     many = rows >= MANY_ROWS
     if many:
         depth = DEPTH_OF_MANY
@@ -1330,12 +1370,14 @@ def _add_tiles(
                 _decode_halves(codes, codes + to_next, s, z, a, flip, groups, steps, o)
             else:
                 _decode_bytes(codes, codes + to_next, s, z, a, flip, groups, steps, o)
-        for t in range((rows + tile - 1) // tile):
-            entries = x.ctypes.data + t * tile * at + 4 * k
+        m = 0
+        while m < rows:
+            tile = min(rows - m, ROWS)
+            height, entries = HEIGHTS[tile], x.ctypes.data + m * at + 4 * k
             for n in range(0, here, height):
                 codes = start + n * by + k * bits // 8
                 s, z = scale + n * s_stride + 4 * g, zero + n * z_stride + 4 * g
-                o, there = out + t * sums.strides[0] + n * sums.strides[1], here - n
+                o, there = out + m * sums.strides[0] + n * tile * 4 * LANES, here - n
                 if one:
                     ahead = codes + AHEAD
                 else:  # the tile below, or the first one of the codes that follow
@@ -1343,24 +1385,18 @@ def _add_tiles(
                 if many:
                     codes = values.ctypes.data + n * values.strides[0]
                     _floats_of_rows(
-                        codes, values.strides[0], there, codes, entries, at, s, 0, z, 0, a, flip, 1, length // LANES, o
-                    )
-                elif halves and one:
-                    _halves_of_one_row(
-                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
-                    )
+                        tile, codes, values.strides[0], there, codes, entries, at, s, 0, z, 0, a, flip, 1,
+                        length // LANES, o,
+                    )  # fmt: skip
                 elif halves:
                     _halves_of_rows(
-                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
-                    )
-                elif one:
-                    _bytes_of_one_row(
-                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                        tile, codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
                     )
                 else:
                     _bytes_of_rows(
-                        codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
+                        tile, codes, by, there, ahead, entries, at, s, s_stride, z, z_stride, a, flip, groups, steps, o
                     )
+            m += tile
         k += length
 
 
@@ -1521,8 +1557,7 @@ def _add_in_order(
     One row of x meets values in registers, where groups are whole vectors. More rows meet them in the first cache,
     where a tile's are decoded for all rows of x, or in the second, which holds those of a strip.
     """
-    here, one = w.shape[0], sums.shape[2] == 1
-    tile, height = (1, HEIGHT_OF_ONE) if one else (ROWS, HEIGHT)
+    here, one = w.shape[0], rows == 1
     rest = np.empty((here, BYTES_OF_REST), dtype=np.uint8)
     step, of_moves, a = np.int64(moves.view(np.int32)[OF_CONSTANTS // 4]), moves.ctypes.data, table.ctypes.data
     whole = _in_whole_vectors(w.shape[1], inner, kind, table, step)
@@ -1541,10 +1576,11 @@ def _add_in_order(
         else:
             groups, end = 1, min(min(k + DEPTH_OF_ONE, (g + 1) * size), whole)
         steps, entries = (end - k) // LANES // groups, x.ctypes.data + 4 * k
-        for n in range(0, here, height):
+        for n in range(0, here, HEIGHT_OF_ONE):
             codes, o = start + n * by + k // LANES * step, out + n * sums.strides[1]
             s, z = scale.ctypes.data + n * s_stride + 4 * g, zero.ctypes.data + n * z_stride + 4 * g
             told = (
+                1,
                 codes,
                 by,
                 here - n,
@@ -1572,7 +1608,7 @@ def _add_in_order(
             else:
                 _looked_up_of_one_row(*told)
         k = end
-    at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (height, DEPTH)
+    at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (HEIGHTS[min(rows, ROWS)], DEPTH)
     values = np.empty((at_once if k < inner else 0, depth), dtype=np.float32)
     each = np.empty((2, 0 if size % LANES == 0 else depth + LANES), dtype=np.float32)
     while k < inner:
@@ -1588,31 +1624,17 @@ def _add_in_order(
                     each.ctypes.data, values.ctypes.data + r * values.strides[0],
                 )  # fmt: skip
                 values[r, last - k : steps * LANES] = 0  # whatever codes of zeros stand for
-            for t in range((rows + tile - 1) // tile):
-                for r in range(0, there, height):
+            m = 0
+            while m < rows:
+                tile = min(rows - m, ROWS)
+                for r in range(0, there, HEIGHTS[tile]):
                     codes, by_values = values.ctypes.data + r * values.strides[0], values.strides[0]
-                    o, x_of_tile = out + t * sums.strides[0] + (first + r) * sums.strides[1], entries + t * tile * at
-                    given = (
-                        codes,
-                        by_values,
-                        there - r,
-                        codes,
-                        x_of_tile,
-                        at,
-                        of_moves,
-                        0,
-                        of_moves,
-                        0,
-                        a,
-                        0,
-                        1,
-                        steps,
-                        o,
-                    )
-                    if one:
-                        _floats_of_one_row(*given)
-                    else:
-                        _floats_of_rows(*given)
+                    o, x_of_tile = out + m * sums.strides[0] + (first + r) * tile * 4 * LANES, entries + m * at
+                    _floats_of_rows(
+                        tile, codes, by_values, there - r, codes, x_of_tile, at, of_moves, 0, of_moves, 0, a, 0, 1,
+                        steps, o,
+                    )  # fmt: skip
+                m += tile
         k = last
 
 
@@ -1664,9 +1686,8 @@ def multiply(
     """
     rows, columns, halves = y.shape[0], w.shape[0], kind == HALVES
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
-    tile = 1 if one else ROWS
     groups_of_row = (inner + size - 1) // size
-    sums = np.empty(((min(rows, ROWS_AT_ONCE) + tile - 1) // tile, STRIP, tile, LANES), dtype=np.float32)
+    sums = np.empty((min(rows, ROWS_AT_ONCE), STRIP, LANES), dtype=np.float32)
     scales = np.empty((STRIP if coded else 0, groups_of_row), dtype=np.float32)
     zeros = np.zeros((STRIP if shifted else 1, groups_of_row), dtype=np.float32)
     z_stride = zeros.strides[0] if shifted else 0
@@ -1689,19 +1710,17 @@ def multiply(
         numbers = scales[:here] if coded else scale[start : start + here] if scale.shape[0] > 1 else scale
         points = zero[start : start + here] if zero.shape[0] > 1 else zero
         s_start, in_dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
-        of_strip, dots = np.uint32(0), in_dots
+        dots = in_dots
         if table.ndim == 1:  # by itself, as numba asks for: what does not hold is not compiled  # noqa: SIM102
             if in_dots:
                 of_points = np.int64(points.ctypes.data) if shifted else np.int64(0)
                 by_points = points.strides[0] if points.shape[0] > 1 else 0
-                of_strip, least = _add_in_dots_apart((
-                    codes, x, inner, halves, flip, table, s_start, s_stride, of_points, by_points, lowest, less, size,
-                    sums,
+                near = _add_in_dots_apart((
+                    codes, x, inner, halves, flip, table, s_start, s_stride, of_points, by_points, lowest, size, sums
                 ))  # fmt: skip
-                dots = of_strip < NEAR_ONE[1] and least >= NEAR_ONE[0]
-        if not in_dots:
-            of_strip = _largest(numbers.view(np.uint32), np.uint32(1 << 31), less)
-        most = max(most, of_strip)
+                dots = near or _are_near_one(numbers.view(np.uint32), less)
+        if not (in_dots and dots):
+            most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), less))
         if shifted and (unserved > 0 or not dots) and not _as_floats(points, np.int32(flip), zeros[:here]):
             return False
         if table.ndim == 1:  # noqa: SIM102
@@ -1709,8 +1728,8 @@ def multiply(
                 _add_unserved_apart((
                     codes, x, inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride, size, sums
                 ))  # fmt: skip
-        for m in range(0, rows, ROWS_AT_ONCE):
-            last = min(m + ROWS_AT_ONCE, rows)
+        for at_first in range(0, rows, ROWS_AT_ONCE):
+            m, last = at_first, min(at_first + ROWS_AT_ONCE, rows)
             if table.ndim == 2:
                 _add_in_order_apart((codes, x[m:], inner, kind, table[0], moves, numbers, zeros, size, sums, last - m))
             if table.ndim == 1:  # noqa: SIM102
@@ -1719,10 +1738,13 @@ def multiply(
                         codes, x[m:], inner, halves, flip, table, s_start, s_stride, zeros.ctypes.data, z_stride,
                         size, sums, last - m,
                     ))  # fmt: skip
-            for i in range(m, last):
-                of_tile, lane_of_tile = sums[(i - m) // tile], (i - m) % tile
-                for n in range(here):
-                    y[i, first + n] = _sum_of_lanes(of_tile[n, lane_of_tile].ctypes.data) + bias[start + n]
+            while m < last:
+                tile = min(last - m, ROWS)
+                for i in range(tile):
+                    for n in range(here):
+                        nth = sums.ctypes.data + ((m - at_first) * STRIP + n * tile + i) * 4 * LANES
+                        y[m + i, first + n] = _sum_of_lanes(nth) + bias[start + n]
+                m += tile
     return most < LARGE and not (_has_infinity(table) and not _are_finite(y))
 
 
