@@ -18,8 +18,9 @@ from processors import run_without, run_without_avx_512
 from aqt_lite import Codebook, Float, PerBlock, PerChannel, PerGroup, PerTensor, QArray, affine, dense, linear, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded
-from aqt_lite.backends.cpu import floats, runtime, serve, stored
+from aqt_lite.backends.cpu import floats, operands, runtime, serve, stored
 from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.operands import operands_of, plain_scales
 from aqt_lite.formats import FORMATS
 from aqt_lite.ops import reference
 from aqt_lite.ops.matmul import as_stored
@@ -191,7 +192,7 @@ def test_fixed_point_serves_what_it_is_for():
         q = quantize(weight(8, x.shape[1]), **how)
         w, spec = as_stored(q, packed=True)
         with np.errstate(all="ignore"):
-            operands = stored.operands_of(w, spec, x.shape[1], q.packed_length is not None, get_backend("numpy"))
+            operands = operands_of(w, spec, x.shape[1], q.packed_length is not None, get_backend("numpy"))
         words = stored._arranged(x, operands).view(np.int32)[0]
         head = LOOPS.parts_of(x.shape[1], operands.kind == LOOPS.HALVES)[0] // 4
         return words[head + 1] if words[head] else -1
@@ -253,11 +254,11 @@ def test_scales_that_are_codes_are_looked_up_whatever_numbers_these_have(times):
     others = np.random.default_rng(0).standard_normal(256).astype(np.float32)
     codes = np.random.default_rng(1).integers(1, 255, (4, 37)).astype(np.uint8)
     codes[1, 5], codes[2, 36] = 0, 255
-    assert LOOPS._doubling(powers) == (1 if times == 1 else 2, 254)
+    assert LOOPS.doubling_of(powers) == (1 if times == 1 else 2, 254)
     for table in (powers, others):
         for rows in ([0, 1, 2, 3], [2]):  # one for all
             found = np.empty(codes.shape, np.float32)
-            LOOPS._looked_up(codes[rows], table, LOOPS._doubling(table), found)
+            LOOPS.looked_up(codes[rows], table, LOOPS.doubling_of(table), found)
             expected = np.broadcast_to(table[codes[rows]], found.shape)
             assert found.tobytes() == expected.tobytes()
 
@@ -283,7 +284,7 @@ def test_zero_points_far_from_codes(zero):
     q.zero_point[:] = zero
     w, spec = as_stored(q, packed=True)
     values = np.empty((7, 96), np.float32)
-    served = LOOPS.dequantize(w.codes, 96, *stored.operands_of(w, spec, 96, False, get_backend("numpy")), 0, values)
+    served = LOOPS.dequantize(w.codes, 96, *operands_of(w, spec, 96, False, get_backend("numpy")), 0, values)
     assert served == (abs(zero) < 1 << 22 or zero == -(1 << 22))
     if served:
         np.testing.assert_array_equal(values, q.dequantize())
@@ -1030,7 +1031,7 @@ def test_many_scales_of_16_bits_or_in_the_other_order_are_those_that_few_are(how
     x, w = weight(3, 512, 1), weight(512, 400)
     turned = quantize(w, granularity=PerGroup(32, axis=0), **how).for_dense()
     plain = quantize(w.T.copy(), granularity=PerGroup(32), **how)
-    assert plain.scale.size > max(stored.FEWEST_TO_LOOK_UP, stored.FEWEST_TO_TURN)
+    assert plain.scale.size > max(operands.FEWEST_TO_LOOK_UP, operands.FEWEST_TO_TURN)
     for mode in ("fast", "reproducible"):
         for rows in (1, 3):
             y = dense(x[:rows], turned, mode=mode)
@@ -1047,7 +1048,7 @@ def test_every_scale_of_16_bits_is_looked_up_as_it_is_decoded(dtype):
     b = get_backend("numpy")
     for lie in (codes, codes.T, codes[:, ::2], codes.reshape(1, -1)):
         kept = Coded(lie, None)
-        found, *_ = stored.plain_scales(kept, spec, b)
+        found, *_ = plain_scales(kept, spec, b)
         with np.errstate(all="ignore"):
             wanted = affine.scales(kept, spec, b).astype(np.float32)
         np.testing.assert_array_equal(found.view(np.int32), wanted.view(np.int32))

@@ -20,8 +20,9 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.encoders import lies_in_order
 from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.operands import Operands, blocks_of_rows, operands_of_columns, plain_scales
 from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, in_parts, steps_of_elements
-from aqt_lite.backends.cpu.stored import Operands, blocks_of_rows, ends_of_parts, plain_scales
+from aqt_lite.backends.cpu.stored import ends_of_parts
 
 __all__ = ["dequantize"]
 
@@ -63,20 +64,55 @@ def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array |
         return NotImplemented
     if not serve.decodes("float32", w, spec, 1, packed):
         return NotImplemented
+    if _has_columns(w, spec, shape):
+        return _of_columns(w, spec, shape, packed, into)
     found = _as_rows(w, spec, shape, packed)
     if found is None or found.inner < SHORTEST_ROW or (found.size or SHORTEST_GROUP) < SHORTEST_GROUP:
         return NotImplemented
+    operands = _operands_of(w, spec, found, packed)
+    return _by_loops(codes, (found.rows, found.inner), operands, False, shape, into)
+
+
+def _by_loops(
+    codes: Array,
+    view: tuple[int, int],
+    operands: Operands,
+    by_columns: bool,
+    shape: tuple[int, ...],
+    into: Array | None,
+) -> Any:
+    """Values of codes that are seen as rows, in their own shape."""
     if into is None:
-        values = aligned_empty((found.rows, found.inner), np.float32)
+        values = aligned_empty(view, np.float32)
     elif lies_in_order(into):
-        values = np.asarray(into).reshape(found.rows, found.inner)
+        values = np.asarray(into).reshape(view)
     else:
         return NotImplemented
-    streams, operands = codes.view(np.uint8).reshape(found.rows, -1), _operands_of(w, spec, found, packed)
-    steps = steps_of_elements(values.size)
-    loop, ends = runtime.decoding_loops().dequantize_in_parts, ends_of_parts(found.rows, 1, steps)
-    served = in_parts(loop, steps, ends, streams, found.inner, *operands, values)
+    streams, steps = codes.view(np.uint8).reshape(view[0], -1), steps_of_elements(values.size)
+    loop, ends = runtime.decoding_loops().dequantize_in_parts, ends_of_parts(view[0], 1, steps)
+    served = in_parts(loop, steps, ends, streams, view[1], *operands, by_columns, values)
     return values.reshape(shape) if served else NotImplemented
+
+
+def _has_columns(w: Coded, spec: Spec, shape: tuple[int, ...]) -> bool:
+    """Whether all columns of a matrix have scales of their own, for so many codes each that one look at them pays."""
+    if len(shape) != 2 or spec.block[1] != 1 or _kept(w).shape[1] != shape[1]:
+        return False
+    return shape[1] >= SHORTEST_ROW and (spec.block[0] or shape[0]) >= SHORTEST_GROUP
+
+
+def _of_columns(w: Coded, spec: Spec, shape: tuple[int, ...], packed: bool, into: Array | None) -> Any:
+    operands = _without_too_small(operands_of_columns(w, spec, packed), w, spec)
+    return _by_loops(w.codes, (shape[0], shape[1]), operands, True, shape, into)
+
+
+def _without_too_small(operands: Operands, w: Coded, spec: Spec) -> Operands:
+    """Scales as dequantizing takes them, which are 0 where they are smaller than any that it keeps."""
+    if not isinstance(w.scale, tuple):
+        return operands
+    b = get_backend("numpy")
+    scale, of_scales = (affine.without_too_small(a, spec, b) for a in (operands.scale, operands.of_scales))
+    return operands._replace(scale=scale, of_scales=of_scales)
 
 
 def _as_rows(w: Coded, spec: Spec, shape: tuple[int, ...], packed: bool) -> _Rows | None:
@@ -120,8 +156,6 @@ def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
     """What the loop reads beside codes."""
     b, shape = get_backend("numpy"), w.codes.shape
     scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
-    if isinstance(w.scale, tuple):
-        scale, of_scales = (affine.without_too_small(numbers, spec, b) for numbers in (scale, of_scales))
 
     def of_rows(blocks: Array) -> Array:
         if not blocks.size:
@@ -135,7 +169,8 @@ def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
     zero = np.empty((0, 0), np.int32) if w.zero_point is None else w.zero_point
     kind = kind_of(spec.element, packed, found.size)
     size = found.size or found.inner + -found.inner % (2 * runtime.decoding_loops().LANES)
-    return Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+    operands = Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
+    return _without_too_small(operands, w, spec)
 
 
 def _kept(w: Coded) -> Array:

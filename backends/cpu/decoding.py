@@ -63,21 +63,35 @@ __all__ = [
     "HALVES",
     "HEIGHTS",
     "INTEGERS",
+    "IN_A_TILE",
     "IN_ORDER",
     "LANES",
+    "LARGE",
     "LOOKED_UP",
     "MOVED",
     "MOVED_WIDE",
     "NUMBERS",
+    "ROWS",
     "ROWS_AT_ONCE",
     "STRIP",
     "arrange",
     "arrange_apart",
+    "as_floats",
+    "bytes_across",
+    "bytes_of_columns",
     "counted_loop",
     "dequantize",
     "dequantize_apart",
+    "dequantize_columns",
+    "dequantize_columns_apart",
     "dequantize_in_parts",
+    "doubling_of",
+    "halves_across",
+    "halves_of_columns",
+    "has_infinity",
+    "largest",
     "look_up",
+    "looked_up",
     "multiply",
     "multiply_apart",
     "multiply_in_parts",
@@ -144,6 +158,12 @@ DEPTH_OF_MANY = 512
 
 ROWS_AT_ONCE = 256
 """Rows of x whose sums are in memory at a time: a multiple of ``ROWS``."""
+
+IN_A_TILE = (4 if _WIDE else 2) * LANES
+"""Columns of a tile, of a weight that lies (in, out)."""
+
+AHEAD_IN_A_ROW = 512
+"""Bytes ahead of those it decodes that such a tile reads into the second cache."""
 
 VECTOR = 4 * LANES
 """Bytes of codes that meet x in fixed point at a time."""
@@ -613,6 +633,81 @@ def _tile_of(
         _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
 
 
+# ---- a weight that lies (in, out), which ``outer`` multiplies by
+
+
+def _columns(kind: _Kind, by_columns: bool) -> Any:
+    """``out[m, lane] += sum_k value[k, lane] x[m, k]`` of ``count`` rows of a weight, one at least, and some columns.
+
+    ``IN_A_TILE`` columns, in the order of values: of ``HALVES`` a vector of those at even positions and then one of
+    those at odd ones. ``by_columns``: all rows share scales and zero points, of which there are as many as columns, in
+    that order, too. Else each row has its own.
+    Arguments: rows of x, up to ``ROWS``; addresses, and strides in bytes, of codes, x, scales, zero points (both
+    float32) and sums; the first column, the length of groups, and how many there are.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        _: Any, rows: Any, w: Any, w_stride: Any, count: Any, x: Any, x_stride: Any, scale: Any, s_stride: Any,
+        zero: Any, z_stride: Any, table: Any, flip: Any, first: Any, size: Any, groups: Any, out: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of_x, w, w_stride, count, x, x_stride, scale, s_stride, zero, z_stride, table, flip, *others = arguments
+            first, size, groups, out, out_stride = others
+            decoder, loads = kind(builder, table, flip), range(0, IN_A_TILE, LANES * kind.vectors)
+            fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+            last = builder.sub(groups, _ADDRESS(1))
+
+            def group_of(i: int) -> Any:
+                g = builder.sdiv(builder.add(first, _ADDRESS(i)), size)
+                return builder.select(builder.icmp_signed("<", g, last), g, last)
+
+            def of_vector(base: Any, i: int) -> Any:
+                return _load(builder, _at(builder, base, builder.add(first, _ADDRESS(i)), 4), _FLOATS)
+
+            one, none = (ir.Constant(_FLOATS, [v] * LANES) for v in (1.0, 0.0))
+            as_they_are = decoder.of_group(one, none)
+            nth = [group_of(i) for i in loads] if not by_columns else []
+            own = [[of_vector(a, i) for a in (scale, zero)] for i in range(0, IN_A_TILE, LANES)] if by_columns else []
+
+            def values_of(row: Any, k: Any, i: int) -> list[Any]:
+                codes = _load(builder, builder.add(row, _ADDRESS(LANES * i)), kind.lanes)
+                if not by_columns:
+                    of_row = (builder.add(a, builder.mul(k, by)) for a, by in ((scale, s_stride), (zero, z_stride)))
+                    return decoder.values(codes, _of_group(builder, decoder, *of_row, nth[i]))
+                if kind is _Bytes:
+                    return decoder.values(codes, decoder.of_group(*own[i]))
+                parts = zip(decoder.values(codes, as_they_are), own[i * kind.vectors :], strict=False)
+                return [builder.fmul(builder.fsub(number, point), factor) for number, (factor, point) in parts]
+
+            for m in range(1, ROWS + 1):
+                with builder.if_then(builder.icmp_signed("==", of_x, _ADDRESS(m))):
+                    of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(i))) for i in range(m)]
+
+                    def step(k: Any, totals: list[Any], of_rows: list[Any] = of_rows) -> list[Any]:
+                        row, totals = builder.add(w, builder.mul(k, w_stride)), list(totals)
+                        _prefetch(builder, builder.add(row, _ADDRESS(AHEAD_IN_A_ROW)))
+                        values = [value for i in range(len(loads)) for value in values_of(row, k, i)]
+                        for i, of_row in enumerate(of_rows):
+                            entry = _in_all_lanes(builder, _load(builder, _at(builder, of_row, k, 4), _FLOAT), _FLOATS)
+                            for v, value in enumerate(values):
+                                nth_total = i * len(values) + v
+                                totals[nth_total] = builder.call(fma, [value, entry, totals[nth_total]])
+                        return totals
+
+                    totals = counted_loop(builder, count, [none] * (m * IN_A_TILE // LANES), step)
+                    for i, total in enumerate(totals):
+                        r, v = divmod(i, IN_A_TILE // LANES)
+                        place = builder.add(out, builder.mul(out_stride, _ADDRESS(r)))
+                        place = builder.add(place, _ADDRESS(4 * LANES * v))
+                        _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 17), generate
+
+    return tile
+
+
 # ---- one row of x in fixed point, by integer dot products
 
 _VECTOR, _SHORTS = ir.VectorType(_BYTE, VECTOR), ir.VectorType(ir.IntType(16), VECTOR // 2)
@@ -847,6 +942,8 @@ _bytes_in_dots, _halves_in_dots, _plain_in_dots, _shifted_in_dots = map(
 
 _bytes_of_rows, _halves_of_rows = (_tile(kind, *range(1, min(ROWS + 1, MANY_ROWS))) for kind in (_Bytes, _Halves))
 _floats_of_rows = _tile(_Floats, *range(1, ROWS + 1))
+bytes_of_columns, halves_of_columns = (_columns(kind, by_columns=True) for kind in (_Bytes, _Halves))
+bytes_across, halves_across = (_columns(kind, by_columns=False) for kind in (_Bytes, _Halves))
 _decode_bytes, _decode_halves = _decoder(_Bytes), _decoder(_Halves)
 _IN_ORDER = _HalvesInOrder, _MovedIntegers, _Moved, _MovedWide, _LookedUp
 _decode_halves_in_order, _decode_integers, _decode_moved, _decode_moved_wide, _decode_looked_up = map(
@@ -879,7 +976,7 @@ def parts_of(inner: int, halves: bool) -> tuple[int, int, int, int, int, int, in
 
 
 def shape_of_arranged(rows: int, inner: int, kind: int) -> tuple[int, int]:
-    """Shape of what ``arrange`` fills: rows an odd number of lines apart, so that a cache holds the same part of all."""
+    """Shape of what ``arrange`` fills: rows an odd number of lines apart, so that a cache holds the same of all."""
     head, *_, end = parts_of.py_func(inner, kind == HALVES)
     if rows == 1:
         return 1, (end if kind <= HALVES else head) // 4
@@ -1129,7 +1226,7 @@ arrange_apart = apart(arrange, "void(float32[:,::1], int64, int64, float32[::1],
 
 
 @njit(nogil=True, cache=True)
-def _doubling(table: Any) -> Any:  # pragma: no cover - compiled
+def doubling_of(table: Any) -> Any:  # pragma: no cover - compiled
     """Codes about the middle one, the first and the last, of which each has twice the number of the one before."""
     bits = table.view(np.uint32)
     first = last = bits.shape[0] // 2
@@ -1141,7 +1238,7 @@ def _doubling(table: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _looked_up(codes: Any, table: Any, doubling: Any, out: Any) -> None:  # pragma: no cover - compiled
+def looked_up(codes: Any, table: Any, doubling: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Numbers of scales that are kept as codes; in vectors where ``doubling`` has those of a row.
 
     Twice a number is one more in its exponent, which the bits from the 23rd on are. So all bits are those of code 0, as
@@ -1170,7 +1267,7 @@ def look_up(codes: Any, table: Any, out: Any) -> None:  # pragma: no cover - com
 
 
 @njit(nogil=True, cache=True)
-def _as_floats(integers: Any, less: Any, out: Any) -> Any:  # pragma: no cover - compiled
+def as_floats(integers: Any, less: Any, out: Any) -> Any:  # pragma: no cover - compiled
     """Zero points, of unsigned bytes as of the signed ones that they are taken for; whether differences are exact."""
     farthest = np.int32(0)
     for n in range(out.shape[0]):
@@ -1182,7 +1279,7 @@ def _as_floats(integers: Any, less: Any, out: Any) -> Any:  # pragma: no cover -
 
 
 @njit(nogil=True, cache=True)
-def _largest(patterns: Any, ignored: Any, less: Any) -> Any:  # pragma: no cover - compiled
+def largest(patterns: Any, ignored: Any, less: Any) -> Any:  # pragma: no cover - compiled
     """The largest of the bits of some floats: they order as the floats do, and put NaN, and negative ones, on top.
 
     Some bits are ignored, and ``less`` is taken off: 1 puts 0 on top, too.
@@ -1654,7 +1751,7 @@ def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _has_infinity(table: Any) -> Any:  # pragma: no cover - compiled
+def has_infinity(table: Any) -> Any:  # pragma: no cover - compiled
     """The same of a table, of one axis or of two."""
     if table.ndim == 2:
         return _have_infinity(table)
@@ -1699,14 +1796,14 @@ def multiply(
         moves = _moves_of(kind, table[0])
     unserved = np.int64(x.view(np.int32)[0, head + 1]) if fixed else 0
     lowest = np.int64(table.min()) if fixed and halves else 0
-    less, doubling = np.uint32(0 if coded else 1), _doubling(of_scales)
+    less, doubling = np.uint32(0 if coded else 1), doubling_of(of_scales)
     most = np.uint32(0)
     for first in range(0, columns, STRIP):
         stop = min(first + STRIP, columns)
         here, start, codes = stop - first, first_row + first, w[first:stop]
         if coded:
             several = codes_of_scales.shape[0] > 1
-            _looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, doubling, scales[:here])
+            looked_up(codes_of_scales[start:] if several else codes_of_scales, of_scales, doubling, scales[:here])
         numbers = scales[:here] if coded else scale[start : start + here] if scale.shape[0] > 1 else scale
         points = zero[start : start + here] if zero.shape[0] > 1 else zero
         s_start, in_dots = numbers.ctypes.data, fixed and (not shifted or _are_codes(points, lowest))
@@ -1720,8 +1817,8 @@ def multiply(
                 ))  # fmt: skip
                 dots = near or _are_near_one(numbers.view(np.uint32), less)
         if not (in_dots and dots):
-            most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), less))
-        if shifted and (unserved > 0 or not dots) and not _as_floats(points, np.int32(flip), zeros[:here]):
+            most = max(most, largest(numbers.view(np.uint32), np.uint32(1 << 31), less))
+        if shifted and (unserved > 0 or not dots) and not as_floats(points, np.int32(flip), zeros[:here]):
             return False
         if table.ndim == 1:  # noqa: SIM102
             if dots and unserved > 0:
@@ -1745,7 +1842,7 @@ def multiply(
                         nth = sums.ctypes.data + ((m - at_first) * STRIP + n * tile + i) * 4 * LANES
                         y[m + i, first + n] = _sum_of_lanes(nth) + bias[start + n]
                 m += tile
-    return most < LARGE and not (_has_infinity(table) and not _are_finite(y))
+    return most < LARGE and not (has_infinity(table) and not _are_finite(y))
 
 
 multiply_apart = apart(
@@ -1814,7 +1911,7 @@ def dequantize(
     numbers, zeros = np.empty((1, groups), dtype=np.float32), np.zeros((1, groups), dtype=np.float32)
     a = table.ctypes.data
     whole, most = inner // size if size % LANES == 0 else 0, np.uint32(0)
-    doubling, moves = _doubling(of_scales), np.empty(0, dtype=np.uint8)
+    doubling, moves = doubling_of(of_scales), np.empty(0, dtype=np.uint8)
     rest = np.empty((1, BYTES_OF_REST if table.ndim == 2 else 0), dtype=np.uint8)
     each = np.empty((2, inner + LANES if table.ndim == 2 and size % LANES != 0 else 0), dtype=np.float32)
     last = np.empty(LANES, dtype=np.float32)
@@ -1826,11 +1923,11 @@ def dequantize(
     for n in range(w.shape[0]):
         row = first_row + n if kept.shape[0] > 1 else 0
         if coded:
-            _looked_up(codes_of_scales[row : row + 1], of_scales, doubling, numbers)
+            looked_up(codes_of_scales[row : row + 1], of_scales, doubling, numbers)
         else:
             numbers[0] = scale[row]
-        most = max(most, _largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
-        if shifted and not _as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros):
+        most = max(most, largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
+        if shifted and not as_floats(zero[first_row + n if several else 0 :], np.int32(flip), zeros):
             return False
         start, s, z, o = w[n].ctypes.data, numbers.ctypes.data, zeros.ctypes.data, out[n].ctypes.data
         if table.ndim == 2:
@@ -1857,7 +1954,7 @@ def dequantize(
                 if k < end:
                     _one_by_one(w[n], k, end, halves, flip, table, numbers[0, g], zeros[0, g], out[n])
                 g += together
-    return most < LARGE and not (_has_infinity(table) and _have_infinity(out))
+    return most < LARGE and not (has_infinity(table) and _have_infinity(out))
 
 
 dequantize_apart = apart(
@@ -1870,12 +1967,56 @@ dequantize_apart = apart(
 )
 
 
+@njit(nogil=True, cache=True)
+def dequantize_columns(
+    w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
+    zero: Any, size: Any, first_row: Any, out: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """The same where ``size`` codes of a column share a scale: scales and zero points have as many columns as w."""
+    coded, shifted = of_scales.shape[0] > 0, zero.shape[0] > 0
+    nothing, no_codes, no_zeros = np.empty(0, np.float32), np.empty((0, 0), np.uint8), np.empty((0, 0), np.int32)
+    one, vectors = np.ones((1, 1), np.float32), (inner + 2 * LANES - 1) // (2 * LANES)
+    if not dequantize_apart((
+        w, inner, kind, flip, table, one, no_codes, nothing, no_zeros, 2 * LANES * vectors, 0, out
+    )):  # fmt: skip
+        return False
+    numbers, zeros = np.empty((1, inner), dtype=np.float32), np.zeros((1, inner), dtype=np.float32)
+    doubling, most, group, full = doubling_of(of_scales), np.uint32(0), -1, inner - inner % LANES
+    for n in range(w.shape[0]):
+        if (first_row + n) // size != group:
+            group = (first_row + n) // size
+            if coded:
+                looked_up(codes_of_scales[group : group + 1], of_scales, doubling, numbers)
+            else:
+                numbers[0] = scale[group]
+            most = max(most, largest(numbers.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
+            if shifted and not as_floats(zero[group : group + 1], np.int32(flip), zeros):
+                return False
+        if full > 0:
+            _scale_each(out[n].ctypes.data, full, numbers.ctypes.data, zeros.ctypes.data)
+        for k in range(full, inner):
+            out[n, k] = (out[n, k] - zeros[0, k]) * numbers[0, k]
+    return most < LARGE and not (has_infinity(table) and _have_infinity(out))
+
+
+dequantize_columns_apart = apart(
+    dequantize_columns,
+    *(
+        f"boolean(uint8[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
+        "int32[:,::1], int64, int64, float32[:,::1])"
+        for table in ("::1", ":,::1")
+    ),
+)
+
+
 @njit(nogil=True)
 def _part_of_values(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, served, out = given
-    if not dequantize_apart((
+    w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, by_columns, served, out = given
+    told = (
         w[start:stop], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, start, out[start:stop]
-    )):  # fmt: skip
+    )  # fmt: skip
+    small = dequantize_columns_apart(told) if by_columns else dequantize_apart(told)
+    if not small:
         served[0] = False
 
 
@@ -1885,10 +2026,10 @@ _task_of_values = task_of(_part_of_values)
 @njit(nogil=True, cache=True)
 def dequantize_in_parts(
     pool: Any, ends: Any, w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any,
-    of_scales: Any, zero: Any, size: Any, out: Any,
+    of_scales: Any, zero: Any, size: Any, by_columns: Any, out: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
-    """``dequantize`` for rows from each of ``ends`` to the next, on the threads of a pool."""
+    """``dequantize``, or ``dequantize_columns``, for rows from each of ``ends`` to the next, on a pool's threads."""
     served = np.ones(1, dtype=np.bool_)
-    given = w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, served, out
+    given = w, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, by_columns, served, out
     in_parts(pool, ends, _task_of_values(given))
     return served[0]

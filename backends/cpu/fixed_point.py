@@ -20,8 +20,9 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
+from aqt_lite.backends.cpu.operands import blocks_of_rows, plain_scales
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, in_parts, map_ranges, steps_of_product
-from aqt_lite.backends.cpu.stored import blocks_of_rows, ends_of_parts, plain_scales
+from aqt_lite.backends.cpu.stored import ends_of_parts
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
 

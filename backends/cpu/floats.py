@@ -56,6 +56,10 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
     if not looked_at and serve.values_may_overflow(w):
         return NotImplemented
     large = w.codes.size >= LARGE
+    if large and serve.decodes_in_out(x_name, w, spec, contract, packed=False):
+        y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
+        if y is not NotImplemented:
+            return y
     if worth_floats or large or serve.is_worth_decoding(len(x), w, contract):
         by_dots = large and not worth_floats
         y = matmul_by_dots(x, w, bias, spec=spec, contract=contract) if by_dots else NotImplemented
@@ -100,6 +104,8 @@ def shortly(
         if not loops.take(x, bias):
             return NotImplemented
         y = loops.of_small_weight(x, w, bias)
+        if y is NotImplemented and large and contract == 0:
+            return loops(x, w, bias)
         if y is NotImplemented and large and loops.decodes and 0 < rows <= most:
             return loops.by_decoding(x, w, bias)
         return y

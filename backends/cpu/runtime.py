@@ -410,6 +410,18 @@ def panel_loops() -> Any:
     return None if decoding_loops() is None else _loaded_panels()
 
 
+def outer_loops() -> Any:
+    """The loops for a weight that lies (in, out), or None where there are none that decode."""
+    return None if decoding_loops() is None else _loaded_outer()
+
+
+@functools.cache
+def _loaded_outer() -> Any:
+    from aqt_lite.backends.cpu import outer
+
+    return outer
+
+
 @functools.cache
 def _loaded_panels() -> Any:
     from aqt_lite.backends.cpu import panels

@@ -70,6 +70,15 @@ MOST_ROWS_FOR_PIECES = 64
 LEAST_CODES_FOR_PIECES = 1 << 22
 """The same of codes that have a scale for each output: for smaller weights those large ones are as fast."""
 
+MOST_ROWS_IN_REGISTERS = 16
+"""Rows of x up to which codes of a weight (in, out) are decoded in registers for every few, and not in a cache."""
+
+MOST_ROWS_IN_OUT = 128
+"""Rows of x up to which such a weight is read as it lies, and not dequantized for BLAS."""
+
+NARROWEST_BLOCK = 8
+"""Columns of such a weight with one scale: a loop decodes them in one step."""
+
 LONGEST_GROUP = 512
 """Length of groups up to which their sums are below 2^48: what rounds them to float32 then rounds once."""
 
@@ -197,6 +206,16 @@ def decodes_by_loops(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: 
     element = spec.element
     small = element.bits <= 8 and max(abs(element.min), abs(element.max)) < LARGEST_DECODED
     return small and _in_scaled_codes(x_dtype, w, spec, contract)
+
+
+def decodes_in_out(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether loops serve that read a weight (in, out) as it lies, of what ``decodes`` is for where it lies (out, in).
+
+    Scales follow rows, or are those of columns: not of blocks that are narrower than a loop's step but for one column.
+    """
+    columns = spec.block[1]
+    wide = columns is None or columns == 1 or columns >= NARROWEST_BLOCK
+    return contract == 0 and wide and decodes(x_dtype, w, spec, 1, packed)
 
 
 def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:

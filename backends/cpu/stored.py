@@ -1,74 +1,39 @@
 """Products in float32 with a weight as it is stored: codes packed or not, scales in whatever format they are kept.
 
-Owns: the form of ``reference.matmul_stored`` for NumPy arrays, and what its loops are told of a weight. Imports: the
-operations, the runtime, ``serve``, which says what it is for, and ``tiles``, for what no loop serves. The loops are
-``decoding``'s.
+Owns: the form of ``reference.matmul_stored`` for NumPy arrays. Imports: the operations, the runtime, ``serve``, which
+says what it is for, ``operands``, for what loops are told, ``in_out``, for a weight that lies the other way, and
+``tiles``, for what no loop serves. The loops are ``decoding``'s.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from aqt_lite import affine
-from aqt_lite._blocks import spread
 from aqt_lite._namespace import Array
-from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.in_out import matmul_in_out
+from aqt_lite.backends.cpu.operands import NO_CODES, NO_SCALES, NO_ZEROS, Operands, adds_nothing, operands_of
 from aqt_lite.backends.cpu.runtime import aligned_empty, in_parts, map_ranges, steps_of_product
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles
 from aqt_lite.ops import reference
 
 __all__ = [
     "ByLoops",
-    "Operands",
-    "blocks_of_rows",
     "ends_of_parts",
     "matmul_stored",
-    "operands_of",
-    "plain_scales",
     "stored_of_weight",
 ]
-
-FEWEST_TO_LOOK_UP = 1 << 12
-"""Scales of 16 bits from which on looking them up takes less time than decoding them."""
 
 ROWS_OF_A_PANEL = 12
 """Rows of x that take as long to multiply by a panel as its floats take to be made."""
 
-FEWEST_TO_TURN = 1 << 12
-"""Scales that lie in the other order from which on a loop turns them in less time than a copy takes."""
-
 _FLOAT32 = np.dtype(np.float32)
-_NO_NUMBERS = np.empty(0, dtype=np.float32)
-_NO_SCALES, _NO_CODES, _NO_ZEROS = (np.empty((0, 0), dtype=kind) for kind in (np.float32, np.uint8, np.int32))
-"""What takes the place of operands that a weight has none of."""
-
-
-class Operands(NamedTuple):
-    """What the loops read of a weight, beside its codes."""
-
-    kind: int
-    flip: int
-    table: Array
-    """What codes are, these three: ``kinds.Kind``."""
-    scale: Array
-    """For each row of the weight, or for all, and each group."""
-    codes_of_scales: Array
-    """The same, where scales are kept as codes."""
-    of_scales: Array
-    """The numbers of such codes."""
-    zero: Array
-    """Zero points likewise, int32; empty where all are 0."""
-    size: int
-    """Codes in a group."""
 
 
 class ByLoops:
@@ -84,6 +49,7 @@ class ByLoops:
         self._length, self._inner = w.codes.shape[0], w.codes.shape[1] if packed_length is None else packed_length
         self.decodes = serve.decodes(*told)
         """Whether loops serve whose codes become numbers."""
+        self._lies_in_out = serve.decodes_in_out(*told)
         self._loops = runtime.decoding_loops()
         plain_bytes = self.decodes and not self._packed and spec.element.zero_points and w.zero_point is None
         self.leaves_one_row = plain_bytes and (spec.block[1] or 0) % self._loops.LANES != 0
@@ -91,6 +57,10 @@ class ByLoops:
         self._by_digits = serve.by_digits(serve.MOST_ROWS_FOR_LOOPS + 1, w, contract, self._packed)
         self._constants: tuple[int, int, Array, Array, int] | None = None
         self._cuts = dict[int, tuple[int, Array, int] | None]()
+
+    def serve(self, rows: int) -> bool:
+        """Whether loops serve so many rows of x, whichever way the weight lies."""
+        return self.decodes or (self._lies_in_out and 0 < rows <= serve.MOST_ROWS_IN_OUT)
 
     def are_there(self) -> bool:
         """Whether what was decided still holds: tests and benchmarks do without loops that others had before."""
@@ -102,6 +72,8 @@ class ByLoops:
 
     def __call__(self, x: Array, w: Coded, bias: Array | None) -> Any:
         """``x @ w.T + bias`` in float32; x and the bias are no float64."""
+        if self._lies_in_out and self.serve(len(x)):
+            return matmul_in_out(x, w, bias, spec=self._spec, columns=self._inner, packed=self._packed)
         if not (self.decodes and len(x)) or (len(x) == 1 and self.leaves_one_row):
             return NotImplemented
         y = self.of_small_weight(x, w, bias)
@@ -138,7 +110,7 @@ class ByLoops:
         loops, operands, length = runtime.panel_loops(), self.operands(w), self._length
         x = np.ascontiguousarray(x, dtype=np.float32)
         codes = np.ascontiguousarray(w.codes).view(np.uint8)
-        bias = _adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+        bias = adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
         y = np.empty((len(x), length), dtype=np.float32)
         small = in_parts(loops.multiply_in_parts, steps, ends, codes, x, self._inner, *operands, bias, cuts, y)
         return y if small else NotImplemented
@@ -185,7 +157,7 @@ class ByLoops:
         loops, operands, length = self._loops, self.operands(w), self._length
         x = np.ascontiguousarray(x, dtype=np.float32)
         codes = np.ascontiguousarray(w.codes).view(np.uint8)
-        bias = _adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+        bias = adds_nothing(length) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
         y = np.empty((len(x), length), dtype=np.float32)
         arranged = _arranged(x, operands)
         steps = steps_of_product(length * self._inner, len(x))
@@ -196,11 +168,11 @@ class ByLoops:
     def operands(self, w: Coded) -> Operands:
         """``operands_of`` a weight of these types and shapes: once, but for those that are arrays of the weight."""
         kept, zero = w.scale.codes if isinstance(w.scale, Coded) else w.scale, w.zero_point
-        zero = _NO_ZEROS if zero is None else zero
+        zero = NO_ZEROS if zero is None else zero
         in_order = kept.flags.c_contiguous and zero.flags.c_contiguous
         if self._constants is not None and in_order:
             kind, flip, table, of_scales, size = self._constants
-            scale, codes = (_NO_SCALES, kept) if len(of_scales) else (kept, _NO_CODES)
+            scale, codes = (NO_SCALES, kept) if len(of_scales) else (kept, NO_CODES)
             return Operands(kind, flip, table, scale, codes, of_scales, zero, size)
         found = operands_of(w, self._spec, self._inner, self._packed, get_backend("numpy"))
         kind, flip, table, scale, codes, of_scales, of_zero, size = found
@@ -208,12 +180,6 @@ class ByLoops:
         if no_more and (scale is kept or codes is kept) and of_zero is zero:
             self._constants = kind, flip, table, of_scales, size
         return found
-
-
-@functools.lru_cache(maxsize=16)
-def _adds_nothing(length: int) -> Array:
-    """A bias that leaves every sum as it is: 0.0 would turn -0.0 to 0.0."""
-    return np.full(length, -0.0, np.float32)
 
 
 @np.errstate(all="ignore")
@@ -234,7 +200,12 @@ def matmul_stored(
     """
     b, packed = get_backend("numpy"), packed_length is not None
     w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
-    if not (rows and serve.decodes(x_name, w, spec, contract, packed)):
+    told = x_name, w, spec, contract, packed
+    if rows and rows <= serve.MOST_ROWS_IN_OUT and serve.decodes_in_out(*told):
+        y = (loops or ByLoops(w, spec, contract, packed_length))(x, w, bias)
+        if y is not NotImplemented:
+            return y.astype(x.dtype, copy=False)
+    if not (rows and serve.decodes(*told)):
         if not serve.is_worth_tiles(rows, w, spec, contract, packed):
             return NotImplemented
         return matmul_of_tiles(x, w, bias, spec=spec, contract=contract, packed_length=packed_length)
@@ -320,95 +291,3 @@ def _arranged(x: Array, of_weight: Operands) -> Array:
 
     map_ranges(some, len(x), 1, x.size)
     return arranged
-
-
-def operands_of(w: Coded, spec: Spec, inner: int, packed: bool, b: Backend, swapped: bool = False) -> Operands:
-    """The loops' operands of a weight (N, ``inner``), whose codes are packed or lie one a byte.
-
-    ``swapped``: scales and zero points have their axes in the other order, and so have the operands.
-    """
-    loops, rows = runtime.decoding_loops(), w.codes.shape[0]
-    vector, kind = loops.LANES * (2 if packed else 1), kind_of(spec.element, packed, spec.block[1])
-    size = spec.block[1] or max(-(-inner // vector), 1) * vector
-    scale, codes_of_scales, of_scales = plain_scales(w.scale, spec, b)
-    zero = _as_array(_NO_ZEROS, b) if w.zero_point is None else w.zero_point
-
-    def of_rows(blocks: Array) -> Array:
-        # those of nothing are as they should be: to find that out anew takes time that small products feel
-        return blocks if blocks is _NO_CODES or blocks is _NO_ZEROS else blocks_of_rows(blocks, rows, spec, b, swapped)
-
-    return Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
-
-
-def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bool = False) -> Array:
-    """Scales or zero points for each row of a weight, or for all, and each group; ``swapped``: groups come first."""
-    shared, axis = spec.block[0] or 1, int(swapped)
-    if shared > 1 and blocks.shape[axis] > 1:
-        shape, block = [blocks.shape[0], blocks.shape[1]], [1, 1]
-        shape[axis], block[axis] = rows, shared
-        blocks = spread(blocks, tuple(shape), tuple(block), b.xp)
-    return _turned(blocks) if b.name == "numpy" else b.contiguous(blocks)
-
-
-def _turned(blocks: Array) -> Array:
-    """The same in the order of C: by a loop where many lie in the other order, for a copy takes ten times as long."""
-    lies_so = blocks.ndim == 2 and blocks.flags.f_contiguous and not blocks.flags.c_contiguous
-    loops = runtime.turning_loops() if lies_so and blocks.size > FEWEST_TO_TURN else None
-    if loops is None or blocks.dtype.itemsize not in (1, 4):
-        return np.ascontiguousarray(blocks)
-    out = np.empty(blocks.shape, blocks.dtype)
-    loops.turn(blocks.T, 0, len(blocks), out)
-    return out
-
-
-def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array]:
-    """Scales as numbers; or as codes, and the numbers of all codes. What is not needed is empty."""
-    xp = b.xp
-    if not isinstance(kept, tuple):
-        return xp.astype(kept, xp.float32, copy=False), _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
-    kept = Coded(*kept)
-    codes, inner = kept.codes, kept.scale
-    several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
-    kind, plain = b.dtype_name(codes), b.name == "numpy" and all(part is None for part in kept[1:])
-    if several or kind not in ("int8", "uint8") or codes.ndim != 2:
-        if plain and codes.dtype.itemsize == 2 and codes.size > FEWEST_TO_LOOK_UP and runtime.decoding_loops():
-            scale = _looked_up(codes, _numbers_of_scales(spec, kind))
-        else:
-            scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
-        return scale, _as_array(_NO_CODES, b), _as_array(_NO_NUMBERS, b)
-    numbers = _numbers_of_scales(spec, kind) if plain else _numbers_of_every_code(kept, spec, kind, b)
-    if kind == "int8":
-        codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
-    return _as_array(_NO_SCALES, b), codes, numbers
-
-
-def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Array:
-    """What scales would be if their codes were these, one after the other."""
-    assert spec.format.scale is not None
-    size, (least, most) = np.dtype(kind).itemsize, spec.format.scale.element.codes
-    bits = np.arange(256**size, dtype=f"u{size}").view(kind)
-    every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
-    with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
-        numbers = affine.scales(kept._replace(codes=b.asarray(every, like=kept.codes)), spec, b)
-    return b.xp.reshape(b.xp.astype(numbers, b.xp.float32), (-1,))
-
-
-@functools.lru_cache(maxsize=64)
-def _numbers_of_scales(spec: Spec, kind: str) -> Array:
-    """The same where nothing else is kept: for a small product they would take longer than all of the loops."""
-    b = get_backend("numpy")
-    return _numbers_of_every_code(Coded(np.empty((1, 1), kind), None, None), spec, kind, b)
-
-
-def _looked_up(codes: Array, numbers: Array) -> Array:
-    """The numbers of codes of 16 bits, which lie as the codes do."""
-    turned = codes.flags.f_contiguous and not codes.flags.c_contiguous
-    given = codes.T if turned else np.ascontiguousarray(codes)
-    found = np.empty(given.shape, np.float32)
-    runtime.decoding_loops().look_up(given.view(np.uint16).reshape(-1), numbers, found.reshape(-1))
-    return found.T if turned else found
-
-
-def _as_array(nothing: np.ndarray[Any, Any], b: Backend) -> Array:
-    """One of the empty arrays above; NumPy's as it is, for a copy takes a good part of what a small product may."""
-    return nothing if b.name == "numpy" else b.asarray(nothing)

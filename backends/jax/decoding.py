@@ -22,7 +22,7 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, native, pool, serve, stored, turning
+from aqt_lite.backends.cpu import decoding, native, pool, serve, turning
 from aqt_lite.backends.cpu.decoders import SHORTEST_GROUP, SHORTEST_ROW
 from aqt_lite.backends.cpu.decoding import (
     HALVES,
@@ -33,6 +33,7 @@ from aqt_lite.backends.cpu.decoding import (
     shape_of_arranged,
 )
 from aqt_lite.backends.cpu.native import address_of, in_huge_pages
+from aqt_lite.backends.cpu.operands import Operands, operands_of
 from aqt_lite.backends.cpu.turning import blocks_of
 from aqt_lite.backends.jax import ffi
 from aqt_lite.backends.jax.ffi import OK, array, attribute, data, describe, dim, operand, parallel_for, result
@@ -53,7 +54,7 @@ CODES_AT_ONCE = 1 << 16
 """Codes that a thread turns to floats at a time: some microseconds of work, as threads may begin late."""
 
 # ---- what XLA calls. Operands: x (M, K) float32, the codes (bytes), the table of their numbers, then scales, codes of
-# scales, the numbers of those, zero points and the bias, as cpu.stored.Operands has them. Attributes, by name: flip,
+# scales, the numbers of those, zero points and the bias, as cpu.operands.Operands has them. Attributes, by name: flip,
 # kind, size, swapped (scales, their codes and zero points then have groups first), width (bits from one code to the
 # next, for XLA's own operations). Results: y (M, N) float32, for each strip of columns 1 where a scale is too large;
 # scratch: x arranged.
@@ -287,7 +288,7 @@ def product(
 
     So it is where a scale is 0, or so large that values might have to be clipped.
     """
-    kind, flip, table, *others, size = stored.operands_of(w, spec, x.shape[1], packed, get_backend("jax"), swapped)
+    kind, flip, table, *others, size = operands_of(w, spec, x.shape[1], packed, get_backend("jax"), swapped)
     bias = jnp.full(len(w.codes), -0.0, jnp.float32) if bias is None else bias.astype(jnp.float32)
     operands = (x.astype(jnp.float32), w.codes, table, *others, bias)
     width = spec.element.bits if packed else 8
@@ -297,10 +298,10 @@ def product(
 
 def values(w: Coded, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
     """The values (N, ``inner``) of such a weight, groups of any length, and whether they have to be made otherwise."""
-    return _values(w.codes, stored.operands_of(w, spec, inner, packed, get_backend("jax")), spec, inner, packed)
+    return _values(w.codes, operands_of(w, spec, inner, packed, get_backend("jax")), spec, inner, packed)
 
 
-def _values(codes: Array, of_weight: stored.Operands, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
+def _values(codes: Array, of_weight: Operands, spec: Spec, inner: int, packed: bool) -> tuple[Array, Array]:
     kind, flip, table, *others, size = of_weight
     static = {"flip": flip, "inner": inner, "kind": kind, "size": size, "width": spec.element.bits if packed else 8}
     made, flags = _bind_values[kind > HALVES](codes, table, *others, **static)
@@ -359,7 +360,7 @@ def dequantized(w: Coded, *, spec: Spec, length: int | None) -> tuple[Array, Arr
         w = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w)
         each = len(jax.tree.leaves(w.scale)[0]) > 1
         spec = replace(spec, block=(1 if each else None, spec.block[-1]))
-    of_weight, few_bits = stored.operands_of(w, spec, inner, length is not None, b), isinstance(w.scale, tuple)
+    of_weight, few_bits = operands_of(w, spec, inner, length is not None, b), isinstance(w.scale, tuple)
     if few_bits:
         scale, of_scales = (affine.without_too_small(a, spec, b) for a in (of_weight.scale, of_weight.of_scales))
         of_weight = of_weight._replace(scale=scale, of_scales=of_scales)

@@ -197,7 +197,7 @@ def _by_decoding(
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
     loops = stored.ByLoops(w, spec, contract, packed_length)
-    if x.dtype is torch.float64 or not loops.decodes:
+    if x.dtype is torch.float64 or not loops.serve(len(x)):
         return NotImplemented
     rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length, loops=loops)
     if loops.cut_in_panels(rows) is not None:
@@ -481,7 +481,8 @@ def _stored(x: Array, w: Coded, bias: Array | None, *, swapped: bool = False, **
     tensors = runtime.arrays_in((x, *w, bias))
     if _have_numpy_memory(tensors):
         return _by_decoding(x, w, bias, **static)
-    if not _may_be_read(tensors) or not _serves(serve.decodes, x, w, static):
+    serves = any(_serves(rule, x, w, static) for rule in (serve.decodes, serve.decodes_in_out))
+    if not _may_be_read(tensors) or not serves:
         return NotImplemented
     if not get_backend("torch").differentiates(*tensors):
         return _by_decoding(x, w, bias, **static)

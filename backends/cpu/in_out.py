@@ -1,0 +1,79 @@
+"""Products in float32 with a weight that lies (in, out), as the kernels of JAX do, by loops that read it as it lies.
+
+Owns: what those loops are told of such a weight and of its parts. Imports: the runtime, ``serve``, which says what it
+is for, and ``operands``, for how scales are kept. ``outer`` has the loops, and ``stored`` calls it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from aqt_lite._namespace import Array
+from aqt_lite._registry import get_backend
+from aqt_lite.affine import Coded, Spec
+from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.operands import Operands, adds_nothing, operands_of, operands_of_columns
+from aqt_lite.backends.cpu.runtime import in_parts, steps_of_product
+
+__all__ = ["matmul_in_out"]
+
+MOST_PARTS = 16
+"""Parts of K whose sums are added up at the end."""
+
+MOST_SUMS = 1 << 21
+"""Floats of the sums of all parts: 8 MB. Many rows of x, which have so many sums, are cut into fewer parts."""
+
+LEAST_CODES = 1 << 15
+"""Codes of a part, for which its sums are worth a place of their own."""
+
+ROWS_AT_A_TIME = 32
+"""Rows of the weight that a part has a multiple of."""
+
+SHORTEST_COLUMN = 8
+"""Codes of a column with one scale from which on numbers are made in registers: all of them read it once."""
+
+
+def matmul_in_out(x: Array, w: Coded, bias: Array | None, *, spec: Spec, columns: int, packed: bool) -> Any:
+    """``x @ dequantize(w) + bias`` in float32, where ``serve.decodes_in_out``; NotImplemented for some scales.
+
+    ``columns``: of the weight, which of codes that are ``packed`` has no array for an axis of that length.
+    """
+    loops, length, of_columns = runtime.outer_loops(), len(w.codes), spec.block[1] == 1
+    operands = _operands(w, spec, columns, packed, of_columns)
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    codes = np.ascontiguousarray(w.codes).view(np.uint8)
+    bias = adds_nothing(columns) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
+    width, few = loops.width_of_sums(columns), _are_few(len(x), operands, of_columns)
+    ends, each = _ends(length, len(x), columns, width)
+    sums = np.empty((len(ends) - 1, len(x), width), dtype=np.float32)
+    steps = steps_of_product(length * columns, len(x))
+    given = codes, x, columns, *operands, of_columns, few, each, sums
+    if not in_parts(loops.multiply_in_parts, steps, ends, *given):
+        return NotImplemented
+    y = np.empty((len(x), columns), dtype=np.float32)
+    loops.add_up(sums, operands.kind, few, bias, y)
+    return y
+
+
+def _operands(w: Coded, spec: Spec, columns: int, packed: bool, of_columns: bool) -> Operands:
+    b = get_backend("numpy")
+    return operands_of_columns(w, spec, packed) if of_columns else operands_of(w, spec, columns, packed, b)
+
+
+def _are_few(rows: int, operands: Operands, of_columns: bool) -> bool:
+    """Whether codes become numbers in registers, for each few rows of x anew."""
+    decoding = runtime.decoding_loops()
+    if rows > serve.MOST_ROWS_IN_REGISTERS or operands.kind not in (decoding.BYTES, decoding.HALVES):
+        return False
+    return bool(np.isfinite(operands.table).all()) and (not of_columns or operands.size >= SHORTEST_COLUMN)
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(length: int, rows: int, columns: int, width: int) -> tuple[Array, int]:
+    """Where parts of the weight's rows end, and how many rows each has, but for the last: by shapes alone."""
+    parts = max(1, min(MOST_PARTS, MOST_SUMS // (rows * width), length * columns // LEAST_CODES))
+    each = -(-length // (parts * ROWS_AT_A_TIME)) * ROWS_AT_A_TIME
+    return np.array([*range(0, length, each), length]), each
