@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from optional import needs, torch
+from optional import jax, jnp, needs, torch
 from processors import run_without_avx_512
 
-from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, dense, quantize
+from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import in_out, runtime, serve, stored
 from aqt_lite.ops.matmul import as_stored
@@ -101,7 +103,7 @@ def test_sums_are_as_exact_as_a_float32_product(how, granularity):
 def test_bits_are_those_of_one_thread(how, monkeypatch):
     """However many threads take parts of the weight, and in whatever order."""
     q, x = quantize(weight(1500, 300), **how, granularity=PerGroup(32)), weight(9, 1500)
-    assert len(in_out._ends(1500, 9, 300, LOOPS.width_of_sums(300))[0]) > 3
+    assert len(in_out.parts_of_rows(1500, 9, 300, LOOPS.width_of_sums(300))[0]) > 3
     several = served_product(x, q)
     monkeypatch.setattr(in_out, "in_parts", lambda loop, steps, ends, *given: loop(0, ends, *given))
     np.testing.assert_array_equal(served_product(x, q), several)
@@ -111,7 +113,7 @@ def test_bits_are_those_of_one_thread(how, monkeypatch):
 def test_parts_make_up_the_weight():
     for length in (1, 31, 32, 33, 1000, 100_000):
         for rows, columns in ((1, 1), (1, 4096), (128, 50_000)):
-            ends, each = in_out._ends(length, rows, columns, LOOPS.width_of_sums(columns))
+            ends, each = in_out.parts_of_rows(length, rows, columns, LOOPS.width_of_sums(columns))
             assert ends[0] == 0
             assert ends[-1] == length
             assert (np.diff(ends)[:-1] == each).all()
@@ -172,6 +174,27 @@ def test_derivatives_of_torch():
     dense(x, q).sum().backward()
     expected = np.broadcast_to(np.asarray(q.to_backend("numpy").dequantize()).sum(axis=1), (3, 520))
     np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_loops
+@needs("jax")
+@of_each_kind
+@pytest.mark.parametrize("granularity", [PerGroup(40), PerGroup(64, 0)], ids=str)
+def test_programs_of_jax_have_the_bits_of_numpy(how, granularity):
+    """Compiled, mapped over, differentiated, and with a scale that the loops do not serve."""
+    q, x, bias = quantize(weight(800, 260), **how, granularity=granularity), weight(5, 800, 1), weight(1, 260, 2)[0]
+    moved, given, own = q.to_backend("jax"), jnp.asarray(x), jax.jit(dense)
+    y = own(given, moved, jnp.asarray(bias))
+    np.testing.assert_array_equal(y, served_product(x, q, bias))
+    assert "aqt_lite_in_out_product" in own.lower(given, moved).as_text()
+    of_rows = jax.jit(jax.vmap(lambda row: dense(row, moved)))(given)
+    np.testing.assert_array_equal(of_rows, served_product(x, q))
+    of_x = jax.jit(jax.grad(lambda a: dense(a, moved).sum()))(given)
+    expected = np.broadcast_to(np.asarray(q.dequantize(), np.float64).sum(axis=1), x.shape)
+    np.testing.assert_allclose(of_x, expected, rtol=1e-3, atol=1e-3)
+    if not isinstance(q.scale, QArray):
+        without = replace(moved, scale=moved.scale.at[0, 0].set(0))
+        assert np.isnan(jax.jit(dense)(given, without)).any()  # as an eager product would refuse
 
 
 @needs_loops

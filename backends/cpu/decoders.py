@@ -102,7 +102,7 @@ def _has_columns(w: Coded, spec: Spec, shape: tuple[int, ...]) -> bool:
 
 
 def _of_columns(w: Coded, spec: Spec, shape: tuple[int, ...], packed: bool, into: Array | None) -> Any:
-    operands = _without_too_small(operands_of_columns(w, spec, packed), w, spec)
+    operands = _without_too_small(operands_of_columns(w, spec, packed, get_backend("numpy")), w, spec)
     return _by_loops(w.codes, (shape[0], shape[1]), operands, True, shape, into)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._namespace import Array
+from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.operands import Operands, adds_nothing, operands_of, operands_of_columns
 from aqt_lite.backends.cpu.runtime import in_parts, steps_of_product
 
-__all__ = ["matmul_in_out"]
+__all__ = ["are_few", "has_columns", "matmul_in_out", "operands_of_rows", "parts_of_rows"]
 
 MOST_PARTS = 16
 """Parts of K whose sums are added up at the end."""
@@ -41,29 +42,34 @@ def matmul_in_out(x: Array, w: Coded, bias: Array | None, *, spec: Spec, columns
 
     ``columns``: of the weight, which of codes that are ``packed`` has no array for an axis of that length.
     """
-    loops, length, of_columns = runtime.outer_loops(), len(w.codes), spec.block[1] == 1
-    operands = _operands(w, spec, columns, packed, of_columns)
+    loops, length, of_columns = runtime.outer_loops(), len(w.codes), has_columns(spec)
+    operands = operands_of_rows(w, spec, columns, packed, get_backend("numpy"))
     x = np.ascontiguousarray(x, dtype=np.float32)
     codes = np.ascontiguousarray(w.codes).view(np.uint8)
     bias = adds_nothing(columns) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
-    width, few = loops.width_of_sums(columns), _are_few(len(x), operands, of_columns)
-    ends, each = _ends(length, len(x), columns, width)
+    width, few = loops.width_of_sums(columns), are_few(len(x), operands, of_columns)
+    ends, each = parts_of_rows(length, len(x), columns, width)
     sums = np.empty((len(ends) - 1, len(x), width), dtype=np.float32)
     steps = steps_of_product(length * columns, len(x))
     given = codes, x, columns, *operands, of_columns, few, each, sums
     if not in_parts(loops.multiply_in_parts, steps, ends, *given):
         return NotImplemented
     y = np.empty((len(x), columns), dtype=np.float32)
-    loops.add_up(sums, operands.kind, few, bias, y)
+    loops.add_up(sums, 0, operands.kind, few, bias, y)
     return y
 
 
-def _operands(w: Coded, spec: Spec, columns: int, packed: bool, of_columns: bool) -> Operands:
-    b = get_backend("numpy")
-    return operands_of_columns(w, spec, packed) if of_columns else operands_of(w, spec, columns, packed, b)
+def has_columns(spec: Spec) -> bool:
+    """Whether every column of a weight has scales of its own."""
+    return spec.block[1] == 1
 
 
-def _are_few(rows: int, operands: Operands, of_columns: bool) -> bool:
+def operands_of_rows(w: Coded, spec: Spec, columns: int, packed: bool, b: Backend) -> Operands:
+    """What the loops read of a weight, whose rows they meet one after the other."""
+    return operands_of_columns(w, spec, packed, b) if has_columns(spec) else operands_of(w, spec, columns, packed, b)
+
+
+def are_few(rows: int, operands: Operands, of_columns: bool) -> bool:
     """Whether codes become numbers in registers, for each few rows of x anew."""
     decoding = runtime.decoding_loops()
     if rows > serve.MOST_ROWS_IN_REGISTERS or operands.kind not in (decoding.BYTES, decoding.HALVES):
@@ -72,7 +78,7 @@ def _are_few(rows: int, operands: Operands, of_columns: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _ends(length: int, rows: int, columns: int, width: int) -> tuple[Array, int]:
+def parts_of_rows(length: int, rows: int, columns: int, width: int) -> tuple[Array, int]:
     """Where parts of the weight's rows end, and how many rows each has, but for the last: by shapes alone."""
     parts = max(1, min(MOST_PARTS, MOST_SUMS // (rows * width), length * columns // LEAST_CODES))
     each = -(-length // (parts * ROWS_AT_A_TIME)) * ROWS_AT_A_TIME

@@ -87,15 +87,16 @@ def operands_of(w: Coded, spec: Spec, inner: int, packed: bool, b: Backend, swap
     return Operands(*kind, of_rows(scale), of_rows(codes_of_scales), of_scales, of_rows(zero), size)
 
 
-def operands_of_columns(w: Coded, spec: Spec, packed: bool) -> Operands:
-    """The operands of a weight in which every column has scales of its own: as they are kept, and of NumPy.
+def operands_of_columns(w: Coded, spec: Spec, packed: bool, b: Backend) -> Operands:
+    """The operands of a weight in which every column has scales of its own: as they are kept.
 
     ``size`` is how many codes of a column share one.
     """
-    zero = NO_ZEROS if w.zero_point is None else np.ascontiguousarray(w.zero_point)
-    scale, codes, of_scales = plain_scales(w.scale, spec, get_backend("numpy"))
-    kept = np.ascontiguousarray(scale), np.ascontiguousarray(codes)
-    return Operands(*kind_of(spec.element, packed, None), *kept, of_scales, zero, spec.block[0] or len(w.codes))
+    zero = _as_array(NO_ZEROS, b) if w.zero_point is None else w.zero_point
+    scale, codes, of_scales = plain_scales(w.scale, spec, b)
+    in_order = np.ascontiguousarray if b.name == "numpy" else b.contiguous
+    scale, codes, zero = map(in_order, (scale, codes, zero))
+    return Operands(*kind_of(spec.element, packed, None), scale, codes, of_scales, zero, spec.block[0] or len(w.codes))
 
 
 def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bool = False) -> Array:

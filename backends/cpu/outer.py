@@ -46,7 +46,7 @@ from aqt_lite.backends.cpu.decoding import ROWS as MOST_IN_REGISTERS
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
-__all__ = ["MOST_IN_REGISTERS", "add_up", "multiply_in_parts", "width_of_sums"]
+__all__ = ["MOST_IN_REGISTERS", "add_few_apart", "add_many_apart", "add_up", "multiply_in_parts", "width_of_sums"]
 
 VECTORS = 4 if LANES == 16 else 2
 """Of a tile, for each k."""
@@ -266,9 +266,9 @@ def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
         small = True
         if table.ndim == 1:  # by itself, as numba asks for: what does not hold is not compiled  # noqa: SIM102
             if few:
-                small = _add_few_apart(told)
+                small = add_few_apart(told)
         if not few:
-            small = _add_many_apart(told)
+            small = add_many_apart(told)
         if not small:
             served[0] = False
 
@@ -277,8 +277,8 @@ _OPERANDS = (
     "uint8[:,::1], float32[:,::1], int64, int64, int64, float32[{}], float32[:,::1], uint8[:,::1], float32[::1], "
     "int32[:,::1], int64, boolean, int64, int64, float32[:,::1]"
 )
-_add_few_apart = apart(_add_few, f"boolean({_OPERANDS.format('::1')})")
-_add_many_apart = apart(_add_many, *(f"boolean({_OPERANDS.format(table)})" for table in ("::1", ":,::1")))
+add_few_apart = apart(_add_few, f"boolean({_OPERANDS.format('::1')})")
+add_many_apart = apart(_add_many, *(f"boolean({_OPERANDS.format(table)})" for table in ("::1", ":,::1")))
 _task = task_of(_part)
 
 
@@ -303,14 +303,14 @@ def multiply_in_parts(
 
 
 @njit(nogil=True, cache=True)
-def add_up(sums: Any, kind: Any, few: Any, bias: Any, y: Any) -> None:  # pragma: no cover - compiled
-    """``y[m, n] = sum over p of sums[p, m, n] + bias[n]``, in the order of columns again."""
+def add_up(sums: Any, first: Any, kind: Any, few: Any, bias: Any, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[m, n] = sum over p of sums[p, first + m, n] + bias[n]``, in the order of columns again."""
     columns = y.shape[1]
     for m in range(y.shape[0]):
-        total, row = sums[0, m], y[m]
+        total, row = sums[0, first + m], y[m]
         for p in range(1, sums.shape[0]):
             for n in range(total.shape[0]):
-                total[n] += sums[p, m, n]
+                total[n] += sums[p, first + m, n]
         if few and kind == HALVES:
             whole = columns - columns % (2 * LANES)
             for n in range(0, whole, 2 * LANES):

@@ -34,12 +34,13 @@ def register_loops() -> bool:
     from aqt_lite.backends.jax import products
 
     encoding, dots = products.encoding_loops(), products.integer_dots()
-    decoding, groups = products.decoding_loops(), products.group_loops()
+    decoding, groups, in_out = products.decoding_loops(), products.group_loops(), products.in_out_loops()
     return all(
         [
             encoding is not None and encoding.register(),
             dots is not None and dots.is_registered(),
             decoding is not None and decoding.register(),
             groups is not None and groups.is_registered(),
+            in_out is not None and in_out.register(),
         ]
     )

@@ -41,7 +41,7 @@ from aqt_lite.backends.jax.primitives import instead_on_cpu, primitive, version_
 from aqt_lite.ops import reference
 from aqt_lite.packing import unpack
 
-__all__ = ["dequantize", "dequantized", "product", "register", "serves_values", "values"]
+__all__ = ["dequantize", "dequantized", "plain_values", "product", "register", "serves_values", "values"]
 
 TARGETS = "aqt_lite_decoding_product", "aqt_lite_decoding_product_in_order"
 TARGETS_OF_VALUES = "aqt_lite_decoded_values", "aqt_lite_decoded_values_in_order"
@@ -243,9 +243,19 @@ def _plain_values(
     codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array,
     *, flip: int, inner: int, kind: int, size: int, width: int,
 ) -> list[Array]:  # fmt: skip
+    return plain_values(codes, table, scale, kept, numbers, zero, flip, inner, kind, size, width)
+
+
+def plain_values(
+    codes: Array, table: Array, scale: Array, kept: Array, numbers: Array, zero: Array, flip: int, inner: int,
+    kind: int, size: int, width: int, by_columns: bool = False,
+) -> list[Array]:  # fmt: skip
+    """The same in XLA's own operations. ``by_columns``: ``size`` codes of a column share a scale, and not of a row."""
+    axis, length = (0, len(codes)) if by_columns else (1, inner)
 
     def spread(groups: Array) -> Array:
-        return jnp.repeat(groups, size, axis=1, total_repeat_length=groups.shape[1] * size)[:, :inner]
+        repeated = jnp.repeat(groups, size, axis=axis, total_repeat_length=groups.shape[axis] * size)
+        return lax.slice_in_dim(repeated, 0, length, axis=axis)
 
     if kind == decoding.BYTES:
         values = codes.astype(jnp.float32) - flip

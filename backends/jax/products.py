@@ -235,6 +235,16 @@ def decoding_loops() -> Any:
 
 
 @functools.cache
+def in_out_loops() -> Any:
+    """The primitive for weights that lie (in, out), or None where the loops are missing."""
+    if not _is_one_cpu() or runtime.outer_loops() is None:
+        return None
+    from aqt_lite.backends.jax import in_out
+
+    return in_out
+
+
+@functools.cache
 def group_loops() -> Any:
     """The primitive around exact sums of groups, or None where numba is missing."""
     if not _is_one_cpu() or runtime.group_loops() is None:
@@ -253,10 +263,22 @@ class _Form(NamedTuple):
 
 
 _FORMS = {
-    False: _Form(decoding_loops, serve.decodes, reference.matmul_stored),
-    True: _Form(group_loops, serve.sums_of_groups, reference.matmul_reproducible_stored),
+    (False, 1): _Form(decoding_loops, serve.decodes, reference.matmul_stored),
+    (False, 0): _Form(in_out_loops, serve.decodes_in_out, reference.matmul_stored),
+    **dict.fromkeys(
+        ((True, 0), (True, 1)), _Form(group_loops, serve.sums_of_groups, reference.matmul_reproducible_stored)
+    ),
 }
-"""By whether the product is reproducible."""
+"""By whether the product is reproducible, and the axis of the weight that is contracted."""
+
+
+def _is_served(form: _Form, x: Array, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether loops do what a form is for, and are worth a call."""
+    rows = x.shape[0]
+    if form.loops() is None or not _is_known(rows) or not rows or w.codes.size < SMALLEST_FOR_LOOPS:
+        return False
+    few = contract == 1 or rows <= (serve.MOST_ROWS_IN_OUT if packed else serve.MOST_ROWS_FOR_LOOPS)
+    return few and form.serves(x.dtype.name, w, spec, contract, packed)
 
 
 def _by_loops(
@@ -271,13 +293,14 @@ def _by_loops(
     swapped: bool = False,
 ) -> Any:
     """The product by those loops; ``otherwise`` where they find a scale that they do not serve, such as 0."""
-    form, packed = _FORMS[reproducible], packed_length is not None
-    loops = form.loops()
-    if loops is None or not _is_known(x.shape[0]) or not x.shape[0] or w.codes.size < SMALLEST_FOR_LOOPS:
+    form, packed = _FORMS[reproducible, contract], packed_length is not None
+    if jax.sharding.get_abstract_mesh().manual_axes or not _is_served(form, x, w, spec, contract, packed):
         return NotImplemented
-    if jax.sharding.get_abstract_mesh().manual_axes or not form.serves(x.dtype.name, w, spec, contract, packed):
-        return NotImplemented
-    y, unserved = loops.product(x, w, bias, spec, packed, swapped)
+    if contract == 0:
+        w, columns = reference.in_order(w, swapped, get_backend("jax")), packed_length or w.codes.shape[1]
+        y, unserved = form.loops().product(x, w, bias, spec, columns, packed)
+    else:
+        y, unserved = form.loops().product(x, w, bias, spec, packed, swapped)
     return _unless(unserved, y, otherwise)
 
 
@@ -412,9 +435,12 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
             y = _of_values(x, ordered, bias, spec, contract, packed_length)
             if y is not NotImplemented:
                 return y
-        plain = partial(_FORMS[reproducible].reference, **static._asdict(), b=get_backend("jax"))
+        form = _FORMS[reproducible, contract]
+        plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
+            if contract == 0:
+                return plain(x, w, bias)
             turned = reference.in_order(w, swapped, get_backend("jax"))
             return _in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
 
@@ -448,10 +474,9 @@ _jitted_stored = jax.jit(_stored_product, static_argnums=(0, 1))
 
 def _stored(reproducible: bool) -> Callable[..., Any]:
     """A product with a stored weight: as NumPy does it where all is small and in memory, else where the loops serve."""
-    form = _FORMS[reproducible]
 
     def as_numpy_does(*arrays: Any, b: Backend, **static: Any) -> Any:
-        return offered(b, form.reference, *arrays, **static)
+        return offered(b, _FORMS[reproducible, 1].reference, *arrays, **static)
 
     of_small = in_memory(as_numpy_does)
 
@@ -471,8 +496,8 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
             if y is not NotImplemented:
                 return y
         told = w, spec, contract, packed_length is not None
-        known = form.loops() is not None and _is_known(x.shape[0]) and w.codes.size >= SMALLEST_FOR_LOOPS
-        served = known and form.serves(x.dtype.name, *told)
+        form = _FORMS[reproducible, contract]
+        served = _is_served(form, x, *told)
         if not served and (reproducible or form.loops() is None or not _is_worth_values(x, *told)):
             return NotImplemented
         return _jitted_stored(reproducible, static, x, w, bias)
