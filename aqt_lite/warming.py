@@ -20,13 +20,15 @@ from aqt_lite.api import Scheme, quantize
 from aqt_lite.elements import float_type
 from aqt_lite.formats import format_of
 from aqt_lite.granularity import Granularity, PerChannel
-from aqt_lite.ops import linear
+from aqt_lite.ops import dense, linear
 from aqt_lite.qarray import QArray
 
 __all__ = ["warm_up"]
 
 _Mode = Literal["fast", "reproducible"]
 _MODES: tuple[_Mode, ...] = ("fast", "reproducible")
+_PRODUCTS: dict[str, tuple[Callable[..., Any], int]] = {"linear": (linear, 1), "dense": (dense, 0)}
+"""Functions, and the axis of a weight that they sum over."""
 
 
 @naming_the_argument
@@ -40,6 +42,7 @@ def warm_up(
     scale_dtype: Any = None,
     float_dtype: Any = "float32",
     modes: Sequence[_Mode] | _Mode | None = None,
+    product: Literal["linear", "dense"] = "linear",
     backend: str = "numpy",
 ) -> dict[str, float]:
     """Quantize, dequantize and multiply an array of ``shape``, so that what is compiled on first use is compiled now.
@@ -54,13 +57,16 @@ def warm_up(
     dtype, granularity, scheme, scale_dtype
         As in :func:`aqt_lite.quantize`; by default a scale for each output, or the groups of a block format.
     shape : tuple of int
-        Of a weight (out, in). Small ones reach fewer loops than large ones: give the least that you have, too.
+        Of a weight (out, in), or (in, out) for ``product="dense"``. Small ones reach fewer loops than large ones: give
+        the least that you have, too.
     rows : sequence of int
         Numbers of rows of the activations: few and many of them have forms of their own.
     float_dtype : str
         Type of weight and activations.
     modes : {"fast", "reproducible"} or sequence of them, optional
         Of products. By default "fast", and "reproducible" where the array has such products.
+    product : {"linear", "dense"}
+        Which function multiplies: weights that lie (in, out) have loops of their own.
     backend : str
 
     Returns
@@ -72,7 +78,7 @@ def warm_up(
     ------
     ValueError, TypeError
         A shape that is not two lengths, rows that are no numbers from 1 on, a mode that is not known; what ``quantize``
-        or ``linear`` refuse.
+        or the product refuse.
 
     Examples
     --------
@@ -93,6 +99,8 @@ def warm_up(
             raise TypeError(f"modes={modes!r}: give a mode or a sequence of modes, modes={_MODES!r}") from None
     for mode in modes or ():
         one_of("modes", mode, _MODES)
+    one_of("product", product, tuple(_PRODUCTS))
+    multiply, inputs = _PRODUCTS[product]
     b, compute, values = get_backend(backend), float_type(float_dtype, "float_dtype").name, np.random.default_rng(0)
     taken: dict[str, float] = {}
 
@@ -108,24 +116,24 @@ def warm_up(
 
     form = format_of(dtype)
     if granularity is None and form.group is None and form.scaled:
-        granularity = PerChannel(0)
+        granularity = PerChannel(1 - inputs)
     w = made(*shape)
     how: dict[str, Any] = {"granularity": granularity, "scheme": scheme, "scale_dtype": scale_dtype}
     q = timed("quantize", lambda: quantize(w, dtype, **how))
     timed("dequantize", q.dequantize)
 
-    def product(x: Any, mode: _Mode) -> Any:
-        y = linear(x, q, mode=mode)
+    def multiplied(x: Any, mode: _Mode) -> Any:
+        y = multiply(x, q, mode=mode)
         if b.name != "jax":
             return y
-        return b.compiled(linear)(x, q, mode=mode)  # programs call loops of their own, also where arrays are small
+        return b.compiled(multiply)(x, q, mode=mode)  # programs call loops of their own, also where arrays are small
 
     for count in rows:
-        x = made(count, shape[1])
+        x = made(count, shape[inputs])
         x = b.xp.concat([x[:, :-1], x[:, -1:] * 2.0**14], axis=1)  # an outlier, so that rows have their second pass
         for mode in _MODES if modes is None else modes:
             try:
-                timed(f"linear, {count} rows, {mode}", partial(product, x, mode))
+                timed(f"{product}, {count} rows, {mode}", partial(multiplied, x, mode))
             except ValueError:
                 if modes is not None or mode == "fast":  # reproducible was only a default, and not every format has it
                     raise

@@ -604,6 +604,7 @@ def test_a_format_that_is_not_known_is_told_the_nearest(given, meant):
         ("mode", lambda v: linear(X, W, mode=v), "repro", "reproducible", "'fast', 'reproducible' or 'integer'"),
         ("mode", lambda v: aqt_lite.einsum("ij,kj->ik", X, W, mode=v), "Fast", "fast", "'fast' or 'reproducible'"),
         ("modes", lambda v: aqt_lite.warm_up(modes=v), "repro", "reproducible", "'fast' or 'reproducible'"),
+        ("product", lambda v: aqt_lite.warm_up(product=v), "Dense", "dense", "'linear' or 'dense'"),
         ("scheme", lambda v: quantize(X, scheme=v), "asym", "affine", "'symmetric' or 'affine'"),
         ("rounding", lambda v: quantize(X, rounding=v), "nearest", "half_even", "'half_even', .* or 'stochastic'"),
         ("nonfinite", lambda v: quantize(X, nonfinite=v), "ignored", "ignore", "'raise' or 'ignore'"),

@@ -252,6 +252,8 @@ def test_warming_up_takes_the_modes_that_an_array_has_and_names_what_is_wrong():
     assert "linear, 2 rows, reproducible" in aqt_lite.warm_up("int4", granularity=aqt_lite.PerGroup(32), **small)
     assert list(aqt_lite.warm_up("nf4", **small)) == ["quantize", "dequantize", "linear, 2 rows, fast"]
     assert list(aqt_lite.warm_up(modes="fast", **small)) == ["quantize", "dequantize", "linear, 2 rows, fast"]
+    of_dense = aqt_lite.warm_up("int4", granularity=aqt_lite.PerGroup(8, 0), product="dense", modes="fast", **small)
+    assert list(of_dense) == ["quantize", "dequantize", "dense, 2 rows, fast"]
     for kind, words, how in [
         (ValueError, "mode='reproducible' is not possible", {"dtype": "nf4", "modes": ["reproducible"], **small}),
         (ValueError, r"shape=\(3,\): give two lengths \(out, in\)", {"shape": (3,)}),
