@@ -122,6 +122,14 @@ def test_parts_make_up_the_weight():
 
 
 @needs_loops
+def test_which_products_are_left_to_blas():
+    """Many rows, and results so large that eight of them would not be worth their memory."""
+    assert serve.are_in_out(128, 8192)
+    assert serve.are_in_out(4, 1 << 18)
+    assert not any(serve.are_in_out(*told) for told in ((0, 9), (129, 64), (128, 8193), (5, 1 << 18)))
+
+
+@needs_loops
 @pytest.mark.parametrize("rows", [1, 6, 40])
 def test_an_infinity_or_nan_stays_in_its_row(rows):
     q, x = quantize(weight(200, 70), "int4", granularity=PerGroup(32)), weight(rows, 200)
@@ -168,6 +176,20 @@ def test_dense_goes_by_them(backend, how, monkeypatch):
 
 @needs_loops
 @needs("torch")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("how", KINDS[::3], ids=name_of)
+def test_programs_of_torch_have_the_bits_of_numpy(how):
+    """One operator, as an eager call; of a weight that a program is given, and with no graph broken."""
+    q, x, bias = quantize(weight(800, 260), **how, granularity=PerGroup(40)), weight(5, 800, 1), weight(1, 260, 2)[0]
+    moved = q.to_backend("torch")
+    torch.compiler.reset()
+    y = torch.compile(dense, fullgraph=True)(torch.from_numpy(x), moved, torch.from_numpy(bias))
+    np.testing.assert_array_equal(y.numpy(), served_product(x, q, bias))
+
+
+@needs_loops
+@needs("torch")
 def test_derivatives_of_torch():
     q = quantize(weight(520, 260), "int4", granularity=PerGroup(32, 0)).to_backend("torch")
     x = torch.from_numpy(weight(3, 520)).requires_grad_()
@@ -178,8 +200,11 @@ def test_derivatives_of_torch():
 
 @needs_loops
 @needs("jax")
-@of_each_kind
-@pytest.mark.parametrize("granularity", [PerGroup(40), PerGroup(64, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("how", "granularity"),
+    [(how, (PerGroup(40), PerGroup(64, 0))[i % 2]) for i, how in enumerate(KINDS)],
+    ids=map(name_of, KINDS),
+)
 def test_programs_of_jax_have_the_bits_of_numpy(how, granularity):
     """Compiled, mapped over, differentiated, and with a scale that the loops do not serve."""
     q, x, bias = quantize(weight(800, 260), **how, granularity=granularity), weight(5, 800, 1), weight(1, 260, 2)[0]

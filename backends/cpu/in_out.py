@@ -17,15 +17,15 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.operands import Operands, adds_nothing, operands_of, operands_of_columns
-from aqt_lite.backends.cpu.runtime import in_parts, steps_of_product
+from aqt_lite.backends.cpu.runtime import in_parts, map_ranges, steps_of_product
 
 __all__ = ["are_few", "has_columns", "matmul_in_out", "operands_of_rows", "parts_of_rows"]
 
-MOST_PARTS = 16
-"""Parts of K whose sums are added up at the end."""
+MOST_PARTS, FEWER_PARTS = 16, 8
+"""Parts of K whose sums are added up at the end, and how many there are where all would have many sums."""
 
-MOST_SUMS = 1 << 21
-"""Floats of the sums of all parts: 8 MB. Many rows of x, which have so many sums, are cut into fewer parts."""
+MANY_SUMS = 1 << 21
+"""Floats that those are: 8 MB."""
 
 LEAST_CODES = 1 << 15
 """Codes of a part, for which its sums are worth a place of their own."""
@@ -55,7 +55,11 @@ def matmul_in_out(x: Array, w: Coded, bias: Array | None, *, spec: Spec, columns
     if not in_parts(loops.multiply_in_parts, steps, ends, *given):
         return NotImplemented
     y = np.empty((len(x), columns), dtype=np.float32)
-    loops.add_up(sums, 0, operands.kind, few, bias, y)
+
+    def add_up(start: int, stop: int) -> None:
+        loops.add_up(sums, start, operands.kind, few, bias, y[start:stop])
+
+    map_ranges(add_up, len(x), 1, sums.size)
     return y
 
 
@@ -80,6 +84,7 @@ def are_few(rows: int, operands: Operands, of_columns: bool) -> bool:
 @functools.lru_cache(maxsize=64)
 def parts_of_rows(length: int, rows: int, columns: int, width: int) -> tuple[Array, int]:
     """Where parts of the weight's rows end, and how many rows each has, but for the last: by shapes alone."""
-    parts = max(1, min(MOST_PARTS, MOST_SUMS // (rows * width), length * columns // LEAST_CODES))
+    most = min(MOST_PARTS, max(MANY_SUMS // (rows * width), FEWER_PARTS))
+    parts = max(1, min(most, length * columns // LEAST_CODES))
     each = -(-length // (parts * ROWS_AT_A_TIME)) * ROWS_AT_A_TIME
     return np.array([*range(0, length, each), length]), each

@@ -179,13 +179,15 @@ def _add_few(
         if first != group:
             group, several = first, kept > 1
             a, b = (first, first + count) if several else (0, 1)
+            s, s_by = numbers.ctypes.data, numbers.strides[0] if several else 0
             if coded:
                 looked_up(codes_of_scales[a:b], of_scales, doubling, numbers[: b - a])
-            of_rows = numbers[: b - a] if coded or by_columns else scale[a:b]
+                most = max(most, largest(numbers[: b - a].view(np.uint32), np.uint32(1 << 31), np.uint32(0)))
+            else:
+                most = max(most, largest(scale[a:b].view(np.uint32), np.uint32(1 << 31), np.uint32(1)))
+                s, s_by = scale.ctypes.data + a * scale.strides[0], scale.strides[0] if several else 0
             if by_columns and not coded:
                 numbers[0] = scale[a]
-            most = max(most, largest(of_rows.view(np.uint32), np.uint32(1 << 31), np.uint32(0 if coded else 1)))
-            s, s_by = of_rows.ctypes.data, of_rows.strides[0] if several else 0
             if shifted:
                 a, b = (first, first + count) if zero.shape[0] > 1 else (0, 1)
                 if not as_floats(zero[a:b], np.int32(flip), zeros[: b - a]):

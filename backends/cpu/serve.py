@@ -76,6 +76,9 @@ MOST_ROWS_IN_REGISTERS = 16
 MOST_ROWS_IN_OUT = 128
 """Rows of x up to which such a weight is read as it lies, and not dequantized for BLAS."""
 
+MOST_RESULTS_IN_OUT = 1 << 20
+"""Floats of the result up to which each part of the weight has sums of its own."""
+
 NARROWEST_BLOCK = 8
 """Columns of such a weight with one scale: a loop decodes them in one step."""
 
@@ -198,14 +201,20 @@ def decodes(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> 
 
     The axis that is contracted lies last.
     """
-    return runtime.decoding_loops() is not None and decodes_by_loops(x_dtype, w, spec, contract, packed)
+    loops = contract == 1 and runtime.decoding_loops() is not None
+    return loops and decodes_by_loops(x_dtype, w, spec, contract, packed)
 
 
 def decodes_by_loops(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """The same where loops are known to be there: compilers trace no search for them."""
+    """The same where loops are known to be there, and of a weight that lies either way: compilers trace no search."""
     element = spec.element
     small = element.bits <= 8 and max(abs(element.min), abs(element.max)) < LARGEST_DECODED
-    return small and _in_scaled_codes(x_dtype, w, spec, contract)
+    return small and (contract == 1 or _in_wide_blocks(spec)) and _in_scaled_codes(x_dtype, w, spec, 1)
+
+
+def are_in_out(rows: int, columns: int) -> bool:
+    """Whether so many rows of x meet a weight (in, out) as it lies; ``columns`` are those of the result."""
+    return 0 < rows <= MOST_ROWS_IN_OUT and rows * columns <= MOST_RESULTS_IN_OUT
 
 
 def decodes_in_out(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
@@ -213,9 +222,13 @@ def decodes_in_out(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bo
 
     Scales follow rows, or are those of columns: not of blocks that are narrower than a loop's step but for one column.
     """
+    loops = contract == 0 and runtime.decoding_loops() is not None
+    return loops and decodes_by_loops(x_dtype, w, spec, contract, packed)
+
+
+def _in_wide_blocks(spec: Spec) -> bool:
     columns = spec.block[1]
-    wide = columns is None or columns == 1 or columns >= NARROWEST_BLOCK
-    return contract == 0 and wide and decodes(x_dtype, w, spec, 1, packed)
+    return columns is None or columns == 1 or columns >= NARROWEST_BLOCK
 
 
 def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:

@@ -60,7 +60,7 @@ class ByLoops:
 
     def serve(self, rows: int) -> bool:
         """Whether loops serve so many rows of x, whichever way the weight lies."""
-        return self.decodes or (self._lies_in_out and 0 < rows <= serve.MOST_ROWS_IN_OUT)
+        return self.decodes or (self._lies_in_out and serve.are_in_out(rows, self._inner))
 
     def are_there(self) -> bool:
         """Whether what was decided still holds: tests and benchmarks do without loops that others had before."""
@@ -201,7 +201,7 @@ def matmul_stored(
     b, packed = get_backend("numpy"), packed_length is not None
     w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
     told = x_name, w, spec, contract, packed
-    if rows and rows <= serve.MOST_ROWS_IN_OUT and serve.decodes_in_out(*told):
+    if serve.are_in_out(rows, packed_length or w.codes.shape[1]) and serve.decodes_in_out(*told):
         y = (loops or ByLoops(w, spec, contract, packed_length))(x, w, bias)
         if y is not NotImplemented:
             return y.astype(x.dtype, copy=False)

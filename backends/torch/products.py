@@ -375,7 +375,7 @@ def _without_derivatives(
         values = values_in_onnx(w, reference.unrounded(spec))
         return reference.matmul_of_values(x, values, bias, contract=contract, b=get_backend("torch"))
     if _is_one_call(reproducible, x, w, spec, contract):
-        return _eager_product(*_told_of_product(reproducible, spec), x, w.codes, w.scale, w.zero_point, bias)
+        return _eager_product(*_told_of_product(reproducible, spec, contract), x, w.codes, w.scale, w.zero_point, bias)
     return (_reproducible if reproducible else _fast)(x, w, bias, spec, contract)
 
 
@@ -395,18 +395,22 @@ def _is_one_call(reproducible: bool, x: Array, w: Coded, spec: Spec, contract: i
         return False
     if _is_one_product(w, spec, contract):
         return True
+    x_dtype = get_backend("torch").dtype_name(x)
+    if contract == 0:
+        large = w.codes.numel() >= runtime.LARGE
+        return DECODES and large and not reproducible and serve.decodes_by_loops(x_dtype, w, spec, contract, False)
     if not (reproducible and HAS_GROUPS) or w.codes.numel() < runtime.LARGE:
         return False
-    return serve.in_short_groups(get_backend("torch").dtype_name(x), w, spec, contract)
+    return serve.in_short_groups(x_dtype, w, spec, contract)
 
 
 def _is_one_product(w: Coded, spec: Spec, contract: int) -> bool:
     return HAS_DOTS and spec.element.bits == 8 and _is_worth_digits(w, contract)
 
 
-def _told_of_product(reproducible: bool, spec: Spec) -> tuple[bool, str, str, int, int]:
+def _told_of_product(reproducible: bool, spec: Spec, contract: int) -> tuple[bool, str, str, int, int, int]:
     outer, inner = (-1 if size is None else size for size in spec.block)
-    return reproducible, spec.element.name, spec.source.name, outer, inner
+    return reproducible, spec.element.name, spec.source.name, outer, inner, contract
 
 
 @torch.library.custom_op("aqt_lite::product", mutates_args=())
@@ -416,6 +420,7 @@ def _eager_product(
     float_dtype: str,
     outer: int,
     inner: int,
+    contract: int,
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -425,23 +430,22 @@ def _eager_product(
     block = (None if outer < 0 else outer, None if inner < 0 else inner)
     spec = Spec(FORMATS[dtype], float_type(float_dtype), block)
     form, w = _reproducible if reproducible else _fast, Coded(codes, scale, zero_point)
-    y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, 1)
+    y: torch.Tensor = _without_autocast(form)(x, w, bias, spec, contract)
     return y.contiguous()  # the strides that the operator's fake kernel below tells the compiler
 
 
 @_eager_product.register_fake
-def _(reproducible: Any, dtype: Any, float_dtype: Any, outer: Any, inner: Any, x: Any, codes: Any, *others: Any) -> Any:
-    return x.new_empty((x.shape[0], codes.shape[0]))
+def _(*arguments: Any) -> Any:
+    contract, x, codes = arguments[5:8]
+    return x.new_empty((x.shape[0], codes.shape[1 - contract]))
 
 
 @_eager_product.register_vmap
-def _(
-    info: Any, axes: Any, reproducible: Any, dtype: Any, float_dtype: Any, outer: Any, inner: Any, *tensors: Any
-) -> Any:
-    static = reproducible, dtype, float_dtype, outer, inner
+def _(info: Any, axes: Any, *arguments: Any) -> Any:
+    static, tensors = arguments[:6], arguments[6:]
 
     def one(i: int) -> Any:
-        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[5:], strict=True))
+        return (t if axis is None else t.select(axis, i) for t, axis in zip(tensors, axes[6:], strict=True))
 
     return torch.stack([_eager_product(*static, *one(i)) for i in range(info.batch_size)]), 0
 
@@ -549,7 +553,7 @@ def _stored_in_one_call(
     if not serve.decodes_by_loops(x_dtype, w, spec, contract, packed_length is not None):
         return None
     names = (spec.format.name, "" if spec.format.scale is None else spec.format.scale.name, spec.source.name)
-    lengths = tuple(-1 if n is None else n for n in (*spec.block, packed_length))
+    lengths = tuple(-1 if n is None else n for n in (*spec.block, packed_length, contract))
     return (*names, lengths), (w.codes, numbers, of_scales, w.zero_point)
 
 
@@ -567,10 +571,10 @@ def _eager_stored(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     kept = Format(scale_dtype, element_type(scale_dtype), scaled=of_scales is not None) if scale_dtype else None
-    *block, packed_length = (None if n < 0 else n for n in lengths)
+    *block, packed_length, contract = (None if n < 0 else n for n in lengths)
     spec = Spec(Format(dtype, element_type(dtype), scale=kept), float_type(float_dtype), tuple(block))
     w = Coded(codes, scale if kept is None else Coded(scale, of_scales), zero_point)
-    static: dict[str, Any] = {"spec": spec, "contract": 1, "packed_length": packed_length}
+    static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length}
     y = _without_autocast(_by_decoding)(x, w, bias, **static)
     if y is NotImplemented:
         y = _without_autocast(reference.matmul_stored)(x, w, bias, **static, b=get_backend("torch"))
@@ -579,8 +583,9 @@ def _eager_stored(
 
 @_eager_stored.register_fake
 def _(*arguments: Any) -> Any:
-    x, codes = arguments[4:6]
-    return x.new_empty((x.shape[0], codes.shape[0]))
+    (*_, packed_length, contract), x, codes = arguments[3:6]
+    columns = packed_length if contract == 0 and packed_length >= 0 else codes.shape[1 - contract]
+    return x.new_empty((x.shape[0], columns))
 
 
 @_eager_stored.register_vmap
@@ -611,7 +616,7 @@ def in_one_call(
     if integers is None or not _is_one_product(*integers, 1):
         return None
     w, spec = integers
-    return "product", _told_of_product(False, spec), (w.codes, w.scale, None, w.zero_point)
+    return "product", _told_of_product(False, spec, 1), (w.codes, w.scale, None, w.zero_point)
 
 
 def multiply_in_one_call(operator: str, told: Any, x: Array, tensors: Any, bias: Array | None) -> Array:
