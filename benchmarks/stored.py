@@ -3,6 +3,7 @@
     python benchmarks/stored.py            printed, and written to benchmarks/stored.json (stored-avx2.json, ...)
     python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
     python benchmarks/stored.py --formats  the other formats: floats of 8 bits, odd widths, odd groups
+    python benchmarks/stored.py --in-out   weights that lie (in, out), by ``dense``
     python benchmarks/stored.py --only "numpy alone" --sizes 4096 --rows 1 8    these rows anew, the others as they are
 
 Each result is checked against float64 first, row by row, with an outlier and without. Peers take part where they are
@@ -152,6 +153,57 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
     return table
 
 
+IN_OUT = {
+    "int8, one scale an output": {"granularity": PerChannel(1)},
+    "int8, groups of 32": {"granularity": PerGroup(32, 0)},
+    "uint8 with zero points, groups of 128": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(128, 0)},
+    "int4, groups of 32": {"dtype": "int4", "granularity": PerGroup(32, 0)},
+    "uint4 with zero points, groups of 128": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(128, 0)},
+    "nf4, groups of 32": {"dtype": "nf4", "granularity": PerGroup(32, 0)},
+    "float8_e4m3fn, one scale an output": {"dtype": "float8_e4m3fn", "granularity": PerChannel(1)},
+    "int4, groups of 32 along outputs": {"dtype": "int4", "granularity": PerGroup(32)},
+}
+"""Of weights that lie (in, out), along their inputs but for the last."""
+
+
+def in_out() -> list[dict]:
+    rng, table = np.random.default_rng(run.SEED), []
+    for size, rows_of_x in ((4096, (1, 8, 64)), (8192, (1, 8))):
+        w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
+        weights = {name: aqt_lite.quantize(w, **how) for name, how in IN_OUT.items()}
+        for m in rows_of_x:
+            x = rng.standard_normal((m, size), dtype=np.float32)
+            exact = {name: x.astype(np.float64) @ q.dequantize().astype(np.float64) for name, q in weights.items()}
+            exact["float32"] = x.astype(np.float64) @ w.astype(np.float64)
+            for kind in ("numpy", "torch", "jax"):
+                table += dense_on_backend(kind, w, weights, x, exact)
+    return table
+
+
+def dense_on_backend(kind: str, w, weights: dict, x, exact: dict) -> list[dict]:
+    put, product_of_turned, product, *_ = on(kind)
+    given, (m, size), table = put(x), x.shape, []
+    dense = awaited(aqt_lite.dense) if kind == "jax" else aqt_lite.dense
+    floats, turned = (run.rotating(lambda i, v=v: put(v.copy()), w.nbytes) for v in (w, w.T))
+    candidates = {
+        "float32": lambda i: product(given, floats[i % len(floats)]),
+        "float32, (out, in)": lambda i: product_of_turned(given, turned[i % len(turned)]),
+    }
+    own = max(run.error(call(0), exact["float32"]) for call in candidates.values())
+    for name, q in weights.items():
+        some = run.rotating(lambda i, q=q: run.copied(q) if kind == "numpy" else q.to_backend(kind), q.nbytes, most=4)
+        candidates[name] = lambda i, some=some: dense(given, some[i % len(some)])
+        assert run.error(candidates[name](0), exact[name]) <= 2 * own, (kind, name, m)
+    found = run.take_turns(candidates, seconds=0, least=7)
+    base = min(found[name]["ms"] for name in ("float32", "float32, (out, in)"))
+    for name in weights:
+        ms = found[name]["ms"]
+        table.append({"backend": kind, "size": size, "m": m, "who": name, **found[name], "float32_ms": base})
+        table[-1]["times_as_fast"] = base / ms
+        print(f"  {kind:6} {size} M={m:<4} {name:40} {ms:8.2f} ms  {base / ms:5.2f}x", flush=True)
+    return table
+
+
 def check_without_outlier(kind: str, w, weights: dict, x) -> None:
     """What an outlier would hide: the same rows without it."""
     put, product, _, *ours = on(kind)
@@ -216,12 +268,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of square weights; other results stay")
     parser.add_argument("--shapes", action="store_true", help="those of real networks alone")
     parser.add_argument("--formats", action="store_true", help="the other formats alone, one row and 8, 4096²")
+    parser.add_argument("--in-out", action="store_true", help="weights that lie (in, out) alone")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS_OF_X, help="of x; other results stay")
     options = parser.parse_args()
     quick = options.quick
     parts = bool(options.only) or options.sizes != SIZES or options.rows != ROWS_OF_X
-    if ((quick or options.shapes or options.formats) and parts) or (quick and (options.shapes or options.formats)):
-        parser.error("--quick, --shapes and --formats go without --only, --sizes and --rows, and --quick alone")
+    alone = options.shapes or options.formats or options.in_out
+    if ((quick or alone) and parts) or (quick and alone):
+        parser.error("--quick, --shapes, --formats, --in-out go without --only, --sizes and --rows, and --quick alone")
     torch.set_num_threads(cores())
     results: dict = {"machine": run.machine()}
     read = run.read_speed()
@@ -231,12 +285,14 @@ def main() -> None:
     sizes, rows_of_x = ([4096], [1, 8]) if quick else (options.sizes, options.rows)
     kinds = [options.only] if options.only else KINDS
     path = run.path_of("stored")
-    if options.shapes or options.formats:
+    if alone:
         before = {"read_gb_s": results["read_gb_s"], "rows": []} | run.earlier(path, results["machine"])
         if options.shapes:
             before["shapes"] = shapes()
         if options.formats:
             before["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
+        if options.in_out:
+            before["in_out"] = in_out()
         path.write_text(json.dumps(before, indent=1) + "\n")
         return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
@@ -247,6 +303,7 @@ def main() -> None:
         else:
             results["shapes"] = shapes()
             results["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
+            results["in_out"] = in_out()
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 

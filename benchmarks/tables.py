@@ -197,6 +197,7 @@ def of_stored(stored: dict, processor: str) -> dict[str, str]:
         "stored": products_stored(stored, None),
         "formats stored": formats_stored(stored),
         "shapes": shapes(stored),
+        **({"in out": products_in_out(stored["in_out"])} if "in_out" in stored else {}),
         "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
     }
     return {name + processor: table for name, table in found.items()}
@@ -328,6 +329,18 @@ def formats_stored(results: dict) -> str:
     for name in dict.fromkeys(name for name, *_ in found):
         cells = (found[name, *column] for column in columns)
         lines.append(f"| {name} | " + " | ".join(f"{c['times_as_fast']:.2f}x ({c['ms']:.2f})" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def products_in_out(rows: list[dict]) -> str:
+    """Of weights (in, out), times as fast as the best float32 product, and milliseconds."""
+    found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in rows}
+    columns = sorted({(r["size"], r["m"]) for r in rows})
+    lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]
+    for backend, name in dict.fromkeys((r["backend"], r["who"]) for r in rows):
+        cells = (found[backend, name, *column] for column in columns)
+        shown = " | ".join(f"{c['times_as_fast']:.2f}x ({c['ms']:.2f})" for c in cells)
+        lines.append(f"| {backend}: {name} | {shown} |")
     return "\n".join(lines)
 
 
