@@ -123,10 +123,10 @@ def test_parts_make_up_the_weight():
 
 @needs_loops
 def test_which_products_are_left_to_blas():
-    """Many rows, and results so large that eight of them would not be worth their memory."""
+    """Many rows, few columns, and results so large that eight of them would not be worth their memory."""
     assert serve.are_in_out(128, 8192)
     assert serve.are_in_out(4, 1 << 18)
-    assert not any(serve.are_in_out(*told) for told in ((0, 9), (129, 64), (128, 8193), (5, 1 << 18)))
+    assert not any(serve.are_in_out(*told) for told in ((0, 64), (129, 64), (128, 8193), (5, 1 << 18), (2, 15)))
 
 
 @needs_loops
@@ -220,6 +220,18 @@ def test_programs_of_jax_have_the_bits_of_numpy(how, granularity):
     if not isinstance(q.scale, QArray):
         without = replace(moved, scale=moved.scale.at[0, 0].set(0))
         assert np.isnan(jax.jit(dense)(given, without)).any()  # as an eager product would refuse
+
+
+@needs("jax")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_inside_shard_map_over_one_device(dtype):
+    """Where no loop serves, and blocks of a weight large enough to be several add up."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    rows = jax.sharding.PartitionSpec("rows")
+    q = quantize(weight(1100, 300), dtype, granularity=PerGroup(32, 0)).to_backend("jax")
+    x = jnp.asarray(weight(4, 1100, 1))
+    product = jax.jit(jax.shard_map(lambda a: dense(a, q), mesh=mesh, in_specs=rows, out_specs=rows))
+    np.testing.assert_allclose(product(x), dense(x, q), rtol=1e-4, atol=1e-4)
 
 
 @needs_loops

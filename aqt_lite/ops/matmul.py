@@ -230,7 +230,7 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
         return None
     weight, spec = found
     numbers, own = (weight.scale.codes, kept.storage) if isinstance(kept, QArray) else (weight.scale, kept)
-    if numbers is not own:  # other arrays would be kept
+    if not _is_seen(numbers, own) or not _is_seen(weight.zero_point, w.zero_point):  # other arrays would be kept
         return None
 
     def kernels(operation: Callable[..., Any]) -> list[Callable[..., Any] | None]:
@@ -244,6 +244,12 @@ def _ready(w: QArray, b: Backend) -> _Ready | None:
     ]
     w.__dict__["_ready"] = known = _Ready(_state(w), w.shape, weight, kernels(operation), reproducible)
     return known
+
+
+def _is_seen(array: Array | None, own: Array | None) -> bool:
+    """Whether one array is the other, or a view of its memory that stays one: whatever is written there, both have."""
+    base = getattr(array, "base", None)
+    return array is own or (base is not None and (base is own or base is getattr(own, "base", None)))
 
 
 def _has_more(scale: QArray) -> bool:

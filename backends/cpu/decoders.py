@@ -160,7 +160,7 @@ def _operands_of(w: Coded, spec: Spec, found: _Rows, packed: bool) -> Operands:
     def of_rows(blocks: Array) -> Array:
         if not blocks.size:
             return blocks
-        if len(blocks) in (1, shape[0]) or len(shape) != 2:
+        if len(blocks) in (1, found.spread[0]) or len(shape) != 2:
             blocks = np.broadcast_to(blocks, found.spread)
         else:
             blocks = blocks_of_rows(blocks, shape[0], spec, b)

@@ -79,6 +79,9 @@ MOST_ROWS_IN_OUT = 128
 MOST_RESULTS_IN_OUT = 1 << 20
 """Floats of the result up to which each part of the weight has sums of its own."""
 
+FEWEST_COLUMNS_IN_OUT = 16
+"""Columns of such a weight from which on: of fewer BLAS keeps more sums side by side, and errs half as much or less."""
+
 NARROWEST_BLOCK = 8
 """Columns of such a weight with one scale: a loop decodes them in one step."""
 
@@ -214,7 +217,8 @@ def decodes_by_loops(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: 
 
 def are_in_out(rows: int, columns: int) -> bool:
     """Whether so many rows of x meet a weight (in, out) as it lies; ``columns`` are those of the result."""
-    return 0 < rows <= MOST_ROWS_IN_OUT and rows * columns <= MOST_RESULTS_IN_OUT
+    small = 0 < rows <= MOST_ROWS_IN_OUT and rows * columns <= MOST_RESULTS_IN_OUT
+    return small and columns >= FEWEST_COLUMNS_IN_OUT
 
 
 def decodes_in_out(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:

@@ -108,7 +108,7 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     """
     b = get_backend("jax")
     group, height = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block)
-    length, width = w.codes.shape
+    length = w.codes.shape[0]
     x_dtype, x, plain = x.dtype, x.astype(jnp.float32), reference.unrounded(spec)
 
     def weight(start: Any, rows: int) -> Array:
@@ -149,11 +149,12 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
             first = 2 * i * height
             return totals[0] + product(first, height), totals[1] + product(first + height, height)
 
-        y = jnp.zeros((x.shape[0], width), jnp.float32)
-        if pairs:
-            y = sum(lax.fori_loop(0, pairs, step, (y, y)))
+        parts = []
+        if pairs:  # which begin with the first: zeros would not vary over a mesh, inside shard_map, as sums do
+            parts += lax.fori_loop(1, pairs, step, (product(0, height), product(height, height)))
         if tail:
-            y = y + product(2 * pairs * height, tail)
+            parts.append(product(2 * pairs * height, tail))
+        y = functools.reduce(jnp.add, parts)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None, :]
     return y.astype(x_dtype)
