@@ -66,7 +66,8 @@ def warm_up(
     modes : {"fast", "reproducible"} or sequence of them, optional
         Of products. By default "fast", and "reproducible" where the array has such products.
     product : {"linear", "dense"}
-        Which function multiplies: weights that lie (in, out) have loops of their own.
+        Which function multiplies: weights that lie (in, out) have loops of their own. Those of ``for_dense()`` are read
+        by the loops of ``linear``, in groups along the last axis.
     backend : str
 
     Returns

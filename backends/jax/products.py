@@ -278,9 +278,10 @@ def _is_served(form: _Form, x: Array, w: Coded, spec: Spec, contract: int, packe
     rows = x.shape[0]
     if form.loops() is None or not _is_known(rows) or not rows or w.codes.size < SMALLEST_FOR_LOOPS:
         return False
-    if contract == 0:  # more rows meet codes of a byte each faster in XLA's own product of blocks
+    if contract == 0:  # more rows meet integers of a byte each faster in XLA's own product of blocks
         columns = w.codes.shape[1] * 8 // spec.element.bits if packed else w.codes.shape[1]
-        if not serve.are_in_out(rows, columns) or not (packed or rows <= serve.MOST_ROWS_FOR_LOOPS):
+        by_xla = rows > serve.MOST_ROWS_FOR_LOOPS and not packed and spec.element.zero_points
+        if by_xla or not serve.are_in_out(rows, columns):
             return False
     return form.serves(x.dtype.name, w, spec, contract, packed)
 
