@@ -10,9 +10,10 @@ tile's sums, which stay in registers until the block ends::
 
     sum[m, lane]  +=  block[k, lane]  *  x[m, k]
 
-So nothing is turned, codes are read once and in the order in which they lie, and no sum crosses lanes. Parts of K have
-sums of their own, which are added up at the end: threads take one part after the other, and how many parts there are,
-and with that every bit of the result, is a matter of shapes alone.
+Few rows of x do not wait for a block: codes of 8 bits and of 4 become numbers in registers, for every few rows anew
+(``decoding``: ``bytes_across`` and others). In both, nothing is turned, codes are read in the order in which they lie,
+and no sum crosses lanes. Parts of K have sums of their own, which are added up at the end: threads take one part after
+the other, and how many parts there are, and with that every bit of the result, is a matter of shapes alone.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def _add_few(
     w: Any, x: Any, columns: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
     zero: Any, size: Any, by_columns: Any, start: Any, stop: Any, sums: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
-    """The same of few rows of x and rows ``start`` to ``stop`` - 1 of codes that become numbers in registers.
+    """What rows ``start`` to ``stop`` - 1 of the weight add to the sums of few rows of x, numbers made in registers.
 
     The answer is that of ``dequantize``.
     """
@@ -238,7 +239,7 @@ def _add_many(
     w: Any, x: Any, columns: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
     zero: Any, size: Any, by_columns: Any, start: Any, stop: Any, sums: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
-    """The same of any rows of x, by blocks of floats."""
+    """The same of any number of rows of x, by blocks of floats."""
     served, height = True, min(max(BLOCK // sums.shape[1], 1), DEPTH)
     block = np.zeros((height, sums.shape[1]), dtype=np.float32)
     for k in range(start, stop, height):
