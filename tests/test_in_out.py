@@ -72,8 +72,8 @@ def served_product(x, q, bias=None):
 def test_rows_with_a_single_one_give_the_values_of_dequantize(how):
     """Each of the weight's values by itself: in tiles that columns end within, and past the last whole vector."""
     of_its_own = how.get("scale_dtype") == "float8_e4m3fn"  # which has no scales for single numbers near 0
-    for granularity in GRANULARITIES[: -1 if of_its_own else None]:
-        for rows, columns in ((37, 203), (70, 128), (5, 9)):
+    for nth, granularity in enumerate(GRANULARITIES[: -1 if of_its_own else None]):
+        for rows, columns in ((37, 203) if nth % 2 else (70, 128), (5, 9)):
             q = quantize(weight(rows, columns), **how, granularity=granularity)
             ones, values = np.eye(rows, dtype=np.float32), np.asarray(q.dequantize())
             np.testing.assert_array_equal(served_product(ones, q), values)
@@ -202,8 +202,8 @@ def test_derivatives_of_torch():
 @needs("jax")
 @pytest.mark.parametrize(
     ("how", "granularity"),
-    [(how, (PerGroup(40), PerGroup(64, 0))[i % 2]) for i, how in enumerate(KINDS)],
-    ids=map(name_of, KINDS),
+    [(how, (PerGroup(40), PerGroup(64, 0))[i % 2]) for i, how in enumerate(KINDS[1::2])],
+    ids=map(name_of, KINDS[1::2]),
 )
 def test_programs_of_jax_have_the_bits_of_numpy(how, granularity):
     """Compiled, mapped over, differentiated, and with a scale that the loops do not serve."""
