@@ -1957,14 +1957,14 @@ def dequantize(
     return most < LARGE and not (has_infinity(table) and _have_infinity(out))
 
 
-dequantize_apart = apart(
-    dequantize,
-    *(
-        f"boolean(uint8[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
-        "int32[:,::1], int64, int64, float32[:,::1])"
-        for table in ("::1", ":,::1")
-    ),
+_OF_VALUES = tuple(
+    f"boolean(uint8[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
+    "int32[:,::1], int64, int64, float32[:,::1])"
+    for table in ("::1", ":,::1")
 )
+"""Types of what makes values, for tables of one axis and of two."""
+
+dequantize_apart = apart(dequantize, *_OF_VALUES)
 
 
 @njit(nogil=True, cache=True)
@@ -1999,14 +1999,7 @@ def dequantize_columns(
     return most < LARGE and not (has_infinity(table) and _have_infinity(out))
 
 
-dequantize_columns_apart = apart(
-    dequantize_columns,
-    *(
-        f"boolean(uint8[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], float32[::1], "
-        "int32[:,::1], int64, int64, float32[:,::1])"
-        for table in ("::1", ":,::1")
-    ),
-)
+dequantize_columns_apart = apart(dequantize_columns, *_OF_VALUES)
 
 
 @njit(nogil=True)

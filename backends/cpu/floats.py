@@ -52,14 +52,11 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
     # loops for groups look at scales as they meet them: of many groups, one more look takes a tenth of one row's time
-    looked_at = w.scale.shape[contract] > 1 and serve.decodes(x_name, w, spec, contract, packed=False)
+    decodes = serve.decodes_in_out if contract == 0 else serve.decodes
+    looked_at = w.scale.shape[contract] > 1 and decodes(x_name, w, spec, contract, packed=False)
     if not looked_at and serve.values_may_overflow(w):
         return NotImplemented
     large = w.codes.size >= LARGE
-    if large and serve.decodes_in_out(x_name, w, spec, contract, packed=False):
-        y = matmul_stored(x, w, bias, spec=spec, contract=contract, packed_length=None)
-        if y is not NotImplemented:
-            return y
     if worth_floats or large or serve.is_worth_decoding(len(x), w, contract):
         by_dots = large and not worth_floats
         y = matmul_by_dots(x, w, bias, spec=spec, contract=contract) if by_dots else NotImplemented

@@ -49,7 +49,7 @@ from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = ["MOST_IN_REGISTERS", "add_few_apart", "add_many_apart", "add_up", "multiply_in_parts", "width_of_sums"]
 
-VECTORS = 4 if LANES == 16 else 2
+VECTORS = IN_A_TILE // LANES
 """Of a tile, for each k."""
 
 ROWS = 6
