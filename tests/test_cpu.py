@@ -343,6 +343,18 @@ def test_results_begin_on_a_line_of_cache_and_large_ones_on_a_huge_page(size, pl
     assert all(a.ctypes.data % place == 0 and a.flags.c_contiguous and a.flags.writeable for a in kept)
 
 
+@pytest.mark.skipif(runtime.compiled_loops() is None, reason="there are no loops without numba")
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "int64"])
+def test_what_loops_compute_in_begins_on_a_line_of_cache(dtype):
+    from aqt_lite.backends.cpu.lines import on_lines
+
+    kept = [on_lines(3, width, getattr(np, dtype)) for width in range(1, 40)]
+    assert all(a.ctypes.data % 64 == 0 and a.shape == (3, i + 1) for i, a in enumerate(kept))
+    for i, a in enumerate(kept):
+        a[:] = i
+    assert all((a == i).all() for i, a in enumerate(kept))
+
+
 def used_by_address_alone(function):
     """Arrays that a compiled function makes and whose address is the last that it asks of them, outside of loops."""
     names = [n for n in ast.walk(function) if isinstance(n, ast.Name)]

@@ -795,6 +795,32 @@ def test_outliers_that_meet_codes_of_zero_take_nothing_from_their_neighbours(dty
     assert ours <= 2 * of_floats
 
 
+@needs_loops
+@pytest.mark.parametrize("inner", [32, 480, 500, 8192])
+@pytest.mark.parametrize("kind", ["BYTES", "HALVES"])
+def test_a_row_that_is_arranged_by_itself_leaves_the_others_alone(kind, inner):
+    """As a thread does that has one of several: only the row of a product of one row has room for fixed point."""
+    x = weight(3, inner)
+    static = getattr(LOOPS, kind), 32, np.arange(16, dtype=np.float32), False
+    shape = LOOPS.shape_of_arranged(3, inner, static[0])
+    together, apart = (np.full((shape[0] + 40, shape[1]), 7, np.float32) for _ in range(2))
+    LOOPS.arrange(x, *static, together[:3])
+    for m in (2, 0, 1):
+        LOOPS.arrange(x[m : m + 1], *static, apart[m : m + 1])
+    np.testing.assert_array_equal(apart, together)
+
+
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"dtype": "int4"}], ids=str)
+@pytest.mark.parametrize(("backend", "rows"), [("numpy", 3), ("torch", 3), ("jax", 65)])
+def test_products_of_which_a_thread_arranges_one_row(backend, rows, how):
+    inner = 50_000 if rows == 3 else 8192
+    x, q = weight(rows, inner, 1), quantize(weight(24, inner), granularity=PerGroup(32), **how)
+    exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+    for _ in range(5):
+        y = get_backend(backend).to_numpy(linear(get_backend(backend).asarray(x), q.to_backend(backend)))
+        np.testing.assert_allclose(y, exact, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "how"),
     [

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import aqt_lite
 from aqt_lite import PerChannel, PerGroup, linear, quantize
+from aqt_lite.backends.cpu import runtime
+from aqt_lite.testing import assert_same_bits
 
 RNG = np.random.default_rng(0)
 
@@ -54,6 +57,45 @@ def test_memory_of_every_kind(how, place, shape):
     np.testing.assert_array_equal(odd.dequantize(), values)
     np.testing.assert_allclose(linear(place(x), odd, place(bias)), expected["fast"], rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(linear(place(x), odd, place(bias), mode="reproducible"), expected["reproducible"])
+
+
+@pytest.mark.skipif(runtime.decoding_loops() is None, reason="there are no such loops here")
+def test_loops_are_not_compiled_anew_for_memory_that_nobody_may_write_to():
+    loops = runtime.decoding_loops()
+    w, x = (RNG.standard_normal(s).astype(np.float32) for s in ((700, 512), (3, 512)))
+    q = quantize(w, "int4", granularity=PerGroup(32))
+    expected = linear(x, q), q.dequantize()
+    counted = [f for f in vars(loops).values() if hasattr(f, "signatures")]
+    before = [len(f.signatures) for f in counted]
+    assert sum(before) > 3
+    fixed = q._with_each(read_only)
+    assert_same_bits(linear(read_only(x), fixed), expected[0])
+    assert_same_bits(fixed.dequantize(), expected[1])
+    assert [len(f.signatures) for f in counted] == before
+
+
+@pytest.mark.parametrize("shape", [(4, 40), (700, 512)], ids=str)
+def test_what_is_returned_as_it_was_given_may_be_written_to_no_more_than_before(shape):
+    """Loops see it through arrays that may be written to."""
+    x, scale = (
+        read_only(RNG.standard_normal(shape).astype(np.float32)),
+        read_only(np.full((shape[0], 1), np.float32(0.1))),
+    )
+    kept = [a.copy() for a in (x, scale)]
+    q = quantize(x, granularity=PerChannel(0), scale=scale)
+    for made in (
+        q.scale,
+        q.storage,
+        q.dequantize(),
+        aqt_lite.bitround(x, 23),
+        aqt_lite.fake_quantize(x, scale=scale, granularity=PerChannel(0)),
+    ):
+        if np.shares_memory(made, x) or np.shares_memory(made, scale):
+            assert not made.flags.writeable
+        else:
+            made[...] = 0
+    assert_same_bits(x, kept[0])
+    assert_same_bits(scale, kept[1])
 
 
 def test_axes_without_steps():

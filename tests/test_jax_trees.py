@@ -379,6 +379,7 @@ def test_gradient_of_scales_where_they_are_trained(kind):
 
 
 @few_kinds
+@pytest.mark.exhaustive_where(kind="for_dense")
 @every_kind
 def test_shard_map_and_devices(kind):
     mesh = jax.make_mesh((1,), ("m",), axis_types=(AxisType.Auto,))

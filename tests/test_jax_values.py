@@ -95,10 +95,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("dtype", "shape", "granularity"),
-    [("int4", (512, 544), PerGroup(32)), ("uint4", (4, 130, 512), PerGroup(64))],
+    ("way", "dtype", "shape", "granularity"),
+    [
+        *[(way, "int4", (512, 544), PerGroup(32)) for way in WAYS],
+        *[(way, "uint4", (4, 130, 512), PerGroup(64)) for way in ("grad", "vmap of grad")],
+    ],
 )
 def test_transformations_are_those_of_the_operations(way, dtype, shape, granularity):
     q = quantized(shape, dtype, granularity, "affine" if dtype[0] == "u" else "symmetric").with_trainable_scales()

@@ -352,7 +352,9 @@ def test_every_format_with_scales_and_offsets_of_every_kind(name, times):
 def test_unpacking_undoes_packing(name):
     b = get_backend(name)
 
-    @holds_for(name, st.integers(1, 7), st.integers(0, 41), st.booleans(), st.integers(0, 1 << 32))
+    lengths = st.integers(0, 41) if name == "numpy" else st.sampled_from([0, 1, 8, 13, 41])  # each compiles on JAX
+
+    @holds_for(name, st.integers(1, 7), lengths, st.booleans(), st.integers(0, 1 << 32))
     def law(bits, length, signed, seed):
         low, high = (-(1 << (bits - 1)), 1 << (bits - 1)) if signed else (0, 1 << bits)
         codes = np.random.default_rng(seed).integers(low, high, (3, length)).astype("int8" if signed else "uint8")

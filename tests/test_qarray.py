@@ -454,6 +454,8 @@ def check(part, values):
 
 
 @pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
+@pytest.mark.exhaustive_where(backend="jax", dtype="uint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="nf4")
 @pytest.mark.exhaustive_where(backend="torch", layout=QArray.for_dense)
 @pytest.mark.exhaustive_where(backend="array_api_strict", layout=QArray.for_dense)
 @KIND
@@ -486,6 +488,8 @@ def test_layouts_survive_indexing(backend, dtype, how, layout):
 
 
 @pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
+@pytest.mark.exhaustive_where(backend="jax", dtype="uint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="nf4")
 @pytest.mark.exhaustive_where(backend="torch", layout=QArray.for_dense)
 @pytest.mark.exhaustive_where(backend="array_api_strict", layout=QArray.for_dense)
 @KIND
@@ -509,6 +513,8 @@ def test_streams_are_sliced_anywhere(backend, dtype, how, layout):
 
 
 @pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
+@pytest.mark.exhaustive_where(backend="jax", dtype="uint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="nf4")
 @pytest.mark.exhaustive_where(backend="torch", layout=QArray.for_dense)
 @pytest.mark.exhaustive_where(backend="array_api_strict", layout=QArray.for_dense)
 @KIND
@@ -575,6 +581,8 @@ def test_runs_that_cannot_be():
 
 
 @pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
+@pytest.mark.exhaustive_where(backend="jax", dtype="uint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="nf4")
 @pytest.mark.exhaustive_where(backend="torch", layout=QArray.for_dense)
 @pytest.mark.exhaustive_where(backend="array_api_strict", layout=QArray.for_dense)
 @KIND
@@ -602,6 +610,8 @@ def test_rows_by_index(backend, dtype, how, layout):
 
 
 @pytest.mark.exhaustive_where(backend="jax", layout=QArray.for_dense)  # each shape compiles
+@pytest.mark.exhaustive_where(backend="jax", dtype="uint8")
+@pytest.mark.exhaustive_where(backend="jax", dtype="nf4")
 @pytest.mark.exhaustive_where(backend="torch", layout=QArray.for_dense)
 @pytest.mark.exhaustive_where(backend="array_api_strict", layout=QArray.for_dense)
 @KIND
@@ -932,13 +942,14 @@ def test_arrays_with_two_scales_are_stacked(backend):
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "uint3", "mxfp4", "nvfp4"])
 def test_axes_with_groups_are_split_and_merged_where_groups_stay_runs(dtype, backend):
-    """Against the values, for every way to write 96 in up to four factors."""
+    """Against the values, for every way to write 96 in up to four factors, of other backends a third of them."""
     x = np.random.default_rng(0).normal(size=(4, 96)).astype("float32")
     cut = 16 if dtype == "nvfp4" else 32
     q = quantize(backend.asarray(x), dtype, granularity=PerGroup(cut))
     values, right = backend.to_numpy(q.dequantize()), 0
     factors = [n for n in range(1, 97) if 96 % n == 0]
     shapes = [(4, a, b, 96 // (a * b)) for a in factors for b in factors if 96 % (a * b) == 0]
+    shapes = shapes[:: 1 if backend.name == "numpy" else 3]
     for shape in [*shapes, (2, 2, 96), (384,), (192, 2), (24, 16), (8, 48), (12, 32), (6, 64)]:
         whole = all(n % cut == 0 or cut % n == 0 for n in np.cumprod(shape[::-1]) if n < 96)
         whole = whole and (len(shape) != 2 or shape[-1] % cut == 0 or cut % shape[-1] == 0)
@@ -951,7 +962,7 @@ def test_axes_with_groups_are_split_and_merged_where_groups_stay_runs(dtype, bac
         assert r.shape == shape
         assert_same_bits(backend.to_numpy(r.dequantize()), values.reshape(shape))
         assert_same_bits(backend.to_numpy(r.reshape(4, 96).dequantize()), values)
-    assert right > 20
+    assert right > (20 if backend.name == "numpy" else 8)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,), (2, 0, 64)])

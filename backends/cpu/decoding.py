@@ -54,6 +54,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -1195,9 +1196,9 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
 def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Rows of x as loops read them: of ``HALVES`` those beside lower halves of bytes before those beside upper ones.
 
-    ``out`` has whole tiles and whole quarters: what x does not fill is 0. Where it has room for more, as for a product
-    of one row, that row in fixed point follows, for codes in groups of ``size``, with numbers in ``table`` where they
-    are ``HALVES``, and with zero points where they are ``shifted``.
+    ``out`` has whole quarters: what x does not fill is 0. Where it has room for all of ``parts_of``, as for a product of
+    one row, and not for one of several rows, that row in fixed point follows: for codes in groups of ``size``, with
+    numbers in ``table`` where they are ``HALVES``, and with zero points where they are ``shifted``.
     """
     (rows, inner), halves = x.shape, kind == HALVES
     vector = 2 * LANES if halves else LANES
@@ -1218,7 +1219,7 @@ def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) ->
             arranged[whole + (k % 2) * LANES + (k - whole) // 2] = row[k]
     out[rows:] = 0
     if table.ndim == 1:  # noqa: SIM102
-        if rows == 1 and out.shape[1] > width:
+        if rows == 1 and 4 * out.shape[1] >= parts_of(inner, halves)[-1]:
             _to_fixed_point(halves, inner, size, table, shifted, out[0])
 
 
@@ -1437,7 +1438,7 @@ def _add_tiles(
     many = rows >= MANY_ROWS
     if many:
         depth = DEPTH_OF_MANY
-    values = np.empty((here if many else 0, depth), dtype=np.float32)
+    values = on_lines(here if many else 0, depth, np.float32)
     bits, vector = (4, 2 * LANES) if halves else (8, LANES)
     whole = inner - inner % vector
     start, by, at, a, out = w.ctypes.data, w.strides[0], x.strides[0], table.ctypes.data, sums.ctypes.data
@@ -1706,7 +1707,7 @@ def _add_in_order(
                 _looked_up_of_one_row(*told)
         k = end
     at_once, depth = (STRIP, DEPTH_OF_MANY) if rows >= MANY_ROWS else (HEIGHTS[min(rows, ROWS)], DEPTH)
-    values = np.empty((at_once if k < inner else 0, depth), dtype=np.float32)
+    values = on_lines(at_once if k < inner else 0, depth, np.float32)
     each = np.empty((2, 0 if size % LANES == 0 else depth + LANES), dtype=np.float32)
     while k < inner:
         last = min(k + depth, inner)
@@ -1784,7 +1785,8 @@ def multiply(
     rows, columns, halves = y.shape[0], w.shape[0], kind == HALVES
     one, coded, shifted = rows == 1, of_scales.shape[0] > 0, zero.shape[0] > 0
     groups_of_row = (inner + size - 1) // size
-    sums = np.empty((min(rows, ROWS_AT_ONCE), STRIP, LANES), dtype=np.float32)
+    at_once = min(rows, ROWS_AT_ONCE)
+    sums = on_lines(at_once, STRIP * LANES, np.float32).reshape(at_once, STRIP, LANES)
     scales = np.empty((STRIP if coded else 0, groups_of_row), dtype=np.float32)
     zeros = np.zeros((STRIP if shifted else 1, groups_of_row), dtype=np.float32)
     z_stride = zeros.strides[0] if shifted else 0

@@ -42,6 +42,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -508,11 +509,12 @@ def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: A
     whole = panels.shape[1] * CODES
     depth = DEPTH if _RUN or panels.shape[0] > 1 else max(whole, CODES)
     tile = _HEIGHT_4 if lanes == 4 * _LANES else _HEIGHT_2 if lanes == 2 * _LANES else _HEIGHT_1
-    sums = np.empty((panels.shape[0], STRIP, lanes), dtype=_SUM)
+    of_panels = panels.shape[0]
+    sums = on_lines(of_panels, STRIP * lanes, _SUM).reshape(of_panels, STRIP, lanes)
     of_codes = np.zeros(STRIP, dtype=np.int32)
     ones = np.ones(depth if _OFFSET else 0, dtype=_DIGIT)
     wide = np.empty((STRIP if _BITS == 16 else 0, depth), dtype=np.int16)
-    joined = np.empty((STRIP, height), dtype=np.int64)
+    joined = on_lines(STRIP, height, np.int64)
     for first in range(0, rows, STRIP):
         stop = min(first + STRIP, rows)
         sums[:] = 0

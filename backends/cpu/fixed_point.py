@@ -21,7 +21,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.backends.cpu.operands import blocks_of_rows, plain_scales
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, aligned_empty, in_parts, map_ranges, steps_of_product
+from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
 from aqt_lite.backends.cpu.stored import ends_of_parts
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
@@ -215,7 +215,7 @@ def matmul_in_groups(x: Array, w: Coded, bias: Array | None, *, spec: Spec, pack
 
 def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
     loops, rows, size, groups = runtime.group_loops(), len(x), w.size, -(-x.shape[1] // w.size)
-    integers = aligned_empty((rows, loops.width_of_rows(x.shape[1], w.halves)), np.float64)
+    integers = aligned_empty((rows, loops.width_of_rows(x.shape[1], w.halves)), np.float64, LOADED)
     sums, row_power = np.empty((rows, groups), np.float64), np.empty((rows, groups), np.float32)
     exponent, row_exponent = np.empty((rows, groups), np.int32), np.empty(rows, np.int32)
     many, wants, bad = np.empty((rows, groups), np.uint8), np.empty(rows, np.uint8), np.empty(rows, np.uint8)
@@ -328,7 +328,7 @@ def _on_ranges(work: Callable[[int, int], None], rows: int, multiple: int, eleme
 def _prepared(x: Array, powers: Array) -> _Prepared:
     dots, (rows, inner) = runtime.integer_dots(), x.shape
     exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
-    panels = aligned_empty(dots.shape_of_panels(rows, inner, dots.DIGITS), np.uint32)
+    panels = aligned_empty(dots.shape_of_panels(rows, inner, dots.DIGITS), np.uint32, LOADED)
     tail = np.empty((rows, inner - dots.CODES * panels.shape[1]), dtype=np.int32)
     height = max(1, panels.shape[2] // dots.DIGITS)
 
@@ -344,7 +344,7 @@ def _refined(x: Array, made: _Prepared, powers: Array) -> _Refined:
     dots = runtime.integer_dots()
     if not (made.flags & dots.SECOND_PASS).any():
         return _Refined(made.panels[:0], made.tail[:0], made.total[:0])
-    panels = aligned_empty(made.panels.shape, np.uint32)
+    panels = aligned_empty(made.panels.shape, np.uint32, LOADED)
     tail, total = np.empty_like(made.tail), np.empty_like(made.total)
     height = max(1, panels.shape[2] // dots.DIGITS)
 

@@ -51,6 +51,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, load64, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -1647,7 +1648,7 @@ def _multiply_by_dots(
     word = (flip ^ 128) * 0x01010101
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
     span = _span(size, CHUNK * 2 if halves else CHUNK)
-    numbers = np.empty(max(span, LONGEST_OF_ROWS) * COLUMNS + 64, dtype=np.uint8)
+    numbers = on_lines(1, max(span, LONGEST_OF_ROWS) * COLUMNS + 64, np.uint8)[0]
     following = np.empty(groups + 1, dtype=np.int64)
     _put_next_wanted(many, following)
     unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), np.bool_(False), 255
@@ -1670,7 +1671,7 @@ def _multiply_by_dots(
         for g in range(groups):
             lowest_power = min(lowest_power, row_power[m, g])
     sums = np.zeros((2, rows, COLUMNS), dtype=np.float32)  # of a run of groups, and of all
-    bits = np.empty((wide, COLUMNS), dtype=np.int32)
+    bits = on_lines(wide, COLUMNS, np.int32)
     zeros = np.zeros((wide if shifted else 1, COLUMNS), dtype=np.int32)
     last = np.empty((COLUMNS, COLUMNS), dtype=np.int32)
     most, least = np.empty(COLUMNS, dtype=np.int32), np.empty(COLUMNS, dtype=np.int32)
@@ -1811,7 +1812,7 @@ def _multiply_by_floats(
     chunk = CHUNK * 2 if halves else CHUNK
     word, less = flip * 0x01010101, flip
     tiles = STRIP // COLUMNS
-    numbers = np.empty((tiles, chunk, COLUMNS), dtype=np.float64)
+    numbers = on_lines(tiles, chunk * COLUMNS, np.float64).reshape(tiles, chunk, COLUMNS)
     sums = np.zeros((tiles, rows, COLUMNS), dtype=np.float64)
     sums_of_finer = np.zeros((tiles, rows if again else 0, COLUMNS), dtype=np.float64)
     run = np.zeros((tiles, rows, COLUMNS), dtype=np.float32)

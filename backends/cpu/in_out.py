@@ -17,7 +17,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.operands import Operands, adds_nothing, operands_of, operands_of_columns
-from aqt_lite.backends.cpu.runtime import in_parts, map_ranges, steps_of_product
+from aqt_lite.backends.cpu.runtime import LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
 
 __all__ = ["are_few", "has_columns", "matmul_in_out", "operands_of_rows", "parts_of_rows"]
 
@@ -49,7 +49,7 @@ def matmul_in_out(x: Array, w: Coded, bias: Array | None, *, spec: Spec, columns
     bias = adds_nothing(columns) if bias is None else np.ascontiguousarray(bias, dtype=np.float32)
     width, few = loops.width_of_sums(columns), are_few(len(x), operands, of_columns)
     ends, each = parts_of_rows(length, len(x), columns, width)
-    sums = np.empty((len(ends) - 1, len(x), width), dtype=np.float32)
+    sums = aligned_empty((len(ends) - 1, len(x), width), np.float32, LOADED)
     steps = steps_of_product(length * columns, len(x))
     given = codes, x, columns, *operands, of_columns, few, each, sums
     if not in_parts(loops.multiply_in_parts, steps, ends, *given):

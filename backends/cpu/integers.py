@@ -12,6 +12,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.runtime import (
     CHUNKS_PER_CORE,
     LARGE,
+    LOADED,
     aligned_empty,
     einsum,
     loops_of_product,
@@ -56,7 +57,7 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
             dots.multiply_one_row(w, x[0], planes, y[0])
 
     else:
-        panels = aligned_empty(dots.shape_of_panels(rows, inner, digits), np.uint32)
+        panels = aligned_empty(dots.shape_of_panels(rows, inner, digits), np.uint32, LOADED)
         height = panels.shape[2] // digits
         tail = np.ascontiguousarray(x[:, dots.CODES * panels.shape[1] :])
 

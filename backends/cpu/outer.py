@@ -44,6 +44,7 @@ from aqt_lite.backends.cpu.decoding import (
     looked_up,
 )
 from aqt_lite.backends.cpu.decoding import ROWS as MOST_IN_REGISTERS
+from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -241,7 +242,8 @@ def _add_many(
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """The same of any number of rows of x, by blocks of floats."""
     served, height = True, min(max(BLOCK // sums.shape[1], 1), DEPTH)
-    block = np.zeros((height, sums.shape[1]), dtype=np.float32)
+    block = on_lines(height, sums.shape[1], np.float32)
+    block[:] = 0
     for k in range(start, stop, height):
         last = min(k + height, stop)
         told = (

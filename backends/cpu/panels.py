@@ -29,6 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize_apart
+from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import task_of
 from aqt_lite.backends.cpu.pool import in_parts
 from aqt_lite.backends.cpu.turning import turn_apart
@@ -148,7 +149,7 @@ def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
     """Of every panel ``cuts`` stretches of rows of x, one after the other: those from ``start`` to ``stop`` - 1."""
     w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y = given
     length, rows, made = w.shape[0], x.shape[0], -1
-    values, panel = np.empty((WIDTH, inner), dtype=np.float32), np.empty((inner, WIDTH), dtype=np.float32)
+    values, panel = on_lines(WIDTH, inner, np.float32), on_lines(inner, WIDTH, np.float32)
     tiles = (rows + ROWS - 1) // ROWS
     for unit in range(start, stop):
         nth, cut = unit // cuts, unit % cuts

@@ -19,7 +19,7 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.in_out import matmul_in_out
 from aqt_lite.backends.cpu.operands import NO_CODES, NO_SCALES, NO_ZEROS, Operands, adds_nothing, operands_of
-from aqt_lite.backends.cpu.runtime import aligned_empty, in_parts, map_ranges, steps_of_product
+from aqt_lite.backends.cpu.runtime import LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles
 from aqt_lite.ops import reference
 
@@ -280,7 +280,7 @@ def _shape_of_arranged(rows: int, inner: int, kind: int) -> tuple[int, int]:
 def _arranged(x: Array, of_weight: Operands) -> Array:
     """Rows of x as the loops read them."""
     loops, kind = runtime.decoding_loops(), of_weight.kind
-    arranged = aligned_empty(_shape_of_arranged(*x.shape, kind), np.float32)
+    arranged = aligned_empty(_shape_of_arranged(*x.shape, kind), np.float32, LOADED)
     static = kind, of_weight.size, of_weight.table, of_weight.zero.shape[0] > 0
     if x.size < runtime.LARGE:
         loops.arrange(x, *static, arranged)

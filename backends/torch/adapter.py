@@ -16,7 +16,7 @@ from aqt_lite import _exact
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
-from aqt_lite.backends.cpu.runtime import LARGE
+from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty
 from aqt_lite.backends.torch import functions, trees
 from aqt_lite.backends.torch.namespace import namespace
 from aqt_lite.backends.torch.tensors import (
@@ -46,7 +46,8 @@ class TorchBackend(Backend):
         dtype = getattr(torch, values.dtype.name, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"torch has no dtype {values.dtype.name}: convert it to float32 or float64 first")
-        native = np.array(values, dtype=values.dtype.newbyteorder("="), order="C")
+        native = aligned_empty(values.shape, values.dtype.newbyteorder("="))
+        native[...] = values
         if _is_of_ml_dtypes(values.dtype):
             return torch.from_numpy(native.view(f"i{native.itemsize}")).view(dtype).to(device)
         return torch.from_numpy(native).to(device)
