@@ -107,11 +107,17 @@ def error(y, exact) -> float:
 
 
 def path_of(results: str) -> Path:
-    """Where results of this processor's instruction set are kept, those of AVX-512 VNNI without its name."""
-    sets = machine()["processor"].partition(", ")[2].split()
-    named = [f for f in ("avx512_vnni", "avx_vnni", "avx512f", "avx2") if f in sets] or [platform.machine()]
-    suffix = "" if named[0] == "avx512_vnni" else f"-{named[0]}"
-    return ROOT / "benchmarks" / f"{results}{suffix}.json"
+    """Where results of this processor are kept, those of the first page without a name."""
+    named = name_of(machine()["processor"])
+    return ROOT / "benchmarks" / f"{results}{named and '-'}{named}.json"
+
+
+def name_of(processor: str) -> str:
+    """Of AVX-512 VNNI the maker, which is none for the first page's; of others the most that the processor has."""
+    model, _, sets = processor.partition(", ")
+    named = [f for f in ("avx512_vnni", "avx_vnni", "avx512f", "avx2") if f in sets.split()] or [platform.machine()]
+    maker = model.replace("(", " ").split()[0].lower()
+    return {"avx512_vnni": "" if maker == "amd" else maker}.get(named[0], named[0])
 
 
 def copy_speed() -> float:

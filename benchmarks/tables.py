@@ -23,7 +23,7 @@ from aqt_lite import PerChannel, PerGroup
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("int8, groups of 32", "int4, groups of 32", "int4, groups of 32, reproducible", "mxfp4")
 """Of the products with groups, those in README."""
-PAGES = ("performance", "performance-avx2", "models", "formats")
+PAGES = ("performance", "performance-avx2", "performance-intel", "models", "formats")
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 
 
@@ -195,11 +195,14 @@ def of_stored(stored: dict, processor: str) -> dict[str, str]:
     """Tables of ``stored.py`` by their markers, which end in the processor's name unless it is the first one."""
     found = {
         "stored": products_stored(stored, None),
-        "formats stored": formats_stored(stored),
-        "shapes": shapes(stored),
-        **({"in out": products_in_out(stored["in_out"])} if "in_out" in stored else {}),
         "machine of stored": f"{machine(stored, copying=False)} It reads {stored['read_gb_s']:.0f} GB/s.",
     }
+    parts = {
+        "formats": ("formats stored", formats_stored),
+        "shapes": ("shapes", shapes),
+        "in_out": ("in out", products_in_out),
+    }
+    found |= {name: table(stored[part]) for part, (name, table) in parts.items() if part in stored}
     return {name + processor: table for name, table in found.items()}
 
 
@@ -208,7 +211,7 @@ def of_results(results: dict, processor: str) -> dict[str, str]:
     found = {
         "machine": machine(results),
         "all products": products(results, None),
-        "quantization": quantization(results),
+        **({"quantization": quantization(results)} if "quantization" in results else {}),
     }
     return {name + processor: table for name, table in found.items()}
 
@@ -226,7 +229,8 @@ def of_other_processors() -> dict[str, str]:
             )
         results = json.loads(beside.read_text())
         found |= of_stored(stored, f" {named}") | of_results(results, f" {named}")
-        found[f"goals {named}"] = goals(results["products"] + stored["rows"], GOALS_OF_AVX2)
+        wanted = GOALS if "avx512_vnni" in stored["machine"]["processor"] else GOALS_OF_AVX2
+        found[f"goals {named}"] = goals(results["products"] + stored["rows"], wanted)
     return found
 
 
@@ -321,9 +325,9 @@ def _reached(found: list[tuple[float, tuple]], aim: float, unit: str) -> str:
     return f"{aim:g}{unit}: missed by {len(missed)} of {len(found)}, the farthest {least:.{digits}f}{unit} ({what})"
 
 
-def formats_stored(results: dict) -> str:
+def formats_stored(rows: list[dict]) -> str:
     """Of formats, times as fast as the float32 product, and milliseconds."""
-    found = {(r["who"], r["backend"], r["m"]): r for r in results["formats"]}
+    found = {(r["who"], r["backend"], r["m"]): r for r in rows}
     columns = list(dict.fromkeys((backend, m) for _, backend, m in found))
     lines = ["| | " + " | ".join(f"{backend}, M={m}" for backend, m in columns) + " |", "|---|" + "---|" * len(columns)]
     for name in dict.fromkeys(name for name, *_ in found):
@@ -344,9 +348,8 @@ def products_in_out(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def shapes(results: dict) -> str:
+def shapes(rows: list[dict]) -> str:
     """Times as fast as the float32 product, and milliseconds, for shapes of real networks."""
-    rows = results["shapes"]
     names = list(dict.fromkeys(r["shape"] for r in rows))
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for backend, who in dict.fromkeys((r["backend"], r["who"]) for r in rows):

@@ -32,7 +32,10 @@ def script(name):
     return module
 
 
-TABLES = ["README.md", "docs/performance.md", "docs/performance-avx2.md", "docs/models.md", "docs/formats.md"]
+TABLES = [
+    *("README.md", "docs/performance.md", "docs/performance-avx2.md", "docs/performance-intel.md"),
+    *("docs/models.md", "docs/formats.md"),
+]
 """The pages that benchmarks/tables.py writes to."""
 
 

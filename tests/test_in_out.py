@@ -89,7 +89,7 @@ def test_rows_with_a_single_one_give_the_values_of_dequantize(how):
 def test_sums_are_as_exact_as_a_float32_product(how, granularity):
     """Also where terms cancel, beside outliers, and of numbers that are all positive."""
     rng, bias = np.random.default_rng(1), weight(1, 210, 3)[0]
-    for rows in (1, 3, 7, 17, 40):
+    for rows in (1, 7, 40):
         q, x = quantize(weight(1027, 210), **how, granularity=granularity), weight(rows, 1027, rows)
         values = np.asarray(q.dequantize())
         for given in (x, np.abs(x), np.where(rng.random(x.shape) < 0.01, x * 1e5, x), x * np.float32(2.0**-140)):

@@ -281,6 +281,7 @@ def test_a_weight_stored_for_dense_is_the_same_weight(backend, granularity):
     np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
 
 
+@pytest.mark.exhaustive_where(dtype="float16")  # bfloat16 is of its kind
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_large_arrays_have_the_bits_of_the_reference_whatever_their_layout(backend, dtype):
     """Large enough for kernels, threads and slabs, on the adapters that share NumPy's memory."""

@@ -337,7 +337,7 @@ else:
 @linux
 @pytest.mark.parametrize(
     ("rows", "room"),
-    [(4096, 40), pytest.param(1 << 17, 200, marks=pytest.mark.exhaustive)],  # 64 MB; 2 GB
+    [(4096, 40), pytest.param(1 << 16, 200, marks=pytest.mark.exhaustive)],  # 64 MB; 1 GB
 )
 def test_arrays_larger_than_memory(tmp_path, rows, room):
     """Anonymous memory is limited to far less than the array, the codes or the values take."""

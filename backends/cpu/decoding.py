@@ -1196,8 +1196,8 @@ def _to_fixed_point(halves: Any, inner: Any, size: Any, table: Any, shifted: Any
 def arrange(x: Any, kind: Any, size: Any, table: Any, shifted: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Rows of x as loops read them: of ``HALVES`` those beside lower halves of bytes before those beside upper ones.
 
-    ``out`` has whole quarters: what x does not fill is 0. Where it has room for all of ``parts_of``, as for a product of
-    one row, and not for one of several rows, that row in fixed point follows: for codes in groups of ``size``, with
+    ``out`` has whole quarters: what x does not fill is 0. Where it has room for all of ``parts_of``, as for a product
+    of one row, and not for one of several rows, that row in fixed point follows: for codes in groups of ``size``, with
     numbers in ``table`` where they are ``HALVES``, and with zero points where they are ``shifted``.
     """
     (rows, inner), halves = x.shape, kind == HALVES

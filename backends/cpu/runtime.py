@@ -490,9 +490,10 @@ def gated(form: Callable[..., Any]) -> Callable[..., Any]:
 
 def _kept_from_writing(result: Any, arrays: Any) -> Any:
     """``result``, whose arrays may not be written to where they lie in memory of ``arrays`` that may not be, either."""
-    fixed = [a for a in arrays_in(arrays) if not a.flags.writeable]
+    given = arrays_in(arrays)
+    fixed, own = [a for a in given if not a.flags.writeable], {id(a) for a in given}
     for made in arrays_in((result,)):
-        if isinstance(made, np.ndarray) and any(np.may_share_memory(made, a) for a in fixed):
+        if isinstance(made, np.ndarray) and id(made) not in own and any(np.may_share_memory(made, a) for a in fixed):
             made.flags.writeable = False
     return result
 
