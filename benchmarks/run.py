@@ -116,8 +116,10 @@ def name_of(processor: str) -> str:
     """Of AVX-512 VNNI the maker, which is none for the first page's; of others the most that the processor has."""
     model, _, sets = processor.partition(", ")
     named = [f for f in ("avx512_vnni", "avx_vnni", "avx512f", "avx2") if f in sets.split()] or [platform.machine()]
+    if named[0] != "avx512_vnni":
+        return named[0]
     maker = model.replace("(", " ").split()[0].lower()
-    return {"avx512_vnni": "" if maker == "amd" else maker}.get(named[0], named[0])
+    return "" if maker == "amd" else maker
 
 
 def copy_speed() -> float:

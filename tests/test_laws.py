@@ -352,7 +352,7 @@ def test_every_format_with_scales_and_offsets_of_every_kind(name, times):
 def test_unpacking_undoes_packing(name):
     b = get_backend(name)
 
-    lengths = st.integers(0, 41) if name == "numpy" else st.sampled_from([0, 1, 8, 13, 41])  # each compiles on JAX
+    lengths = st.integers(0, 41) if name != "jax" else st.sampled_from([0, 1, 8, 13, 41])  # each compiles
 
     @holds_for(name, st.integers(1, 7), lengths, st.booleans(), st.integers(0, 1 << 32))
     def law(bits, length, signed, seed):
