@@ -123,8 +123,7 @@ def encode_blocks(x: Array, *, name: str, b: Backend) -> Coded:
     shape = tuple(x.shape)
     grid = (*shape[:-1], shape[-1] // encoder.block)
     blocks = xp.reshape(xp.astype(x, xp.float32), (*grid, encoder.block))
-    zeros = xp.where(xp.signbit(blocks), xp.full_like(blocks, -0.0), xp.zeros_like(blocks))
-    blocks = xp.where(xp.abs(blocks) < _NORMAL, zeros, blocks)
+    blocks = xp.where(xp.abs(blocks) < _NORMAL, blocks * 0.0, blocks)  # a zero of the same sign
     codes, scale, offset, scales, offsets = encoder.rule(blocks, b)
     usable = xp.isfinite(b.largest(xp.abs(blocks), axis=-1, keepdims=True)) if 0 not in shape else scale == scale
     nan = encoder.scale.element.nan

@@ -131,13 +131,24 @@ def _x64(problems):
     return jax.enable_x64(any(p.x.dtype.name == "float64" for p in problems))
 
 
+SOON_IN_MEMORY = {"realize_opcount_threshold": 6, "realize_reads_threshold": 1}
+"""What inductor writes to memory and does not compute once more for each of those that use it.
+
+By its own thresholds it goes through the same steps so often that some dialects compile for two minutes, and so for a
+sixth of that. The steps are the same, in loops of which each has fewer; ``test_torch`` compiles as users do.
+"""
+
+
 def torch_compiled(problems):
-    """One graph without a break."""
+    """One graph without a break: of integers by our own rules, which are few steps, as users compile it."""
     arrays, calls = _moved("torch", problems)
+    few_steps = all(call.dialect == "aqt_lite" and str(call.dtype).startswith(("int", "uint")) for call in calls)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # inductor's own, about torch.jit
-        return _back("torch", torch.compile(lambda a: _all(a, calls), fullgraph=True)(arrays))
+        options = None if few_steps else SOON_IN_MEMORY
+        compiled = torch.compile(lambda a: _all(a, calls), fullgraph=True, options=options)
+        return _back("torch", compiled(arrays))
 
 
 @functools.cache

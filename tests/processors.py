@@ -20,12 +20,15 @@ def run_without(features, file, tests, check, also=(), **variables):
     """The same without those features of the processor whose names begin so, and with others."""
     without = ",".join([*("-" + f[1:] if f.startswith(features) else f for f in _features()), *also])
     environment = {**os.environ, "NUMBA_CPU_FEATURES": without, **variables}
-    code = f"from aqt_lite.backends.cpu import runtime; assert {check}"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     names = [f"{file}::{test if isinstance(test, str) else test.__name__}" for test in tests]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    code = f"""
+import sys, pytest
+from aqt_lite.backends.cpu import runtime
+assert {check}
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *{names}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def _features():

@@ -131,7 +131,8 @@ def test_calibrated_blocks_are_exact_on_every_form(dtype):
     problems = [Problem(x, Call(element, scheme, ROWS)) for element in ELEMENTS for scheme in SCHEMES]
     expected = [oracle(p) for p in problems]
     assert not disagreements(problems, expected, [form for form in FORMS if form not in (COMPILED, CONSTANT_QPARAMS)])
-    assert not disagreements(problems[::5], expected[::5], [COMPILED])  # compiling takes seconds for each
+    if dtype != "bfloat16":  # every number of it is compiled below
+        assert not disagreements(problems[::5], expected[::5], [COMPILED])  # compiling takes seconds for each
 
 
 @pytest.mark.exhaustive_where(dtype="float32")

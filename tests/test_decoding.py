@@ -321,12 +321,12 @@ def in_panels(x, q, bias=None, cuts=1):
 @needs_loops
 @of_each_kind
 def test_a_row_with_a_single_one_gives_the_values_of_dequantize_in_panels(how):
-    """Whole panels and what is left of one; groups of any length; more rows of x than a tile has, and fewer."""
-    for size in (3, 16, 32, 500):
+    """Whole panels and what is left of one; groups of any length; rows that take more than one panel."""
+    for size in (3, 16, 24, 32, 500):
         if how["dtype"] == "mxfp4" and size != 32:
             continue
         granularity = {} if how["dtype"] == "mxfp4" else {"granularity": PerGroup(size)}
-        for rows, columns in ((1, 1), (45, 37), (64, 96)):
+        for rows, columns in ((1, 1), (45, 37), (64, 96), (33, 2100)):
             q = quantize(weight(rows, columns), **how, **granularity)
             np.testing.assert_array_equal(in_panels(np.eye(columns, dtype=np.float32), q), np.asarray(q.dequantize()).T)
 
@@ -336,7 +336,7 @@ def test_a_row_with_a_single_one_gives_the_values_of_dequantize_in_panels(how):
 def test_panels_are_the_same_however_they_are_cut(how):
     """By one thread and by several, which make floats anew; and nothing but the result is written to."""
     loops = runtime.panel_loops()
-    for rows, outputs, columns in ((1, 1, 1), (9, 31, 33), (33, 45, 70), (70, 96, 384)):
+    for rows, outputs, columns in ((1, 1, 1), (9, 31, 33), (33, 45, 70), (70, 96, 384), (13, 75, 4200), (515, 40, 70)):
         q, bias = quantize(weight(outputs, columns), **how, granularity=PerGroup(16)), weight(1, outputs, 3)[0]
         x = np.random.default_rng(rows).integers(-20, 21, (rows, columns)).astype(np.float32)
         w, spec = as_stored(q, packed=True)
@@ -422,6 +422,38 @@ def test_small_weights_meet_many_rows_in_panels(backend, how, monkeypatch):
 
 
 @needs_loops
+@pytest.mark.exhaustive_where(name="jax", how={"dtype": "nvfp4"})  # seconds each; programs are alike
+@pytest.mark.exhaustive_where(name="jax", how={"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(32)})
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"dtype": "int8", "granularity": PerGroup(64)},
+        {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(32)},
+        {"dtype": "nvfp4"},
+        {"dtype": "int5", "granularity": PerGroup(100)},
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize(
+    "name", ["numpy", pytest.param("torch", marks=needs("torch")), pytest.param("jax", marks=needs("jax"))]
+)
+def test_large_weights_meet_many_rows_in_panels(name, how):
+    """Eagerly and in programs; scales that have groups first, too."""
+    backend = get_backend(name)
+    q, bias = quantize(weight(1100, 1200), **how), weight(1, 1100)[0]
+    x = weight(serve.ROWS_FOR_PANELS_OF_LARGE, 1200, 1)
+    expected, moved = in_panels(x, q, bias), q.to_backend(backend.name)
+    given = backend.asarray(x), moved, backend.asarray(bias)
+    np.testing.assert_array_equal(backend.to_numpy(linear(*given)), expected)
+    along = {**how, "granularity": replace(q.granularity, axis=0)}
+    turned = quantize(weight(1100, 1200).T.copy(), **along).for_dense().to_backend(name)
+    np.testing.assert_array_equal(backend.to_numpy(dense(given[0], turned, given[2])), expected)
+    if name == "jax":
+        np.testing.assert_array_equal(jax.jit(linear)(*given), expected)
+        np.testing.assert_array_equal(jax.jit(dense)(given[0], turned, given[2]), expected)
+
+
+@needs_loops
 def test_which_rows_and_weights_meet_in_panels():
     def cut(rows, outputs, inner, dtype="int8"):
         q = quantize(np.ones((outputs, inner), np.float32), dtype, granularity=PerChannel(0))
@@ -432,7 +464,10 @@ def test_which_rows_and_weights_meet_in_panels():
     assert cut(8, width, 384) is None  # loops of their own
     assert cut(513, width, 384) is None  # BLAS
     assert cut(128, width // 2 - 1, 384) is None  # most of a panel would be empty
-    assert cut(128, 1030, 1024) is None  # too large for a cache
+    assert cut(128, 1030, 1024, "int4") is None  # too large for a cache, and too few rows
+    assert cut(serve.ROWS_FOR_PANELS_OF_LARGE, 1030, 1024, "int4") is not None
+    assert cut(5000, 1030, 1024, "int4") is not None
+    assert (cut(512, 1030, 1024) is None) == serve.dots_beat_floats()
     assert cut(10, 384, 1536, "int4") is None  # decoded in registers
     assert cut(24, 384, 1536, "int4") is not None
     steps, ends, cuts = cut(128, width, 384)

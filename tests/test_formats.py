@@ -186,10 +186,10 @@ def test_formats_have_the_same_bits_in_compiled_torch(dtype):
 @pytest.mark.parametrize(
     ("form", "dtype", "step"),
     [
-        (JIT, "float32", 2),
-        (JIT, "bfloat16", 6),
-        (JIT, "float64", 8),
-        *((form, "float32", 8) for form in (JAX, CONSTANT, CONSTANT_QPARAMS)),
+        (JIT, "float32", 4),
+        (JIT, "bfloat16", 12),
+        (JIT, "float64", 16),
+        *((form, "float32", 16) for form in (JAX, CONSTANT, CONSTANT_QPARAMS)),
     ],
 )
 @pytest.mark.parametrize("first", range(6))

@@ -577,16 +577,21 @@ def test_group_weights_of_two_shapes_in_one_compiled_function():
 def test_every_format_compiled(how):
     x = data(24, 40, seed=1)
     q = quantize(x, **how)
-    compiled = whole(lambda x: (quantize(x, **how), fake_quantize(x, **how)))(x)
-    assert_same_bits(compiled[0], q)
-    assert_same_bits(compiled[1], q.dequantize())
-    assert_same_bits(whole(dequantize)(q), q.dequantize())
-    for mode in modes_of(q):
-        y = whole(lambda x, mode=mode: linear(x, q, mode=mode))(data(6, 40))
+
+    modes = tuple(modes_of(q))
+
+    def all_of(x, q, a):
+        return quantize(x, **how), (fake_quantize(x, **how), dequantize(q)), [linear(a, q, mode=mode) for mode in modes]
+
+    again, values, products = whole(all_of)(x, q, data(6, 40))
+    assert_same_bits(again, q)
+    for found in values:
+        assert_same_bits(found, q.dequantize())
+    for mode, y in zip(modes, products, strict=True):
         torch.testing.assert_close(y, linear(data(6, 40), q, mode=mode), rtol=1e-5, atol=1e-5)
 
 
-KINDS_OF_NUMBERS = ("float8_e4m3fn", "int4", "nf4", "nvfp4")
+KINDS_OF_NUMBERS = ("float8_e4m3fn", "int4", "nvfp4")
 
 
 @pytest.mark.exhaustive  # eight seconds and more each
@@ -621,9 +626,7 @@ def test_stochastic_rounding_compiles():
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param({}, marks=pytest.mark.exhaustive),
         {"dtype": "uint8", "scheme": "affine"},
-        pytest.param({"dtype": "int4", "granularity": PerGroup(32)}, marks=pytest.mark.exhaustive),
         pytest.param({"dtype": "nf4", "granularity": PerChannel(0)}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
@@ -990,8 +993,8 @@ IN_ONNX = {
     "float6": {"dtype": "float6_e3m2fn", "granularity": PerTensor()},
     "float4": {"dtype": "float4_e2m1fn", "granularity": PerGroup(32)},
     "scales of 16 bits": {"dtype": "int4", "granularity": PerGroup(32), "scale_dtype": "float16"},
-    **{name: {"dtype": name} for name in ("mxfp4", "mxfp6_e3m2", "mxfp8_e4m3", "mxint8", "nvfp4")},
-    **{name: {"dtype": name} for name in ("bitround0", "bitround3", "bitround7", "bitround12")},
+    **{name: {"dtype": name} for name in ("mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4")},
+    **{name: {"dtype": name} for name in ("bitround0", "bitround7")},
 }
 
 
@@ -1012,7 +1015,7 @@ class InOnnx(torch.nn.Module):
 
 SOME = ("zero points", "mxfp4", "bitround7")
 OTHERS = tuple(name for name in IN_ONNX if name not in SOME)
-AT_ONCE = [SOME, *(pytest.param(OTHERS[i::4], marks=pytest.mark.exhaustive) for i in range(4))]
+AT_ONCE = [SOME, *(pytest.param(OTHERS[i::3], marks=pytest.mark.exhaustive) for i in range(3))]
 
 
 @pytest.fixture(scope="module", params=AT_ONCE, ids=", ".join)

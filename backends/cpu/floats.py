@@ -45,7 +45,7 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
             return y
     x_name = get_backend("numpy").dtype_name(x)
     if len(x) > serve.MOST_ROWS_FOR_LOOPS and serve.decodes(x_name, w, spec, contract, packed=False):
-        y = ByLoops(w, spec, contract, None).of_small_weight(x, w, bias)
+        y = ByLoops(w, spec, contract, None).by_floats_in_cache(x, w, bias)
         if y is not NotImplemented:
             with np.errstate(all="ignore"):
                 return y.astype(x.dtype, copy=False)
@@ -100,7 +100,7 @@ def shortly(
         by_loops = loops = by_loops or ByLoops(w, spec, contract, None)
         if not loops.take(x, bias):
             return NotImplemented
-        y = loops.of_small_weight(x, w, bias)
+        y = loops.by_floats_in_cache(x, w, bias)
         if y is NotImplemented and large and contract == 0:
             return loops(x, w, bias)
         if y is NotImplemented and large and loops.decodes and 0 < rows <= most:

@@ -1,21 +1,24 @@
-"""Loops for products of float32 with a small weight: its codes become floats once, which many rows of x meet.
+"""Loops for products of float32 with a weight whose codes become floats once, which many rows of x meet.
 
 Owns: those loops, and the numba intrinsic in them. Imports: ``decoding``, which makes the floats, ``turning``, and
-``pool``. ``stored`` calls them, and says what they are for.
+``pool``. ``stored`` and JAX's products call them, and say what they are for.
 
-A *panel* is ``WIDTH`` rows of the weight as floats, turned so that those of one k lie side by side: two vectors. A tile
-of the result is ``ROWS`` rows of x by a panel. For each k its two vectors are loaded, an entry of each row of x fills a
-vector, and a fused step adds the products to the tile's sums, which stay in registers::
+A *panel* is ``WIDTH`` rows of the weight, and of long ones ``MADE`` codes of each, as floats, turned so that those of
+one k lie side by side: two vectors. All rows of x meet it before the next is made: it stays in a cache however long a
+row is. A tile of the result is ``ROWS`` rows of x by a panel. For each k its two vectors are loaded, an entry of each
+row of x fills a vector, and a fused step adds the products to the tile's sums, which stay in registers::
 
     sum[m, lane]  +=  panel[k, lane]  *  x[m, k]
 
 So x is read as it lies, K may have any length, nothing is added across lanes, and a load meets several products, as in
-BLAS. Terms are added up in chunks, and chunks in stretches: no term meets more than ``CHUNK`` + ``DEPTH`` / ``CHUNK`` +
+BLAS.
+
+Terms are added up in chunks, and chunks in stretches: no term meets more than ``CHUNK`` + ``DEPTH`` / ``CHUNK`` +
 K / ``DEPTH`` roundings. Of small products BLAS keeps many sums side by side, each of few terms: beside those a chain of
-all K terms errs more than twice as much, and one of 32 at a time now and then.
+all K terms errs more than twice as much, and one of 32 at a time now and then; beside its long ones 32 do.
 
 What several threads do is cut by panels, and, where there are few of them, by rows of x, too: each thread makes the
-panels it needs by itself, so that none fetches what another one wrote.
+panels it needs by itself, so that none fetches what another one wrote. No cut changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize_apart
+from aqt_lite.backends.cpu.decoding import BYTES, IN_ORDER, LANES, NUMBERS, counted_loop, dequantize_apart
 from aqt_lite.backends.cpu.lines import on_lines
-from aqt_lite.backends.cpu.native import task_of
+from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 from aqt_lite.backends.cpu.turning import turn_apart
 
-__all__ = ["ROWS", "WIDTH", "multiply_in_parts"]
+__all__ = ["ROWS", "WIDTH", "multiply_apart", "multiply_in_parts"]
 
 VECTORS = 2
 """Of a panel, for each k."""
@@ -45,11 +48,23 @@ WIDTH = VECTORS * LANES
 ROWS = 6
 """Rows of x in a tile: two sums for each vector of the result, those of a chunk and all before, fit 32 registers."""
 
-CHUNK = 8
-"""Terms that are added up before their sum joins those before it, in registers."""
+SHORT = 1024
+"""Terms of a sum that BLAS may cut into many short ones."""
+
+CHUNK, CHUNK_OF_MANY = 8, 32
+"""Terms that are added up before their sum joins those before it, in registers: of so short a sum, and of others."""
 
 DEPTH = 128
 """Terms whose sum joins those before it in memory."""
+
+MADE = 2048
+"""Codes of a row that become floats at a time, where groups allow: a panel of 256 KB, which the second cache holds."""
+
+ROWS_AT_ONCE = 85 * ROWS
+"""Rows of x that meet panels before these are made anew: the third cache is to hold them."""
+
+PAST = 16
+"""Bytes that are read after a row's codes, where there are as many: a vector of codes ends beyond them."""
 
 _INT, _ADDRESS, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS: Any = ir.VectorType(_FLOAT, LANES)  # type: ignore[no-untyped-call]
@@ -57,8 +72,8 @@ _FLOATS: Any = ir.VectorType(_FLOAT, LANES)  # type: ignore[no-untyped-call]
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile(
-    _: Any, panel: Any, x: Any, x_stride: Any, there: Any, depth: Any, before: Any, before_stride: Any, added: Any,
-    out: Any, out_stride: Any,
+    _: Any, panel: Any, x: Any, x_stride: Any, there: Any, depth: Any, at_once: Any, before: Any, before_stride: Any,
+    added: Any, out: Any, out_stride: Any,
 ) -> Any:  # fmt: skip
     """``out[m, lane] = before[m, lane] + sum_k panel[k, lane] x[m, k] + added[lane]`` of ``depth`` terms, one at least.
 
@@ -67,7 +82,7 @@ def _tile(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        panel, x, x_stride, there, depth, before, before_stride, added, out, out_stride = arguments
+        panel, x, x_stride, there, depth, at_once, before, before_stride, added, out, out_stride = arguments
         of_fma = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
         fma = cgutils.get_or_insert_function(builder.module, of_fma, f"llvm.fma.v{LANES}f32")
         undefined, lanes = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
@@ -86,9 +101,9 @@ def _tile(
         rows, none = of_rows(x, x_stride), ir.Constant(_FLOATS, None)
 
         def chunk(c: Any, totals: list[Any]) -> list[Any]:
-            first = builder.mul(c, _ADDRESS(CHUNK))
+            first = builder.mul(c, at_once)
             rest = builder.sub(depth, first)
-            count = builder.select(builder.icmp_signed("<", rest, _ADDRESS(CHUNK)), rest, _ADDRESS(CHUNK))
+            count = builder.select(builder.icmp_signed("<", rest, at_once), rest, at_once)
 
             def step(i: Any, sums: list[Any]) -> list[Any]:
                 k, new = builder.add(first, i), list[Any]()
@@ -105,7 +120,7 @@ def _tile(
             sums = counted_loop(builder, count, [none] * len(totals), step)
             return [builder.fadd(total, of_chunk) for total, of_chunk in zip(totals, sums, strict=True)]
 
-        chunks = builder.udiv(builder.add(depth, _ADDRESS(CHUNK - 1)), _ADDRESS(CHUNK))
+        chunks = builder.udiv(builder.sub(builder.add(depth, at_once), _ADDRESS(1)), at_once)
         new = counted_loop(builder, chunks, [none] * (ROWS * VECTORS), chunk)
         sums_before = [p for start in of_rows(before, before_stride) for p in vectors(start)]
         new = [builder.fadd(builder.load(p, align=4), total) for p, total in zip(sums_before, new, strict=True)]
@@ -116,56 +131,149 @@ def _tile(
             builder.store(total, p, align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 10), generate
+    return types.void(*[types.intp] * 11), generate
 
 
 @njit(nogil=True, cache=True)
-def _multiply_rows(panel: Any, x: Any, first: Any, last: Any, bias: Any, y: Any) -> None:  # pragma: no cover - compiled
-    """Rows ``first`` to ``last`` - 1 of x by a panel, into the columns of y: as many as the panel has, or fewer."""
-    inner, by, here = x.shape[1], x.strides[0], y.shape[1]
-    none, nothing, added = np.zeros(WIDTH, np.float32), np.full(WIDTH, np.float32(-0.0)), np.zeros(WIDTH, np.float32)
-    added[:here] = bias
-    aside = np.empty((ROWS if here < WIDTH else 0, WIDTH), dtype=np.float32)
-    for m in range(first, last, ROWS):
-        there = min(ROWS, last - m)
-        out, out_stride = (
-            (aside.ctypes.data, aside.strides[0]) if here < WIDTH else (y.ctypes.data + m * y.strides[0], y.strides[0])
-        )
-        before, before_stride = none.ctypes.data, 0
-        for k in range(0, inner, DEPTH):
-            ends = k + DEPTH >= inner
+def _depth_of(inner: Any, size: Any) -> Any:  # pragma: no cover - compiled
+    """Codes of a row whose floats are made at a time: whole vectors, of whole groups or of a part of one."""
+    most, whole = (inner + LANES - 1) // LANES * LANES, size
+    if size >= inner or size % MADE == 0:
+        return min(MADE, most)
+    while whole % LANES:
+        whole += size
+    return min(max(MADE // whole, 1) * whole, most)
+
+
+@njit(nogil=True, cache=True)
+def _part_of(blocks: Any, start: Any, stop: Any, first: Any, last: Any) -> Any:  # pragma: no cover - compiled
+    """Groups ``first`` to ``last`` - 1 of rows ``start`` to ``stop`` - 1, or what all have."""
+    rows, groups = blocks.shape
+    if rows == 0:
+        return blocks
+    if rows == 1:
+        start, stop = 0, 1
+    if groups == 1:
+        first, last = 0, 1
+    out = np.empty((stop - start, last - first), dtype=blocks.dtype)
+    for n in range(stop - start):
+        row, its_own = blocks[start + n], out[n]
+        for g in range(last - first):
+            its_own[g] = row[first + g]
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _make(
+    w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any, zero: Any,
+    size: Any, first_row: Any, k: Any, depth: Any, codes: Any, values: Any, panel: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """The panel of codes ``k`` to ``k + depth - 1`` of some rows; whether ``dequantize`` serves them.
+
+    They are a weight of their own, for which they are copied: codes are few bytes beside floats.
+    """
+    width, rows, count = 8 if kind == BYTES else 4, w.shape[0], min(depth, inner - k)
+    if table.ndim == 2 and kind > IN_ORDER:
+        width = np.int64(table[0][NUMBERS])
+    first, last = k * width // 8, min(((k + count) * width + 7) // 8 + PAST, w.shape[1])
+    some = codes[: rows * (last - first)].reshape(rows, last - first)
+    for n in range(rows):
+        row, its_own = w[n, first:last], some[n]
+        for i in range(last - first):
+            its_own[i] = row[i]
+    these = first_row, first_row + rows, k // size, (k + count - 1) // size + 1
+    floats = values[: WIDTH * count].reshape(WIDTH, count)
+    served = dequantize_apart((
+        some, count, kind, flip, table, _part_of(scale, *these), _part_of(codes_of_scales, *these), of_scales,
+        _part_of(zero, *these), min(size, depth), 0, floats[:rows],
+    ))  # fmt: skip
+    floats[rows:] = 0
+    turn_apart((floats, 0, count, panel))
+    return served
+
+
+@njit(nogil=True, cache=True)
+def _add_panel(
+    panel: Any, x: Any, first: Any, count: Any, at_once: Any, begins: Any, added: Any, y: Any
+) -> None:  # pragma: no cover - compiled
+    """What ``count`` codes of each row, from the ``first`` on, and something at the end, add to y, or begin it with."""
+    nothing, none = np.full(WIDTH, np.float32(-0.0)), np.zeros(WIDTH, np.float32)
+    for m in range(0, x.shape[0], ROWS):
+        out = y.ctypes.data + m * y.strides[0]
+        for k in range(0, count, DEPTH):
+            before, of_before = (none.ctypes.data, 0) if begins and k == 0 else (out, y.strides[0])
             _tile(
-                panel.ctypes.data + 4 * WIDTH * k, x.ctypes.data + m * by + 4 * k, by, there, min(DEPTH, inner - k),
-                before, before_stride, added.ctypes.data if ends else nothing.ctypes.data, out, out_stride,
+                panel.ctypes.data + 4 * WIDTH * k, x.ctypes.data + m * x.strides[0] + 4 * (first + k), x.strides[0],
+                min(ROWS, x.shape[0] - m), min(DEPTH, count - k), at_once, before, of_before,
+                added.ctypes.data if k + DEPTH >= count else nothing.ctypes.data, out, y.strides[0],
             )  # fmt: skip
-            before, before_stride = out, out_stride
-        for r in range(there if here < WIDTH else 0):
-            for n in range(here):
-                y[m + r, n] = aside[r, n]
+
+
+@njit(nogil=True, cache=True)
+def multiply(
+    w: Any, x: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any,
+    zero: Any, size: Any, first_row: Any, bias: Any, y: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``y[m, n] = sum_k (number[n, k] - zero[n, g]) * scale[n, g] x[m, k] + bias[n]``; whether that holds.
+
+    Operands and answer are those of ``decoding.dequantize``: rows of w are those from ``first_row`` on of the scales.
+    """
+    length, depth, served = w.shape[0], _depth_of(inner, size), True
+    at_once = CHUNK if inner <= SHORT else CHUNK_OF_MANY
+    panel, values = on_lines(depth, WIDTH, np.float32), on_lines(1, WIDTH * depth, np.float32)[0]
+    codes, added = np.empty(WIDTH * (depth + PAST), dtype=np.uint8), np.empty(WIDTH, dtype=np.float32)
+    aside = on_lines(min(x.shape[0], ROWS_AT_ONCE) if length % WIDTH else 0, WIDTH, np.float32)
+    for top in range(0, x.shape[0], ROWS_AT_ONCE):
+        rows = x[top : top + ROWS_AT_ONCE]
+        for first in range(0, length, WIDTH):
+            here, sums = min(WIDTH, length - first), y[top : top + ROWS_AT_ONCE, first : first + WIDTH]
+            some = sums if here == WIDTH else aside[: len(rows)]  # of a panel that is not full
+            added[:] = np.float32(-0.0)
+            for k in range(0, inner, depth):
+                count = min(depth, inner - k)
+                served &= _make(
+                    w[first : first + here], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size,
+                    first_row + first, k, depth, codes, values, panel[:count],
+                )  # fmt: skip
+                if k + depth >= inner:
+                    added[:here] = bias[first : first + here]
+                _add_panel(panel, rows, k, count, at_once, k == 0, added, some)
+            if here < WIDTH:
+                for m in range(sums.shape[0]):
+                    for n in range(here):
+                        sums[m, n] = some[m, n]
+    return served
+
+
+multiply_apart = apart(
+    multiply,
+    *(
+        f"boolean(uint8[:,::1], float32[:,::1], int64, int64, int64, float32[{table}], float32[:,::1], uint8[:,::1], "
+        "float32[::1], int32[:,::1], int64, int64, float32[::1], float32[:,:])"
+        for table in ("::1", ":,::1")
+    ),
+)
 
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     """Of every panel ``cuts`` stretches of rows of x, one after the other: those from ``start`` to ``stop`` - 1."""
     w, x, inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, bias, cuts, served, y = given
-    length, rows, made = w.shape[0], x.shape[0], -1
-    values, panel = on_lines(WIDTH, inner, np.float32), on_lines(inner, WIDTH, np.float32)
-    tiles = (rows + ROWS - 1) // ROWS
-    for unit in range(start, stop):
-        nth, cut = unit // cuts, unit % cuts
-        first = nth * WIDTH
-        last = min(first + WIDTH, length)
-        if nth != made:
-            made = nth
-            if not dequantize_apart((
-                w[first:last], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
-                values[: last - first],
-            )):  # fmt: skip
-                served[0] = False
-            values[last - first :] = 0
-            turn_apart((values, 0, inner, panel))
-        begin, end = tiles * cut // cuts * ROWS, min(tiles * (cut + 1) // cuts * ROWS, rows)
-        _multiply_rows(panel, x, begin, end, bias[first:last], y[:, first:last])
+    tiles = (x.shape[0] + ROWS - 1) // ROWS
+    unit = start
+    while unit < stop:
+        panel, cut = unit // cuts, unit % cuts
+        # stretches of one panel, or, where each is all rows, as many panels as there are
+        following = stop if cuts == 1 else min((panel + 1) * cuts, stop)
+        first, last = panel * WIDTH, min(((following - 1) // cuts + 1) * WIDTH, w.shape[0])
+        begin = tiles * cut // cuts * ROWS
+        end = min(tiles * (cut + following - unit) // cuts * ROWS if cuts > 1 else x.shape[0], x.shape[0])
+        if not multiply_apart((
+            w[first:last], x[begin:end], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
+            bias[first:last], y[begin:end, first:last],
+        )):  # fmt: skip
+            served[0] = False
+        unit = following
 
 
 _task = task_of(_part)

@@ -56,7 +56,10 @@ CODES_A_ROW_OF_PANELS = CODES_A_ROW, 8 * CODES_A_ROW
 """Codes of such a weight that each of fewer rows pays for: where they are decoded else, and where digits multiply."""
 
 MOST_ROWS_FOR_PANELS = 512
-"""Rows of x from which on nothing is gained over BLAS, which reads and writes them in fewer turns."""
+"""Rows of x from which on nothing is gained over BLAS on such floats, which a cache holds all."""
+
+ROWS_FOR_PANELS_OF_LARGE = 192
+"""Rows of x from which on panels beat loops that decode, of larger weights."""
 
 MOST_ROWS_FOR_EINSUM = 2
 """Rows of x for which einsum, which converts codes as it goes, beats BLAS on a dequantized block."""
@@ -245,14 +248,26 @@ def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
 
 
 def is_worth_panels(rows: int, length: int, inner: int, width: int, by_digits: bool) -> bool:
-    """Whether so many rows of x meet a weight (``length``, ``inner``) so small that panels ``width`` high are best.
+    """Whether so many rows of x, more than ``MOST_ROWS_FOR_LOOPS``, meet a weight (``length``, ``inner``) in panels.
 
-    Panels are multiplied whole: a half at least of what they hold is to be there. ``by_digits`` as above; rows are
-    between ``MOST_ROWS_FOR_LOOPS`` and ``MOST_ROWS_FOR_PANELS``.
+    Panels, ``width`` high, are multiplied whole: a half at least of what they hold is to be there. ``by_digits`` as
+    above.
     """
     codes, a_row = length * inner, CODES_A_ROW_OF_PANELS[by_digits]
-    few = codes <= (MOST_CODES_AT_ONCE if rows >= ROWS_FOR_PANELS else min(rows * a_row, MOST_CODES_AT_ONCE))
-    return few and 2 * length >= -(-length // width) * width
+    if codes > MOST_CODES_AT_ONCE:
+        return not by_digits and are_for_panels(rows, length, inner, width)
+    few = rows >= ROWS_FOR_PANELS or codes <= rows * a_row
+    return few and rows <= MOST_ROWS_FOR_PANELS and fill_panels(length, width)
+
+
+def are_for_panels(rows: int, length: int, inner: int, width: int) -> bool:
+    """The same of a weight that is not small, and multiplied by no digits else."""
+    return rows >= ROWS_FOR_PANELS_OF_LARGE and length * inner > MOST_CODES_AT_ONCE and fill_panels(length, width)
+
+
+def fill_panels(length: int, width: int) -> bool:
+    """Whether half of the rows of panels at least, and with that of all that is multiplied, are of the weight."""
+    return 2 * length >= -(-length // width) * width
 
 
 def by_digits(rows: int, w: Coded, contract: int, packed: bool) -> bool:

@@ -76,11 +76,11 @@ class ByLoops:
             return matmul_in_out(x, w, bias, spec=self._spec, columns=self._inner, packed=self._packed)
         if not (self.decodes and len(x)) or (len(x) == 1 and self.leaves_one_row):
             return NotImplemented
-        y = self.of_small_weight(x, w, bias)
+        y = self.by_floats_in_cache(x, w, bias)
         return self.by_decoding(x, w, bias) if y is NotImplemented else y
 
-    def of_small_weight(self, x: Array, w: Coded, bias: Array | None) -> Any:
-        """The product where many rows of x meet a weight whose floats stay in a cache; else NotImplemented."""
+    def by_floats_in_cache(self, x: Array, w: Coded, bias: Array | None) -> Any:
+        """The product where many rows of x meet floats that stay in a cache, all or some; else NotImplemented."""
         rows = len(x)
         cut = self.cut_in_panels(rows)
         if cut is not None:
@@ -92,10 +92,12 @@ class ByLoops:
 
         Steps, where parts of the product end, and how many stretches of rows there are for each panel.
         """
-        if rows <= serve.MOST_ROWS_FOR_LOOPS or rows > serve.MOST_ROWS_FOR_PANELS:
+        if rows <= serve.MOST_ROWS_FOR_LOOPS or not self.decodes:
             return None
+        if rows > serve.MOST_ROWS_FOR_PANELS:
+            return self._new_cut(rows)
         if rows not in self._cuts:
-            self._cuts[rows] = self._new_cut(rows) if self.decodes else None
+            self._cuts[rows] = self._new_cut(rows)
         return self._cuts[rows]
 
     def _new_cut(self, rows: int) -> tuple[int, Array, int] | None:

@@ -22,7 +22,7 @@ from aqt_lite import affine
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import decoding, native, pool, serve, turning
+from aqt_lite.backends.cpu import decoding, native, panels, pool, serve, turning
 from aqt_lite.backends.cpu.decoders import SHORTEST_GROUP, SHORTEST_ROW
 from aqt_lite.backends.cpu.decoding import (
     HALVES,
@@ -57,7 +57,7 @@ CODES_AT_ONCE = 1 << 16
 # scales, the numbers of those, zero points and the bias, as cpu.operands.Operands has them. Attributes, by name: flip,
 # kind, size, swapped (scales, their codes and zero points then have groups first), width (bits from one code to the
 # next, for XLA's own operations). Results: y (M, N) float32, for each strip of columns 1 where a scale is too large;
-# scratch: x arranged.
+# scratch: x arranged, or nothing where panels of floats meet it as it lies.
 
 
 @njit(nogil=True)
@@ -91,7 +91,7 @@ def _numbers_in_order(table: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True)
 def _weight_of(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
-    """What ``multiply`` is told before the table of numbers, and after it."""
+    """What ``multiply`` is told before the table of numbers, and after it; and x as it lies."""
     x, arranged = _of_x(frame)
     swapped = attribute(frame, 3) != 0
     codes, scale, kept = operand(frame, 1), operand(frame, 3), operand(frame, 4)
@@ -115,7 +115,7 @@ def _weight_of(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - 
         0,
         y[:, start:stop],
     )
-    return told, others
+    return told, others, x
 
 
 def _multiply(numbers: Any) -> Any:
@@ -125,8 +125,26 @@ def _multiply(numbers: Any) -> Any:
         flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
         for first in range(start, stop, AT_ONCE):
             last = min(first + AT_ONCE, stop)
-            told, others = _weight_of(frame, first, last)
+            told, others, _ = _weight_of(frame, first, last)
             small = multiply_apart((*told, numbers(operand(frame, 2)), *others))
+            for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
+                flags[strip] = 0 if small else 1
+
+    return address_of(multiply, 3)
+
+
+def _multiply_in_panels(numbers: Any) -> Any:
+    @njit(nogil=True)
+    def multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+        """The same by panels."""
+        flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
+        for first in range(start, stop, AT_ONCE):
+            last = min(first + AT_ONCE, stop)
+            told, others, x = _weight_of(frame, first, last)
+            codes, _, inner, kind, flip = told
+            scale, kept, of_scales, zero, size, bias, _, y = others
+            operands = inner, kind, flip, numbers(operand(frame, 2)), scale, kept, of_scales, zero, size
+            small = panels.multiply_apart((codes, x, *operands, 0, bias, y))
             for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
                 flags[strip] = 0 if small else 1
 
@@ -135,6 +153,7 @@ def _multiply(numbers: Any) -> Any:
 
 _arrange_address = address_of(_arrange, 3)
 _multiply_address, _multiply_in_order_address = _multiply(_numbers), _multiply(_numbers_in_order)
+_in_panels_address, _in_order_in_panels_address = _multiply_in_panels(_numbers), _multiply_in_panels(_numbers_in_order)
 
 
 def _handler(version: int, in_order: bool) -> Any:
@@ -143,15 +162,19 @@ def _handler(version: int, in_order: bool) -> Any:
     def handler(frame: Any) -> Any:  # pragma: no cover - compiled
         if describe(frame) or version < 0:
             return OK
-        error = parallel_for(frame, _arrange_address(), dim(operand(frame, 0), 0), 64)
-        if error != 0:
-            return error
+        in_panels = dim(result(frame, 2), 0) == 0
+        if not in_panels:
+            error = parallel_for(frame, _arrange_address(), dim(operand(frame, 0), 0), 64)
+            if error != 0:
+                return error
         at_once = AT_ONCE if attribute(frame, 3) != 0 else STRIP
         columns = dim(operand(frame, 1), 0)  # a thread's columns lie together, as memory is read ahead in order
         part = max(columns // 16 // at_once, 1) * at_once
         if in_order:
-            return parallel_for(frame, _multiply_in_order_address(), columns, part)
-        return parallel_for(frame, _multiply_address(), columns, part)
+            loops = _in_order_in_panels_address() if in_panels else _multiply_in_order_address()
+        else:
+            loops = _in_panels_address() if in_panels else _multiply_address()
+        return parallel_for(frame, loops, columns, part)
 
     return handler
 
@@ -210,7 +233,7 @@ def _handler_of_values(version: int, in_order: bool) -> Any:
 @functools.cache
 def _is_registered(target: str) -> bool:
     """Whether XLA has taken the loops, which are offered to it on the first call."""
-    version = version_of(sys.modules[__name__], decoding, turning, ffi, native, pool)
+    version = version_of(sys.modules[__name__], decoding, panels, turning, ffi, native, pool)
     if target in TARGETS:
         return ffi.register(target, _handler(version, target == TARGETS[1]))
     return ffi.register(target, _handler_of_values(version, target == TARGETS_OF_VALUES[1]))
@@ -272,10 +295,11 @@ def plain_values(
 
 def _results(x: Any, codes: Any, *_: Any, kind: int, **others: int) -> list[Any]:
     (rows, inner), columns = x.shape, codes.shape[0]
+    in_panels = serve.are_for_panels(rows, columns, inner, panels.WIDTH)
     shapes = [
         ((rows, columns), jnp.float32),
         ((-(-columns // STRIP),), jnp.int32),
-        (shape_of_arranged(rows, inner, kind), jnp.float32),
+        ((0, 0) if in_panels else shape_of_arranged(rows, inner, kind), jnp.float32),
     ]
     return [jax.core.ShapedArray(*shape) for shape in shapes]
 
