@@ -121,8 +121,7 @@ def test_notebook_product(backend, mode):
 
 @pytest.mark.exhaustive_where(dtype="float16")
 @pytest.mark.exhaustive_where(dtype="float64")
-@pytest.mark.exhaustive_where(dtype="bfloat16")  # float16 and float32 are its kind
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])  # every number of bfloat16: below
 def test_calibrated_blocks_are_exact_on_every_form(dtype):
     rows = [ends(24, dtype), random_magnitudes(60, 24, dtype), calibrated_near_ties(40, 24, dtype)]
     rows.append(calibrated_near_ties(20, 24, dtype, most=32767, seed=1))
@@ -131,14 +130,12 @@ def test_calibrated_blocks_are_exact_on_every_form(dtype):
     problems = [Problem(x, Call(element, scheme, ROWS)) for element in ELEMENTS for scheme in SCHEMES]
     expected = [oracle(p) for p in problems]
     assert not disagreements(problems, expected, [form for form in FORMS if form not in (COMPILED, CONSTANT_QPARAMS)])
-    if dtype != "bfloat16":  # every number of it is compiled below
-        assert not disagreements(problems[::5], expected[::5], [COMPILED])  # compiling takes seconds for each
+    assert not disagreements(problems[::5], expected[::5], [COMPILED])  # compiling takes seconds for each
 
 
 @pytest.mark.exhaustive_where(dtype="float32")
 @pytest.mark.exhaustive_where(dtype="float64")
-@pytest.mark.exhaustive_where(dtype="bfloat16")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_given_scales_are_exact_near_ties_on_every_form(dtype):
     few = {"float16": (-6, 8)}.get(dtype, (-110, 110))
     bytes_ = random_scales(6, 0, *few).astype("float64" if dtype == "float64" else "float32")
@@ -304,7 +301,7 @@ def test_granularities(form):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("which", [slice(1, 20, 3), slice(21, None, 3)])
+@pytest.mark.parametrize("which", [slice(1, None, 4)])
 def test_granularities_in_compiled_torch(which):
     assert not disagreements(*granular_problems("float32", which), [COMPILED])
 
@@ -337,6 +334,8 @@ BROKEN = np.asarray([[1, 2, -3], [np.nan, 2, 3], [4, -np.inf, 1], [np.inf, np.na
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.exhaustive_where(form=COMPILED, scheme="symmetric")
+@pytest.mark.exhaustive_where(form=CONSTANT)
 @pytest.mark.parametrize("form", [COMPILED, JIT, CONSTANT])
 def test_a_traced_block_with_a_non_finite_value_becomes_nan_and_no_other(form, scheme):
     problem = Problem(BROKEN, Call("int8", scheme, ROWS))

@@ -423,6 +423,7 @@ def test_small_weights_meet_many_rows_in_panels(backend, how, monkeypatch):
 
 @needs_loops
 @pytest.mark.exhaustive_where(name="jax", how={"dtype": "nvfp4"})  # seconds each; programs are alike
+@pytest.mark.exhaustive_where(name="jax", how={"dtype": "int8", "granularity": PerGroup(64)})
 @pytest.mark.exhaustive_where(name="jax", how={"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(32)})
 @pytest.mark.parametrize(
     "how",
@@ -552,7 +553,7 @@ def test_blocks_of_rows_make_up_the_weight(backend, monkeypatch):
 
 
 @pytest.mark.exhaustive_where(backend="jax")  # by programs of their own; test_transformations_of_jax has one
-@of_each_kind
+@pytest.mark.parametrize("how", KINDS[::2], ids=name_of)
 def test_every_backend_multiplies_so(backend, how):
     how = how if how["dtype"] == "mxfp4" else {**how, "granularity": PerGroup(64)}
     q = quantize(weight(520, 330), **how).to_backend(backend.name)  # large enough for XLA's call

@@ -126,6 +126,7 @@ def dots(request, monkeypatch):
 
 
 @pytest.mark.exhaustive_where(form="jax", dtype="int8")  # each compiles for seconds
+@pytest.mark.exhaustive_where(form="jax", granularity=PerBlock((7, -1)))
 @pytest.mark.exhaustive_where(dots="without", form="jax")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(

@@ -61,10 +61,8 @@ def test_every_form_quantizes_to_the_vectors(form):
     assert not disagreements(*quantizations(), [form])
 
 
-@pytest.mark.exhaustive_where(step=1)
-@pytest.mark.parametrize(
-    ("form", "step"), [(JIT, 1), (CONSTANT, 1), (JIT, 8), (CONSTANT, 16), (JAX, 5), (COMPILED, 24)]
-)
+@pytest.mark.exhaustive_unless(step=[8])
+@pytest.mark.parametrize(("form", "step"), [(JIT, 1), (CONSTANT, 2), (JIT, 8), (JAX, 5), (COMPILED, 24)])
 def test_forms_that_compile_quantize_to_the_vectors(form, step):
     """Some of them: a graph of all takes a minute to compile."""
     assert not disagreements(*quantizations(slice(None, None, step)), [form])
@@ -185,7 +183,7 @@ def test_jitted_products_give_the_vectors(case):
 @needs("torch")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own, about torch.jit
 def test_compiled_torch_products_give_the_vectors():
-    cases = VECTORS["products"][1::8]  # compiling takes seconds for each
+    cases = VECTORS["products"][1::16]  # compiling takes seconds for each
     arguments = [moved(aqt_lite._registry.get_backend("torch"), case) for case in cases]
     ops = [getattr(aqt_lite, case["op"]) for case in cases]
     torch._dynamo.reset()

@@ -266,10 +266,9 @@ PROBLEMS = [
     ("problems", "forms"),
     [
         (PROBLEMS, [form for form in FORMS if form not in (COMPILED, CONSTANT, CONSTANT_QPARAMS)]),
-        (PROBLEMS[:1], [COMPILED]),
         pytest.param(PROBLEMS, list(FORMS), marks=pytest.mark.exhaustive),  # compiling takes minutes
     ],
-    ids=["eager and jit", "torch.compile", "all"],
+    ids=["eager and jit", "all"],
 )
 def test_the_same_bits_in_every_form(problems, forms):
     expected = [bits_of(quantize(p.x, **_arguments(p))) for p in problems]
