@@ -125,7 +125,7 @@ def oracle(problem):
 
 @pytest.mark.exhaustive_where(step=1)
 @pytest.mark.parametrize(
-    ("dtype", "step"), [("float16", 8), ("bfloat16", 8), ("float32", 6), ("float64", 8), ("float32", 1), ("float64", 1)]
+    ("dtype", "step"), [("bfloat16", 8), ("float32", 6), ("float64", 8), ("float32", 1), ("float64", 1)]
 )
 def test_every_format_has_the_bits_of_exact_arithmetic(dtype, step):
     compared_numbers = 0

@@ -110,6 +110,7 @@ def formats(which=slice(None)):
     return map(list, zip(*map(format_problem_of, FORMAT_CASES["formats"][which]), strict=True))
 
 
+@pytest.mark.exhaustive_where(form=CONSTANT)
 @pytest.mark.parametrize(("form", "step"), [(NUMPY, 1), (STRICT, 1), (TORCH, 1), (JIT, 29), (CONSTANT, 59), (JAX, 31)])
 def test_every_form_gives_the_vectors_of_formats(form, step):
     """Compiling takes a second or so for each: some of them for what compiles. test_formats has torch compiled."""

@@ -145,7 +145,7 @@ def test_products_are_as_exact_as_a_float32_product(with_loops, mode, dtype, sch
         moved = q.to_backend(backend.name)
         float_w = moved.dequantize()
         product = aqt_lite.linear if linear else aqt_lite.dense
-        for m in (1, 8, 130) if backend.name != "jax" else (1, 130):
+        for m in (1, 8, 130) if backend.name == "numpy" else (1, 130):
             x = activations(rng, m, k, kind)
             exact = x.astype(np.float64) @ (exact_w.T if linear else exact_w)
             plain = backend.xp.matmul(backend.asarray(x), float_w.T if linear else float_w)

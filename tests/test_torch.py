@@ -625,7 +625,7 @@ def test_stochastic_rounding_compiles():
 @pytest.mark.parametrize(
     "how",
     [
-        {"dtype": "uint8", "scheme": "affine"},
+        pytest.param({"dtype": "uint8", "scheme": "affine"}, marks=pytest.mark.exhaustive),
         pytest.param({"dtype": "nf4", "granularity": PerChannel(0)}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
