@@ -54,8 +54,8 @@ SHORT = 1024
 CHUNK, CHUNK_OF_MANY = 8, 32
 """Terms that are added up before their sum joins those before it, in registers: of so short a sum, and of others."""
 
-DEPTH = 128
-"""Terms whose sum joins those before it in memory."""
+DEPTH, DEPTH_OF_MANY = 128, 512
+"""Terms whose sum joins those before it in memory, likewise: after an outlier few are to round its sum."""
 
 MADE = 2048
 """Codes of a row that become floats at a time, where groups allow: a panel of 256 KB, which the second cache holds."""
@@ -197,15 +197,16 @@ def _add_panel(
     panel: Any, x: Any, first: Any, count: Any, at_once: Any, begins: Any, added: Any, y: Any
 ) -> None:  # pragma: no cover - compiled
     """What ``count`` codes of each row, from the ``first`` on, and something at the end, add to y, or begin it with."""
+    depth = DEPTH if at_once == CHUNK else DEPTH_OF_MANY
     nothing, none = np.full(WIDTH, np.float32(-0.0)), np.zeros(WIDTH, np.float32)
     for m in range(0, x.shape[0], ROWS):
         out = y.ctypes.data + m * y.strides[0]
-        for k in range(0, count, DEPTH):
+        for k in range(0, count, depth):
             before, of_before = (none.ctypes.data, 0) if begins and k == 0 else (out, y.strides[0])
             _tile(
                 panel.ctypes.data + 4 * WIDTH * k, x.ctypes.data + m * x.strides[0] + 4 * (first + k), x.strides[0],
-                min(ROWS, x.shape[0] - m), min(DEPTH, count - k), at_once, before, of_before,
-                added.ctypes.data if k + DEPTH >= count else nothing.ctypes.data, out, y.strides[0],
+                min(ROWS, x.shape[0] - m), min(depth, count - k), at_once, before, of_before,
+                added.ctypes.data if k + depth >= count else nothing.ctypes.data, out, y.strides[0],
             )  # fmt: skip
 
 
