@@ -351,14 +351,12 @@ def test_processors_without_avx_512():
 
 @needs_loops
 @pytest.mark.exhaustive  # compiles all loops anew, for another processor
-@pytest.mark.parametrize("narrow", [False, True], ids=["shorts", "bytes of vectors of 256 bits"])
-def test_other_dot_products(narrow):
+def test_dot_products_of_shorts():
+    """Those of bytes in vectors of 256 bits: test_dots and test_decoding."""
     if LOOPS.LANES != 16 or LOOPS.BITS_OF_DIGIT != 8:
-        pytest.skip("the processor has no AVX-512 VNNI, whose other forms these are")
-    features, also = ("+no feature", ["+prefer-256-bit"]) if narrow else (("+avx512vnni",), [])
-    form = "(8, 8)" if narrow else "(16, 16)"
-    check = f"(runtime.group_loops().LANES, runtime.group_loops().BITS_OF_DIGIT) == {form}"
-    run_without(features, __file__, EXACT, check, also=also)
+        pytest.skip("the processor has no AVX-512 VNNI, whose other form this is")
+    check = "(runtime.group_loops().LANES, runtime.group_loops().BITS_OF_DIGIT) == (16, 16)"
+    run_without(("+avx512vnni",), __file__, EXACT, check)
 
 
 @needs_loops

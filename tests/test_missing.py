@@ -266,9 +266,10 @@ PROBLEMS = [
     ("problems", "forms"),
     [
         (PROBLEMS, [form for form in FORMS if form not in (COMPILED, CONSTANT, CONSTANT_QPARAMS)]),
-        pytest.param(PROBLEMS, list(FORMS), marks=pytest.mark.exhaustive),  # compiling takes minutes
+        pytest.param(PROBLEMS, [CONSTANT, CONSTANT_QPARAMS], marks=pytest.mark.exhaustive),
+        pytest.param(PROBLEMS[::3], [COMPILED], marks=pytest.mark.exhaustive),  # compiling takes a minute
     ],
-    ids=["eager and jit", "all"],
+    ids=["eager and jit", "constants", "torch.compile"],
 )
 def test_the_same_bits_in_every_form(problems, forms):
     expected = [bits_of(quantize(p.x, **_arguments(p))) for p in problems]
