@@ -576,7 +576,6 @@ def test_group_weights_of_two_shapes_in_one_compiled_function():
 def test_every_format_compiled(how):
     x = data(24, 40, seed=1)
     q = quantize(x, **how)
-
     modes = tuple(modes_of(q))
 
     def all_of(x, q, a):
@@ -622,13 +621,9 @@ def test_stochastic_rounding_compiles():
     assert_same_bits(mapped(x), quantize(x, "mxfp4").dequantize())
 
 
+@pytest.mark.exhaustive  # test_inductor compiles, too
 @pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param({"dtype": "uint8", "scheme": "affine"}, marks=pytest.mark.exhaustive),
-        pytest.param({"dtype": "nf4", "granularity": PerChannel(0)}, marks=pytest.mark.exhaustive),
-    ],
-    ids=str,
+    "how", [{"dtype": "uint8", "scheme": "affine"}, {"dtype": "nf4", "granularity": PerChannel(0)}], ids=str
 )
 def test_one_compiled_program_quantizes_any_shape(how):
     """And at most one or two more, for lengths that its guards exclude."""

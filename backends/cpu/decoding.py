@@ -1587,11 +1587,17 @@ def _in_whole_vectors(width: Any, inner: Any, kind: Any, table: Any, step: Any) 
 
 
 @njit(nogil=True, cache=True)
+def width_of(kind: Any, table: Any) -> Any:  # pragma: no cover - compiled
+    """Bits from one code to the next."""
+    return 8 if kind == BYTES else 4 if kind <= IN_ORDER else np.int64(table[NUMBERS])
+
+
+@njit(nogil=True, cache=True)
 def _rest_of(
     w: Any, inner: Any, kind: Any, table: Any, step: Any, whole: Any, rest: Any
 ) -> None:  # pragma: no cover - compiled
     """Copies of what rows have from code ``whole`` on; after that, and in place of what pads its last byte, zeros."""
-    width = 4 if kind <= IN_ORDER else np.int64(table[NUMBERS])
+    width = width_of(kind, table)
     first, stop, left = whole // LANES * step, (inner * width + 7) // 8, inner * width % 8
     rest[:] = 0
     for n in range(w.shape[0]):

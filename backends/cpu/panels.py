@@ -31,7 +31,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import BYTES, IN_ORDER, LANES, NUMBERS, counted_loop, dequantize_apart
+from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize_apart, width_of
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -147,40 +147,33 @@ def _depth_of(inner: Any, size: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def _part_of(blocks: Any, start: Any, stop: Any, first: Any, last: Any) -> Any:  # pragma: no cover - compiled
-    """Groups ``first`` to ``last`` - 1 of rows ``start`` to ``stop`` - 1, or what all have."""
-    rows, groups = blocks.shape
+    """A copy of columns ``first`` to ``last`` - 1 of rows ``start`` to ``stop`` - 1, or of what all have."""
+    rows, columns = blocks.shape
     if rows == 0:
         return blocks
     if rows == 1:
         start, stop = 0, 1
-    if groups == 1:
+    if columns == 1:
         first, last = 0, 1
     out = np.empty((stop - start, last - first), dtype=blocks.dtype)
     for n in range(stop - start):
         row, its_own = blocks[start + n], out[n]
-        for g in range(last - first):
-            its_own[g] = row[first + g]
+        for i in range(last - first):
+            its_own[i] = row[first + i]
     return out
 
 
 @njit(nogil=True, cache=True)
 def _make(
     w: Any, inner: Any, kind: Any, flip: Any, table: Any, scale: Any, codes_of_scales: Any, of_scales: Any, zero: Any,
-    size: Any, first_row: Any, k: Any, depth: Any, codes: Any, values: Any, panel: Any,
+    size: Any, first_row: Any, k: Any, depth: Any, values: Any, panel: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """The panel of codes ``k`` to ``k + depth - 1`` of some rows; whether ``dequantize`` serves them.
 
     They are a weight of their own, for which they are copied: codes are few bytes beside floats.
     """
-    width, rows, count = 8 if kind == BYTES else 4, w.shape[0], min(depth, inner - k)
-    if table.ndim == 2 and kind > IN_ORDER:
-        width = np.int64(table[0][NUMBERS])
-    first, last = k * width // 8, min(((k + count) * width + 7) // 8 + PAST, w.shape[1])
-    some = codes[: rows * (last - first)].reshape(rows, last - first)
-    for n in range(rows):
-        row, its_own = w[n, first:last], some[n]
-        for i in range(last - first):
-            its_own[i] = row[i]
+    width, rows, count = width_of(kind, table.reshape(-1)), w.shape[0], min(depth, inner - k)
+    some = _part_of(w, 0, rows, k * width // 8, min(((k + count) * width + 7) // 8 + PAST, w.shape[1]))
     these = first_row, first_row + rows, k // size, (k + count - 1) // size + 1
     floats = values[: WIDTH * count].reshape(WIDTH, count)
     served = dequantize_apart((
@@ -222,7 +215,7 @@ def multiply(
     length, depth, served = w.shape[0], _depth_of(inner, size), True
     at_once = CHUNK if inner <= SHORT else CHUNK_OF_MANY
     panel, values = on_lines(depth, WIDTH, np.float32), on_lines(1, WIDTH * depth, np.float32)[0]
-    codes, added = np.empty(WIDTH * (depth + PAST), dtype=np.uint8), np.empty(WIDTH, dtype=np.float32)
+    added = np.empty(WIDTH, dtype=np.float32)
     aside = on_lines(min(x.shape[0], ROWS_AT_ONCE) if length % WIDTH else 0, WIDTH, np.float32)
     for top in range(0, x.shape[0], ROWS_AT_ONCE):
         rows = x[top : top + ROWS_AT_ONCE]
@@ -234,7 +227,7 @@ def multiply(
                 count = min(depth, inner - k)
                 served &= _make(
                     w[first : first + here], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size,
-                    first_row + first, k, depth, codes, values, panel[:count],
+                    first_row + first, k, depth, values, panel[:count],
                 )  # fmt: skip
                 if k + depth >= inner:
                     added[:here] = bias[first : first + here]
@@ -266,9 +259,9 @@ def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - comp
         panel, cut = unit // cuts, unit % cuts
         # stretches of one panel, or, where each is all rows, as many panels as there are
         following = stop if cuts == 1 else min((panel + 1) * cuts, stop)
+        stretches = 1 if cuts == 1 else following - unit
         first, last = panel * WIDTH, min(((following - 1) // cuts + 1) * WIDTH, w.shape[0])
-        begin = tiles * cut // cuts * ROWS
-        end = min(tiles * (cut + following - unit) // cuts * ROWS if cuts > 1 else x.shape[0], x.shape[0])
+        begin, end = tiles * cut // cuts * ROWS, min(tiles * (cut + stretches) // cuts * ROWS, x.shape[0])
         if not multiply_apart((
             w[first:last], x[begin:end], inner, kind, flip, table, scale, codes_of_scales, of_scales, zero, size, first,
             bias[first:last], y[begin:end, first:last],

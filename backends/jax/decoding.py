@@ -118,33 +118,28 @@ def _weight_of(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - 
     return told, others, x
 
 
-def _multiply(numbers: Any) -> Any:
+@njit(nogil=True)
+def _in_registers(told: Any, numbers: Any, others: Any, x: Any) -> Any:  # pragma: no cover - compiled
+    return multiply_apart((*told, numbers, *others))
+
+
+@njit(nogil=True)
+def _in_panels(told: Any, numbers: Any, others: Any, x: Any) -> Any:  # pragma: no cover - compiled
+    codes, _, inner, kind, flip = told
+    scale, kept, of_scales, zero, size, bias, first_row, y = others
+    operands = inner, kind, flip, numbers, scale, kept, of_scales, zero, size
+    return panels.multiply_apart((codes, x, *operands, first_row, bias, y))
+
+
+def _multiply(product: Any, numbers: Any) -> Any:
     @njit(nogil=True)
     def multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
         """A chunk of columns, or all where there is one thread: so many at a time that turned scales stay in cache."""
         flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
         for first in range(start, stop, AT_ONCE):
             last = min(first + AT_ONCE, stop)
-            told, others, _ = _weight_of(frame, first, last)
-            small = multiply_apart((*told, numbers(operand(frame, 2)), *others))
-            for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
-                flags[strip] = 0 if small else 1
-
-    return address_of(multiply, 3)
-
-
-def _multiply_in_panels(numbers: Any) -> Any:
-    @njit(nogil=True)
-    def multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-        """The same by panels."""
-        flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
-        for first in range(start, stop, AT_ONCE):
-            last = min(first + AT_ONCE, stop)
             told, others, x = _weight_of(frame, first, last)
-            codes, _, inner, kind, flip = told
-            scale, kept, of_scales, zero, size, bias, _, y = others
-            operands = inner, kind, flip, numbers(operand(frame, 2)), scale, kept, of_scales, zero, size
-            small = panels.multiply_apart((codes, x, *operands, 0, bias, y))
+            small = product(told, numbers(operand(frame, 2)), others, x)
             for strip in range(first // STRIP, (last + STRIP - 1) // STRIP):
                 flags[strip] = 0 if small else 1
 
@@ -152,8 +147,8 @@ def _multiply_in_panels(numbers: Any) -> Any:
 
 
 _arrange_address = address_of(_arrange, 3)
-_multiply_address, _multiply_in_order_address = _multiply(_numbers), _multiply(_numbers_in_order)
-_in_panels_address, _in_order_in_panels_address = _multiply_in_panels(_numbers), _multiply_in_panels(_numbers_in_order)
+_multiply_address, _multiply_in_order_address = (_multiply(_in_registers, n) for n in (_numbers, _numbers_in_order))
+_in_panels_address, _in_order_in_panels_address = (_multiply(_in_panels, n) for n in (_numbers, _numbers_in_order))
 
 
 def _handler(version: int, in_order: bool) -> Any:
