@@ -44,6 +44,12 @@ LAYOUTS = {
     "one axis, one scale": ((1 << 18,), PerTensor()),
     "one row": ((1, 3 << 17), PerGroup(64)),
 }
+OF_LAYOUTS = [
+    (dtype, layout)
+    for i, dtype in enumerate(FORMATS)
+    for j, (layout, (shape, _)) in enumerate(LAYOUTS.items())
+    if (i + j) % 2 and not (dtype.startswith(OF_BLOCKS) and shape[-1] % 32)
+]
 
 
 def by_operations(q):
@@ -72,15 +78,7 @@ def served(monkeypatch):
     return answers
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layout"),
-    [
-        (dtype, layout)
-        for i, dtype in enumerate(FORMATS)
-        for j, (layout, (shape, _)) in enumerate(LAYOUTS.items())
-        if (i + j) % 2 and not (dtype.startswith(OF_BLOCKS) and shape[-1] % 32)
-    ],
-)
+@pytest.mark.parametrize(("dtype", "layout"), OF_LAYOUTS)
 def test_values_are_those_of_the_operations(dtype, layout, served):
     shape, granularity = LAYOUTS[layout]
     if dtype.startswith(OF_BLOCKS):
@@ -187,8 +185,8 @@ def test_memory_that_is_no_whole_is_left_to_others(served):
 @pytest.mark.exhaustive
 def test_processors_without_avx_512():
     of_values = test_values_are_those_of_the_operations.__name__
-    layouts = "groups of 24", "groups of 16, the last of each row cut", "more axes"
-    tests = [f"{of_values}[{dtype}-{layout}]" for dtype in ("int3", "int4", "nf4") for layout in layouts]
+    dtypes, layouts = ("int3", "int4", "nf4", "mxfp4"), ("groups", "blocks", "more axes", "one axis")
+    tests = [f"{of_values}[{d}-{layout}]" for d, layout in OF_LAYOUTS if d in dtypes and layout.startswith(layouts)]
     tests.append(test_every_code_and_every_scale)
     run_without_avx_512(__file__, tests, "runtime.decoding_loops().LANES == 8")
 
