@@ -60,8 +60,8 @@ DEPTH, DEPTH_OF_MANY = 128, 512
 MADE = 2048
 """Codes of a row that become floats at a time, where groups allow: a panel of 256 KB, which the second cache holds."""
 
-ROWS_AT_ONCE = 85 * ROWS
-"""Rows of x that meet panels before these are made anew: the third cache is to hold them."""
+ROWS_AT_ONCE = 512
+"""Rows of x, or half as many more, that meet panels before these are made anew: the third cache is to hold them."""
 
 PAST = 16
 """Bytes that are read after a row's codes, where there are as many: a vector of codes ends beyond them."""
@@ -157,9 +157,9 @@ def _part_of(blocks: Any, start: Any, stop: Any, first: Any, last: Any) -> Any: 
         first, last = 0, 1
     out = np.empty((stop - start, last - first), dtype=blocks.dtype)
     for n in range(stop - start):
-        row, its_own = blocks[start + n], out[n]
-        for i in range(last - first):
-            its_own[i] = row[first + i]
+        its_own, row = out[n], blocks[start + n, first:last]  # sliced, or no vectors are copied
+        for i in range(its_own.shape[0]):
+            its_own[i] = row[i]
     return out
 
 
@@ -216,12 +216,14 @@ def multiply(
     at_once = CHUNK if inner <= SHORT else CHUNK_OF_MANY
     panel, values = on_lines(depth, WIDTH, np.float32), on_lines(1, WIDTH * depth, np.float32)[0]
     added = np.empty(WIDTH, dtype=np.float32)
-    aside = on_lines(min(x.shape[0], ROWS_AT_ONCE) if length % WIDTH else 0, WIDTH, np.float32)
-    for top in range(0, x.shape[0], ROWS_AT_ONCE):
-        rows = x[top : top + ROWS_AT_ONCE]
+    total, tiles = x.shape[0], (x.shape[0] + ROWS - 1) // ROWS
+    stretches = max((total + ROWS_AT_ONCE // 2) // ROWS_AT_ONCE, 1)
+    aside = on_lines(min(total, 2 * ROWS_AT_ONCE) if length % WIDTH else 0, WIDTH, np.float32)
+    for stretch in range(stretches):
+        top, end = tiles * stretch // stretches * ROWS, min(tiles * (stretch + 1) // stretches * ROWS, total)
         for first in range(0, length, WIDTH):
-            here, sums = min(WIDTH, length - first), y[top : top + ROWS_AT_ONCE, first : first + WIDTH]
-            some = sums if here == WIDTH else aside[: len(rows)]  # of a panel that is not full
+            here, sums = min(WIDTH, length - first), y[top:end, first : first + WIDTH]
+            some = sums if here == WIDTH else aside[: end - top]  # of a panel that is not full
             added[:] = np.float32(-0.0)
             for k in range(0, inner, depth):
                 count = min(depth, inner - k)
@@ -231,7 +233,7 @@ def multiply(
                 )  # fmt: skip
                 if k + depth >= inner:
                     added[:here] = bias[first : first + here]
-                _add_panel(panel, rows, k, count, at_once, k == 0, added, some)
+                _add_panel(panel, x[top:end], k, count, at_once, k == 0, added, some)
             if here < WIDTH:
                 for m in range(sums.shape[0]):
                     for n in range(here):
