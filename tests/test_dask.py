@@ -240,6 +240,7 @@ CLIPPING = [
 ]
 
 
+@pytest.mark.exhaustive_where(chunks=(12, 20))
 @pytest.mark.exhaustive_where(chunks=(5, 20))
 @pytest.mark.parametrize("chunks", [(12, 20), (5, 20), ((5, 0, 7), (12, 8))], ids=str)
 @pytest.mark.parametrize(("dtype", "how"), CLIPPING, ids=lambda v: v if isinstance(v, str) else ",".join(v))

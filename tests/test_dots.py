@@ -125,6 +125,7 @@ def dots(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.exhaustive_where(dots="without", form="torch")
 @pytest.mark.exhaustive_where(form="jax", dtype="int8")  # each compiles for seconds
 @pytest.mark.exhaustive_where(form="jax", granularity=PerBlock((7, -1)))
 @pytest.mark.exhaustive_where(dots="without", form="jax")

@@ -123,6 +123,7 @@ def oracle(problem):
 # ---- the same bits
 
 
+@pytest.mark.exhaustive_where(dtype="bfloat16")
 @pytest.mark.exhaustive_where(step=1)
 @pytest.mark.parametrize(
     ("dtype", "step"), [("bfloat16", 8), ("float32", 6), ("float64", 8), ("float32", 1), ("float64", 1)]
@@ -145,6 +146,7 @@ def on_numpy(problems):
     return FORMS[NUMPY](problems)
 
 
+@pytest.mark.exhaustive_where(dtype="float32", form=STRICT)
 @pytest.mark.exhaustive_where(dtype="float16")  # of the kind of bfloat16
 @pytest.mark.exhaustive_where(dtype="float64", form=STRICT)  # seconds
 @pytest.mark.parametrize("form", [STRICT, TORCH])

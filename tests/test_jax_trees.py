@@ -45,7 +45,6 @@ KINDS = {
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 half_of_kinds = pytest.mark.parametrize("kind", sorted({*[*KINDS][::2], "uint4 affine", "nvfp4", "for_dense"}))
-few_kinds = pytest.mark.exhaustive_unless(kind=["uint4 affine", "nvfp4", "for_dense"])  # seconds each
 
 # Pairs whose leaves have the same shapes and dtypes, and words of the error that names both.
 CONFUSIONS = {
@@ -323,8 +322,7 @@ def test_donation(kind):
 # ---- transformations, each kind of format
 
 
-@few_kinds
-@pytest.mark.exhaustive_where(kind="nvfp4")
+@pytest.mark.exhaustive_unless(kind=["for_dense"])  # seconds each
 @half_of_kinds
 def test_jit_scan_vmap_cond_and_remat(kind):
     layers = [KINDS[kind](data(64, 64, seed=s)) for s in range(3)]
@@ -380,8 +378,7 @@ def test_gradient_of_scales_where_they_are_trained(kind):
     assert len(floats) == 1 + (q.offset is not None)
 
 
-@few_kinds
-@pytest.mark.exhaustive_where(kind="for_dense")
+@pytest.mark.exhaustive_unless(kind=["uint4 affine"])
 @half_of_kinds
 def test_shard_map_and_devices(kind):
     mesh = jax.make_mesh((1,), ("m",), axis_types=(AxisType.Auto,))
@@ -422,8 +419,7 @@ def test_a_mark_that_is_not_mapped_over(kind):
     assert_same_bits(made[1], stacked[1])
 
 
-@few_kinds
-@pytest.mark.exhaustive_where(kind="uint4 affine")
+@pytest.mark.exhaustive_unless(kind=["for_dense"])
 @every_kind
 def test_shapes_under_jit(kind):
     q = KINDS[kind](SQUARE)

@@ -95,6 +95,8 @@ WAYS = {
 }
 
 
+@pytest.mark.exhaustive_unless(way=["grad", "vmap", "vmap of grad", "grad through scan"])
+@pytest.mark.exhaustive_where(dtype="uint4")
 @pytest.mark.parametrize(
     ("way", "dtype", "shape", "granularity"),
     [

@@ -101,6 +101,8 @@ class Counted:
         return np.arange(32, dtype="float32").reshape(4, 8) - 3 * where[0][0] - where[1][0]
 
 
+@pytest.mark.exhaustive_where(granularity=PerChannel(0))
+@pytest.mark.exhaustive_where(granularity=PerChannel(1))
 @pytest.mark.parametrize(
     ("granularity", "needed"), [(PerTensor(), 6), (PerChannel(0), 2), (PerChannel(1), 3), (PerGroup(4), 1)], ids=str
 )

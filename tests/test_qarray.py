@@ -919,6 +919,7 @@ def test_arrays_with_two_scales_are_stacked(backend):
     assert_same_bits(stacked.dequantize(), np.stack([backend.to_numpy(q.dequantize()) for q in qs]))
 
 
+@pytest.mark.exhaustive_where(backend="jax", dtype="mxfp4")
 @pytest.mark.exhaustive_where(backend="jax", dtype="int8")
 @pytest.mark.exhaustive_where(backend="jax", dtype="uint3")
 @pytest.mark.exhaustive_where(backend="array_api_strict", dtype="int8")
