@@ -58,7 +58,7 @@ CODES_A_ROW_OF_PANELS = CODES_A_ROW, 8 * CODES_A_ROW
 MOST_ROWS_FOR_PANELS = 512
 """Rows of x from which on nothing is gained over BLAS on such floats, which a cache holds all."""
 
-ROWS_FOR_PANELS_OF_LARGE = 192
+ROWS_FOR_PANELS_OF_LARGE = 144
 """Rows of x from which on panels beat loops that decode, of larger weights."""
 
 MOST_ROWS_FOR_EINSUM = 2
