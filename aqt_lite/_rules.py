@@ -306,6 +306,8 @@ def _chosen(
 ) -> list[dict[str, Any] | None]:
     read, passed = _read(rules, extra), dict[_Rule, str]()
     used, deciding, matrices = set[_Rule](), set[_Rule](), dict[_Rule, set[str]]()
+    of_vectors = set[_Rule]()  # rules that decide about some, or about leaves that are no arrays of the model's own
+    quantized = [(path, next((rule for rule in read if rule.matches(path)), None)) for path in already]
 
     def first(path: str, passes_by: bool) -> _Rule | None:
         found = None
@@ -318,8 +320,8 @@ def _chosen(
                 found = found or rule
                 if not passes_by:
                     matrices.setdefault(rule, set()).add(path)
-        if found is not None and not passes_by:
-            deciding.add(found)
+        if found is not None:
+            (of_vectors if passes_by else deciding).add(found)
         return found
 
     chosen = []
@@ -338,14 +340,16 @@ def _chosen(
                 )
         chosen.append(None if rule is None else rule.spec)
     for rule in read:
+        decides = rule in deciding or rule in of_vectors or rule.spec is None
+        done = [path for path, its in quantized if (its is rule if rule in used else rule.matches(path))]
+        if done and not decides:
+            more = f" (and {len(done) - 1} more)" if done[1:] else ""
+            others = "no other weight that no rule before it matches" if rule in used else "no other weight"
+            raise ValueError(
+                f"{rule.title} matches {done[0]}{more}, which is quantized already, and {others}: quantize "
+                "a model once, with all rules, or make it anew"
+            )
         if rule not in used:
-            done = [path for path in already if rule.matches(path)]
-            if done:
-                more = f" (and {len(done) - 1} more)" if done[1:] else ""
-                raise ValueError(
-                    f"{rule.title} matches {done[0]}{more}, which is quantized already, and no other weight: quantize "
-                    "a model once, with all rules, or make it anew"
-                )
             raise ValueError(_matches_nothing(rule, passed.get(rule), [p for leaf in leaves for p in leaf.paths]))
         if rule in matrices and rule not in deciding:  # for all that is left: nothing is; for a part: it comes too late
             its = matrices[rule]

@@ -332,6 +332,12 @@ def test_what_is_quantized_already_is_said():
         with pytest.raises(ValueError, match=r"matches [01].weight.* quantized already, and no other weight"):
             quantize_(model, [(pattern, {})])
     assert [q.dtype for q in quantized_weights(model).values()] == ["int8", "int4"]
+    half = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    rules = [("1*", None), ("*", {"dtype": "int4"})]
+    quantize_(half, rules)
+    with pytest.raises(ValueError, match=r"rule 2.* matches 0.weight, .* no other weight that no rule before it"):
+        quantize_(half, [rules[0], ("*", {})])  # which matches another, but that is left to the rule before
+    assert list(quantized_weights(quantize_(half, [("0*", None), ("*", {})]))) == ["0.weight", "1.weight"]
 
 
 def test_a_quantized_weight_says_what_a_parameter_would():
