@@ -456,8 +456,8 @@ def test_large_weights_meet_many_rows_in_panels(name, how):
 
 @needs_loops
 def test_which_rows_and_weights_meet_in_panels():
-    def cut(rows, outputs, inner, dtype="int8"):
-        q = quantize(np.ones((outputs, inner), np.float32), dtype, granularity=PerChannel(0))
+    def cut(rows, outputs, inner, dtype="int8", granularity=None):
+        q = quantize(np.ones((outputs, inner), np.float32), dtype, granularity=granularity or PerChannel(0))
         w, spec = as_stored(q, packed=True)
         return stored.ByLoops(w, spec, 1, q.packed_length).cut_in_panels(rows)
 
@@ -468,6 +468,9 @@ def test_which_rows_and_weights_meet_in_panels():
     assert cut(128, 1030, 1024, "int4") is None  # too large for a cache, and too few rows
     assert cut(serve.ROWS_FOR_PANELS_OF_LARGE, 1030, 1024, "int4") is not None
     assert cut(5000, 1030, 1024, "int4") is not None
+    assert cut(200, 128, 9000, "int4", PerGroup(3000)) is not None
+    assert cut(200, 128, 9000, "int4", PerGroup(3001)) is None  # panels as deep as the row, which no cache holds
+    assert cut(200, 64, 9000, "int4", PerGroup(3001)) is None
     assert (cut(512, 1030, 1024) is None) == serve.dots_beat_floats()
     assert cut(10, 384, 1536, "int4") is None  # decoded in registers
     assert cut(24, 384, 1536, "int4") is not None

@@ -37,7 +37,7 @@ from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 from aqt_lite.backends.cpu.turning import turn_apart
 
-__all__ = ["ROWS", "WIDTH", "multiply_apart", "multiply_in_parts"]
+__all__ = ["ROWS", "WIDTH", "depth_of", "multiply_apart", "multiply_in_parts"]
 
 VECTORS = 2
 """Of a panel, for each k."""
@@ -135,7 +135,7 @@ def _tile(
 
 
 @njit(nogil=True, cache=True)
-def _depth_of(inner: Any, size: Any) -> Any:  # pragma: no cover - compiled
+def depth_of(inner: Any, size: Any) -> Any:  # pragma: no cover - compiled
     """Codes of a row whose floats are made at a time: whole vectors, of whole groups or of a part of one."""
     most, whole = (inner + LANES - 1) // LANES * LANES, size
     if size >= inner or size % MADE == 0:
@@ -212,7 +212,7 @@ def multiply(
 
     Operands and answer are those of ``decoding.dequantize``: rows of w are those from ``first_row`` on of the scales.
     """
-    length, depth, served = w.shape[0], _depth_of(inner, size), True
+    length, depth, served = w.shape[0], depth_of(inner, size), True
     at_once = CHUNK if inner <= SHORT else CHUNK_OF_MANY
     panel, values = on_lines(depth, WIDTH, np.float32), on_lines(1, WIDTH * depth, np.float32)[0]
     added = np.empty(WIDTH, dtype=np.float32)

@@ -58,6 +58,9 @@ CODES_A_ROW_OF_PANELS = CODES_A_ROW, 8 * CODES_A_ROW
 MOST_ROWS_FOR_PANELS = 512
 """Rows of x from which on nothing is gained over BLAS on such floats, which a cache holds all."""
 
+DEEPEST_PANEL = 6144
+"""Codes of a row at a time beyond which caches hold no panel: long groups that no part of 2048 codes divides."""
+
 ROWS_FOR_PANELS_OF_LARGE = 144
 """Rows of x from which on panels beat loops that decode, of larger weights."""
 
@@ -247,22 +250,23 @@ def is_worth_floats(rows: int, codes: int, by_digits: bool = False) -> bool:
     return rows > MOST_ROWS_FOR_LOOPS and codes <= min(rows * a_row, MOST_CODES_AT_ONCE)
 
 
-def is_worth_panels(rows: int, length: int, inner: int, width: int, by_digits: bool) -> bool:
+def is_worth_panels(rows: int, length: int, inner: int, width: int, depth: int, by_digits: bool) -> bool:
     """Whether so many rows of x, more than ``MOST_ROWS_FOR_LOOPS``, meet a weight (``length``, ``inner``) in panels.
 
-    Panels, ``width`` high, are multiplied whole: a half at least of what they hold is to be there. ``by_digits`` as
-    above.
+    Panels, ``width`` high, are multiplied whole: a half at least of what they hold is to be there. ``depth``: codes of
+    a row that become floats at a time. ``by_digits`` as above.
     """
     codes, a_row = length * inner, CODES_A_ROW_OF_PANELS[by_digits]
     if codes > MOST_CODES_AT_ONCE:
-        return not by_digits and are_for_panels(rows, length, inner, width)
+        return not by_digits and are_for_panels(rows, length, inner, width, depth)
     few = rows >= ROWS_FOR_PANELS or codes <= rows * a_row
-    return few and rows <= MOST_ROWS_FOR_PANELS and fill_panels(length, width)
+    return few and rows <= MOST_ROWS_FOR_PANELS and depth <= DEEPEST_PANEL and fill_panels(length, width)
 
 
-def are_for_panels(rows: int, length: int, inner: int, width: int) -> bool:
+def are_for_panels(rows: int, length: int, inner: int, width: int, depth: int) -> bool:
     """The same of a weight that is not small, and multiplied by no digits else."""
-    return rows >= ROWS_FOR_PANELS_OF_LARGE and length * inner > MOST_CODES_AT_ONCE and fill_panels(length, width)
+    many = rows >= ROWS_FOR_PANELS_OF_LARGE and length * inner > MOST_CODES_AT_ONCE
+    return many and depth <= DEEPEST_PANEL and fill_panels(length, width)
 
 
 def fill_panels(length: int, width: int) -> bool:

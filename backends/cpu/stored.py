@@ -102,7 +102,9 @@ class ByLoops:
 
     def _new_cut(self, rows: int) -> tuple[int, Array, int] | None:
         length, inner = self._length, self._inner
-        if not serve.is_worth_panels(rows, length, inner, runtime.panel_loops().WIDTH, self._by_digits):
+        loops = runtime.panel_loops()
+        depth = loops.depth_of.py_func(inner, self._spec.block[1] or inner)
+        if not serve.is_worth_panels(rows, length, inner, loops.WIDTH, depth, self._by_digits):
             return None
         steps = steps_of_product(length * inner, rows)
         return steps, *ends_of_panels(rows, length, steps)

@@ -252,7 +252,7 @@ def _plain(
         scale, kept, zero = scale.T, kept.T, zero.T
     of_weight = codes, table, scale, kept, numbers, zero
     values, unserved = _plain_values(*of_weight, flip=flip, inner=x.shape[1], kind=kind, size=size, width=width)
-    flags, *scratch = _results(x, codes, kind=kind)[1:]
+    flags, *scratch = _results(x, codes, kind=kind, size=size)[1:]
     flag = jnp.full(flags.shape, jnp.any(unserved != 0), jnp.int32)
     return [x @ values.T + bias, flag, *(jnp.zeros(a.shape, a.dtype) for a in scratch)]
 
@@ -288,9 +288,9 @@ def plain_values(
     return [values, (~small | jnp.isinf(values).any(axis=1)).astype(jnp.int32)]
 
 
-def _results(x: Any, codes: Any, *_: Any, kind: int, **others: int) -> list[Any]:
+def _results(x: Any, codes: Any, *_: Any, kind: int, size: int, **others: int) -> list[Any]:
     (rows, inner), columns = x.shape, codes.shape[0]
-    in_panels = serve.are_for_panels(rows, columns, inner, panels.WIDTH)
+    in_panels = serve.are_for_panels(rows, columns, inner, panels.WIDTH, panels.depth_of.py_func(inner, size))
     shapes = [
         ((rows, columns), jnp.float32),
         ((-(-columns // STRIP),), jnp.int32),
