@@ -306,8 +306,7 @@ def _chosen(
 ) -> list[dict[str, Any] | None]:
     read, passed = _read(rules, extra), dict[_Rule, str]()
     used, deciding, matrices = set[_Rule](), set[_Rule](), dict[_Rule, set[str]]()
-    of_vectors = set[_Rule]()  # rules that decide about some, or about leaves that are no arrays of the model's own
-    quantized = [(path, next((rule for rule in read if rule.matches(path)), None)) for path in already]
+    deciding_any = set[_Rule]()  # leaf; those before, a matrix
 
     def first(path: str, passes_by: bool) -> _Rule | None:
         found = None
@@ -321,7 +320,9 @@ def _chosen(
                 if not passes_by:
                     matrices.setdefault(rule, set()).add(path)
         if found is not None:
-            (of_vectors if passes_by else deciding).add(found)
+            deciding_any.add(found)
+            if not passes_by:
+                deciding.add(found)
         return found
 
     chosen = []
@@ -340,9 +341,12 @@ def _chosen(
                 )
         chosen.append(None if rule is None else rule.spec)
     for rule in read:
-        decides = rule in deciding or rule in of_vectors or rule.spec is None
-        done = [path for path, its in quantized if (its is rule if rule in used else rule.matches(path))]
-        if done and not decides:
+        done: list[str] = []
+        if rule not in used:
+            done = [path for path in already if rule.matches(path)]
+        elif rule.spec is not None and rule not in deciding_any:
+            done = [path for path in already if next((r for r in read if r.matches(path)), None) is rule]
+        if done:
             more = f" (and {len(done) - 1} more)" if done[1:] else ""
             others = "no other weight that no rule before it matches" if rule in used else "no other weight"
             raise ValueError(

@@ -337,6 +337,8 @@ def test_what_is_quantized_already_is_said():
     quantize_(half, rules)
     with pytest.raises(ValueError, match=r"rule 2.* matches 0.weight, .* no other weight that no rule before it"):
         quantize_(half, [rules[0], ("*", {})])  # which matches another, but that is left to the rule before
+    with pytest.raises(ValueError, match=r"rule 1.* matches 0.weight, which is quantized already, and no other weight"):
+        quantize_(half, [("0.weight", None), ("*", {})])
     assert list(quantized_weights(quantize_(half, [("0*", None), ("*", {})]))) == ["0.weight", "1.weight"]
 
 

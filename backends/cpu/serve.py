@@ -260,18 +260,18 @@ def is_worth_panels(rows: int, length: int, inner: int, width: int, depth: int, 
     if codes > MOST_CODES_AT_ONCE:
         return not by_digits and are_for_panels(rows, length, inner, width, depth)
     few = rows >= ROWS_FOR_PANELS or codes <= rows * a_row
-    return few and rows <= MOST_ROWS_FOR_PANELS and depth <= DEEPEST_PANEL and fill_panels(length, width)
+    return few and rows <= MOST_ROWS_FOR_PANELS and fit_panels(length, width, depth)
 
 
 def are_for_panels(rows: int, length: int, inner: int, width: int, depth: int) -> bool:
     """The same of a weight that is not small, and multiplied by no digits else."""
     many = rows >= ROWS_FOR_PANELS_OF_LARGE and length * inner > MOST_CODES_AT_ONCE
-    return many and depth <= DEEPEST_PANEL and fill_panels(length, width)
+    return many and fit_panels(length, width, depth)
 
 
-def fill_panels(length: int, width: int) -> bool:
-    """Whether half of the rows of panels at least, and with that of all that is multiplied, are of the weight."""
-    return 2 * length >= -(-length // width) * width
+def fit_panels(length: int, width: int, depth: int) -> bool:
+    """Whether a cache holds a panel, and half of the rows of all, and so of what is multiplied, are of the weight."""
+    return depth <= DEEPEST_PANEL and 2 * length >= -(-length // width) * width
 
 
 def by_digits(rows: int, w: Coded, contract: int, packed: bool) -> bool:
