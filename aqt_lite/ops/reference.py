@@ -31,6 +31,7 @@ __all__ = [
     "fixed_point_matmul",
     "flushed",
     "has_integer_sums",
+    "in_integers",
     "integer_matmul",
     "matmul",
     "matmul_integer",
@@ -40,10 +41,13 @@ __all__ = [
     "of_columns",
     "one_per_column",
     "pieces",
+    "scales_belong_to_x",
     "stored_as_integers",
     "sums_of_codes",
     "unpacked",
     "values_stored",
+    "with_scales_in_x",
+    "with_usable_scales",
 ]
 
 LONGEST_PIECE = 1 << 16
@@ -139,7 +143,7 @@ def in_order(w: Coded, swapped: bool, b: Backend) -> Coded:
 
 def usable_values(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
     """The values of such a weight, NaN where a scale that is a plain number is 0."""
-    return values_stored(_with_usable_scales(w, b), spec=spec, packed_length=packed_length, b=b)
+    return values_stored(with_usable_scales(w, b), spec=spec, packed_length=packed_length, b=b)
 
 
 def values_stored(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> Array:
@@ -173,10 +177,11 @@ def as_integers(w: Coded, *, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
 
 def stored_as_integers(w: Coded, *, spec: Spec, packed_length: int | None, b: Backend) -> tuple[Coded, Spec]:
     """The same of a weight as it is stored. NaN takes the place of plain scales of no use, such as 0."""
-    return as_integers(unpacked(_with_usable_scales(w, b), spec, packed_length, b), spec=spec, b=b)
+    return as_integers(unpacked(with_usable_scales(w, b), spec, packed_length, b), spec=spec, b=b)
 
 
-def _with_usable_scales(w: Coded, b: Backend) -> Coded:
+def with_usable_scales(w: Coded, b: Backend) -> Coded:
+    """The same, NaN in the place of plain scales of no use."""
     if w.scale is None or isinstance(w.scale, tuple):
         return w
     return w._replace(scale=b.unusable_as_nan(w.scale, positive=False))
@@ -309,16 +314,29 @@ class _Left(NamedTuple):
     """dtype of the result."""
 
 
-def _scales_belong_to_x(scale: Array, inner: int | None) -> bool:
+def scales_belong_to_x(scale: Array, inner: int | None) -> bool:
     """Whether there is one scale for each entry of the contracted axis, whatever the column."""
     return inner == 1 and 1 in scale.shape
+
+
+def with_scales_in_x(x: Array, w: Coded, spec: Spec, contract: int, b: Backend) -> tuple[Array, Coded, Spec] | None:
+    """The same product of float32 ``x`` times such scales and of a weight with one scale in all, which is 1.
+
+    None where scales belong to no entries of x, or each of these has a zero point of its own.
+    """
+    inner = spec.block[contract] if w.scale.shape[contract] > 1 else None
+    if not scales_belong_to_x(w.scale, inner) or w.zero_point is not None:
+        return None
+    xp = b.xp
+    x = flushed(flushed(xp.astype(x, xp.float32), xp) * xp.reshape(w.scale, (1, -1)), xp)
+    return x, w._replace(scale=xp.ones_like(w.scale[:1, :1])), replace(spec, block=(None, None))
 
 
 def _left_side(x: Array, w: Coded, inner: int | None, contract: int, b: Backend) -> _Left:
     """Step 1."""
     xp, out = b.xp, b.dtype_name(x)
     x = flushed(xp.astype(x, xp.float32), xp)
-    if _scales_belong_to_x(w.scale, inner):
+    if scales_belong_to_x(w.scale, inner):
         x, inner = flushed(x * xp.reshape(w.scale, (1, -1)), xp), None
     bad_row = ~xp.isfinite(b.largest(xp.abs(x), axis=1, keepdims=True))
     x = xp.where(bad_row, xp.zeros_like(x), x)
@@ -339,7 +357,7 @@ def _times_columns(x: _Left, w: Coded, bias: Array | None, inner: int | None, co
     w = _signed(w if contract == 1 else _transposed(w, xp), b)
     codes, scale, zero_point = w.codes, w.scale, w.zero_point
     k = codes.shape[1]
-    if _scales_belong_to_x(scale, inner):
+    if scales_belong_to_x(scale, inner):
         scale, inner = xp.ones_like(scale[:, :1]), None
         if zero_point is not None:
             codes, zero_point = xp.astype(codes, xp.int32) - zero_point, None

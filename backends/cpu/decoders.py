@@ -21,8 +21,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.encoders import lies_in_order
 from aqt_lite.backends.cpu.kinds import kind_of
 from aqt_lite.backends.cpu.operands import Operands, blocks_of_rows, operands_of_columns, plain_scales
-from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, in_parts, steps_of_elements
-from aqt_lite.backends.cpu.stored import ends_of_parts
+from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, ends_of_parts, in_parts, steps_of_elements
 
 __all__ = ["dequantize"]
 

@@ -24,12 +24,12 @@ from aqt_lite.backends.cpu.runtime import (
     CHUNKS_PER_CORE,
     LARGE,
     aligned_empty,
+    ends_of_parts,
     in_parts,
     loops_of_elements,
     map_ranges,
     steps_of_elements,
 )
-from aqt_lite.backends.cpu.stored import ends_of_parts
 from aqt_lite.elements import Codebook, ElementType, Float, Integer
 from aqt_lite.granularity import grid_of
 from aqt_lite.packing import bytes_of

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aqt_lite import affine
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
@@ -20,9 +20,17 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
-from aqt_lite.backends.cpu.operands import blocks_of_rows, plain_scales
-from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
-from aqt_lite.backends.cpu.stored import ends_of_parts
+from aqt_lite.backends.cpu.operands import blocks_of_rows, scales_in
+from aqt_lite.backends.cpu.rows import as_rows, in_bytes
+from aqt_lite.backends.cpu.runtime import (
+    CHUNKS_PER_CORE,
+    LOADED,
+    aligned_empty,
+    ends_of_parts,
+    in_parts,
+    map_ranges,
+    steps_of_product,
+)
 from aqt_lite.elements import ElementType
 from aqt_lite.ops import reference
 
@@ -141,7 +149,7 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend, swapped: bool = Fa
     size = spec.block[1]
     assert size is not None
     assert unit is not None
-    scale = _scales_in(unit, w.scale, spec, b)
+    scale = scales_in(unit, w.scale, spec, b)
 
     def of_rows(blocks: Array) -> Array:
         return blocks_of_rows(blocks, rows, spec, b, swapped)
@@ -149,23 +157,6 @@ def groups_of(w: Coded, spec: Spec, packed: bool, b: Backend, swapped: bool = Fa
     zero = b.asarray(np.empty((0, 0), np.int32)) if w.zero_point is None else xp.astype(w.zero_point, xp.int32)
     flip = 128 if not packed and b.dtype_name(w.codes) == "uint8" else 0
     return Groups(packed, flip, multiples_of_codes(spec.element, packed), of_rows(scale), of_rows(zero), size)
-
-
-def _scales_in(unit: float, kept: Any, spec: Spec, b: Backend) -> Array:
-    """Scales of multiples of ``unit``, a power of two; codes of scales are looked up where that takes no compiler."""
-    if b.name != "numpy":
-        scale, codes, numbers = affine.scales(kept, spec, b), np.empty(0, np.uint8), np.empty(0, np.float32)
-    else:
-        scale, codes, numbers = plain_scales(kept, spec, b)
-    if not codes.size:
-        return scale if unit == 1 else scale * unit
-    numbers, found = numbers * np.float32(unit), np.empty(codes.shape, np.float32)
-
-    def look_up(start: int, stop: int) -> None:
-        numbers.take(codes[start:stop], mode="clip", out=found[start:stop])  # there are 256 numbers
-
-    map_ranges(look_up, len(codes), 1, codes.size)
-    return found
 
 
 @functools.lru_cache(maxsize=64)
@@ -236,13 +227,30 @@ def _rows_in_groups(x: Array, w: Groups, powers: Array) -> Rows:
     return Rows(integers, finer, sums, finer_sums, row_exponent, row_power, many, again, bad)
 
 
+@np.errstate(all="ignore")
 def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
-    """``reference.matmul_reproducible`` by the loops that serve."""
+    """``reference.matmul_reproducible`` by the loops that serve, which sum along rows of codes."""
+    scaled = reference.with_scales_in_x(x, w, spec, contract, get_backend("numpy"))
+    if scaled is not None:
+        own, w, spec = scaled
+        y = matmul_reproducible(own, w, bias, spec=spec, contract=contract)
+        return y if y is NotImplemented else y.astype(x.dtype, copy=False)
+    if serve.become_rows(x.dtype.name, w, spec, contract, packed=False):
+        return _along_rows(x, w, bias, spec, contract, None)
     if serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=False):
         return matmul_in_groups(x, w, bias, spec=spec, packed=False)
     return _by_dots(x, w, bias, spec=spec, contract=contract, fast=False)
 
 
+def _along_rows(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None) -> Any:
+    """``reference.matmul_reproducible`` of the weight as rows (N, K) of integers, one a byte: ``serve.become_rows``."""
+    b, inner, packed = get_backend("numpy"), packed_length or w.codes.shape[1], packed_length is not None
+    codes = in_bytes(w.codes, spec.element, inner, packed, turned=contract == 0)
+    own, plain = as_rows(codes, reference.with_usable_scales(w, b) if packed else w, spec, contract, b)
+    return run(b, reference.matmul_reproducible, x, own, bias, spec=plain, contract=1)
+
+
+@np.errstate(all="ignore")
 def matmul_reproducible_stored(
     x: Array,
     w: Coded,
@@ -253,11 +261,18 @@ def matmul_reproducible_stored(
     packed_length: int | None,
     swapped: bool = False,
 ) -> Any:
-    """``reference.matmul_reproducible_stored`` where the loops read codes of 4 bits as they are packed."""
-    if packed_length is None or not serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=True):
+    """``reference.matmul_reproducible_stored``: of codes of 4 bits as they are packed, where loops read them so.
+
+    Others become bytes first, in the order in which loops read those.
+    """
+    if packed_length is None or not len(x):
         return NotImplemented
-    w = reference.in_order(w, swapped, get_backend("numpy"))
-    return matmul_in_groups(x, w, bias, spec=spec, packed=True) if len(x) else NotImplemented
+    w, x_name = reference.in_order(w, swapped, get_backend("numpy")), x.dtype.name
+    if serve.sums_of_groups(x_name, w, spec, contract, packed=True):
+        return matmul_in_groups(x, w, bias, spec=spec, packed=True)
+    if serve.become_rows(x_name, w, spec, contract, packed=True):
+        return _along_rows(x, w, bias, spec, contract, packed_length)
+    return NotImplemented
 
 
 def reproducible_of_weight(w: Coded, *, spec: Spec, contract: int) -> Callable[[Array, Coded, Array | None], Any]:

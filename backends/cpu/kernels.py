@@ -17,6 +17,7 @@ from aqt_lite.backends.cpu.fixed_point import (
 )
 from aqt_lite.backends.cpu.floats import matmul, of_weight
 from aqt_lite.backends.cpu.integers import integer_matmul
+from aqt_lite.backends.cpu.rows import in_integers
 from aqt_lite.backends.cpu.runtime import gated, gated_of_weight
 from aqt_lite.backends.cpu.significant import bitrounded
 from aqt_lite.backends.cpu.stored import matmul_stored, stored_of_weight
@@ -34,6 +35,7 @@ KERNELS: Kernels = {
     reference.matmul_reproducible_stored: Kernel(
         gated(matmul_reproducible_stored), anything, gated_of_weight(reproducible_stored_of_weight)
     ),
+    reference.in_integers: Kernel(gated(in_integers), anything),
     reference.integer_matmul: Kernel(gated(integer_matmul), anything),
     reference.fixed_point_matmul: Kernel(gated(fixed_point_matmul), anything),
 }

@@ -20,6 +20,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime
 from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.runtime import map_ranges
 
 __all__ = [
     "NO_CODES",
@@ -31,6 +32,7 @@ __all__ = [
     "operands_of",
     "operands_of_columns",
     "plain_scales",
+    "scales_in",
 ]
 
 FEWEST_TO_LOOK_UP = 1 << 12
@@ -139,6 +141,26 @@ def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array
     if kind == "int8":
         codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
     return _as_array(NO_SCALES, b), codes, numbers
+
+
+def scales_in(unit: float, kept: Any, spec: Spec, b: Backend) -> Array:
+    """Scales of multiples of ``unit``, a power of two: ``affine.usable_scales`` times it.
+
+    Codes of scales are looked up where that takes no compiler.
+    """
+    scale, codes, numbers = kept, NO_CODES, _NO_NUMBERS
+    if b.name == "numpy" and isinstance(kept, tuple):
+        scale, codes, numbers = plain_scales(kept, spec, b)
+    if not codes.size:
+        scale = affine.usable_scales(kept, spec, b) if scale is kept else affine.without_too_small(scale, spec, b)
+        return scale if unit == 1 else scale * unit
+    numbers, found = affine.without_too_small(numbers, spec, b) * np.float32(unit), np.empty(codes.shape, np.float32)
+
+    def look_up(start: int, stop: int) -> None:
+        numbers.take(codes[start:stop], mode="clip", out=found[start:stop])  # there are 256 numbers
+
+    map_ranges(look_up, len(codes), 1, codes.size)
+    return found
 
 
 def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Array:

@@ -17,6 +17,7 @@ import numpy as np
 from aqt_lite import packing
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu.rows import unpacked
 from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
 
 __all__ = ["FORMS", "pack", "packed_rows", "unpack", "unpacked_rows"]
@@ -47,6 +48,8 @@ def unpack(stream: Array, *, bits: int, length: int, signed: bool) -> Any:
         return NotImplemented
     if stream.size * 8 // bits < LARGE:
         return unpacked_rows(stream, bits, length, signed)
+    if (found := unpacked(stream, bits, length, signed)) is not NotImplemented:
+        return found
     codes = aligned_empty((*stream.shape[:-1], length), np.int8 if signed else np.uint8)
     _for_tiles(lambda c, s: _unpack(s, bits, signed, c.view(np.uint8)), codes, np.ascontiguousarray(stream), bits)
     return codes

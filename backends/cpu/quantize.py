@@ -28,8 +28,7 @@ from aqt_lite.affine import Coded, QParams, Recipe, Spec
 from aqt_lite.backends.cpu import boxes, decoders, encoders, runtime, serve
 from aqt_lite.backends.cpu.packed import FORMS as OF_STREAMS
 from aqt_lite.backends.cpu.packed import pack, packed_rows, unpacked_rows
-from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, map_ranges
-from aqt_lite.backends.cpu.stored import ends_of_parts
+from aqt_lite.backends.cpu.runtime import BLOCK, CHUNKS_PER_CORE, LARGE, aligned_empty, ends_of_parts, map_ranges
 from aqt_lite.backends.cpu.twins import with_twins
 from aqt_lite.elements import Float
 from aqt_lite.granularity import Block, grid_of

@@ -206,6 +206,26 @@ def in_parts(loop: Callable[..., bool], steps: int, ends: Array, *given: Any) ->
     return all(map_ranges(lambda a, b: loop(0, ends[a : b + 1], *given), len(ends) - 1, chunks_per_core=len(ends)))
 
 
+def ends_of_parts(length: int, multiple: int, steps: int) -> Array:
+    """Where parts of ``range(length)`` end that threads take one after the other, large ones first; all begin at 0.
+
+    Each is half of a thread's share of what is left: long stretches, for memory is read ahead in order, and all end at
+    about the same time. None is so short that taking it would be felt, and all is one part where there are too few
+    ``steps`` of loops for several threads.
+    """
+    return ends_of_shares(length, multiple, steps, worth_parts(), cores())
+
+
+@functools.lru_cache(maxsize=64)
+def ends_of_shares(length: int, multiple: int, steps: int, worth: int, cores: int) -> Array:
+    """The same where so many steps are ``worth`` several parts, and so many ``cores`` share them."""
+    ends, least = [0], length * worth // max(4 * steps, 1) if steps >= worth else length
+    while ends[-1] < length:
+        share = max((length - ends[-1]) // (2 * cores), least)
+        ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
+    return np.array(ends)
+
+
 def map_ranges(
     work: Callable[[int, int], Any], length: int, multiple: int = 1, elements: int = LARGE, chunks_per_core: int = 1
 ) -> list[Any]:
@@ -409,6 +429,11 @@ def turning_loops() -> Any:
     return None if decoding_loops() is None else _loaded_turning()
 
 
+def whole_loops() -> Any:
+    """The loops that make whole numbers of codes, and turn them, or None where there are none that decode."""
+    return None if decoding_loops() is None else _loaded_whole()
+
+
 def panel_loops() -> Any:
     """The loops for many rows of x and a small weight, or None where there are none that decode."""
     return None if decoding_loops() is None else _loaded_panels()
@@ -424,6 +449,13 @@ def _loaded_outer() -> Any:
     from aqt_lite.backends.cpu import outer
 
     return outer
+
+
+@functools.cache
+def _loaded_whole() -> Any:
+    from aqt_lite.backends.cpu import whole
+
+    return whole
 
 
 @functools.cache

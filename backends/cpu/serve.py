@@ -199,6 +199,20 @@ def in_short_groups(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     return group is not None and 1 < group <= LONGEST_GROUP
 
 
+def become_rows(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether loops make bytes, and rows of them, of codes that exact products do not sum along as they lie."""
+    if runtime.whole_loops() is None or not (packed or contract == 0):
+        return False
+    return become_rows_by_loops(x_dtype, w, spec, packed)
+
+
+def become_rows_by_loops(x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
+    """The same where loops are known to be there: compilers trace no search."""
+    element, (rows, length) = spec.element, w.codes.shape
+    large = rows * (length * 8 // element.bits if packed else length) >= runtime.LARGE
+    return large and element.unit is not None and element.bits <= 8 and _in_scaled_codes(x_dtype, w, spec, 1)
+
+
 def _in_scaled_codes(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     """Whether numbers times scales are all that there is, nothing of it float64 or empty, and are summed along rows."""
     plain = w.scale is not None and w.offset is None and spec.element.missing is None

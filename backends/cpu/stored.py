@@ -19,13 +19,20 @@ from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.in_out import matmul_in_out
 from aqt_lite.backends.cpu.operands import NO_CODES, NO_SCALES, NO_ZEROS, Operands, adds_nothing, operands_of
-from aqt_lite.backends.cpu.runtime import LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
+from aqt_lite.backends.cpu.runtime import (
+    LOADED,
+    aligned_empty,
+    ends_of_parts,
+    ends_of_shares,
+    in_parts,
+    map_ranges,
+    steps_of_product,
+)
 from aqt_lite.backends.cpu.tiles import matmul_of_tiles
 from aqt_lite.ops import reference
 
 __all__ = [
     "ByLoops",
-    "ends_of_parts",
     "matmul_stored",
     "stored_of_weight",
 ]
@@ -231,25 +238,6 @@ def stored_of_weight(
     return call
 
 
-def ends_of_parts(length: int, multiple: int, steps: int) -> Array:
-    """Where parts of ``range(length)`` end that threads take one after the other, large ones first; all begin at 0.
-
-    Each is half of a thread's share of what is left: long stretches, for memory is read ahead in order, and all end at
-    about the same time. None is so short that taking it would be felt, and all is one part where there are too few
-    ``steps`` of loops for several threads.
-    """
-    return _ends(length, multiple, steps, runtime.worth_parts(), runtime.cores())
-
-
-@functools.lru_cache(maxsize=64)
-def _ends(length: int, multiple: int, steps: int, worth: int, cores: int) -> Array:
-    ends, least = [0], length * worth // max(4 * steps, 1) if steps >= worth else length
-    while ends[-1] < length:
-        share = max((length - ends[-1]) // (2 * cores), least)
-        ends.append(min(ends[-1] + max(share // multiple, 1) * multiple, length))
-    return np.array(ends)
-
-
 def ends_of_panels(rows: int, length: int, steps: int) -> tuple[Array, int]:
     """The same of the stretches of rows of x that panels meet, and how many of these there are for each panel.
 
@@ -273,7 +261,7 @@ def _ends_of_panels(rows: int, length: int, steps: int, worth: int, cores: int) 
         return stretches * (tiles_of_each * height + ROWS_OF_A_PANEL)
 
     cuts = min(range(1, min(cores, tiles) + 1), key=longest) if steps >= worth else 1
-    return _ends(panels * cuts, 1, steps, worth, cores), cuts
+    return ends_of_shares(panels * cuts, 1, steps, worth, cores), cuts
 
 
 @functools.lru_cache(maxsize=64)

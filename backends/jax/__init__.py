@@ -35,6 +35,7 @@ def register_loops() -> bool:
 
     encoding, dots = products.encoding_loops(), products.integer_dots()
     decoding, groups, in_out = products.decoding_loops(), products.group_loops(), products.in_out_loops()
+    whole = products.whole_loops()
     return all(
         [
             encoding is not None and encoding.register(),
@@ -42,5 +43,6 @@ def register_loops() -> bool:
             decoding is not None and decoding.register(),
             groups is not None and groups.is_registered(),
             in_out is not None and in_out.register(),
+            whole is not None and whole.register(),
         ]
     )

@@ -27,6 +27,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
+from aqt_lite.backends.cpu.rows import as_rows
 from aqt_lite.backends.jax.eager import in_memory, is_tracing
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
@@ -185,6 +186,12 @@ def _in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | 
 
 
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    scaled = reference.with_scales_in_x(x, w, spec, contract, get_backend("jax"))
+    if scaled is not None:
+        own, w, spec = scaled
+        return _reproducible(own, w, bias, spec, contract).astype(x.dtype)
+    if contract == 0 and _become_rows(w, spec):
+        return _along_rows(x, w, bias, spec, contract)
     plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
@@ -195,6 +202,24 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
         return dots.product(x, w, bias, spec, twice=True)[0]
     y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
     return plain(x, w, bias) if y is NotImplemented else y
+
+
+def _become_rows(w: Coded, spec: Spec) -> bool:
+    """Whether loops that make rows of integers of a weight are there, and worth a call."""
+    if whole_loops() is None or jax.sharding.get_abstract_mesh().manual_axes or spec.element.unit is None:
+        return False
+    large = all(map(_is_known, w.codes.shape)) and w.codes.size >= SMALLEST_FOR_LOOPS
+    return bool(large and w.codes.dtype.itemsize == 1)
+
+
+def _along_rows(
+    x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None = None
+) -> Array:
+    """``_reproducible`` of the weight as such rows (N, K), an integer a byte."""
+    b, inner, packed = get_backend("jax"), packed_length or w.codes.shape[1], packed_length is not None
+    codes = whole_loops().in_bytes(w.codes, spec.element, inner, packed, contract == 0)
+    own, plain = as_rows(codes, reference.with_usable_scales(w, b) if packed else w, spec, contract, b)
+    return _reproducible(x, own, bias, plain, 1)
 
 
 def _is_known(length: Any) -> bool:
@@ -233,6 +258,16 @@ def decoding_loops() -> Any:
     from aqt_lite.backends.jax import decoding
 
     return decoding
+
+
+@functools.cache
+def whole_loops() -> Any:
+    """The primitive that makes whole numbers of codes, or None where the loops are missing."""
+    if not _is_one_cpu() or runtime.whole_loops() is None:
+        return None
+    from aqt_lite.backends.jax import whole
+
+    return whole
 
 
 @functools.cache
@@ -441,6 +476,10 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
             if y is not NotImplemented:
                 return y
         form = _FORMS[reproducible, contract]
+        served = not reproducible or _is_served(form, x, w, spec, contract, packed_length is not None)
+        if not served and _become_rows(w, spec):
+            ordered = reference.in_order(w, swapped, get_backend("jax"))
+            return _along_rows(x, ordered, bias, spec, contract, packed_length)
         plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
@@ -502,7 +541,8 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
                 return y
         told = w, spec, contract, packed_length is not None
         form = _FORMS[reproducible, contract]
-        served = _is_served(form, x, *told)
+        rows = _is_known(x.shape[0]) and x.shape[0] > 0
+        served = _is_served(form, x, *told) or (reproducible and rows and _become_rows(w, spec))
         if not served and (reproducible or form.loops() is None or not _is_worth_values(x, *told)):
             return NotImplemented
         return _jitted_stored(reproducible, static, x, w, bias)

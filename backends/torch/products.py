@@ -398,7 +398,9 @@ def _is_one_call(reproducible: bool, x: Array, w: Coded, spec: Spec, contract: i
     x_dtype = get_backend("torch").dtype_name(x)
     if contract == 0:
         large = w.codes.numel() >= runtime.LARGE
-        return DECODES and large and not reproducible and serve.decodes_by_loops(x_dtype, w, spec, contract, False)
+        if reproducible:
+            return DECODES and serve.become_rows_by_loops(x_dtype, w, spec, False)
+        return DECODES and large and serve.decodes_by_loops(x_dtype, w, spec, contract, False)
     if not (reproducible and HAS_GROUPS) or w.codes.numel() < runtime.LARGE:
         return False
     return serve.in_short_groups(x_dtype, w, spec, contract)
@@ -499,7 +501,9 @@ def _reproducible_stored(x: Array, w: Coded, bias: Array | None, *, swapped: boo
     """``reference.matmul_reproducible_stored`` where NumPy's form serves and there is no derivative to carry."""
     w = reference.in_order(w, swapped, get_backend("torch"))
     tensors = runtime.arrays_in((x, *w, bias))
-    if not _may_be_read(tensors) or not _serves(serve.sums_of_groups, x, w, static):
+    if not _may_be_read(tensors):
+        return NotImplemented
+    if not any(_serves(rule, x, w, static) for rule in (serve.sums_of_groups, serve.become_rows)):
         return NotImplemented
     if get_backend("torch").differentiates(*tensors):
         return NotImplemented

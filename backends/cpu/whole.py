@@ -1,0 +1,107 @@
+"""Loops that make whole numbers of codes, one a byte, in the order in which the codes lie or turned.
+
+Owns: those loops. Imports: ``native``, ``decoding``, for the numbers of codes, and ``turning``. They hold no lock and
+start no thread. ``rows`` calls them, and JAX's ``whole``.
+
+Exact products sum bytes along rows. Codes that are packed, or look up numbers that are whole multiples of a unit,
+become such bytes first, and where a weight lies (in, out) its columns become rows. Both are done to ``HEIGHT`` rows at
+a time, between loops that have all of it in a cache: numbers as floats, the same as bytes, and then those in lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from aqt_lite.backends.cpu.decoding import LANES, dequantize_apart
+from aqt_lite.backends.cpu.native import apart, task_of
+from aqt_lite.backends.cpu.pool import in_parts
+from aqt_lite.backends.cpu.turning import turn_plane
+
+__all__ = ["HEIGHT", "in_bytes", "in_bytes_apart", "in_bytes_in_parts"]
+
+HEIGHT = 64
+"""Rows that are turned at a time: a line of the cache in every column."""
+
+FLOATS = 1 << 15
+"""Numbers that are floats at a time, 128 KB, but of one row at least."""
+
+
+@njit(nogil=True, cache=True)
+def _narrow(numbers: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for n in range(numbers.shape[0]):
+        row, bytes_ = numbers[n], out[n]
+        for k in range(row.shape[0]):
+            bytes_[k] = np.uint8(np.int32(row[k]) & 255)
+
+
+@njit(nogil=True, cache=True)
+def in_bytes(
+    codes: Any, inner: Any, known: Any, kind: Any, flip: Any, table: Any, per_unit: Any, turned: Any, start: Any,
+    stop: Any, out: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``out[n, k] = number[n, k] * per_unit`` for rows of codes ``start`` to ``stop`` - 1; turned: ``out[k, n]``.
+
+    ``known``: codes are such bytes, and nothing is left but to turn them. Else ``kind``, ``flip`` and ``table`` are as
+    ``decoding`` has them, of rows with one scale.
+    """
+    if known:
+        if turned:
+            for first in range(start, stop, HEIGHT):
+                height = min(HEIGHT, stop - first)
+                turn_plane(
+                    codes[first:].ctypes.data, codes.strides[0], height, inner, out.ctypes.data + first, out.strides[0],
+                    1,
+                )  # fmt: skip
+        else:
+            out[start:stop] = codes[start:stop]
+        return
+    scale, nothing = np.full((1, 1), per_unit, dtype=np.float32), np.empty(0, dtype=np.float32)
+    no_codes, no_zeros = np.empty((0, 0), dtype=np.uint8), np.empty((0, 0), dtype=np.int32)
+    size = (inner + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
+    some = min(max(FLOATS // inner, 1), HEIGHT)
+    numbers = np.empty((min(some, stop - start), inner), dtype=np.float32)
+    lines = np.empty((HEIGHT if turned else 0, inner), dtype=np.uint8)
+    for first in range(start, stop, HEIGHT):
+        last = min(first + HEIGHT, stop)
+        for n in range(first, last, some):
+            here = min(n + some, last)
+            floats = numbers[: here - n]
+            dequantize_apart((
+                codes[n:here], inner, kind, flip, table, scale, no_codes, nothing, no_zeros, size, 0, floats
+            ))  # fmt: skip
+            _narrow(floats, lines[n - first : here - first] if turned else out[n:here])
+        if turned:
+            turn_plane(lines.ctypes.data, inner, last - first, inner, out.ctypes.data + first, out.strides[0], 1)
+
+
+in_bytes_apart = apart(
+    in_bytes,
+    *(
+        f"void(uint8[:,::1], int64, boolean, int64, int64, float32[{table}], float32, boolean, int64, int64, "
+        "uint8[:,::1])"
+        for table in ("::1", ":,::1")
+    ),
+)
+
+
+@njit(nogil=True)
+def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    codes, inner, known, kind, flip, table, per_unit, turned, out = given
+    in_bytes_apart((codes, inner, known, kind, flip, table, per_unit, turned, start, stop, out))
+
+
+_task = task_of(_part)
+
+
+@njit(nogil=True, cache=True)
+def in_bytes_in_parts(
+    pool: Any, ends: Any, codes: Any, inner: Any, known: Any, kind: Any, flip: Any, table: Any, per_unit: Any,
+    turned: Any, out: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """``in_bytes`` for rows from each of ``ends`` to the next, on the threads of a pool."""
+    given = codes, inner, known, kind, flip, table, per_unit, turned, out
+    in_parts(pool, ends, _task(given))
+    return True
