@@ -7,7 +7,7 @@ import pytest
 from optional import jax, jnp, torch
 from test_dots import hard_rows
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, dense, linear, quantize
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
 from aqt_lite.backends.cpu import runtime
 from aqt_lite.testing import assert_same_bits
 
@@ -117,3 +117,75 @@ def test_torch_eager_and_compiled(kind):
     assert_same_bits(y.detach(), wanted)
     y.sum().backward()
     np.testing.assert_allclose(x.grad[0], q.dequantize().sum(axis=1), rtol=1e-4, atol=1e-4)
+
+
+# ---- fast products of weights that have a scale for each input, and of codes that no loop multiplies
+
+SINGLE = {
+    "int8": {"granularity": PerChannel(1)},
+    "int8, zero points": {"scheme": "affine", "granularity": PerChannel(1)},
+    "int8, groups of outputs": {"granularity": PerGroup(32, 0)},
+    "uint8, zero points, groups of outputs": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(7, 0)},
+    "int4": {"dtype": "int4", "granularity": PerChannel(1)},
+    "uint4, zero points": {"dtype": "uint4", "scheme": "affine", "granularity": PerChannel(1)},
+    "nf4, groups of outputs": {"dtype": "nf4", "granularity": PerGroup(50, 0)},
+    "float8": {"dtype": "float8_e4m3fn", "granularity": PerChannel(1)},
+    "scales that are codes": {
+        "dtype": "float4_e2m1fn",
+        "granularity": PerGroup(16, 0),
+        "scale_dtype": "float8_e8m0fnu",
+    },
+    "int16": {"dtype": "int16", "granularity": PerGroup(8)},
+    "int16, columns": {"dtype": "int16", "granularity": PerChannel(1)},
+    "uint16, zero points, columns in groups": {"dtype": "uint16", "scheme": "affine", "granularity": PerGroup(9, 0)},
+}
+
+
+def products(x, q, bias, backend, product):
+    """Eager and compiled."""
+    b = q.to_backend(backend)._backend
+    given = b.asarray(x), q.to_backend(backend), b.asarray(bias)
+    yield b.to_numpy(product(*given))
+    if backend == "jax":
+        yield b.to_numpy(jax.jit(product)(*given))
+
+
+def root_mean_square(x):
+    return np.sqrt(np.mean(np.square(x)))
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+@pytest.mark.parametrize("kind", SINGLE)
+def test_fast_products_err_as_float32_does(kind, backend):
+    rng = np.random.default_rng(2)
+    q = quantize(weight(OUT, IN), **SINGLE[kind])
+    bias = rng.standard_normal(OUT).astype(np.float32)
+    for m in (1, 3, 20):
+        x = (rng.standard_normal((m, IN)) * np.exp2(rng.integers(-6, 6, (m, IN)))).astype(np.float32)
+        x[0, :5] = 0, 1e-42, 1e5, -1e-12, 0  # subnormal: scales do not meet it in x
+        values = q.dequantize()
+        wanted = x.astype(np.float64) @ values.T.astype(np.float64) + bias
+        b = q.to_backend(backend)._backend
+        room = 2 * root_mean_square(b.to_numpy(b.asarray(x) @ b.asarray(values.T)) + bias - wanted)
+        for y in [*products(x, q, bias, backend, linear), *products(x, q.T, bias, backend, dense)]:
+            assert y.dtype == np.float32
+            assert root_mean_square(y - wanted) <= room
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+@pytest.mark.parametrize(("of_x", "of_scales"), [(1e30, 1e30), (1e-30, 1e-20), (1e-30, 1e34), (1e35, 1e-37)])
+def test_scales_that_x_cannot_take_are_not_multiplied_into_it(of_x, of_scales, backend):
+    """``x * scale`` would be infinite, or lose bits, where what it stands for is neither."""
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-127, 128, (OUT, IN)).astype(np.int8)
+    codes[:, 0] = 0
+    scale = np.full((1, IN), 1.0, np.float32)
+    scale[0, :1] = of_scales
+    x = rng.standard_normal((3, IN)).astype(np.float32)
+    x[:, :1] = of_x
+    q = QArray.from_codes(codes, scale, granularity=PerChannel(1))
+    wanted = x.astype(np.float64) @ q.dequantize().T.astype(np.float64)
+    for y in products(x, q, np.zeros(OUT, np.float32), backend, linear):
+        np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)

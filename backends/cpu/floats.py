@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from aqt_lite._blocks import spread
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.fixed_point import matmul_by_dots
 from aqt_lite.backends.cpu.runtime import CHUNKS_PER_CORE, LARGE, einsum, loops_of_product, map_ranges, tiles
-from aqt_lite.backends.cpu.stored import ByLoops, matmul_stored
+from aqt_lite.backends.cpu.stored import ByLoops, matmul_by_values, matmul_stored, with_scales_in_x
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
@@ -38,6 +39,11 @@ _ADDS_NOTHING = np.asarray(
 
 def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int) -> Any:
     """The form of the product that is fastest for these arguments."""
+    scaled = with_scales_in_x(x, w, spec, contract)
+    if scaled is not None:
+        own, w, spec = scaled
+        y = run(get_backend("numpy"), reference.matmul, own, w, bias, spec=spec, contract=contract)
+        return y.astype(x.dtype, copy=False)
     worth_floats = serve.is_worth_floats(len(x), w.codes.size, serve.by_digits(len(x), w, contract, packed=False))
     if not worth_floats and w.codes.size < LARGE and w.zero_point is None:
         y = matmul_in_one_call(x, w, bias, contract=contract)
@@ -49,8 +55,12 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if y is not NotImplemented:
             with np.errstate(all="ignore"):
                 return y.astype(x.dtype, copy=False)
+    if spec.element.bits > 8:
+        return _of_wide_codes(x, w, bias, spec, contract)
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
+    if serve.sums_single_codes(w, spec, contract):
+        return matmul_by_values(x, w, bias, spec=spec, contract=contract, packed_length=None)
     # loops for groups look at scales as they meet them: of many groups, one more look takes a tenth of one row's time
     decodes = serve.decodes_in_out if contract == 0 else serve.decodes
     looked_at = w.scale.shape[contract] > 1 and decodes(x_name, w, spec, contract, packed=False)
@@ -66,10 +76,24 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
             return y
     if looked_at and serve.values_may_overflow(w):
         return NotImplemented
+    return _by_steps(x, w, bias, spec, contract)
+
+
+def _of_wide_codes(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
+    """The same of codes of more than 8 bits: by values, for which are loops unless columns have scales."""
+    if w.codes.size < LARGE or "float64" in (x.dtype.name, spec.source.compute) or not len(x):
+        return NotImplemented
+    if not serve.has_scales_of_columns(w, spec):
+        return matmul_by_values(x, w, bias, spec=spec, contract=contract, packed_length=None)
+    return NotImplemented if serve.values_may_overflow(w) else _by_steps(x, w, bias, spec, contract)
+
+
+def _by_steps(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """The product by NumPy's own steps, and by compiled ones for a few rows of x."""
     x_dtype, x = x.dtype, np.ascontiguousarray(x, dtype=np.float32)
     with np.errstate(all="ignore"):
         scale_last = serve.scale_may_come_last(x, w)
-        if scale_last and serve.row_loops(len(x), w, contract):
+        if spec.element.bits == 8 and scale_last and serve.row_loops(len(x), w, contract):
             y = _by_row_loops(x, w, spec.block, contract)
         elif w.codes.size < LARGE:
             y = _in_one_block(x, w, spec, contract)

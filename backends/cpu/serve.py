@@ -100,6 +100,9 @@ LARGEST_UNSCALED = 2.0**100
 LARGEST_NUMBER = 2.0**12
 """Magnitude of numbers of codes below which their products with scales below 2^100 are finite."""
 
+SMALLEST_SCALED = 2.0**-100
+"""Magnitude of entries of x times a scale from which on their products with numbers of codes lose nothing."""
+
 LARGEST_DECODED = 2.0**20
 """The same where nothing is added up before it meets its scale."""
 
@@ -197,6 +200,27 @@ def in_short_groups(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     if not _in_scaled_codes(x_dtype, w, spec, contract) or spec.element.unit is None:
         return False
     return group is not None and 1 < group <= LONGEST_GROUP
+
+
+def has_scales_of_columns(w: Coded, spec: Spec) -> bool:
+    """Whether every column of a weight, as it lies, has scales of its own, whichever way the axes of these are."""
+    return spec.block[1] == 1 and max(_shape_of_scales(w)) > 1
+
+
+def sums_single_codes(w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether every code along the axis that is contracted, which lies last, has a scale of its own."""
+    return contract == 1 and w.scale is not None and has_scales_of_columns(w, spec)
+
+
+def scales_may_meet_x(w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether these scales may be multiplied into x: there is nothing else, and all outputs have the same."""
+    plain = not isinstance(w.scale, tuple) and w.zero_point is None and w.offset is None
+    return plain and sums_single_codes(w, spec, contract) and w.scale.shape[0] == 1
+
+
+def _shape_of_scales(w: Coded) -> tuple[int, ...]:
+    shape: tuple[int, ...] = (Coded(*w.scale).codes if isinstance(w.scale, tuple) else w.scale).shape
+    return shape
 
 
 def become_rows(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from aqt_lite import affine
+from aqt_lite._dispatch import run
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu import decoders, runtime, serve
 from aqt_lite.backends.cpu.in_out import matmul_in_out
 from aqt_lite.backends.cpu.operands import NO_CODES, NO_SCALES, NO_ZEROS, Operands, adds_nothing, operands_of
 from aqt_lite.backends.cpu.runtime import (
@@ -33,8 +36,10 @@ from aqt_lite.ops import reference
 
 __all__ = [
     "ByLoops",
+    "matmul_by_values",
     "matmul_stored",
     "stored_of_weight",
+    "with_scales_in_x",
 ]
 
 ROWS_OF_A_PANEL = 12
@@ -54,7 +59,7 @@ class ByLoops:
         self._spec, self._packed = spec, packed_length is not None
         told = "float32", w, spec, contract, self._packed
         self._length, self._inner = w.codes.shape[0], w.codes.shape[1] if packed_length is None else packed_length
-        self.decodes = serve.decodes(*told)
+        self.decodes = serve.decodes(*told) and not serve.sums_single_codes(w, spec, contract)
         """Whether loops serve whose codes become numbers."""
         self._lies_in_out = serve.decodes_in_out(*told)
         self._loops = runtime.decoding_loops()
@@ -211,6 +216,13 @@ def matmul_stored(
     """
     b, packed = get_backend("numpy"), packed_length is not None
     w, rows, x_name = reference.in_order(w, swapped, b), len(x), b.dtype_name(x)
+    if serve.sums_single_codes(w, spec, contract):
+        static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length}
+        scaled = with_scales_in_x(x, w, spec, contract)
+        if scaled is None:
+            return matmul_by_values(x, reference.with_usable_scales(w, b), bias, **static)
+        own, w, static["spec"] = scaled
+        return run(b, reference.matmul_stored, own, w, bias, **static).astype(x.dtype, copy=False)
     told = x_name, w, spec, contract, packed
     if serve.are_in_out(rows, packed_length or w.codes.shape[1]) and serve.decodes_in_out(*told):
         y = (loops or ByLoops(w, spec, contract, packed_length))(x, w, bias)
@@ -224,12 +236,72 @@ def matmul_stored(
     return y if y is NotImplemented else y.astype(x.dtype, copy=False)
 
 
+def with_scales_in_x(x: Array, w: Coded, spec: Spec, contract: int) -> tuple[Array, Coded, Spec] | None:
+    """The same product of ``x`` times its own scales, and of a weight whose scale is 1.
+
+    None where the weight has other scales, or products of these with x are so large or so small that what they are
+    multiplied with next decides what is lost.
+    """
+    if not serve.scales_may_meet_x(w, spec, contract) or "float64" in (x.dtype.name, w.scale.dtype.name):
+        return None
+    with np.errstate(all="ignore"):
+        own = x.astype(np.float32, copy=False) * w.scale.reshape(1, -1)
+        size = np.abs(own)
+        fits = (size < serve.LARGEST_UNSCALED) & ((size >= serve.SMALLEST_SCALED) | (x == 0))
+    if not fits.all():
+        return None
+    return own, w._replace(scale=np.ones((1, 1), np.float32)), replace(spec, block=(None, None))
+
+
+@np.errstate(all="ignore")
+def matmul_by_values(
+    x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int, packed_length: int | None
+) -> Any:
+    """The product by BLAS with values that the loops of dequantizing make, some rows of the weight at a time.
+
+    For what no loop multiplies; NotImplemented where these do not serve either.
+    """
+    b, length, inner = get_backend("numpy"), len(w.codes), packed_length or w.codes.shape[1]
+    kept = isinstance(w.scale, tuple)
+    if length * inner < runtime.LARGE or "float64" in (x.dtype.name, spec.source.compute) or not len(x):
+        return NotImplemented
+    if kept and any(part is not None for part in w.scale[1:]):
+        return NotImplemented
+    group = spec.block[0] or 1
+    height = -(-max(serve.MOST_CODES_AT_ONCE // inner, 1) // group) * group
+    plain, x_dtype, x = reference.unrounded(spec), x.dtype, np.ascontiguousarray(x, dtype=np.float32)
+    y = np.zeros((len(x), inner), np.float32) if contract == 0 else np.empty((len(x), length), np.float32)
+    scratch = aligned_empty((min(height, length), inner), np.float32)
+    for n in range(0, length, height):
+        e = min(n + height, length)
+
+        def cut(a: Array | None, n: int = n, e: int = e) -> Array | None:
+            return a if a is None or a.shape[0] == 1 else a[n // group : -(-e // group)]
+
+        scale = Coded(cut(Coded(*w.scale).codes), None, None) if kept else cut(w.scale)
+        own = Coded(w.codes[n:e], scale, cut(w.zero_point), cut(w.offset))
+        values = decoders.dequantize(own, plain, packed_length, "float32", into=scratch[: e - n])
+        if values is NotImplemented:
+            own = reference.unpacked(own, spec, packed_length, b)
+            values = run(b, affine.dequantize, own, spec=plain, out="float32")
+        if contract == 0:
+            y += x[:, n:e] @ values
+        elif len(x) <= serve.MOST_ROWS_ON_THE_RIGHT:
+            y[:, n:e] = (values @ x.T).T
+        else:
+            np.matmul(x, values.T, out=y[:, n:e])
+    if bias is not None:
+        y += bias
+    return y.astype(x_dtype, copy=False)
+
+
 def stored_of_weight(
     w: Coded, *, spec: Spec, contract: int, packed_length: int | None, swapped: bool = False
 ) -> Callable[[Array, Coded, Array | None], Any]:
     """``matmul_stored`` for a weight of these types and shapes."""
     static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length, "swapped": swapped}
-    loops = None if swapped else ByLoops(w, spec, contract, packed_length)  # those swapped are turned at each call
+    at_once = not swapped and not serve.sums_single_codes(w, spec, contract)
+    loops = ByLoops(w, spec, contract, packed_length) if at_once else None  # those swapped are turned at each call
 
     def call(x: Array, w: Coded, bias: Array | None) -> Any:
         y = loops(x, w, bias) if loops is not None and loops.take(x, bias) else NotImplemented

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,6 +76,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
+    if serve.sums_single_codes(w, spec, contract):
+        return _of_single_codes(x, w, bias, spec, contract)
     y = _of_values(x, w, bias, spec, contract, None)
     if y is not NotImplemented:
         return y
@@ -92,6 +95,22 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
             lambda: _by_floats(x, w, bias, spec, contract),
         )
     return _by_floats(x, w, bias, spec, contract)
+
+
+def _of_single_codes(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
+    """The product with a weight that has a scale for each input: that of x times these, where nothing is lost so."""
+
+    def otherwise() -> Array:
+        return _blockwise(x, w, bias, spec, contract)
+
+    if not serve.scales_may_meet_x(w, spec, contract) or jax.sharding.get_abstract_mesh().manual_axes:
+        return otherwise()
+    own = x.astype(jnp.float32) * w.scale
+    size = jnp.abs(own)
+    fits = (size < serve.LARGEST_UNSCALED) & ((size >= serve.SMALLEST_SCALED) | (x == 0))
+    one = w._replace(scale=jnp.ones_like(w.scale[:, :1]))
+    y = _fast(own, one, bias, replace(spec, block=(None, None)), contract).astype(x.dtype)
+    return _unless(~jnp.all(fits), y, otherwise)
 
 
 def _by_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
@@ -313,6 +332,8 @@ def _is_served(form: _Form, x: Array, w: Coded, spec: Spec, contract: int, packe
     rows = x.shape[0]
     if form.loops() is None or not _is_known(rows) or not rows or w.codes.size < SMALLEST_FOR_LOOPS:
         return False
+    if serve.sums_single_codes(w, spec, contract):
+        return False
     if contract == 0:  # more rows meet integers of a byte each faster in XLA's own product of blocks
         columns = w.codes.shape[1] * 8 // spec.element.bits if packed else w.codes.shape[1]
         by_xla = rows > serve.MOST_ROWS_FOR_LOOPS and not packed and spec.element.zero_points
@@ -371,6 +392,8 @@ def _is_worth_values(x: Array, w: Coded, spec: Spec, contract: int, packed: bool
     """
     rows = x.shape[0]
     if not _is_known(rows) or not rows or not serve.decodes(x.dtype.name, w, spec, contract, packed):
+        return False
+    if serve.sums_single_codes(w, spec, contract):
         return False
     codes = w.codes.shape[0] * x.shape[1]
     if codes < (SMALLEST_TO_UNPACK if packed else SMALLEST_FOR_LOOPS):

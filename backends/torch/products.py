@@ -90,6 +90,11 @@ def integer_matmul(x: Array, w: Array) -> Array:
 def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     b = get_backend("torch")
+    wide = spec.element.bits > 8 and w.codes.numel() >= runtime.LARGE and not torch.compiler.is_compiling()
+    if wide or (serve.sums_single_codes(w, spec, contract) and not torch.compiler.is_compiling()):
+        y = _on_numpy_memory(floats.matmul, x, w, bias, spec, contract)
+        if y is not NotImplemented:
+            return y
     if not _may_write_in_place(x, w, bias) or not serve.bytes_and_float32(x, b.dtype_name(x), w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
     digits_serve = _is_worth_digits(w, contract)
@@ -197,7 +202,7 @@ def _by_decoding(
     if torch.compiler.is_compiling() or not x.shape[0]:
         return NotImplemented
     loops = stored.ByLoops(w, spec, contract, packed_length)
-    if x.dtype is torch.float64 or not loops.serve(len(x)):
+    if x.dtype is torch.float64 or not (loops.serve(len(x)) or serve.sums_single_codes(w, spec, contract)):
         return NotImplemented
     rows, form = x.shape[0], functools.partial(stored.matmul_stored, packed_length=packed_length, loops=loops)
     if loops.cut_in_panels(rows) is not None:
