@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +168,55 @@ IN_OUT = {
 """Of weights that lie (in, out), along their inputs but for the last."""
 
 
+class Detour(NamedTuple):
+    """A product with a weight of which loops do not read the codes as they lie, or do not multiply them."""
+
+    how: dict
+    """Of quantizing it; ``dense`` reads it as (in, out)."""
+    linear: bool = False
+    mode: str = "reproducible"
+    for_dense: bool = False
+
+
+DETOURS = {
+    "dense, reproducible: int8, one scale an output": Detour({"granularity": PerChannel(1)}),
+    "dense, reproducible: int8, groups of 32": Detour({"granularity": PerGroup(32, 0)}),
+    "dense, reproducible: int4, groups of 32": Detour({"dtype": "int4", "granularity": PerGroup(32, 0)}),
+    "dense, reproducible: int8, a scale an input": Detour({"granularity": PerChannel(0)}),
+    "linear, reproducible: int4, one scale an output": Detour({"dtype": "int4", "granularity": PerChannel(0)}, True),
+    "linear, reproducible: int3, groups of 32": Detour({"dtype": "int3", "granularity": PerGroup(32)}, True),
+    "linear, reproducible: nvfp4": Detour({"dtype": "nvfp4"}, True),
+    "linear, reproducible: mxint8": Detour({"dtype": "mxint8"}, True),
+    "linear, reproducible: int4, groups of 1024": Detour({"dtype": "int4", "granularity": PerGroup(1024)}, True),
+    "linear: int8, a scale an input": Detour({"granularity": PerChannel(1)}, True, "fast"),
+    "linear: int4, groups of 32 along outputs": Detour({"dtype": "int4", "granularity": PerGroup(32, 0)}, True, "fast"),
+    "dense, stored for it: mxfp4, along outputs": Detour({"dtype": "mxfp4"}, mode="fast", for_dense=True),
+    "linear: int16, one scale an output": Detour({"dtype": "int16", "granularity": PerChannel(0)}, True, "fast"),
+    "dense: int16, groups of 32": Detour({"dtype": "int16", "granularity": PerGroup(32, 0)}, mode="fast"),
+}
+
+
+def detours() -> list[dict]:
+    rng, table, size = np.random.default_rng(run.SEED), [], 4096
+    w = rng.standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
+    weights = {name: aqt_lite.quantize(w, **detour.how) for name, detour in DETOURS.items()}
+    weights = {name: q.for_dense() if DETOURS[name].for_dense else q for name, q in weights.items()}
+    ways = {
+        name: functools.partial(aqt_lite.linear if detour.linear else aqt_lite.dense, mode=detour.mode)
+        for name, detour in DETOURS.items()
+    }
+    for m in (1, 8, 64):
+        x = rng.standard_normal((m, size), dtype=np.float32)
+        wide = x.astype(np.float64)
+        exact = {"float32": wide @ w.astype(np.float64)}
+        for name, q in weights.items():
+            values = q.dequantize().astype(np.float64)
+            exact[name] = wide @ (values.T if DETOURS[name].linear else values)
+        for kind in ("numpy", "torch", "jax"):
+            table += of_weights(kind, w, weights, x, exact, ways)
+    return table
+
+
 def in_out() -> list[dict]:
     rng, table = np.random.default_rng(run.SEED), []
     for size, rows_of_x in ((4096, (1, 8, 64)), (8192, (1, 8))):
@@ -176,14 +227,14 @@ def in_out() -> list[dict]:
             exact = {name: x.astype(np.float64) @ q.dequantize().astype(np.float64) for name, q in weights.items()}
             exact["float32"] = x.astype(np.float64) @ w.astype(np.float64)
             for kind in ("numpy", "torch", "jax"):
-                table += dense_on_backend(kind, w, weights, x, exact)
+                table += of_weights(kind, w, weights, x, exact, dict.fromkeys(weights, aqt_lite.dense))
     return table
 
 
-def dense_on_backend(kind: str, w, weights: dict, x, exact: dict) -> list[dict]:
+def of_weights(kind: str, w, weights: dict, x, exact: dict, ways: dict) -> list[dict]:
+    """Times of products, each in a way of its own, and of the float32 product ``x @ w``."""
     put, product_of_turned, product, *_ = on(kind)
     given, (m, size), table = put(x), x.shape, []
-    dense = awaited(aqt_lite.dense) if kind == "jax" else aqt_lite.dense
     floats, turned = (run.rotating(lambda i, v=v: put(v.copy()), w.nbytes) for v in (w, w.T))
     candidates = {
         "float32": lambda i: product(given, floats[i % len(floats)]),
@@ -192,7 +243,8 @@ def dense_on_backend(kind: str, w, weights: dict, x, exact: dict) -> list[dict]:
     own = max(run.error(call(0), exact["float32"]) for call in candidates.values())
     for name, q in weights.items():
         some = run.rotating(lambda i, q=q: run.copied(q) if kind == "numpy" else q.to_backend(kind), q.nbytes, most=4)
-        candidates[name] = lambda i, some=some: dense(given, some[i % len(some)])
+        multiply = awaited(ways[name]) if kind == "jax" else ways[name]
+        candidates[name] = lambda i, some=some, multiply=multiply: multiply(given, some[i % len(some)])
         assert run.error(candidates[name](0), exact[name]) <= 2 * own, (kind, name, m)
     found = run.take_turns(candidates, seconds=0, least=7)
     base = min(found[name]["ms"] for name in ("float32", "float32, (out, in)"))
@@ -200,7 +252,7 @@ def dense_on_backend(kind: str, w, weights: dict, x, exact: dict) -> list[dict]:
         ms = found[name]["ms"]
         table.append({"backend": kind, "size": size, "m": m, "who": name, **found[name], "float32_ms": base})
         table[-1]["times_as_fast"] = base / ms
-        print(f"  {kind:6} {size} M={m:<4} {name:40} {ms:8.2f} ms  {base / ms:5.2f}x", flush=True)
+        print(f"  {kind:6} {size} M={m:<4} {name:48} {ms:8.2f} ms  {base / ms:5.2f}x", flush=True)
     return table
 
 
@@ -269,14 +321,18 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true", help="those of real networks alone")
     parser.add_argument("--formats", action="store_true", help="the other formats alone, one row and 8, 4096²")
     parser.add_argument("--in-out", action="store_true", help="weights that lie (in, out) alone")
+    parser.add_argument("--detours", action="store_true", help="what loops do not read as it lies alone")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS_OF_X, help="of x; other results stay")
     options = parser.parse_args()
     quick = options.quick
     parts = bool(options.only) or options.sizes != SIZES or options.rows != ROWS_OF_X
-    alone = options.shapes or options.formats or options.in_out
+    alone = options.shapes or options.formats or options.in_out or options.detours
     if ((quick or alone) and parts) or (quick and alone):
-        parser.error("--quick, --shapes, --formats, --in-out go without --only, --sizes and --rows, and --quick alone")
+        parser.error("--only, --sizes and --rows are for the main table, and --quick for nothing else beside it")
     torch.set_num_threads(cores())
+    warnings.filterwarnings(
+        "ignore", message=".* of w, which then has|.* reads w, which then has"
+    )  # weights are square
     results: dict = {"machine": run.machine()}
     read = run.read_speed()
     results["read_gb_s"] = read / 1e9
@@ -293,6 +349,8 @@ def main() -> None:
             before["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
         if options.in_out:
             before["in_out"] = in_out()
+        if options.detours:
+            before["detours"] = detours()
         path.write_text(json.dumps(before, indent=1) + "\n")
         return
     results["rows"] = [row for size in sizes for row in rows(size, rows_of_x, chosen, read, kinds)]
@@ -304,6 +362,7 @@ def main() -> None:
             results["shapes"] = shapes()
             results["formats"] = rows(4096, [1, 8], OTHERS, read, ["numpy", "torch", "jax"])
             results["in_out"] = in_out()
+            results["detours"] = detours()
         path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"written: {path.relative_to(run.ROOT)}; tables: python benchmarks/tables.py --write")
 

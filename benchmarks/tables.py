@@ -201,6 +201,7 @@ def of_stored(stored: dict, processor: str) -> dict[str, str]:
         "formats": ("formats stored", formats_stored),
         "shapes": ("shapes", shapes),
         "in_out": ("in out", products_in_out),
+        "detours": ("detours", products_in_out),
     }
     found |= {name: table(stored[part]) for part, (name, table) in parts.items() if part in stored}
     return {name + processor: table for name, table in found.items()}
@@ -337,7 +338,7 @@ def formats_stored(rows: list[dict]) -> str:
 
 
 def products_in_out(rows: list[dict]) -> str:
-    """Of weights (in, out), times as fast as the best float32 product, and milliseconds."""
+    """Each in a line for a backend: times as fast as the best float32 product, and milliseconds."""
     found = {(r["backend"], r["who"], r["size"], r["m"]): r for r in rows}
     columns = sorted({(r["size"], r["m"]) for r in rows})
     lines = ["| | " + " | ".join(f"{size}², M={m}" for size, m in columns) + " |", "|---|" + "---|" * len(columns)]

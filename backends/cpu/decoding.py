@@ -1748,11 +1748,19 @@ _add_in_order_apart = apart(
 )
 
 
+_WITHOUT_SIGN, _INFINITE = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+"""Bits of a float32."""
+
+
 @njit(nogil=True, cache=True)
 def _have_infinity(numbers: Any) -> Any:  # pragma: no cover - compiled
     """Whether rows of floats have an infinity: dequantizing clips those that codes stand for."""
-    for n in range(numbers.shape[0]):  # noqa: SIM110
-        if np.isinf(numbers[n]).any():
+    patterns = numbers.view(np.uint32)
+    for n in range(numbers.shape[0]):
+        found, row = np.uint32(0), patterns[n]
+        for k in range(row.shape[0]):
+            found |= np.uint32((row[k] & _WITHOUT_SIGN) == _INFINITE)
+        if found:
             return True
     return False
 
@@ -1768,8 +1776,12 @@ def has_infinity(table: Any) -> Any:  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def _are_finite(numbers: Any) -> Any:  # pragma: no cover - compiled
     """Whether all of some rows are: an infinity may have met 0, or another one, and be NaN."""
-    for n in range(numbers.shape[0]):  # noqa: SIM110
-        if not np.isfinite(numbers[n]).all():
+    patterns = numbers.view(np.uint32)
+    for n in range(numbers.shape[0]):
+        most, row = np.uint32(0), patterns[n]
+        for k in range(row.shape[0]):
+            most = max(most, row[k] & _WITHOUT_SIGN)
+        if most >= _INFINITE:
             return False
     return True
 

@@ -60,7 +60,9 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
     if serve.sums_single_codes(w, spec, contract):
-        return matmul_by_values(x, w, bias, spec=spec, contract=contract, packed_length=None)
+        y = matmul_by_values(x, w, bias, spec=spec, contract=contract, packed_length=None)
+        if y is not NotImplemented:
+            return y
     # loops for groups look at scales as they meet them: of many groups, one more look takes a tenth of one row's time
     decodes = serve.decodes_in_out if contract == 0 else serve.decodes
     looked_at = w.scale.shape[contract] > 1 and decodes(x_name, w, spec, contract, packed=False)

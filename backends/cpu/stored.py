@@ -219,10 +219,12 @@ def matmul_stored(
     if serve.sums_single_codes(w, spec, contract):
         static: dict[str, Any] = {"spec": spec, "contract": contract, "packed_length": packed_length}
         scaled = with_scales_in_x(x, w, spec, contract)
-        if scaled is None:
-            return matmul_by_values(x, reference.with_usable_scales(w, b), bias, **static)
-        own, w, static["spec"] = scaled
-        return run(b, reference.matmul_stored, own, w, bias, **static).astype(x.dtype, copy=False)
+        if scaled is not None:
+            own, w, static["spec"] = scaled
+            return run(b, reference.matmul_stored, own, w, bias, **static).astype(x.dtype, copy=False)
+        y = matmul_by_values(x, reference.with_usable_scales(w, b), bias, **static)
+        if y is not NotImplemented:
+            return y
     told = x_name, w, spec, contract, packed
     if serve.are_in_out(rows, packed_length or w.codes.shape[1]) and serve.decodes_in_out(*told):
         y = (loops or ByLoops(w, spec, contract, packed_length))(x, w, bias)
@@ -264,6 +266,8 @@ def matmul_by_values(
     b, length, inner = get_backend("numpy"), len(w.codes), packed_length or w.codes.shape[1]
     kept = isinstance(w.scale, tuple)
     if length * inner < runtime.LARGE or "float64" in (x.dtype.name, spec.source.compute) or not len(x):
+        return NotImplemented
+    if runtime.decoding_loops() is None:
         return NotImplemented
     if kept and any(part is not None for part in w.scale[1:]):
         return NotImplemented
