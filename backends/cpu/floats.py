@@ -55,7 +55,7 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
         if y is not NotImplemented:
             with np.errstate(all="ignore"):
                 return y.astype(x.dtype, copy=False)
-    if spec.element.bits > 8:
+    if serve.is_of_wide_codes(x, x_name, w, spec):
         return _of_wide_codes(x, w, bias, spec, contract)
     if not serve.bytes_and_float32(x, x_name, w, spec):
         return NotImplemented
@@ -83,8 +83,6 @@ def matmul(x: Array, w: Coded, bias: Array | None, *, spec: Spec, contract: int)
 
 def _of_wide_codes(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Any:
     """The same of codes of more than 8 bits: by values, for which are loops unless columns have scales."""
-    if w.codes.size < LARGE or "float64" in (x.dtype.name, spec.source.compute) or not len(x):
-        return NotImplemented
     if not serve.has_scales_of_columns(w, spec):
         return matmul_by_values(x, w, bias, spec=spec, contract=contract, packed_length=None)
     return NotImplemented if serve.values_may_overflow(w) else _by_steps(x, w, bias, spec, contract)
@@ -195,7 +193,10 @@ def _dequantized_rows(w: Coded, spec: Spec, start: int, stop: int, out: Array) -
         np.subtract(codes, spread(zero_point, shape, spec.block, np), out=out, casting="unsafe")
     if _is_one(w.scale):
         return out
-    scale = rows_of_blocks(w.scale, start, stop, spec.block)
+    scale, group = rows_of_blocks(w.scale, start, stop, spec.block), spec.block[0] or 1
+    if scale.shape[1] == shape[1] and len(scale) * group == len(out):  # of columns: as they are, and not spread
+        np.multiply(out.reshape(len(scale), group, -1), scale[:, None, :], out=out.reshape(len(scale), group, -1))
+        return out
     return np.multiply(out, spread(scale, shape, spec.block, np), out=out)
 
 

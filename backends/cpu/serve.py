@@ -160,6 +160,12 @@ def bytes_and_float32(x: Array, x_dtype: str, w: Coded, spec: Spec) -> bool:
     )
 
 
+def is_of_wide_codes(x: Array, x_dtype: str, w: Coded, spec: Spec) -> bool:
+    """Whether a large weight has codes of more than 8 bits, for which no loop multiplies; nothing float64 or empty."""
+    large = w.codes.shape[0] * w.codes.shape[1] >= runtime.LARGE
+    return large and spec.element.bits > 8 and "float64" not in (x_dtype, spec.source.compute) and 0 not in x.shape
+
+
 def one_scale_a_column(w: Coded, contract: int) -> bool:
     """Whether the axis that is contracted comes last and is one block: a sum of integers meets its scale at the end."""
     return bool(contract == 1 and w.scale.shape[1] == 1)

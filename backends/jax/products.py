@@ -28,7 +28,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
-from aqt_lite.backends.cpu.rows import as_rows
+from aqt_lite.backends.cpu.rows import as_rows, in_integers
 from aqt_lite.backends.jax.eager import in_memory, is_tracing
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
@@ -74,6 +74,8 @@ def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> 
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     b = get_backend("jax")
     # XLA on a GPU or TPU fuses the dequantization into the product, and blocks would gather a sharded weight
+    if _is_one_cpu() and serve.is_of_wide_codes(x, x.dtype.name, w, spec):
+        return _blockwise(x, w, bias, spec, contract)
     if not _is_one_cpu() or not serve.bytes_and_float32(x, x.dtype.name, w, spec):
         return reference.matmul(x, w, bias, spec=spec, contract=contract, b=b)
     if serve.sums_single_codes(w, spec, contract):
@@ -668,6 +670,7 @@ _IN_MEMORY: dict[Callable[..., Any], Callable[..., Any] | None] = {
     **quantize.FORMS,
     affine.scales_of: None,
     significant.bitrounded: None,
+    reference.in_integers: in_integers,
     reference.sums_of_codes: None,
     reference.matmul_integer: None,
     _clipping.clipped: None,

@@ -22,7 +22,7 @@ from aqt_lite._kernels import Kernel, Kernels, anything
 from aqt_lite._namespace import Array
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
-from aqt_lite.backends.cpu import fixed_point, floats, quantize, runtime, serve, stored
+from aqt_lite.backends.cpu import fixed_point, floats, quantize, rows, runtime, serve, stored
 from aqt_lite.backends.torch.onnx import (
     makes_onnx_of_codes,
     values_in_onnx,
@@ -90,8 +90,8 @@ def integer_matmul(x: Array, w: Array) -> Array:
 def _fast(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     """The form that is fastest here, at no more than twice the error of a float32 product."""
     b = get_backend("torch")
-    wide = spec.element.bits > 8 and w.codes.numel() >= runtime.LARGE and not torch.compiler.is_compiling()
-    if wide or (serve.sums_single_codes(w, spec, contract) and not torch.compiler.is_compiling()):
+    wide = serve.is_of_wide_codes(x, b.dtype_name(x), w, spec)
+    if not torch.compiler.is_compiling() and (wide or serve.sums_single_codes(w, spec, contract)):
         y = _on_numpy_memory(floats.matmul, x, w, bias, spec, contract)
         if y is not NotImplemented:
             return y
@@ -687,13 +687,15 @@ def _check_memory(tensors: Any) -> None:
             raise ValueError(f"a tensor {without_memory(t)}")
 
 
-def _in_memory(operation: Callable[..., Any], *, of_few_steps: bool = False) -> Callable[..., Any]:
+def _in_memory(
+    operation: Callable[..., Any], form: Callable[..., Any] | None = None, *, of_few_steps: bool = False
+) -> Callable[..., Any]:
     """``operation`` on memory that NumPy can read: of small tensors as NumPy does it, of large ones by the CPU's form.
 
     A step of torch's own takes a few microseconds before it does anything, and an operation has dozens of them; small
     tensors are left to torch where it is ``of_few_steps``, which take less time than going to NumPy and back.
     """
-    form = runtime.gated(quantize.FORMS[operation])
+    form = runtime.gated(form or quantize.FORMS[operation])
 
     def kernel(*arrays: Any, **static: Any) -> Any:
         if torch.compiler.is_compiling():  # first of all: to compare a size is to compile for it
@@ -838,5 +840,6 @@ KERNELS: Kernels = {
     ),
     reference.matmul_of_values: Kernel(_of_values, anything),
     reference.matmul_integer: Kernel(_without_autocast(_of_integers), anything),
+    reference.in_integers: Kernel(_in_memory(reference.in_integers, rows.in_integers), anything),
     reference.integer_matmul: Kernel(integer_matmul, anything),
 }
