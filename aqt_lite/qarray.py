@@ -481,9 +481,9 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         """The same array, its codes stored as (..., out, in): :func:`aqt_lite.dense` reads many rows fastest so.
 
         Shapes, scales and everything else stay as they are: only ``storage`` is laid out anew, once. A weight for
-        :func:`aqt_lite.linear` is in that order already. ``mode="reproducible"`` wants it, too. With groups along the
-        outputs, and a scale for each input, dense reads a matrix faster as it is: quantize it along its inputs,
-        ``PerGroup(32, 0)``. To be called once, and outside of compiled functions, which would do it at each call.
+        :func:`aqt_lite.linear` is in that order already. ``mode="reproducible"`` turns other weights at each call. With
+        groups along the outputs, and a scale for each input, dense reads a matrix faster as it is: quantize it along
+        its inputs, ``PerGroup(32, 0)``. To be called once, outside of compiled functions, which would do so at each.
 
         Parameters
         ----------

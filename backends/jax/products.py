@@ -212,7 +212,7 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
         own, w, spec = scaled
         return _reproducible(own, w, bias, spec, contract).astype(x.dtype)
     if contract == 0 and _become_rows(w, spec):
-        return _along_rows(x, w, bias, spec, contract)
+        return _along_rows(True, x, w, bias, spec, contract)
     plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
@@ -233,14 +233,28 @@ def _become_rows(w: Coded, spec: Spec) -> bool:
     return bool(large and w.codes.dtype.itemsize == 1)
 
 
+def _goes_along_rows(reproducible: bool, x: Array, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
+    """Whether such rows are multiplied: exactly, or where codes have scales of their own, that no loop serves."""
+    rows = x.shape[0]
+    if not _is_known(rows) or not rows or not (reproducible or serve.sums_single_codes(w, spec, contract)):
+        return False
+    return not _is_served(_FORMS[reproducible, contract], x, w, spec, contract, packed) and _become_rows(w, spec)
+
+
 def _along_rows(
-    x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None = None
+    reproducible: bool,
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    spec: Spec,
+    contract: int,
+    packed_length: int | None = None,
 ) -> Array:
-    """``_reproducible`` of the weight as such rows (N, K), an integer a byte."""
+    """The product with the weight as such rows (N, K), an integer a byte."""
     b, inner, packed = get_backend("jax"), packed_length or w.codes.shape[1], packed_length is not None
     codes = whole_loops().in_bytes(w.codes, spec.element, inner, packed, contract == 0)
     own, plain = as_rows(codes, reference.with_usable_scales(w, b) if packed else w, spec, contract, b)
-    return _reproducible(x, own, bias, plain, 1)
+    return (_reproducible if reproducible else _fast)(x, own, bias, plain, 1)
 
 
 def _is_known(length: Any) -> bool:
@@ -501,10 +515,9 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
             if y is not NotImplemented:
                 return y
         form = _FORMS[reproducible, contract]
-        served = not reproducible or _is_served(form, x, w, spec, contract, packed_length is not None)
-        if not served and _become_rows(w, spec):
+        if _goes_along_rows(reproducible, x, w, spec, contract, packed_length is not None):
             ordered = reference.in_order(w, swapped, get_backend("jax"))
-            return _along_rows(x, ordered, bias, spec, contract, packed_length)
+            return _along_rows(reproducible, x, ordered, bias, spec, contract, packed_length)
         plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
@@ -566,8 +579,7 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
                 return y
         told = w, spec, contract, packed_length is not None
         form = _FORMS[reproducible, contract]
-        rows = _is_known(x.shape[0]) and x.shape[0] > 0
-        served = _is_served(form, x, *told) or (reproducible and rows and _become_rows(w, spec))
+        served = _is_served(form, x, *told) or _goes_along_rows(reproducible, x, *told)
         if not served and (reproducible or form.loops() is None or not _is_worth_values(x, *told)):
             return NotImplemented
         return _jitted_stored(reproducible, static, x, w, bias)
