@@ -205,3 +205,28 @@ def test_arrays_whose_axes_are_swapped_are_read_as_they_lie(dtype, served):
     out = np.empty((640, 512), np.float32)
     q.T.dequantize(out=out)
     assert same_bits(out, values)
+
+
+OF_OFFSETS = ["one scale", "one for each row", "groups of 32", "groups of 16, the last of each row cut", "groups of 24",
+              "blocks", "a scale for each column"]  # fmt: skip
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 3e-39, 1e38])  # of subnormal values, and near the largest
+@pytest.mark.parametrize("layout", OF_OFFSETS)
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint4"])
+def test_offsets_are_added_as_the_contract_says(dtype, layout, magnitude):
+    (shape, granularity), rng = LAYOUTS[layout], np.random.default_rng(4)
+    x = np.clip(rng.standard_normal(shape), -3, 3).astype(np.float32) * np.float32(magnitude)
+    q = aqt_lite.quantize(x, dtype, scheme="affine", offset="data", granularity=granularity)
+    wanted = by_operations(q)
+    assert same_bits(q.dequantize(), wanted)
+    assert same_bits(q.dequantize(out=np.empty(shape, np.float32)), wanted)
+    if "torch" not in WITHOUT:
+        assert same_bits(q.to_backend("torch").dequantize(), wanted)
+
+
+def test_values_beyond_the_largest_float_are_clipped_with_offsets():
+    codes, scale = np.full((400, 400), 255, np.uint8), np.full((400, 1), 1e30, np.float32)
+    offset = np.where(np.arange(400) % 2, 3.4e38, -3.4e38).astype(np.float32)[:, None]
+    q = aqt_lite.QArray.from_codes(codes, scale, offset=offset, granularity=PerChannel(0))
+    assert same_bits(q.dequantize(), by_operations(q))

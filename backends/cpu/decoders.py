@@ -57,6 +57,8 @@ def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array |
 
     NotImplemented where other forms serve.
     """
+    if w.offset is not None:
+        return _with_offsets(w, spec, length, out, into)
     codes, packed = w.codes, length is not None
     shape = (*codes.shape[:-1], codes.shape[-1] if length is None else length) if codes.ndim else ()
     if not (spec.source.name == out == "float32" and math.prod(shape) >= LARGE and codes.flags.c_contiguous):
@@ -70,6 +72,25 @@ def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array |
         return NotImplemented
     operands = _operands_of(w, spec, found, packed)
     return _by_loops(codes, (found.rows, found.inner), operands, False, shape, into)
+
+
+def _with_offsets(w: Coded, spec: Spec, length: int | None, out: str, into: Array | None) -> Any:
+    """The same of codes with offsets: halves, to which halves of these are added, as ``affine.dequantize`` does."""
+    size = spec.block[-1]
+    plain = isinstance(w.scale, np.ndarray) and w.scale.dtype == np.float32 and w.zero_point is None
+    if not plain or w.codes.ndim != 2 or (size or SHORTEST_GROUP) < SHORTEST_GROUP:
+        return NotImplemented
+    zero = np.zeros(w.scale.shape, np.int32) if spec.element.storage == "uint8" else None  # loops take 128 off else
+    own = Coded(w.codes, w.scale * np.float32(0.5), zero)
+    halves = dequantize(own, spec, length, out, into)
+    if halves is NotImplemented:
+        return NotImplemented
+    rows, inner = halves.shape
+    offsets = blocks_of_rows(w.offset * np.float32(0.5), rows, spec, get_backend("numpy"))
+    told = offsets, size or inner, np.float32(spec.source.tiny), np.float32(spec.source.max)
+    steps = steps_of_elements(halves.size)
+    in_parts(runtime.compiled_loops().add_offsets_in_parts, steps, ends_of_parts(rows, 1, steps), halves, *told)
+    return halves
 
 
 def _by_loops(

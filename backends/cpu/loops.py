@@ -49,6 +49,32 @@ def decode_rows_in_parts(
     return True
 
 
+@njit(nogil=True)
+def _add_offsets(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
+    halves, offsets, size, tiny, most = given
+    for n in range(start, stop):
+        row, of_row = halves[n], offsets[n if offsets.shape[0] > 1 else 0]
+        for g in range(of_row.shape[0]):
+            offset, group = of_row[g], row[g * size : (g + 1) * size]
+            for k in range(group.shape[0]):
+                v = group[k] + offset
+                v = (np.float32(0) if abs(v) < tiny else v) * np.float32(2)
+                v = most if v > most else v
+                group[k] = -most if v < -most else v
+
+
+_offsets_task = task_of(_add_offsets)
+
+
+@njit(nogil=True, cache=True)
+def add_offsets_in_parts(
+    pool: Any, ends: Any, halves: Any, offsets: Any, size: Any, tiny: Any, most: Any
+) -> Any:  # pragma: no cover - compiled
+    """``2 (halves + offsets)`` in place, an offset for ``size`` of a row: 0 where it is tiny, none beyond ``most``."""
+    in_parts(pool, ends, _offsets_task((halves, offsets, size, tiny, most)))
+    return True
+
+
 @njit(nogil=True, cache=True)
 def widen(codes: Any, out: Any) -> None:  # pragma: no cover - compiled
     """Codes as floats: a ufunc's cast from int8 takes three times as long."""
