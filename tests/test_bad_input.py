@@ -459,6 +459,12 @@ def test_products_refuse_what_does_not_fit(backend, product):
     wide = quantize(array(4, 3) if product is dense else array(3, 4), "int16")
     with pytest.raises(ValueError, match=r"mode='reproducible' is not possible: w has int16 codes.*Use mode='fast'"):
         product(array(2, 4), wide, mode="reproducible")
+    inputs = 0 if product is dense else 1
+    across = quantize(array(4, 3) if product is dense else array(3, 4), granularity=PerGroup(2, 1 - inputs))
+    with pytest.raises(
+        ValueError, match=rf"no sum of integers .* along its inputs, granularity=PerGroup\(2, {inputs}\)"
+    ):
+        product(array(2, 4), across, mode="reproducible")
 
 
 def test_empty_products(backend):

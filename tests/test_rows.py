@@ -7,8 +7,9 @@ import pytest
 from optional import jax, jnp, torch
 from test_dots import hard_rows
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, quantize
-from aqt_lite.backends.cpu import runtime
+from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
+from aqt_lite._registry import get_backend
+from aqt_lite.backends.cpu import rows, runtime
 from aqt_lite.testing import assert_same_bits
 
 LOOPS = runtime.whole_loops()
@@ -189,3 +190,31 @@ def test_scales_that_x_cannot_take_are_not_multiplied_into_it(of_x, of_scales, b
     wanted = x.astype(np.float64) @ q.dequantize().T.astype(np.float64)
     for y in products(x, q, np.zeros(OUT, np.float32), backend, linear):
         np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)
+
+
+@needs_loops
+@pytest.mark.parametrize(
+    "shape", [(IN, OUT), (1 << 18,), (3, 1 << 17), ((1 << 18) + 3,), (2, 70_001), (1 << 15, 8), (5, 3, 9999)]
+)
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_streams_are_unpacked_by_loops(bits, shape):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, shape).astype(np.uint8)
+    half = 1 << (bits - 1)
+    b = get_backend("numpy")
+    stream = packing.pack(codes, bits=bits, b=b)
+    assert_same_bits(rows.unpacked(stream, bits, shape[-1], False), codes)
+    signed = ((codes ^ half).astype(np.int16) - half).astype(np.int8)
+    assert_same_bits(rows.unpacked(stream, bits, shape[-1], True), signed)
+    assert_same_bits(packing.unpack(stream, bits=bits, length=shape[-1], signed=True, b=b), signed)
+
+
+@needs_loops
+@pytest.mark.parametrize("shape", [(2, 70_001), (70_001, 2), (131_073, 1), (1, 131_073)])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "e2m1, one scale"])
+def test_long_rows_and_columns(kind, shape):
+    """Of more codes than become floats at a time, and of more than a piece of a product has."""
+    rng = np.random.default_rng(5)
+    q = quantize(weight(*shape), **KINDS[kind] | {"granularity": PerTensor()})
+    for product, inner in ((dense, shape[0]), (linear, shape[1])):
+        x = rng.standard_normal((2, inner)).astype(np.float32)
+        assert_same_bits(product(x, q, mode="reproducible"), without_kernels(product, x, q))

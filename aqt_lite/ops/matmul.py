@@ -423,14 +423,22 @@ def _any_is_float64(x: Array, bias: Array | None, b: Backend) -> bool:
 
 def _check_reproducible(x: Array, w: QArray, bias: Array | None, contract: int, b: Backend) -> None:
     why = _why_not_reproducible(w, contract)
-    way = f"quantize w {'from float32' if w.float_dtype == 'float64' else 'otherwise'}"
-    if why is None:
+    if why is not None:
+        size, way = w.block[1 - contract] or 0, "quantize w otherwise"
+        if w.float_dtype == "float64":
+            way = "quantize w from float32"
+        elif why == _EACH_ITS_OWN.format(w.granularity):
+            way = f"quantize w along its inputs, granularity=PerGroup({size if size > 1 else 32}, {contract})"
+    else:
         wide = [name for name, a in (("x", x), ("bias", bias)) if a is not None and b.dtype_name(a) == "float64"]
         if not wide:
             return
         why = f"{' and '.join(wide)} {'has' if len(wide) == 1 else 'have'} dtype float64, which not every backend has"
         way = f"convert {' and '.join(wide)} to float32 first"
     raise ValueError(f"mode='reproducible' is not possible: {why}. Use mode='fast', or {way}")
+
+
+_EACH_ITS_OWN = "w has {}: every product has a scale of its own, so that no sum of integers is left"
 
 
 def _why_not_reproducible(w: QArray, contract: int) -> str | None:
@@ -448,7 +456,7 @@ def _why_not_reproducible(w: QArray, contract: int) -> str | None:
     elif w.float_dtype == "float64":
         why = "w was quantized from float64, so that its scales have dtype float64, which not every backend has"
     elif not reference.has_integer_sums(w.scale, contract, w.block[contract]):
-        why = f"w has {w.granularity}: every product has a scale of its own, so that no sum of integers is left"
+        why = _EACH_ITS_OWN.format(w.granularity)
     return why
 
 

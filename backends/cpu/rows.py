@@ -7,6 +7,7 @@ told of codes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,10 @@ from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, element_type
 
 __all__ = ["Told", "as_rows", "dtype_of", "in_bytes", "in_integers", "told_of", "unpacked"]
+
+
+LONGEST_ROW, SHORTEST_ROW = 1 << 15, 1 << 10
+"""Codes of rows that a stream is cut to, where it may be cut anywhere."""
 
 
 class Told(NamedTuple):
@@ -68,9 +73,12 @@ def unpacked(stream: Array, bits: int, length: int, signed: bool) -> Any:
     """``packing.unpack`` of a stream of fewer than 8 bits a code; NotImplemented where there are no loops."""
     if bits == 1:
         return NotImplemented
-    element, lead = element_type(f"{'' if signed else 'u'}int{bits}"), stream.shape[:-1]
+    element, shape = element_type(f"{'' if signed else 'u'}int{bits}"), (*stream.shape[:-1], length)
+    alike = math.gcd(math.prod(shape), LONGEST_ROW)
+    if length % 8 == 0 and alike >= SHORTEST_ROW:  # rows join without a gap: all are cut alike, that threads share them
+        stream, length = stream.reshape(-1, alike * bits // 8), alike
     codes = in_bytes(stream.reshape(-1, stream.shape[-1]), element, length, packed=True)
-    return codes if codes is NotImplemented else codes.reshape(*lead, length).view(element.storage)
+    return codes if codes is NotImplemented else codes.reshape(shape).view(element.storage)
 
 
 def in_integers(w: Coded, *, spec: Spec) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from aqt_lite.backends.cpu.decoding import LANES, dequantize_apart
+from aqt_lite.backends.cpu.decoding import BYTES, LANES, dequantize_apart, width_of
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 from aqt_lite.backends.cpu.turning import turn_plane
@@ -26,7 +26,7 @@ HEIGHT = 64
 """Rows that are turned at a time: a line of the cache in every column."""
 
 FLOATS = 1 << 15
-"""Numbers that are floats at a time, 128 KB, but of one row at least."""
+"""Numbers that are floats at a time: 128 KB."""
 
 
 @njit(nogil=True, cache=True)
@@ -35,6 +35,32 @@ def _narrow(numbers: Any, out: Any) -> None:  # pragma: no cover - compiled
         row, bytes_ = numbers[n], out[n]
         for k in range(row.shape[0]):
             bytes_[k] = np.uint8(np.int32(row[k]) & 255)
+
+
+@njit(nogil=True, cache=True)
+def _decode(
+    codes: Any, inner: Any, kind: Any, flip: Any, table: Any, per_unit: Any, numbers: Any
+) -> None:  # pragma: no cover - compiled
+    scale, nothing = np.full((1, 1), per_unit, dtype=np.float32), np.empty(0, dtype=np.float32)
+    no_codes, no_zeros = np.empty((0, 0), dtype=np.uint8), np.empty((0, 0), dtype=np.int32)
+    size = (inner + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
+    dequantize_apart((codes, inner, kind, flip, table, scale, no_codes, nothing, no_zeros, size, 0, numbers))
+
+
+@njit(nogil=True, cache=True)
+def _of_long_row(
+    row: Any, inner: Any, kind: Any, flip: Any, table: Any, per_unit: Any, numbers: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    """Numbers of a row of more codes than are floats at a time: parts of it that begin with a byte."""
+    bits = 8 if kind == BYTES else 4
+    if table.ndim == 2:
+        bits = width_of(kind, table[0])
+    for first in range(0, inner, FLOATS):
+        count = min(FLOATS, inner - first)
+        part = row[first * bits // 8 : ((first + count) * bits + 7) // 8]
+        some = numbers[:count].reshape(1, count)
+        _decode(part.reshape(1, part.shape[0]), count, kind, flip, table, per_unit, some)
+        _narrow(some, out[first : first + count].reshape(1, count))
 
 
 @njit(nogil=True, cache=True)
@@ -58,21 +84,20 @@ def in_bytes(
         else:
             out[start:stop] = codes[start:stop]
         return
-    scale, nothing = np.full((1, 1), per_unit, dtype=np.float32), np.empty(0, dtype=np.float32)
-    no_codes, no_zeros = np.empty((0, 0), dtype=np.uint8), np.empty((0, 0), dtype=np.int32)
-    size = (inner + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
-    some = min(max(FLOATS // inner, 1), HEIGHT)
-    numbers = np.empty((min(some, stop - start), inner), dtype=np.float32)
-    lines = np.empty((HEIGHT if turned else 0, inner), dtype=np.uint8)
-    for first in range(start, stop, HEIGHT):
-        last = min(first + HEIGHT, stop)
+    together = HEIGHT if turned else max(stop - start, 1)
+    some = min(max(FLOATS // inner, 1), together)
+    numbers = np.empty((min(some, stop - start), min(inner, FLOATS)), dtype=np.float32)
+    lines = np.empty((min(HEIGHT, stop - start) if turned else 0, inner), dtype=np.uint8)
+    for first in range(start, stop, together):
+        last = min(first + together, stop)
         for n in range(first, last, some):
             here = min(n + some, last)
-            floats = numbers[: here - n]
-            dequantize_apart((
-                codes[n:here], inner, kind, flip, table, scale, no_codes, nothing, no_zeros, size, 0, floats
-            ))  # fmt: skip
-            _narrow(floats, lines[n - first : here - first] if turned else out[n:here])
+            whole = lines[n - first : here - first] if turned else out[n:here]
+            if inner > FLOATS:
+                _of_long_row(codes[n], inner, kind, flip, table, per_unit, numbers[0], whole[0])
+            else:
+                _decode(codes[n:here], inner, kind, flip, table, per_unit, numbers[: here - n])
+                _narrow(numbers[: here - n], whole)
         if turned:
             turn_plane(lines.ctypes.data, inner, last - first, inner, out.ctypes.data + first, out.strides[0], 1)
 
