@@ -731,10 +731,20 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         """Codes as they are kept, but one an item."""
         if self.packed_length is None:
             return self.storage
+        self._check_stream()
         self._check_usable("storage", self.storage)
         element = self._element
         signed = not element.storage.startswith("u")
         return run(self._backend, unpack, self.storage, bits=element.bits, length=self.packed_length, signed=signed)
+
+    def _check_stream(self) -> None:
+        """ValueError where there are not so many bytes as packed codes take."""
+        if self.packed_length is not None and self.storage.shape[-1] != bytes_of(self.packed_length, self.bits):
+            raise ValueError(
+                f"this QArray has {self.packed_length} codes of {self.bits} bits along the last axis, so its storage "
+                f"should have {bytes_of(self.packed_length, self.bits)} bytes there, not {self.storage.shape[-1]}: it "
+                "was joined or cut without a view to the packing; use aqt_lite.concatenate, q[...] or q.unpacked()"
+            )
 
     def _ragged_axes(self) -> Block:
         return _ragged_axes(self.shape, self.block)
@@ -762,12 +772,7 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
                     f"codes have length {shape[axis]} there: they were joined or cut without a view to the groups; use "
                     "aqt_lite.concatenate or q[...]"
                 )
-        if self.packed_length is not None and self.storage.shape[-1] != bytes_of(self.packed_length, self.bits):
-            raise ValueError(
-                f"this QArray has {self.packed_length} codes of {self.bits} bits along the last axis, so its storage "
-                f"should have {bytes_of(self.packed_length, self.bits)} bytes there, not {self.storage.shape[-1]}: it "
-                "was joined or cut without a view to the packing; use aqt_lite.concatenate, q[...] or q.unpacked()"
-            )
+        self._check_stream()
         grid = grid_of(shape, block)
         compute = float_type(self.float_dtype).compute
         for name in ("scale", "zero_point", "offset"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from optional import jax, jnp, torch
@@ -190,6 +192,49 @@ def test_scales_that_x_cannot_take_are_not_multiplied_into_it(of_x, of_scales, b
     wanted = x.astype(np.float64) @ q.dequantize().T.astype(np.float64)
     for y in products(x, q, np.zeros(OUT, np.float32), backend, linear):
         np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-2)
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+@pytest.mark.parametrize(
+    ("dtype", "code"), [("int8", 127), ("int4", 7), ("float8_e4m3fn", 0x7E), ("float8_e5m2", 0x7B), ("int16", 32767)]
+)
+def test_values_that_dequantizing_clips_are_clipped_in_products(dtype, code, backend):
+    """Of a scale so large that codes stand for more than float32 has; x is so small that the product is not."""
+    codes = np.full((OUT, IN), code, np.int16 if dtype == "int16" else np.uint8 if "float" in dtype else np.int8)
+    scale = np.full((1, IN), 1e-3, np.float32)
+    scale[0, 0] = 8e37
+    x = np.full((2, IN), 1e-3, np.float32)
+    x[:, 0] = 1e-20
+    q = QArray.from_codes(codes, scale, dtype=dtype, granularity=PerChannel(1))
+    wanted = x.astype(np.float64) @ q.dequantize().T.astype(np.float64)
+    for y in [
+        *products(x, q, np.zeros(OUT, np.float32), backend, linear),
+        *products(x, q.T, np.zeros(OUT, np.float32), backend, dense),
+    ]:
+        np.testing.assert_allclose(y, wanted, rtol=1e-5)
+
+
+@needs_loops
+@pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
+def test_infinite_codes_with_a_scale_for_each_input(backend):
+    codes = np.full((OUT, IN), 0x3C, np.uint8)
+    codes[0, 0], codes[1, 1] = 0x7C, 0xFC  # of e5m2, infinities, which dequantizing clips
+    q = quantize(np.ones((OUT, IN), np.float32), "float8_e5m2", granularity=PerChannel(1))
+    q = replace(q, storage=codes.view(q.storage.dtype), scale=np.full((1, IN), 0.25, np.float32))
+    x = np.full((1, IN), 0.125, np.float32)
+    wanted = x.astype(np.float64) @ q.dequantize().T.astype(np.float64)
+    for y in products(x, q, np.zeros(OUT, np.float32), backend, linear):
+        np.testing.assert_allclose(y, wanted, rtol=1e-5)
+
+
+@needs_loops
+def test_streams_that_are_too_short_are_refused_and_not_read_beyond():
+    q = replace(quantize(weight(1000, 2000), "int4"), packed_length=64_000)
+    for unpack in (lambda: q.qvalue, q.unpacked, q.dequantize):
+        with pytest.raises(ValueError, match="should have 32000 bytes there, not 1000"):
+            unpack()
+    assert rows.unpacked(q.storage, 4, 64_000, True) is NotImplemented
 
 
 @needs_loops

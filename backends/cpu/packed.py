@@ -129,6 +129,7 @@ def _pack(codes: Array, bits: int, out: Array) -> None:
 def _unpack(stream: Array, bits: int, signed: bool, out: Array) -> None:
     rows, length = out.shape
     words = -(-length // 8)
+    stream = stream[:, : words * bits]
     if stream.shape[1] != words * bits:
         whole = np.zeros((rows, words * bits), np.uint8)
         whole[:, : stream.shape[1]] = stream

@@ -23,6 +23,7 @@ from aqt_lite.backends.cpu.operands import scales_in
 from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, ends_of_parts, in_parts, steps_of_elements
 from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, element_type
+from aqt_lite.packing import bytes_of
 
 __all__ = ["Told", "as_rows", "dtype_of", "in_bytes", "in_integers", "told_of", "unpacked"]
 
@@ -71,7 +72,7 @@ def in_bytes(codes: Array, element: ElementType, inner: int, packed: bool, turne
 
 def unpacked(stream: Array, bits: int, length: int, signed: bool) -> Any:
     """``packing.unpack`` of a stream of fewer than 8 bits a code; NotImplemented where there are no loops."""
-    if bits == 1:
+    if bits == 1 or stream.shape[-1] < bytes_of(length, bits):  # the loops would read beyond the last of its bytes
         return NotImplemented
     element, shape = element_type(f"{'' if signed else 'u'}int{bits}"), (*stream.shape[:-1], length)
     alike = math.gcd(math.prod(shape), LONGEST_ROW)

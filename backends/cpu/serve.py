@@ -16,6 +16,7 @@ import numpy as np
 from aqt_lite._namespace import Array
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import runtime
+from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
@@ -219,9 +220,18 @@ def sums_single_codes(w: Coded, spec: Spec, contract: int) -> bool:
 
 
 def scales_may_meet_x(w: Coded, spec: Spec, contract: int) -> bool:
-    """Whether these scales may be multiplied into x: there is nothing else, and all outputs have the same."""
+    """Whether these scales may be multiplied into x: there is nothing else, and all outputs have the same.
+
+    Not where codes stand for infinities, which dequantizing clips.
+    """
     plain = not isinstance(w.scale, tuple) and w.zero_point is None and w.offset is None
-    return plain and sums_single_codes(w, spec, contract) and w.scale.shape[0] == 1
+    finite = spec.element.bits > 8 or not np.isinf(numbers_of_codes(spec.element)).any()
+    return plain and finite and sums_single_codes(w, spec, contract) and w.scale.shape[0] == 1
+
+
+def largest_scale_to_meet_x(spec: Spec) -> float:
+    """Magnitude up to which no value, which would be clipped otherwise, is beyond float32."""
+    return spec.source.max / max(abs(spec.element.min), abs(spec.element.max), 1.0)
 
 
 def _shape_of_scales(w: Coded) -> tuple[int, ...]:

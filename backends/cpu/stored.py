@@ -250,7 +250,8 @@ def with_scales_in_x(x: Array, w: Coded, spec: Spec, contract: int) -> tuple[Arr
         own = x.astype(np.float32, copy=False) * w.scale.reshape(1, -1)
         size = np.abs(own)
         fits = (size < serve.LARGEST_UNSCALED) & ((size >= serve.SMALLEST_SCALED) | (x == 0))
-    if not fits.all():
+        small = np.abs(w.scale) <= serve.largest_scale_to_meet_x(spec)
+    if not (fits.all() and small.all()):
         return None
     return own, w._replace(scale=np.ones((1, 1), np.float32)), replace(spec, block=(None, None))
 

@@ -110,9 +110,10 @@ def _of_single_codes(x: Array, w: Coded, bias: Array | None, spec: Spec, contrac
     own = x.astype(jnp.float32) * w.scale
     size = jnp.abs(own)
     fits = (size < serve.LARGEST_UNSCALED) & ((size >= serve.SMALLEST_SCALED) | (x == 0))
+    small = jnp.abs(w.scale) <= serve.largest_scale_to_meet_x(spec)
     one = w._replace(scale=jnp.ones_like(w.scale[:, :1]))
     y = _fast(own, one, bias, replace(spec, block=(None, None)), contract).astype(x.dtype)
-    return _unless(~jnp.all(fits), y, otherwise)
+    return _unless(~(jnp.all(fits) & jnp.all(small)), y, otherwise)
 
 
 def _by_floats(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
