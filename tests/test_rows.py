@@ -73,14 +73,18 @@ def test_weights_in_out_have_the_bits_of_the_reference(kind):
 OF_PROGRAMS = [
     "int8",
     "uint8, zero points, groups",
-    "int8, a scale an input",
     "int4",
+    "int8, a scale an input",
     "uint4, zero points, groups of 7",
     "e2m1, one scale",
 ]
 
 
+of_every_run = pytest.mark.exhaustive_unless(kind=OF_PROGRAMS[:3])  # others compile for seconds
+
+
 @needs_loops
+@of_every_run
 @pytest.mark.parametrize("kind", OF_PROGRAMS)
 def test_programs_of_jax(kind):
     rng = np.random.default_rng(1)
@@ -102,6 +106,7 @@ def test_programs_of_jax(kind):
 
 
 @needs_loops
+@of_every_run
 @pytest.mark.parametrize("kind", OF_PROGRAMS)
 def test_torch_eager_and_compiled(kind):
     rng = np.random.default_rng(1)
@@ -158,6 +163,7 @@ def root_mean_square(x):
 
 
 @needs_loops
+@pytest.mark.exhaustive_unless(kind=["int8", "uint4, zero points", "nf4, groups of outputs", "int16, columns"])
 @pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
 @pytest.mark.parametrize("kind", SINGLE)
 def test_fast_products_err_as_float32_does(kind, backend):
@@ -195,6 +201,7 @@ def test_scales_that_x_cannot_take_are_not_multiplied_into_it(of_x, of_scales, b
 
 
 @needs_loops
+@pytest.mark.exhaustive_unless(dtype=["int8", "float8_e5m2"])
 @pytest.mark.parametrize("backend", ["numpy", "jax", "torch"])
 @pytest.mark.parametrize(
     ("dtype", "code"), [("int8", 127), ("int4", 7), ("float8_e4m3fn", 0x7E), ("float8_e5m2", 0x7B), ("int16", 32767)]
@@ -241,6 +248,7 @@ def test_streams_that_are_too_short_are_refused_and_not_read_beyond():
 @pytest.mark.parametrize(
     "shape", [(IN, OUT), (1 << 18,), (3, 1 << 17), ((1 << 18) + 3,), (2, 70_001), (1 << 15, 8), (5, 3, 9999)]
 )
+@pytest.mark.exhaustive_unless(bits=[3, 4])
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_streams_are_unpacked_by_loops(bits, shape):
     codes = np.random.default_rng(bits).integers(0, 1 << bits, shape).astype(np.uint8)
@@ -254,6 +262,7 @@ def test_streams_are_unpacked_by_loops(bits, shape):
 
 
 @needs_loops
+@pytest.mark.exhaustive_unless(kind=["int8", "int4"])
 @pytest.mark.parametrize("shape", [(2, 70_001), (70_001, 2), (131_073, 1), (1, 131_073)])
 @pytest.mark.parametrize("kind", ["int8", "int4", "int3", "e2m1, one scale"])
 def test_long_rows_and_columns(kind, shape):
