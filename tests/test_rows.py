@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from optional import jax, jnp, torch
+from processors import run_without_avx_512
 from test_dots import hard_rows
 
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
@@ -272,3 +273,11 @@ def test_long_rows_and_columns(kind, shape):
     for product, inner in ((dense, shape[0]), (linear, shape[1])):
         x = rng.standard_normal((2, inner)).astype(np.float32)
         assert_same_bits(product(x, q, mode="reproducible"), without_kernels(product, x, q))
+
+
+@needs_loops
+@pytest.mark.exhaustive
+def test_processors_without_avx_512():
+    some = [f"{test_weights_in_out_have_the_bits_of_the_reference.__name__}[{kind}]" for kind in OF_PROGRAMS]
+    tests = [*some, test_streams_are_unpacked_by_loops]
+    run_without_avx_512(__file__, tests, "runtime.whole_loops().LANES == 8")
