@@ -76,9 +76,9 @@ def dequantize(w: Coded, spec: Spec, length: int | None, out: str, into: Array |
 
 def _with_offsets(w: Coded, spec: Spec, length: int | None, out: str, into: Array | None) -> Any:
     """The same of codes with offsets: halves, to which halves of these are added, as ``affine.dequantize`` does."""
-    size = spec.block[-1]
     plain = isinstance(w.scale, np.ndarray) and w.scale.dtype == np.float32 and w.zero_point is None
-    if not plain or w.codes.ndim != 2 or (size or SHORTEST_GROUP) < SHORTEST_GROUP:
+    size = spec.block[-1] if w.codes.ndim == 2 else 1
+    if not plain or (size or SHORTEST_GROUP) < SHORTEST_GROUP:
         return NotImplemented
     zero = np.zeros(w.scale.shape, np.int32) if spec.element.storage == "uint8" else None  # loops take 128 off else
     own = Coded(w.codes, w.scale * np.float32(0.5), zero)
