@@ -1,13 +1,16 @@
-"""Products with 4-bit weights in groups, as other libraries make them: what ``stored.py`` puts beside ours.
+"""Products by weights of 4 bits in groups, and of 8, as other libraries make them: what ``stored.py`` has beside ours.
 
 Owns: the functions of each backend from a float32 weight (N, K) and x (M, K) to calls by name, each with the weight in
 float64 that it stands for, so that its error is measured against its own quantization. Those whose packages are missing
 are left out and said: ONNX Runtime is in the development set-up, the others come with
 
-    pip install --no-deps optimum-quanto==0.2.7 qwix==0.1.8
+    pip install --no-deps optimum-quanto==0.2.7 qwix==0.1.8 ai-edge-litert==2.3.0
 
 torchao 0.18's int4 weights ask for a package of kernels for accelerators (mslk), so there is no row of them.
-LiteRT takes whole models, which its converter makes from another framework's: there is no row of it, either.
+
+LiteRT multiplies int8 weights with a scale for each output, by XNNPACK, in two ways: with x rounded to 8 bits, and
+in float32, by weights of which it makes floats as a model is loaded. That it has a product of float32 with int8 as it
+lies, nothing in its answers shows.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import run
 import torch
 
 import aqt_lite
-from aqt_lite import PerGroup
+from aqt_lite import PerChannel, PerGroup
 
 
 class Peer(NamedTuple):
@@ -110,6 +113,85 @@ def qwix_int4(w: np.ndarray, x: np.ndarray) -> Peer:
     return Peer(lambda i: run.wait(product(given, theirs)), as_wide(qwix.dequantize(theirs)), True)
 
 
+def litert(exact: bool) -> Callable[..., Peer]:
+    """LiteRT's FULLY_CONNECTED of int8 weights; ``exact``: after DEQUANTIZE, which leaves x in float32."""
+
+    def made(w: np.ndarray, x: np.ndarray) -> Peer:
+        from ai_edge_litert.interpreter import Interpreter
+
+        q = aqt_lite.quantize(w, "int8", scheme="symmetric", granularity=PerChannel(0))
+        content = model_of_litert(q, len(x), exact)
+
+        def loaded(_: int) -> Any:
+            interpreter = Interpreter(model_content=content, num_threads=torch.get_num_threads())
+            interpreter.allocate_tensors()
+            interpreter.set_tensor(0, x)
+            return interpreter
+
+        some = run.rotating(loaded, q.nbytes * (4 if exact else 1), most=4)
+
+        def call(i: int) -> Any:
+            interpreter = some[i % len(some)]
+            interpreter.invoke()
+            return interpreter.get_tensor(1)
+
+        return Peer(call, as_wide(q.dequantize()), exact)
+
+    return made
+
+
+def model_of_litert(q: aqt_lite.QuantizedArray, rows: int, exact: bool) -> bytes:
+    """A model of one product, ``x`` (tensor 0) to ``y`` (tensor 1), as its schema has it."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    columns, inner = q.shape
+
+    def tensor(name: str, shape: list[int], dtype: str, buffer: int = 0) -> Any:
+        made = schema.TensorT()
+        made.name, made.shape, made.buffer = name, np.array(shape, np.int32), buffer
+        made.type = getattr(schema.TensorType, dtype)
+        return made
+
+    def operator(index: int, inputs: list[int], output: int) -> Any:
+        made = schema.OperatorT()
+        made.opcodeIndex, made.inputs, made.outputs = index, np.array(inputs, np.int32), np.array([output], np.int32)
+        return made
+
+    def code(which: int, version: int) -> Any:
+        made = schema.OperatorCodeT()
+        made.builtinCode = made.deprecatedBuiltinCode = which
+        made.version = version
+        return made
+
+    weight = tensor("w", [columns, inner], "INT8", buffer=1)
+    weight.quantization = schema.QuantizationParametersT()
+    weight.quantization.scale = np.asarray(q.scale).reshape(-1)
+    weight.quantization.zeroPoint = np.zeros(columns, np.int64)
+    constant = schema.BufferT()
+    constant.data = np.asarray(q.qvalue).view(np.uint8).reshape(-1)
+    of_x, of_y = tensor("x", [rows, inner], "FLOAT32"), tensor("y", [rows, columns], "FLOAT32")
+    product = operator(0, [0, 3 if exact else 2, -1], 1)
+    product.builtinOptionsType = schema.BuiltinOptions.FullyConnectedOptions
+    product.builtinOptions = schema.FullyConnectedOptionsT()
+
+    graph = schema.SubGraphT()
+    graph.name, graph.inputs, graph.outputs = "main", [0], [1]
+    graph.tensors, graph.operators = [of_x, of_y, weight], [product]
+    if exact:
+        graph.tensors.append(tensor("of w", [columns, inner], "FLOAT32"))
+        graph.operators.insert(0, operator(1, [2], 3))
+    model = schema.ModelT()
+    model.version, model.buffers, model.subgraphs = 3, [schema.BufferT(), constant], [graph]
+    model.operatorCodes = [
+        code(schema.BuiltinOperator.FULLY_CONNECTED, 1 if exact else 12),
+        code(schema.BuiltinOperator.DEQUANTIZE, 6),
+    ]
+    builder = flatbuffers.Builder(q.nbytes)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
 def as_wide(values: Any) -> np.ndarray:
     values = values.detach() if isinstance(values, torch.Tensor) else values
     return np.asarray(values).astype(np.float64)
@@ -119,6 +201,8 @@ ON_NUMPY = {
     "onnxruntime MatMulNBits, groups of 32": matmul_nbits(32, 1),
     "onnxruntime MatMulNBits, groups of 128": matmul_nbits(128, 1),
     "onnxruntime MatMulNBits, groups of 32, x in 8 bits": matmul_nbits(32, 4),
+    "LiteRT int8, one scale an output, weights as floats": litert(exact=True),
+    "LiteRT int8, one scale an output, x in 8 bits": litert(exact=False),
 }
 ON_TORCH = {"quanto int4, groups of 128": quanto_int4}
 ON_JAX = {"qwix int4, groups of 128": qwix_int4}
