@@ -1,6 +1,6 @@
 """Speed, side by side in one run: quantize and dequantize against copying, products against the float32 product.
 
-    make bench                                  everything, written to benchmarks/results.json and docs/roofline.png
+    make bench                                  everything, written to benchmarks/results.json
     python benchmarks/run.py --quick            smaller arrays, nothing written: does the harness work here?
     python benchmarks/run.py --only products    one part
 
@@ -567,45 +567,6 @@ def accelerator(sizes: list[int], rows_of_x: list[int]) -> dict:
     return found
 
 
-# ---- picture
-
-
-def roofline(results: dict, path: Path) -> None:
-    """Products by arithmetic intensity against what memory and the float32 product allow."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    ax = figure.add_subplot()
-    size = max(r["size"] for r in results["products"])
-    chosen = [r for r in results["products"] if r["size"] == size]
-    peak = max(2 * r["m"] * size**2 / r["ms"] / 1e6 for r in chosen if r["who"] == "float32")
-    read = results["copy_gb_s"]
-    for bytes_a_weight, label, style in ((4, "float32 weights", ":"), (1, "int8 weights", "-")):
-        m = np.geomspace(1, 512, 50)
-        ax.plot(m, np.minimum(2 * m / bytes_a_weight * read, peak), f"k{style}", lw=1, label=f"limit, {label}")
-    colours = {"numpy": "tab:blue", "torch": "tab:red", "jax": "tab:green"}
-    for backend, colour in colours.items():
-        for who, marker, face in (
-            ("float32", "o", "none"),
-            ("linear", "s", colour),
-            ("linear, reproducible", "^", colour),
-        ):
-            points = [
-                (r["m"], 2 * r["m"] * size**2 / r["ms"] / 1e6)
-                for r in chosen
-                if (r["backend"], r["who"]) == (backend, who)
-            ]
-            if points:
-                ax.plot(
-                    *zip(*points, strict=True), marker=marker, mfc=face, color=colour, lw=0.8, label=f"{backend}: {who}"
-                )
-    ax.set(xscale="log", yscale="log", xlabel="rows of x (M)", ylabel="billions of multiply-adds x 2 a second")
-    ax.set_title(f"x (M, {size}) times int8 weights ({size}, {size}), per channel")
-    ax.legend(fontsize=8, ncols=2)
-    ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small arrays, and nothing is written")
@@ -650,8 +611,7 @@ def main() -> None:
         options.out.write_text(json.dumps({**before, options.only: results[options.only]}, indent=1) + "\n")
     elif not (options.quick or options.only):
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-        roofline(results, ROOT / "docs" / "roofline.png")
-        print(f"\nwritten: {options.out}, docs/roofline.png")
+        print(f"\nwritten: {options.out}")
 
 
 if __name__ == "__main__":
