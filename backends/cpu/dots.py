@@ -69,6 +69,7 @@ __all__ = [
     "finish_columns",
     "finish_columns_apart",
     "finish_in_parts",
+    "from_fixed_point",
     "multiply_one_row",
     "multiply_rows",
     "pack_one_row",
@@ -79,6 +80,8 @@ __all__ = [
     "prepare_rows",
     "refine_rows",
     "shape_of_panels",
+    "to_finer",
+    "to_fixed_point",
 ]
 
 
@@ -583,7 +586,7 @@ LOW_BITS, CARRY = 24, np.float32(2.0**24)
 
 
 @njit(nogil=True, cache=True)
-def _to_fixed_point(
+def to_fixed_point(
     x: Any, powers: Any, integers: Any, exponent: Any, total: Any, flags: Any
 ) -> None:  # pragma: no cover
     """Rows of float32 as integers ``rint(x * 2^(30 - exponent))``, their sums and flags.
@@ -629,10 +632,10 @@ def _to_fixed_point(
 
 
 @njit(nogil=True, cache=True)
-def _to_finer(
+def to_finer(
     x: Any, powers: Any, exponent: Any, flags: Any, integers: Any, total: Any
 ) -> None:  # pragma: no cover - compiled
-    """What ``_to_fixed_point`` rounded away of rows that want a second pass, times 2^31, and its sums; else zeros."""
+    """What ``to_fixed_point`` rounded away of rows that want a second pass, times 2^31, and its sums; else zeros."""
     for m in range(x.shape[0]):
         row, out, added = x[m], integers[m], np.int64(0)
         if flags[m] & SECOND_PASS:
@@ -655,7 +658,7 @@ def _rounded(s: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _from_fixed_point(
+def from_fixed_point(
     sums: Any, total: Any, finer: Any, finer_total: Any, flags: Any, zero: Any, fraction: Any, row_exponent: Any,
     exponent: Any, powers: Any, bias: Any, y: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
@@ -704,7 +707,7 @@ def prepare_rows(
     for first in range(0, rows, height):
         last = min(first + height, rows)
         some = integers[: last - first]
-        _to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
+        to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
         _put_in_panel(some, first, height, panels, tail)
 
 
@@ -734,7 +737,7 @@ def refine_rows(
         last = min(first + height, rows)
         if _want_a_second_pass(flags[first:last]):
             some = integers[: last - first]
-            _to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
+            to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
             _put_in_panel(some, first, height, panels, tail)
 
 
@@ -792,7 +795,7 @@ def finish_columns(
                     else:
                         one = finer[top // height : top // height + 1]
                         _multiply_rows_apart((codes, finer_tail[of_panel], one, DIGITS, height, second))
-                _from_fixed_point(
+                from_fixed_point(
                     found[top - first : end - first], total[of_panel], second, finer_total[of_panel], flags[of_panel],
                     zero[these], fraction[these], row_exponent[of_panel], exponent[these], powers, bias[these],
                     y[of_panel, these],

@@ -18,10 +18,11 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
+from aqt_lite.backends.cpu.in_out import parts_of_rows
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.backends.cpu.operands import blocks_of_rows, scales_in
-from aqt_lite.backends.cpu.rows import as_rows, in_bytes
+from aqt_lite.backends.cpu.rows import as_rows, in_bytes, turned_over
 from aqt_lite.backends.cpu.runtime import (
     CHUNKS_PER_CORE,
     LOADED,
@@ -235,11 +236,38 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
         own, w, spec = scaled
         y = matmul_reproducible(own, w, bias, spec=spec, contract=contract)
         return y if y is NotImplemented else y.astype(x.dtype, copy=False)
+    if serve.sums_across(x, x.dtype.name, w, spec, contract):
+        return _across(x, w, bias, spec)
     if serve.become_rows(x.dtype.name, w, spec, contract, packed=False):
         return _along_rows(x, w, bias, spec, contract, None)
     if serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=False):
         return matmul_in_groups(x, w, bias, spec=spec, packed=False)
     return _by_dots(x, w, bias, spec=spec, contract=contract, fast=False)
+
+
+def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
+    """``reference.matmul_reproducible`` of a weight (K, N) of integers, a byte each: ``serve.sums_across``."""
+    loops, powers, (length, columns), rows = runtime.across_loops(), powers_of_two(), w.codes.shape, len(x)
+    turned, plain = turned_over(w, spec, get_backend("numpy"))
+    fraction, exponent, zero, bias = _of_columns(turned, bias, plain)
+    codes = np.ascontiguousarray(w.codes)
+    of_x = np.ascontiguousarray(x, dtype=np.float32)
+    row_exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
+    digits, finer_total = np.empty((2 * rows, -(-length // 4), loops.DIGITS), np.uint32), np.zeros(rows, np.int64)
+    loops.prepare(of_x, powers, row_exponent, total, flags, digits)
+    wanted = rows + loops.refine(of_x, powers, row_exponent, flags, finer_total, digits[rows:])
+
+    width = loops.words_of(columns)
+    ends, each = parts_of_rows(length, wanted, columns, loops.DIGITS * width)
+    sums = aligned_empty((len(ends) - 1, wanted, loops.DIGITS, width), np.int32, LOADED)
+    flip, steps = 128 * (codes.dtype == np.int8), steps_of_product(codes.size, wanted)
+    in_parts(loops.multiply_in_parts, steps, ends, codes.view(np.uint8), flip, digits[:wanted], each, sums)
+
+    y = np.empty((rows, columns), dtype=np.float32)
+    steps = steps_of_product(sums.size, 1)
+    given = sums, row_exponent, total, flags, finer_total, fraction, exponent, zero + np.int32(128), bias, powers, y
+    in_parts(loops.finish_in_parts, steps, ends_of_parts(columns, loops.STRIP, steps), *given)
+    return y.astype(x.dtype, copy=False)
 
 
 def _along_rows(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None) -> Any:

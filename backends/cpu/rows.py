@@ -25,7 +25,7 @@ from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Told", "as_rows", "dtype_of", "in_bytes", "in_integers", "told_of", "unpacked"]
+__all__ = ["Told", "as_rows", "dtype_of", "in_bytes", "in_integers", "told_of", "turned_over", "unpacked"]
 
 
 LONGEST_ROW, SHORTEST_ROW = 1 << 15, 1 << 10
@@ -101,5 +101,11 @@ def as_rows(numbers: Array, w: Coded, spec: Spec, contract: int, b: Backend) -> 
         w = w._replace(scale=scales_in(element.unit, w.scale, spec, b))
     if contract == 1:
         return w._replace(codes=numbers), plain
-    turned = [None if a is None else b.xp.permute_dims(a, (1, 0)) for a in (w.scale, w.zero_point)]
-    return Coded(numbers, *turned), replace(plain, block=spec.block[::-1])
+    turned, plain = turned_over(w, plain, b)
+    return turned._replace(codes=numbers), plain
+
+
+def turned_over(w: Coded, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
+    """A weight (K, N) and what it means as (N, K), as far as shapes go: its codes lie as they did."""
+    arrays = [None if a is None else b.xp.permute_dims(a, (1, 0)) for a in w[:3]]
+    return Coded(*arrays), replace(spec, block=spec.block[::-1])

@@ -409,6 +409,11 @@ def integer_dots() -> Any:
     return None if compiled_loops() is None else _loaded_dots()
 
 
+def across_loops() -> Any:
+    """The loops of such dot products for a weight that lies (in, out), or None where there are none."""
+    return None if integer_dots() is None else _loaded_across()
+
+
 def decoding_loops() -> Any:
     """The loops whose codes become numbers in registers, or None without numba or such a processor."""
     return None if compiled_loops() is None else _loaded_decoding()
@@ -491,6 +496,13 @@ def _loaded_decoding() -> Any:
     from aqt_lite.backends.cpu import decoding
 
     return decoding if decoding.AVAILABLE else None
+
+
+@functools.cache
+def _loaded_across() -> Any:
+    from aqt_lite.backends.cpu import across
+
+    return across if across.SERVES else None
 
 
 @functools.cache

@@ -80,6 +80,9 @@ LEAST_CODES_FOR_PIECES = 1 << 22
 MOST_ROWS_IN_REGISTERS = 16
 """Rows of x up to which codes of a weight (in, out) are decoded in registers for every few, and not in a cache."""
 
+MOST_ROWS_ACROSS = 16
+"""Rows of x up to which exact sums of such a weight are those of its codes as they lie, and not in rows."""
+
 MOST_ROWS_IN_OUT = 128
 """Rows of x up to which such a weight is read as it lies, and not dequantized for BLAS."""
 
@@ -179,6 +182,22 @@ def dots(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
         and one_scale_a_column(w, contract)
         and w.codes.shape[1] <= reference.LONGEST_PIECE
         and runtime.integer_dots() is not None
+    )
+
+
+def sums_across(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
+    """Whether they serve for a weight (in, out) as it lies."""
+    plain = spec.element.zero_points and not isinstance(w.scale, tuple)
+    return (
+        contract == 0
+        and plain
+        and _in_scaled_codes(x_dtype, w, spec, 1)
+        and bytes_and_float32(x, x_dtype, w, spec)
+        and w.scale.shape[0] == 1
+        and len(x) <= MOST_ROWS_ACROSS
+        and w.codes.size >= runtime.LARGE
+        and w.codes.shape[0] <= reference.LONGEST_PIECE
+        and runtime.across_loops() is not None
     )
 
 

@@ -35,7 +35,7 @@ def register_loops() -> bool:
 
     encoding, dots = products.encoding_loops(), products.integer_dots()
     decoding, groups, in_out = products.decoding_loops(), products.group_loops(), products.in_out_loops()
-    whole = products.whole_loops()
+    whole, across = products.whole_loops(), products.across_loops()
     return all(
         [
             encoding is not None and encoding.register(),
@@ -44,5 +44,6 @@ def register_loops() -> bool:
             groups is not None and groups.is_registered(),
             in_out is not None and in_out.register(),
             whole is not None and whole.register(),
+            across is None or across.register(),  # others are there where these are not for the processor
         ]
     )

@@ -212,6 +212,9 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     if scaled is not None:
         own, w, spec = scaled
         return _reproducible(own, w, bias, spec, contract).astype(x.dtype)
+    across = _across_for(x, w, spec, contract)
+    if across is not None:
+        return across.product(x, w, bias, spec)
     if contract == 0 and _become_rows(w, spec):
         return _along_rows(True, x, w, bias, spec, contract)
     plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
@@ -224,6 +227,14 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
         return dots.product(x, w, bias, spec, twice=True)[0]
     y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
     return plain(x, w, bias) if y is NotImplemented else y
+
+
+def _across_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
+    """The primitive around such dot products for a weight (in, out), where it serves and is there; None otherwise."""
+    if contract == 1 or not all(map(_is_known, (*x.shape, *w.codes.shape))):
+        return None
+    inside = jax.sharding.get_abstract_mesh().manual_axes
+    return across_loops() if serve.sums_across(x, x.dtype.name, w, spec, contract) and not inside else None
 
 
 def _become_rows(w: Coded, spec: Spec) -> bool:
@@ -294,6 +305,16 @@ def decoding_loops() -> Any:
     from aqt_lite.backends.jax import decoding
 
     return decoding
+
+
+@functools.cache
+def across_loops() -> Any:
+    """The primitive for exact products with weights that lie (in, out), or None where the loops are missing."""
+    if not _is_one_cpu() or runtime.across_loops() is None:
+        return None
+    from aqt_lite.backends.jax import across
+
+    return across
 
 
 @functools.cache
