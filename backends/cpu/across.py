@@ -6,8 +6,7 @@ becomes of its sums, ``decoding`` for loops of an intrinsic, and ``pool``. They 
 
 A dot product adds four products in each lane. Lanes are columns here: the bytes of four rows of the weight are
 exchanged until those of a column lie side by side, a *word*, which happens within quarters of vectors (``_places`` says
-which column a lane then is). Words of ``DEPTH`` rows and ``STRIP`` columns stay in a cache, until each row of x has met
-them::
+which column a lane then is). Words of some rows and columns stay in a cache, until each row of x has met them::
 
     sum[m, d, lane]  +=  the four bytes of word[k, lane]  .  the four digits d of x[m, 4k : 4k + 4]
 
@@ -65,11 +64,20 @@ QUARTER = 4
 TILE = 4 * LANES
 """Columns whose words are made at a time: a vector of each of four rows, which becomes four vectors of words."""
 
-STRIP, DEPTH = 256, 64
-"""Columns and rows whose words a cache holds: 16 KB."""
+WORDS = 1 << 13
+"""How many a cache holds: 32 KB."""
+
+DEPTH, DEPTH_OF_FEW = 64, 16
+"""Rows of the weight whose words are made before rows of x meet them. Of one and two rows of x sums are soon back in
+memory, and stretches of ``WORDS`` are the longer; more rows keep theirs in registers for longer."""
+
+FEW = 2
+
+STRIP = 256
+"""Columns whose results are finished at a time: whole tiles."""
 
 ROWS = 3
-"""Rows of x in a tile, at most: their sums, of two vectors and four digits, fit the registers (of 32; of 16 one)."""
+"""Rows of x in a tile, at most: their sums, of some vectors and four digits, fit the registers."""
 
 _WIDE = LANES == 16
 _BYTE, _INT, _ADDRESS = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -265,18 +273,20 @@ def add_across(w: Any, flip: Any, digits: Any, start: Any, stop: Any, sums: Any)
     """
     inner, columns = w.shape
     whole, stride = columns - columns % TILE, w.strides[0]
-    words, edge = on_lines(DEPTH // 4, STRIP, np.uint32), np.zeros((4, TILE), dtype=np.uint8)
+    depth = DEPTH_OF_FEW if digits.shape[0] <= FEW else DEPTH
+    strip = WORDS * 4 // depth
+    words, edge = on_lines(depth // 4, strip, np.uint32), np.zeros((4, TILE), dtype=np.uint8)
     sums[:] = 0
-    for at in range(0, sums.shape[2], STRIP):
-        width = min(STRIP, sums.shape[2] - at)
-        for k in range(start, stop, DEPTH):
-            last = min(k + DEPTH, stop)
+    for at in range(0, sums.shape[2], strip):
+        width = min(strip, sums.shape[2] - at)
+        for k in range(start, stop, depth):
+            last = min(k + depth, stop)
             for r in range(k, last, 4):
                 out, there = words[(r - k) // 4].ctypes.data, min(4, inner - r)
                 tiles, row = (min(at + width, whole) - at) // TILE, w.ctypes.data + r * stride + at
-                ahead = row + DEPTH * stride  # beyond the part's end the next strip of its first rows
-                if r + DEPTH >= stop:
-                    ahead = w.ctypes.data + (start + (r - k)) * stride + at + STRIP
+                ahead = row + depth * stride  # beyond the part's end the next strip of its first rows
+                if r + depth >= stop:
+                    ahead = w.ctypes.data + (start + (r - k)) * stride + at + strip
                 if tiles > 0 and there == 4:
                     _make_words(row, stride, tiles, flip, ahead, stride, out)
                     if at + width <= whole:

@@ -18,7 +18,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime, serve
-from aqt_lite.backends.cpu.in_out import parts_of_rows
+from aqt_lite.backends.cpu.in_out import LEAST_CODES
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.backends.cpu.operands import blocks_of_rows, scales_in
@@ -46,11 +46,18 @@ __all__ = [
     "powers_of_two",
     "reproducible_of_weight",
     "reproducible_stored_of_weight",
+    "shares_of_rows",
 ]
 
 
 LONGEST_IN_FLOATS = 256
 """Width of pieces up to which BLAS multiplies them in float64, exactly; from there on integer products gain more."""
+
+MOST_SHARES, ROWS_OF_SHARES = 16, 64
+"""Parts of a weight (in, out) that have exact sums of their own, at most, and rows that each has a multiple of."""
+
+FIXING = 4
+"""Steps of other loops that an entry of x in fixed point takes the time of."""
 
 FEWEST_FOR_BLAS_THREADS = 1 << 18
 """Products up to which BLAS starts no threads, which would be in the way of ours."""
@@ -245,6 +252,14 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
     return _by_dots(x, w, bias, spec=spec, contract=contract, fast=False)
 
 
+@functools.lru_cache(maxsize=64)
+def shares_of_rows(length: int, columns: int) -> tuple[Array, int]:
+    """Where parts of a weight's rows end that have sums of their own, and how many rows each has, but for the last."""
+    parts = max(1, min(2 * runtime.cores(), MOST_SHARES, length * columns // LEAST_CODES))
+    each = -(-length // (parts * ROWS_OF_SHARES)) * ROWS_OF_SHARES
+    return np.array([*range(0, length, each), length]), each
+
+
 def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
     """``reference.matmul_reproducible`` of a weight (K, N) of integers, a byte each: ``serve.sums_across``."""
     loops, powers, (length, columns), rows = runtime.across_loops(), powers_of_two(), w.codes.shape, len(x)
@@ -254,11 +269,15 @@ def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
     of_x = np.ascontiguousarray(x, dtype=np.float32)
     row_exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
     digits, finer_total = np.empty((2 * rows, -(-length // 4), loops.DIGITS), np.uint32), np.zeros(rows, np.int64)
-    loops.prepare(of_x, powers, row_exponent, total, flags, digits)
+
+    def prepare(a: int, b: int) -> None:
+        loops.prepare(of_x[a:b], powers, row_exponent[a:b], total[a:b], flags[a:b], digits[a:b])
+
+    _on_ranges(prepare, rows, 1, x.size * FIXING)
     wanted = rows + loops.refine(of_x, powers, row_exponent, flags, finer_total, digits[rows:])
 
     width = loops.words_of(columns)
-    ends, each = parts_of_rows(length, wanted, columns, loops.DIGITS * width)
+    ends, each = shares_of_rows(length, columns)
     sums = aligned_empty((len(ends) - 1, wanted, loops.DIGITS, width), np.int32, LOADED)
     flip, steps = 128 * (codes.dtype == np.int8), steps_of_product(codes.size, wanted)
     in_parts(loops.multiply_in_parts, steps, ends, codes.view(np.uint8), flip, digits[:wanted], each, sums)

@@ -19,7 +19,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.operands import Operands, adds_nothing, operands_of, operands_of_columns
 from aqt_lite.backends.cpu.runtime import LOADED, aligned_empty, in_parts, map_ranges, steps_of_product
 
-__all__ = ["are_few", "has_columns", "matmul_in_out", "operands_of_rows", "parts_of_rows"]
+__all__ = ["LEAST_CODES", "are_few", "has_columns", "matmul_in_out", "operands_of_rows", "parts_of_rows"]
 
 MOST_PARTS, FEWER_PARTS = 16, 8
 """Parts of K whose sums are added up at the end, and how many there are where all would have many sums."""

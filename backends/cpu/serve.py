@@ -195,7 +195,6 @@ def sums_across(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> 
         and bytes_and_float32(x, x_dtype, w, spec)
         and w.scale.shape[0] == 1
         and len(x) <= MOST_ROWS_ACROSS
-        and w.codes.size >= runtime.LARGE
         and w.codes.shape[0] <= reference.LONGEST_PIECE
         and runtime.across_loops() is not None
     )

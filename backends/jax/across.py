@@ -29,8 +29,7 @@ from aqt_lite.backends.cpu.across import (
     words_of,
 )
 from aqt_lite.backends.cpu.dots import DIGITS
-from aqt_lite.backends.cpu.fixed_point import powers_of_two
-from aqt_lite.backends.cpu.in_out import parts_of_rows
+from aqt_lite.backends.cpu.fixed_point import powers_of_two, shares_of_rows
 from aqt_lite.backends.cpu.native import address_of, in_huge_pages
 from aqt_lite.backends.cpu.rows import turned_over
 from aqt_lite.backends.jax import ffi
@@ -199,7 +198,7 @@ def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Array:
     b, (length, columns) = get_backend("jax"), w.codes.shape
     own, plain = turned_over(w, spec, b)  # of whose codes the shape alone is asked for
     fraction, exponent, zero, bias = reference.of_columns(own, bias, spec=plain, b=b)
-    _, each = parts_of_rows(length, 2 * len(x), columns, DIGITS * words_of(columns))
+    _, each = shares_of_rows(length, columns)
     flip = 128 * (w.codes.dtype == jnp.int8)
     operands = (x.astype(jnp.float32), w.codes, fraction, exponent, zero + 128, bias, powers_of_two())
     return _bind(*operands, each=each, flip=int(flip))[0].astype(x.dtype)

@@ -231,7 +231,8 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
 
 def _across_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     """The primitive around such dot products for a weight (in, out), where it serves and is there; None otherwise."""
-    if contract == 1 or not all(map(_is_known, (*x.shape, *w.codes.shape))):
+    known = all(map(_is_known, (*x.shape, *w.codes.shape)))
+    if contract == 1 or not known or w.codes.size < SMALLEST_FOR_LOOPS:
         return None
     inside = jax.sharding.get_abstract_mesh().manual_axes
     return across_loops() if serve.sums_across(x, x.dtype.name, w, spec, contract) and not inside else None
