@@ -304,12 +304,15 @@ add_across_apart = apart(add_across, "void(uint8[:,::1], int64, uint32[:,:,::1],
 
 
 @njit(nogil=True, cache=True)
-def _join(parts: Any, m: Any, first: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """``out[n]``: the sum for column ``first + n``, a tile's first, of all digits of a row and all parts."""
+def _join(parts: Any, m: Any, first: Any, integers: Any, out: Any) -> None:  # pragma: no cover - compiled
+    """``out[n]``: the sum for column ``first + n``, a tile's first, of all digits of a row and all parts.
+
+    Of signed codes: 128 times the sum of the row's ``integers`` less.
+    """
     columns, quarters = out.shape[0], LANES // QUARTER
     total, of_digit = np.empty(TILE, dtype=np.int64), np.empty(TILE, dtype=np.int32)
     for start in range(0, columns, TILE):
-        total[:] = 0
+        total[:] = -128 * integers
         for d in range(DIGITS):
             of_digit[:] = 0
             for p in range(parts.shape[0]):
@@ -329,7 +332,7 @@ def finish(
     parts: Any, row_exponent: Any, total: Any, flags: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any,
     bias: Any, powers: Any, start: Any, stop: Any, y: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Columns ``start``, a tile's first, to ``stop`` - 1 of the result; zero points are those of unsigned bytes.
+    """Columns ``start``, a tile's first, to ``stop`` - 1 of the result; zero points are those of signed bytes.
 
     Sums of second passes come after those of all rows, in the order of the rows that want one.
     """
@@ -340,9 +343,9 @@ def finish(
         sums, finer = np.empty((1, width), dtype=np.int64), np.empty((1, width), dtype=np.int64)
         for m in range(rows):
             one, again = slice(m, m + 1), flags[m] & SECOND_PASS != 0
-            _join(parts, m, first, sums[0])
+            _join(parts, m, first, total[m], sums[0])
             if again:
-                _join(parts, rows + refined, first, finer[0])
+                _join(parts, rows + refined, first, finer_total[m], finer[0])
                 refined += 1
             from_fixed_point(
                 sums, total[one], finer[: 1 if again else 0], finer_total[one], flags[one], zero[these],

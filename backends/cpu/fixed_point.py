@@ -264,7 +264,7 @@ def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
     """``reference.matmul_reproducible`` of a weight (K, N) of integers, a byte each: ``serve.sums_across``."""
     loops, powers, (length, columns), rows = runtime.across_loops(), powers_of_two(), w.codes.shape, len(x)
     turned, plain = turned_over(w, spec, get_backend("numpy"))
-    fraction, exponent, zero, bias = _of_columns(turned, bias, plain)
+    vectors = _of_columns(turned, bias, plain)
     codes = np.ascontiguousarray(w.codes)
     of_x = np.ascontiguousarray(x, dtype=np.float32)
     row_exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
@@ -284,7 +284,7 @@ def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
 
     y = np.empty((rows, columns), dtype=np.float32)
     steps = steps_of_product(sums.size, 1)
-    given = sums, row_exponent, total, flags, finer_total, fraction, exponent, zero + np.int32(128), bias, powers, y
+    given = sums, row_exponent, total, flags, finer_total, *vectors, powers, y
     in_parts(loops.finish_in_parts, steps, ends_of_parts(columns, loops.STRIP, steps), *given)
     return y.astype(x.dtype, copy=False)
 

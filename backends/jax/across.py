@@ -44,7 +44,7 @@ __all__ = ["product", "register"]
 TARGET = "aqt_lite_exact_in_out_product"
 
 # ---- what XLA calls. Operands: x (M, K) float32, w (K, N) of bytes, then for each column of the result the significand
-# of its scale, the exponent, the zero point of unsigned bytes and the bias, and the table of powers of two. Attributes,
+# of its scale, the exponent, the zero point of signed bytes and the bias, and the table of powers of two. Attributes,
 # by name: each (rows of the weight with sums of their own) and flip. Results: y (M, N) float32; then scratch outputs:
 # the rows' exponents, their sums and flags, the sums of second passes, how many rows of digits there are, these, and
 # the sums of each part of the weight's rows.
@@ -171,7 +171,7 @@ def _plain(
     half = exponent >> 1  # in two steps: a scale may be smaller than the smallest power that there is
     scale = (fraction * b.power_of_two(half) * b.power_of_two(exponent - half))[None]
     spec = Spec(FORMATS[w.dtype.name], FLOAT_TYPES["float32"], block=(None, 1))
-    y = reference.matmul_reproducible(x, Coded(w, scale, zero[None] - flip), bias, spec=spec, contract=0, b=b)
+    y = reference.matmul_reproducible(x, Coded(w, scale, zero[None] + (128 - flip)), bias, spec=spec, contract=0, b=b)
     return [y, *(jnp.zeros(a.shape, a.dtype) for a in _results(x, w, each=each, flip=flip)[1:])]
 
 
@@ -200,5 +200,5 @@ def product(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Array:
     fraction, exponent, zero, bias = reference.of_columns(own, bias, spec=plain, b=b)
     _, each = shares_of_rows(length, columns)
     flip = 128 * (w.codes.dtype == jnp.int8)
-    operands = (x.astype(jnp.float32), w.codes, fraction, exponent, zero + 128, bias, powers_of_two())
+    operands = (x.astype(jnp.float32), w.codes, fraction, exponent, zero, bias, powers_of_two())
     return _bind(*operands, each=each, flip=int(flip))[0].astype(x.dtype)
