@@ -13,6 +13,7 @@ from test_dots import hard_rows
 from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import rows, runtime
+from aqt_lite.formats import element_type
 from aqt_lite.testing import assert_same_bits
 
 LOOPS = runtime.whole_loops()
@@ -279,6 +280,16 @@ def test_long_rows_and_columns(kind, shape):
     for product, inner in ((dense, shape[0]), (linear, shape[1])):
         x = rng.standard_normal((2, inner)).astype(np.float32)
         assert_same_bits(product(x, q, mode="reproducible"), without_kernels(product, x, q))
+
+
+@needs_loops
+def test_integers_of_a_byte_in_rows_are_not_copied():
+    """Fast products of JAX with a scale for each input read them where they are."""
+    q = quantize(weight(OUT, IN), granularity=PerChannel(1))
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, IN)).astype(np.float32))
+    text = jax.jit(linear).lower(x, q.to_backend("jax")).as_text()
+    assert "aqt_lite_whole_numbers" not in text
+    assert rows.in_bytes(q.qvalue, element_type("int8"), IN, packed=False) is q.qvalue
 
 
 @needs_loops

@@ -63,6 +63,8 @@ def in_bytes(codes: Array, element: ElementType, inner: int, packed: bool, turne
     if loops is None:
         return NotImplemented
     told, rows = told_of(element, packed), len(codes)
+    if told.known and not turned:
+        return codes
     given = np.ascontiguousarray(codes).view(np.uint8)
     out = aligned_empty((inner, rows) if turned else (rows, inner), np.uint8)
     steps = steps_of_elements(out.size)

@@ -70,19 +70,15 @@ def in_bytes(
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     """``out[n, k] = number[n, k] * per_unit`` for rows of codes ``start`` to ``stop`` - 1; turned: ``out[k, n]``.
 
-    ``known``: codes are such bytes, and nothing is left but to turn them. Else ``kind``, ``flip`` and ``table`` are as
+    ``known``: codes are such bytes, and are turned. Else ``kind``, ``flip`` and ``table`` are as
     ``decoding`` has them, of rows with one scale.
     """
     if known:
-        if turned:
-            for first in range(start, stop, HEIGHT):
-                height = min(HEIGHT, stop - first)
-                turn_plane(
-                    codes[first:].ctypes.data, codes.strides[0], height, inner, out.ctypes.data + first, out.strides[0],
-                    1,
-                )  # fmt: skip
-        else:
-            out[start:stop] = codes[start:stop]
+        for first in range(start, stop, HEIGHT):
+            height = min(HEIGHT, stop - first)
+            turn_plane(
+                codes[first:].ctypes.data, codes.strides[0], height, inner, out.ctypes.data + first, out.strides[0], 1
+            )  # fmt: skip
         return
     together = HEIGHT if turned else max(stop - start, 1)
     some = min(max(FLOATS // inner, 1), together)

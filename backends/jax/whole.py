@@ -122,6 +122,8 @@ _bind = tuple(primitive(t, _plain, _results, functools.partial(_is_registered, t
 def in_bytes(codes: Array, element: ElementType, inner: int, packed: bool, turned: bool) -> Array:
     """``cpu.rows.in_bytes``."""
     told = told_of(element, packed)
+    if told.known and not turned:
+        return codes
     static = {
         "flip": told.flip,
         "inner": inner,
