@@ -5,7 +5,7 @@ becomes of its sums, ``decoding`` for loops of an intrinsic, and ``pool``. They 
 ``fixed_point`` calls them, and JAX's ``across``.
 
 A dot product adds four products in each lane. Lanes are columns here: the bytes of four rows of the weight are
-exchanged until those of a column lie side by side, a *word*, which happens within quarters of vectors (``_places`` says
+exchanged until those of a column lie side by side, a *word*, which happens within 16 bytes (``_join`` says
 which column a lane then is). Words of some rows and columns stay in a cache, until each row of x has met them::
 
     sum[m, d, lane]  +=  the four bytes of word[k, lane]  .  the four digits d of x[m, 4k : 4k + 4]

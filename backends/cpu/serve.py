@@ -80,8 +80,9 @@ LEAST_CODES_FOR_PIECES = 1 << 22
 MOST_ROWS_IN_REGISTERS = 16
 """Rows of x up to which codes of a weight (in, out) are decoded in registers for every few, and not in a cache."""
 
-MOST_ROWS_ACROSS = 16
-"""Rows of x up to which exact sums of such a weight are those of its codes as they lie, and not in rows."""
+MOST_ROWS_ACROSS, FEW_ROWS_ACROSS, CODES_A_ROW_ACROSS = 16, 4, 128
+"""Rows of x up to which exact sums of such a weight are those of its codes as they lie, and not in rows; up to which
+they are whatever its length, and codes of a column for each other row: its sums take more memory than short columns."""
 
 MOST_ROWS_IN_OUT = 128
 """Rows of x up to which such a weight is read as it lies, and not dequantized for BLAS."""
@@ -194,10 +195,15 @@ def sums_across(x: Array, x_dtype: str, w: Coded, spec: Spec, contract: int) -> 
         and _in_scaled_codes(x_dtype, w, spec, 1)
         and bytes_and_float32(x, x_dtype, w, spec)
         and w.scale.shape[0] == 1
-        and len(x) <= MOST_ROWS_ACROSS
+        and _are_few_across(len(x), *w.codes.shape)
         and w.codes.shape[0] <= reference.LONGEST_PIECE
         and runtime.across_loops() is not None
     )
+
+
+def _are_few_across(rows: int, length: int, columns: int) -> bool:
+    few = rows <= max(FEW_ROWS_ACROSS, length // CODES_A_ROW_ACROSS) or length * columns < runtime.LARGE
+    return few and rows <= MOST_ROWS_ACROSS
 
 
 def dots_beat_floats() -> bool:
