@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import subprocess
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import emulated
 import numpy as np
 import pytest
+from optional import WITHOUT as LEFT_OUT
 from optional import jax, jnp, needs, torch
 from processors import run_without, run_without_avx_512
 
@@ -116,6 +118,8 @@ FORMS = {
 def dots(request, monkeypatch):
     """Every kernel with and without the instruction; compiled functions of JAX remember which, and are dropped."""
     if request.param == "without":
+        if "torch" not in LEFT_OUT:
+            importlib.import_module("aqt_lite.backends.torch.products")  # which asks once, for its operators
         monkeypatch.setattr(runtime, "integer_dots", lambda: None)
         monkeypatch.setattr(jax_products, "integer_dots", lambda: None)
     elif not HAS_DOTS:
@@ -498,7 +502,7 @@ def test_processors_with_avx_vnni_have_the_instruction_in_its_own_encoding():
         def tile(builder, arguments, vectors=vectors, height=height):
             dots.dots_across_planes(builder, arguments, its, height, vectors)
 
-        text = emulated.assembly(tile, 6, "x86_64-unknown-linux-gnu", "alderlake", "+avx2,+avxvnni,-avx512f")
+        text = emulated.assembly(tile, 7, "x86_64-unknown-linux-gnu", "alderlake", "+avx2,+avxvnni,-avx512f")
         assert text.count("{vex}\tvpdpbusd") == vectors * height
         assert "zmm" not in text
 
@@ -529,8 +533,14 @@ def test_arm_processors_have_exact_sums(rows):
     else:
         lanes = planes.reshape(rows, inner // 4, 4, digits).transpose(1, 3, 0, 2)  # four codes of a row in each lane
         sums = np.zeros((height, digits, rows), np.int32)
-        code = emulated.arm_code(lambda b, a: dots.dots_across_planes(b, a, its, height, rows), 6)
-        emulated.run_on_arm(code, w, inner, len(w), np.ascontiguousarray(lanes), inner // 4, sums)
+        copies, copied_sums = np.zeros((height, inner + 16), np.int8), np.zeros(height, np.int32)
+        unsigned = w.view(np.uint8) ^ 128  # bits that are to be turned over again
+        code = emulated.arm_code(lambda b, a: dots.copy_tile(b, a, its, height), 8)
+        emulated.run_on_arm(code, unsigned, inner, len(w), 128, inner // 16, copies, inner + 16, copied_sums)
+        assert (copies[: len(w), :inner] == w).all()
+        assert (copied_sums[: len(w)] == of_codes).all()
+        code = emulated.arm_code(lambda b, a: dots.dots_across_planes(b, a, its, height, rows), 7)
+        emulated.run_on_arm(code, copies, inner + 16, np.ascontiguousarray(lanes), inner // 4, sums, w, inner)
         sums = sums[: len(w)].transpose(0, 2, 1)
     total = (sums.astype(np.int64) << (8 * np.arange(digits))).sum(axis=-1) - its.offsets[3] * of_codes[:, None]
     np.testing.assert_array_equal(total, w.astype(np.int64) @ x.T.astype(np.int64))

@@ -176,7 +176,7 @@ q = aqt_lite.quantize(w, "int8", granularity=aqt_lite.PerChannel(0)).to_backend(
 x = jnp.ones((4, 512))
 program = jax.jit(lambda x, q: aqt_lite.linear(x, q, mode="reproducible")).lower(x, q).compile()
 found = {symbol.rpartition("cpu.")[2] for symbol, (words, _) in _known.items() if words[0]}
-assert found >= {f"dots.{name}.0" for name in ("prepare_rows", "refine_rows", "finish_columns", "multiply_rows")}, found
+assert found >= {f"dots.{name}.0" for name in ("prepare_rows", "refine_rows", "finish_columns", "sums_of_rows")}, found
 program(x, q)
 raise SystemExit(7)
 """

@@ -42,7 +42,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.lines import on_lines
+from aqt_lite.backends.cpu.lines import LINE, on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -53,6 +53,7 @@ __all__ = [
     "AVX512_VNNI",
     "AVX_VNNI",
     "CODES",
+    "copy_tile",
     "DIGITS",
     "FASTER_THAN_FLOATS",
     "HEIGHT_FOR_ONE_ROW",
@@ -214,6 +215,7 @@ _LANES, _BITS, _RUN = INSTRUCTIONS.lanes, INSTRUCTIONS.bits, INSTRUCTIONS.run
 _AT_A_TIME = _LANES * CODES
 _OFFSETS, _CARRIES, _FLIPS = INSTRUCTIONS.offsets, INSTRUCTIONS.carries, INSTRUCTIONS.flips
 _DIGIT, _SUM = np.uint16 if _BITS == 16 else np.uint8, np.int64 if _RUN else np.int32
+_CODE = np.int16 if _BITS == 16 else np.int8
 _ONE_DIGIT = np.uint32((1 << _BITS) - 1)
 
 STRIP = 96
@@ -223,7 +225,13 @@ DEPTH_OF_ONE_ROW = _AT_A_TIME * _RUN
 """The same for one row of x, where runs end."""
 
 DEPTH = CODES * _RUN or 2048
-"""Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip of the weight fit L2."""
+"""Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip's copy fit L2."""
+
+MOST_OF_TILE = max(INSTRUCTIONS.heights)
+"""Rows of the weight in a tile."""
+
+DEPTH_OF_ONE_PANEL = 1024
+"""The same where there is no other panel: a tile's copy (8 KB) stays in the first cache."""
 
 
 def _load(builder: Any, address: Any, its_type: Any) -> Any:
@@ -249,18 +257,28 @@ def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
     following = builder.add(i, _ADDRESS(1))
     for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
         phi.add_incoming(first, before)
-        phi.add_incoming(next_one, loop)
+        phi.add_incoming(next_one, builder.block)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     builder.position_at_end(after)
     return new
 
 
-def _codes_at(builder: Any, address: Any, its: InstructionSet) -> Any:
-    """A vector of codes from there on."""
-    if its.bits == 8:
-        return _load(builder, address, its.vector)
+def _codes_at(builder: Any, address: Any, its: InstructionSet, flips: Any = None) -> Any:
+    """A vector of codes from there on, as they meet digits; ``flips`` turns over bits of each, and is one of bytes."""
     codes = _load(builder, address, ir.VectorType(_BYTE, its.lanes * its.codes))
-    return builder.bitcast(builder.sext(codes, ir.VectorType(_SHORT, its.lanes * its.codes)), its.vector)
+    if flips is not None:
+        codes = builder.xor(codes, flips)
+    if its.bits == 16:
+        codes = builder.sext(codes, ir.VectorType(_SHORT, its.lanes * its.codes))
+    return builder.bitcast(codes, its.vector)
+
+
+def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
+    undefined, to_all = (
+        ir.Constant(vector, ir.Undefined),
+        ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count),
+    )
+    return builder.shuffle_vector(builder.insert_element(undefined, value, _INT(0)), undefined, to_all)
 
 
 def _widened(builder: Any, total: Any, its: InstructionSet) -> Any:
@@ -296,37 +314,62 @@ def dots_along_k(builder: Any, arguments: Any, its: InstructionSet, height: int,
         builder.store(found, builder.inttoptr(place, sum_of.element.as_pointer()))
 
 
+def copy_tile(builder: Any, arguments: Any, its: InstructionSet, height: int) -> None:
+    """``out[r] = w[r]``, ``steps`` vectors of each of ``height`` rows, as they meet digits; ``total[r] += sum w[r]``.
+
+    Rows of the weight are often a power of two apart, and their lines then take turns in few places of a cache; those
+    of a copy need not be. Sums of codes are wanted with the instruction that takes unsigned bytes, and else not added.
+    Arguments are the address of w, the distance of its rows, how many there are, the byte that codes differ by, bit by
+    bit, from signed ones, the steps, the address of out, the distance of its rows, and the address of total.
+    """
+    w, stride, rows, flip, steps, out, distance, total = arguments
+    starts = _rows_of_tile(builder, w, stride, rows, height)
+    places = [builder.add(out, builder.mul(distance, _ADDRESS(r))) for r in range(height)]
+    flips = _in_all_lanes(builder, builder.trunc(flip, _BYTE), ir.VectorType(_BYTE, its.lanes * its.codes))
+    ones = its.vector([0x01010101] * its.lanes)
+
+    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+        at, to = (builder.mul(i, _ADDRESS(n * its.lanes)) for n in (its.codes, 4))
+        new = list[Any]()
+        for r, (start, place) in enumerate(zip(starts, places, strict=True)):
+            codes = _codes_at(builder, builder.add(start, at), its, flips)
+            builder.store(codes, builder.inttoptr(builder.add(place, to), its.vector.as_pointer()), align=4)
+            new += [its.dot(builder, total, ones, codes) for total in totals[r : r + 1]]
+        return new
+
+    zeros = [its.vector([0] * its.lanes)] * height if its.offsets[-1] else []
+    name = f"llvm.vector.reduce.add.v{its.lanes}i32"
+    for r, found in enumerate(_loop(builder, steps, zeros, step)):
+        place = builder.inttoptr(builder.add(total, _ADDRESS(4 * r)), _INT.as_pointer())
+        one = builder.call(_function(builder, name, _INT, [its.vector]), [found])
+        builder.store(builder.add(builder.load(place, align=4), one), place, align=4)
+
+
 def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height: int, vectors: int) -> None:
     """``out[r, lane] += sum_k panel[k, lane] w[r, k]`` over ``steps`` of a lane's codes, of lanes of ``vectors``.
 
-    Arguments are the address of w, the distance of its rows, how many there are, the address of the panel, the steps,
-    and the address of out; where w is a copy, its codes of as many bits as digits, also the address of the weight's
-    tile below and the distance of its rows. Meanwhile the tile below is fetched: it is read once for the sums of its
-    codes, or to be copied, at the speed of memory, before it comes to this loop, and those two would wait for each
-    other. Prefetching past the weight's end is harmless.
+    Arguments are the address of w, a copy as ``copy_tile`` leaves it, the distance of its rows, the address of the
+    panel, the steps, and the address of out; and the address of the tile of the weight that will be copied next, with
+    the distance of its rows. That is fetched meanwhile: it would be copied at the speed of memory else, and
+    multiplication would wait. Prefetching past the weight's end is harmless.
     """
-    w, stride, rows, panel, steps, out, *of_weight = arguments
+    w, stride, panel, steps, out, coming, distance = arguments
     size = 4 * its.lanes
     fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
-    starts = _rows_of_tile(builder, w, stride, rows, height)
-    below, distance = of_weight if its.bits == 16 else (builder.add(w, builder.mul(stride, _ADDRESS(height))), stride)
+    starts = [builder.add(w, builder.mul(stride, _ADDRESS(r))) for r in range(height)]
     sums = ir.VectorType(_ADDRESS if its.run else _INT, its.lanes)
     places = [builder.add(out, _ADDRESS(size * (2 if its.run else 1) * i)) for i in range(height * vectors)]
-    undefined, to_all = ir.Constant(its.vector, ir.Undefined), ir.Constant(its.vector, [0] * its.lanes)
 
     def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
         lanes = builder.add(panel, builder.mul(i, _ADDRESS(size * vectors)))
         x = [_load(builder, builder.add(lanes, _ADDRESS(size * c)), its.vector) for c in range(vectors)]
         at, new = builder.mul(i, _ADDRESS(4)), []
-        if vectors < 4:  # with more, arithmetic takes longer than memory
-            # a line of 64 bytes holds the codes of 16 steps or 32: in each of them one line of one of the 8 rows below
-            row = builder.add(below, builder.mul(builder.and_(i, _ADDRESS(7)), distance))
-            line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(its.codes)), _ADDRESS(-64)))
-            to_all_caches = [_INT(0), _INT(3), _INT(1)]
-            builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), *to_all_caches])
+        # a line of 64 bytes holds the codes of 16 steps or 32: in each of them one line of one of 8 rows
+        row = builder.add(coming, builder.mul(builder.and_(i, _ADDRESS(7)), distance))
+        line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(its.codes)), _ADDRESS(-64)))
+        builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), _INT(0), _INT(3), _INT(1)])
         for r, start in enumerate(starts):
-            four = builder.insert_element(undefined, _load(builder, builder.add(start, at), _INT), _INT(0))
-            codes = builder.shuffle_vector(four, undefined, to_all)
+            codes = _in_all_lanes(builder, _load(builder, builder.add(start, at), _INT), its.vector)
             new += [its.dot(builder, totals[r * vectors + c], x[c], codes) for c in range(vectors)]
         return new
 
@@ -355,18 +398,30 @@ def _along_k(height: int, planes: int) -> Any:
     return tile
 
 
+def _copier(height: int) -> Any:
+    """``copy_tile`` for numba."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def copy(_: Any, w: Any, stride: Any, rows: Any, flip: Any, steps: Any, out: Any, distance: Any, total: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            copy_tile(builder, arguments, INSTRUCTIONS, height)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), generate
+
+    return copy
+
+
 def _across_planes(height: int, vectors: int) -> Any:
     """``dots_across_planes`` for numba."""
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def tile(
-        _: Any, w: Any, stride: Any, rows: Any, panel: Any, steps: Any, out: Any, below: Any, distance: Any
-    ) -> Any:
+    def tile(_: Any, w: Any, stride: Any, panel: Any, steps: Any, out: Any, coming: Any, distance: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             dots_across_planes(builder, arguments, INSTRUCTIONS, height, vectors)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8), generate
+        return types.void(*[types.intp] * 7), generate
 
     return tile
 
@@ -431,7 +486,7 @@ def rows_of_a_panel(rows: int, digits: int) -> int:
 def shape_of_panels(rows: int, inner: int, digits: int) -> tuple[int, int, int]:
     """Shape of the uint32 array that ``pack_rows`` fills; empty where one row of all digits has a loop of its own."""
     height = rows_of_a_panel(rows, digits)
-    return (0, 0, 0) if rows == 1 and digits == DIGITS else (-(-rows // height), inner // CODES, digits * height)
+    return (0, 0, 0) if rows == 1 and digits == DIGITS else (-(-rows // height), -(-inner // CODES), digits * height)
 
 
 def parts_of_rows(rows: int, digits: int) -> list[slice]:
@@ -443,51 +498,65 @@ def parts_of_rows(rows: int, digits: int) -> list[slice]:
 
 
 @njit(nogil=True, cache=True)
-def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma: no cover - compiled
-    """Rows of integers into ``panels`` (panel, K // CODES, digit * height + row): digits of CODES codes in each uint32.
-
-    Rows that only fill up the last panel are not written: their sums are not read.
-    """
-    rows, groups = x.shape[0], panels.shape[1]
+def _pack_row(values: Any, digits: int, height: int, panel: Any, lane: Any) -> None:  # pragma: no cover - compiled
     carry, flip = _CARRIES[digits - 1], _FLIPS[digits - 1]
+    for g in range(panel.shape[0]):
+        for plane in range(digits):
+            shift, word = np.uint32(_BITS * plane), np.uint32(0)
+            for i in range(CODES):
+                bits = np.uint32(np.uint32(values[CODES * g + i]) + carry) ^ flip
+                word |= ((bits >> shift) & _ONE_DIGIT) << np.uint32(_BITS * i)
+            panel[g, plane * height + lane] = word
+
+
+@njit(nogil=True, cache=True)
+def pack_rows(x: Any, digits: int, height: int, panels: Any) -> None:  # pragma: no cover - compiled
+    """Rows of integers into ``panels`` (panel, K / CODES, digit * height + row): digits of CODES codes in each uint32.
+
+    Beyond the last code there are those of 0. Rows that only fill up the last panel are not written: their sums are not
+    read.
+    """
+    (rows, inner), whole = x.shape, x.shape[1] // CODES
+    last = np.zeros(CODES, dtype=x.dtype)
     for m in range(rows):
-        panel, lane, values = panels[m // height], m % height, x[m]
-        for g in range(groups):
-            for plane in range(digits):
-                shift, word = np.uint32(_BITS * plane), np.uint32(0)
-                for i in range(CODES):
-                    bits = np.uint32(np.uint32(values[CODES * g + i]) + carry) ^ flip
-                    word |= ((bits >> shift) & _ONE_DIGIT) << np.uint32(_BITS * i)
-                panel[g, plane * height + lane] = word
+        panel, lane = panels[m // height], m % height
+        _pack_row(x[m], digits, height, panel[:whole], lane)
+        for k in range(whole * CODES, inner):
+            last[k - whole * CODES] = x[m, k]
+        _pack_row(last, digits, height, panel[whole:], lane)
 
 
-_AT_ONCE = 8
-_tile_of_ones = _along_k(_AT_ONCE, 1)
 _HEIGHT_1, _HEIGHT_2, _HEIGHT_4 = INSTRUCTIONS.heights
 _tile_1, _tile_2, _tile_4 = _across_planes(_HEIGHT_1, 1), _across_planes(_HEIGHT_2, 2), _across_planes(_HEIGHT_4, 4)
+_copy_1, _copy_2, _copy_4 = _copier(_HEIGHT_1), _copier(_HEIGHT_2), _copier(_HEIGHT_4)
 
 
 @njit(nogil=True, cache=True)
-def _add_codes(w: Any, ones: Any, total: Any) -> None:  # pragma: no cover - compiled
-    """Add the sum of each of up to 8 rows of codes to ``total``."""
-    rows, whole = w.shape[0], w.shape[1] & ~(_AT_A_TIME - 1)
-    sums = np.zeros(_AT_ONCE, dtype=_SUM)
-    if whole:
-        _tile_of_ones(w.ctypes.data, w.strides[0], rows, ones.ctypes.data, 0, whole // _AT_A_TIME, sums.ctypes.data)
-    for r in range(rows):
-        rest = np.int32(0)
-        for k in range(whole, w.shape[1]):
-            rest += w[r, k]
-        total[r] += sums[r] + rest
+def _copy(w: Any, flip: Any, lanes: Any, copy: Any, total: Any) -> None:  # pragma: no cover - compiled
+    """Codes of a tile for panels of so many lanes, or of the fewer rows there are; and the sum of each row added.
 
-
-@njit(nogil=True, cache=True)
-def _widen(w: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Codes as shorts."""
-    for r in range(w.shape[0]):
-        row, shorts = w[r], out[r]
-        for k in range(row.shape[0]):
-            shorts[k] = row[k]
+    What they lack to a lane's codes are zeros.
+    """
+    rows, length = w.shape
+    steps = length // _AT_A_TIME
+    whole = steps * _AT_A_TIME
+    if whole > 0:
+        start, by, out, to = w.ctypes.data, w.strides[0], copy.ctypes.data, copy.strides[0]
+        if lanes == 4 * _LANES:
+            _copy_4(start, by, rows, flip, steps, out, to, total.ctypes.data)
+        elif lanes == 2 * _LANES:
+            _copy_2(start, by, rows, flip, steps, out, to, total.ctypes.data)
+        else:
+            _copy_1(start, by, rows, flip, steps, out, to, total.ctypes.data)
+    for r in range(rows if whole < length else 0):
+        row, out, rest = w[r], copy[r], np.int32(0)
+        for k in range(whole, length):
+            code = row[k] ^ np.int8(flip)
+            out[k] = code
+            rest += code
+        for k in range(length, (length + CODES - 1) // CODES * CODES):
+            out[k] = 0
+        total[r] += rest
 
 
 @njit(nogil=True, cache=True)
@@ -505,56 +574,73 @@ def _join_digits(sums: Any, of_codes: Any, digits: int, height: int, joined: Any
 
 
 @njit(nogil=True, cache=True)
-def multiply_rows(w: Any, tail: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover
-    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels and its last columns, which they lack, int64 y."""
-    rows, inner = w.shape
-    stride, lanes = w.strides[0], panels.shape[2]
-    whole = panels.shape[1] * CODES
-    depth = DEPTH if _RUN or panels.shape[0] > 1 else max(whole, CODES)
+def _room_for_copies(panels: Any, inner: Any) -> Any:  # pragma: no cover - compiled
+    """Of a tile where there is one panel, else of a strip; as wide as sums go on before another panel comes."""
+    several = panels.shape[0] > 1
+    depth = DEPTH if several else min(DEPTH, DEPTH_OF_ONE_PANEL)
+    return on_lines(STRIP if several else MOST_OF_TILE, min(depth, (inner + LINE - 1) // LINE * LINE) + LINE, _CODE)
+
+
+@njit(nogil=True, cache=True)
+def _room_for_sums(panels: Any) -> Any:  # pragma: no cover - compiled
+    return on_lines(panels.shape[0], STRIP * panels.shape[2], _SUM).reshape(panels.shape[0], STRIP, panels.shape[2])
+
+
+@njit(nogil=True, cache=True)
+def sums_of_rows(w: Any, flip: Any, panels: Any, copies: Any, sums: Any, of_codes: Any) -> None:  # pragma: no cover
+    """``sums[p, n, lane]`` of panels of x and up to STRIP rows of w, and the sum of each row's codes.
+
+    Bytes of w differ from int8 by those of ``flip``.
+    """
+    (rows, inner), stride, (of_panels, _, lanes) = w.shape, w.strides[0], panels.shape
     tile = _HEIGHT_4 if lanes == 4 * _LANES else _HEIGHT_2 if lanes == 2 * _LANES else _HEIGHT_1
-    of_panels = panels.shape[0]
-    sums = on_lines(of_panels, STRIP * lanes, _SUM).reshape(of_panels, STRIP, lanes)
-    of_codes = np.zeros(STRIP, dtype=np.int32)
-    ones = np.ones(depth if _OFFSET else 0, dtype=_DIGIT)
-    wide = np.empty((STRIP if _BITS == 16 else 0, depth), dtype=np.int16)
-    joined = on_lines(STRIP, height, np.int64)
-    for first in range(0, rows, STRIP):
-        stop = min(first + STRIP, rows)
-        sums[:] = 0
-        of_codes[:] = 0
-        for k in range(0, whole, depth):
-            steps = min(depth, whole - k) // CODES
-            for p in range(panels.shape[0]):
+    depth = copies.shape[1] - LINE
+    if of_panels == 1:
+        depth = min(depth, DEPTH_OF_ONE_PANEL)
+    strip = STRIP if of_panels > 1 else tile  # whose copies are kept for other panels, or of which none is
+    sums[:of_panels, :rows] = 0
+    of_codes[:rows] = 0
+    for first in range(0, rows, strip):
+        for k in range(0, inner, depth):
+            last = min(k + depth, inner)
+            steps = (last - k + CODES - 1) // CODES
+            for p in range(of_panels):
                 panel = panels[p].ctypes.data + (k // CODES) * lanes * 4
-                for n in range(first, stop, tile):
-                    start, by, out = w.ctypes.data + n * stride + k, stride, sums[p, n - first :].ctypes.data
-                    below = start + tile * stride
-                    if _OFFSET and p == 0:
-                        _add_codes(w[n : min(n + tile, stop), k : k + CODES * steps], ones, of_codes[n - first :])
-                    if _BITS == 16:
-                        if p == 0:
-                            _widen(w[n : min(n + tile, stop), k : k + CODES * steps], wide[n - first :])
-                        start, by = wide[n - first :].ctypes.data, wide.strides[0]
+                for n in range(first, min(first + strip, rows), tile):
+                    at = n - first
+                    if p == 0:
+                        _copy(w[n : min(n + tile, rows), k:last], flip, lanes, copies[at:], of_codes[n:])
+                    coming = w.ctypes.data + (n * stride + last if last < inner else (n + strip) * stride)
+                    copy, by, out = copies[at:].ctypes.data, copies.strides[0], sums[p, n:].ctypes.data
                     if lanes == 4 * _LANES:
-                        _tile_4(start, by, stop - n, panel, steps, out, below, stride)
+                        _tile_4(copy, by, panel, steps, out, coming, stride)
                     elif lanes == 2 * _LANES:
-                        _tile_2(start, by, stop - n, panel, steps, out, below, stride)
+                        _tile_2(copy, by, panel, steps, out, coming, stride)
                     else:
-                        _tile_1(start, by, stop - n, panel, steps, out, below, stride)
+                        _tile_1(copy, by, panel, steps, out, coming, stride)
+
+
+_names = {dtype: np.dtype(dtype).name for dtype in (_CODE, _SUM)}
+_sums_of_rows_apart = apart(
+    sums_of_rows,
+    f"void(int8[:,::1], int64, uint32[:,:,::1], {_names[_CODE]}[:,::1], {_names[_SUM]}[:,:,::1], int32[::1])",
+)
+
+
+@njit(nogil=True, cache=True)
+def multiply_rows(w: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover - compiled
+    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels, int64 y."""
+    copies, sums = _room_for_copies(panels, w.shape[1]), _room_for_sums(panels)
+    of_codes, joined = np.empty(STRIP, dtype=np.int32), on_lines(STRIP, height, np.int64)
+    for first in range(0, w.shape[0], STRIP):
+        stop = min(first + STRIP, w.shape[0])
+        _sums_of_rows_apart((w[first:stop], 0, panels, copies, sums, of_codes))
         for p in range(panels.shape[0]):
             _join_digits(sums[p, : stop - first], of_codes, digits, height, joined)
-            for m in range(p * height, min(p * height + height, tail.shape[0])):
+            for m in range(p * height, min(p * height + height, y.shape[0])):
                 lane, out = m % height, y[m, first:stop]
                 for n in range(stop - first):
                     out[n] = joined[n, lane]
-                for k in range(whole, inner):
-                    for n in range(stop - first):
-                        out[n] += np.int64(w[first + n, k]) * np.int64(tail[m, k - whole])
-
-
-_multiply_rows_apart = apart(
-    multiply_rows, "void(int8[:,::1], int32[:,::1], uint32[:,:,::1], int64, int64, int64[:,:])"
-)
 
 
 # ---- products of floats: aqt_lite.ops.reference.matmul_reproducible for a contracted axis in one piece. The same steps
@@ -583,6 +669,8 @@ MOST_FRACTION = np.int32(0x7E0000)  # of 127/64: its bits below the exponent's
 BITS = 30
 FINER, ONE_FINER = np.float32(2.0**31), np.float32(2.0**-31)
 LOW_BITS, CARRY = 24, np.float32(2.0**24)
+LEAST_POWER = -100
+"""Of two, as ``Backend.power_of_two``: below, there is 0."""
 
 
 @njit(nogil=True, cache=True)
@@ -681,34 +769,23 @@ def from_fixed_point(
 
 
 @njit(nogil=True, cache=True)
-def _put_in_panel(
-    integers: Any, first: Any, height: Any, panels: Any, tail: Any
-) -> None:  # pragma: no cover - compiled
-    """Rows from ``first`` on, which begin a panel, into it, and into ``tail`` what it does not hold."""
-    whole = CODES * panels.shape[1]
-    if whole:
-        pack_rows(integers, DIGITS, height, panels[first // height : first // height + 1])
-    for m in range(integers.shape[0]):
-        for k in range(whole, integers.shape[1]):
-            tail[first + m, k - whole] = integers[m, k]
-
-
-@njit(nogil=True, cache=True)
 def prepare_rows(
-    x: Any, powers: Any, exponent: Any, total: Any, flags: Any, panels: Any, tail: Any
+    x: Any, powers: Any, exponent: Any, total: Any, flags: Any, panels: Any, one: Any
 ) -> None:  # pragma: no cover - compiled
     """Rows of x, the first of which begins a panel: their exponents, sums and flags, and their integers as panels.
 
-    ``tail`` gets the integers that no panel holds: those beyond a multiple of CODES, or all where there are no panels.
+    Where there are no panels, ``one`` gets those of the only row.
     """
-    rows, inner = x.shape
-    height = max(1, panels.shape[2] // DIGITS)
+    if panels.shape[2] == 0:
+        to_fixed_point(x, powers, one, exponent, total, flags)
+        return
+    (rows, inner), height = x.shape, panels.shape[2] // DIGITS
     integers = np.empty((min(height, rows), inner), dtype=np.int32)
     for first in range(0, rows, height):
         last = min(first + height, rows)
         some = integers[: last - first]
         to_fixed_point(x[first:last], powers, some, exponent[first:last], total[first:last], flags[first:last])
-        _put_in_panel(some, first, height, panels, tail)
+        pack_rows(some, DIGITS, height, panels[first // height :])
 
 
 prepare_rows_apart = apart(
@@ -727,18 +804,20 @@ def _want_a_second_pass(flags: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def refine_rows(
-    x: Any, powers: Any, exponent: Any, flags: Any, total: Any, panels: Any, tail: Any
+    x: Any, powers: Any, exponent: Any, flags: Any, total: Any, panels: Any, one: Any
 ) -> None:  # pragma: no cover - compiled
     """What ``prepare_rows`` makes, for a second pass; panels that no row asks it for are left as they are."""
-    rows, inner = x.shape
-    height = max(1, panels.shape[2] // DIGITS)
+    if panels.shape[2] == 0:
+        to_finer(x, powers, exponent, flags, one, total)
+        return
+    (rows, inner), height = x.shape, panels.shape[2] // DIGITS
     integers = np.empty((min(height, rows), inner), dtype=np.int32)
     for first in range(0, rows, height):
         last = min(first + height, rows)
         if _want_a_second_pass(flags[first:last]):
             some = integers[: last - first]
             to_finer(x[first:last], powers, exponent[first:last], flags[first:last], some, total[first:last])
-            _put_in_panel(some, first, height, panels, tail)
+            pack_rows(some, DIGITS, height, panels[first // height :])
 
 
 refine_rows_apart = apart(
@@ -747,62 +826,196 @@ refine_rows_apart = apart(
 )
 
 
-@njit(nogil=True, cache=True)
-def finish_columns(
-    w: Any, unsigned: Any, panels: Any, tail: Any, row_exponent: Any, total: Any, flags: Any, finer: Any,
-    finer_tail: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
-) -> None:  # pragma: no cover - compiled  # fmt: skip
-    """Columns of the result for rows of the weight ``w``; ``unsigned`` says that its bytes are uint8, 128 too large.
+def _finisher(vectors: int) -> Any:
+    """``from_fixed_point`` of the sums of a panel of so many vectors with ``rows`` rows of the weight.
 
-    ``finer``, ``finer_tail`` and ``finer_total`` are as ``refine_rows`` leaves them; empty where there is no second
-    pass.
+    All by addresses: of the sums and those of a second pass, which count where ``twice`` is not 0, in lanes with a mask
+    that is not 0; of sums of codes; of sums of entries of x in either pass, exponents and masks, a lane each; of what
+    belongs to rows of the weight; and of the results, lanes side by side.
     """
-    rows, (columns, inner) = y.shape[0], w.shape
-    height = max(1, panels.shape[2] // DIGITS)
-    as_it_lies = w.strides[1] == 1 and not unsigned
-    strip = np.empty((0 if as_it_lies else STRIP, inner), dtype=np.int8)
-    sums = np.empty((min(rows, ROWS_AT_ONCE), STRIP), dtype=np.int64)
+    height = vectors * _LANES // DIGITS
+    longs, ints, floats = (ir.VectorType(item, height) for item in (_ADDRESS, _INT, ir.FloatType()))
+    in_memory = ir.VectorType(_ADDRESS if _RUN else _INT, height)
+    size = height * (8 if _RUN else 4)
+
+    def same(vector: Any, number: Any) -> Any:
+        return ir.Constant(vector, [number] * height)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def finish(
+        _: Any, rows: Any, sums: Any, finer: Any, twice: Any, of_codes: Any, total: Any, finer_total: Any,
+        row_exponent: Any, wanted: Any, zero: Any, fraction: Any, exponent: Any, bias: Any, out: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            rows, sums, finer, twice, of_codes, total, finer_total, row_exponent, wanted, *of_columns, out = arguments
+            zero, fraction, exponent, bias = of_columns
+            absolute = _function(builder, f"llvm.fabs.v{height}f32", floats, [floats])
+            of_x, of_finer = (_load(builder, place, longs) for place in (total, finer_total))
+            exponents, mask = (_load(builder, place, ints) for place in (row_exponent, wanted))
+            again = builder.icmp_signed("!=", mask, same(ints, 0))
+
+            def of_row(start: Any, n: Any, kind: Any) -> Any:
+                place = builder.add(start, builder.mul(n, _ADDRESS(4)))
+                return _in_all_lanes(builder, _load(builder, place, kind.element), kind)
+
+            def rounded(start: Any, entries: Any, n: Any) -> Any:
+                place = builder.add(start, builder.mul(n, _ADDRESS(DIGITS * size)))
+                less = builder.mul(builder.sext(of_row(of_codes, n, ints), longs), same(longs, _OFFSETS[-1]))
+                shift = builder.mul(entries, builder.sext(of_row(zero, n, ints), longs))
+                found = builder.neg(builder.add(less, shift))
+                for d in range(DIGITS):
+                    digit = _load(builder, builder.add(place, _ADDRESS(d * size)), in_memory)
+                    digit = digit if _RUN else builder.sext(digit, longs)
+                    found = builder.add(found, builder.shl(digit, same(longs, _BITS * d)))
+                high = builder.trunc(builder.ashr(found, same(longs, LOW_BITS)), ints)
+                low = builder.and_(builder.trunc(found, ints), same(ints, (1 << LOW_BITS) - 1))
+                carried = builder.fmul(builder.sitofp(high, floats), same(floats, float(CARRY)))
+                return builder.fadd(carried, builder.sitofp(low, floats))
+
+            def power(e: Any) -> Any:
+                """2^e, 0 below 2^-100."""
+                bits = builder.shl(builder.add(e, same(ints, 127)), same(ints, 23))
+                there = builder.icmp_signed(">=", e, same(ints, LEAST_POWER))
+                return builder.bitcast(builder.select(there, bits, same(ints, 0)), floats)
+
+            def flushed(value: Any) -> Any:
+                below = builder.fcmp_ordered("<", builder.call(absolute, [value]), same(floats, float(SMALLEST)))
+                return builder.select(below, same(floats, 0), value)
+
+            def row(builder: Any, n: Any, none: list[Any]) -> list[Any]:
+                t = rounded(sums, of_x, n)
+                before, second, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+                builder.cbranch(builder.icmp_signed("!=", twice, _ADDRESS(0)), second, after)
+                builder.position_at_end(second)
+                small = builder.fmul(rounded(finer, of_finer, n), same(floats, float(ONE_FINER)))
+                both = builder.select(again, builder.fadd(t, small), t)
+                builder.branch(after)
+                builder.position_at_end(after)
+                v = builder.phi(floats)
+                v.add_incoming(t, before)
+                v.add_incoming(both, second)
+                e = builder.sub(builder.add(exponents, of_row(exponent, n, ints)), same(ints, BITS))
+                half = builder.ashr(e, same(ints, 1))
+                v = builder.fmul(v, of_row(fraction, n, floats))
+                v = builder.fmul(builder.fmul(v, power(half)), power(builder.sub(e, half)))
+                v = flushed(builder.fadd(flushed(v), of_row(bias, n, floats)))
+                place = builder.inttoptr(builder.add(out, builder.mul(n, _ADDRESS(4 * height))), floats.as_pointer())
+                builder.store(v, place, align=4)
+                return none
+
+            _loop(builder, rows, [], row)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 14), generate
+
+    return finish
+
+
+_finish_1, _finish_2, _finish_4 = _finisher(1), _finisher(2), _finisher(4)
+
+
+@njit(nogil=True, cache=True)
+def _finish_one_row(
+    w: Any, unsigned: Any, integers: Any, row_exponent: Any, total: Any, flags: Any, finer: Any, finer_total: Any,
+    fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``finish_columns`` of one row of x: its integers, and those of a second pass."""
+    columns, inner = w.shape
     again = finer_total.shape[0] > 0 and _want_a_second_pass(flags)
-    finer_sums = np.empty((height if again else 0, STRIP), dtype=np.int64)
-    planes = pack_one_row(tail[0]) if rows == 1 else np.empty((0, 0), dtype=_DIGIT)
-    finer_planes = pack_one_row(finer_tail[0]) if rows == 1 and again else planes
-    step = ROWS_READ_TWICE if rows == 1 and again else STRIP
+    strip = np.empty((STRIP if unsigned else 0, inner), dtype=np.int8)
+    sums, finer_sums = np.empty((1, STRIP), dtype=np.int64), np.empty((1 if again else 0, STRIP), dtype=np.int64)
+    planes = pack_one_row(integers[0])
+    finer_planes = pack_one_row(finer[0]) if again else planes
+    step = ROWS_READ_TWICE if again else STRIP
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        if as_it_lies:
-            codes = w[start:stop]
-        else:
+        codes, these, here = w[start:stop], slice(start, stop), slice(0, stop - start)
+        if unsigned:
             codes = strip[: stop - start]
             for n in range(stop - start):
                 for k in range(inner):
-                    codes[n, k] = w[start + n, k] ^ np.int8(-128) if unsigned else w[start + n, k]
-        these = slice(start, stop)
-        for first in range(0, rows, ROWS_AT_ONCE):
-            last = min(first + ROWS_AT_ONCE, rows)
-            found = sums[: last - first, : stop - start]
-            if rows == 1:
-                _multiply_one_row_apart((codes, tail[0], planes, found[0]))
-            else:
-                of_rows = panels[first // height : (last + height - 1) // height]
-                _multiply_rows_apart((codes, tail[first:last], of_rows, DIGITS, height, found))
-            for top in range(first, last, height):
-                end = min(top + height, last)
-                of_panel, second = slice(top, end), finer_sums[:0, : stop - start]
-                if again and _want_a_second_pass(flags[of_panel]):
-                    second = finer_sums[: end - top, : stop - start]
-                    if rows == 1:
-                        _multiply_one_row_apart((codes, finer_tail[0], finer_planes, second[0]))
-                    else:
-                        one = finer[top // height : top // height + 1]
-                        _multiply_rows_apart((codes, finer_tail[of_panel], one, DIGITS, height, second))
-                from_fixed_point(
-                    found[top - first : end - first], total[of_panel], second, finer_total[of_panel], flags[of_panel],
-                    zero[these], fraction[these], row_exponent[of_panel], exponent[these], powers, bias[these],
-                    y[of_panel, these],
-                )  # fmt: skip
-            for m in range(first, last):
-                if flags[m] & NOT_FINITE:
-                    y[m, these] = np.float32(np.nan)
+                    codes[n, k] = w[start + n, k] ^ np.int8(-128)
+        _multiply_one_row_apart((codes, integers[0], planes, sums[0, here]))
+        if again:
+            _multiply_one_row_apart((codes, finer[0], finer_planes, finer_sums[0, here]))
+        from_fixed_point(
+            sums[:, here], total, finer_sums[:, here], finer_total, flags, zero[these], fraction[these], row_exponent,
+            exponent[these], powers, bias[these], y[:, these],
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _finish_rows(
+    w: Any, unsigned: Any, panels: Any, row_exponent: Any, total: Any, flags: Any, finer: Any, finer_total: Any,
+    fraction: Any, exponent: Any, zero: Any, bias: Any, y: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """``finish_columns`` of several rows of x, as panels."""
+    (rows, columns), of_panels, lanes = y.shape, panels.shape[0], panels.shape[2]
+    height, flip = lanes // DIGITS, 128 if unsigned else 0
+    again = finer_total.shape[0] > 0 and _want_a_second_pass(flags)
+    at_once = min(of_panels, ROWS_AT_ONCE // height)
+    copies, sums = _room_for_copies(panels, w.shape[1]), _room_for_sums(panels[:at_once])
+    finer_sums, of_codes = _room_for_sums(panels[: 1 if again else 0]), np.empty(STRIP, dtype=np.int32)
+    out = on_lines(STRIP, height, np.float32)
+    # what belongs to rows of x, a lane each, also where the last panel is not full
+    totals, finer_totals = np.zeros(of_panels * height, dtype=np.int64), np.zeros(of_panels * height, dtype=np.int64)
+    exponents, wanted = np.zeros(of_panels * height, dtype=np.int32), np.zeros(of_panels * height, dtype=np.int32)
+    for m in range(rows):
+        totals[m], exponents[m] = total[m], row_exponent[m]
+        if again and flags[m] & SECOND_PASS:
+            finer_totals[m], wanted[m] = finer_total[m], 1
+    for start in range(0, columns, STRIP):
+        here = min(STRIP, columns - start)
+        codes, these = w[start : start + here], slice(start, start + here)
+        z, f = zero.ctypes.data + 4 * start, fraction.ctypes.data + 4 * start
+        e, b = exponent.ctypes.data + 4 * start, bias.ctypes.data + 4 * start
+        for first in range(0, of_panels, at_once):
+            some = panels[first : first + at_once]
+            _sums_of_rows_apart((codes, flip, some, copies, sums, of_codes))
+            for p in range(some.shape[0]):
+                panel, top = first + p, (first + p) * height
+                end = min(top + height, rows)
+                twice = again and _want_a_second_pass(flags[top:end])
+                if twice:
+                    one = finer[panel : panel + 1]
+                    _sums_of_rows_apart((codes, flip, one, copies, finer_sums, of_codes))
+                found, second, c, o = sums[p].ctypes.data, finer_sums.ctypes.data, of_codes.ctypes.data, out.ctypes.data
+                t, u = totals.ctypes.data + 8 * top, finer_totals.ctypes.data + 8 * top
+                r, a = exponents.ctypes.data + 4 * top, wanted.ctypes.data + 4 * top
+                if lanes == 4 * _LANES:
+                    _finish_4(here, found, second, twice, c, t, u, r, a, z, f, e, b, o)
+                elif lanes == 2 * _LANES:
+                    _finish_2(here, found, second, twice, c, t, u, r, a, z, f, e, b, o)
+                else:
+                    _finish_1(here, found, second, twice, c, t, u, r, a, z, f, e, b, o)
+                for m in range(top, end):
+                    row, lane = y[m, these], m - top
+                    for n in range(here):
+                        row[n] = out[n, lane]
+
+
+@njit(nogil=True, cache=True)
+def finish_columns(
+    w: Any, unsigned: Any, panels: Any, one: Any, row_exponent: Any, total: Any, flags: Any, finer: Any,
+    finer_one: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any, y: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    """Columns of the result for rows of the weight ``w``; ``unsigned`` says that its bytes are uint8, 128 too large.
+
+    ``finer``, ``finer_one`` and ``finer_total`` are as ``refine_rows`` leaves them; empty where there is no second
+    pass.
+    """
+    if y.shape[0] == 1:
+        _finish_one_row(
+            w, unsigned, one, row_exponent, total, flags, finer_one, finer_total, fraction, exponent, zero, bias,
+            powers, y,
+        )  # fmt: skip
+    else:
+        _finish_rows(
+            w, unsigned, panels, row_exponent, total, flags, finer, finer_total, fraction, exponent, zero, bias, y
+        )
+    for m in range(y.shape[0]):
+        if flags[m] & NOT_FINITE:
+            y[m, :] = np.float32(np.nan)
 
 
 _OF_ROWS = "uint32[:,:,::1], int32[:,::1]"
@@ -816,11 +1029,11 @@ finish_columns_apart = apart(
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     (
-        w, unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total, fraction, exponent, zero,
+        w, unsigned, panels, one, row_exponent, total, flags, finer, finer_one, finer_total, fraction, exponent, zero,
         bias, powers, y,
     ) = given  # fmt: skip
     finish_columns_apart((
-        w[start:stop], unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total,
+        w[start:stop], unsigned, panels, one, row_exponent, total, flags, finer, finer_one, finer_total,
         fraction[start:stop], exponent[start:stop], zero[start:stop], bias[start:stop], powers, y[:, start:stop],
     ))  # fmt: skip
 
@@ -830,13 +1043,13 @@ _task = task_of(_part)
 
 @njit(nogil=True, cache=True)
 def finish_in_parts(
-    pool: Any, ends: Any, w: Any, unsigned: Any, panels: Any, tail: Any, row_exponent: Any, total: Any, flags: Any,
-    finer: Any, finer_tail: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any,
+    pool: Any, ends: Any, w: Any, unsigned: Any, panels: Any, one: Any, row_exponent: Any, total: Any, flags: Any,
+    finer: Any, finer_one: Any, finer_total: Any, fraction: Any, exponent: Any, zero: Any, bias: Any, powers: Any,
     y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``finish_columns`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
     given = (
-        w, unsigned, panels, tail, row_exponent, total, flags, finer, finer_tail, finer_total, fraction, exponent, zero,
+        w, unsigned, panels, one, row_exponent, total, flags, finer, finer_one, finer_total, fraction, exponent, zero,
         bias, powers, y,
     )  # fmt: skip
     in_parts(pool, ends, _task(given))

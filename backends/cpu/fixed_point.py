@@ -364,7 +364,7 @@ class _Prepared(NamedTuple):
     """What ``dots.prepare_rows`` makes of rows of x."""
 
     panels: Array
-    tail: Array
+    one: Array
     """The integers that no panel holds."""
     exponent: Array
     total: Array
@@ -375,7 +375,7 @@ class _Refined(NamedTuple):
     """What ``dots.refine_rows`` makes of them for a second pass; empty where no row wants one."""
 
     panels: Array
-    tail: Array
+    one: Array
     total: Array
 
 
@@ -391,31 +391,31 @@ def _prepared(x: Array, powers: Array) -> _Prepared:
     dots, (rows, inner) = runtime.integer_dots(), x.shape
     exponent, total, flags = np.empty(rows, np.int32), np.empty(rows, np.int64), np.empty(rows, np.int32)
     panels = aligned_empty(dots.shape_of_panels(rows, inner, dots.DIGITS), np.uint32, LOADED)
-    tail = np.empty((rows, inner - dots.CODES * panels.shape[1]), dtype=np.int32)
+    one = np.empty((0 if panels.size else 1, inner), dtype=np.int32)
     height = max(1, panels.shape[2] // dots.DIGITS)
 
     def prepare(a: int, b: int) -> None:
         of_rows = panels[a // height : -(-b // height)]
-        dots.prepare_rows(x[a:b], powers, exponent[a:b], total[a:b], flags[a:b], of_rows, tail[a:b])
+        dots.prepare_rows(x[a:b], powers, exponent[a:b], total[a:b], flags[a:b], of_rows, one)
 
     _on_ranges(prepare, rows, height, x.size)
-    return _Prepared(panels, tail, exponent, total, flags)
+    return _Prepared(panels, one, exponent, total, flags)
 
 
 def _refined(x: Array, made: _Prepared, powers: Array) -> _Refined:
     dots = runtime.integer_dots()
     if not (made.flags & dots.SECOND_PASS).any():
-        return _Refined(made.panels[:0], made.tail[:0], made.total[:0])
+        return _Refined(made.panels[:0], made.one[:0], made.total[:0])
     panels = aligned_empty(made.panels.shape, np.uint32, LOADED)
-    tail, total = np.empty_like(made.tail), np.empty_like(made.total)
+    one, total = np.empty_like(made.one), np.empty_like(made.total)
     height = max(1, panels.shape[2] // dots.DIGITS)
 
     def refine(a: int, b: int) -> None:
         of_rows = panels[a // height : -(-b // height)]
-        dots.refine_rows(x[a:b], powers, made.exponent[a:b], made.flags[a:b], total[a:b], of_rows, tail[a:b])
+        dots.refine_rows(x[a:b], powers, made.exponent[a:b], made.flags[a:b], total[a:b], of_rows, one)
 
     map_ranges(refine, len(x), height, x.size)
-    return _Refined(panels, tail, total)
+    return _Refined(panels, one, total)
 
 
 def fixed_point_matmul(x: Array, w: Array, zero_point: Array | None) -> tuple[Array, Array]:

@@ -59,7 +59,6 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
     else:
         panels = aligned_empty(dots.shape_of_panels(rows, inner, digits), np.uint32, LOADED)
         height = panels.shape[2] // digits
-        tail = np.ascontiguousarray(x[:, dots.CODES * panels.shape[1] :])
 
         def pack(start: int, stop: int) -> None:
             dots.pack_rows(x[start:stop], digits, height, panels[start // height :])
@@ -67,7 +66,7 @@ def _by_dots(x: Array, w: Array, y: Array, digits: int) -> None:
         map_ranges(pack, rows, height, x.size)
 
         def multiply(w: Array, y: Array) -> None:
-            dots.multiply_rows(w, tail, panels, digits, height, y)
+            dots.multiply_rows(w, panels, digits, height, y)
 
     def columns(start: int, stop: int) -> None:
         if w.dtype == np.int8 and w.strides[1] == 1:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["on_lines"]
+__all__ = ["LINE", "on_lines"]
 
 LINE = 64
 """Bytes of a line, on every processor that there are loops for."""

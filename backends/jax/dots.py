@@ -21,7 +21,6 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import dots, native, pool
 from aqt_lite.backends.cpu.dots import (
-    CODES,
     DIGITS,
     NOT_FINITE,
     OUT_OF_RANGE,
@@ -54,11 +53,11 @@ TARGET = "aqt_lite_fixed_point_product"
 
 @njit(nogil=True)
 def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
-    """What becomes of the rows of x: panels, tail, exponents, sums and flags."""
-    rows, panels, tail = dim(result(frame, 0), 0), result(frame, 4), result(frame, 5)
+    """What becomes of the rows of x: panels, or the integers of one row, exponents, sums and flags."""
+    rows, panels, one = dim(result(frame, 0), 0), result(frame, 4), result(frame, 5)
     return (
         array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
-        array(tail, (rows, dim(tail, 1)), np.int32),
+        array(one, (dim(one, 0), dim(one, 1)), np.int32),
         array(result(frame, 2), (rows,), np.int32),
         array(result(frame, 3), (rows,), np.int64),
         array(result(frame, 1), (rows,), np.int32),
@@ -67,44 +66,44 @@ def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True)
 def _of_finer(frame: Any) -> Any:  # pragma: no cover - compiled
-    """The same for a second pass: panels, tail and sums."""
-    total, panels, tail = result(frame, 6), result(frame, 7), result(frame, 8)
+    """The same for a second pass: panels, or integers, and sums."""
+    total, panels, one = result(frame, 6), result(frame, 7), result(frame, 8)
     return (
         array(panels, (dim(panels, 0), dim(panels, 1), dim(panels, 2)), np.uint32),
-        array(tail, (dim(tail, 0), dim(tail, 1)), np.int32),
+        array(one, (dim(one, 0), dim(one, 1)), np.int32),
         array(total, (dim(total, 0),), np.int64),
     )
 
 
 @njit(nogil=True)
 def _prepare(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    panels, tail, exponent, total, flags = _of_rows(frame)
-    x = array(operand(frame, 0), (tail.shape[0], dim(operand(frame, 0), 1)), np.float32)
+    panels, one, exponent, total, flags = _of_rows(frame)
+    x = array(operand(frame, 0), (dim(operand(frame, 0), 0), dim(operand(frame, 0), 1)), np.float32)
     height, powers = max(1, panels.shape[2] // DIGITS), array(operand(frame, 6), (512,), np.float32)
     these, of_these = slice(start, stop), panels[start // height : (stop + height - 1) // height]
-    prepare_rows_apart((x[these], powers, exponent[these], total[these], flags[these], of_these, tail[these]))
+    prepare_rows_apart((x[these], powers, exponent[these], total[these], flags[these], of_these, one))
     if attribute(frame, 0) != 0:
-        panels, tail, total = _of_finer(frame)
+        panels, one, total = _of_finer(frame)
         of_these = panels[start // height : (stop + height - 1) // height]
-        refine_rows_apart((x[these], powers, exponent[these], flags[these], total[these], of_these, tail[these]))
+        refine_rows_apart((x[these], powers, exponent[these], flags[these], total[these], of_these, one))
 
 
 @njit(nogil=True)
 def _finish(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    panels, tail, row_exponent, total, flags = _of_rows(frame)
-    finer, finer_tail, finer_total = _of_finer(frame)
+    panels, one, row_exponent, total, flags = _of_rows(frame)
+    finer, finer_one, finer_total = _of_finer(frame)
     columns, inner = dim(operand(frame, 1), 0), dim(operand(frame, 1), 1)
-    y = array(result(frame, 0), (tail.shape[0], columns), np.float32)
+    y = array(result(frame, 0), (dim(result(frame, 0), 0), columns), np.float32)
     finish_columns_apart((
         array(operand(frame, 1), (columns, inner), np.int8)[start:stop],
         attribute(frame, 1) != 0,
         panels,
-        tail,
+        one,
         row_exponent,
         total,
         flags,
         finer,
-        finer_tail,
+        finer_one,
         finer_total,
         array(operand(frame, 2), (columns,), np.float32)[start:stop],
         array(operand(frame, 3), (columns,), np.int32)[start:stop],
@@ -176,7 +175,7 @@ def _results(x: Any, w: Any, *_: Any, twice: int, unsigned: int) -> list[Any]:
         ((rows,), jnp.int32),
         ((rows, 2), jnp.int32),  # an int64 each, which JAX does not always have
         (panels, jnp.uint32),
-        ((rows, inner - CODES * panels[1]), jnp.int32),
+        ((1 - min(panels[0], 1), inner), jnp.int32),
     ]
     shapes += [((s[0] * twice, *s[1:]), dtype) for s, dtype in shapes[3:]]
     return [jax.core.ShapedArray(*shape) for shape in shapes]
