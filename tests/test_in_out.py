@@ -223,6 +223,21 @@ def test_programs_of_jax_have_the_bits_of_numpy(how, granularity):
 
 
 @needs("jax")
+@pytest.mark.parametrize("told", [{"granularity": PerGroup(32, 0)}, {"granularity": PerChannel(1)}, {"dtype": "nf4"}])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_programs_of_jax_add_up_blocks_where_the_loops_do_not_serve(told, kind):
+    q, x = quantize(weight(700, 260), **{"dtype": "int4", **told}), jnp.asarray(weight(5, 700, 1)).astype(kind)
+    bias, moved = weight(1, 260, 2)[0], q.to_backend("jax")
+    without = replace(moved, scale=moved.scale.at[0, 7 % q.scale.shape[1]].set(0))
+    y = np.asarray(jax.jit(dense)(x, without, jnp.asarray(bias)).astype(jnp.float32))
+    expected = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(q.dequantize(), np.float64) + bias
+    bad = np.isnan(y)
+    assert bad.any(axis=0).sum() == (1 if q.scale.shape[1] == 260 else 260)
+    tolerance = {"float32": 1e-5, "bfloat16": 2.0**-8}[kind]
+    np.testing.assert_allclose(y[~bad], expected[~bad], rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+@needs("jax")
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_inside_shard_map_over_one_device(dtype):
     """Where no loop serves, and blocks of a weight large enough to be several add up."""

@@ -28,7 +28,7 @@ KINDS = {
     "int8": {"granularity": PerChannel(1)},
     "int8, one scale": {"granularity": PerTensor()},
     "uint8, zero points": {"dtype": "uint8", "scheme": "affine", "granularity": PerChannel(1)},
-    "uint8, zero points, groups": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(32, 0)},
+    "uint8, zero points, groups": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(33, 0)},
     "int8, zero points, shared by columns": {"scheme": "affine", "granularity": PerBlock((48, 3))},
     "int8, a scale an input": {"granularity": PerChannel(0)},
     "int8, zero points, a scale an input": {"scheme": "affine", "granularity": PerChannel(0)},

@@ -22,7 +22,7 @@ from aqt_lite.backends.cpu.in_out import LEAST_CODES
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
 from aqt_lite.backends.cpu.operands import blocks_of_rows, scales_in
-from aqt_lite.backends.cpu.rows import as_rows, in_bytes, turned_over
+from aqt_lite.backends.cpu.rows import as_rows, in_bytes, rows_of_columns, turned_over
 from aqt_lite.backends.cpu.runtime import (
     CHUNKS_PER_CORE,
     LOADED,
@@ -245,6 +245,10 @@ def matmul_reproducible(x: Array, w: Coded, bias: Array | None, *, spec: Spec, c
         return y if y is NotImplemented else y.astype(x.dtype, copy=False)
     if serve.sums_across(x, x.dtype.name, w, spec, contract):
         return _across(x, w, bias, spec)
+    if contract == 0:
+        y = _groups_of_columns(x, w, bias, spec, w.codes.shape[1], packed=False)
+        if y is not NotImplemented:
+            return y
     if serve.become_rows(x.dtype.name, w, spec, contract, packed=False):
         return _along_rows(x, w, bias, spec, contract, None)
     if serve.sums_of_groups(x.dtype.name, w, spec, contract, packed=False):
@@ -289,6 +293,27 @@ def _across(x: Array, w: Coded, bias: Array | None, spec: Spec) -> Any:
     return y.astype(x.dtype, copy=False)
 
 
+@np.errstate(all="ignore")
+def _groups_of_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, columns: int, packed: bool) -> Any:
+    """``reference.matmul_reproducible`` of a weight (K, N) in groups along K, as it lies: ``serve.sums_of_columns``."""
+    own, plain = rows_of_columns(w, spec, columns)
+    if own is None or not serve.sums_of_columns(len(x), x.dtype.name, own, plain, packed):
+        return NotImplemented
+    loops, of_weight = runtime.strip_loops(), groups_of(own, plain, packed, get_backend("numpy"), swapped=True)
+    codes, of_x = np.ascontiguousarray(w.codes).view(np.uint8), np.ascontiguousarray(x, dtype=np.float32)
+    (rows, inner), powers, bias = x.shape, powers_of_two(), _bias_of(bias, columns)
+    y, at_once = np.empty((rows, columns), dtype=np.float32), runtime.group_loops().ROWS_AT_ONCE
+    steps = steps_of_product(columns * inner, min(rows, at_once))
+    ends = ends_of_parts(columns, loops.PART, steps)
+    for first in range(0, rows, at_once):
+        these = slice(first, first + at_once)
+        of_rows = _rows_in_groups(of_x[these], of_weight._replace(halves=False), powers)
+        given = codes, *of_weight, inner, *of_rows, powers, bias, y[these]
+        if not in_parts(loops.multiply_columns_in_parts, steps, ends, *given):
+            return NotImplemented
+    return y.astype(x.dtype, copy=False)
+
+
 def _along_rows(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int, packed_length: int | None) -> Any:
     """``reference.matmul_reproducible`` of the weight as rows (N, K) of integers, one a byte: ``serve.become_rows``."""
     b, inner, packed = get_backend("numpy"), packed_length or w.codes.shape[1], packed_length is not None
@@ -315,6 +340,10 @@ def matmul_reproducible_stored(
     if packed_length is None or not len(x):
         return NotImplemented
     w, x_name = reference.in_order(w, swapped, get_backend("numpy")), x.dtype.name
+    if contract == 0:
+        y = _groups_of_columns(x, w, bias, spec, packed_length, packed=True)
+        if y is not NotImplemented:
+            return y
     if serve.sums_of_groups(x_name, w, spec, contract, packed=True):
         return matmul_in_groups(x, w, bias, spec=spec, packed=True)
     if serve.become_rows(x_name, w, spec, contract, packed=True):

@@ -57,14 +57,29 @@ from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
     "COLUMNS",
+    "DOTS",
+    "LANES",
+    "LARGEST_FALL",
+    "LARGEST_SUM",
+    "LARGEST_ZERO",
+    "LEAST_POWER",
     "ROWS_AT_ONCE",
+    "RUN",
     "TABLES",
+    "add_to_rows",
+    "add_to_rows_twice",
+    "end_run",
+    "finish_tile",
+    "in_dots",
     "multiply",
     "multiply_apart",
     "multiply_in_parts",
+    "numbers_for_dots",
     "prepare",
     "prepare_apart",
+    "put_next_wanted",
     "refine_apart",
+    "told_of_codes",
     "width_of_rows",
 ]
 
@@ -651,7 +666,7 @@ def _chunk_of_rows(w: Any, first: Any, here: Any, at: Any, rest: Any) -> Any:  #
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _end_run(_: Any, run: Any, total: Any, rows: Any) -> Any:
+def end_run(_: Any, run: Any, total: Any, rows: Any) -> Any:
     """Add the sums of up to ``RUN`` groups, 16 of each of ``rows``, to those of all, and begin anew."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -671,7 +686,7 @@ def _end_run(_: Any, run: Any, total: Any, rows: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _finish(
+def finish_tile(
     total: Any, row_exponent: Any, exponent: Any, powers: Any, bias: Any, bad: Any, y: Any
 ) -> None:  # pragma: no cover - compiled
     """Columns of the result: sums times their powers of two, and the bias."""
@@ -726,7 +741,7 @@ def _dot(builder: Any, total: Any, codes: Any, digit: Any) -> Any:
     return builder.add(total, builder.call(multiply, [codes, builder.bitcast(digit, _SHORTS)]))
 
 
-def _numbers_for_dots(builder: Any, halves: bool, looked_up: bool, table: Any, flip: Any) -> Any:
+def numbers_for_dots(builder: Any, halves: bool, looked_up: bool, table: Any, flip: Any) -> Any:
     """What makes unsigned numbers of a vector of codes; of codes of 4 bits those at even and at odd positions.
 
     ``table`` and ``flip`` are as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes
@@ -760,7 +775,7 @@ def _put_unsigned(
     """
     for start in starts:
         _read_ahead(builder, builder.add(start, ahead))
-    numbers_of = _numbers_for_dots(builder, halves, looked_up, table, flip)
+    numbers_of = numbers_for_dots(builder, halves, looked_up, table, flip)
     for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
         block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
         for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
@@ -1064,7 +1079,7 @@ def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
             scale, leading, near, zero, z_step, lowest, of_x, row_power, run = others
             no = _ADDRESS(0)
             of_groups = _OfGroups(no, no, no, scale, leading, near, zero, z_step, lowest, of_x, no, row_power, no, run)
-            numbers_of = _numbers_for_dots(builder, halves, looked_up, table, flip)
+            numbers_of = numbers_for_dots(builder, halves, looked_up, table, flip)
             lowest, nothing = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS), _same(_INTS, 0)
             parts = 2 if halves else 1
 
@@ -1368,7 +1383,7 @@ def _put_last(of_rows: Any, first: Any, here: Any, last: Any) -> None:  # pragma
 
 
 @njit(nogil=True, cache=True)
-def _add_to_rows(
+def add_to_rows(
     codes: Any, steps: Any, count: Any, short: Any, x: Any, by: Any, scale: Any, leading: Any, near: Any, zero: Any,
     z_step: Any, lowest: Any, of_x: Any, row_power: Any, groups: Any, run: Any, rows: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
@@ -1410,7 +1425,7 @@ def _add_to_rows(
 
 
 @njit(nogil=True, cache=True)
-def _add_to_rows_twice(
+def add_to_rows_twice(
     codes: Any, steps: Any, count: Any, short: Any, x: Any, finer: Any, by: Any, scale: Any, leading: Any, near: Any,
     zero: Any, z_step: Any, lowest: Any, of_x: Any, of_finer: Any, row_power: Any, run: Any, many: Any, first: Any,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
@@ -1428,7 +1443,7 @@ def _add_to_rows_twice(
             o, p = of_x + at * 8, row_power + at * 4
             f, second = finer + m * by + i * steps * 16, of_finer + at * 8
             if many[m, first + i] == 0:
-                _add_to_rows(c, steps, 1, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, r, 1)
+                add_to_rows(c, steps, 1, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, r, 1)
             elif short:
                 _short_twice(c, steps, 1, e, f, by, s, leading, near, z, z_step, lowest, o, second, p, groups, r)
             else:
@@ -1500,7 +1515,7 @@ _by_order = _add_in_order if ORDERED else _by_nothing
 
 
 @njit(nogil=True, cache=True)
-def _put_next_wanted(many: Any, following: Any) -> None:  # pragma: no cover - compiled
+def put_next_wanted(many: Any, following: Any) -> None:  # pragma: no cover - compiled
     """For each group, and after the last: the first from it on that wants a second pass of any row, or ``groups``."""
     groups = many.shape[1]
     following[:] = groups
@@ -1551,17 +1566,15 @@ def _add_span(
             row_power + i * 4,
         )
         if twice:
-            _add_to_rows_twice(
+            add_to_rows_twice(
                 codes, steps, count, short, e, f, by, s, leading, near, z, z_step, lowest, o, second, p, run, many,
                 first + i,
             )  # fmt: skip
         else:
-            _add_to_rows(
-                codes, steps, count, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, run, rows
-            )
+            add_to_rows(codes, steps, count, short, e, by, s, leading, near, z, z_step, lowest, o, p, groups, run, rows)
         done += count * size
         if (first + i + count) % RUN == 0 or first + i + count == groups:
-            _end_run(run, total, rows)
+            end_run(run, total, rows)
 
 
 @njit(nogil=True, cache=True)
@@ -1574,7 +1587,7 @@ def _add_strip(
     """All groups of 16 columns of the result. All but ``many`` are addresses and numbers, which cost a call nothing.
 
     A call takes a run of groups, or what is before and after a group that wants a second pass; of several rows of x as
-    many as fit the first cache. ``following`` is what ``_put_next_wanted`` makes of ``many``; ``coming`` where scales
+    many as fit the first cache. ``following`` is what ``put_next_wanted`` makes of ``many``; ``coming`` where scales
     and zero points of the next 16 columns are, and how far apart those of a column are: read ahead a run at a time,
     while there is much to do, they need not be waited for.
     """
@@ -1628,13 +1641,33 @@ def _add_strip(
             )  # fmt: skip
         k += count * size
         if (g + count) % RUN == 0 or g + count == many.shape[1]:
-            _end_run(run, total, rows)
+            end_run(run, total, rows)
 
 
 _add_strip_apart = apart(
     _add_strip,
     f"void({'int64, ' * 5}boolean, boolean, {'int64, ' * 5}boolean, {'int64, ' * 12}uint8[:,::1], int64, int64, int64)",
 )
+
+
+@njit(nogil=True, cache=True)
+def told_of_codes(halves: Any, flip: Any, table: Any, unsigned: Any) -> Any:  # pragma: no cover - compiled
+    """Whether codes look up what is put in ``unsigned``, or else by which word they differ, bit by bit, from that.
+
+    And what unsigned numbers are less than meant, and the largest of them.
+    """
+    tabled, word, lowest, largest = np.bool_(False), (flip ^ 128) * 0x01010101, np.int64(-128), np.int64(255)
+    if halves:
+        low = np.float32(0)
+        for i in range(16):
+            low = min(low, table[i])
+        for i in range(64):
+            unsigned[i] = np.uint8(table[i & 15] - low)
+        lowest, largest = np.int64(low), np.int64(unsigned.max())
+        for i in range(16):  # plain integers, signed or not, want no table
+            tabled |= np.int64(unsigned[i]) != i ^ np.int64(unsigned[0])
+        word = np.int64(unsigned[0]) * 0x11111111
+    return tabled, word, lowest, largest
 
 
 @njit(nogil=True, cache=True)
@@ -1645,25 +1678,13 @@ def _multiply_by_dots(
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``multiply`` where ``in_dots`` says so."""
     (rows, columns), groups = y.shape, of_x.shape[1]
-    word = (flip ^ 128) * 0x01010101
     wide = (groups + COLUMNS - 1) // COLUMNS * COLUMNS
     span = _span(size, CHUNK * 2 if halves else CHUNK)
     numbers = on_lines(1, max(span, LONGEST_OF_ROWS) * COLUMNS + 64, np.uint8)[0]
     following = np.empty(groups + 1, dtype=np.int64)
-    _put_next_wanted(many, following)
-    unsigned, tabled, largest = np.zeros(64, dtype=np.uint8), np.bool_(False), 255
-    lowest = -128
-    if halves:
-        low = np.float32(0)
-        for i in range(16):
-            low = min(low, table[i])
-        for i in range(64):
-            unsigned[i] = np.uint8(table[i & 15] - low)
-        lowest = np.int64(low)
-        largest = np.int64(unsigned.max())
-        for i in range(16):  # plain integers, signed or not, want no table
-            tabled |= np.int64(unsigned[i]) != i ^ np.int64(unsigned[0])
-        word = np.int64(unsigned[0]) * 0x11111111
+    put_next_wanted(many, following)
+    unsigned = np.zeros(64, dtype=np.uint8)
+    tabled, word, lowest, largest = told_of_codes(halves, flip, table, unsigned)
     shifted = zero.shape[0] > 0
     less = lowest + flip
     lowest_power = np.float32(1)
@@ -1729,7 +1750,9 @@ def _multiply_by_dots(
         for lane in range(COLUMNS):
             most[lane] = (most[lane] >> 23) - 127
         stop = first + here
-        _finish(sums[1], row_exponent, most, powers, bias[first_row + first : first_row + stop], bad, y[:, first:stop])
+        finish_tile(
+            sums[1], row_exponent, most, powers, bias[first_row + first : first_row + stop], bad, y[:, first:stop]
+        )
     return True
 
 
@@ -1868,12 +1891,12 @@ def _multiply_by_floats(
                         run[t, m].ctypes.data,
                     )  # fmt: skip
                 if last_of_run:
-                    _end_run(run[t].ctypes.data, total[t].ctypes.data, rows)
+                    end_run(run[t].ctypes.data, total[t].ctypes.data, rows)
         for t in range(used):
             first = strip + t * COLUMNS
             last = min(first + COLUMNS, columns)
             of_columns = powers, bias[first_row + first : first_row + last], bad, y[:, first:last]
-            _finish(total[t], row_exponent, exponent[t], *of_columns)
+            finish_tile(total[t], row_exponent, exponent[t], *of_columns)
     return True
 
 

@@ -25,7 +25,17 @@ from aqt_lite.elements import ElementType
 from aqt_lite.formats import FORMATS, element_type
 from aqt_lite.packing import bytes_of
 
-__all__ = ["Told", "as_rows", "dtype_of", "in_bytes", "in_integers", "told_of", "turned_over", "unpacked"]
+__all__ = [
+    "Told",
+    "as_rows",
+    "dtype_of",
+    "in_bytes",
+    "in_integers",
+    "rows_of_columns",
+    "told_of",
+    "turned_over",
+    "unpacked",
+]
 
 
 LONGEST_ROW, SHORTEST_ROW = 1 << 15, 1 << 10
@@ -111,3 +121,14 @@ def turned_over(w: Coded, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
     """A weight (K, N) and what it means as (N, K), as far as shapes go: its codes lie as they did."""
     arrays = [None if a is None else b.xp.permute_dims(a, (1, 0)) for a in w[:3]]
     return Coded(*arrays), replace(spec, block=spec.block[::-1])
+
+
+def rows_of_columns(w: Coded, spec: Spec, columns: int) -> tuple[Coded | None, Spec]:
+    """A weight (K, N) and what it means as (N, K), of which there are no codes but their shape.
+
+    Scales and zero points have the order that they had. None where scales are codes themselves, or there are offsets.
+    """
+    if w.scale is None or isinstance(w.scale, tuple) or w.offset is not None:
+        return None, spec
+    shape = np.broadcast_to(np.empty((), spec.element.storage), (columns, w.codes.shape[0]))
+    return w._replace(codes=shape), replace(spec, block=spec.block[::-1])

@@ -439,6 +439,11 @@ def whole_loops() -> Any:
     return None if decoding_loops() is None else _loaded_whole()
 
 
+def strip_loops() -> Any:
+    """The loops for exact sums of groups of a weight that lies (in, out), or None without dot products for them."""
+    return None if group_loops() is None or not group_loops().DOTS else _loaded_strips()
+
+
 def panel_loops() -> Any:
     """The loops for many rows of x and a small weight, or None where there are none that decode."""
     return None if decoding_loops() is None else _loaded_panels()
@@ -447,6 +452,13 @@ def panel_loops() -> Any:
 def outer_loops() -> Any:
     """The loops for a weight that lies (in, out), or None where there are none that decode."""
     return None if decoding_loops() is None else _loaded_outer()
+
+
+@functools.cache
+def _loaded_strips() -> Any:
+    from aqt_lite.backends.cpu import strips
+
+    return strips
 
 
 @functools.cache

@@ -225,6 +225,18 @@ def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bo
     return in_short_groups(x_dtype, w, spec, contract)
 
 
+def sums_of_columns(rows: int, x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
+    """Whether loops add up groups of a weight (in, out) as it lies; ``w`` is that as ``rows.rows_of_columns``.
+
+    Of bytes those that are integers.
+    """
+    loops, size = runtime.strip_loops(), spec.block[1]
+    if loops is None or not (packed or spec.element.zero_points) or not rows or size is None:
+        return False
+    large = w.codes.size >= runtime.LARGE
+    return large and sums_of_groups(x_dtype, w, spec, 1, packed) and bool(runtime.group_loops().in_dots(size, False))
+
+
 def in_short_groups(x_dtype: str, w: Coded, spec: Spec, contract: int) -> bool:
     """Whether groups lie along the axis that is contracted, which lies last, and have sums that float64 holds."""
     group = spec.block[1]

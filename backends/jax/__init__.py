@@ -41,7 +41,7 @@ def register_loops() -> bool:
             encoding is not None and encoding.register(),
             dots is not None and dots.is_registered(),
             decoding is not None and decoding.register(),
-            groups is not None and groups.is_registered(),
+            groups is not None and groups.register(),
             in_out is not None and in_out.register(),
             whole is not None and whole.register(),
             across is None or across.register(),  # others are there where these are not for the processor

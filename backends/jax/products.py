@@ -28,7 +28,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import quantize, runtime, serve
 from aqt_lite.backends.cpu.floats import in_whole_groups
-from aqt_lite.backends.cpu.rows import as_rows, in_integers
+from aqt_lite.backends.cpu.rows import as_rows, in_integers, rows_of_columns
 from aqt_lite.backends.jax.eager import in_memory, is_tracing
 from aqt_lite.backends.jax.sharding import keeping_shardings
 from aqt_lite.ops import derivative, reference
@@ -207,6 +207,31 @@ def _in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | 
     return jnp.concatenate([y, columns(blocks * height, tail)], axis=1) if tail else y
 
 
+def _added_in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | None, spec: Spec) -> Array:
+    """The same in float32 with a weight (K, N), whose blocks meet some columns of x each, and are added up.
+
+    Beyond 32 MB all that a program writes beside its results, in compiled loops too, comes in fresh pages each time.
+    """
+    height, length = in_whole_groups(ROWS_OF_A_BLOCK, spec.block), w.codes.shape[0]
+    group, (blocks, tail) = spec.block[0] or length, divmod(length, height)
+    if not blocks or not all(a.shape[0] in (1, -(-length // group)) for a in jax.tree.leaves(w[1:])):
+        return product(x, w, bias)
+
+    def of_block(start: Any, rows: int) -> Array:
+        def part(a: Array) -> Array:
+            return a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start // group, -(-rows // group))
+
+        own = jax.tree.map(part, w._replace(codes=None))
+        own = own._replace(codes=lax.dynamic_slice_in_dim(w.codes, start, rows))
+        return product(lax.dynamic_slice_in_dim(of_x, start, rows, axis=1), own, None)
+
+    of_x = x.astype(jnp.float32)
+    y = lax.fori_loop(1, blocks, lambda i, y: y + of_block(i * height, height), of_block(0, height))
+    if tail:
+        y = y + of_block(blocks * height, tail)
+    return (y if bias is None else y + bias.astype(y.dtype)[None, :]).astype(x.dtype)
+
+
 def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int) -> Array:
     scaled = reference.with_scales_in_x(x, w, spec, contract, get_backend("jax"))
     if scaled is not None:
@@ -215,9 +240,13 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     across = _across_for(x, w, spec, contract)
     if across is not None:
         return across.product(x, w, bias, spec)
+    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
+    if contract == 0:
+        y = _by_columns(x, w, bias, spec, None)
+        if y is not NotImplemented:
+            return y
     if contract == 0 and _become_rows(w, spec):
         return _along_rows(True, x, w, bias, spec, contract)
-    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
         return _in_blocks(plain, x, w, bias, spec)
@@ -236,6 +265,25 @@ def _across_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
         return None
     inside = jax.sharding.get_abstract_mesh().manual_axes
     return across_loops() if serve.sums_across(x, x.dtype.name, w, spec, contract) and not inside else None
+
+
+def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_length: int | None) -> Any:
+    """Exact sums of groups along K of a weight (K, N) as it lies, of codes of 4 bits packed.
+
+    Scales that loops do not serve have the rows that other weights become: of what a program might need, XLA takes
+    memory at every call, and the reference's would be so much that it comes in fresh pages.
+    """
+    known = all(map(_is_known, (*x.shape, *w.codes.shape)))
+    if group_loops() is None or not known or jax.sharding.get_abstract_mesh().manual_axes:
+        return NotImplemented
+    packed = packed_length is not None
+    own, plain = rows_of_columns(w, spec, packed_length or w.codes.shape[1])
+    if own is None or not serve.sums_of_columns(x.shape[0], x.dtype.name, own, plain, packed):
+        return NotImplemented
+    if not _become_rows(w, spec):
+        return NotImplemented
+    y, unserved = group_loops().product_of_columns(x, w.codes, own, bias, plain, packed)
+    return _unless(unserved, y, lambda: _along_rows(True, x, w, bias, spec, 0, packed_length))
 
 
 def _become_rows(w: Coded, spec: Spec) -> bool:
@@ -538,16 +586,20 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
             if y is not NotImplemented:
                 return y
         form = _FORMS[reproducible, contract]
+        plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
+        if reproducible and contract == 0 and packed_length is not None:
+            ordered = reference.in_order(w, swapped, get_backend("jax"))
+            y = _by_columns(x, ordered, bias, spec, packed_length)
+            if y is not NotImplemented:
+                return y
         if _goes_along_rows(reproducible, x, w, spec, contract, packed_length is not None):
             ordered = reference.in_order(w, swapped, get_backend("jax"))
             return _along_rows(reproducible, x, ordered, bias, spec, contract, packed_length)
-        plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
-            if contract == 0:
-                return plain(x, w, bias)
             turned = reference.in_order(w, swapped, get_backend("jax"))
-            return _in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
+            in_blocks = _added_in_blocks if contract == 0 else _in_blocks
+            return in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
 
         y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise, swapped)
         return plain(x, w, bias) if y is NotImplemented else y
