@@ -123,6 +123,11 @@ def test_programs_of_jax(kind):
     exported = jax.export.export(jax.jit(product))(x, there, bias)
     assert "@aqt_lite_group_product" not in exported.mlir_module()
     assert_same_bits(exported.call(x, there, bias), wanted)
+    weights = jax.tree.map(lambda *arrays: jnp.stack(arrays), there, there)
+    mapped = jax.vmap(product, in_axes=(None, 0, None))(x, weights, bias)
+    assert_same_bits(mapped, np.stack([wanted] * 2))
+    slope = jax.grad(lambda x: product(x, there, bias).sum())(jnp.ones((2, 397)))
+    np.testing.assert_allclose(slope[0], np.asarray(q.dequantize()).sum(axis=1), rtol=1e-4, atol=1e-4)
 
 
 @needs_loops

@@ -183,22 +183,28 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     return y.astype(x_dtype)
 
 
-def _in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Array | None, spec: Spec) -> Array:
-    """``product(x, w, bias)`` with a weight (N, K), a block of its rows at a time.
+def _in_blocks(
+    product: Callable[..., Array], x: Array, w: Coded, bias: Array | None, spec: Spec, outputs: int = 0
+) -> Array:
+    """``product(x, w, bias)`` with a weight whose axis ``outputs`` they are, a block of these at a time.
 
     For what programs hold beside compiled loops, and hardly ever run: XLA takes memory for it at every call, 64 MB for
     the values of 4096 x 4096, which is a tenth of a millisecond.
     """
-    group, height, length = spec.block[0] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block), w.codes.shape[0]
+    group, height = spec.block[outputs] or 1, in_whole_groups(ROWS_OF_A_BLOCK, spec.block[outputs:])
+    length = w.codes.shape[outputs]
     blocks, tail = divmod(length, height)
-    cut = all(a.shape[0] in (1, -(-length // group)) for a in jax.tree.leaves(w[1:]))  # and no blocks of scales' own
+    whole = (1, -(-length // group))
+    cut = all(a.shape[outputs] in whole for a in jax.tree.leaves(w[1:]))  # and no blocks of scales' own
 
     def columns(start: Any, rows: int) -> Array:
-        def part(a: Array, size: int) -> Array:
-            return a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start // size, -(-rows // size))
+        def part(a: Array, size: int, axis: int = outputs) -> Array:
+            if a.shape[axis] == 1:
+                return a
+            return lax.dynamic_slice_in_dim(a, start // size, -(-rows // size), axis)
 
         own = jax.tree.map(lambda a: part(a, group), w._replace(codes=None))._replace(codes=part(w.codes, 1))
-        return product(x, own, None if bias is None else part(bias, 1))
+        return product(x, own, None if bias is None else part(bias, 1, 0))
 
     if not (blocks and cut):
         return product(x, w, bias)
@@ -270,8 +276,8 @@ def _across_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
 def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_length: int | None) -> Any:
     """Exact sums of groups along K of a weight (K, N) as it lies, of codes of 4 bits packed.
 
-    Scales that loops do not serve have the rows that other weights become: of what a program might need, XLA takes
-    memory at every call, and the reference's would be so much that it comes in fresh pages.
+    Scales that loops do not serve: by the reference a block of columns at a time, or of packed codes by the rows that
+    other weights become. The reference's memory for all of them would be so much that it comes in fresh pages.
     """
     known = all(map(_is_known, (*x.shape, *w.codes.shape)))
     if group_loops() is None or not known or jax.sharding.get_abstract_mesh().manual_axes:
@@ -283,7 +289,14 @@ def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_lengt
     if not _become_rows(w, spec):
         return NotImplemented
     y, unserved = group_loops().product_of_columns(x, w.codes, own, bias, plain, packed)
-    return _unless(unserved, y, lambda: _along_rows(True, x, w, bias, spec, 0, packed_length))
+
+    def otherwise() -> Array:
+        if packed:
+            return _along_rows(True, x, w, bias, spec, 0, packed_length)
+        by_reference = partial(reference.matmul_reproducible, spec=spec, contract=0, b=get_backend("jax"))
+        return _in_blocks(by_reference, x, w, bias, spec, outputs=1)
+
+    return _unless(unserved, y, otherwise)
 
 
 def _become_rows(w: Coded, spec: Spec) -> bool:
