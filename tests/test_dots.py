@@ -387,6 +387,44 @@ def test_exported_torch_programs_hold_no_operator_of_ours(large_weight):
 # ---- what went wrong once
 
 
+@pytest.mark.parametrize("mode", ["fast", "reproducible"])
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_codes_may_lie_in_any_order(kind, mode):
+    """By columns, a column apart, from the last one on, in rows of more, or all of them the first."""
+    rng = np.random.default_rng(9)
+    scheme = "affine" if kind == "uint8" else "symmetric"
+    q = aqt_lite.quantize(
+        rng.standard_normal((400, 330)).astype(np.float32), kind, scheme=scheme, granularity=PerChannel(0)
+    )
+    x, codes = rng.standard_normal((9, 330)).astype(np.float32), np.asarray(q.qvalue)
+    wide = np.repeat(codes, 2, axis=1)
+    orders = [np.asfortranarray(codes), wide[:, ::2], codes[:, ::-1].copy()[:, ::-1], np.pad(codes, 3)[3:-3, 3:-3]]
+    orders += [codes[::-1].copy()[::-1], np.broadcast_to(codes[:1], codes.shape)]
+    for given in orders:
+        told = {"dtype": kind, "granularity": PerChannel(0)}
+        p, plain = (aqt_lite.QArray.from_codes(c, q.scale, q.zero_point, **told) for c in (given, given.copy()))
+        for rows in (x[:1], x[:4], x):
+            assert_same_bits(aqt_lite.linear(rows, p, mode=mode), aqt_lite.linear(rows, plain, mode=mode))
+        there = aqt_lite.QArray.from_codes(
+            torch.from_numpy(given.copy()).t().contiguous().t(),
+            torch.from_numpy(q.scale),
+            None if q.zero_point is None else torch.from_numpy(q.zero_point),
+            **told,
+        )
+        y = aqt_lite.linear(torch.from_numpy(x), there, mode="reproducible")
+        assert_same_bits(y, aqt_lite.linear(x, plain, mode="reproducible"))
+    y = aqt_lite.linear(x, q[:, ::-1], np.zeros(400, np.float32), mode="reproducible")
+    assert_same_bits(y, by_the_reference(x, q[:, ::-1], np.zeros(400, np.float32)))
+
+
+@needs_dots
+def test_loops_refuse_codes_that_lie_otherwise():
+    dots = runtime.integer_dots()
+    w, panels = np.zeros((3, 8), np.int8, order="F"), np.zeros(dots.shape_of_panels(2, 8, dots.DIGITS), np.uint32)
+    with pytest.raises(Exception, match="does not lie in the order of C"):
+        dots.multiply_rows(w, panels, dots.DIGITS, panels.shape[2] // dots.DIGITS, np.zeros((2, 3), np.int64))
+
+
 def test_more_rows_than_sums_are_kept_for():
     rng = np.random.default_rng(8)
     q = aqt_lite.quantize(rng.standard_normal((400, 330)).astype(np.float32), granularity=PerChannel(0))

@@ -37,7 +37,7 @@ from aqt_lite.backends.cpu.dots import (
     to_fixed_point,
 )
 from aqt_lite.backends.cpu.lines import on_lines
-from aqt_lite.backends.cpu.native import apart, task_of
+from aqt_lite.backends.cpu.native import apart, check_c_order, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
@@ -271,6 +271,7 @@ def add_across(w: Any, flip: Any, digits: Any, start: Any, stop: Any, sums: Any)
 
     ``flip``: what bytes differ by, bit by bit, from unsigned numbers.
     """
+    check_c_order(w)
     inner, columns = w.shape
     whole, stride = columns - columns % TILE, w.strides[0]
     depth = DEPTH_OF_FEW if digits.shape[0] <= FEW else DEPTH

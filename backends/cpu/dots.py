@@ -43,7 +43,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.lines import LINE, on_lines
-from aqt_lite.backends.cpu.native import apart, task_of
+from aqt_lite.backends.cpu.native import apart, check_c_order, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = [
@@ -448,6 +448,7 @@ def pack_one_row(x: Any) -> Any:  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no cover - compiled
     """``y[n] = sum_k w[n, k] x[k]``: int8 rows, int32 x and its planes, int64 y."""
+    check_c_order(w)
     rows, inner = w.shape
     whole = planes.shape[1]
     depth = DEPTH_OF_ONE_ROW if _RUN else max(whole, 1)
@@ -630,6 +631,7 @@ _sums_of_rows_apart = apart(
 @njit(nogil=True, cache=True)
 def multiply_rows(w: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover - compiled
     """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels, int64 y."""
+    check_c_order(w)
     copies, sums = _room_for_copies(panels, w.shape[1]), _room_for_sums(panels)
     of_codes, joined = np.empty(STRIP, dtype=np.int32), on_lines(STRIP, height, np.int64)
     for first in range(0, w.shape[0], STRIP):
@@ -1004,6 +1006,7 @@ def finish_columns(
     ``finer``, ``finer_one`` and ``finer_total`` are as ``refine_rows`` leaves them; empty where there is no second
     pass.
     """
+    check_c_order(w)
     if y.shape[0] == 1:
         _finish_one_row(
             w, unsigned, one, row_exponent, total, flags, finer_one, finer_total, fraction, exponent, zero, bias,

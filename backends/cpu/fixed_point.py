@@ -21,7 +21,7 @@ from aqt_lite.backends.cpu import runtime, serve
 from aqt_lite.backends.cpu.in_out import LEAST_CODES
 from aqt_lite.backends.cpu.integers import exact_matmul
 from aqt_lite.backends.cpu.kinds import numbers_of_codes
-from aqt_lite.backends.cpu.operands import blocks_of_rows, scales_in
+from aqt_lite.backends.cpu.operands import blocks_of_rows, in_c_order, scales_in
 from aqt_lite.backends.cpu.rows import as_rows, in_bytes, rows_of_columns, turned_over
 from aqt_lite.backends.cpu.runtime import (
     CHUNKS_PER_CORE,
@@ -100,7 +100,7 @@ def _multiply_by_dots(x: Array, w: Coded, bias: Array | None, spec: Spec, fast: 
             return NotImplemented
         parts.append((part, prepared, _refined(x[part], prepared, powers)))
     vectors = _of_columns(w, bias, spec)
-    codes, unsigned = w.codes.view(np.int8), w.codes.dtype == np.uint8
+    codes, unsigned = in_c_order(w.codes.view(np.uint8)).view(np.int8), w.codes.dtype == np.uint8
     y = np.empty((rows, columns), dtype=np.float32)
 
     height = dots.HEIGHT_FOR_ONE_ROW if rows == 1 else dots.STRIP

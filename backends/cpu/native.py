@@ -17,6 +17,7 @@ import llvmlite.ir as ir
 import numba
 from numba import types
 from numba.core import cgutils, sigutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from aqt_lite.backends.cpu.runtime import not_compiled
@@ -89,6 +90,14 @@ def atomic_store(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def check_c_order(typingctx, array):
+    """Refuse, where a loop is compiled, an array that it reads by addresses and that does not lie in the order of C."""
+    if not isinstance(array, types.Array) or array.layout != "C":
+        raise TypingError(f"{array} does not lie in the order of C")
+    return types.void(array), lambda context, *_: context.get_dummy_value()
 
 
 @intrinsic

@@ -29,6 +29,7 @@ __all__ = [
     "Operands",
     "adds_nothing",
     "blocks_of_rows",
+    "in_c_order",
     "operands_of",
     "operands_of_columns",
     "plain_scales",
@@ -108,10 +109,10 @@ def blocks_of_rows(blocks: Array, rows: int, spec: Spec, b: Backend, swapped: bo
         shape, block = [blocks.shape[0], blocks.shape[1]], [1, 1]
         shape[axis], block[axis] = rows, shared
         blocks = spread(blocks, tuple(shape), tuple(block), b.xp)
-    return _turned(blocks) if b.name == "numpy" else b.contiguous(blocks)
+    return in_c_order(blocks) if b.name == "numpy" else b.contiguous(blocks)
 
 
-def _turned(blocks: Array) -> Array:
+def in_c_order(blocks: Array) -> Array:
     """The same in the order of C: by a loop where many lie in the other order, for a copy takes ten times as long."""
     lies_so = blocks.ndim == 2 and blocks.flags.f_contiguous and not blocks.flags.c_contiguous
     loops = runtime.turning_loops() if lies_so and blocks.size > FEWEST_TO_TURN else None

@@ -36,7 +36,7 @@ from aqt_lite.backends.cpu.groups import (
     told_of_codes,
 )
 from aqt_lite.backends.cpu.lines import LINE, on_lines
-from aqt_lite.backends.cpu.native import apart, task_of
+from aqt_lite.backends.cpu.native import apart, check_c_order, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
 __all__ = ["PART", "STRIP", "multiply_columns", "multiply_columns_apart", "multiply_columns_in_parts"]
@@ -236,6 +236,7 @@ def multiply_columns(
     ``w`` (K, bytes); scales are (groups, N or 1), zero points likewise or empty. The others are those of
     ``groups.multiply``, of groups for which ``groups.in_dots`` says that bytes are multiplied so.
     """
+    check_c_order(w)
     rows, groups, step = y.shape[0], of_x.shape[1], 2 if halves else 1
     unsigned = np.zeros(64, dtype=np.uint8)
     tabled, word, lowest, largest = told_of_codes(halves, flip, table, unsigned)
