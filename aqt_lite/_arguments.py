@@ -11,6 +11,7 @@ import numpy as np
 
 from aqt_lite._foreign import refusal
 from aqt_lite._namespace import Array
+from aqt_lite._near import shown
 from aqt_lite._protocol import Backend
 from aqt_lite._registry import backend_of, get_backend
 from aqt_lite.elements import FLOAT_TYPES
@@ -69,7 +70,8 @@ def _from_list(x: Any, argument: str) -> np.ndarray[Any, Any]:
     except ValueError as error:
         raise TypeError(f"{argument} is a list that is no array: {error}") from None
     if wide.size and wide.dtype.kind not in "iuf":
-        raise TypeError(f"{argument} is a list of {wide.dtype.name}, not of real numbers")
+        first = shown(wide.reshape(-1)[:1].tolist()[0])
+        raise TypeError(f"{argument} is a list of {wide.dtype.name}, {first} for one: give real numbers")
     with np.errstate(over="ignore"):
         narrow = wide.astype(np.float32)
     if not np.array_equal(np.isfinite(narrow), np.isfinite(wide)):

@@ -75,7 +75,8 @@ class Doubt(NamedTuple):
 
 def overflow_of(argument: str) -> ValueError:
     """The error of a dtype that is too narrow for a result."""
-    return ValueError(f"{argument} cannot hold every result, which overflow to infinity: ask for a wider type")
+    way = "take a wider type, such as float32 (products have that of x)"
+    return ValueError(f"{argument} cannot hold every result, which overflow to infinity: {way}")
 
 
 class Backend(ExactArithmetic, ABC):
