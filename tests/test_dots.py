@@ -421,7 +421,7 @@ def test_codes_may_lie_in_any_order(kind, mode):
 def test_loops_refuse_codes_that_lie_otherwise():
     dots = runtime.integer_dots()
     w, panels = np.zeros((3, 8), np.int8, order="F"), np.zeros(dots.shape_of_panels(2, 8, dots.DIGITS), np.uint32)
-    with pytest.raises(Exception, match="does not lie in the order of C"):
+    with pytest.raises(ValueError, match="do not lie side by side"):
         dots.multiply_rows(w, panels, dots.DIGITS, panels.shape[2] // dots.DIGITS, np.zeros((2, 3), np.int64))
 
 

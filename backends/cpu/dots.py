@@ -447,8 +447,7 @@ def pack_one_row(x: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(nogil=True, cache=True)
 def multiply_one_row(w: Any, x: Any, planes: Any, y: Any) -> None:  # pragma: no cover - compiled
-    """``y[n] = sum_k w[n, k] x[k]``: int8 rows, int32 x and its planes, int64 y."""
-    check_c_order(w)
+    """``y[n] = sum_k w[n, k] x[k]``: int8 rows, codes of each side by side, int32 x and its planes, int64 y."""
     rows, inner = w.shape
     whole = planes.shape[1]
     depth = DEPTH_OF_ONE_ROW if _RUN else max(whole, 1)
@@ -630,8 +629,9 @@ _sums_of_rows_apart = apart(
 
 @njit(nogil=True, cache=True)
 def multiply_rows(w: Any, panels: Any, digits: int, height: int, y: Any) -> None:  # pragma: no cover - compiled
-    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, x as panels, int64 y."""
-    check_c_order(w)
+    """``y[m, n] = sum_k w[n, k] x[m, k]``: int8 w, codes of a row side by side, x as panels, int64 y."""
+    if w.shape[1] > 1 and w.strides[1] != 1:
+        raise ValueError("codes of a row do not lie side by side")
     copies, sums = _room_for_copies(panels, w.shape[1]), _room_for_sums(panels)
     of_codes, joined = np.empty(STRIP, dtype=np.int32), on_lines(STRIP, height, np.int64)
     for first in range(0, w.shape[0], STRIP):
