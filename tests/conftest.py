@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ BACKENDS = tuple(name for name in _BUILTIN if name not in WITHOUT)
 def pytest_configure(config):
     """Refuse to test less than was asked for, and let small arrays be cut into parts as large ones are."""
     check_installed()
+    hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
+    hypothesis.settings.load_profile("untimed")
     runtime.LARGE_LOOPS = runtime.LARGE_PARTS = 2 * runtime.LARGE
 
 

@@ -73,7 +73,7 @@ def arrays(draw, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_value_keeps_the_bound_and_the_least_one_is_told(dtype, data):
     x = data.draw(arrays(dtype))
@@ -95,7 +95,7 @@ def test_every_value_keeps_the_bound_and_the_least_one_is_told(dtype, data):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_relative_errors_are_kept_and_zero_is_exact(dtype, data):
     x = data.draw(arrays(dtype))

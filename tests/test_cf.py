@@ -68,7 +68,7 @@ def test_every_type(source, dtype):
 RANGES = st.sampled_from([(-1.0, 1.0), (0.0, 0.02), (180.0, 330.0), (98000.0, 104000.0), (-3e-9, 1e-9), (-1e30, 1e30)])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), limits=RANGES, source=st.sampled_from(["float32", "float64"]), dtype=st.sampled_from(cf.DTYPES))
 def test_the_bound_holds_exactly(data, limits, source, dtype):
     low, high = limits
@@ -85,7 +85,7 @@ def test_the_bound_holds_exactly(data, limits, source, dtype):
     check_within(x, packing, bound)
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 @given(
     x=hnp.arrays(st.sampled_from([np.float32, np.float64]), st.integers(0, 5), elements={"allow_infinity": False}),
     bound=st.floats(1e-300, 1e300),

@@ -63,7 +63,7 @@ HOW = st.sampled_from(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(chunks=chunkings(X.shape), granularity=WAYS, how=HOW)
 def test_any_chunks_have_the_bits_of_the_whole(chunks, granularity, how):
     dtype, options = how
@@ -214,7 +214,7 @@ SEVERAL_WAYS = [
 ]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(chunks=chunkings(X.shape), how=st.sampled_from(ONE_WAY + SEVERAL_WAYS))
 def test_bounds_have_the_bits_of_the_whole(chunks, how):
     """Lazily where one way is left to try; else by one computation of the array, for all of them together."""

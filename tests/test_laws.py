@@ -39,7 +39,6 @@ def holds_for(name, *strategies, times=1.0):
     def run(law):
         relaxed = settings(
             max_examples=int(EXAMPLES[name] * times),
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=[*HealthCheck],

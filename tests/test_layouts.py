@@ -461,7 +461,7 @@ def test_every_layout_of_codes_is_tried_bit_by_bit():
     assert every - {case[0] for case in ORDERS} == {"dense16", "bitsandbytes"}  # below, and above
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 3), st.integers(1, 5), st.data())
 def test_any_codes_come_back(name, rows, units, data):
     entry = LAYOUTS[name]
@@ -705,7 +705,7 @@ def test_layouts_that_lose_bits_are_refused(make, message):
         make(codes, (Field(2, (Part("codes", 0, 4),)),))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(TYPES), st.binary(min_size=0, max_size=600))
 def test_any_bytes_are_read_or_refused(name, data):
     """Never another error, and never a value that is not finite."""

@@ -10,7 +10,7 @@ from optional import jax, jnp, torch
 from processors import run_without_avx_512
 from test_dots import hard_rows
 
-from aqt_lite import PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
+from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
 from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import rows, runtime
 from aqt_lite.formats import element_type
@@ -41,6 +41,9 @@ KINDS = {
     "e2m1, scales of 16 bits": {"dtype": "float4_e2m1fn", "granularity": PerGroup(16, 0), "scale_dtype": "bfloat16"},
     "e2m1, one scale": {"dtype": "float4_e2m1fn", "granularity": PerTensor()},
     "iq4_nl": {"dtype": "iq4_nl", "granularity": PerChannel(1)},
+    "integers looked up": {"dtype": Codebook("wholes", tuple(range(-100, 100))), "granularity": PerGroup(32, 0)},
+    "int8, scales of 16 bits": {"granularity": PerGroup(16, 0), "scale_dtype": "float16"},
+    "mxint8": {"dtype": "mxint8", "granularity": PerGroup(32, 0)},
     "groups longer than the loops'": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(350, 0)},
 }
 

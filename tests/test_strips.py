@@ -30,6 +30,16 @@ KINDS = {
     "int4": {"dtype": "int4", "granularity": PerGroup(32, 0)},
     "uint4, zero points": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(64, 0)},
     "float4_e2m1fn": {"dtype": "float4_e2m1fn", "granularity": PerGroup(32, 0)},
+    "uint8, zero points, float16 scales": {
+        "dtype": "uint8",
+        "scheme": "affine",
+        "granularity": PerGroup(32, 0),
+        "scale_dtype": "float16",
+    },
+    "int4, bfloat16 scales": {"dtype": "int4", "granularity": PerGroup(32, 0), "scale_dtype": "bfloat16"},
+    "mxint8": {"dtype": "mxint8", "granularity": PerGroup(32, 0)},
+    "mxfp4": {"dtype": "mxfp4", "granularity": PerGroup(32, 0)},
+    "nvfp4": {"dtype": "nvfp4", "granularity": PerGroup(16, 0)},
 }
 
 SHAPES = [(397, 829), (130, 2047), (2051, 130), (30_004, 11), (1024, 512)]
@@ -104,7 +114,7 @@ def test_scales_that_loops_do_not_serve():
 
 
 @needs_loops
-@pytest.mark.parametrize("kind", ["int8", "uint8, zero points", "uint4, zero points", "float4_e2m1fn"])
+@pytest.mark.parametrize("kind", ["int8", "uint8, zero points, float16 scales", "uint4, zero points", "mxfp4", "nvfp4"])
 def test_programs_of_jax(kind):
     rng = np.random.default_rng(1)
     q = quantize(weight(397, 829), **KINDS[kind])
@@ -144,7 +154,7 @@ def test_programs_of_jax_with_scales_that_loops_do_not_serve():
 
 
 @needs_loops
-@pytest.mark.parametrize("kind", ["uint8, zero points", "int4"])
+@pytest.mark.parametrize("kind", ["uint8, zero points", "int4", "nvfp4"])
 def test_torch(kind, monkeypatch):
     rng, calls = np.random.default_rng(1), counted(monkeypatch)
     q = quantize(weight(397, 829), **KINDS[kind])

@@ -115,7 +115,7 @@ def test_entry_points_lead_to_the_codecs():
 # ---- the bound
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     x=hnp.arrays(
         st.sampled_from([np.float32, np.float64]),
@@ -250,7 +250,7 @@ def test_packbits_by_the_book(name, count):
         assert again.tobytes() == x.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from(["int8", "uint8", "int16", "uint32", "int64", ">i4", "float32"]))
 def test_packbits_of_some_bits(data, dtype):
     x = data.draw(hnp.arrays(dtype, st.integers(0, 9)))

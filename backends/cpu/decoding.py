@@ -1262,7 +1262,7 @@ def looked_up(codes: Any, table: Any, doubling: Any, out: Any) -> None:  # pragm
 
 @njit(nogil=True, cache=True)
 def look_up(codes: Any, table: Any, out: Any) -> None:  # pragma: no cover - compiled
-    """Numbers of codes of 16 bits."""
+    """Numbers of codes, of which there are as many as codes."""
     for i in range(codes.shape[0]):
         out[i] = table[codes[i]]
 

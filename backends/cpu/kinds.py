@@ -18,7 +18,7 @@ from aqt_lite._registry import get_backend
 from aqt_lite.backends.cpu import runtime
 from aqt_lite.elements import ElementType
 
-__all__ = ["Kind", "kind_of", "numbers_of_codes"]
+__all__ = ["Kind", "are_multiples", "kind_of", "numbers_of_codes"]
 
 _LEAST_HALF = 2.0**-24
 """The smallest float of 16 bits: what their patterns count below the smallest with a leading 1."""
@@ -86,6 +86,15 @@ def numbers_of_codes(element: ElementType) -> Array:
     codes, known = _codes(element), _known(element)
     numbers = np.asarray(element.decode(np.where(known, codes, codes[:1]), get_backend("numpy")), dtype=np.float32)
     return np.where(known, numbers, np.float32(np.nan))
+
+
+@functools.lru_cache(maxsize=64)
+def are_multiples(element: ElementType) -> bool:
+    """Whether codes are what their numbers are in multiples of the element's unit."""
+    if element.unit is None or element.bits > 8:
+        return False
+    known = _known(element)
+    return bool((numbers_of_codes(element)[known] == _codes(element)[known] * np.float32(element.unit)).all())
 
 
 def _codes(element: ElementType) -> Array:

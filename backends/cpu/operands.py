@@ -129,17 +129,11 @@ def plain_scales(kept: Any, spec: Spec, b: Backend) -> tuple[Array, Array, Array
     if not isinstance(kept, tuple):
         return xp.astype(kept, xp.float32, copy=False), _as_array(NO_CODES, b), _as_array(_NO_NUMBERS, b)
     kept = Coded(*kept)
-    codes, inner = kept.codes, kept.scale
-    several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
-    kind, plain = b.dtype_name(codes), b.name == "numpy" and all(part is None for part in kept[1:])
-    if several or kind not in ("int8", "uint8") or codes.ndim != 2:
-        if plain and codes.dtype.itemsize == 2 and codes.size > FEWEST_TO_LOOK_UP and runtime.decoding_loops():
-            scale = _looked_up(codes, _numbers_of_scales(spec, kind))
-        else:
-            scale = xp.astype(affine.scales(kept, spec, b), xp.float32)
+    codes, numbers = kept.codes, _numbers_to_look_up(kept, spec, b)
+    if numbers is None or codes.dtype.itemsize > 1:
+        scale = xp.astype(affine.scales(kept, spec, b), xp.float32) if numbers is None else _looked_up(codes, numbers)
         return scale, _as_array(NO_CODES, b), _as_array(_NO_NUMBERS, b)
-    numbers = _numbers_of_scales(spec, kind) if plain else _numbers_of_every_code(kept, spec, kind, b)
-    if kind == "int8":
+    if b.dtype_name(codes) == "int8":
         codes = xp.astype(xp.astype(codes, xp.int16) & 255, xp.uint8)
     return _as_array(NO_SCALES, b), codes, numbers
 
@@ -149,22 +143,30 @@ def scales_in(unit: float, kept: Any, spec: Spec, b: Backend) -> Array:
 
     Codes of scales are looked up where that takes no compiler.
     """
-    scale, codes, numbers = kept, NO_CODES, _NO_NUMBERS
     if b.name == "numpy" and isinstance(kept, tuple):
-        scale, codes, numbers = plain_scales(kept, spec, b)
-    if not codes.size:
-        scale = affine.usable_scales(kept, spec, b) if scale is kept else affine.without_too_small(scale, spec, b)
-        return scale if unit == 1 else scale * unit
-    numbers, found = affine.without_too_small(numbers, spec, b) * np.float32(unit), np.empty(codes.shape, np.float32)
-
-    def look_up(start: int, stop: int) -> None:
-        numbers.take(codes[start:stop], mode="clip", out=found[start:stop])  # there are 256 numbers
-
-    map_ranges(look_up, len(codes), 1, codes.size)
-    return found
+        numbers = _numbers_to_look_up(Coded(*kept), spec, b, unit)
+        if numbers is not None:
+            return _looked_up(Coded(*kept).codes, numbers)
+    scale = affine.usable_scales(kept, spec, b)
+    return scale if unit == 1 else scale * unit
 
 
-def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Array:
+def _numbers_to_look_up(kept: Coded, spec: Spec, b: Backend, unit: float | None = None) -> Array | None:
+    """The numbers of all codes of scales, where these are few, or NumPy's loops look up many; else None.
+
+    ``unit``: scales of multiples of it, that are usable.
+    """
+    codes, kind, inner = kept.codes, b.dtype_name(kept.codes), kept.scale
+    plain, size = b.name == "numpy" and all(part is None for part in kept[1:]), np.dtype(kind).itemsize
+    if size == 2 and plain and math.prod(codes.shape) > FEWEST_TO_LOOK_UP and runtime.decoding_loops() is not None:
+        return _numbers_of_scales(spec, kind, unit)
+    several = inner is not None and (isinstance(inner, tuple) or math.prod(inner.shape) > 1)
+    if several or size > 1 or codes.ndim != 2:
+        return None
+    return _numbers_of_scales(spec, kind, unit) if plain else _numbers_of_every_code(kept, spec, kind, b, unit)
+
+
+def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend, unit: float | None) -> Array:
     """What scales would be if their codes were these, one after the other."""
     assert spec.format.scale is not None
     size, (least, most) = np.dtype(kind).itemsize, spec.format.scale.element.codes
@@ -172,22 +174,33 @@ def _numbers_of_every_code(kept: Coded, spec: Spec, kind: str, b: Backend) -> Ar
     every = np.where((bits >= least) & (bits <= most), bits, bits[:1]).reshape(1, -1)  # 0 is a code of them all
     with np.errstate(all="ignore"):  # of every number that a scale's codes have, some are too large
         numbers = affine.scales(kept._replace(codes=b.asarray(every, like=kept.codes)), spec, b)
+        if unit is not None:
+            numbers = affine.without_too_small(numbers, spec, b) * unit
     return b.xp.reshape(b.xp.astype(numbers, b.xp.float32), (-1,))
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers_of_scales(spec: Spec, kind: str) -> Array:
+def _numbers_of_scales(spec: Spec, kind: str, unit: float | None) -> Array:
     """The same where nothing else is kept: for a small product they would take longer than all of the loops."""
-    b = get_backend("numpy")
-    return _numbers_of_every_code(Coded(np.empty((1, 1), kind), None, None), spec, kind, b)
+    kept = Coded(np.empty((1, 1), kind), None, None)
+    return _numbers_of_every_code(kept, spec, kind, get_backend("numpy"), unit)
 
 
 def _looked_up(codes: Array, numbers: Array) -> Array:
-    """The numbers of codes of 16 bits, which lie as the codes do."""
+    """The numbers of codes, which lie as the codes do."""
     turned = codes.flags.f_contiguous and not codes.flags.c_contiguous
     given = codes.T if turned else np.ascontiguousarray(codes)
     found = np.empty(given.shape, np.float32)
-    runtime.decoding_loops().look_up(given.view(np.uint16).reshape(-1), numbers, found.reshape(-1))
+    places, flat = given.view(f"u{codes.dtype.itemsize}").reshape(-1), found.reshape(-1)
+    loops = runtime.decoding_loops()
+
+    def some(start: int, stop: int) -> None:
+        if loops is None:
+            numbers.take(places[start:stop], mode="clip", out=flat[start:stop])  # there are as many as places
+        else:
+            loops.look_up(places[start:stop], numbers, flat[start:stop])
+
+    map_ranges(some, len(flat), 1, len(flat))
     return found.T if turned else found
 
 

@@ -18,7 +18,7 @@ from aqt_lite._protocol import Backend
 from aqt_lite._registry import get_backend
 from aqt_lite.affine import Coded, Spec
 from aqt_lite.backends.cpu import runtime
-from aqt_lite.backends.cpu.kinds import kind_of
+from aqt_lite.backends.cpu.kinds import are_multiples, kind_of
 from aqt_lite.backends.cpu.operands import scales_in
 from aqt_lite.backends.cpu.runtime import LARGE, aligned_empty, ends_of_parts, in_parts, steps_of_elements
 from aqt_lite.elements import ElementType
@@ -46,7 +46,7 @@ class Told(NamedTuple):
     """What the loops are told of codes."""
 
     known: bool
-    """Codes are such bytes."""
+    """Codes are such multiples, one a byte."""
     kind: int
     flip: int
     table: Array
@@ -56,7 +56,7 @@ class Told(NamedTuple):
 def told_of(element: ElementType, packed: bool) -> Told:
     """Of an element whose numbers are whole multiples of a unit, its codes one a byte or packed."""
     assert element.unit is not None
-    return Told(not packed and element.zero_points, *kind_of(element, packed, None), 1 / element.unit)
+    return Told(not packed and are_multiples(element), *kind_of(element, packed, None), 1 / element.unit)
 
 
 def dtype_of(element: ElementType) -> str:
@@ -95,14 +95,14 @@ def unpacked(stream: Array, bits: int, length: int, signed: bool) -> Any:
 
 
 def in_integers(w: Coded, *, spec: Spec) -> Any:
-    """``reference.in_integers``, where codes are bytes that are no such numbers."""
+    """``reference.in_integers``, where codes are bytes."""
     element, codes = spec.element, w.codes
-    if element.unit is None or element.zero_points or codes.ndim != 2 or codes.size < LARGE:
+    if element.unit is None or codes.ndim != 2 or codes.size < LARGE:
         return NotImplemented
     numbers = in_bytes(codes, element, codes.shape[1], packed=False)
     if numbers is NotImplemented:
         return NotImplemented
-    return Coded(numbers, scales_in(element.unit, w.scale, spec, get_backend("numpy")), None)
+    return Coded(numbers, scales_in(element.unit, w.scale, spec, get_backend("numpy")), w.zero_point)
 
 
 def as_rows(numbers: Array, w: Coded, spec: Spec, contract: int, b: Backend) -> tuple[Coded, Spec]:
@@ -126,9 +126,9 @@ def turned_over(w: Coded, spec: Spec, b: Backend) -> tuple[Coded, Spec]:
 def rows_of_columns(w: Coded, spec: Spec, columns: int) -> tuple[Coded | None, Spec]:
     """A weight (K, N) and what it means as (N, K), of which there are no codes but their shape.
 
-    Scales and zero points have the order that they had. None where scales are codes themselves, or there are offsets.
+    Scales and zero points have the order that they had. None where there are offsets, or no scales.
     """
-    if w.scale is None or isinstance(w.scale, tuple) or w.offset is not None:
+    if w.scale is None or w.offset is not None:
         return None, spec
     shape = np.broadcast_to(np.empty((), spec.element.storage), (columns, w.codes.shape[0]))
     return w._replace(codes=shape), replace(spec, block=spec.block[::-1])
