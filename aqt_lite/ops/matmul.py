@@ -301,9 +301,9 @@ def may_go_as_stored(w: QArray, mode: str, contract: int) -> bool:
     """
     if w.scale is None or (isinstance(w.scale, QArray) and w.scale._has_groups):  # groups' scales must not become 0
         return False
-    if w.packed_length is not None or mode != "fast" or not w.scale.ndim:
+    if w.packed_length is not None or not w.scale.ndim:
         return w.packed_length is not None
-    return bool(w.scale.shape[contract] > 1) or element_type(w.dtype).unit is None
+    return bool(w.scale.shape[contract] > 1) or (mode == "fast" and element_type(w.dtype).unit is None)
 
 
 def _stored_product(
@@ -342,7 +342,7 @@ def _float_product(
         y = NotImplemented if kernel is None else kernel(x, ready.weight, bias)
         if y is not NotImplemented:
             return y
-    elif may_go_as_stored(w, mode, contract):
+    elif not declined and may_go_as_stored(w, mode, contract):
         of_stored = reference.matmul_stored if mode == "fast" else reference.matmul_reproducible_stored
         y = _stored_product(of_stored, x, w, bias, stored, b)
         if y is not NotImplemented:

@@ -333,20 +333,20 @@ def matmul_reproducible_stored(
     packed_length: int | None,
     swapped: bool = False,
 ) -> Any:
-    """``reference.matmul_reproducible_stored``: of codes of 4 bits as they are packed, where loops read them so.
+    """``reference.matmul_reproducible_stored`` of codes as they are kept, where loops read them so.
 
-    Others become bytes first, in the order in which loops read those.
+    Other packed ones become bytes first, in the order in which loops read those.
     """
-    if packed_length is None or not len(x):
+    if not len(x):
         return NotImplemented
-    w, x_name = reference.in_order(w, swapped, get_backend("numpy")), x.dtype.name
+    w, x_name, packed = reference.in_order(w, swapped, get_backend("numpy")), x.dtype.name, packed_length is not None
     if contract == 0:
-        y = _groups_of_columns(x, w, bias, spec, packed_length, packed=True)
+        y = _groups_of_columns(x, w, bias, spec, packed_length or w.codes.shape[1], packed)
         if y is not NotImplemented:
             return y
-    if serve.sums_of_groups(x_name, w, spec, contract, packed=True):
-        return matmul_in_groups(x, w, bias, spec=spec, packed=True)
-    if serve.become_rows(x_name, w, spec, contract, packed=True):
+    if serve.sums_of_groups(x_name, w, spec, contract, packed):
+        return matmul_in_groups(x, w, bias, spec=spec, packed=packed)
+    if packed and serve.become_rows(x_name, w, spec, contract, packed):
         return _along_rows(x, w, bias, spec, contract, packed_length)
     return NotImplemented
 

@@ -16,7 +16,7 @@ import numpy as np
 from aqt_lite._namespace import Array
 from aqt_lite.affine import Coded, Recipe, Spec
 from aqt_lite.backends.cpu import runtime
-from aqt_lite.backends.cpu.kinds import numbers_of_codes
+from aqt_lite.backends.cpu.kinds import are_multiples, numbers_of_codes
 from aqt_lite.granularity import Block
 from aqt_lite.ops import reference
 
@@ -218,20 +218,20 @@ def decoding_beats_dots(rows: int, x_dtype: str, w: Coded, spec: Spec, contract:
 
 
 def sums_of_groups(x_dtype: str, w: Coded, spec: Spec, contract: int, packed: bool) -> bool:
-    """Whether the loops serve that add up groups exactly: of integers of 8 bits, or of codes of 4 bits, packed."""
+    """Whether the loops serve that add up groups exactly: of codes of 4 bits, packed, or of 8 that are integers.
+
+    Or multiples of a unit other than 1.
+    """
     loops, bits = runtime.group_loops(), spec.element.bits
-    if loops is None or not (bits == 4 and loops.TABLES if packed else bits == 8):
+    if loops is None or not (bits == 4 and loops.TABLES if packed else bits == 8 and are_multiples(spec.element)):
         return False
     return in_short_groups(x_dtype, w, spec, contract)
 
 
 def sums_of_columns(rows: int, x_dtype: str, w: Coded, spec: Spec, packed: bool) -> bool:
-    """Whether loops add up groups of a weight (in, out) as it lies; ``w`` is that as ``rows.rows_of_columns``.
-
-    Of bytes those that are integers.
-    """
+    """Whether loops add up groups of a weight (in, out) as it lies; ``w`` is that as ``rows.rows_of_columns``."""
     loops, size = runtime.strip_loops(), spec.block[1]
-    if loops is None or not (packed or spec.element.zero_points) or not rows or size is None:
+    if loops is None or not rows or size is None:
         return False
     large = w.codes.size >= runtime.LARGE
     return large and sums_of_groups(x_dtype, w, spec, 1, packed) and bool(runtime.group_loops().in_dots(size, False))

@@ -279,24 +279,27 @@ def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_lengt
     Scales that loops do not serve: by the reference a block of columns at a time, or of packed codes by the rows that
     other weights become. The reference's memory for all of them would be so much that it comes in fresh pages.
     """
-    known = all(map(_is_known, (*x.shape, *w.codes.shape)))
-    if group_loops() is None or not known or jax.sharding.get_abstract_mesh().manual_axes:
+    if not _goes_by_columns(x, w, spec, packed_length):
         return NotImplemented
-    packed = packed_length is not None
     own, plain = rows_of_columns(w, spec, packed_length or w.codes.shape[1])
-    if own is None or not serve.sums_of_columns(x.shape[0], x.dtype.name, own, plain, packed):
-        return NotImplemented
-    if not _become_rows(w, spec):
-        return NotImplemented
-    y, unserved = group_loops().product_of_columns(x, w.codes, own, bias, plain, packed)
+    y, unserved = group_loops().product_of_columns(x, w.codes, own, bias, plain, packed_length is not None)
 
     def otherwise() -> Array:
-        if packed:
+        if packed_length is not None:
             return _along_rows(True, x, w, bias, spec, 0, packed_length)
-        by_reference = partial(reference.matmul_reproducible, spec=spec, contract=0, b=get_backend("jax"))
+        static = _Stored(spec, 0, None, swapped=False)
+        by_reference = partial(reference.matmul_reproducible_stored, **static._asdict(), b=get_backend("jax"))
         return _in_blocks(by_reference, x, w, bias, spec, outputs=1)
 
     return _unless(unserved, y, otherwise)
+
+
+def _goes_by_columns(x: Array, w: Coded, spec: Spec, packed_length: int | None) -> bool:
+    known = all(map(_is_known, (*x.shape, *w.codes.shape)))
+    if group_loops() is None or not known or not _become_rows(w, spec):
+        return False
+    own, plain = rows_of_columns(w, spec, packed_length or w.codes.shape[1])
+    return own is not None and serve.sums_of_columns(x.shape[0], x.dtype.name, own, plain, packed_length is not None)
 
 
 def _become_rows(w: Coded, spec: Spec) -> bool:
@@ -329,6 +332,10 @@ def _along_rows(
     codes = whole_loops().in_bytes(w.codes, spec.element, inner, packed, contract == 0)
     own, plain = as_rows(codes, reference.with_usable_scales(w, b) if packed else w, spec, contract, b)
     return (_reproducible if reproducible else _fast)(x, own, bias, plain, 1)
+
+
+def _in_order(w: Coded, swapped: bool) -> Coded:
+    return reference.in_order(w, swapped, get_backend("jax"))
 
 
 def _is_known(length: Any) -> bool:
@@ -458,7 +465,7 @@ def _by_loops(
     if jax.sharding.get_abstract_mesh().manual_axes or not _is_served(form, x, w, spec, contract, packed):
         return NotImplemented
     if contract == 0:
-        w, columns = reference.in_order(w, swapped, get_backend("jax")), packed_length or w.codes.shape[1]
+        w, columns = _in_order(w, swapped), packed_length or w.codes.shape[1]
         y, unserved = form.loops().product(x, w, bias, spec, columns, packed)
     else:
         y, unserved = form.loops().product(x, w, bias, spec, packed, swapped)
@@ -594,23 +601,23 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
         spec, contract, packed_length, swapped = static
         if not reproducible:
-            ordered = reference.in_order(w, swapped, get_backend("jax"))
+            ordered = _in_order(w, swapped)
             y = _of_values(x, ordered, bias, spec, contract, packed_length)
             if y is not NotImplemented:
                 return y
         form = _FORMS[reproducible, contract]
         plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
-        if reproducible and contract == 0 and packed_length is not None:
-            ordered = reference.in_order(w, swapped, get_backend("jax"))
+        if reproducible and contract == 0:
+            ordered = _in_order(w, swapped)
             y = _by_columns(x, ordered, bias, spec, packed_length)
             if y is not NotImplemented:
                 return y
         if _goes_along_rows(reproducible, x, w, spec, contract, packed_length is not None):
-            ordered = reference.in_order(w, swapped, get_backend("jax"))
+            ordered = _in_order(w, swapped)
             return _along_rows(reproducible, x, ordered, bias, spec, contract, packed_length)
 
         def otherwise() -> Array:
-            turned = reference.in_order(w, swapped, get_backend("jax"))
+            turned = _in_order(w, swapped)
             in_blocks = _added_in_blocks if contract == 0 else _in_blocks
             return in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
 
@@ -667,7 +674,11 @@ def _stored(reproducible: bool) -> Callable[..., Any]:
                 return y
         told = w, spec, contract, packed_length is not None
         form = _FORMS[reproducible, contract]
-        served = _is_served(form, x, *told) or _goes_along_rows(reproducible, x, *told)
+        served = _is_served(form, x, *told)
+        if packed_length is None and reproducible:  # others are integers with plain scales first
+            served = served or (contract == 0 and _goes_by_columns(x, _in_order(w, swapped), spec, None))
+        else:
+            served = served or _goes_along_rows(reproducible, x, *told)
         if not served and (reproducible or form.loops() is None or not _is_worth_values(x, *told)):
             return NotImplemented
         return _jitted_stored(reproducible, static, x, w, bias)
