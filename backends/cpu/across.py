@@ -26,7 +26,6 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import counted_loop
 from aqt_lite.backends.cpu.dots import (
     DIGITS,
     INSTRUCTIONS,
@@ -36,6 +35,7 @@ from aqt_lite.backends.cpu.dots import (
     to_finer,
     to_fixed_point,
 )
+from aqt_lite.backends.cpu.emit import byte_turns, counted_loop, in_all_lanes, load, read_ahead
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, check_c_order, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -85,17 +85,6 @@ _BYTES: Any = ir.VectorType(_BYTE, 4 * LANES)
 _WORDS: Any = INSTRUCTIONS.vector
 
 
-def _exchanged(builder: Any, a: Any, b: Any, item: int, upper: bool) -> Any:
-    """Items of so many bytes of ``a`` and ``b`` by turns, from the lower or the upper half of every 16 bytes."""
-    places = []
-    for start in range(0, 4 * LANES, 16):
-        first = start + 8 * upper
-        for i in range(first, first + 8, item):
-            places += [*range(i, i + item), *range(4 * LANES + i, 4 * LANES + i + item)]
-    mask = ir.Constant(ir.VectorType(_INT, 4 * LANES), places)
-    return builder.shuffle_vector(a, b, mask)
-
-
 @intrinsic
 def _make_words(_: Any, w: Any, stride: Any, tiles: Any, flip: Any, ahead: Any, ahead_stride: Any, out: Any) -> Any:
     """Words of four rows from ``w`` on, ``tiles`` times TILE columns of them, one at least: addresses and strides.
@@ -106,23 +95,17 @@ def _make_words(_: Any, w: Any, stride: Any, tiles: Any, flip: Any, ahead: Any, 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         w, stride, tiles, flip, ahead, ahead_stride, out = arguments
-        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
-        fetch = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(builder.module, kind, "llvm.prefetch.p0")
-        undefined = ir.Constant(_BYTES, ir.Undefined)
-        one = builder.insert_element(undefined, builder.trunc(flip, _BYTE), _INT(0))
-        zeros = ir.Constant(ir.VectorType(_INT, 4 * LANES), [0] * 4 * LANES)
-        flips = builder.shuffle_vector(one, undefined, zeros)
+        flips = in_all_lanes(builder, builder.trunc(flip, _BYTE), _BYTES)
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
             at, rows = builder.mul(i, _ADDRESS(TILE)), []
             for r in range(4):
                 there = builder.add(builder.add(ahead, builder.mul(ahead_stride, _ADDRESS(r))), at)
-                builder.call(fetch, [builder.inttoptr(there, ir.PointerType(_BYTE)), _INT(0), _INT(2), _INT(1)])
+                read_ahead(builder, there)
                 here = builder.add(builder.add(w, builder.mul(stride, _ADDRESS(r))), at)
-                codes = builder.load(builder.inttoptr(here, _BYTES.as_pointer()), align=1)
-                rows.append(builder.xor(codes, flips))
-            pairs = [[_exchanged(builder, rows[r], rows[r + 1], 1, upper) for r in (0, 2)] for upper in (False, True)]
-            words = [_exchanged(builder, *pair, 2, upper) for pair in pairs for upper in (False, True)]
+                rows.append(builder.xor(load(builder, here, _BYTES), flips))
+            pairs = [[byte_turns(builder, rows[r], rows[r + 1], 1, upper) for r in (0, 2)] for upper in (False, True)]
+            words = [byte_turns(builder, *pair, 2, upper) for pair in pairs for upper in (False, True)]
             to = builder.add(out, builder.mul(at, _ADDRESS(4)))
             for v, word in enumerate(words):
                 place = builder.inttoptr(builder.add(to, _ADDRESS(TILE * v)), _BYTES.as_pointer())
@@ -149,7 +132,6 @@ def _across(rows: int, vectors: int) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             words, stride, digits, to_row, steps, out, to_digit, out_row = arguments
-            undefined, to_all = ir.Constant(_WORDS, ir.Undefined), ir.Constant(_WORDS, [0] * LANES)
 
             def place(base: Any, offset: Any, kind: Any) -> Any:
                 return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
@@ -164,9 +146,7 @@ def _across(rows: int, vectors: int) -> Any:
                     four = builder.add(of_rows[m], builder.mul(k, _ADDRESS(4 * DIGITS)))
                     for d in range(DIGITS):
                         word = builder.load(place(four, _ADDRESS(4 * d), _INT), align=4)
-                        digit = builder.shuffle_vector(
-                            builder.insert_element(undefined, word, _INT(0)), undefined, to_all
-                        )
+                        digit = in_all_lanes(builder, word, _WORDS)
                         for code in codes:
                             new.append(INSTRUCTIONS.dot(builder, sums[len(new)], code, digit))
                 return new

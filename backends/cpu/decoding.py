@@ -1,8 +1,8 @@
 """Loops for products of float32 with codes that become numbers in registers: of 8 bits, or of 4 and packed.
 
-Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
-own file changes, and not when another does. The loops hold no lock and start no thread. ``stored`` calls them, and says
-what they are for.
+Owns: the loops, and the numba intrinsics in them. One file but for the words of ``emit``, because what numba caches of
+a function is renewed when its own file changes, and not when another does. The loops hold no lock and start no thread.
+``stored`` calls them, and says what they are for.
 
 A weight is (N, K), the sum runs along K, and every ``size`` codes of a row share a scale and a zero point. Two ideas
 keep what happens to a code short, and a third is for one row of x:
@@ -54,6 +54,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.emit import counted_loop, function, in_all_lanes, item_at, load, read_ahead, store
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -80,7 +81,6 @@ __all__ = [
     "as_floats",
     "bytes_across",
     "bytes_of_columns",
-    "counted_loop",
     "dequantize",
     "dequantize_apart",
     "dequantize_columns",
@@ -231,67 +231,12 @@ _FLOATS, _INTS, _BYTES, _WORDS = (ir.VectorType(item, LANES) for item in (_FLOAT
 _PERMUTE = "llvm.x86.avx512.permvar.sf.512" if _WIDE else "llvm.x86.avx2.permps"
 
 
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    found = builder.module.globals.get(name)
-    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
-
-
-def _load(builder: Any, address: Any, its_type: Any) -> Any:
-    return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
-
-
-def _put(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
-
-
-def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
-    return builder.add(base, builder.mul(index, _ADDRESS(size)))
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Into the second cache."""
-    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-    builder.call(fetch, [builder.inttoptr(address, _POINTER), _INT(0), _INT(2), _INT(1)])
-
-
-def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    one = builder.insert_element(undefined, value, _INT(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
-
-
-def counted_loop(builder: Any, count: Any, totals: list[Any], step: Any, least: int = 1) -> list[Any]:
-    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least ``least``."""
-    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    if least:
-        builder.branch(loop)
-    else:
-        builder.cbranch(builder.icmp_signed(">", count, _ADDRESS(0)), loop, after)
-    builder.position_at_end(loop)
-    i = builder.phi(_ADDRESS)
-    carried = [builder.phi(total.type) for total in totals]
-    new = step(i, carried)
-    following, end = builder.add(i, _ADDRESS(1)), builder.block  # another block where a loop inside has ended
-    for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(next_one, end)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    if least:
-        return new
-    results = [builder.phi(total.type) for total in totals]
-    for result, first, last in zip(results, totals, new, strict=True):
-        result.add_incoming(first, before)
-        result.add_incoming(last, end)
-    return results
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _sum_of_lanes(_: Any, address: Any) -> Any:
     """Of the floats of one vector in memory, by halves."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total, lanes = _load(builder, arguments[0], _FLOATS), LANES
+        total, lanes = load(builder, arguments[0], _FLOATS), LANES
         while lanes > 1:
             lanes //= 2
             lower, upper = (
@@ -315,7 +260,7 @@ class _Bytes:
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         bits = builder.xor(builder.trunc(flip, _INT), _INT(0x4B000080))
-        self.builder, self.bits = builder, _in_all_lanes(builder, bits, _INTS)
+        self.builder, self.bits = builder, in_all_lanes(builder, bits, _INTS)
 
     def of_group(self, scale: Any, zero: Any) -> Any:
         return scale, self.builder.fadd(zero, ir.Constant(_FLOATS, [2.0**23 + 128] * LANES))
@@ -333,8 +278,8 @@ class _Halves:
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         self.builder = builder
-        self.table = [_load(builder, _at(builder, table, _ADDRESS(i), 4), _FLOATS) for i in range(0, 16, LANES)]
-        self.permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
+        self.table = [load(builder, item_at(builder, table, _ADDRESS(i), 4), _FLOATS) for i in range(0, 16, LANES)]
+        self.permute = function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
 
     def of_group(self, scale: Any, zero: Any) -> Any:
         return [self.builder.fmul(self.builder.fsub(part, zero), scale) for part in self.table]
@@ -396,18 +341,18 @@ class _Stream:
 
     def __init__(self, builder: Any, table: Any, moves: Any) -> None:
         self.builder, self.moves = builder, moves
-        self.order = _load(builder, moves, ir.VectorType(_BYTE, 2 * LANES))
-        self.powers = _load(builder, builder.add(moves, _ADDRESS(OF_POWERS)), _WORDS)
+        self.order = load(builder, moves, ir.VectorType(_BYTE, 2 * LANES))
+        self.powers = load(builder, builder.add(moves, _ADDRESS(OF_POWERS)), _WORDS)
         self.step = builder.sext(self._constant(0, _INT), _ADDRESS)
         self.shift, self.mask = self._words(1), self._words(2)
         name = "llvm.x86.avx2.pshuf.b" if LANES == 16 else "llvm.x86.ssse3.pshuf.b.128"
-        self.permute = _function(builder, name, self.order.type, [self.order.type] * 2)
+        self.permute = function(builder, name, self.order.type, [self.order.type] * 2)
 
     def _constant(self, nth: int, kind: Any) -> Any:
-        return _load(self.builder, self.builder.add(self.moves, _ADDRESS(OF_CONSTANTS + 4 * nth)), kind)
+        return load(self.builder, self.builder.add(self.moves, _ADDRESS(OF_CONSTANTS + 4 * nth)), kind)
 
     def _words(self, nth: int) -> Any:
-        return _in_all_lanes(self.builder, self.builder.trunc(self._constant(nth, _INT), _WORD), _WORDS)
+        return in_all_lanes(self.builder, self.builder.trunc(self._constant(nth, _INT), _WORD), _WORDS)
 
     def patterns(self, codes: Any) -> Any:
         """The bits of codes in the lower ends of words, where those of a kind are to be; nothing above them."""
@@ -423,7 +368,7 @@ class _MovedIntegers(_Stream):
     def __init__(self, builder: Any, table: Any, moves: Any) -> None:
         super().__init__(builder, table, moves)
         self.flip, self.of_nan, self.nan = (self._words(i) for i in (3, 4, 5))
-        self.factor, self.low = (_in_all_lanes(builder, self._constant(i, _FLOAT), _FLOATS) for i in (6, 7))
+        self.factor, self.low = (in_all_lanes(builder, self._constant(i, _FLOAT), _FLOATS) for i in (6, 7))
 
     def of_group(self, scale: Any, zero: Any) -> Any:
         builder = self.builder
@@ -478,7 +423,7 @@ class _LookedUp(_Stream):
         super().__init__(builder, table, moves)
         self.table = table
         parts = NUMBERS // LANES if LANES == 16 else 0
-        self.parts = [_load(builder, _at(builder, table, _ADDRESS(LANES * i), 4), _FLOATS) for i in range(parts)]
+        self.parts = [load(builder, item_at(builder, table, _ADDRESS(LANES * i), 4), _FLOATS) for i in range(parts)]
 
     def of_group(self, scale: Any, zero: Any) -> Any:
         return scale
@@ -491,7 +436,7 @@ class _LookedUp(_Stream):
     def _permuted(self, positions: Any) -> Any:
         """The instruction looks at 5 bits of a position; each of the others chooses between two tables."""
         builder, name = self.builder, "llvm.x86.avx512.vpermi2var.ps.512"
-        permute = _function(builder, name, _FLOATS, [_FLOATS, _INTS, _FLOATS])
+        permute = function(builder, name, _FLOATS, [_FLOATS, _INTS, _FLOATS])
         found = [
             builder.call(permute, [a, positions, b]) for a, b in zip(self.parts[::2], self.parts[1::2], strict=True)
         ]
@@ -503,9 +448,7 @@ class _LookedUp(_Stream):
 
     def _gathered(self, positions: Any) -> Any:
         builder, every = self.builder, self.builder.bitcast(ir.Constant(_INTS, [-1] * LANES), _FLOATS)
-        gather = _function(
-            builder, "llvm.x86.avx2.gather.d.ps.256", _FLOATS, [_FLOATS, _POINTER, _INTS, _FLOATS, _BYTE]
-        )
+        gather = function(builder, "llvm.x86.avx2.gather.d.ps.256", _FLOATS, [_FLOATS, _POINTER, _INTS, _FLOATS, _BYTE])
         table = builder.inttoptr(self.table, _POINTER)
         return builder.call(gather, [ir.Constant(_FLOATS, None), table, positions, every, _BYTE(4)])
 
@@ -514,8 +457,8 @@ _Kind = type[_Bytes] | type[_Halves] | type[_Floats] | type[_Stream]  # others a
 
 
 def _of_group(builder: Any, decoder: Any, scale: Any, zero: Any, g: Any) -> Any:
-    numbers = (_load(builder, _at(builder, a, g, 4), _FLOAT) for a in (scale, zero))
-    return decoder.of_group(*(_in_all_lanes(builder, v, _FLOATS) for v in numbers))
+    numbers = (load(builder, item_at(builder, a, g, 4), _FLOAT) for a in (scale, zero))
+    return decoder.of_group(*(in_all_lanes(builder, v, _FLOATS) for v in numbers))
 
 
 def _decoder(kind: _Kind) -> Any:
@@ -538,11 +481,11 @@ def _decoder(kind: _Kind) -> Any:
                 def step(i: Any, totals: list[Any]) -> list[Any]:
                     k = builder.add(first, i)
                     at = builder.mul(k, decoder.step)
-                    codes = _load(builder, builder.add(w, at), kind.lanes)
-                    _prefetch(builder, builder.add(ahead, at))
+                    codes = load(builder, builder.add(w, at), kind.lanes)
+                    read_ahead(builder, builder.add(ahead, at))
                     values = decoder.values(codes, of_group)
                     for v, value in enumerate(values):
-                        place = _at(builder, builder.add(out, _ADDRESS(4 * LANES * v)), k, 4 * LANES * kind.vectors)
+                        place = item_at(builder, builder.add(out, _ADDRESS(4 * LANES * v)), k, 4 * LANES * kind.vectors)
                         builder.store(value, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
                     return totals
 
@@ -597,7 +540,7 @@ def _tile_of(
 ) -> None:  # fmt: skip
     """``_tile`` of one shape."""
     decoder = kind(builder, table, flip)
-    fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+    fma = function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
     of_codes, of_scales, of_zeros = _rows_of_tile(
         builder, height, there, (w, w_stride), (scale, s_stride), (zero, z_stride)
     )
@@ -613,15 +556,15 @@ def _tile_of(
             at = builder.mul(k, decoder.step)
             if kind is not _Floats:  # which a cache holds
                 row = builder.add(ahead, builder.mul(builder.and_(k, _ADDRESS(3)), w_stride))
-                _prefetch(builder, builder.add(row, builder.and_(at, _ADDRESS(-64))))
+                read_ahead(builder, builder.add(row, builder.and_(at, _ADDRESS(-64))))
             values = [
-                decoder.values(_load(builder, builder.add(start, at), kind.lanes), of_group)
+                decoder.values(load(builder, builder.add(start, at), kind.lanes), of_group)
                 for start, of_group in zip(of_codes, parameters, strict=True)
             ]
             for m in range(rows):
-                of_row = _at(builder, of_x[m], k, 4 * LANES * kind.vectors)
+                of_row = item_at(builder, of_x[m], k, 4 * LANES * kind.vectors)
                 for v in range(kind.vectors):
-                    entries = _load(builder, builder.add(of_row, _ADDRESS(4 * LANES * v)), _FLOATS)
+                    entries = load(builder, builder.add(of_row, _ADDRESS(4 * LANES * v)), _FLOATS)
                     for r in range(height):
                         i_out = r * rows + m
                         totals[i_out] = builder.call(fma, [values[r][v], entries, totals[i_out]])
@@ -631,7 +574,7 @@ def _tile_of(
 
     none = [ir.Constant(_FLOATS, [0.0] * LANES)] * len(places)
     for place, total in zip(places, counted_loop(builder, groups, none, group), strict=True):
-        _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
+        store(builder, builder.fadd(load(builder, place, _FLOATS), total), place)
 
 
 # ---- a weight that lies (in, out), which ``outer`` multiplies by
@@ -656,7 +599,7 @@ def _columns(kind: _Kind, by_columns: bool) -> Any:
             of_x, w, w_stride, count, x, x_stride, scale, s_stride, zero, z_stride, table, flip, *others = arguments
             first, size, groups, out, out_stride = others
             decoder, loads = kind(builder, table, flip), range(0, IN_A_TILE, LANES * kind.vectors)
-            fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+            fma = function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
             last = builder.sub(groups, _ADDRESS(1))
 
             def group_of(i: int) -> Any:
@@ -664,7 +607,7 @@ def _columns(kind: _Kind, by_columns: bool) -> Any:
                 return builder.select(builder.icmp_signed("<", g, last), g, last)
 
             def of_vector(base: Any, i: int) -> Any:
-                return _load(builder, _at(builder, base, builder.add(first, _ADDRESS(i)), 4), _FLOATS)
+                return load(builder, item_at(builder, base, builder.add(first, _ADDRESS(i)), 4), _FLOATS)
 
             one, none = (ir.Constant(_FLOATS, [v] * LANES) for v in (1.0, 0.0))
             as_they_are = decoder.of_group(one, none)
@@ -672,7 +615,7 @@ def _columns(kind: _Kind, by_columns: bool) -> Any:
             own = [[of_vector(a, i) for a in (scale, zero)] for i in range(0, IN_A_TILE, LANES)] if by_columns else []
 
             def values_of(row: Any, k: Any, i: int) -> list[Any]:
-                codes = _load(builder, builder.add(row, _ADDRESS(LANES * i)), kind.lanes)
+                codes = load(builder, builder.add(row, _ADDRESS(LANES * i)), kind.lanes)
                 if not by_columns:
                     of_row = (builder.add(a, builder.mul(k, by)) for a, by in ((scale, s_stride), (zero, z_stride)))
                     return decoder.values(codes, _of_group(builder, decoder, *of_row, nth[i]))
@@ -687,10 +630,12 @@ def _columns(kind: _Kind, by_columns: bool) -> Any:
 
                     def step(k: Any, totals: list[Any], of_rows: list[Any] = of_rows) -> list[Any]:
                         row, totals = builder.add(w, builder.mul(k, w_stride)), list(totals)
-                        _prefetch(builder, builder.add(row, _ADDRESS(AHEAD_IN_A_ROW)))
+                        read_ahead(builder, builder.add(row, _ADDRESS(AHEAD_IN_A_ROW)))
                         values = [value for i in range(len(loads)) for value in values_of(row, k, i)]
                         for i, of_row in enumerate(of_rows):
-                            entry = _in_all_lanes(builder, _load(builder, _at(builder, of_row, k, 4), _FLOAT), _FLOATS)
+                            entry = in_all_lanes(
+                                builder, load(builder, item_at(builder, of_row, k, 4), _FLOAT), _FLOATS
+                            )
                             for v, value in enumerate(values):
                                 nth_total = i * len(values) + v
                                 totals[nth_total] = builder.call(fma, [value, entry, totals[nth_total]])
@@ -701,7 +646,7 @@ def _columns(kind: _Kind, by_columns: bool) -> Any:
                         r, v = divmod(i, IN_A_TILE // LANES)
                         place = builder.add(out, builder.mul(out_stride, _ADDRESS(r)))
                         place = builder.add(place, _ADDRESS(4 * LANES * v))
-                        _put(builder, builder.fadd(_load(builder, place, _FLOATS), total), place)
+                        store(builder, builder.fadd(load(builder, place, _FLOATS), total), place)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 17), generate
@@ -734,7 +679,7 @@ class _BytesForDots:
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
         flip = builder.xor(flip, _ADDRESS(128)) if _OF_BYTES else flip
         word = builder.mul(builder.trunc(flip, _INT), _INT(0x01010101))
-        self.builder, self.flip = builder, _in_all_lanes(builder, word, _INTS)
+        self.builder, self.flip = builder, in_all_lanes(builder, word, _INTS)
 
     def numbers(self, codes: Any) -> list[Any]:
         return [self.builder.xor(self.builder.bitcast(codes, _INTS), self.flip)]
@@ -751,9 +696,9 @@ class _HalvesForDots:
     parts, shifted = PARTS_OF_HALVES, False
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
-        self.builder, self.table = builder, _load(builder, table, _VECTOR)
+        self.builder, self.table = builder, load(builder, table, _VECTOR)
         name = "llvm.x86.avx512.pshuf.b.512" if _WIDE else "llvm.x86.avx2.pshuf.b"
-        self.look_up = _function(builder, name, _VECTOR, [_VECTOR, _VECTOR])
+        self.look_up = function(builder, name, _VECTOR, [_VECTOR, _VECTOR])
 
     def numbers(self, codes: Any) -> list[Any]:
         words, low = self.builder.bitcast(codes, _INTS), ir.Constant(_INTS, [0x0F0F0F0F] * LANES)
@@ -774,8 +719,8 @@ class _PlainForDots(_HalvesForDots):
     """
 
     def __init__(self, builder: Any, table: Any, flip: Any) -> None:
-        bit = builder.and_(_load(builder, table, _INT), _INT(8))
-        self.builder, self.turned = builder, _in_all_lanes(builder, builder.mul(bit, _INT(0x01010101)), _INTS)
+        bit = builder.and_(load(builder, table, _INT), _INT(8))
+        self.builder, self.turned = builder, in_all_lanes(builder, builder.mul(bit, _INT(0x01010101)), _INTS)
 
     def numbers(self, codes: Any) -> list[Any]:
         words, low = self.builder.bitcast(codes, _INTS), ir.Constant(_INTS, [0x0F0F0F0F] * LANES)
@@ -792,10 +737,10 @@ class _ShiftedForDots(_PlainForDots if _OF_BYTES else _HalvesForDots):  # type: 
 def _dot(builder: Any, total: Any, numbers: Any, digits: Any) -> Any:
     """``vpdpbusd``, of four bytes a lane, or ``vpmaddwd``, of two shorts."""
     if _OF_BYTES:
-        dot = _function(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", _INTS, [_INTS] * 3)
+        dot = function(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", _INTS, [_INTS] * 3)
         return builder.call(dot, [total, numbers, digits])
     name = "llvm.x86.avx512.pmaddw.d.512" if _WIDE else "llvm.x86.avx2.pmadd.wd"
-    multiply = _function(builder, name, _INTS, [_SHORTS] * 2)
+    multiply = function(builder, name, _INTS, [_SHORTS] * 2)
     return builder.add(total, builder.call(multiply, [numbers, builder.bitcast(digits, _SHORTS)]))
 
 
@@ -821,23 +766,23 @@ def _in_dots(kind: Any) -> Any:
                 builder, height, there, (w, w_stride), (rest, _ADDRESS(VECTOR)), (scale, s_stride), (zero, z_stride)
             )
             decoder = kind(builder, builder.add(head, _ADDRESS(64)), flip)
-            low_point = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
-            fma = _function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
-            permute = _function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
+            low_point = in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
+            fma = function(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [_FLOATS] * 3)
+            permute = function(builder, _PERMUTE, _FLOATS, [_FLOATS, _INTS])
             words = "llvm.x86.avx512.permvar.si.512" if _WIDE else "llvm.x86.avx2.permd"
-            permute_words = _function(builder, words, _INTS, [_INTS, _INTS])
+            permute_words = function(builder, words, _INTS, [_INTS, _INTS])
             entry = VECTOR * (32 // BITS_OF_DIGIT * kind.parts + STARTS)
             byte, none = ir.Constant(_INTS, [8] * LANES), ir.Constant(_INTS, None)
 
             def block(b: Any, totals: list[Any], whole: bool) -> list[Any]:
                 *totals, most = totals
                 at = builder.mul(b, _ADDRESS(4 * BLOCK))
-                first = builder.sext(_load(builder, _at(builder, firsts, b, 4), _INT), _ADDRESS)
-                there, order = builder.sub(groups, first), _load(builder, builder.add(places, at), _INTS)
-                power, scales, shifts = _load(builder, builder.add(powers, at), _FLOATS), [], []
+                first = builder.sext(load(builder, item_at(builder, firsts, b, 4), _INT), _ADDRESS)
+                there, order = builder.sub(groups, first), load(builder, builder.add(places, at), _INTS)
+                power, scales, shifts = load(builder, builder.add(powers, at), _FLOATS), [], []
                 for start in of_scales:
-                    place = _at(builder, start, first, 4)
-                    _prefetch(builder, builder.add(place, _ADDRESS(AHEAD // 4)))
+                    place = item_at(builder, start, first, 4)
+                    read_ahead(builder, builder.add(place, _ADDRESS(AHEAD // 4)))
                     numbers = _only(builder, place, there, ir.Constant(_FLOATS, [1.0] * LANES))
                     bits = builder.bitcast(numbers, _INTS)
                     magnitude = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
@@ -845,25 +790,25 @@ def _in_dots(kind: Any) -> Any:
                     most = builder.select(builder.icmp_unsigned(">", above, most), above, most)
                     scales.append(builder.fmul(builder.call(permute, [numbers, order]), power))
                 for start in of_zeros if kind.shifted else ():
-                    points = _only(builder, _at(builder, start, first, 4), there, none)
+                    points = _only(builder, item_at(builder, start, first, 4), there, none)
                     points = builder.sub(builder.call(permute_words, [points, order]), low_point)
                     points = builder.and_(points, ir.Constant(_INTS, [255] * LANES))
                     shifts.append(builder.mul(points, ir.Constant(_INTS, [0x01010101] * LANES)))
                 for v in range(BLOCK * QUARTER // VECTOR):
                     k = builder.add(builder.mul(b, _ADDRESS(QUARTER * BLOCK)), _ADDRESS(VECTOR * v))
-                    x = _at(builder, builder.add(digits, _ADDRESS(entry * v)), b, BLOCK * QUARTER // VECTOR * entry)
+                    x = item_at(builder, builder.add(digits, _ADDRESS(entry * v)), b, BLOCK * QUARTER // VECTOR * entry)
                     lanes = ir.Constant(_INTS, [(LANES * v + i) // 4 for i in range(LANES)])  # a quarter is four lanes
                     *of_x, first_high, first_low = [
-                        _load(builder, builder.add(x, _ADDRESS(i)), _INTS) for i in range(0, entry, VECTOR)
+                        load(builder, builder.add(x, _ADDRESS(i)), _INTS) for i in range(0, entry, VECTOR)
                     ] + [none] * (2 - STARTS)
                     inside = builder.icmp_signed("<=", builder.add(k, _ADDRESS(VECTOR)), length)
                     for r, (start, beyond) in enumerate(zip(of_codes, of_rest, strict=True)):
                         here = builder.add(start, k)
                         if VECTOR * v % 64 == 0:  # a line of the cache
-                            _prefetch(builder, builder.add(here, _ADDRESS(AHEAD)))
+                            read_ahead(builder, builder.add(here, _ADDRESS(AHEAD)))
                         if not whole:  # after the row's end, where digits are 0, codes are anything
                             here = builder.select(inside, here, beyond)
-                        numbers = decoder.numbers(_load(builder, here, _VECTOR))
+                        numbers = decoder.numbers(load(builder, here, _VECTOR))
                         if kind.shifted:
                             shift = builder.bitcast(builder.call(permute_words, [shifts[r], lanes]), _VECTOR)
                             shifted = [builder.sub(builder.bitcast(n, _VECTOR), shift) for n in numbers]
@@ -884,7 +829,7 @@ def _in_dots(kind: Any) -> Any:
                         totals[r] = builder.call(fma, [both, builder.call(permute, [scales[r], lanes]), totals[r]])
                 return [*totals, most]
 
-            totals = [*[ir.Constant(_FLOATS, [0.0] * LANES)] * height, _load(builder, farthest, _INTS)]
+            totals = [*[ir.Constant(_FLOATS, [0.0] * LANES)] * height, load(builder, farthest, _INTS)]
             blocks, rest = (f(length, _ADDRESS(QUARTER * BLOCK)) for f in (builder.sdiv, builder.srem))
 
             def whole_blocks(part: Any, totals: list[Any]) -> list[Any]:
@@ -901,12 +846,12 @@ def _in_dots(kind: Any) -> Any:
             left = builder.zext(builder.icmp_signed(">", rest, _ADDRESS(0)), _ADDRESS)
             totals = counted_loop(builder, left, totals, lambda _, totals: block(blocks, totals, False), least=0)
             half, other = (
-                _in_all_lanes(builder, _load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
+                in_all_lanes(builder, load(builder, builder.add(head, _ADDRESS(i)), _FLOAT), _FLOATS) for i in (8, 12)
             )
             for r, total in enumerate(totals[:height]):
                 place = builder.add(out, _ADDRESS(4 * LANES * r))
                 total = builder.fmul(builder.fmul(total, half), other)
-                total = builder.fadd(total, _load(builder, place, _FLOATS))
+                total = builder.fadd(total, load(builder, place, _FLOATS))
                 builder.store(total, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
             builder.store(totals[height], builder.inttoptr(farthest, _INTS.as_pointer()), align=4)
             return context.get_dummy_value()
@@ -923,7 +868,7 @@ def _in_two(items: list[Any]) -> tuple[list[Any], list[Any]]:
 def _first_lanes(builder: Any, count: Any) -> Any:
     """Which lanes are the first ``count``."""
     few = builder.select(builder.icmp_signed("<", count, _ADDRESS(LANES)), count, _ADDRESS(LANES))
-    few = _in_all_lanes(builder, builder.trunc(few, _INT), _INTS)
+    few = in_all_lanes(builder, builder.trunc(few, _INT), _INTS)
     return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), few)
 
 
@@ -932,8 +877,8 @@ def _only(builder: Any, address: Any, count: Any, others: Any) -> Any:
     vector = others.type
     pointer, there = vector.as_pointer(), _first_lanes(builder, count)
     name = f"llvm.masked.load.v{LANES}{'f32' if vector == _FLOATS else 'i32'}.p0"
-    load = _function(builder, name, vector, [pointer, _INT, there.type, vector])
-    return builder.call(load, [builder.inttoptr(address, pointer), _INT(1), there, others])
+    masked = function(builder, name, vector, [pointer, _INT, there.type, vector])
+    return builder.call(masked, [builder.inttoptr(address, pointer), _INT(1), there, others])
 
 
 _bytes_in_dots, _halves_in_dots, _plain_in_dots, _shifted_in_dots = map(
@@ -1023,12 +968,12 @@ def _largest_magnitude(_: Any, x: Any, vectors: Any) -> Any:
         x, vectors = arguments
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
-            bits = _load(builder, _at(builder, x, i, 4 * LANES), _INTS)
+            bits = load(builder, item_at(builder, x, i, 4 * LANES), _INTS)
             bits = builder.and_(bits, ir.Constant(_INTS, [0x7FFFFFFF] * LANES))
             return [builder.select(builder.icmp_signed(">", bits, totals[0]), bits, totals[0])]
 
         [most] = counted_loop(builder, vectors, [ir.Constant(_INTS, None)], step)
-        reduce = _function(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _INT, [_INTS])
+        reduce = function(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _INT, [_INTS])
         return builder.sext(builder.call(reduce, [most]), _ADDRESS)
 
     return types.intp(types.intp, types.intp), generate
@@ -1039,7 +984,7 @@ _SIXTEEN, _SIXTEEN_FLOATS = ir.VectorType(_INT, QUARTER), ir.VectorType(_FLOAT, 
 
 def _sixteen_floats(builder: Any, address: Any, distance: int) -> Any:
     """A vector of floats, or two of them and so far apart."""
-    parts = [_load(builder, builder.add(address, _ADDRESS(distance * i)), _FLOATS) for i in range(QUARTER // LANES)]
+    parts = [load(builder, builder.add(address, _ADDRESS(distance * i)), _FLOATS) for i in range(QUARTER // LANES)]
     if len(parts) == 1:
         return parts[0]
     return builder.shuffle_vector(*parts, ir.Constant(_SIXTEEN, list(range(QUARTER))))
@@ -1047,7 +992,7 @@ def _sixteen_floats(builder: Any, address: Any, distance: int) -> Any:
 
 def _put_starts(builder: Any, integers: list[Any], lowest: Any, starts: Any) -> None:
     """Sums of four entries of each vector, in two halves, which are multiplied by ``lowest`` exactly."""
-    low = _in_all_lanes(builder, builder.trunc(lowest, _INT), ir.VectorType(_INT, 4))
+    low = in_all_lanes(builder, builder.trunc(lowest, _INT), ir.VectorType(_INT, 4))
     halves = []
     for half in (0, 1):
         total = ir.Constant(_SIXTEEN, None)
@@ -1069,7 +1014,7 @@ def _put_starts(builder: Any, integers: list[Any], lowest: Any, starts: Any) -> 
     rest = builder.shl(builder.and_(halves[1], ir.Constant(low.type, [255] * 4)), ir.Constant(low.type, [16] * 4))
     rest = builder.add(rest, halves[0])
     for i, vector in enumerate((high, rest)):
-        _put(builder, vector, builder.add(starts, _ADDRESS(VECTOR * i)))
+        store(builder, vector, builder.add(starts, _ADDRESS(VECTOR * i)))
 
 
 def _quarter(parts: int) -> Any:
@@ -1084,13 +1029,13 @@ def _quarter(parts: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             x, first, second, lowest, digits, starts = arguments
             floats, ints, each = _SIXTEEN_FLOATS, _SIXTEEN, PARTS_OF_BYTES
-            first, second = (_in_all_lanes(builder, v, floats) for v in (first, second))
+            first, second = (in_all_lanes(builder, v, floats) for v in (first, second))
             places = [builder.add(x, _ADDRESS(4 * LANES * i)) for i in range(parts)]
             entries = [_sixteen_floats(builder, place, 4 * LANES * parts) for place in places]
             scaled = [builder.fmul(builder.fmul(v, first), second) for v in entries]
-            magnitude = _function(builder, "llvm.fabs.v16f32", floats, [floats])
+            magnitude = function(builder, "llvm.fabs.v16f32", floats, [floats])
             bits = ir.IntType(QUARTER)
-            population = _function(builder, "llvm.ctpop.i16", bits, [bits])
+            population = function(builder, "llvm.ctpop.i16", bits, [bits])
 
             def counted(order: str, limit: float) -> Any:
                 """Entries other than 0 that are below a limit."""
@@ -1106,7 +1051,7 @@ def _quarter(parts: int) -> Any:
             fine = builder.icmp_signed("==", counted("<", float(FINEST)), _INT(0))
             many = builder.mul(counted("<", float(COARSE)), _INT(COARSE_ENTRIES))
             served = builder.and_(fine, builder.icmp_signed("<=", many, counted("<", float("inf"))))
-            rounded = _function(builder, "llvm.rint.v16f32", floats, [floats])
+            rounded = function(builder, "llvm.rint.v16f32", floats, [floats])
             integers = [builder.fptosi(builder.call(rounded, [v]), ints) for v in scaled]
             if STARTS:
                 _put_starts(builder, integers, lowest, starts)
@@ -1117,7 +1062,7 @@ def _quarter(parts: int) -> Any:
                     for i in range(each):  # shorts at even positions, and at odd ones
                         some = ir.Constant(ir.VectorType(_INT, QUARTER // each), list(range(i, QUARTER, each)))
                         place = builder.add(digits, _ADDRESS(VECTOR * ((d * parts + part) * each + i)))
-                        _put(builder, builder.shuffle_vector(digit, digit, some), place)
+                        store(builder, builder.shuffle_vector(digit, digit, some), place)
                     vector = builder.sub(vector, builder.sext(digit, ints))
                     vector = builder.ashr(vector, ir.Constant(ints, [BITS_OF_DIGIT] * QUARTER))
             return builder.zext(served, _ADDRESS)
@@ -1509,10 +1454,10 @@ def _fill(_: Any, one: Any, count: Any, out: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         one, count, out = arguments
-        copies = _in_all_lanes(builder, _load(builder, one, _FLOAT), _FLOATS)
+        copies = in_all_lanes(builder, load(builder, one, _FLOAT), _FLOATS)
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
-            _put(builder, copies, _at(builder, out, i, 4 * LANES))
+            store(builder, copies, item_at(builder, out, i, 4 * LANES))
             return totals
 
         counted_loop(builder, builder.udiv(builder.add(count, _ADDRESS(LANES - 1)), _ADDRESS(LANES)), [], step)
@@ -1529,9 +1474,9 @@ def _scale_each(_: Any, numbers: Any, count: Any, scale: Any, zero: Any) -> Any:
         numbers, count, scale, zero = arguments
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
-            places = [_at(builder, a, i, 4 * LANES) for a in (numbers, zero, scale)]
-            own, point, factor = (_load(builder, place, _FLOATS) for place in places)
-            _put(builder, builder.fmul(builder.fsub(own, point), factor), places[0])
+            places = [item_at(builder, a, i, 4 * LANES) for a in (numbers, zero, scale)]
+            own, point, factor = (load(builder, place, _FLOATS) for place in places)
+            store(builder, builder.fmul(builder.fsub(own, point), factor), places[0])
             return totals
 
         counted_loop(builder, builder.udiv(builder.add(count, _ADDRESS(LANES - 1)), _ADDRESS(LANES)), [], step)

@@ -1,10 +1,10 @@
 """Exact products with int8 weights, by the processor's dot products of bytes.
 
 Owns: what the instruction sets call a dot product, the layout of the operands that it wants, the loops around it, and
-around those the product of floats in fixed point. One file, because what numba caches of a function is renewed when its
-own file changes, and not when another does: what the contract's constants are is written here once more. The loops hold
-no lock and start no thread. ``integers``, ``fixed_point`` and JAX's ``dots`` call them, and have other forms with the
-same results for processors without any of the instructions (``AVAILABLE``).
+around those the product of floats in fixed point. One file but for the words of ``emit``, because what numba caches of
+a function is renewed when its own file changes, and not when another does: what the contract's constants are is written
+here once more. The loops hold no lock and start no thread. ``integers``, ``fixed_point`` and JAX's ``dots`` call them,
+and have other forms with the same results for processors without any of the instructions (``AVAILABLE``).
 
 A dot product adds, in each int32 lane of a vector, four products of an unsigned with a signed byte. The weight is the
 signed operand, as it lies in memory. An activation ``X`` of ``8 D`` bits becomes ``U = X + 2^(8D-1)``, which is not
@@ -42,6 +42,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.emit import FIRST_CACHE, counted_loop, function, in_all_lanes, load, read_ahead
 from aqt_lite.backends.cpu.lines import LINE, on_lines
 from aqt_lite.backends.cpu.native import apart, check_c_order, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -53,7 +54,6 @@ __all__ = [
     "AVX512_VNNI",
     "AVX_VNNI",
     "CODES",
-    "copy_tile",
     "DIGITS",
     "FASTER_THAN_FLOATS",
     "HEIGHT_FOR_ONE_ROW",
@@ -65,6 +65,7 @@ __all__ = [
     "ROWS_AT_ONCE",
     "SECOND_PASS",
     "STRIP",
+    "copy_tile",
     "dots_across_planes",
     "dots_along_k",
     "finish_columns",
@@ -87,11 +88,6 @@ __all__ = [
 
 
 _BYTE, _SHORT, _INT, _ADDRESS = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-
-
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    found = builder.module.globals.get(name)
-    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
 
 
 class InstructionSet(NamedTuple):
@@ -156,7 +152,7 @@ def _by_one_instruction(name: str, lanes: int) -> Callable[[Any, Any, Any, Any],
     vector = ir.VectorType(_INT, lanes)
 
     def dot(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
-        return builder.call(_function(builder, name, vector, [vector] * 3), [total, planes, codes])
+        return builder.call(function(builder, name, vector, [vector] * 3), [total, planes, codes])
 
     return dot
 
@@ -164,7 +160,7 @@ def _by_one_instruction(name: str, lanes: int) -> Callable[[Any, Any, Any, Any],
 def _by_pairs_of_shorts(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
     """``vpmaddwd`` adds two products of 16 bits to 32, exactly."""
     vector, shorts = ir.VectorType(_INT, 8), ir.VectorType(_SHORT, 16)
-    multiply = _function(builder, "llvm.x86.avx2.pmadd.wd", vector, [shorts] * 2)
+    multiply = function(builder, "llvm.x86.avx2.pmadd.wd", vector, [shorts] * 2)
     pairs = [builder.bitcast(operand, shorts) for operand in (planes, codes)]
     return builder.add(total, builder.call(multiply, pairs))
 
@@ -172,7 +168,7 @@ def _by_pairs_of_shorts(builder: Any, total: Any, planes: Any, codes: Any) -> An
 def _by_signed_bytes(builder: Any, total: Any, planes: Any, codes: Any) -> Any:
     """``sdot``."""
     vector, bytes_ = ir.VectorType(_INT, 4), ir.VectorType(_BYTE, 16)
-    dot = _function(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", vector, [vector, bytes_, bytes_])
+    dot = function(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", vector, [vector, bytes_, bytes_])
     return builder.call(dot, [total, builder.bitcast(planes, bytes_), builder.bitcast(codes, bytes_)])
 
 
@@ -221,21 +217,17 @@ _ONE_DIGIT = np.uint32((1 << _BITS) - 1)
 STRIP = 96
 """Rows of the weight whose sums are kept until K is done: whole tiles."""
 
-DEPTH_OF_ONE_ROW = _AT_A_TIME * _RUN
-"""The same for one row of x, where runs end."""
+MOST_OF_TILE = max(INSTRUCTIONS.heights)
+"""Rows of the weight in a tile."""
 
 DEPTH = CODES * _RUN or 2048
 """Codes of a row that meet one panel of x before the next: such a panel (128 KB) and a strip's copy fit L2."""
 
-MOST_OF_TILE = max(INSTRUCTIONS.heights)
-"""Rows of the weight in a tile."""
-
 DEPTH_OF_ONE_PANEL = 1024
 """The same where there is no other panel: a tile's copy (8 KB) stays in the first cache."""
 
-
-def _load(builder: Any, address: Any, its_type: Any) -> Any:
-    return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
+DEPTH_OF_ONE_ROW = _AT_A_TIME * _RUN
+"""The same of one row of x: where runs end; 0 where they have no need to."""
 
 
 def _rows_of_tile(builder: Any, w: Any, stride: Any, rows: Any, height: int) -> list[Any]:
@@ -246,39 +238,14 @@ def _rows_of_tile(builder: Any, w: Any, stride: Any, rows: Any, height: int) -> 
     return [builder.add(w, builder.mul(r, stride)) for r in inside]
 
 
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
-    """``totals = step(builder, i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
-    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    i = builder.phi(_ADDRESS)
-    carried = [builder.phi(total.type) for total in totals]
-    new = step(builder, i, carried)
-    following = builder.add(i, _ADDRESS(1))
-    for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(next_one, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return new
-
-
 def _codes_at(builder: Any, address: Any, its: InstructionSet, flips: Any = None) -> Any:
     """A vector of codes from there on, as they meet digits; ``flips`` turns over bits of each, and is one of bytes."""
-    codes = _load(builder, address, ir.VectorType(_BYTE, its.lanes * its.codes))
+    codes = load(builder, address, ir.VectorType(_BYTE, its.lanes * its.codes))
     if flips is not None:
         codes = builder.xor(codes, flips)
     if its.bits == 16:
         codes = builder.sext(codes, ir.VectorType(_SHORT, its.lanes * its.codes))
     return builder.bitcast(codes, its.vector)
-
-
-def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
-    undefined, to_all = (
-        ir.Constant(vector, ir.Undefined),
-        ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count),
-    )
-    return builder.shuffle_vector(builder.insert_element(undefined, value, _INT(0)), undefined, to_all)
 
 
 def _widened(builder: Any, total: Any, its: InstructionSet) -> Any:
@@ -295,20 +262,20 @@ def dots_along_k(builder: Any, arguments: Any, its: InstructionSet, height: int,
     w, stride, rows, plane, length, steps, out = arguments
     sum_of = ir.VectorType(_ADDRESS if its.run else _INT, its.lanes)
     name = f"llvm.vector.reduce.add.v{its.lanes}{sum_of.element}"
-    reduce = _function(builder, name, sum_of.element, [sum_of])
+    reduce = function(builder, name, sum_of.element, [sum_of])
     starts = _rows_of_tile(builder, w, stride, rows, height)
     lines = [builder.add(plane, builder.mul(length, _ADDRESS(c))) for c in range(planes)]
 
-    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+    def step(i: Any, totals: list[Any]) -> list[Any]:
         at = builder.mul(i, _ADDRESS(4 * its.lanes))
-        x = [_load(builder, builder.add(line, at), its.vector) for line in lines]
+        x = [load(builder, builder.add(line, at), its.vector) for line in lines]
         of_codes = builder.mul(i, _ADDRESS(its.codes * its.lanes))
         codes = [_codes_at(builder, builder.add(start, of_codes), its) for start in starts]
         pairs = [(u, q) for q in codes for u in x]
         return [its.dot(builder, t, u, q) for t, (u, q) in zip(totals, pairs, strict=True)]
 
     zeros = [its.vector([0] * its.lanes)] * (height * planes)
-    for i, total in enumerate(_loop(builder, steps, zeros, step)):
+    for i, total in enumerate(counted_loop(builder, steps, zeros, step)):
         place = builder.add(out, _ADDRESS(sum_of.element.width // 8 * i))
         found = builder.call(reduce, [_widened(builder, total, its)])
         builder.store(found, builder.inttoptr(place, sum_of.element.as_pointer()))
@@ -325,10 +292,10 @@ def copy_tile(builder: Any, arguments: Any, its: InstructionSet, height: int) ->
     w, stride, rows, flip, steps, out, distance, total = arguments
     starts = _rows_of_tile(builder, w, stride, rows, height)
     places = [builder.add(out, builder.mul(distance, _ADDRESS(r))) for r in range(height)]
-    flips = _in_all_lanes(builder, builder.trunc(flip, _BYTE), ir.VectorType(_BYTE, its.lanes * its.codes))
+    flips = in_all_lanes(builder, builder.trunc(flip, _BYTE), ir.VectorType(_BYTE, its.lanes * its.codes))
     ones = its.vector([0x01010101] * its.lanes)
 
-    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+    def step(i: Any, totals: list[Any]) -> list[Any]:
         at, to = (builder.mul(i, _ADDRESS(n * its.lanes)) for n in (its.codes, 4))
         new = list[Any]()
         for r, (start, place) in enumerate(zip(starts, places, strict=True)):
@@ -339,9 +306,9 @@ def copy_tile(builder: Any, arguments: Any, its: InstructionSet, height: int) ->
 
     zeros = [its.vector([0] * its.lanes)] * height if its.offsets[-1] else []
     name = f"llvm.vector.reduce.add.v{its.lanes}i32"
-    for r, found in enumerate(_loop(builder, steps, zeros, step)):
+    for r, found in enumerate(counted_loop(builder, steps, zeros, step)):
         place = builder.inttoptr(builder.add(total, _ADDRESS(4 * r)), _INT.as_pointer())
-        one = builder.call(_function(builder, name, _INT, [its.vector]), [found])
+        one = builder.call(function(builder, name, _INT, [its.vector]), [found])
         builder.store(builder.add(builder.load(place, align=4), one), place, align=4)
 
 
@@ -355,29 +322,28 @@ def dots_across_planes(builder: Any, arguments: Any, its: InstructionSet, height
     """
     w, stride, panel, steps, out, coming, distance = arguments
     size = 4 * its.lanes
-    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(_BYTE), _INT, _INT, _INT])
     starts = [builder.add(w, builder.mul(stride, _ADDRESS(r))) for r in range(height)]
     sums = ir.VectorType(_ADDRESS if its.run else _INT, its.lanes)
     places = [builder.add(out, _ADDRESS(size * (2 if its.run else 1) * i)) for i in range(height * vectors)]
 
-    def step(builder: Any, i: Any, totals: list[Any]) -> list[Any]:
+    def step(i: Any, totals: list[Any]) -> list[Any]:
         lanes = builder.add(panel, builder.mul(i, _ADDRESS(size * vectors)))
-        x = [_load(builder, builder.add(lanes, _ADDRESS(size * c)), its.vector) for c in range(vectors)]
+        x = [load(builder, builder.add(lanes, _ADDRESS(size * c)), its.vector) for c in range(vectors)]
         at, new = builder.mul(i, _ADDRESS(4)), []
         # a line of 64 bytes holds the codes of 16 steps or 32: in each of them one line of one of 8 rows
         row = builder.add(coming, builder.mul(builder.and_(i, _ADDRESS(7)), distance))
         line = builder.add(row, builder.and_(builder.mul(i, _ADDRESS(its.codes)), _ADDRESS(-64)))
-        builder.call(fetch, [builder.inttoptr(line, ir.PointerType(_BYTE)), _INT(0), _INT(3), _INT(1)])
+        read_ahead(builder, line, FIRST_CACHE)
         for r, start in enumerate(starts):
-            codes = _in_all_lanes(builder, _load(builder, builder.add(start, at), _INT), its.vector)
+            codes = in_all_lanes(builder, load(builder, builder.add(start, at), _INT), its.vector)
             new += [its.dot(builder, totals[r * vectors + c], x[c], codes) for c in range(vectors)]
         return new
 
-    kept = [_load(builder, place, sums) for place in places] if not its.run else []
-    totals = _loop(builder, steps, kept or [its.vector([0] * its.lanes)] * len(places), step)
+    kept = [load(builder, place, sums) for place in places] if not its.run else []
+    totals = counted_loop(builder, steps, kept or [its.vector([0] * its.lanes)] * len(places), step)
     if its.run:
         totals = [
-            builder.add(_load(builder, at, sums), _widened(builder, total, its))
+            builder.add(load(builder, at, sums), _widened(builder, total, its))
             for at, total in zip(places, totals, strict=True)
         ]
     for place, total in zip(places, totals, strict=True):
@@ -851,14 +817,14 @@ def _finisher(vectors: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             rows, sums, finer, twice, of_codes, total, finer_total, row_exponent, wanted, *of_columns, out = arguments
             zero, fraction, exponent, bias = of_columns
-            absolute = _function(builder, f"llvm.fabs.v{height}f32", floats, [floats])
-            of_x, of_finer = (_load(builder, place, longs) for place in (total, finer_total))
-            exponents, mask = (_load(builder, place, ints) for place in (row_exponent, wanted))
+            absolute = function(builder, f"llvm.fabs.v{height}f32", floats, [floats])
+            of_x, of_finer = (load(builder, place, longs) for place in (total, finer_total))
+            exponents, mask = (load(builder, place, ints) for place in (row_exponent, wanted))
             again = builder.icmp_signed("!=", mask, same(ints, 0))
 
             def of_row(start: Any, n: Any, kind: Any) -> Any:
                 place = builder.add(start, builder.mul(n, _ADDRESS(4)))
-                return _in_all_lanes(builder, _load(builder, place, kind.element), kind)
+                return in_all_lanes(builder, load(builder, place, kind.element), kind)
 
             def rounded(start: Any, entries: Any, n: Any) -> Any:
                 place = builder.add(start, builder.mul(n, _ADDRESS(DIGITS * size)))
@@ -866,7 +832,7 @@ def _finisher(vectors: int) -> Any:
                 shift = builder.mul(entries, builder.sext(of_row(zero, n, ints), longs))
                 found = builder.neg(builder.add(less, shift))
                 for d in range(DIGITS):
-                    digit = _load(builder, builder.add(place, _ADDRESS(d * size)), in_memory)
+                    digit = load(builder, builder.add(place, _ADDRESS(d * size)), in_memory)
                     digit = digit if _RUN else builder.sext(digit, longs)
                     found = builder.add(found, builder.shl(digit, same(longs, _BITS * d)))
                 high = builder.trunc(builder.ashr(found, same(longs, LOW_BITS)), ints)
@@ -884,7 +850,7 @@ def _finisher(vectors: int) -> Any:
                 below = builder.fcmp_ordered("<", builder.call(absolute, [value]), same(floats, float(SMALLEST)))
                 return builder.select(below, same(floats, 0), value)
 
-            def row(builder: Any, n: Any, none: list[Any]) -> list[Any]:
+            def row(n: Any, none: list[Any]) -> list[Any]:
                 t = rounded(sums, of_x, n)
                 before, second, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
                 builder.cbranch(builder.icmp_signed("!=", twice, _ADDRESS(0)), second, after)
@@ -905,7 +871,7 @@ def _finisher(vectors: int) -> Any:
                 builder.store(v, place, align=4)
                 return none
 
-            _loop(builder, rows, [], row)
+            counted_loop(builder, rows, [], row)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 14), generate

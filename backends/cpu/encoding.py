@@ -1,9 +1,9 @@
 """Loops that make codes of float32 values, in registers: statistics of groups, scales, numbers of any kind, packing.
 
-Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
-own file changes, and not when another does; what the contract's constants are comes in as arguments. The loops hold no
-lock, and run on the threads of ``pool`` where their names say so. ``encoders`` calls them, and says what they are for;
-so does what XLA calls.
+Owns: the loops, and the numba intrinsics in them. One file but for the words of ``emit``, because what numba caches of
+a function is renewed when its own file changes, and not when another does; what the contract's constants are comes in
+as arguments. The loops hold no lock, and run on the threads of ``pool`` where their names say so. ``encoders`` calls
+them, and says what they are for; so does what XLA calls.
 
 An array is rows of ``size`` values that share a scale, the last of a row perhaps fewer; or each column has a scale.
 Four pieces combine, each a few instructions on a vector of 16 values, which LLVM cuts into what the processor has:
@@ -27,6 +27,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.emit import function, in_all_lanes, read_ahead
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 
@@ -54,11 +55,6 @@ def _all(number: float, vector: Any = _INTS) -> Any:
     return ir.Constant(vector, [number] * LANES)
 
 
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    found = builder.module.globals.get(name)
-    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
-
-
 def _place(builder: Any, base: Any, index: Any, size: int, its_type: Any) -> Any:
     address = builder.add(base, builder.mul(index, _ADDRESS(size)))
     return builder.inttoptr(address, its_type.as_pointer())
@@ -67,24 +63,11 @@ def _place(builder: Any, base: Any, index: Any, size: int, its_type: Any) -> Any
 def _parameter(builder: Any, base: Any, i: int, vector: Any) -> Any:
     """One of the numbers at ``base``, in all lanes."""
     item = _FLOAT if vector is _FLOATS else _INT
-    return _in_all_lanes(builder, builder.load(_place(builder, base, _ADDRESS(i), 4, item), align=4), vector)
-
-
-def _in_all_lanes(builder: Any, value: Any, vector: Any = _FLOATS) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    one = builder.insert_element(undefined, value, _INT(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
+    return in_all_lanes(builder, builder.load(_place(builder, base, _ADDRESS(i), 4, item), align=4), vector)
 
 
 def _extreme(builder: Any, a: Any, b: Any, relation: str) -> Any:
     return builder.select(builder.icmp_signed(relation, a, b), a, b)
-
-
-def _fetch(builder: Any, address: Any) -> None:
-    """Have a line of memory brought into the second cache; no address is too far for that."""
-    byte = _BYTE.as_pointer()
-    function = _function(builder, "llvm.prefetch.p0i8", ir.VoidType(), [byte, _INT, _INT, _INT])
-    builder.call(function, [builder.inttoptr(address, byte), _INT(0), _INT(2), _INT(1)])
 
 
 def _for_vectors(builder: Any, x: Any, count: Any, filler: Any, work: Any) -> None:
@@ -128,7 +111,7 @@ def _for_groups(builder: Any, x: Any, size: Any, length: Any, work: Any) -> None
 def _within(builder: Any, there: Any) -> Any:
     """Which lanes come before that one."""
     number = ir.Constant(_INTS, list(range(LANES)))
-    return builder.icmp_signed("<", number, _in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
+    return builder.icmp_signed("<", number, in_all_lanes(builder, builder.trunc(there, _INT), _INTS))
 
 
 WHOLE = 1, 2, 4, 8
@@ -242,7 +225,7 @@ ranges_apart = apart(ranges, "void(float32[:,::1], int64, int32[:,::1], int32[:,
 
 def _integers(builder: Any, v: Any, zero: Any, least: Any, most: Any) -> Any:
     """Smallest and largest code. Halves to even; the zero point is added to what is whole already."""
-    code = builder.fadd(builder.call(_function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS]), [v]), zero)
+    code = builder.fadd(builder.call(function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS]), [v]), zero)
     clipped = builder.select(builder.fcmp_ordered(">", code, least), code, least)
     clipped = builder.select(builder.fcmp_ordered("<", clipped, most), clipped, most)
     return builder.fptosi(builder.select(builder.fcmp_unordered("uno", code, code), zero, clipped), _INTS)
@@ -374,7 +357,7 @@ def _encode_groups(
         stream_of_run = builder.add(out, builder.lshr(builder.mul(builder.mul(r, run), _ADDRESS(bits)), _ADDRESS(3)))
 
         def work(i: Any, values: Any, there: Any) -> None:
-            _fetch(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
+            read_ahead(builder, builder.add(here, builder.add(builder.mul(i, _ADDRESS(64)), ahead)))
             by_inverse, by_factor, zero = (
                 builder.load(_place(builder, builder.load(place), _ADDRESS(0), 0, _FLOATS), align=4)
                 if of_columns

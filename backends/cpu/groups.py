@@ -1,8 +1,9 @@
 """Loops for reproducible products with groups along the contracted axis: exact sums of integers.
 
-Owns: the loops, and the numba intrinsics in them. One file, because what numba caches of a function is renewed when its
-own file changes, and not when another does; what the contract's constants are is written here once more. The loops hold
-no lock and start no thread. ``fixed_point`` calls them, and JAX's ``groups``; ``serve`` says what they are for.
+Owns: the loops, and the numba intrinsics in them. One file but for the words of ``emit``, because what numba caches of
+a function is renewed when its own file changes, and not when another does; what the contract's constants are is written
+here once more. The loops hold no lock and start no thread. ``fixed_point`` calls them, and JAX's ``groups``; ``serve``
+says what they are for.
 
 A row of x, in fixed point, is integers of 31 bits, a group of them at a time; codes less their zero points have 9, the
 sign among them. The sum of up to 512 products is an integer below 2^48: float64 holds it, and every partial sum,
@@ -51,6 +52,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from aqt_lite.backends.cpu.emit import counted_loop, function, in_all_lanes, item_at, load, read_ahead, shuffled, store
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, load64, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -174,59 +176,8 @@ _INTS, _FLOATS, _DOUBLES = (ir.VectorType(item, COLUMNS) for item in (_INT, _FLO
 _EXACT = ("contract",)
 
 
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    found = builder.module.globals.get(name)
-    return ir.Function(builder.module, ir.FunctionType(result, arguments), name) if found is None else found
-
-
-def _load(builder: Any, address: Any, its_type: Any) -> Any:
-    return builder.load(builder.inttoptr(address, its_type.as_pointer()), align=1)
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
-
-
-def _at(builder: Any, base: Any, index: Any, size: int) -> Any:
-    return builder.add(base, builder.mul(index, _ADDRESS(size)))
-
-
 def _same(vector: Any, number: float) -> Any:
     return ir.Constant(vector, [number] * vector.count)
-
-
-def _in_all_lanes(builder: Any, value: Any, vector: Any) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    one = builder.insert_element(undefined, value, _INT(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_INT, vector.count), [0] * vector.count))
-
-
-def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
-
-
-def _read_ahead(builder: Any, address: Any) -> None:
-    """Into the second cache; past an array's end that is harmless."""
-    pointer = ir.PointerType(ir.IntType(8))  # type: ignore[no-untyped-call]
-    fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INT, _INT, _INT])
-    builder.call(fetch, [builder.inttoptr(address, pointer), _INT(0), _INT(2), _INT(1)])
-
-
-def _loop(builder: Any, count: Any, totals: list[Any], step: Any) -> list[Any]:
-    """``totals = step(i, totals)`` for i from 0 to count - 1, the totals in registers; count is at least 1."""
-    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    i = builder.phi(_ADDRESS)
-    carried = [builder.phi(total.type) for total in totals]
-    new = step(i, carried)
-    following = builder.add(i, _ADDRESS(1))
-    for phi, first, next_one in zip([i, *carried], [_ADDRESS(0), *totals], [following, *new], strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(next_one, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return new
 
 
 def _rows_of_tile(builder: Any, start: Any, stride: Any, there: Any) -> list[Any]:
@@ -250,8 +201,8 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
         new = list(rows)
         for i in range(count):
             if i // distance % 2 == 0:
-                new[i] = _shuffled(builder, rows[i], rows[i + distance], first)
-                new[i + distance] = _shuffled(builder, rows[i], rows[i + distance], second)
+                new[i] = shuffled(builder, rows[i], rows[i + distance], first)
+                new[i + distance] = shuffled(builder, rows[i], rows[i + distance], second)
         rows = new
     return rows
 
@@ -270,8 +221,8 @@ def _numbers_of_halves(builder: Any, words: Any, table: Any) -> list[Any]:
     lanes = _LOOKED_UP_IN
     floats, ints = ir.VectorType(_FLOAT, lanes), ir.VectorType(_INT, lanes)
     name = "llvm.x86.avx512.permvar.sf.512" if lanes == 16 else "llvm.x86.avx2.permps"
-    permute = _function(builder, name, floats, [floats, ints])
-    parts = [_load(builder, _at(builder, table, _ADDRESS(i), 4), floats) for i in range(0, 16, lanes)]
+    permute = function(builder, name, floats, [floats, ints])
+    parts = [load(builder, item_at(builder, table, _ADDRESS(i), 4), floats) for i in range(0, 16, lanes)]
 
     def looked_up(positions: Any) -> Any:
         """The instruction itself looks at no more bits of a position than it has lanes for."""
@@ -283,9 +234,9 @@ def _numbers_of_halves(builder: Any, words: Any, table: Any) -> list[Any]:
     numbers = []
     for half in range(8):
         positions = builder.lshr(words, _same(_INTS, 4 * half)) if half else words
-        cut = [_shuffled(builder, positions, positions, list(range(i, i + lanes))) for i in range(0, COLUMNS, lanes)]
+        cut = [shuffled(builder, positions, positions, list(range(i, i + lanes))) for i in range(0, COLUMNS, lanes)]
         values = [looked_up(part) for part in cut]
-        whole = values[0] if len(values) == 1 else _shuffled(builder, *values, list(range(COLUMNS)))
+        whole = values[0] if len(values) == 1 else shuffled(builder, *values, list(range(COLUMNS)))
         numbers.append(builder.fpext(whole, _DOUBLES))
     return numbers
 
@@ -301,12 +252,12 @@ def _decoder(numbers_of: Any) -> Any:
     def decode(_: Any, w: Any, stride: Any, there: Any, table: Any, flip: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, there, table, flip, out = arguments
-            rows = [_load(builder, start, _INTS) for start in _rows_of_tile(builder, w, stride, there)]
-            flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _INTS)
+            rows = [load(builder, start, _INTS) for start in _rows_of_tile(builder, w, stride, there)]
+            flipped = in_all_lanes(builder, builder.trunc(flip, _INT), _INTS)
             place = out
             for words in _transposed(builder, rows):
                 for number in numbers_of(builder, builder.xor(words, flipped), table):
-                    _store(builder, number, place)
+                    store(builder, number, place)
                     place = builder.add(place, _ADDRESS(8 * COLUMNS))
             return context.get_dummy_value()
 
@@ -331,25 +282,25 @@ def _adder(rows: int, several: int = 1) -> Any:
             numbers, x, x_stride, steps, sums = arguments
             of_x = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
             places = [builder.add(sums, _ADDRESS(8 * COLUMNS * m)) for m in range(rows)]
-            totals = [_load(builder, place, _DOUBLES) for place in places]
+            totals = [load(builder, place, _DOUBLES) for place in places]
             totals += [_same(_DOUBLES, 0)] * (several - 1)
 
             def step(i: Any, totals: list[Any]) -> list[Any]:
                 new = []
                 for part in range(several):
                     k = builder.add(builder.mul(i, _ADDRESS(several)), _ADDRESS(part))
-                    codes = _load(builder, _at(builder, numbers, k, 8 * COLUMNS), _DOUBLES)
+                    codes = load(builder, item_at(builder, numbers, k, 8 * COLUMNS), _DOUBLES)
                     for m in range(rows):
-                        entry = _in_all_lanes(builder, _load(builder, _at(builder, of_x[m], k, 8), _DOUBLE), _DOUBLES)
+                        entry = in_all_lanes(builder, load(builder, item_at(builder, of_x[m], k, 8), _DOUBLE), _DOUBLES)
                         product = builder.fmul(entry, codes, flags=_EXACT)
                         new.append(builder.fadd(totals[m + part], product, flags=_EXACT))
                 return new
 
-            found = _loop(builder, steps, totals, step)
+            found = counted_loop(builder, steps, totals, step)
             for extra in found[rows:]:  # of one row
                 found[0] = builder.fadd(found[0], extra)
             for place, total in zip(places, found[:rows], strict=True):
-                _store(builder, total, place)
+                store(builder, total, place)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 5), generate
@@ -375,12 +326,12 @@ def _ender() -> Any:
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             sums, finer, twice, zero, of_x, of_finer, fraction, power, row_power, run = arguments
-            zeros = _load(builder, zero, _DOUBLES)
+            zeros = load(builder, zero, _DOUBLES)
 
             def rounded(place: Any, entries: Any) -> Any:
-                shift = builder.fmul(zeros, _in_all_lanes(builder, entries, _DOUBLES), flags=_EXACT)
-                total = builder.fsub(_load(builder, place, _DOUBLES), shift, flags=_EXACT)
-                _store(builder, _same(_DOUBLES, 0), place)
+                shift = builder.fmul(zeros, in_all_lanes(builder, entries, _DOUBLES), flags=_EXACT)
+                total = builder.fsub(load(builder, place, _DOUBLES), shift, flags=_EXACT)
+                store(builder, _same(_DOUBLES, 0), place)
                 return builder.fptrunc(total, _FLOATS)
 
             once = rounded(sums, of_x)
@@ -394,11 +345,11 @@ def _ender() -> Any:
             t = builder.phi(_FLOATS)
             t.add_incoming(once, before)
             t.add_incoming(both, second)
-            t = builder.fmul(t, _load(builder, fraction, _FLOATS))
-            factor = builder.fmul(_load(builder, power, _FLOATS), _in_all_lanes(builder, row_power, _FLOATS))
+            t = builder.fmul(t, load(builder, fraction, _FLOATS))
+            factor = builder.fmul(load(builder, power, _FLOATS), in_all_lanes(builder, row_power, _FLOATS))
             seen = builder.fcmp_ordered(">=", factor, _same(_FLOATS, float(LEAST_DROP)))
             t = builder.fmul(t, builder.select(seen, factor, _same(_FLOATS, 0)))
-            _store(builder, builder.fadd(_load(builder, run, _FLOATS), t), run)
+            store(builder, builder.fadd(load(builder, run, _FLOATS), t), run)
             return context.get_dummy_value()
 
         return types.void(
@@ -448,7 +399,7 @@ def in_order(size: Any, halves: Any) -> Any:  # pragma: no cover - compiled
 
 
 def _reduced(builder: Any, vector: Any, how: str) -> Any:
-    return builder.call(_function(builder, f"llvm.vector.reduce.{how}.v16i32", _INT, [_INTS]), [vector])
+    return builder.call(function(builder, f"llvm.vector.reduce.{how}.v16i32", _INT, [_INTS]), [vector])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -459,10 +410,10 @@ def _most_of_blocks(_: Any, bits: Any, blocks: Any) -> Any:
         bits, blocks = arguments
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
-            found = builder.and_(_load(builder, _at(builder, bits, i, 4 * COLUMNS), _INTS), _same(_INTS, 0x7FFFFFFF))
+            found = builder.and_(load(builder, item_at(builder, bits, i, 4 * COLUMNS), _INTS), _same(_INTS, 0x7FFFFFFF))
             return [builder.select(builder.icmp_signed(">", found, totals[0]), found, totals[0])]
 
-        return _reduced(builder, _loop(builder, blocks, [_same(_INTS, 0)], block)[0], "smax")
+        return _reduced(builder, counted_loop(builder, blocks, [_same(_INTS, 0)], block)[0], "smax")
 
     return types.int32(types.intp, types.intp), generate
 
@@ -473,22 +424,22 @@ def _round_blocks(_: Any, row: Any, blocks: Any, first: Any, second: Any, out: A
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row, blocks, *factors, out = arguments
-        first, second = (_in_all_lanes(builder, factor, _FLOATS) for factor in factors)
-        magnitude_of = _function(builder, "llvm.fabs.v16f32", _FLOATS, [_FLOATS])
-        rounded = _function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS])
+        first, second = (in_all_lanes(builder, factor, _FLOATS) for factor in factors)
+        magnitude_of = function(builder, "llvm.fabs.v16f32", _FLOATS, [_FLOATS])
+        rounded = function(builder, "llvm.rint.v16f32", _FLOATS, [_FLOATS])
         zero = _same(_FLOATS, 0)
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
-            v = _load(builder, _at(builder, row, i, 4 * COLUMNS), _FLOATS)
+            v = load(builder, item_at(builder, row, i, 4 * COLUMNS), _FLOATS)
             there = builder.fcmp_ordered(">=", builder.call(magnitude_of, [v]), _same(_FLOATS, float(SMALLEST)))
             scaled = builder.fmul(builder.fmul(builder.select(there, v, zero), first), second)
             value = builder.fptosi(builder.call(rounded, [scaled]), _INTS)
-            _store(builder, value, _at(builder, out, i, 4 * COLUMNS))
+            store(builder, value, item_at(builder, out, i, 4 * COLUMNS))
             below = builder.fcmp_ordered("<", builder.call(magnitude_of, [scaled]), _same(_FLOATS, float(SMALL)))
             counted = [builder.sext(lanes, _INTS) for lanes in (there, builder.and_(there, below))]
             return [builder.sub(total, one) for total, one in zip(totals, counted, strict=True)]
 
-        totals = _loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
+        totals = counted_loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
         present, small = (builder.zext(_reduced(builder, total, "add"), _ADDRESS) for total in totals)
         return builder.or_(present, builder.shl(small, _ADDRESS(32)))
 
@@ -673,13 +624,13 @@ def end_run(_: Any, run: Any, total: Any, rows: Any) -> Any:
         run, total, rows = arguments
 
         def row(m: Any, none: list[Any]) -> list[Any]:
-            at = [_at(builder, start, m, 4 * COLUMNS) for start in (run, total)]
-            both = builder.fadd(*(_load(builder, place, _FLOATS) for place in at))
+            at = [item_at(builder, start, m, 4 * COLUMNS) for start in (run, total)]
+            both = builder.fadd(*(load(builder, place, _FLOATS) for place in at))
             for place, vector in zip(at, (_same(_FLOATS, 0), both), strict=True):
-                _store(builder, vector, place)
+                store(builder, vector, place)
             return none
 
-        _loop(builder, rows, [], row)
+        counted_loop(builder, rows, [], row)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), generate
@@ -716,11 +667,11 @@ def _in_parts(builder: Any, columns: Any) -> list[Any]:
     """Vectors of as many lanes as the processor has."""
     if LANES == COLUMNS:
         return [columns]
-    return [_shuffled(builder, columns, columns, list(range(i, i + LANES))) for i in _PARTS]
+    return [shuffled(builder, columns, columns, list(range(i, i + LANES))) for i in _PARTS]
 
 
 def _as_one(builder: Any, parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else _shuffled(builder, *parts, list(range(COLUMNS)))
+    return parts[0] if len(parts) == 1 else shuffled(builder, *parts, list(range(COLUMNS)))
 
 
 def _pairs_of(builder: Any, codes: Any) -> list[Any]:
@@ -735,9 +686,9 @@ def _dot(builder: Any, total: Any, codes: Any, digit: Any) -> Any:
     """``vpdpbusd`` adds four products of an unsigned byte and a signed one, ``vpmaddwd`` two of shorts."""
     if BITS_OF_DIGIT == 8:
         name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-        return builder.call(_function(builder, name, _WORDS, [_WORDS] * 3), [total, codes, digit])
+        return builder.call(function(builder, name, _WORDS, [_WORDS] * 3), [total, codes, digit])
     name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
-    multiply = _function(builder, name, _WORDS, [_SHORTS] * 2)
+    multiply = function(builder, name, _WORDS, [_SHORTS] * 2)
     return builder.add(total, builder.call(multiply, [codes, builder.bitcast(digit, _SHORTS)]))
 
 
@@ -747,9 +698,9 @@ def numbers_for_dots(builder: Any, halves: bool, looked_up: bool, table: Any, fl
     ``table`` and ``flip`` are as ``_decoder`` has them, but that the table holds 64 bytes, of which ``looked_up`` makes
     use.
     """
-    look_up = _function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
-    numbers, low = _load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
-    flipped = _in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
+    look_up = function(builder, _LOOK_UP, _BYTES, [_BYTES, _BYTES])
+    numbers, low = load(builder, table, _BYTES), _same(_WORDS, 0x0F0F0F0F)
+    flipped = in_all_lanes(builder, builder.trunc(flip, _INT), _WORDS)
 
     def numbers_of(words: Any) -> list[Any]:
         found = [words, builder.lshr(words, _same(_WORDS, 4))] if halves else [words]
@@ -774,15 +725,15 @@ def _put_unsigned(
     two apart does not fit the first one.
     """
     for start in starts:
-        _read_ahead(builder, builder.add(start, ahead))
+        read_ahead(builder, builder.add(start, ahead))
     numbers_of = numbers_for_dots(builder, halves, looked_up, table, flip)
     for first, column in itertools.product(range(0, CHUNK // 4, LANES), _PARTS):
         block = [builder.add(start, _ADDRESS(4 * first)) for start in starts[column : column + LANES]]
-        for i, words in enumerate(_transposed(builder, [_load(builder, at, _WORDS) for at in block])):
+        for i, words in enumerate(_transposed(builder, [load(builder, at, _WORDS) for at in block])):
             found = numbers_of(words)
             for v, vector in enumerate(found):
                 place = CHUNK * ((first + i) * len(found) + v) + 4 * column
-                _store(builder, vector, builder.add(out, _ADDRESS(place)))
+                store(builder, vector, builder.add(out, _ADDRESS(place)))
 
 
 def _unsigned_of(halves: bool, looked_up: bool = False) -> Any:
@@ -826,7 +777,7 @@ def _rounded(builder: Any, digits: list[Any], short: bool, less: Any, entries: l
         total = builder.fadd(scaled, builder.sitofp(digit, _DOUBLES), flags=_EXACT)
     lower, upper = (builder.sitofp(v, _DOUBLE) for v in entries)
     of_x = builder.fadd(builder.fmul(upper, _DOUBLE(65536.0), flags=_EXACT), lower, flags=_EXACT)
-    shift = builder.fmul(builder.sitofp(less, _DOUBLES), _in_all_lanes(builder, of_x, _DOUBLES), flags=_EXACT)
+    shift = builder.fmul(builder.sitofp(less, _DOUBLES), in_all_lanes(builder, of_x, _DOUBLES), flags=_EXACT)
     return builder.fptrunc(builder.fadd(total, shift, flags=_EXACT), _FLOATS)
 
 
@@ -861,11 +812,11 @@ class _OfGroups(NamedTuple):
     def after(self, builder: Any, count: Any, steps: Any) -> _OfGroups:
         """Those of one row from a group on, for codes of ``steps`` vectors a group."""
         return self._replace(
-            x=_at(builder, self.x, builder.mul(count, steps), 16),
-            scale=_at(builder, self.scale, count, 4 * COLUMNS),
+            x=item_at(builder, self.x, builder.mul(count, steps), 16),
+            scale=item_at(builder, self.scale, count, 4 * COLUMNS),
             zero=builder.add(self.zero, builder.mul(count, self.z_step)),
-            of_x=_at(builder, self.of_x, count, 8),
-            row_power=_at(builder, self.row_power, count, 4),
+            of_x=item_at(builder, self.of_x, count, 8),
+            row_power=item_at(builder, self.row_power, count, 4),
         )
 
 
@@ -875,9 +826,9 @@ def _factors(builder: Any, of_groups: _OfGroups, g: Any, of_rows: list[Any]) -> 
     Scales are divided by the powers of two of their columns' largest. What is far below counts as 0, of which nothing
     is where ``near``.
     """
-    bits = _load(builder, _at(builder, of_groups.scale, g, 4 * COLUMNS), _INTS)
-    largest = _load(builder, of_groups.leading, _INTS)
-    powers = [_in_all_lanes(builder, of_row, _FLOATS) for of_row in of_rows]
+    bits = load(builder, item_at(builder, of_groups.scale, g, 4 * COLUMNS), _INTS)
+    largest = load(builder, of_groups.leading, _INTS)
+    powers = [in_all_lanes(builder, of_row, _FLOATS) for of_row in of_rows]
     relative = builder.sub(bits, builder.sub(largest, _same(_INTS, 0x3F800000)))
     far, near, after = (builder.append_basic_block() for _ in range(3))
     builder.cbranch(builder.icmp_signed("!=", of_groups.near, _ADDRESS(0)), near, far)
@@ -918,12 +869,12 @@ def _add_groups(
     """
     x, finer, x_stride, _, _, _, zero, z_step, lowest, of_x, of_finer, row_power, groups, run = of_groups
     of_rows = [builder.add(x, builder.mul(x_stride, _ADDRESS(m))) for m in range(rows)]
-    in_sums = [_at(builder, of_x, builder.mul(groups, _ADDRESS(m)), 8) for m in range(rows)]
-    powers = [_at(builder, row_power, builder.mul(groups, _ADDRESS(m)), 4) for m in range(rows)]
+    in_sums = [item_at(builder, of_x, builder.mul(groups, _ADDRESS(m)), 8) for m in range(rows)]
+    powers = [item_at(builder, row_power, builder.mul(groups, _ADDRESS(m)), 4) for m in range(rows)]
     if twice:
         of_rows.append(finer)
         in_sums.append(of_finer)
-    lowest = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
+    lowest = in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS)
     nothing = _same(_INTS, 0)
     runs = [builder.add(run, _ADDRESS(4 * COLUMNS * m)) for m in range(rows)]
 
@@ -932,32 +883,32 @@ def _add_groups(
 
         def step(i: Any, totals: list[Any]) -> list[Any]:
             i = builder.add(before, i)
-            start, at, new = _at(builder, numbers, i, CHUNK), builder.shl(i, _ADDRESS(4)), list(totals)
-            loaded = [_load(builder, builder.add(start, _ADDRESS(4 * column)), _WORDS) for column in _PARTS]
+            start, at, new = item_at(builder, numbers, i, CHUNK), builder.shl(i, _ADDRESS(4)), list(totals)
+            loaded = [load(builder, builder.add(start, _ADDRESS(4 * column)), _WORDS) for column in _PARTS]
             codes = [_pairs_of(builder, words) for words in loaded]
             for m, row in enumerate(of_rows):
                 entry = builder.add(row, at)
                 for word in range(4):  # digits of bytes, or the even and the odd ones of a digit of shorts
-                    of_entry = _load(builder, builder.add(entry, _ADDRESS(4 * word)), _INT)
-                    digit = _in_all_lanes(builder, of_entry, _WORDS)
+                    of_entry = load(builder, builder.add(entry, _ADDRESS(4 * word)), _INT)
+                    digit = in_all_lanes(builder, of_entry, _WORDS)
                     d, pair = divmod(word, 4 // DIGITS)
                     for part in range(len(_PARTS)):
                         place = (m * DIGITS + d) * len(_PARTS) + part
                         new[place] = _dot(builder, new[place], codes[part][pair], digit)
             return new
 
-        less = builder.sub(lowest, _load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
+        less = builder.sub(lowest, load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
         entries, starts = [], []
         for place in in_sums:
-            place = _at(builder, place, g, 8)
-            entries.append([_load(builder, builder.add(place, _ADDRESS(4 * i)), _INT) for i in (0, 1)])
+            place = item_at(builder, place, g, 8)
+            entries.append([load(builder, builder.add(place, _ADDRESS(4 * i)), _INT) for i in (0, 1)])
             for d in range(DIGITS):
                 half, first = divmod(d, DIGITS // 2)
-                start = builder.mul(less, _in_all_lanes(builder, entries[-1][half], _INTS))
+                start = builder.mul(less, in_all_lanes(builder, entries[-1][half], _INTS))
                 starts += _in_parts(builder, start if short and first == 0 else nothing)
-        sums = _loop(builder, steps, starts, step)
+        sums = counted_loop(builder, steps, starts, step)
         found = [_as_one(builder, sums[i : i + len(_PARTS)]) for i in range(0, len(sums), len(_PARTS))]
-        factors = _factors(builder, of_groups, g, [_load(builder, _at(builder, at, g, 4), _FLOAT) for at in powers])
+        factors = _factors(builder, of_groups, g, [load(builder, item_at(builder, at, g, 4), _FLOAT) for at in powers])
 
         def rounded(m: int) -> Any:
             return _rounded(builder, found[m * DIGITS : m * DIGITS + DIGITS], short, less, entries[m])
@@ -971,9 +922,9 @@ def _add_groups(
         return new
 
     for place, vector in zip(
-        runs, _loop(builder, count, [_load(builder, place, _FLOATS) for place in runs], group), strict=True
+        runs, counted_loop(builder, count, [load(builder, place, _FLOATS) for place in runs], group), strict=True
     ):
-        _store(builder, vector, place)
+        store(builder, vector, place)
 
 
 def _groups_of(rows: int, short: bool, twice: bool = False) -> Any:
@@ -1021,16 +972,16 @@ def _spans_of(halves: bool, looked_up: bool = False) -> Any:
                     here = [builder.add(four, at) for four in fours]
                     starts = [builder.add(four, builder.mul(stride, _ADDRESS(i))) for four in here for i in range(4)]
                     _put_unsigned(
-                        builder, halves, looked_up, starts, table, flip, ahead, _at(builder, numbers, i, chunk)
+                        builder, halves, looked_up, starts, table, flip, ahead, item_at(builder, numbers, i, chunk)
                     )
                     return none
 
-                _loop(builder, pieces, [], piece)
+                counted_loop(builder, pieces, [], piece)
                 first = builder.mul(s, count)
                 _add_groups(builder, 1, True, False, numbers, steps, count, of_groups.after(builder, first, steps))
                 return none
 
-            _loop(builder, spans, [], span)
+            counted_loop(builder, spans, [], span)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 20), generate
@@ -1043,9 +994,9 @@ def _sums_of_fours(builder: Any, rows: list[Any]) -> Any:
     pairs, fours = [], range(0, COLUMNS, 4)
     for two in (rows[:2], rows[2:]):  # lanes 0 and 2 of the first vector and of the second, then lanes 1 and 3
         order = [lane for q in fours for lane in (q, COLUMNS + q, q + 1, COLUMNS + q + 1)]
-        pairs.append(builder.add(*(_shuffled(builder, *two, [lane + i for lane in order]) for i in (0, 2))))
+        pairs.append(builder.add(*(shuffled(builder, *two, [lane + i for lane in order]) for i in (0, 2))))
     order = [lane for q in fours for lane in (q, q + 1, COLUMNS + q, COLUMNS + q + 1)]
-    return builder.add(*(_shuffled(builder, *pairs, [lane + i for lane in order]) for i in (0, 2)))
+    return builder.add(*(shuffled(builder, *pairs, [lane + i for lane in order]) for i in (0, 2)))
 
 
 def _fours_transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -1053,10 +1004,10 @@ def _fours_transposed(builder: Any, rows: list[Any]) -> list[Any]:
     found = []
     for half in (0, 8):
         order = [first + half + lane for first in (0, COLUMNS) for lane in range(8)]
-        pairs = [_shuffled(builder, *two, order) for two in (rows[:2], rows[2:])]
+        pairs = [shuffled(builder, *two, order) for two in (rows[:2], rows[2:])]
         for i in (0, 4):
             order = [first + i + lane for first in range(0, 2 * COLUMNS, 8) for lane in range(4)]
-            found.append(_shuffled(builder, *pairs, order))
+            found.append(shuffled(builder, *pairs, order))
     return found
 
 
@@ -1080,18 +1031,18 @@ def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
             no = _ADDRESS(0)
             of_groups = _OfGroups(no, no, no, scale, leading, near, zero, z_step, lowest, of_x, no, row_power, no, run)
             numbers_of = numbers_for_dots(builder, halves, looked_up, table, flip)
-            lowest, nothing = _in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS), _same(_INTS, 0)
+            lowest, nothing = in_all_lanes(builder, builder.trunc(lowest, _INT), _INTS), _same(_INTS, 0)
             parts = 2 if halves else 1
 
             def codes_and_digits(starts: list[Any], vector: Any, v: Any) -> tuple[list[Any], list[Any]]:
-                entry = _at(builder, ordered, vector, 4 * parts * CHUNK)
+                entry = item_at(builder, ordered, vector, 4 * parts * CHUNK)
                 places = [builder.add(entry, _ADDRESS(CHUNK * i)) for i in range(4 * parts)]
                 numbers = []
                 for start in starts:
-                    here = _at(builder, start, v, CHUNK)
-                    _read_ahead(builder, builder.add(here, ahead))
-                    numbers.append(numbers_of(_load(builder, here, _INTS)))
-                return numbers, [_load(builder, place, _INTS) for place in places]
+                    here = item_at(builder, start, v, CHUNK)
+                    read_ahead(builder, builder.add(here, ahead))
+                    numbers.append(numbers_of(load(builder, here, _INTS)))
+                return numbers, [load(builder, place, _INTS) for place in places]
 
             def dots(total: Any, numbers: list[Any], digits: list[Any]) -> Any:
                 for codes, digit in zip(numbers, digits, strict=True):
@@ -1113,7 +1064,7 @@ def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
                     numbers, digits = codes_and_digits(starts, builder.add(first, v), v)
                     return [dots(total, numbers[i // 4], digits[i % 4 :: 4]) for i, total in enumerate(totals)]
 
-                found = _loop(builder, vectors, [nothing] * 16, vector)
+                found = counted_loop(builder, vectors, [nothing] * 16, vector)
                 return [
                     builder.add(builder.shl(found[i + 1], _same(_INTS, 8)), found[i])
                     for d in (0, 2)
@@ -1125,38 +1076,38 @@ def _in_order(groups: int, halves: bool, looked_up: bool = False) -> Any:
 
                 def four(r: Any, none: list[Any]) -> list[Any]:
                     start = builder.add(
-                        _at(builder, w, first, CHUNK), _at(builder, _ADDRESS(0), builder.mul(r, stride), 4)
+                        item_at(builder, w, first, CHUNK), item_at(builder, _ADDRESS(0), builder.mul(r, stride), 4)
                     )
                     starts = [builder.add(start, builder.mul(stride, _ADDRESS(i))) for i in range(4)]
                     found = sums_of_digits(starts, first)
                     for half in (0, 1):
-                        place = _at(builder, builder.add(sums, _ADDRESS(4 * CHUNK * half)), r, CHUNK)
-                        _store(builder, _sums_of_fours(builder, found[4 * half : 4 * half + 4]), place)
+                        place = item_at(builder, builder.add(sums, _ADDRESS(4 * CHUNK * half)), r, CHUNK)
+                        store(builder, _sums_of_fours(builder, found[4 * half : 4 * half + 4]), place)
                     return none
 
-                _loop(builder, _ADDRESS(COLUMNS // 4), [], four)
+                counted_loop(builder, _ADDRESS(COLUMNS // 4), [], four)
                 places = [builder.add(sums, _ADDRESS(CHUNK * i)) for i in range(8)]
-                loaded = [_load(builder, place, _INTS) for place in places]
+                loaded = [load(builder, place, _INTS) for place in places]
                 quarters = [_fours_transposed(builder, loaded[i : i + 4]) for i in (0, 4)]
                 [total] = totals
                 for i in range(groups):
                     g = builder.add(builder.mul(u, _ADDRESS(groups)), _ADDRESS(i))
-                    less = builder.sub(lowest, _load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
+                    less = builder.sub(lowest, load(builder, builder.add(zero, builder.mul(g, z_step)), _INTS))
                     digits, entries = [], []
                     for half, of_half in enumerate(quarters):
-                        place = _at(builder, builder.add(of_x, _ADDRESS(4 * half)), g, 8)
-                        entries.append(_load(builder, place, _INT))
-                        digit = builder.mul(less, _in_all_lanes(builder, entries[-1], _INTS))
+                        place = item_at(builder, builder.add(of_x, _ADDRESS(4 * half)), g, 8)
+                        entries.append(load(builder, place, _INT))
+                        digit = builder.mul(less, in_all_lanes(builder, entries[-1], _INTS))
                         for quarter in of_half[i * 4 // groups : (i + 1) * 4 // groups]:
                             digit = builder.add(digit, quarter)
                         digits.append(digit)
                     t = _rounded(builder, digits, True, less, entries)
-                    of_row = _load(builder, _at(builder, row_power, g, 4), _FLOAT)
+                    of_row = load(builder, item_at(builder, row_power, g, 4), _FLOAT)
                     [factor] = _factors(builder, of_groups, g, [of_row])
                     total = builder.fadd(total, builder.fmul(t, factor))
                 return [total]
 
-            _store(builder, _loop(builder, units, [_load(builder, run, _FLOATS)], unit)[0], run)
+            store(builder, counted_loop(builder, units, [load(builder, run, _FLOATS)], unit)[0], run)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 18), generate
@@ -1176,24 +1127,24 @@ def _columns_of(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         of_rows, stride, there, blocks, mask, out, most, least = arguments
         starts = _rows_of_tile(builder, of_rows, stride, there)
-        masks = _in_all_lanes(builder, builder.trunc(mask, _INT), _INTS)
+        masks = in_all_lanes(builder, builder.trunc(mask, _INT), _INTS)
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
             high, low = totals
             at = builder.mul(i, _ADDRESS(4 * COLUMNS))
             place = builder.add(out, builder.mul(i, _ADDRESS(4 * COLUMNS * COLUMNS)))
             here = [builder.add(start, at) for start in starts]
-            for words in _transposed(builder, [_load(builder, address, _INTS) for address in here]):
-                _store(builder, words, place)
+            for words in _transposed(builder, [load(builder, address, _INTS) for address in here]):
+                store(builder, words, place)
                 place = builder.add(place, _ADDRESS(4 * COLUMNS))
                 part = builder.and_(words, masks)
                 high = builder.select(builder.icmp_signed(">", part, high), part, high)
                 low = builder.select(builder.icmp_signed("<", part, low), part, low)
             return [high, low]
 
-        firsts = [_load(builder, place, _INTS) for place in (most, least)]
-        for place, total in zip((most, least), _loop(builder, blocks, firsts, block), strict=True):
-            _store(builder, total, place)
+        firsts = [load(builder, place, _INTS) for place in (most, least)]
+        for place, total in zip((most, least), counted_loop(builder, blocks, firsts, block), strict=True):
+            store(builder, total, place)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8), generate
@@ -1206,7 +1157,7 @@ def _read_rows_ahead(_: Any, start: Any, stride: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start, stride = arguments
         for i in range(COLUMNS):
-            _read_ahead(builder, builder.add(start, builder.mul(stride, _ADDRESS(i))))
+            read_ahead(builder, builder.add(start, builder.mul(stride, _ADDRESS(i))))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
@@ -1249,13 +1200,13 @@ def _digits_of(halves: bool) -> Any:
             several = ir.VectorType(ir.IntType(8), 4 * COLUMNS)
 
             def block(i: Any, none: list[Any]) -> list[Any]:
-                place = _at(builder, words, i, 4 * COLUMNS)
-                value = builder.add(_load(builder, place, _INTS), _same(_INTS, bias))
+                place = item_at(builder, words, i, 4 * COLUMNS)
+                value = builder.add(load(builder, place, _INTS), _same(_INTS, bias))
                 digits = builder.bitcast(builder.xor(value, _same(_INTS, bias)), several)
-                _store(builder, _shuffled(builder, digits, digits, order), place)
+                store(builder, shuffled(builder, digits, digits, order), place)
                 return none
 
-            _loop(builder, blocks, [], block)
+            counted_loop(builder, blocks, [], block)
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp), generate
@@ -1272,23 +1223,23 @@ def _apart(count: int) -> Any:
             words, out, blocks = arguments
 
             def block(i: Any, none: list[Any]) -> list[Any]:
-                here, there = (_at(builder, start, i, 4 * COLUMNS * count) for start in (words, out))
-                found = [_load(builder, builder.add(here, _ADDRESS(4 * COLUMNS * v)), _INTS) for v in range(count)]
+                here, there = (item_at(builder, start, i, 4 * COLUMNS * count) for start in (words, out))
+                found = [load(builder, builder.add(here, _ADDRESS(4 * COLUMNS * v)), _INTS) for v in range(count)]
                 vectors = [found]
                 while len(vectors) < count:  # those at even places, and those at odd ones, of twice as many
                     vectors = [
                         [
-                            _shuffled(builder, a, b, list(range(odd, 2 * COLUMNS, 2)))
+                            shuffled(builder, a, b, list(range(odd, 2 * COLUMNS, 2)))
                             for a, b in zip(some[::2], some[1::2], strict=True)
                         ]
                         for odd in range(2)
                         for some in vectors
                     ]
                 for v, [vector] in enumerate(vectors):
-                    _store(builder, vector, builder.add(there, _ADDRESS(4 * COLUMNS * v)))
+                    store(builder, vector, builder.add(there, _ADDRESS(4 * COLUMNS * v)))
                 return none
 
-            _loop(builder, blocks, [], block)
+            counted_loop(builder, blocks, [], block)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 3), generate
@@ -1309,12 +1260,12 @@ def _sums_of_blocks(_: Any, words: Any, blocks: Any) -> Any:
         half = _same(_INTS, HALF)
 
         def block(i: Any, totals: list[Any]) -> list[Any]:
-            value = _load(builder, _at(builder, words, i, 4 * COLUMNS), _INTS)
+            value = load(builder, item_at(builder, words, i, 4 * COLUMNS), _INTS)
             low = builder.sub(builder.and_(builder.add(value, half), _same(_INTS, 0xFFFF)), half)
             upper = builder.ashr(builder.sub(value, low), _same(_INTS, 16))
             return [builder.add(total, one) for total, one in zip(totals, (low, upper), strict=True)]
 
-        totals = _loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
+        totals = counted_loop(builder, blocks, [_same(_INTS, 0)] * 2, block)
         lower, upper = (_reduced(builder, total, "add") for total in totals)
         return builder.or_(builder.zext(lower, _ADDRESS), builder.shl(builder.zext(upper, _ADDRESS), _ADDRESS(32)))
 
@@ -1928,14 +1879,8 @@ multiply_apart = apart(multiply, _MULTIPLY)
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    (
-        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-        again, bad, powers, bias, served, y,
-    ) = given  # fmt: skip
-    if not multiply_apart((
-        w[start:stop], halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power,
-        many, again, bad, powers, bias, start, y[:, start:stop],
-    )):  # fmt: skip
+    w, others, served, y = given
+    if not multiply_apart((w[start:stop], *others, start, y[:, start:stop])):
         served[0] = False
 
 
@@ -1949,10 +1894,10 @@ def multiply_in_parts(
     powers: Any, bias: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``multiply`` for rows of the weight from each of ``ends`` to the next, on the threads of a pool."""
-    served = np.ones(1, dtype=np.bool_)
-    given = (
-        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-        again, bad, powers, bias, served, y,
+    others = (
+        halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many, again,
+        bad, powers, bias,
     )  # fmt: skip
-    in_parts(pool, ends, _task(given))
+    served = np.ones(1, dtype=np.bool_)
+    in_parts(pool, ends, _task((w, others, served, y)))
     return served[0]

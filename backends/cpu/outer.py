@@ -34,7 +34,6 @@ from aqt_lite.backends.cpu.decoding import (
     as_floats,
     bytes_across,
     bytes_of_columns,
-    counted_loop,
     dequantize_apart,
     dequantize_columns_apart,
     doubling_of,
@@ -44,6 +43,7 @@ from aqt_lite.backends.cpu.decoding import (
     looked_up,
 )
 from aqt_lite.backends.cpu.decoding import ROWS as MOST_IN_REGISTERS
+from aqt_lite.backends.cpu.emit import counted_loop, in_all_lanes
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -90,7 +90,6 @@ def _tile_of(
 ) -> None:
     of_fma = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
     fma = cgutils.get_or_insert_function(builder.module, of_fma, f"llvm.fma.v{LANES}f32")
-    undefined, lanes = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
 
     def place(base: Any, offset: Any, kind: Any) -> Any:
         return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
@@ -108,7 +107,7 @@ def _tile_of(
         new = list[Any]()
         for m, row in enumerate(of_x):
             one = builder.load(place(row, builder.mul(k, _ADDRESS(4)), _FLOAT), align=4)
-            entries = builder.shuffle_vector(builder.insert_element(undefined, one, _INT(0)), undefined, lanes)
+            entries = in_all_lanes(builder, one, _FLOATS)
             new += [builder.call(fma, [value, entries, sums[m * VECTORS + v]]) for v, value in enumerate(values)]
         return new
 

@@ -31,7 +31,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import LANES, counted_loop, dequantize_apart, width_of
+from aqt_lite.backends.cpu.decoding import LANES, dequantize_apart, width_of
+from aqt_lite.backends.cpu.emit import counted_loop, in_all_lanes
 from aqt_lite.backends.cpu.lines import on_lines
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
@@ -85,7 +86,6 @@ def _tile(
         panel, x, x_stride, there, depth, at_once, before, before_stride, added, out, out_stride = arguments
         of_fma = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
         fma = cgutils.get_or_insert_function(builder.module, of_fma, f"llvm.fma.v{LANES}f32")
-        undefined, lanes = ir.Constant(_FLOATS, ir.Undefined), ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES)
         last = builder.sub(there, _ADDRESS(1))
         nth = [builder.select(builder.icmp_signed("<", _ADDRESS(m), last), _ADDRESS(m), last) for m in range(ROWS)]
 
@@ -111,7 +111,7 @@ def _tile(
                 values = [builder.load(p, align=4) for p in of_k]
                 for m, row in enumerate(rows):
                     one = builder.load(place(row, builder.mul(k, _ADDRESS(4)), _FLOAT), align=4)
-                    entries = builder.shuffle_vector(builder.insert_element(undefined, one, _INT(0)), undefined, lanes)
+                    entries = in_all_lanes(builder, one, _FLOATS)
                     new += [
                         builder.call(fma, [value, entries, sums[m * VECTORS + v]]) for v, value in enumerate(values)
                     ]

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import counted_loop
+from aqt_lite.backends.cpu.emit import byte_turns, counted_loop, item_at, load, read_ahead, shuffled
 from aqt_lite.backends.cpu.groups import (
     COLUMNS,
     LANES,
@@ -67,10 +67,6 @@ _WORDS: Any = ir.VectorType(_INT, LANES)
 _BYTES: Any = ir.VectorType(ir.IntType(8), BLOCK)
 
 
-def _picked(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(order)), order))
-
-
 def _exchanged(builder: Any, rows: list[Any]) -> list[Any]:
     """Four vectors of bytes as four vectors of words, of the columns in their order.
 
@@ -79,14 +75,9 @@ def _exchanged(builder: Any, rows: list[Any]) -> list[Any]:
     """
     quarters = BLOCK // 16
     order = [4 * (quarters * v + q) + i for q in range(quarters) for v in range(4) for i in range(4)]
-    rows = [_picked(builder, row, row, order) for row in rows]
-
-    def mixed(a: Any, b: Any, item: int, upper: int) -> Any:
-        starts = [s + 8 * upper + i for s in range(0, BLOCK, 16) for i in range(0, 8, item)]
-        return _picked(builder, a, b, [base + s + i for s in starts for base in (0, BLOCK) for i in range(item)])
-
-    pairs = [[mixed(*two, 1, upper) for two in (rows[:2], rows[2:])] for upper in (0, 1)]
-    return [mixed(*pair, 2, upper) for pair in pairs for upper in (0, 1)]
+    rows = [shuffled(builder, row, row, order) for row in rows]
+    pairs = [[byte_turns(builder, *two, 1, upper) for two in (rows[:2], rows[2:])] for upper in (False, True)]
+    return [byte_turns(builder, *pair, 2, upper) for pair in pairs for upper in (False, True)]
 
 
 def _unsigned_of_columns(halves: bool, looked_up: bool = False) -> Any:
@@ -102,23 +93,15 @@ def _unsigned_of_columns(halves: bool, looked_up: bool = False) -> Any:
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             w, stride, blocks, table, flip, ahead, out, to_tile = arguments
-            pointer = ir.PointerType(ir.IntType(8))
-            kind = ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
-            known = builder.module.globals.get("llvm.prefetch.p0")
-            fetch = ir.Function(builder.module, kind, "llvm.prefetch.p0") if known is None else known
             numbers_of = numbers_for_dots(builder, halves, looked_up, table, flip)
             kinds = 2 if halves else 1
 
             def block(i: Any, none: list[Any]) -> list[Any]:
                 found: list[list[Any]] = [[] for _ in range(kinds)]
                 for r in range(4):
-                    place = builder.add(
-                        builder.add(w, builder.mul(stride, _ADDRESS(r))), builder.mul(i, _ADDRESS(BLOCK))
-                    )
-                    there = builder.inttoptr(builder.add(place, ahead), pointer)
-                    builder.call(fetch, [there, _INT(0), _INT(2), _INT(1)])
-                    words = builder.load(builder.inttoptr(place, _WORDS.as_pointer()), align=1)
-                    for to, numbers in zip(found, numbers_of(words), strict=True):
+                    place = item_at(builder, builder.add(w, builder.mul(stride, _ADDRESS(r))), i, BLOCK)
+                    read_ahead(builder, builder.add(place, ahead))
+                    for to, numbers in zip(found, numbers_of(load(builder, place, _WORDS)), strict=True):
                         to.append(builder.bitcast(numbers, _BYTES))
                 start = builder.add(out, builder.mul(builder.mul(i, to_tile), _ADDRESS(TILES * kinds)))
                 for one, rows in enumerate(found):
@@ -342,14 +325,8 @@ multiply_columns_apart = apart(
 
 @njit(nogil=True)
 def _part(given: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
-    (
-        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-        again, bad, powers, bias, served, y,
-    ) = given  # fmt: skip
-    if not multiply_columns_apart((
-        w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-        again, bad, powers, bias, start, stop, y,
-    )):  # fmt: skip
+    of_product, served, y = given
+    if not multiply_columns_apart((*of_product, start, stop, y)):
         served[0] = False
 
 
@@ -363,10 +340,10 @@ def multiply_columns_in_parts(
     powers: Any, bias: Any, y: Any,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
     """``multiply_columns`` for columns from each of ``ends``, multiples of PART, to the next, by a pool's threads."""
-    served = np.ones(1, dtype=np.bool_)
-    given = (
+    of_product = (
         w, halves, flip, table, scale, zero, size, inner, x, finer, of_x, of_finer, row_exponent, row_power, many,
-        again, bad, powers, bias, served, y,
+        again, bad, powers, bias,
     )  # fmt: skip
-    in_parts(pool, ends, _task(given))
+    served = np.ones(1, dtype=np.bool_)
+    in_parts(pool, ends, _task((of_product, served, y)))
     return served[0]

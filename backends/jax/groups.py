@@ -110,11 +110,21 @@ def _refine(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - co
 
 
 @njit(nogil=True)
-def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+def _of_rows(frame: Any) -> Any:  # pragma: no cover - compiled
+    """What the loops take of rows of x, from the length of a group on to the powers of two."""
     x, integers, finer, sums, finer_sums, _, row_exponent, row_power, many, wants, bad = _rows(frame)
+    again = _want_a_second_pass(wants)
+    return (
+        attribute(frame, 2), x.shape[1], integers, finer, sums, finer_sums, row_exponent, row_power, many, again, bad,
+        _powers(frame),
+    )  # fmt: skip
+
+
+@njit(nogil=True)
+def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cover - compiled
     codes, table, scale, zero = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
     columns, swapped = dim(codes, 0), attribute(frame, 3) != 0
-    y = array(result(frame, 0), (x.shape[0], columns), np.float32)
+    y = array(result(frame, 0), (dim(result(frame, 0), 0), columns), np.float32)
     return multiply_apart((
         array(codes, (columns, dim(codes, 1)), np.uint8)[start:stop],
         attribute(frame, 1) != 0,
@@ -122,18 +132,7 @@ def _multiply_strip(frame: Any, start: Any, stop: Any) -> Any:  # pragma: no cov
         array(table, (dim(table, 0),), np.float32),
         blocks_of(array(scale, (dim(scale, 0), dim(scale, 1)), np.float32), swapped, start, stop),
         blocks_of(array(zero, (dim(zero, 0), dim(zero, 1)), np.int32), swapped, start, stop),
-        attribute(frame, 2),
-        x.shape[1],
-        integers,
-        finer,
-        sums,
-        finer_sums,
-        row_exponent,
-        row_power,
-        many,
-        _want_a_second_pass(wants),
-        bad,
-        _powers(frame),
+        *_of_rows(frame),
         array(operand(frame, 5), (columns,), np.float32)[start:stop],
         0,
         y[:, start:stop],
@@ -153,9 +152,8 @@ def _multiply(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - 
 @njit(nogil=True)
 def _multiply_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no cover - compiled
     """The same of a weight (in, out)."""
-    x, integers, finer, sums, finer_sums, _, row_exponent, row_power, many, wants, bad = _rows(frame)
     codes, table, scale, zero = operand(frame, 1), operand(frame, 2), operand(frame, 3), operand(frame, 4)
-    columns = dim(result(frame, 0), 1)
+    rows, columns = dim(result(frame, 0), 0), dim(result(frame, 0), 1)
     served = multiply_columns_apart((
         array(codes, (dim(codes, 0), dim(codes, 1)), np.uint8),
         attribute(frame, 4) != 0,
@@ -163,22 +161,11 @@ def _multiply_columns(frame: Any, start: Any, stop: Any) -> None:  # pragma: no 
         array(table, (dim(table, 0),), np.float32),
         array(scale, (dim(scale, 0), dim(scale, 1)), np.float32),
         array(zero, (dim(zero, 0), dim(zero, 1)), np.int32),
-        attribute(frame, 2),
-        x.shape[1],
-        integers,
-        finer,
-        sums,
-        finer_sums,
-        row_exponent,
-        row_power,
-        many,
-        _want_a_second_pass(wants),
-        bad,
-        _powers(frame),
+        *_of_rows(frame),
         array(operand(frame, 5), (columns,), np.float32),
         start,
         stop,
-        array(result(frame, 0), (x.shape[0], columns), np.float32),
+        array(result(frame, 0), (rows, columns), np.float32),
     ))  # fmt: skip
     flags = array(result(frame, 1), (dim(result(frame, 1), 0),), np.int32)
     flags[start // STRIP : (stop + STRIP - 1) // STRIP] = 0 if served else 1

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,16 @@ def _blockwise(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: int
     return y.astype(x_dtype)
 
 
+def _cut(w: Coded, axis: int, group: int, start: Any, length: int) -> Coded:
+    """Part of a weight along an axis, of which ``group`` indices share what is shared: whole groups, but at the end."""
+
+    def part(a: Array) -> Array:
+        return a if a.shape[axis] == 1 else lax.dynamic_slice_in_dim(a, start // group, -(-length // group), axis)
+
+    codes = lax.dynamic_slice_in_dim(w.codes, start, length, axis)
+    return cast(Coded, jax.tree.map(part, w._replace(codes=None)))._replace(codes=codes)
+
+
 def _in_blocks(
     product: Callable[..., Array], x: Array, w: Coded, bias: Array | None, spec: Spec, outputs: int = 0
 ) -> Array:
@@ -198,13 +208,8 @@ def _in_blocks(
     cut = all(a.shape[outputs] in whole for a in jax.tree.leaves(w[1:]))  # and no blocks of scales' own
 
     def columns(start: Any, rows: int) -> Array:
-        def part(a: Array, size: int, axis: int = outputs) -> Array:
-            if a.shape[axis] == 1:
-                return a
-            return lax.dynamic_slice_in_dim(a, start // size, -(-rows // size), axis)
-
-        own = jax.tree.map(lambda a: part(a, group), w._replace(codes=None))._replace(codes=part(w.codes, 1))
-        return product(x, own, None if bias is None else part(bias, 1, 0))
+        of_columns = None if bias is None else lax.dynamic_slice_in_dim(bias, start, rows)
+        return product(x, _cut(w, outputs, group, start, rows), of_columns)
 
     if not (blocks and cut):
         return product(x, w, bias)
@@ -224,12 +229,7 @@ def _added_in_blocks(product: Callable[..., Array], x: Array, w: Coded, bias: Ar
         return product(x, w, bias)
 
     def of_block(start: Any, rows: int) -> Array:
-        def part(a: Array) -> Array:
-            return a if a.shape[0] == 1 else lax.dynamic_slice_in_dim(a, start // group, -(-rows // group))
-
-        own = jax.tree.map(part, w._replace(codes=None))
-        own = own._replace(codes=lax.dynamic_slice_in_dim(w.codes, start, rows))
-        return product(lax.dynamic_slice_in_dim(of_x, start, rows, axis=1), own, None)
+        return product(lax.dynamic_slice_in_dim(of_x, start, rows, axis=1), _cut(w, 0, group, start, rows), None)
 
     of_x = x.astype(jnp.float32)
     y = lax.fori_loop(1, blocks, lambda i, y: y + of_block(i * height, height), of_block(0, height))
@@ -246,20 +246,20 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     across = _across_for(x, w, spec, contract)
     if across is not None:
         return across.product(x, w, bias, spec)
-    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
     if contract == 0:
         y = _by_columns(x, w, bias, spec, None)
         if y is not NotImplemented:
             return y
     if contract == 0 and _become_rows(w, spec):
         return _along_rows(True, x, w, bias, spec, contract)
+    dots = _dots_for(x, w, spec, contract)
+    if dots is not None:
+        return dots.product(x, w, bias, spec, twice=True)[0]
+    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
         return _in_blocks(plain, x, w, bias, spec)
 
-    dots = _dots_for(x, w, spec, contract)
-    if dots is not None:
-        return dots.product(x, w, bias, spec, twice=True)[0]
     y = _by_loops(True, x, w, bias, spec, contract, None, in_blocks)
     return plain(x, w, bias) if y is NotImplemented else y
 
@@ -600,26 +600,21 @@ def _stored_product(reproducible: bool, static: _Stored, x: Array, w: Coded, bia
 def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Array]:
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
         spec, contract, packed_length, swapped = static
+        ordered = _in_order(w, swapped)
+        y = NotImplemented
         if not reproducible:
-            ordered = _in_order(w, swapped)
             y = _of_values(x, ordered, bias, spec, contract, packed_length)
-            if y is not NotImplemented:
-                return y
-        form = _FORMS[reproducible, contract]
-        plain = partial(form.reference, **static._asdict(), b=get_backend("jax"))
-        if reproducible and contract == 0:
-            ordered = _in_order(w, swapped)
+        elif contract == 0:
             y = _by_columns(x, ordered, bias, spec, packed_length)
-            if y is not NotImplemented:
-                return y
+        if y is not NotImplemented:
+            return y
         if _goes_along_rows(reproducible, x, w, spec, contract, packed_length is not None):
-            ordered = _in_order(w, swapped)
             return _along_rows(reproducible, x, ordered, bias, spec, contract, packed_length)
+        plain = partial(_FORMS[reproducible, contract].reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
-            turned = _in_order(w, swapped)
-            in_blocks = _added_in_blocks if contract == 0 else _in_blocks
-            return in_blocks(partial(plain, swapped=False), x, turned, bias, spec)
+            in_blocks = _added_in_blocks if contract == 0 else _in_blocks  # turned here: else it would be at each call
+            return in_blocks(partial(plain, swapped=False), x, _in_order(w, swapped), bias, spec)
 
         y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise, swapped)
         return plain(x, w, bias) if y is NotImplemented else y
