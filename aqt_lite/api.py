@@ -747,9 +747,8 @@ def _check_dialect(rules: Dialect, form: Format, recipe: affine.Recipe, scale_dt
     known_codebook = scheme == "symmetric" and rules.takes_codebook(form)
     if known is not None and form.name not in known and not known_codebook:
         what = "scales for" if given else scheme
-        has = ", ".join(known) or "none"
-        if rules.offsets:
-            has += f", with offset='data' {', '.join(rules.offsets)}"
+        with_offsets = f"{', '.join(rules.offsets)} with offset='data'" if rules.offsets else ""
+        has = ", and ".join(filter(None, (", ".join(known), with_offsets))) or "none"
         raise ValueError(f"dialect={rules.name!r} has no {what} {form.name}: it has {has}; 'aqt_lite' has all")
     if recipe.dialect.together is not None and recipe.rounding != "half_even":
         raise ValueError(f"dialect={rules.name!r} rounds {form.name} as its original does: leave rounding out")

@@ -960,7 +960,10 @@ def _in_few_bits(scale: Any, kept: Format, grid: tuple[int, ...], place: Callabl
         here, there = b.to_numpy(numbers), b.to_numpy(found.dequantize())
         if not np.array_equal(here, there):
             first = here[here != there].flat[0]
-            raise ValueError(f"scale={first:.9g} is no number of {kept.name}, in which scales are kept: round it first")
+            raise ValueError(
+                f"scale={first:.9g} is no number of {kept.name}, in which scales are kept: round it first, as NumPy's "
+                f"scale.astype({kept.name!r}).astype('float32') does"
+            )
     return found
 
 

@@ -163,13 +163,15 @@ IN_OUT = {
     "uint4 with zero points, groups of 128": {"dtype": "uint4", "scheme": "affine", "granularity": PerGroup(128, 0)},
     "nf4, groups of 32": {"dtype": "nf4", "granularity": PerGroup(32, 0)},
     "float8_e4m3fn, one scale an output": {"dtype": "float8_e4m3fn", "granularity": PerChannel(1)},
+    "int6, one scale an output": {"dtype": "int6", "granularity": PerChannel(1)},
+    "int3, groups of 32": {"dtype": "int3", "granularity": PerGroup(32, 0)},
     "int4, groups of 32 along outputs": {"dtype": "int4", "granularity": PerGroup(32)},
 }
 """Of weights that lie (in, out), along their inputs but for the last."""
 
 
 class Detour(NamedTuple):
-    """A product with a weight of which loops do not read the codes as they lie, or do not multiply them."""
+    """A product that may go other ways than most: reproducible, or with a weight whose codes no loop multiplies."""
 
     how: dict
     """Of quantizing it; ``dense`` reads it as (in, out)."""
@@ -182,7 +184,20 @@ DETOURS = {
     "dense, reproducible: int8, one scale an output": Detour({"granularity": PerChannel(1)}),
     "dense, reproducible: int8, groups of 32": Detour({"granularity": PerGroup(32, 0)}),
     "dense, reproducible: int4, groups of 32": Detour({"dtype": "int4", "granularity": PerGroup(32, 0)}),
+    "dense, reproducible: int8, groups of 32, float16 scales": Detour(
+        {"granularity": PerGroup(32, 0), "scale_dtype": "float16"}
+    ),
+    "dense, reproducible: mxfp4": Detour({"dtype": "mxfp4", "granularity": PerGroup(32, 0)}),
+    "dense, reproducible: nvfp4": Detour({"dtype": "nvfp4", "granularity": PerGroup(16, 0)}),
     "dense, reproducible: int8, a scale an input": Detour({"granularity": PerChannel(0)}),
+    "dense, reproducible: int4, one scale an output": Detour({"dtype": "int4", "granularity": PerChannel(1)}),
+    "dense, reproducible: int3, groups of 32": Detour({"dtype": "int3", "granularity": PerGroup(32, 0)}),
+    "dense, reproducible, stored for it: int3, groups of 32": Detour(
+        {"dtype": "int3", "granularity": PerGroup(32, 0)}, for_dense=True
+    ),
+    "linear, reproducible: int8, groups of 32, float16 scales": Detour(
+        {"granularity": PerGroup(32), "scale_dtype": "float16"}, True
+    ),
     "linear, reproducible: int4, one scale an output": Detour({"dtype": "int4", "granularity": PerChannel(0)}, True),
     "linear, reproducible: int3, groups of 32": Detour({"dtype": "int3", "granularity": PerGroup(32)}, True),
     "linear, reproducible: nvfp4": Detour({"dtype": "nvfp4"}, True),

@@ -456,7 +456,7 @@ def test_what_a_dialect_has_not():
             {"dialect": "mlx", "offset": "data"},
         ),
         (
-            r"dialect='mlx' has no affine uint4: it has none, with offset='data' uint2, .*; 'aqt_lite' has all",
+            r"dialect='mlx' has no affine uint4: it has uint2, .*, uint8 with offset='data'; 'aqt_lite' has all",
             {"dialect": "mlx", "dtype": "uint4", "scheme": "affine"},
         ),
         (r"dialect='onnx' has no codes for missing values: leave mask, ", {"missing": "nan"}),
