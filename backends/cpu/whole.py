@@ -1,11 +1,13 @@
 """Loops that make whole numbers of codes, one a byte, in the order in which the codes lie or turned.
 
-Owns: those loops. Imports: ``native``, ``decoding``, for the numbers of codes, and ``turning``. They hold no lock and
-start no thread. ``rows`` calls them, and JAX's ``whole``.
+Owns: those loops, and the numba intrinsic in them. Imports: ``native``, ``decoding``, for the numbers of codes,
+``groups``, for those of 4 bits, and ``turning``. They hold no lock and start no thread. ``rows`` calls them, and JAX's
+``whole``.
 
 Exact products sum bytes along rows. Codes that are packed, or look up numbers that are whole multiples of a unit,
 become such bytes first, and where a weight lies (in, out) its columns become rows. Both are done to ``HEIGHT`` rows at
 a time, between loops that have all of it in a cache: numbers as floats, the same as bytes, and then those in lines.
+Codes of 4 bits, of which there are 16, look their bytes up in a vector.
 """
 
 from __future__ import annotations
@@ -13,9 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from aqt_lite.backends.cpu.decoding import BYTES, LANES, dequantize_apart, width_of
+from aqt_lite.backends.cpu.decoding import BYTES, HALVES, LANES, dequantize_apart, width_of
+from aqt_lite.backends.cpu.emit import byte_turns, counted_loop, item_at, load, shuffled, store
+from aqt_lite.backends.cpu.groups import DOTS, numbers_for_dots
 from aqt_lite.backends.cpu.native import apart, task_of
 from aqt_lite.backends.cpu.pool import in_parts
 from aqt_lite.backends.cpu.turning import turn_plane
@@ -27,6 +33,54 @@ HEIGHT = 64
 
 FLOATS = 1 << 15
 """Numbers that are floats at a time: 128 KB."""
+
+BLOCK = 4 * LANES
+"""Bytes of a vector."""
+
+_ADDRESS, _BYTES = ir.IntType(64), ir.VectorType(ir.IntType(8), BLOCK)
+_WORDS = ir.VectorType(ir.IntType(32), LANES)
+_IN_ORDER = [BLOCK * (place // 16 % 2) + place // 32 * 16 + place % 16 for place in range(2 * BLOCK)]
+"""Places in two vectors, of which 16 bytes of the one and 16 of the other follow each other."""
+
+
+@intrinsic
+def _look_halves_up(_: Any, codes: Any, vectors: Any, table: Any, out: Any) -> Any:
+    """What a table of 16 bytes, four times over, has of codes of 4 bits, of so many vectors: by addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, vectors, table, out = arguments
+        numbers_of = numbers_for_dots(builder, True, True, table, _ADDRESS(0))
+
+        def step(i: Any, none: list[Any]) -> list[Any]:
+            words = load(builder, item_at(builder, codes, i, BLOCK), _WORDS)
+            found = [builder.bitcast(numbers, _BYTES) for numbers in numbers_of(words)]
+            turns = [byte_turns(builder, *found, 1, upper) for upper in (False, True)]
+            to = item_at(builder, out, i, 2 * BLOCK)
+            for first in (0, BLOCK):
+                store(builder, shuffled(builder, *turns, _IN_ORDER[first : first + BLOCK]), to)
+                to = builder.add(to, _ADDRESS(BLOCK))
+            return none
+
+        counted_loop(builder, vectors, [], step, least=0)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@njit(nogil=True, cache=True)
+def _decode_halves(codes: Any, inner: Any, table: Any, per_unit: Any, out: Any) -> None:  # pragma: no cover - compiled
+    numbers = np.zeros(BLOCK, dtype=np.uint8)
+    for i in range(BLOCK):
+        if table[i & 15] == table[i & 15]:
+            numbers[i] = np.uint8(np.int32(table[i & 15] * per_unit) & 255)
+    for n in range(codes.shape[0]):
+        row, bytes_, done = codes[n], out[n], 0
+        if DOTS:
+            vectors = inner // (2 * BLOCK)
+            _look_halves_up(row.ctypes.data, vectors, numbers.ctypes.data, bytes_.ctypes.data)
+            done = vectors * 2 * BLOCK
+        for k in range(done, inner):
+            bytes_[k] = numbers[(row[k >> 1] >> ((k & 1) * 4)) & 15]
 
 
 @njit(nogil=True, cache=True)
@@ -89,7 +143,9 @@ def in_bytes(
         for n in range(first, last, some):
             here = min(n + some, last)
             whole = lines[n - first : here - first] if turned else out[n:here]
-            if inner > FLOATS:
+            if kind == HALVES:
+                _decode_halves(codes[n:here], inner, table.reshape(-1), per_unit, whole)
+            elif inner > FLOATS:
                 _of_long_row(codes[n], inner, kind, flip, table, per_unit, numbers[0], whole[0])
             else:
                 _decode(codes[n:here], inner, kind, flip, table, per_unit, numbers[: here - n])
