@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from optional import jax, jnp, torch
+from optional import torch
 from processors import run_without
+from programs import check_dense, check_transformations
 from test_dots import hard_rows
 from test_rows import weight, without_kernels
 
@@ -71,25 +72,8 @@ def test_programs_of_jax(kind):
     q = quantize(weight(397, 329), **KINDS[kind])
     x, bias = hard_rows(rng, 13, 397), rng.standard_normal(329).astype(np.float32)
     wanted = without_kernels(dense, x, q, bias)
-    there, x, bias = q.to_backend("jax"), jnp.asarray(x), jnp.asarray(bias)
-
-    def product(x, q, bias):
-        return dense(x, q, bias, mode="reproducible")
-
-    assert_same_bits(product(x, there, bias), wanted)
-    assert_same_bits(jax.jit(product)(x, there, bias), wanted)
-    assert_same_bits(jax.jit(product)(x[8:9], there, bias), wanted[8:9])
-    text = jax.jit(product).lower(x, there, bias).as_text()
-    assert ("aqt_lite_exact_in_out_product" in text) == (jax.device_count() == 1)
-    exported = jax.export.export(jax.jit(product))(x, there, bias)
-    assert "@aqt_lite_exact_in_out_product" not in exported.mlir_module()
-    assert_same_bits(exported.call(x, there, bias), wanted)
-    weights = jax.tree.map(lambda *arrays: jnp.stack(arrays), there, there)
-    mapped = jax.vmap(product, in_axes=(None, 0, None))(x, weights, bias)
-    assert_same_bits(mapped, np.stack([wanted] * 2))
-    finite = jnp.ones((2, 397))
-    slope = jax.grad(lambda x: product(x, there, bias).sum())(finite)
-    np.testing.assert_allclose(slope[0], np.asarray(q.dequantize()).sum(axis=1), rtol=1e-4, atol=1e-4)
+    check_dense(q, x, bias, wanted, "aqt_lite_exact_in_out_product")
+    check_transformations(q, x, bias, wanted)
 
 
 @needs_loops

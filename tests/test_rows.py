@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from optional import jax, jnp, torch
 from processors import run_without_avx_512
+from programs import check_dense
 from test_dots import hard_rows
 
 from aqt_lite import Codebook, PerBlock, PerChannel, PerGroup, PerTensor, QArray, dense, linear, packing, quantize
@@ -96,18 +97,7 @@ def test_programs_of_jax(kind):
     q = quantize(weight(IN, OUT), **KINDS[kind])
     x, bias = hard_rows(rng, 9, IN), rng.standard_normal(OUT).astype(np.float32)
     wanted = without_kernels(dense, x, q, bias)
-    there, x, bias = q.to_backend("jax"), jnp.asarray(x), jnp.asarray(bias)
-
-    def product(x, q, bias):
-        return dense(x, q, bias, mode="reproducible")
-
-    assert_same_bits(product(x, there, bias), wanted)
-    assert_same_bits(jax.jit(product)(x, there, bias), wanted)
-    text = jax.jit(product).lower(x, there, bias).as_text()
-    assert ("aqt_lite_whole_numbers" in text) == (jax.device_count() == 1)
-    exported = jax.export.export(jax.jit(product))(x, there, bias)
-    assert "@aqt_lite_whole_numbers" not in exported.mlir_module()
-    assert_same_bits(exported.call(x, there, bias), wanted)
+    check_dense(q, x, bias, wanted, "aqt_lite_whole_numbers")
 
 
 @needs_loops
