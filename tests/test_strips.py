@@ -13,8 +13,9 @@ from programs import check_dense, check_transformations
 from test_dots import hard_rows
 from test_rows import weight, without_kernels
 
-from aqt_lite import PerBlock, PerGroup, dense, quantize
+from aqt_lite import Codebook, Format, PerBlock, PerGroup, dense, linear, quantize
 from aqt_lite.backends.cpu import fixed_point, runtime
+from aqt_lite.formats import SCALE_FORMATS, element_type
 from aqt_lite.testing import assert_same_bits
 
 LOOPS = runtime.strip_loops()
@@ -123,6 +124,40 @@ def test_programs_of_jax(kind):
     wanted = without_kernels(dense, x, q, bias)
     check_dense(q, x, bias, wanted, "aqt_lite_group_product_in_out")
     check_transformations(q, x, bias, wanted)
+
+
+SCALES_OF_SCALES = Format(
+    "int8 with scales of scales",
+    element_type("int8"),
+    Format("their scales", element_type("int6"), SCALE_FORMATS["float16"], 8),
+    32,
+)
+
+WITH_KEPT_SCALES = {
+    "int8": ("int8", "float16"),
+    "integers looked up": (Codebook("wholes", tuple(range(-100, 100))), "float16"),
+    "int4": ("int4", "bfloat16"),
+    "scales of scales": (SCALES_OF_SCALES, None),
+}
+
+
+@needs_loops
+@pytest.mark.parametrize("kind", WITH_KEPT_SCALES)
+@pytest.mark.parametrize("op", [dense, linear], ids=lambda op: op.__name__)
+def test_kept_scales_of_zero_are_zero_everywhere(op, kind):
+    """As blocks of zeros have them: these are of use, as a plain scale of 0 is not."""
+    dtype, scale_dtype = WITH_KEPT_SCALES[kind]
+    granularity, x = PerGroup(32, int(op is linear)), weight(3, 512)
+    q = quantize(weight(512, 512), dtype, granularity=granularity, scale_dtype=scale_dtype)
+    codes = np.array(q.scale.storage)
+    codes[3] = 0
+    q = replace(q, scale=replace(q.scale, storage=codes))
+    wanted = without_kernels(op, x, q)
+    assert np.isfinite(wanted).all()
+    assert_same_bits(op(x, q, mode="reproducible"), wanted)
+    x, there = jnp.asarray(x), q.to_backend("jax")
+    assert_same_bits(op(x, there, mode="reproducible"), wanted)
+    assert_same_bits(jax.jit(lambda x, q: op(x, q, mode="reproducible"))(x, there), wanted)
 
 
 @needs_loops

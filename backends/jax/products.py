@@ -246,8 +246,9 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     across = _across_for(x, w, spec, contract)
     if across is not None:
         return across.product(x, w, bias, spec)
+    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
     if contract == 0:
-        y = _by_columns(x, w, bias, spec, None)
+        y = _by_columns(x, w, bias, spec, None, plain)
         if y is not NotImplemented:
             return y
     if contract == 0 and _become_rows(w, spec):
@@ -255,7 +256,6 @@ def _reproducible(x: Array, w: Coded, bias: Array | None, spec: Spec, contract: 
     dots = _dots_for(x, w, spec, contract)
     if dots is not None:
         return dots.product(x, w, bias, spec, twice=True)[0]
-    plain = partial(reference.matmul_reproducible, spec=spec, contract=contract, b=get_backend("jax"))
 
     def in_blocks() -> Array:
         return _in_blocks(plain, x, w, bias, spec)
@@ -273,11 +273,19 @@ def _across_for(x: Array, w: Coded, spec: Spec, contract: int) -> Any:
     return across_loops() if serve.sums_across(x, x.dtype.name, w, spec, contract) and not inside else None
 
 
-def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_length: int | None) -> Any:
+def _by_columns(
+    x: Array,
+    w: Coded,
+    bias: Array | None,
+    spec: Spec,
+    packed_length: int | None,
+    by_reference: Callable[[Array, Coded, Array | None], Array],
+) -> Any:
     """Exact sums of groups along K of a weight (K, N) as it lies, of codes of 4 bits packed.
 
     Scales that loops do not serve: by the reference a block of columns at a time, or of packed codes by the rows that
-    other weights become. The reference's memory for all of them would be so much that it comes in fresh pages.
+    other weights become. The reference's memory for all of them would be so much that it comes in fresh pages. Whether
+    a scale of 0 is one of use depends on where it comes from, and so on which operation of the reference this is.
     """
     if not _goes_by_columns(x, w, spec, packed_length):
         return NotImplemented
@@ -287,8 +295,6 @@ def _by_columns(x: Array, w: Coded, bias: Array | None, spec: Spec, packed_lengt
     def otherwise() -> Array:
         if packed_length is not None:
             return _along_rows(True, x, w, bias, spec, 0, packed_length)
-        static = _Stored(spec, 0, None, swapped=False)
-        by_reference = partial(reference.matmul_reproducible_stored, **static._asdict(), b=get_backend("jax"))
         return _in_blocks(by_reference, x, w, bias, spec, outputs=1)
 
     return _unless(unserved, y, otherwise)
@@ -601,20 +607,21 @@ def _mapping_of_stored(reproducible: bool, static: _Stored) -> Callable[..., Arr
     def product(x: Array, w: Coded, bias: Array | None) -> Array:
         spec, contract, packed_length, swapped = static
         ordered = _in_order(w, swapped)
+        plain = partial(_FORMS[reproducible, contract].reference, **static._asdict(), b=get_backend("jax"))
+        of_ordered = partial(plain, swapped=False)
         y = NotImplemented
         if not reproducible:
             y = _of_values(x, ordered, bias, spec, contract, packed_length)
         elif contract == 0:
-            y = _by_columns(x, ordered, bias, spec, packed_length)
+            y = _by_columns(x, ordered, bias, spec, packed_length, of_ordered)
         if y is not NotImplemented:
             return y
         if _goes_along_rows(reproducible, x, w, spec, contract, packed_length is not None):
             return _along_rows(reproducible, x, ordered, bias, spec, contract, packed_length)
-        plain = partial(_FORMS[reproducible, contract].reference, **static._asdict(), b=get_backend("jax"))
 
         def otherwise() -> Array:
             in_blocks = _added_in_blocks if contract == 0 else _in_blocks  # turned here: else it would be at each call
-            return in_blocks(partial(plain, swapped=False), x, _in_order(w, swapped), bias, spec)
+            return in_blocks(of_ordered, x, _in_order(w, swapped), bias, spec)
 
         y = _by_loops(reproducible, x, w, bias, spec, contract, packed_length, otherwise, swapped)
         return plain(x, w, bias) if y is NotImplemented else y
