@@ -263,6 +263,14 @@ class Backend(ExactArithmetic, ABC):
         """``x`` laid out in memory in the order of its axes, where the library lets one choose."""
         return x
 
+    def by_columns(self, x: Array) -> Array:
+        """A matrix laid out in memory column after column, where the library lets one choose."""
+        return x
+
+    def is_by_columns(self, x: Array) -> bool:
+        """Whether a matrix lies so."""
+        return False
+
     def to_pickle(self, x: Array) -> Array:
         """The bits of ``x`` in a dtype whose pickles the library can read."""
         return x

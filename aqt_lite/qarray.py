@@ -478,12 +478,14 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         return self._with_each(lambda a: b.xp.asarray(a, copy=True))
 
     def for_dense(self, inputs: int = 1, outputs: int = 1) -> QArray:
-        """The same array, its codes stored as (..., out, in): :func:`aqt_lite.dense` reads many rows fastest so.
+        """The same array, its codes stored as (..., out, in): :func:`aqt_lite.dense` reads most weights fastest so.
 
-        Shapes, scales and everything else stay as they are: only ``storage`` is laid out anew, once. A weight for
-        :func:`aqt_lite.linear` is in that order already. ``mode="reproducible"`` turns other weights at each call. With
-        groups along the outputs, and a scale for each input, dense reads a matrix faster as it is: quantize it along
-        its inputs, ``PerGroup(32, 0)``. To be called once, outside of compiled functions, which would do so at each.
+        Shapes, scales and everything else stay as they are: only ``storage`` is laid out anew, once, and on NumPy and
+        torch the memory of a matrix's scales and zero points. A weight for :func:`aqt_lite.linear` is in that order
+        already. What ``mode="reproducible"`` does not read as it lies is turned at each call, and not after this. With
+        groups along the outputs, and a scale for each input, dense reads a matrix ten times faster as it is: quantize
+        it along its inputs, ``PerGroup(32, 0)``. To be called once, outside of compiled functions, which would do so at
+        each.
 
         Parameters
         ----------
@@ -520,6 +522,8 @@ class QArray(ArrayShapes, ArrayBytes, Asked):
         b = self._backend
         codes = b.contiguous(b.xp.permute_dims(self.qvalue, swapped_back(range(self.ndim), (outputs, inputs))))
         turned = replace(self, storage=codes, transposed=swapped, packed_length=None)
+        if swapped is True and self.ndim == 2 and not (self.trainable or b.is_traced(codes)):
+            turned = replace(turned, scale=_by_columns(self.scale, b), zero_point=_by_columns(self.zero_point, b))
         return turned if self.packed_length is None else turned.packed()
 
     def packed(self) -> QArray:
@@ -1021,6 +1025,15 @@ def _nested(argument: str, value: QArray, grid: tuple[int, ...], b: Backend) -> 
             first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
             raise ValueError(f"{argument} is {numbers[first]} at index {first}: every one must be finite")
     return value
+
+
+def _by_columns(blocks: Any, b: Backend) -> Any:
+    """What blocks of a matrix have, in memory column after column; and coded scales, without blocks of their own."""
+    if not isinstance(blocks, QArray):
+        return None if blocks is None else b.by_columns(blocks)
+    if blocks.packed_length is not None or blocks._has_groups or blocks.transposed:
+        return blocks
+    return replace(blocks, storage=b.by_columns(blocks.storage))
 
 
 def _ragged_axes(shape: tuple[int, ...], block: Block) -> Block:

@@ -69,6 +69,12 @@ class NumpyBackend(Backend):
     def contiguous(self, x: Array) -> Array:
         return np.ascontiguousarray(x)
 
+    def by_columns(self, x: Array) -> Array:
+        return np.asfortranarray(x)
+
+    def is_by_columns(self, x: Array) -> bool:
+        return bool(x.flags.f_contiguous)
+
     def arange(self, start: int, stop: int, like: Array) -> Array:
         return np.arange(start, stop, dtype=np.int32)
 

@@ -967,3 +967,18 @@ def test_an_index_may_be_traced():
     q = quantize(jnp.asarray(X[0]), granularity=PerChannel(0))
     row = jax.jit(lambda q, i: q[i].dequantize())(q, jnp.asarray(2))
     assert_same_bits(row, q[2].dequantize())
+
+
+@pytest.mark.parametrize("kept_as", [None, "float16"])
+def test_scales_of_weights_for_dense_lie_as_their_codes_do(kept_as, backend):
+    """In memory, where there is a choice: turned back at each product, they would be copied."""
+    values = backend.asarray(np.random.default_rng(0).standard_normal((96, 40)).astype(np.float32))
+    q = quantize(values, "uint4", scheme="affine", granularity=PerGroup(32, 0), scale_dtype=kept_as)
+    turned = q.for_dense()
+    assert_same_bits(turned.dequantize(), q.dequantize())
+    for blocks in (turned.scale if kept_as is None else turned.scale.storage, turned.zero_point):
+        assert tuple(blocks.shape) == (3, 40)
+        assert backend.is_by_columns(blocks) == (backend.name in ("numpy", "torch"))
+    if kept_as is None:  # whoever trains scales has them
+        trained = q.with_trainable_scales()
+        assert trained.for_dense().scale is trained.scale

@@ -277,10 +277,13 @@ def _as_kept(w: QArray, *, packed: bool) -> tuple[affine.Coded, affine.Spec]:
 def _keeps_scales_swapped(w: QArray) -> bool:
     """Whether scales lie in memory with their axes in the other order than those of the codes.
 
-    Not those of a transposed array, ``q.T``: turned back, they are what they were, which a compiler knows.
+    Not those of a transposed array, ``q.T``: turned back, they are what they were, which a compiler knows. Nor where
+    ``for_dense`` could lay them out as it does codes.
     """
-    has_been_turned = "_turned" in w.__dict__ or (isinstance(w.scale, QArray) and bool(w.scale.transposed))
-    return bool(w.transposed) and not has_been_turned
+    if not w.transposed or "_turned" in w.__dict__ or (isinstance(w.scale, QArray) and bool(w.scale.transposed)):
+        return False
+    numbers = w.scale.storage if isinstance(w.scale, QArray) else w.scale
+    return numbers is None or not w._backend.is_by_columns(numbers)
 
 
 def in_integers(w: QArray) -> tuple[affine.Coded, affine.Spec] | None:

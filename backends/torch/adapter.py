@@ -83,6 +83,12 @@ class TorchBackend(Backend):
     def contiguous(self, x: Array) -> Array:
         return x.contiguous()
 
+    def by_columns(self, x: Array) -> Array:
+        return x.t().contiguous().t()
+
+    def is_by_columns(self, x: Array) -> bool:
+        return bool(x.ndim == 2 and x.t().is_contiguous())
+
     def to_pickle(self, x: Array) -> Array:
         signed = _SIGNED.get(x.dtype)  # torch 2.13 writes pickles of unsigned types that it then fails to read
         return x if signed is None else x.view(signed)
