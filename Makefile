@@ -51,7 +51,7 @@ bench: $(READY)  ## speed against the plain product and the plain code, in one r
 	$(BIN)/python benchmarks/stored.py
 	$(BIN)/python benchmarks/tables.py --write
 
-bench-quick: $(READY)  ## the headline rows, in a minute
+bench-quick: $(READY)  ## products in groups, of 8 bits and of 4, in a minute or two
 	$(BIN)/python benchmarks/stored.py --quick
 
 bench-formats: $(READY)  ## speed of every kind of format on NumPy, beside int8

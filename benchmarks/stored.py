@@ -1,7 +1,7 @@
 """Products with weights in groups, of 8 bits and of 4 bits packed, against the backend's own float32 product.
 
     python benchmarks/stored.py            printed, and written to benchmarks/stored.json (stored-avx2.json, ...)
-    python benchmarks/stored.py --quick    one size and few formats, nothing written: under a minute
+    python benchmarks/stored.py --quick    one size and few formats, nothing written: a minute or two
     python benchmarks/stored.py --formats  the other formats: floats of 8 bits, odd widths, odd groups
     python benchmarks/stored.py --in-out   weights that lie (in, out), by ``dense``
     python benchmarks/stored.py --only "numpy alone" --sizes 4096 --rows 1 8    these rows anew, the others as they are
@@ -55,7 +55,10 @@ OTHERS = {
     "mxfp6_e2m3": {"dtype": "mxfp6_e2m3"},
     "mxint8": {"dtype": "mxint8"},
     "nvfp4": {"dtype": "nvfp4"},
+    "int4, one scale an output": {"dtype": "int4", "granularity": PerChannel(0)},
     "int4, groups of 16": {"dtype": "int4", "granularity": PerGroup(16)},
+    "int4, groups of 32, float16 scales": {"dtype": "int4", "granularity": PerGroup(32), "scale_dtype": "float16"},
+    "int8, groups of 32, float16 scales": {"granularity": PerGroup(32), "scale_dtype": "float16"},
     "int8, groups of 24": {"granularity": PerGroup(24)},
     "uint8 with zero points, groups of 24": {"dtype": "uint8", "scheme": "affine", "granularity": PerGroup(24)},
 }
@@ -141,6 +144,7 @@ def on_backend(kind: str, w, weights: dict, x, exact: dict, read: float) -> list
         candidates[name] = peer.call
     found = run.take_turns(candidates, seconds=0, least=7)
     base = min(found[name]["ms"] for name in ("float32", "float32, (in, out)"))
+    print(f"  {kind:6} {size} M={m:<4} {'float32':40} {base:8.2f} ms")
     for name, q in measured.items():
         ms = found[name]["ms"]
         share = q.nbytes / read / (ms * 1e-3)
