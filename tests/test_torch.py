@@ -1163,3 +1163,13 @@ print(torch.func.grad(lambda x: linear(x, q).sum())(torch.ones(3, 64)).sum().ite
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 3 * 64 * 64
+
+
+@pytest.mark.parametrize("turned", [QArray.for_dense, lambda q: q.T], ids=["for_dense", "T"])
+def test_buffers_of_weights_lie_in_order(turned, tmp_path):
+    """As ``safetensors.torch`` wants them, whatever order the weight's own arrays have."""
+    save_file = pytest.importorskip("safetensors.torch", reason="requirements-dev.txt has it").save_file
+    q = turned(quantize(torch.randn(96, 40), "int4", granularity=PerGroup(32, 0)))
+    layer = QuantizedWeight(q)
+    save_file(layer.state_dict(), tmp_path / "weights.safetensors")
+    assert_same_bits(layer.qarray.dequantize(), q.dequantize())

@@ -125,14 +125,16 @@ class QuantizedWeight(nn.Module):
             raise TypeError(f"q is a {q.backend} QArray: a torch module holds q.to_backend('torch')")
         super().__init__()
         self.structure = _Structure.of(q)
-        for name, array in zip(self.structure.names(), _arrays_of(q), strict=True):
+        arrays = (a if a is None else a.contiguous() for a in _arrays_of(q))  # libraries that write files refuse others
+        buffers = dict(zip(self.structure.names(), arrays, strict=True))
+        for name, array in buffers.items():
             self.register_buffer(name, array)
         mark = torch.from_numpy(np.frombuffer(self.structure.mark(), np.uint8).copy())
         self.register_buffer("mark", mark.to(q.storage.device))
         # takes part in conversions in the place of the values: what is looked up has its dtype
         like = torch.empty(0, dtype=getattr(torch, q.float_dtype), device=q.storage.device)
         self.register_buffer("like", like, persistent=False)
-        self.in_one_call = _in_one_call(q, dict(zip(self.structure.names(), _arrays_of(q), strict=True)))
+        self.in_one_call = _in_one_call(q, buffers)
 
     def __getattr__(self, name: str) -> Any:
         try:
