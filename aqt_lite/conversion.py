@@ -86,7 +86,7 @@ def convert(
     >>> aqt_lite.convert(q, scale_dtype="float16")
     Traceback (most recent call last):
     ValueError: scale_dtype='float16': scale=0.0157480314 is no number of float16, in which scales are kept: round it
-    first
+    first, as NumPy's scale.astype('float16').astype('float32') does
     """
     if not isinstance(q, QArray):
         raise TypeError(f"{not_a_qarray('q', q)}, or use QArray.from_codes, which makes one of codes and scales")
