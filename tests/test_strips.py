@@ -116,7 +116,18 @@ def test_scales_that_loops_do_not_serve():
 
 
 @needs_loops
-@pytest.mark.parametrize("kind", ["int8", "uint8, zero points, float16 scales", "uint4, zero points", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "int8",
+        "uint8, zero points",
+        "uint8, zero points, float16 scales",
+        "uint4, zero points",
+        "float4_e2m1fn",
+        "mxfp4",
+        "nvfp4",
+    ],
+)
 def test_programs_of_jax(kind):
     rng = np.random.default_rng(1)
     q = quantize(weight(397, 829), **KINDS[kind])
